@@ -1,0 +1,191 @@
+"""Configuration as frozen dataclasses, checked as they are built. A value that passed here is not checked again.
+
+`ModelConfig` says what a model computes; it comes from a checkpoint (`config.json` or GGUF metadata), never from a user.
+`EngineConfig` says how it is served; it comes from Hydra, the command line or keyword arguments.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
+
+from common.errors import ConfigError, nearest_hint
+
+Dtype = Literal["float32", "bfloat16"]
+
+
+def expect(condition: bool, message: str) -> None:
+    """Raise `ConfigError(message)` unless `condition` holds. Not an assert: it must survive `python -O`."""
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary position embedding of one kind of layer (Su et al. 2021, arXiv:2104.09864) and its context extension.
+
+    `linear` divides every frequency by `factor`. `llama3` does so only for long wavelengths, with a smooth ramp between
+    (Llama 3.1). `yarn` ramps between interpolation and extrapolation and scales q and k (Peng et al. 2023, arXiv:2309.00071).
+    """
+
+    base: float = 10_000.0
+    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    """Magnitude of the yarn cos and sin tables; None takes `0.1 ln(factor) + 1`."""
+    truncate: bool = True
+    """Whether yarn rounds its ramp's ends to whole dimensions."""
+
+    def __post_init__(self) -> None:
+        expect(math.isfinite(self.base) and self.base > 0, f"RoPE base must be finite and > 0, got {self.base}.")
+        expect(
+            math.isfinite(self.factor) and self.factor > 0, f"RoPE scaling factor must be finite and > 0, got {self.factor}."
+        )
+        if self.scaling in ("llama3", "yarn"):
+            expect(
+                self.original_max_position > 0,
+                f"RoPE scaling {self.scaling!r} needs original_max_position > 0, got {self.original_max_position}.",
+            )
+        if self.scaling == "llama3":
+            expect(
+                0 < self.low_freq_factor < self.high_freq_factor,
+                f"llama3 RoPE scaling needs 0 < low_freq_factor < high_freq_factor, "
+                f"got {self.low_freq_factor} and {self.high_freq_factor}.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What a decoder computes. One set of switches covers Llama 2/3, SmolLM2, Mistral, Qwen2, Qwen3 and Gemma 3."""
+
+    family: str
+    vocab_size: int  # V
+    hidden_size: int  # D
+    num_layers: int  # L
+    num_heads: int  # N
+    num_kv_heads: int  # K
+    head_dim: int  # H
+    intermediate_size: int  # F
+    max_position: int
+    norm_eps: float
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    """RMS norm over each head of q and k before RoPE (Qwen3, Gemma 3)."""
+    sandwich_norms: bool = False
+    """A second norm after attention and after the MLP, before each residual add (Gemma 3)."""
+    norm_offset: float = 0.0
+    """Added to every norm weight: Gemma stores w for a norm that multiplies by 1 + w."""
+    embedding_scale: float = 1.0
+    """Multiplies embeddings after rounding to the model's dtype (Gemma: sqrt(D))."""
+    attention_scale: float = 0.0
+    """Multiplies q·k; 0 takes head_dim ** -0.5."""
+    ropes: tuple[Rope, ...] = (Rope(),)
+    layer_rope: tuple[int, ...] = ()
+    """Which of `ropes` each layer uses; empty means the first everywhere."""
+    layer_window: tuple[int, ...] = ()
+    """How many keys, itself included, a query of each layer sees; 0 is all of them; empty means all everywhere."""
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"):
+            value = getattr(self, name)
+            expect(isinstance(value, int) and 0 < value < 2**31, f"{name} must be a positive integer, got {value!r}.")
+        expect(self.num_layers <= 4096, f"num_layers must be at most 4096, got {self.num_layers}.")
+        expect(self.max_position > 0, f"max_position must be positive, got {self.max_position}.")
+        expect(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} and {self.num_kv_heads}.",
+        )
+        expect(self.head_dim % 2 == 0, f"head_dim must be even for rotary embeddings, got {self.head_dim}.")
+        expect(0 < self.norm_eps < 1, f"norm_eps must lie in (0, 1), got {self.norm_eps}.")
+        object.__setattr__(self, "attention_scale", self.attention_scale or self.head_dim**-0.5)
+        object.__setattr__(self, "layer_rope", self.layer_rope or (0,) * self.num_layers)
+        object.__setattr__(self, "layer_window", self.layer_window or (0,) * self.num_layers)
+        for name in ("layer_rope", "layer_window"):
+            got = len(getattr(self, name))
+            expect(got == self.num_layers, f"{name} must name each of the {self.num_layers} layers, got {got}.")
+        expect(
+            all(0 <= i < len(self.ropes) for i in self.layer_rope), f"layer_rope must index the {len(self.ropes)} ropes."
+        )
+        expect(all(w >= 0 for w in self.layer_window), "layer_window must not be negative.")
+
+    @property
+    def queries_per_kv(self) -> int:
+        """N / K: how many query heads share one key and value head."""
+        return self.num_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How a model is served. The names are the ones vLLM users know, where vLLM has one."""
+
+    dtype: Dtype = "bfloat16"
+    kernels: Literal["framework"] = "framework"
+    device: str = "auto"
+    compile: bool = False
+    """Run the PyTorch step under torch.compile. The JAX step is always compiled."""
+    seed: int = 0
+    """Draws the seed of each request that brings none."""
+    block_size: int = 16
+    """B: tokens a page."""
+    num_blocks: int | None = None
+    """Pages the scheduler may use, the null page included; None takes what max_num_seqs of full length need, capped by memory."""
+    max_model_len: int | None = None
+    """Longest prompt + output; None takes the model's own limit, capped at 4,096."""
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    enable_prefix_caching: bool = True
+    threads: int | None = None
+    """Compute threads of the framework; None takes the cores this process may use."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("dtype", ("float32", "bfloat16")), ("kernels", ("framework",))):
+            value = getattr(self, name)
+            expect(value in allowed, f"{name} must be one of {', '.join(allowed)}, got {value!r}.{nearest_hint(str(value), allowed)}")
+        for name, low, high in (
+            ("block_size", 1, 4096),
+            ("max_num_seqs", 1, 65_536),
+            ("max_num_batched_tokens", 1, 1 << 20),
+        ):
+            value = getattr(self, name)
+            expect(
+                isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
+                f"{name} must be an integer in [{low}, {high}], got {value!r}.",
+            )
+        for name, low in (("num_blocks", 2), ("max_model_len", 1), ("threads", 1)):
+            value = getattr(self, name)
+            expect(
+                value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= low),
+                f"{name} must be an integer ≥ {low}, or null, got {value!r}.",
+            )
+        expect(
+            self.block_size & (self.block_size - 1) == 0,
+            f"block_size must be a power of two (8, 16, 32, …), got {self.block_size}.",
+        )
+        expect(
+            isinstance(self.seed, int) and 0 <= self.seed < 2**64, f"seed must be an integer in [0, 2**64), got {self.seed!r}."
+        )
+        expect(
+            self.max_num_batched_tokens >= self.max_num_seqs,
+            f"max_num_batched_tokens must be at least max_num_seqs, so that every running request can decode in one step; "
+            f"got {self.max_num_batched_tokens} and {self.max_num_seqs}.",
+        )
+
+    @classmethod
+    def of(cls, **options: Any) -> Self:
+        """Build from loose options; an unknown name is refused with the nearest known one."""
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            expect(name in known, f"Unknown engine option {name!r}.{nearest_hint(name, known)} Known: {', '.join(known)}.")
+        return cls(**options)

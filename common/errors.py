@@ -1,0 +1,32 @@
+"""The errors a user can cause. Each message says what was expected, what came, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TandemError(Exception):
+    """Root of every error that is the caller's to mend; the command line prints it without a traceback and exits with 2."""
+
+
+class ConfigError(TandemError, ValueError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class CheckpointError(TandemError, ValueError):
+    """Weights or their description are missing, damaged, or inconsistent. Lists every mismatch at once."""
+
+
+class RequestError(TandemError, ValueError):
+    """A request that can never be served as it stands: refused at the door, before anything is allocated."""
+
+
+class BackendError(TandemError, RuntimeError):
+    """A backend cannot do what was asked of it on this machine."""
+
+
+def nearest_hint(given: str, known: Iterable[str]) -> str:
+    """A sentence ` Did you mean 'x'?` for a misspelt name, or the empty string when nothing known is close."""
+    close = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,209 @@
+"""The two contracts of the house: `InferenceEngine`, at the level of requests, and `ModelRunner`, at the level of steps.
+
+`common.engine.Engine` implements the first once, over any `ModelRunner`; each backend implements the second once.
+A request never knows its backend; a backend never sees a request, text, or a policy.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import import_module, util
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common.errors import BackendError, nearest_hint
+from common.request import Request, TokenEvent
+
+if TYPE_CHECKING:
+    from common.config import EngineConfig
+    from common.schedule.batch import Batch
+    from common.weights.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caps:
+    """What an engine or a runner can do on this machine. The scheduler sees the numbers, never the backend."""
+
+    backend: str
+    """`jax`, `torch`, …"""
+    device: str
+    """Platform and kind, as people name it: `cpu`, `cuda:NVIDIA H100`."""
+    dtypes: tuple[str, ...]
+    kernels: tuple[str, ...]
+    token_buckets: tuple[int, ...] = ()
+    """Sizes T that a step is padded to, rising; empty where any size runs as it is."""
+    max_tokens: int = 1 << 30
+    """Packed tokens a step at most."""
+    max_seqs: int = 1 << 30
+    """Sequences a step at most; also the number of permanent rows."""
+    max_model_len: int = 1 << 30
+    vocab_size: int = 1 << 30
+    depth: int = 0
+    """Steps that may be in flight beside the one being built."""
+
+    def bucket(self, tokens: int) -> int:
+        """The padded size of a step of `tokens` tokens."""
+        for size in self.token_buckets:
+            if size >= tokens:
+                return size
+        return tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVGroup:
+    """Layers that share one page table."""
+
+    layers: tuple[int, ...]
+    window: int
+    """Keys a query sees in every layer of the group; 0 is all."""
+    page_bytes: int
+    """Bytes of one page over all layers of the group, K and V together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What one step gives back, ragged: sequence s owns tokens[token_starts[s] : token_starts[s + 1]].
+
+    Without drafts a sequence has one token if it asked for one and none otherwise.
+    """
+
+    tokens: np.ndarray
+    """int32[n]"""
+    token_starts: np.ndarray
+    """int32[S + 1]"""
+    finite: np.ndarray
+    """bool[R]: whether all logits of the row were finite."""
+    logprobs: np.ndarray | None = None
+    """float32[n]: of each token under the raw logits; None where nobody asked."""
+    ranks: np.ndarray | None = None
+    """int32[n]: 1 + the number of greater logits."""
+    top_ids: np.ndarray | None = None
+    """int32[n, k]: the k likeliest tokens, falling, ties to the lower id."""
+    top_logprobs: np.ndarray | None = None
+    """float32[n, k]"""
+
+
+class Pending(ABC):
+    """A step that was submitted. `result()` waits for it; calling it twice returns the same object."""
+
+    @abstractmethod
+    def result(self) -> Result: ...
+
+
+Progress = Callable[[int, int, str], None]
+"""Called with (done, total, what) during long work."""
+
+
+class ModelRunner(ABC):
+    """One model on the devices of one backend, a step at a time.
+
+    Order of calls: `load` → `kv_groups` → `allocate` → `warmup` → any number of `submit`, `read_pages`, `write_pages`.
+    After any exception out of `submit` or `Pending.result` the pages and rows are undefined: call `reset()` and start over.
+    """
+
+    @property
+    @abstractmethod
+    def caps(self) -> Caps: ...
+
+    @abstractmethod
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Bring the weights to the device in the runner's dtype. Raises `CheckpointError` naming every mismatch."""
+
+    @abstractmethod
+    def kv_groups(self) -> tuple[KVGroup, ...]:
+        """The page groups G, known after `load`."""
+
+    @abstractmethod
+    def allocate(self, pages_per_group: Sequence[int]) -> None:
+        """Make the KV pools; page 0 of each is the null page."""
+
+    @abstractmethod
+    def warmup(self, progress: Progress | None = None) -> None:
+        """Compile every shape a later `submit` can need. After it `compilations` does not rise."""
+
+    @property
+    @abstractmethod
+    def compilations(self) -> int:
+        """Programs compiled so far in this process, by this runner."""
+
+    @abstractmethod
+    def submit(self, batch: Batch, mask: Callable[[], np.ndarray] | None = None) -> Pending:
+        """Start one step. `mask`, called after the forward pass is dispatched and before sampling, returns a bitmask of the
+        allowed tokens, uint32[R, ceil(V / 32)], bit v % 32 of word v // 32."""
+
+    @abstractmethod
+    def read_pages(self, group: int, pages: Sequence[int]) -> dict[str, np.ndarray]:
+        """Copies of pages, `k` and `v`: [L of the group, pages, B, K, H] in the pool's dtype. Ordered after earlier submits."""
+
+    @abstractmethod
+    def write_pages(self, group: int, pages: Sequence[int], arrays: dict[str, np.ndarray]) -> None:
+        """The inverse of `read_pages`."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget every page and row; keep weights and compiled programs."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back device memory. Idempotent."""
+
+
+class InferenceEngine(ABC):
+    """Requests in, token events out. Single-threaded: the thread that steps also adds and aborts."""
+
+    @property
+    @abstractmethod
+    def caps(self) -> Caps: ...
+
+    @abstractmethod
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises `RequestError` if it can never be served; nothing changes then."""
+
+    @abstractmethod
+    def step(self, timeout: float | None = None) -> list[TokenEvent]:
+        """Advance by one step and return what became visible. An engine that waits on others waits at most `timeout` seconds."""
+
+    @abstractmethod
+    def abort(self, request_id: str) -> bool:
+        """End a request in whatever state it is; its terminal event comes with the next `step`. False if it is not live."""
+
+    @property
+    @abstractmethod
+    def has_work(self) -> bool:
+        """Whether `step` has anything left to do or to report."""
+
+    @abstractmethod
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start, as plain numbers."""
+
+    @abstractmethod
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached pages; False, and nothing changes, while any page is in use."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    def run(self, requests: Iterable[Request]) -> dict[str, list[TokenEvent]]:
+        """Add all requests, step until the engine is idle, and return each request's events in order."""
+        events: dict[str, list[TokenEvent]] = {}
+        for request in requests:
+            self.add(request)
+            events[request.request_id] = []
+        while self.has_work:
+            for event in self.step():
+                events.setdefault(event.request_id, []).append(event)
+        return events
+
+
+def load_backend(name: str, config: EngineConfig) -> ModelRunner:
+    """The `ModelRunner` of the backend `name`: `jax` is the package `jaxinfer`, `torch` is `torchinfer`, and so on."""
+    package = f"{name}infer"
+    if not name.isidentifier() or util.find_spec(package) is None:
+        raise BackendError(
+            f"Unknown backend {name!r}: there is no package {package!r}.{nearest_hint(name, ('jax', 'torch'))} "
+            "Known here: jax, torch."
+        )
+    return import_module(package).ModelRunner(config)

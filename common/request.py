@@ -1,0 +1,173 @@
+"""What a caller asks for, what becomes of it, and what comes back token by token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any, Self
+
+from common.errors import RequestError, nearest_hint
+
+MAX_LOGPROBS = 20
+GREEDY_EPSILON = 1e-5
+"""Temperatures below this are greedy."""
+
+
+def expect(condition: bool, message: str) -> None:
+    """Raise `RequestError(message)` unless `condition` holds."""
+    if not condition:
+        raise RequestError(message)
+
+
+def _whole(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _real(value: Any, low: float, high: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen and when to stop. Names, units and defaults as in vLLM.
+
+    Order of operations: temperature → min_p → top_k → top_p → inverse CDF.
+    """
+
+    max_tokens: int | None = 16
+    """Output tokens at most; None fills the context."""
+    min_tokens: int = 0
+    """Output tokens before EOS, a stop id or a stop string can end the request; its cap ends it in any case."""
+    temperature: float = 1.0
+    """0 is greedy: the highest logit, ties to the lowest id."""
+    top_k: int = 0
+    """Keep the k likeliest tokens, ties at the k-th kept; 0 or -1 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of likeliest tokens whose probability reaches top_p, at least one."""
+    min_p: float = 0.0
+    """Keep tokens at least min_p times as likely as the likeliest."""
+    seed: int | None = None
+    """None draws one from the engine's seed and the request's number."""
+    logprobs: int | None = None
+    """None: none. k: of the chosen token and of the k likeliest, from the raw logits."""
+    stop: tuple[str, ...] | list[str] | str = ()
+    stop_token_ids: tuple[int, ...] | list[int] = ()
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    detokenize: bool = True
+
+    def __post_init__(self) -> None:
+        put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        put("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        put("stop_token_ids", tuple(self.stop_token_ids))
+        expect(
+            self.max_tokens is None or _whole(self.max_tokens, 1, 2**31 - 1),
+            f"max_tokens must be a positive integer or None, got {self.max_tokens!r}.",
+        )
+        expect(_whole(self.min_tokens, 0, 2**31 - 1), f"min_tokens must be an integer ≥ 0, got {self.min_tokens!r}.")
+        expect(
+            self.max_tokens is None or self.min_tokens <= self.max_tokens,
+            f"min_tokens must not exceed max_tokens, got {self.min_tokens} and {self.max_tokens}.",
+        )
+        expect(_real(self.temperature, 0.0, 100.0), f"temperature must be a finite number in [0, 100], got {self.temperature!r}.")
+        expect(_whole(self.top_k, -1, 2**31 - 1), f"top_k must be an integer ≥ -1, got {self.top_k!r}.")
+        expect(
+            _real(self.top_p, 0.0, 1.0) and self.top_p > 0, f"top_p must be a number in (0, 1], got {self.top_p!r}."
+        )
+        expect(_real(self.min_p, 0.0, 1.0), f"min_p must be a number in [0, 1], got {self.min_p!r}.")
+        expect(
+            self.seed is None or _whole(self.seed, 0, 2**64 - 1),
+            f"seed must be an integer in [0, 2**64) or None, got {self.seed!r}.",
+        )
+        expect(
+            self.logprobs is None or _whole(self.logprobs, 0, MAX_LOGPROBS),
+            f"logprobs must be an integer in [0, {MAX_LOGPROBS}] or None, got {self.logprobs!r}.",
+        )
+        expect(
+            all(isinstance(s, str) and s for s in self.stop), f"stop must hold non-empty strings, got {self.stop!r}."
+        )
+        expect(not self.stop or self.detokenize, "stop strings need detokenize=True.")
+        expect(
+            all(_whole(t, 0, 2**31 - 1) for t in self.stop_token_ids),
+            f"stop_token_ids must hold token ids ≥ 0, got {self.stop_token_ids!r}.",
+        )
+        put("top_k", 0 if self.top_k == -1 else self.top_k)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY_EPSILON
+
+    @classmethod
+    def of(cls, **options: Any) -> Self:
+        """Build from loose options; an unknown name is refused with the nearest known one."""
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            expect(name in known, f"Unknown sampling parameter {name!r}.{nearest_hint(name, known)} Known: {', '.join(known)}.")
+        return cls(**options)
+
+
+class Status(Enum):
+    """`WAITING → RUNNING ⇄ PREEMPTED`, and from any of them to one terminal state."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED_STOP = "stop"
+    FINISHED_LENGTH = "length"
+    FINISHED_ABORT = "abort"
+    FINISHED_TIMEOUT = "timeout"
+    FINISHED_ERROR = "error"
+
+    @property
+    def finished(self) -> bool:
+        return self not in (Status.WAITING, Status.RUNNING, Status.PREEMPTED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt and how to continue it. Immutable; the scheduler keeps its own record of progress."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    eos_token_ids: tuple[int, ...] = ()
+    cache_salt: str = ""
+    """Requests share cached pages only with requests of the same salt."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_token_ids", tuple(self.prompt_token_ids))
+        object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
+        expect(bool(self.request_id), "request_id must not be empty.")
+        expect(len(self.prompt_token_ids) > 0, f"Request {self.request_id!r}: the prompt is empty; give at least one token.")
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Log-probabilities at one output position, of the raw logits."""
+
+    logprob: float
+    """Of the chosen token."""
+    rank: int
+    """1 + how many tokens have a higher logit than the chosen one."""
+    top_ids: Sequence[int] = ()
+    top_logprobs: Sequence[float] = ()
+    """The k likeliest, falling; empty where only the chosen token was wanted."""
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One output token of one request as the host saw it, or its end. Exactly one event of a request has a `finish`."""
+
+    request_id: str
+    token_id: int | None
+    """None on a terminal event that brings no token (abort, error)."""
+    time: float
+    """`time.perf_counter()` seconds, taken when the token reached the host."""
+    logprobs: Logprobs | None = None
+    finish: Status | None = None
+    stop_reason: int | str | None = None
+    """The stop id or stop string that ended it; None for EOS."""
+    error: str | None = None

@@ -1,0 +1,1 @@
+"""Who runs, how many tokens, on which pages: policy in plain Python, batches in NumPy."""

@@ -1,0 +1,176 @@
+"""The packed batch: one step as one owned, read-only, contiguous buffer with named NumPy views.
+
+One buffer means one copy to a device, one broadcast to another process without pickle, and one record of a trace. The bytes
+describe themselves: a header lists the views that are present, so `Batch.from_bytes(batch.buffer.tobytes())` is the same batch.
+
+Sequences with one token come first, `num_decodes` of them: both frameworks want two attention paths.
+Letters: T packed tokens · S sequences · R logit rows · G page groups · P pages of the longest sequence · C page copies · F fills.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import IntFlag
+from typing import Any, Self
+
+import numpy as np
+
+from common.errors import TandemError
+
+MAGIC = 0x31_42_44_54  # "TDB1", little-endian
+ALIGN = 64
+MAX_BYTES = 1 << 30
+
+
+class BatchError(TandemError, ValueError):
+    """Bytes that are no batch, or views that contradict each other."""
+
+
+class Want(IntFlag):
+    """What a logit row is for."""
+
+    SAMPLE = 1
+    LOGPROBS = 2
+
+
+# name -> (dtype, axes). The place of a name in this table is its code in the bytes: append, never reorder.
+VIEWS: dict[str, tuple[str, str]] = {
+    "token_ids": ("<i4", "T"),
+    "positions": ("<i4", "T"),  # logical: mask, slots and sampling noise go by them
+    "query_starts": ("<i4", "S1"),  # S + 1 offsets into T
+    "kv_lengths": ("<i4", "S"),  # keys of the sequence once this step has run
+    "num_decodes": ("<i4", "1"),
+    "rows": ("<i4", "S"),  # permanent row of each sequence's request
+    "page_table": ("<i4", "GSP"),  # padded with the null page
+    "slots": ("<i4", "GT"),  # page * B + offset, where each token's K and V go
+    "copies": ("<i4", "GC2"),  # (from, to) pages, copied before the forward pass
+    "fill_at": ("<i4", "F"),  # indices into token_ids that the host does not know yet ...
+    "fill_row": ("<i4", "F"),  # ... and the row whose last sampled token goes there
+    "logit_rows": ("<i4", "R"),  # indices into T, rising
+    "logit_owner": ("<i4", "R"),  # the sequence of each
+    "want": ("<u1", "R"),  # Want flags
+    "num_top": ("<i4", "R"),  # how many of the likeliest tokens to report; absent when nobody asks for logprobs
+    "seeds": ("<u4", "S2"),  # absent when every row is greedy, and with it the following
+    "temperature": ("<f4", "S"),  # 0 is greedy
+    "top_k": ("<i4", "S"),  # 0 keeps all; absent when nobody filters
+    "top_p": ("<f4", "S"),
+    "min_p": ("<f4", "S"),
+}
+REQUIRED = tuple(VIEWS)[: list(VIEWS).index("num_top")]
+_CODES = {name: code for code, name in enumerate(VIEWS)}
+_ENTRY = 5  # int32s for a header entry: code, three dims, offset
+
+
+class Batch:
+    """One step for a `ModelRunner`. Views are attributes; a view that is absent is None. Never written to after `pack`."""
+
+    __slots__ = ("buffer", *VIEWS)
+
+    buffer: np.ndarray
+    """uint8[n], read-only: everything."""
+    token_ids: np.ndarray
+    positions: np.ndarray
+    query_starts: np.ndarray
+    kv_lengths: np.ndarray
+    num_decodes: np.ndarray
+    rows: np.ndarray
+    page_table: np.ndarray
+    slots: np.ndarray
+    copies: np.ndarray
+    fill_at: np.ndarray
+    fill_row: np.ndarray
+    logit_rows: np.ndarray
+    logit_owner: np.ndarray
+    want: np.ndarray
+    num_top: np.ndarray | None
+    seeds: np.ndarray | None
+    temperature: np.ndarray | None
+    top_k: np.ndarray | None
+    top_p: np.ndarray | None
+    min_p: np.ndarray | None
+
+    def __init__(self, buffer: np.ndarray, views: dict[str, np.ndarray]) -> None:
+        self.buffer = buffer
+        for name in VIEWS:
+            setattr(self, name, views.get(name))
+
+    @property
+    def num_tokens(self) -> int:
+        """T"""
+        return len(self.token_ids)
+
+    @property
+    def num_seqs(self) -> int:
+        """S"""
+        return len(self.rows)
+
+    @classmethod
+    def pack(cls, **arrays: Any) -> Self:
+        """Copy arrays of the names in `VIEWS` into one new buffer."""
+        present = [(name, np.asarray(arrays[name])) for name in VIEWS if arrays.get(name) is not None]
+        head = 2 + _ENTRY * len(present)
+        offset = -(-head * 4 // ALIGN) * ALIGN
+        header = np.zeros(offset // 4, np.int32)
+        header[:2] = MAGIC, len(present)
+        places = []
+        for i, (name, array) in enumerate(present):
+            dims = (*array.shape, *(-1,) * (3 - array.ndim))
+            header[2 + _ENTRY * i : 2 + _ENTRY * (i + 1)] = (_CODES[name], *dims, offset)
+            places.append(offset)
+            itemsize = int(VIEWS[name][0][-1])
+            offset += -(-array.size * itemsize // ALIGN) * ALIGN
+        buffer = np.zeros(offset, np.uint8)
+        buffer[: header.nbytes] = header.view(np.uint8)
+        views = {}
+        for (name, array), place in zip(present, places, strict=True):
+            dtype = np.dtype(VIEWS[name][0])
+            view = buffer[place : place + array.size * dtype.itemsize].view(dtype).reshape(array.shape)
+            view[...] = array
+            view.flags.writeable = False
+            views[name] = view
+        buffer.flags.writeable = False
+        return cls(buffer, views)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """The batch that `data` holds, in a buffer of its own. Raises `BatchError` for anything `pack` would not have written."""
+        if not 8 <= len(data) <= MAX_BYTES or len(data) % ALIGN:
+            raise BatchError(f"A batch has between 64 and {MAX_BYTES} bytes, a multiple of {ALIGN}; got {len(data)}.")
+        buffer = np.frombuffer(bytearray(data), np.uint8)
+        header = buffer[: len(data) // 4 * 4].view(np.int32)
+        magic, count = int(header[0]), int(header[1])
+        if magic != MAGIC or not 0 <= count <= len(VIEWS) or 2 + _ENTRY * count > len(header):
+            raise BatchError("These bytes do not start like a batch of this version.")
+        names, views = list(VIEWS), {}
+        end = -(-(2 + _ENTRY * count) * 4 // ALIGN) * ALIGN
+        for i in range(count):
+            code, *dims, offset = header[2 + _ENTRY * i : 2 + _ENTRY * (i + 1)].tolist()
+            if not 0 <= code < len(names) or names[code] in views:
+                raise BatchError(f"Unknown or repeated view {code} in a batch.")
+            name = names[code]
+            dtype, axes = np.dtype(VIEWS[name][0]), VIEWS[name][1]
+            shape = tuple(d for d in dims if d != -1)
+            ndim = 1 if axes == "S1" or axes == "1" else len(axes)
+            nbytes = math.prod(shape) * dtype.itemsize
+            if len(shape) != ndim or any(d < 0 for d in shape) or offset != end or offset + nbytes > len(data):
+                raise BatchError(f"View {name!r} of a batch has a shape or place that does not fit: {shape} at {offset}.")
+            views[name] = buffer[offset : offset + nbytes].view(dtype).reshape(shape)
+            views[name].flags.writeable = False
+            end = offset + -(-nbytes // ALIGN) * ALIGN
+        missing = [name for name in REQUIRED if name not in views]
+        if missing or end != len(data):
+            raise BatchError(f"A batch lacks {missing or 'no view but its end is misplaced'}.")
+        buffer.flags.writeable = False
+        batch = cls(buffer, views)
+        batch._check_shapes()
+        return batch
+
+    def _check_shapes(self) -> None:
+        sizes: dict[str, int] = {"1": 1, "2": 2, "S1": len(self.rows) + 1}
+        for name, (_, axes) in VIEWS.items():
+            view = getattr(self, name)
+            if view is None:
+                continue
+            for axis, size in zip((axes,) if axes == "S1" else axes, view.shape, strict=True):
+                if sizes.setdefault(axis, size) != size:
+                    raise BatchError(f"View {name!r} of a batch has {size} along {axis}, others have {sizes[axis]}.")

@@ -1,0 +1,1 @@
+"""Text in, text out: tokenizer, incremental detokenizer, stop strings, chat templates."""
