@@ -115,9 +115,7 @@ class ModelConfig:
         for name in ("layer_rope", "layer_window"):
             got = len(getattr(self, name))
             expect(got == self.num_layers, f"{name} must name each of the {self.num_layers} layers, got {got}.")
-        expect(
-            all(0 <= i < len(self.ropes) for i in self.layer_rope), f"layer_rope must index the {len(self.ropes)} ropes."
-        )
+        expect(all(0 <= i < len(self.ropes) for i in self.layer_rope), f"layer_rope must index the {len(self.ropes)} ropes.")
         expect(all(w >= 0 for w in self.layer_window), "layer_window must not be negative.")
 
     @property
@@ -140,7 +138,7 @@ class EngineConfig:
     block_size: int = 16
     """B: tokens a page."""
     num_blocks: int | None = None
-    """Pages the scheduler may use, the null page included; None takes what max_num_seqs of full length need, capped by memory."""
+    """Pages the scheduler may use, the null page included; None sizes it from max_num_seqs and memory."""
     max_model_len: int | None = None
     """Longest prompt + output; None takes the model's own limit, capped at 4,096."""
     max_num_seqs: int = 64
@@ -152,7 +150,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name, allowed in (("dtype", ("float32", "bfloat16")), ("kernels", ("framework",))):
             value = getattr(self, name)
-            expect(value in allowed, f"{name} must be one of {', '.join(allowed)}, got {value!r}.{nearest_hint(str(value), allowed)}")
+            expect(
+                value in allowed,
+                f"{name} must be one of {', '.join(allowed)}, got {value!r}.{nearest_hint(str(value), allowed)}",
+            )
         for name, low, high in (
             ("block_size", 1, 4096),
             ("max_num_seqs", 1, 65_536),

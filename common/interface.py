@@ -164,7 +164,7 @@ class InferenceEngine(ABC):
 
     @abstractmethod
     def step(self, timeout: float | None = None) -> list[TokenEvent]:
-        """Advance by one step and return what became visible. An engine that waits on others waits at most `timeout` seconds."""
+        """Advance by one step and return what became visible. An engine that must wait does so at most `timeout` s."""
 
     @abstractmethod
     def abort(self, request_id: str) -> bool:

@@ -72,11 +72,11 @@ class SamplingParams:
             self.max_tokens is None or self.min_tokens <= self.max_tokens,
             f"min_tokens must not exceed max_tokens, got {self.min_tokens} and {self.max_tokens}.",
         )
-        expect(_real(self.temperature, 0.0, 100.0), f"temperature must be a finite number in [0, 100], got {self.temperature!r}.")
-        expect(_whole(self.top_k, -1, 2**31 - 1), f"top_k must be an integer ≥ -1, got {self.top_k!r}.")
         expect(
-            _real(self.top_p, 0.0, 1.0) and self.top_p > 0, f"top_p must be a number in (0, 1], got {self.top_p!r}."
+            _real(self.temperature, 0.0, 100.0), f"temperature must be a finite number in [0, 100], got {self.temperature!r}."
         )
+        expect(_whole(self.top_k, -1, 2**31 - 1), f"top_k must be an integer ≥ -1, got {self.top_k!r}.")
+        expect(_real(self.top_p, 0.0, 1.0) and self.top_p > 0, f"top_p must be a number in (0, 1], got {self.top_p!r}.")
         expect(_real(self.min_p, 0.0, 1.0), f"min_p must be a number in [0, 1], got {self.min_p!r}.")
         expect(
             self.seed is None or _whole(self.seed, 0, 2**64 - 1),
@@ -86,9 +86,7 @@ class SamplingParams:
             self.logprobs is None or _whole(self.logprobs, 0, MAX_LOGPROBS),
             f"logprobs must be an integer in [0, {MAX_LOGPROBS}] or None, got {self.logprobs!r}.",
         )
-        expect(
-            all(isinstance(s, str) and s for s in self.stop), f"stop must hold non-empty strings, got {self.stop!r}."
-        )
+        expect(all(isinstance(s, str) and s for s in self.stop), f"stop must hold non-empty strings, got {self.stop!r}.")
         expect(not self.stop or self.detokenize, "stop strings need detokenize=True.")
         expect(
             all(_whole(t, 0, 2**31 - 1) for t in self.stop_token_ids),

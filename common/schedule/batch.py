@@ -4,7 +4,7 @@ One buffer means one copy to a device, one broadcast to another process without 
 describe themselves: a header lists the views that are present, so `Batch.from_bytes(batch.buffer.tobytes())` is the same batch.
 
 Sequences with one token come first, `num_decodes` of them: both frameworks want two attention paths.
-Letters: T packed tokens · S sequences · R logit rows · G page groups · P pages of the longest sequence · C page copies · F fills.
+Letters: T packed tokens · S sequences · R logit rows · G page groups · P pages of the longest sequence · C copies · F fills.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class Batch:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """The batch that `data` holds, in a buffer of its own. Raises `BatchError` for anything `pack` would not have written."""
+        """The batch that `data` holds, in a buffer of its own. Raises `BatchError` for what `pack` would not have written."""
         if not 8 <= len(data) <= MAX_BYTES or len(data) % ALIGN:
             raise BatchError(f"A batch has between 64 and {MAX_BYTES} bytes, a multiple of {ALIGN}; got {len(data)}.")
         buffer = np.frombuffer(bytearray(data), np.uint8)
