@@ -183,6 +183,15 @@ class EngineConfig:
             f"got {self.max_num_batched_tokens} and {self.max_num_seqs}.",
         )
 
+    def model_len(self, model: ModelConfig) -> int:
+        """The longest prompt + output this engine serves of `model`. Raises `ConfigError` if more is asked than it has."""
+        asked = self.max_model_len
+        expect(
+            asked is None or asked <= model.max_position,
+            f"max_model_len must not exceed the model's {model.max_position} positions, got {asked}.",
+        )
+        return asked or min(model.max_position, 4096)
+
     @classmethod
     def of(cls, **options: Any) -> Self:
         """Build from loose options; an unknown name is refused with the nearest known one."""

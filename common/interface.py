@@ -16,10 +16,10 @@ import numpy as np
 
 from common.errors import BackendError, nearest_hint
 from common.request import Request, TokenEvent
+from common.schedule.batch import Batch, Want
 
 if TYPE_CHECKING:
     from common.config import EngineConfig
-    from common.schedule.batch import Batch
     from common.weights.checkpoint import Checkpoint
 
 
@@ -86,6 +86,34 @@ class Result:
     """float32[n, k]"""
 
 
+def make_result(
+    batch: Batch,
+    tokens: np.ndarray,
+    finite: np.ndarray,
+    logprobs: np.ndarray | None,
+    ranks: np.ndarray | None,
+    top_ids: np.ndarray | None,
+    top_logprobs: np.ndarray | None,
+) -> Result:
+    """The `Result` of a step that sampled one token for each logit row, from arrays by logit row, padded at the end."""
+    rows = np.flatnonzero(batch.want & Want.SAMPLE)
+    starts = np.zeros(batch.num_seqs + 1, np.int32)
+    np.cumsum(np.bincount(batch.logit_owner[rows], minlength=batch.num_seqs), out=starts[1:])
+    finite = finite[: len(batch.want)]
+    if batch.num_top is None or logprobs is None or ranks is None or top_ids is None or top_logprobs is None:
+        return Result(tokens=tokens[rows], token_starts=starts, finite=finite)
+    k = int(batch.num_top.max(initial=0))
+    return Result(
+        tokens=tokens[rows],
+        token_starts=starts,
+        finite=finite,
+        logprobs=logprobs[rows],
+        ranks=ranks[rows],
+        top_ids=top_ids[rows, :k],
+        top_logprobs=top_logprobs[rows, :k],
+    )
+
+
 class Pending(ABC):
     """A step that was submitted. `result()` waits for it; calling it twice returns the same object."""
 
@@ -109,7 +137,7 @@ class ModelRunner(ABC):
     def caps(self) -> Caps: ...
 
     @abstractmethod
-    def load(self, checkpoint: Checkpoint) -> None:
+    def load(self, checkpoint: Checkpoint, progress: Progress | None = None) -> None:
         """Bring the weights to the device in the runner's dtype. Raises `CheckpointError` naming every mismatch."""
 
     @abstractmethod
@@ -130,9 +158,8 @@ class ModelRunner(ABC):
         """Programs compiled so far in this process, by this runner."""
 
     @abstractmethod
-    def submit(self, batch: Batch, mask: Callable[[], np.ndarray] | None = None) -> Pending:
-        """Start one step. `mask`, called after the forward pass is dispatched and before sampling, returns a bitmask of the
-        allowed tokens, uint32[R, ceil(V / 32)], bit v % 32 of word v // 32."""
+    def submit(self, batch: Batch) -> Pending:
+        """Start one step. It runs after every earlier one."""
 
     @abstractmethod
     def read_pages(self, group: int, pages: Sequence[int]) -> dict[str, np.ndarray]:

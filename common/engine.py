@@ -1,0 +1,210 @@
+"""The engine loop: schedule, submit, take the result, update. `InferenceEngine`, implemented once over any `ModelRunner`."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import psutil
+
+from common.config import EngineConfig
+from common.config import expect as expect_config
+from common.interface import Caps, InferenceEngine, ModelRunner, Pending, Progress, load_backend
+from common.request import Request, Status, TokenEvent, expect
+from common.schedule.scheduler import Scheduler, Step
+from common.schedule.trace import record
+from common.weights.checkpoint import Checkpoint
+
+log = logging.getLogger(__name__)
+
+MAX_POOL_BYTES = 2 << 30
+"""Of KV pages, unless `num_blocks` asks for more."""
+
+
+class Engine(InferenceEngine):
+    """Continuous batching over one runner that is loaded, allocated and warmed up. `num_pages` counts the null page; it may be
+    less than the runner has. The engine owns the runner: `close` closes it.
+    """
+
+    def __init__(self, runner: ModelRunner, config: EngineConfig, *, num_pages: int) -> None:
+        limit = min(config.max_model_len or runner.caps.max_model_len, runner.caps.max_model_len)
+        self.runner, self.config = runner, config
+        self.scheduler = Scheduler(
+            runner.caps,
+            num_pages=num_pages,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=limit,
+            groups=len(runner.kv_groups()),
+            prefix_caching=config.enable_prefix_caching,
+            seed=config.seed,
+        )
+        self._caps = replace(runner.caps, max_model_len=limit, max_seqs=self.scheduler.max_num_seqs)
+        self._in_flight: deque[tuple[Step, Pending]] = deque()
+        self._events: list[TokenEvent] = []  # ends that no step brought: they go out with the next one
+        self._counters = dict.fromkeys(
+            ("steps", "num_resets", "prompt_tokens", "generation_tokens", "scheduled_tokens", "padded_tokens"), 0
+        )
+        self._host_seconds = self._device_seconds = 0.0
+
+    @property
+    def caps(self) -> Caps:
+        return self._caps
+
+    def add(self, request: Request) -> None:
+        vocab, name = self.caps.vocab_size, request.request_id
+        for what, ids in (
+            ("prompt_token_ids", request.prompt_token_ids),
+            ("stop_token_ids", request.params.stop_token_ids),
+            ("eos_token_ids", request.eos_token_ids),
+        ):
+            bad = next((i for i, token in enumerate(ids) if not is_token(token, vocab)), None)
+            if bad is not None:
+                expect(False, f"Request {name!r}: {what}[{bad}] must be an integer in [0, {vocab}), got {ids[bad]!r}.")
+        self.scheduler.add(request)
+        self._counters["prompt_tokens"] += len(request.prompt_token_ids)
+
+    def step(self, timeout: float | None = None) -> list[TokenEvent]:
+        """One step: up to `caps.depth` others stay in flight. `timeout` is for engines that wait; this one computes."""
+        begin, device = perf_counter(), self._device_seconds
+        step = self.scheduler.schedule()
+        if step is not None:
+            self._submit(step)
+        elif self.scheduler.live and not self._in_flight:
+            raise RuntimeError("The scheduler has requests, but neither runs nor awaits any; this is a bug.")
+        if self._in_flight and (step is None or len(self._in_flight) > self.caps.depth):
+            self._land()
+        events, self._events = self._events, []
+        self._host_seconds += perf_counter() - begin - (self._device_seconds - device)
+        return events
+
+    def _submit(self, step: Step) -> None:
+        begin = perf_counter()
+        try:
+            pending = self.runner.submit(step.batch)
+        except BaseException as error:
+            self._recover(step, error)
+        else:
+            self._in_flight.append((step, pending))
+        self._device_seconds += perf_counter() - begin
+        self._counters["steps"] += 1
+        self._counters["scheduled_tokens"] += step.batch.num_tokens
+        self._counters["padded_tokens"] += self.caps.bucket(step.batch.num_tokens) - step.batch.num_tokens
+
+    def _land(self) -> None:
+        step, pending = self._in_flight.popleft()
+        begin = perf_counter()
+        try:
+            result = pending.result()
+        except BaseException as error:
+            self._recover(step, error)
+            return
+        now = perf_counter()
+        self._device_seconds += now - begin
+        events = self.scheduler.update(step, result, now)
+        self._counters["generation_tokens"] += sum(event.token_id is not None for event in events)
+        self._events += events
+
+    def _recover(self, step: Step, error: BaseException) -> None:
+        """A step raised: the runner's pages and rows are undefined. Start over with every request, all tokens kept."""
+        self._in_flight.clear()
+        self._counters["num_resets"] += 1
+        failed = self.scheduler.recover(step.seqs if isinstance(error, Exception) else [])
+        now = perf_counter()
+        message = f"The steps of this request keep raising: {type(error).__name__}: {error}"
+        self._events += [TokenEvent(name, None, now, finish=Status.FINISHED_ERROR, error=message) for name in failed]
+        self.runner.reset()
+        if not isinstance(error, Exception):
+            raise error
+        log.warning("A step of %d requests raised; starting over with all of them.", len(step.seqs), exc_info=error)
+
+    def abort(self, request_id: str) -> bool:
+        return self._end(request_id, Status.FINISHED_ABORT, None)
+
+    def finish(self, request_id: str, stop_reason: str) -> bool:
+        """Like `abort`, for a request whose text has come to a stop string: it ends with `FINISHED_STOP`."""
+        return self._end(request_id, Status.FINISHED_STOP, stop_reason)
+
+    def _end(self, request_id: str, status: Status, stop_reason: str | None) -> bool:
+        live = self.scheduler.end(request_id, status)
+        if live:
+            self._events.append(TokenEvent(request_id, None, perf_counter(), finish=status, stop_reason=stop_reason))
+        return live
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.scheduler.live or self._in_flight or self._events)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start: `scheduled_tokens` went through the model, `padded_tokens` came on top to fill buckets;
+        `device_seconds` were spent in the runner, `host_seconds` in the rest of `step`. Prefix cache counts are in tokens.
+        """
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        return {
+            **self._counters,
+            "num_preemptions": scheduler.num_preemptions,
+            "prefix_cache_queries": scheduler.prefix_cache_queries,
+            "prefix_cache_hits": scheduler.prefix_cache_hits,
+            "host_seconds": self._host_seconds,
+            "device_seconds": self._device_seconds,
+            "num_running": len(scheduler.running),
+            "num_waiting": len(scheduler.waiting) + len(scheduler.preempted),
+            "kv_cache_usage": 1 - pool.num_free / max(pool.num_pages - 1, 1),
+            "compilations": self.runner.compilations,
+        }
+
+    def reset_prefix_cache(self) -> bool:
+        return self.scheduler.pool.forget()
+
+    def close(self) -> None:
+        self.runner.close()
+
+
+def is_token(value: Any, vocab_size: int) -> bool:
+    """Whether `value` is an integer in [0, vocab_size); True and 1.0 are none."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 0 <= int(value) < vocab_size
+
+
+def pool_size(config: EngineConfig, max_model_len: int, page_bytes: int) -> int:
+    """Pages to allocate, the null page included: `num_blocks`, or enough for `max_num_seqs` full contexts within bounds."""
+    if config.num_blocks is not None:
+        return config.num_blocks
+    wanted = 1 + config.max_num_seqs * -(-max_model_len // config.block_size)
+    affordable = min(psutil.virtual_memory().available // 4, MAX_POOL_BYTES) // page_bytes
+    expect_config(
+        affordable >= 2,
+        f"One KV page of {config.block_size} tokens takes {page_bytes} bytes, and there is no memory for two; "
+        "lower block_size, or set num_blocks to insist.",
+    )
+    return min(wanted, affordable)
+
+
+def build_engine(
+    backend: str,
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    progress: Progress | None = None,
+    trace: Path | None = None,
+) -> Engine:
+    """An engine of `backend` (`jax`, `torch`), loaded, allocated and warmed up. With `trace`, every call is recorded there."""
+    max_model_len = config.model_len(checkpoint.config)
+    config = replace(config, max_model_len=max_model_len)
+    runner = load_backend(backend, config)
+    if trace is not None:
+        runner = record(runner, trace)
+    try:
+        runner.load(checkpoint, progress)
+        groups = runner.kv_groups()
+        num_pages = pool_size(config, max_model_len, sum(group.page_bytes for group in groups))
+        runner.allocate([num_pages] * len(groups))
+        runner.warmup(progress)
+        return Engine(runner, config, num_pages=num_pages)
+    except BaseException:
+        runner.close()
+        raise

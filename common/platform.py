@@ -1,0 +1,133 @@
+"""The machine: which device to compute on and why, and facts about it that need no framework.
+
+The choice of a device is pure logic here; what is usable, only a backend can tell. It hands in one probe a platform.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from common.errors import BackendError, ConfigError, nearest_hint
+
+logger = logging.getLogger(__name__)
+
+PLATFORMS = ("cuda", "rocm", "xpu", "tpu", "cpu")
+"""In the order in which `auto` tries them."""
+_CANDIDATES = {"auto": PLATFORMS, "gpu": ("cuda", "rocm", "xpu")} | {name: (name,) for name in PLATFORMS}
+
+Probe = Callable[[], str | None]
+"""Returns None where the platform can be used, else a short reason why not. May be slow; must not raise."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The platform to compute on, and why each one tried before it was passed over."""
+
+    platform: str
+    reasons: Mapping[str, str]
+
+
+def choose(requested: str, probes: Mapping[str, Probe]) -> Choice:
+    """The first usable platform for `requested`: `auto` tries all in the order of `PLATFORMS`, `gpu` only GPUs, a name only it.
+
+    `probes` holds what the backend supports at all; a platform without a probe is passed over. Probes run one by one and only
+    until one succeeds. Every refusal is logged. Raises `ConfigError` for an unknown name, `BackendError` if nothing is usable.
+    """
+    if requested not in _CANDIDATES:
+        hint = nearest_hint(requested, _CANDIDATES)
+        raise ConfigError(f"Unknown device {requested!r}.{hint} Known: {', '.join(_CANDIDATES)}.")
+    reasons: dict[str, str] = {}
+    for name in _CANDIDATES[requested]:
+        reason = probes[name]() if name in probes else "this backend has no support for it"
+        if reason is None:
+            logger.info("device=%s: using %s%s", requested, name, f" ({_sentence(reasons)})" if reasons else "")
+            return Choice(name, reasons)
+        reasons[name] = reason
+    advice = "" if requested == "auto" else " Use device=auto to fall back to what is there."
+    raise BackendError(f"device={requested} cannot be used here: {_sentence(reasons)}.{advice}")
+
+
+def _sentence(reasons: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+
+
+def cores() -> int:
+    """Cores this process may use: its affinity mask, cut by the CPU quota of its cgroup where there is one; at least 1."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = [tuple(text.split()) for (text,) in _cgroup_files("", "cpu.max")]
+    quotas += _cgroup_files("cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us")
+    for quota, period in quotas:
+        if quota not in ("max", "-1"):
+            count = min(count, max(1, int(quota) // int(period)))
+    return count
+
+
+def memory_available() -> int:
+    """Bytes that can be allocated without swapping, within the memory limit of this process's cgroup."""
+    available = psutil.virtual_memory().available
+    groups = _cgroup_files("", "memory.max", "memory.current", "memory.stat")
+    groups += _cgroup_files("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
+    for limit, used, stat in groups:
+        if limit != "max":
+            reclaimable = dict(line.split() for line in stat.splitlines()).get("inactive_file", 0)
+            available = min(available, max(0, int(limit) - int(used) + int(reclaimable)))
+    return available
+
+
+def _cgroup_files(controller: str, *names: str) -> list[tuple[str, ...]]:
+    """The contents of control files in this process's group and in each above it that has them all, innermost first.
+
+    `controller` is empty for the one hierarchy of cgroup v2, else names a hierarchy of v1.
+    """
+    try:
+        entries = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return []
+    root = Path("/sys/fs/cgroup") / controller
+    own = next((root / path.lstrip("/") for _, kinds, path in entries if controller in kinds.split(",")), root)
+    folders = [folder for folder in (own, *own.parents) if folder.is_relative_to(root)]
+    files = [[folder / name for name in names] for folder in folders]
+    return [tuple(file.read_text().strip() for file in group) for group in files if all(map(Path.is_file, group))]
+
+
+def cpu_name() -> str:
+    """The processor's name as its maker prints it, or its architecture where that is not told."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def peak_rss() -> int:
+    """The most bytes of memory this process has held at once."""
+    try:
+        # Not getrusage: on Linux its peak survives exec, so a child would report its parent's.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def has_cxx_compiler() -> str | None:
+    """The path of the C++ compiler that torch.compile would find ($CXX, g++, clang++, c++), or None."""
+    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
+        if name and (path := shutil.which(name)):
+            return path
+    return None

@@ -1,0 +1,101 @@
+"""Tables indexed by permanent row, and how a step's `Batch` is gathered from them: NumPy all the way, no loop over tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from common.request import SamplingParams
+from common.schedule.batch import Batch, Want
+
+
+class Rows:
+    """What the host knows of each row: its tokens, its pages, how it samples. One row a request while it runs.
+
+    `max_len` is in tokens; `groups` (G) share one page numbering today, so each gets the same page table.
+    """
+
+    def __init__(self, num_rows: int, max_len: int, block_size: int, groups: int = 1) -> None:
+        self.block_size, self.groups = block_size, groups
+        self.tokens = np.zeros((num_rows, max_len), np.int32)
+        self.pages = np.zeros((num_rows, -(-max_len // block_size)), np.int32)
+        self.seeds = np.zeros((num_rows, 2), np.uint32)
+        self.temperature = np.zeros(num_rows, np.float32)
+        self.top_k = np.zeros(num_rows, np.int32)
+        self.top_p = np.ones(num_rows, np.float32)
+        self.min_p = np.zeros(num_rows, np.float32)
+        self.filters = np.zeros(num_rows, bool)
+        self.num_top = np.full(num_rows, -1, np.int32)  # -1: no logprobs wanted
+        self.free = list(range(num_rows))[::-1]
+        self._arange = np.arange(num_rows, dtype=np.int32)
+
+    def take(self, tokens: np.ndarray, pages: Sequence[int], params: SamplingParams, seed: int) -> int:
+        """A free row, filled. The caller has made sure that there is one."""
+        row = self.free.pop()
+        self.tokens[row, : len(tokens)] = tokens
+        self.pages[row, : len(pages)] = pages
+        self.pages[row, len(pages) :] = 0
+        self.seeds[row] = seed & 0xFFFF_FFFF, seed >> 32
+        self.temperature[row] = 0.0 if params.greedy else params.temperature
+        self.top_k[row], self.top_p[row], self.min_p[row] = params.top_k, params.top_p, params.min_p
+        self.filters[row] = not params.greedy and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
+        self.num_top[row] = -1 if params.logprobs is None else params.logprobs
+        return row
+
+    def give_back(self, row: int) -> None:
+        self.free.append(row)
+
+    def build(
+        self, row_list: list[int], start_list: list[int], count_list: list[int], samples: list[bool], fills: list[bool]
+    ) -> Batch:
+        """The batch in which sequence s runs `counts[s]` tokens from position `starts[s]` of its row on.
+
+        `samples`: whether its last token asks for a next one. `fills`: whether that last token is known to the device only.
+        Sequences of one token must come first.
+        """
+        rows, starts, counts = np.array(row_list, np.int32), np.array(start_list, np.int32), np.array(count_list, np.int32)
+        size = self.block_size
+        num_seqs = len(rows)
+        ends = starts + counts
+        query_starts = np.zeros(num_seqs + 1, np.int32)
+        np.cumsum(counts, out=query_starts[1:])
+        num_tokens = int(query_starts[-1])
+        if num_tokens == num_seqs:  # decodes only
+            owner, positions = self._arange[:num_seqs], starts
+        else:
+            owner = np.repeat(self._arange[:num_seqs], counts)
+            positions = np.arange(num_tokens, dtype=np.int32) + (starts - query_starts[:-1])[owner]
+        page_table = self.pages[rows, : -(-int(ends.max()) // size)] if num_seqs else self.pages[:0, :0]
+        slots = page_table[owner, positions // size] * size + positions % size
+        logit_owner = np.flatnonzero(samples)
+        logit_rows = query_starts[1:][logit_owner] - 1
+        token_ids = self.tokens[rows[owner], positions]
+        fill_at = query_starts[1:][np.flatnonzero(fills)] - 1
+        token_ids[fill_at] = 0
+        views = {
+            "token_ids": token_ids,
+            "positions": positions,
+            "query_starts": query_starts,
+            "kv_lengths": ends,
+            "num_decodes": np.array([np.count_nonzero(counts == 1)], np.int32),
+            "rows": rows,
+            "page_table": np.broadcast_to(page_table, (self.groups, *page_table.shape)),
+            "slots": np.broadcast_to(slots, (self.groups, num_tokens)),
+            "copies": np.empty((self.groups, 0, 2), np.int32),
+            "fill_at": fill_at,
+            "fill_row": rows[owner[fill_at]],
+            "logit_rows": logit_rows,
+            "logit_owner": logit_owner,
+            "want": np.full(len(logit_owner), Want.SAMPLE, np.uint8),
+        }
+        num_top = self.num_top[rows[logit_owner]]
+        if (num_top >= 0).any():
+            views["want"] |= np.where(num_top >= 0, np.uint8(Want.LOGPROBS), np.uint8(0))
+            views["num_top"] = np.maximum(num_top, 0)
+        temperature = self.temperature[rows]
+        if temperature.any():
+            views["seeds"], views["temperature"] = self.seeds[rows], temperature
+            if self.filters[rows].any():
+                views["top_k"], views["top_p"], views["min_p"] = self.top_k[rows], self.top_p[rows], self.min_p[rows]
+        return Batch.pack(**views)

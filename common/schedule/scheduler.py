@@ -1,0 +1,422 @@
+"""Who runs in the next step, how many tokens of each, on which pages; and what becomes of them once its result is there.
+
+Continuous batching (Yu et al. 2022, Orca) over paged KV (Kwon et al. 2023, arXiv:2309.06180), with chunked prefill and
+preemption by recompute. There is no prefill or decode phase: `computed` of each request catches up with its tokens. A step
+takes running requests first, one-token ones before chunks, then waiting ones in arrival order.
+
+Progress never stops: a request is refused at the door unless the pool can hold it alone; the victim of a preemption is always
+the youngest, so the oldest runs through; and a request is admitted only with pages for all its tokens, so a chunk never waits.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+
+from common.errors import BackendError
+from common.interface import Caps, Result
+from common.request import Logprobs, Request, Status, TokenEvent, expect
+from common.schedule.batch import Batch
+from common.schedule.pages import PageKey, PagePool, next_key
+from common.schedule.rows import Rows
+
+MAX_STRIKES = 3
+"""Raising steps in a row, without a token between them, after which a request is given up."""
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A live request and how far it has come. Tokens = prompt + output; KV of the first `computed` of them is scheduled."""
+
+    request: Request
+    number: int
+    """Arrival order; age in every contest."""
+    max_tokens: int
+    """Output tokens at most, the context and the pool considered."""
+    seed: int
+    known: int
+    """Tokens the host knows."""
+    stops: dict[int, int | None]
+    """Tokens that end it -> the reason to report: None for EOS."""
+    status: Status = Status.WAITING
+    output: list[int] = field(default_factory=list)
+    row: int = -1
+    pages: list[int] = field(default_factory=list)
+    keys: list[PageKey] = field(default_factory=list)
+    """Of its full pages, as far as they were needed yet."""
+    computed: int = 0
+    published: int = 0
+    """Of `pages`, how many were hits or are offered to others."""
+    pending: int = 0
+    """Tokens sampled by steps in flight."""
+    in_flight: int = 0
+    """Steps in flight that name it; only when there are none are its pages and row free for others."""
+    strikes: int = 0
+    """Steps of its own that raised since its last token."""
+    admissions: int = 0
+
+    @property
+    def left(self) -> int:
+        """Tokens to compute before the next can be sampled."""
+        return self.known + self.pending - self.computed
+
+    def tokens(self) -> np.ndarray:
+        """All that the host knows: prompt and output, int32[known]."""
+        return np.array((*self.request.prompt_token_ids, *self.output), np.int32)
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """A scheduled step, until its result has landed."""
+
+    seqs: list[Sequence]
+    batch: Batch
+
+
+class Scheduler:
+    """Requests in, steps out, results in, events out. Holds every request from `add` to its end. Knows no backend.
+
+    `chunk` bounds the tokens of one request in a step (default: the whole budget).
+    """
+
+    def __init__(
+        self,
+        caps: Caps,
+        *,
+        num_pages: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        groups: int = 1,
+        prefix_caching: bool = True,
+        chunk: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.caps = caps
+        self.block_size, self.max_model_len, self.prefix_caching, self.seed = block_size, max_model_len, prefix_caching, seed
+        self.budget = min(max_num_batched_tokens, caps.max_tokens)
+        self.max_num_seqs = min(max_num_seqs, caps.max_seqs, self.budget)
+        self.chunk = chunk or self.budget
+        self.pool = PagePool(num_pages)
+        self.rows = Rows(self.max_num_seqs, max_model_len, block_size, groups)
+        self.live: dict[str, Sequence] = {}
+        self.waiting: dict[int, Sequence] = {}  # by number, and so in arrival order
+        self.preempted: dict[int, Sequence] = {}
+        self.running: list[Sequence] = []  # oldest first
+        self.leaving: list[Sequence] = []  # no longer running, but a step in flight still names their pages and row
+        self.num_requests = 0
+        self.num_preemptions = 0
+        self.prefix_cache_queries = 0
+        self.prefix_cache_hits = 0
+
+    # ── requests come and go ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises `RequestError`, and changes nothing, if it can never be served."""
+        name, params, prompt_len = request.request_id, request.params, len(request.prompt_token_ids)
+        expect(name not in self.live, f"Request {name!r} is live already; give every live request an id of its own.")
+        expect(
+            prompt_len < self.max_model_len,
+            f"Request {name!r}: a prompt of {prompt_len} tokens leaves no room for output in a context of {self.max_model_len} "
+            f"(max_model_len); shorten it to at most {self.max_model_len - 1}.",
+        )
+        room = (self.pool.num_pages - 1) * self.block_size  # the last output token needs no KV: nothing follows it
+        expect(
+            prompt_len <= room,
+            f"Request {name!r}: a prompt of {prompt_len} tokens needs {-(-prompt_len // self.block_size)} pages, but the pool "
+            f"has {self.pool.num_pages - 1} of {self.block_size} tokens; shorten it or raise num_blocks.",
+        )
+        limit = min(self.max_model_len, room + 1) - prompt_len
+        max_tokens = limit if params.max_tokens is None else params.max_tokens
+        expect(
+            prompt_len + max_tokens <= self.max_model_len,
+            f"Request {name!r}: {prompt_len} prompt tokens and max_tokens={max_tokens} exceed the context of "
+            f"{self.max_model_len} (max_model_len); ask for at most {limit}.",
+        )
+        expect(
+            max_tokens <= limit,
+            f"Request {name!r}: {prompt_len} prompt tokens and max_tokens={max_tokens} need "
+            f"{-(-(prompt_len + max_tokens - 1) // self.block_size)} pages, but the pool has {self.pool.num_pages - 1} of "
+            f"{self.block_size} tokens; ask for at most {limit} or raise num_blocks.",
+        )
+        eos = () if params.ignore_eos else request.eos_token_ids
+        seq = Sequence(
+            request=request,
+            number=self.num_requests,
+            max_tokens=max_tokens,
+            seed=mix64(self.seed, self.num_requests) if params.seed is None else params.seed,
+            known=prompt_len,
+            stops={**{token: token for token in params.stop_token_ids}, **dict.fromkeys(eos)},
+        )
+        self.num_requests += 1
+        self.live[name] = self.waiting[seq.number] = seq
+
+    def end(self, request_id: str, status: Status) -> bool:
+        """End a request in whatever state it is, by its exact id; False if it is not live. The caller reports it."""
+        seq = self.live.get(request_id)
+        if seq is not None:
+            self._finish(seq, status)
+        return seq is not None
+
+    def recover(self, suspects: list[Sequence]) -> list[str]:
+        """After a step raised, and the runner lost its pages and rows: everyone who ran waits again and keeps the emitted
+        tokens. A suspect that has come to `MAX_STRIKES` without a token in between ends; returns the ids of those.
+        """
+        for seq in self.running:
+            seq.status = Status.PREEMPTED
+            self.preempted[seq.number] = seq
+        for seq in (*self.running, *self.leaving):
+            self._give_back(seq)
+            seq.in_flight = 0
+        self.running, self.leaving = [], []
+        self.pool.forget()
+        for seq in suspects:
+            seq.strikes += 1
+        failed = [seq for seq in suspects if seq.strikes >= MAX_STRIKES and not seq.status.finished]
+        for seq in failed:
+            self._finish(seq, Status.FINISHED_ERROR)
+        return [seq.request.request_id for seq in failed]
+
+    # ── one step: schedule ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def schedule(self) -> Step | None:
+        """The next step, or None if nobody can run before a step in flight has landed."""
+        preemptions = self.num_preemptions
+        decodes, chunks = self._continue()
+        if self.num_preemptions == preemptions:
+            chunks += self._admit(self.budget - len(decodes) - sum(count for _, count in chunks))
+        self._fit_bucket(len(decodes), chunks)
+        plan = [(seq, 1) for seq in decodes]
+        plan += [item for item in chunks if item[1] == 1]
+        plan += [item for item in chunks if item[1] > 1]
+        return self._commit(plan) if plan else None
+
+    def _continue(self) -> tuple[list[Sequence], list[tuple[Sequence, int]]]:
+        """Running requests: those that need one token, then the next chunk of those that need more, both oldest first."""
+        decodes, prefills = [], []
+        for seq in list(self.running):
+            if seq.status is not Status.RUNNING:
+                break  # preempted just now, and so is everyone younger
+            if seq.known + seq.pending - seq.computed > 1:
+                prefills.append(seq)
+            elif len(seq.output) + seq.pending < seq.max_tokens and self._has_page(seq):
+                decodes.append(seq)
+        budget, chunks = self.budget - len(decodes), []
+        for seq in prefills:
+            count = min(seq.left, budget, self.chunk)
+            if count and seq.status is Status.RUNNING:
+                chunks.append((seq, count))
+                budget -= count
+        return decodes, chunks
+
+    def _has_page(self, seq: Sequence) -> bool:
+        """Make sure of a page for the next token, preempting the youngest as long as it takes; False if it must wait."""
+        if seq.computed < len(seq.pages) * self.block_size:
+            return True
+        while (page := self.pool.allocate(1)) is None:
+            if any(self.pool.refs[page] == 1 for other in self.leaving for page in other.pages):
+                return False  # one is on its way back
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        self.rows.pages[seq.row, len(seq.pages)] = page[0]
+        seq.pages += page
+        return True
+
+    def _admit(self, budget: int) -> list[tuple[Sequence, int]]:
+        """Waiting requests in arrival order, each with pages for all its tokens, until one does not fit.
+
+        One that still has a step in flight is passed over and keeps its place: its next tokens depend on that step's result.
+        """
+        chunks: list[tuple[Sequence, int]] = []
+        for seq in self._queue(len(self.rows.free)):
+            if budget == 0 or not self.rows.free:
+                break
+            if seq.in_flight:
+                continue
+            hits = self._lookup(seq)
+            pages = self.pool.allocate(-(-seq.known // self.block_size) - len(hits), hits)
+            if pages is None:
+                break
+            seq.pages, seq.published, seq.computed = pages, len(hits), len(hits) * self.block_size
+            seq.row = self.rows.take(seq.tokens(), pages, seq.request.params, seq.seed)
+            if not seq.admissions:  # what a preempted request finds again is no merit of the cache
+                self.prefix_cache_queries += seq.known
+                self.prefix_cache_hits += seq.computed
+            seq.admissions += 1
+            (self.preempted if seq.status is Status.PREEMPTED else self.waiting).pop(seq.number)
+            seq.status = Status.RUNNING
+            insort(self.running, seq, key=lambda s: s.number)
+            count = min(seq.left, budget, self.chunk)
+            chunks.append((seq, count))
+            budget -= count
+        return chunks
+
+    def _queue(self, limit: int) -> Iterator[Sequence]:
+        """Who may be admitted, oldest first, `limit` of those that never ran. Whoever was preempted is older than they."""
+        return iter([*sorted(self.preempted.values(), key=lambda s: s.number), *islice(self.waiting.values(), limit)])
+
+    def _lookup(self, seq: Sequence) -> list[int]:
+        """Cached pages of its prefix, looked up anew at every attempt. The last token is always left to compute."""
+        if not self.prefix_caching:
+            return []
+        full, size = (seq.known - 1) // self.block_size, self.block_size
+        if len(seq.keys) < full:
+            tokens = seq.tokens()
+            for i in range(len(seq.keys), full):
+                self._extend_keys(seq, tokens[i * size : (i + 1) * size])
+        return self.pool.match(seq.keys[:full])
+
+    def _fit_bucket(self, num_decodes: int, chunks: list[tuple[Sequence, int]]) -> None:
+        """Shorten the last chunk to end the step on a bucket, where running its rest in the next step pads less in sum."""
+        if not self.caps.token_buckets or not chunks:
+            return
+        total = num_decodes + sum(count for _, count in chunks)
+        lower = max((size for size in self.caps.token_buckets if size <= total), default=total)
+        rest = total - lower
+        seq, count = chunks[-1]
+        beside = max(num_decodes, 1)
+        if (
+            rest
+            and count > rest
+            and lower + self.caps.bucket(beside + rest) - self.caps.bucket(beside) < self.caps.bucket(total)
+        ):
+            chunks[-1] = (seq, count - rest)
+
+    def _commit(self, plan: list[tuple[Sequence, int]]) -> Step:
+        """Advance every sequence of the plan, as of now, and pack the step."""
+        seqs, rows, starts, counts, samples, fills = [], [], [], [], [], []
+        for seq, count in plan:
+            end = seq.computed + count
+            sample = end == seq.known + seq.pending
+            seqs.append(seq)
+            rows.append(seq.row)
+            starts.append(seq.computed)
+            counts.append(count)
+            samples.append(sample)
+            fills.append(end > seq.known)
+            seq.computed = end
+            seq.pending += sample
+            seq.in_flight += 1
+        return Step(seqs, self.rows.build(rows, starts, counts, samples, fills))
+
+    # ── one step: its result ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def update(self, step: Step, result: Result, time: float) -> list[TokenEvent]:
+        """Take in the result of the oldest step in flight, seen at `time`: new tokens, ends, pages to offer to others."""
+        batch, events = step.batch, []
+        tokens, starts, ends = result.tokens.tolist(), result.token_starts.tolist(), batch.kv_lengths.tolist()
+        self.rows.tokens[batch.rows[batch.logit_owner], batch.kv_lengths[batch.logit_owner]] = result.tokens
+        bad = set() if result.finite.all() else set(batch.logit_owner[~result.finite].tolist())
+        for i, seq in enumerate(step.seqs):
+            seq.in_flight -= 1
+            if i in bad and not seq.status.finished:
+                events.append(self._spoil(seq, time))
+            elif seq.status is Status.RUNNING and self.prefix_caching:
+                self._publish(seq, ends[i])
+            for j in range(starts[i], starts[i + 1]):
+                if seq.status.finished:
+                    break  # just now, or while this step was in flight
+                events.append(self._append(seq, result, j, tokens[j], time))
+            if not seq.in_flight and seq.row >= 0 and seq.status is not Status.RUNNING:
+                self.leaving.remove(seq)
+                self._give_back(seq)
+        return events
+
+    def _publish(self, seq: Sequence, landed: int) -> None:
+        """Offer the pages that are full now that KV of its first `landed` tokens is written.
+
+        Only here, when the step that wrote a page has come back with finite logits, and not at `schedule`: so no page is shared
+        that an exception or a NaN would take back. The price is that twins admitted to one step both compute their prefix.
+        """
+        size = self.block_size
+        while (seq.published + 1) * size <= landed:
+            i = seq.published
+            if i == len(seq.keys):
+                self._extend_keys(seq, self.rows.tokens[seq.row, i * size : (i + 1) * size])
+            self.pool.publish(seq.pages[i], seq.keys[i])
+            seq.published += 1
+
+    def _extend_keys(self, seq: Sequence, tokens: np.ndarray) -> None:
+        parent = seq.keys[-1] if seq.keys else None
+        seq.keys.append(next_key(self.pool.secret, parent, tokens.tobytes(), seq.request.cache_salt))
+
+    def _append(self, seq: Sequence, result: Result, j: int, token: int, time: float) -> TokenEvent:
+        """Give a sequence the step's token j, and end it if that was its last."""
+        params = seq.request.params
+        seq.output.append(token)
+        seq.known += 1
+        seq.pending -= 1
+        seq.strikes = 0
+        finish, stop_reason = None, None
+        if token in seq.stops and len(seq.output) >= params.min_tokens:
+            finish, stop_reason = Status.FINISHED_STOP, seq.stops[token]
+        elif len(seq.output) >= seq.max_tokens:
+            finish = Status.FINISHED_LENGTH
+        if finish:
+            self._finish(seq, finish)
+        logprobs = None if params.logprobs is None else logprobs_of(result, j, params.logprobs)
+        return TokenEvent(seq.request.request_id, token, time, logprobs, finish, stop_reason)
+
+    def _spoil(self, seq: Sequence, time: float) -> TokenEvent:
+        """End a sequence whose logits are not finite, and withdraw its pages: whatever is wrong may be in any of them."""
+        for page in seq.pages:
+            self.pool.unpublish(page)
+        self._finish(seq, Status.FINISHED_ERROR)
+        error = "The model's logits were not finite (NaN or infinite) for this request."
+        return TokenEvent(seq.request.request_id, None, time, finish=Status.FINISHED_ERROR, error=error)
+
+    # ── leaving ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Send a running sequence back to waiting. Its pages go, its tokens stay: they will be computed anew as a prompt."""
+        self.num_preemptions += 1
+        self.running.remove(seq)
+        seq.status = Status.PREEMPTED
+        self.preempted[seq.number] = seq
+        self._vacate(seq)
+
+    def _finish(self, seq: Sequence, status: Status) -> None:
+        del self.live[seq.request.request_id]
+        if seq.status is Status.RUNNING:
+            self.running.remove(seq)
+            self._vacate(seq)
+        else:
+            (self.preempted if seq.status is Status.PREEMPTED else self.waiting).pop(seq.number)
+        seq.status = status
+
+    def _vacate(self, seq: Sequence) -> None:
+        """Give back the pages and the row of a sequence that stops running: now, or once no step in flight names them."""
+        if seq.in_flight:
+            self.leaving.append(seq)
+        else:
+            self._give_back(seq)
+
+    def _give_back(self, seq: Sequence) -> None:
+        self.pool.release(seq.pages)
+        self.rows.give_back(seq.row)
+        seq.row, seq.pages, seq.computed, seq.published, seq.pending = -1, [], 0, 0, 0
+
+
+def logprobs_of(result: Result, j: int, k: int) -> Logprobs:
+    """What a result says about its token j, with the k likeliest. The runner reports logprobs in every step that wants any."""
+    if result.logprobs is None or result.ranks is None:
+        raise BackendError("A request wanted logprobs, and the runner reported none.")
+    top_ids, top_logprobs = (), ()
+    if k and result.top_ids is not None and result.top_logprobs is not None:
+        top_ids, top_logprobs = result.top_ids[j, :k].tolist(), result.top_logprobs[j, :k].tolist()
+    return Logprobs(float(result.logprobs[j]), int(result.ranks[j]), top_ids, top_logprobs)
+
+
+def mix64(seed: int, number: int) -> int:
+    """Output `number` of SplitMix64 from `seed` (Steele et al. 2014): well mixed 64-bit seeds from two small numbers."""
+    x = (seed + (number + 1) * 0x9E37_79B9_7F4A_7C15) & 0xFFFF_FFFF_FFFF_FFFF
+    x = (x ^ x >> 30) * 0xBF58_476D_1CE4_E5B9 & 0xFFFF_FFFF_FFFF_FFFF
+    x = (x ^ x >> 27) * 0x94D0_49BB_1331_11EB & 0xFFFF_FFFF_FFFF_FFFF
+    return x ^ x >> 31

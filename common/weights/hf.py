@@ -1,0 +1,120 @@
+"""A Hugging Face directory: config.json, generation_config.json, and safetensors in one file or in shards.
+
+No other weight format is read: .bin and .pt files are pickles, which run code when they are loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from common.config import ModelConfig
+from common.errors import CheckpointError, ConfigError
+from common.weights.config_json import model_config_from_json, token_ids
+from common.weights.entry import PLAIN, Entry, map_file, map_tensor
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
+
+
+def load_directory(path: Path) -> tuple[ModelConfig, dict[str, Entry]]:
+    """The configuration and the lazy entries of a directory. Raises CheckpointError or ConfigError."""
+    config_path = path / "config.json"
+    if not config_path.exists():
+        files = sorted(p.name for p in path.glob("*.gguf"))
+        hint = f" Did you mean {path / files[0]}?" if files else ""
+        raise CheckpointError(f"{path} has no config.json: it is not a Hugging Face checkpoint.{hint}")
+    try:
+        config = model_config_from_json(read_json(config_path))
+        generation_path = path / "generation_config.json"
+        if generation_path.exists():
+            extra = token_ids(read_json(generation_path), "eos_token_id")
+            config = replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + extra)))
+    except ConfigError as error:
+        raise ConfigError(f"{config_path}: {error}") from error
+    if (path / _INDEX).exists():
+        return config, _read_shards(path)
+    if (path / _SINGLE).exists():
+        return config, read_safetensors(path / _SINGLE)
+    pickles = sorted(p.name for pattern in _PICKLES for p in path.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{path} has its weights only as {pickles[0]}, a pickle, which can run code when loaded and is never read here. "
+            "Save it as safetensors: model.save_pretrained(directory, safe_serialization=True)."
+        )
+    raise CheckpointError(f"{path} has no weights: expected {_SINGLE}, or {_INDEX} and the shards that it names.")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; a key given twice is refused, since readers differ in which one they take."""
+    try:
+        value = json.loads(path.read_bytes(), object_pairs_hook=_once)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}.")
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return value
+
+
+def read_safetensors(path: Path) -> dict[str, Entry]:
+    """Lazy entries of one file. The `safetensors` library checks its header: lengths, offsets without overlap or hole, and
+    shape × dtype against bytes; the tensors are then mapped from the offsets that it names."""
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error}). Download it again.") from error
+    file = map_file(path)
+    start = 8 + int.from_bytes(file[:8], "little")
+    try:
+        header = json.loads(file[8:start], object_pairs_hook=_once)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file ({error}). Download it again.") from error
+    entries = {}
+    for name, info in header.items():
+        if name == "__metadata__":
+            continue
+        encoding, shape = info["dtype"], tuple(info["shape"])
+        if encoding not in PLAIN and not name.endswith("inv_freq"):
+            raise CheckpointError(f"{path}: tensor {name} has dtype {encoding}, supported are {', '.join(PLAIN)}.")
+        stored = map_tensor(file, start + info["data_offsets"][0], shape, encoding)
+        entries[name] = Entry(name=name, shape=shape, encoding=encoding, stored=stored, source=path)
+    return entries
+
+
+def _read_shards(path: Path) -> dict[str, Entry]:
+    index_path = path / _INDEX
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{index_path}: expected an object weight_map of tensor names to file names.")
+    shards = sorted(set(weight_map.values()))
+    for shard in shards:
+        _expect_inside(path, index_path, shard)
+    missing = [shard for shard in shards if not (path / shard).exists()]
+    if missing:
+        raise CheckpointError(f"{path}: {len(missing)} of {len(shards)} shards are missing: {', '.join(missing)}.")
+    files = {shard: read_safetensors(path / shard) for shard in shards}
+    astray = [f"{name} (in {shard})" for name, shard in weight_map.items() if name not in files[shard]]
+    if astray:
+        raise CheckpointError(f"{index_path} names tensors that the shards do not hold: {', '.join(astray)}.")
+    return {name: files[shard][name] for name, shard in weight_map.items()}
+
+
+def _expect_inside(path: Path, index_path: Path, shard: str) -> None:
+    """A shard is a plain file name, and if it is a link it stays in the directory or in the hub cache around it."""
+    root = path.resolve()
+    homes = [root] + ([root.parent.parent] if root.parent.name == "snapshots" else [])
+    target = (path / shard).resolve()
+    if Path(shard).name != shard or not any(target.is_relative_to(home) for home in homes):
+        raise CheckpointError(f"{index_path} points outside its directory: {shard!r}. Do not trust this checkpoint.")

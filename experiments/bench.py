@@ -1,0 +1,36 @@
+"""One engine, one workload: `python -m experiments.bench engine=jax workload=single`.
+
+The last line of standard output is one JSON object; its keys are those of `vllm bench serve` and a few more.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from experiments.config import engine_spec, launch
+from experiments.measure import make_plan, measure, setting
+from experiments.report import Narrator, print_json, print_table
+from experiments.rundir import finished, run_directory, write_json, write_rows, write_setup
+
+
+def run(config: DictConfig) -> None:
+    spec = engine_spec(config.engine)
+    plan = make_plan(config, [spec])
+    with run_directory(Path(config.runs), f"bench-{spec.label}-{plan.workload.name}") as directory, Narrator() as narrator:
+        write_setup(directory, config)
+        figures, windows = measure(plan, directory, narrator)
+        result = {"engine": spec.label} | setting(config, plan) | {"run": str(finished(directory))} | figures[spec.label]
+        write_rows(directory, windows)
+        write_json(directory / "results.json", result)
+    print_table(f"{plan.model}, {config.dtype}, workload {plan.workload.name}", figures)
+    print_json(result)
+
+
+def main() -> None:
+    launch(run, "bench")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Do two engines compute the same thing? Judged by margin, where their tokens first differ.
+
+Two engines that round differently will now and then choose differently between two tokens that are almost equally likely. Such a
+divergence is justified if the float64 margin between the two choices is below twice the error measured at that position, and if
+that error is itself no larger than rounding explains: a defect moves both. After it the two runs have different histories and
+are not compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from common.request import Logprobs
+
+if TYPE_CHECKING:
+    from common.weights.checkpoint import Checkpoint
+
+Reference = Callable[[Sequence[int]], np.ndarray]
+"""From a history of token ids to the float64 log-probabilities of the next token, [V]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divergence:
+    """Where two engines first chose differently."""
+
+    position: int
+    """Of the output token, from 0."""
+    tokens: tuple[int | None, int | None]
+    """The two choices; None for an engine that had ended."""
+    margin: float
+    """Float64 distance of their log-probabilities."""
+    error: float
+    """The largest error of the two engines' log-probabilities of the two choices."""
+    justified: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How far two engines agree on one request."""
+
+    num_tokens: int
+    """Of the longer output."""
+    num_equal: int
+    """Before the first divergence."""
+    max_abs_logprob_diff: float
+    """Over the tokens reported by both, up to and at the first divergence: until there they read the same history."""
+    divergence: Divergence | None
+
+
+def judge(
+    prompt: Sequence[int],
+    tokens_a: Sequence[int],
+    tokens_b: Sequence[int],
+    logprobs_a: Sequence[Logprobs],
+    logprobs_b: Sequence[Logprobs],
+    reference: Reference,
+    tolerance: float,
+) -> Agreement:
+    """Compare two greedy outputs of one prompt. `reference` is asked only where they differ.
+
+    `tolerance` is the largest error of a log-probability that rounding explains.
+    """
+    num_equal = common_prefix(tokens_a, tokens_b)
+    num_tokens = max(len(tokens_a), len(tokens_b))
+    tables = [(table(a), table(b)) for a, b in zip(logprobs_a, logprobs_b, strict=False)][: num_equal + 1]
+    diffs = [a[token] - b[token] for a, b in tables for token in a.keys() & b.keys()]
+    divergence = None
+    if num_equal < num_tokens:
+        at = num_equal
+        if at >= min(len(tokens_a), len(tokens_b)):
+            choices = tuple(tokens[at] if at < len(tokens) else None for tokens in (tokens_a, tokens_b))
+            divergence = Divergence(position=at, tokens=choices, margin=np.inf, error=np.nan, justified=False)  # type: ignore[arg-type]
+        else:
+            exact = reference([*prompt, *tokens_a[:at]])
+            divergence = weigh(at, (tokens_a[at], tokens_b[at]), (table(logprobs_a[at]), table(logprobs_b[at])), exact, tolerance)
+    return Agreement(
+        num_tokens=num_tokens,
+        num_equal=num_equal,
+        max_abs_logprob_diff=float(np.max(np.abs(diffs))) if diffs else 0.0,
+        divergence=divergence,
+    )
+
+
+def weigh(
+    position: int, tokens: tuple[int, int], reported: Sequence[dict[int, float]], exact: np.ndarray, tolerance: float
+) -> Divergence:
+    """Is the distance of two choices within the error that was measured? NaN anywhere justifies nothing."""
+    margin = float(abs(exact[tokens[0]] - exact[tokens[1]]))
+    errors = [abs(logprobs[token] - exact[token]) for logprobs in reported for token in tokens if token in logprobs]
+    error = float(np.max(errors))
+    return Divergence(
+        position=position,
+        tokens=tokens,
+        margin=margin,
+        error=error,
+        justified=bool(margin < 2 * error and error <= tolerance),
+    )
+
+
+def table(logprobs: Logprobs) -> dict[int, float]:
+    """Token id → log-probability, as an engine reported it for one position."""
+    return dict(zip(logprobs.top_ids, logprobs.top_logprobs, strict=True))
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two outputs share before they first differ."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def float64_reference(checkpoint: Checkpoint) -> Reference:
+    """The dense float64 forward pass of a checkpoint, as a reference for `judge`."""
+    from experiments.reference import numpy_logits
+
+    def logprobs(token_ids: Sequence[int]) -> np.ndarray:
+        logits = numpy_logits(checkpoint, token_ids)[-1]
+        shifted = logits - logits.max()
+        return shifted - np.log(np.exp(shifted).sum())
+
+    return logprobs

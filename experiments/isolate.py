@@ -1,0 +1,239 @@
+"""An engine in a process of its own: `IsolatedEngine` here, `python -m experiments.isolate` there.
+
+Each process imports one framework, with its threads settled in the environment before the import, so that two engines can be
+alive at once and compute in turn. They speak JSON in frames (four bytes of length, little-endian, then UTF-8) over the child's
+standard input and output. The child sleeps on a read while it is idle, and ends when that pipe does: it cannot outlive us.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib import import_module, util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from common import errors
+from common.config import EngineConfig
+from common.interface import InferenceEngine, Progress
+from common.platform import cores, peak_rss
+from common.weights.checkpoint import open_checkpoint
+from experiments.drive import Row, Window, drive
+from experiments.workload import Item, Workload
+
+if TYPE_CHECKING:
+    from experiments.config import EngineSpec
+
+Message = dict[str, Any]
+MAX_FRAME = 1 << 30
+TAIL_LINES = 15
+PROGRESS_PERIOD_S = 0.1
+
+
+class EngineFailure(RuntimeError):
+    """An engine's process died, or failed in a way its user did not cause."""
+
+
+def write_frame(stream: BinaryIO, message: Message) -> None:
+    data = json.dumps(message, separators=(",", ":"), default=lambda array: array.tolist()).encode()
+    stream.write(struct.pack("<I", len(data)) + data)
+    stream.flush()
+
+
+def read_frame(stream: BinaryIO) -> Message | None:
+    """The next message; None where the stream ends, be it in the middle of a frame."""
+    head = stream.read(4)
+    if len(head) < 4:
+        return None
+    (length,) = struct.unpack("<I", head)
+    if length > MAX_FRAME:
+        raise EngineFailure(f"A frame of {length} bytes came from an engine's process; at most {MAX_FRAME} are expected.")
+    data = stream.read(length)
+    return json.loads(data) if len(data) == length else None
+
+
+class IsolatedEngine:
+    """The parent's handle on one engine's process. Use as a context manager."""
+
+    def __init__(self, spec: EngineSpec, log: Path) -> None:
+        """Start the process; its standard error goes to `log`."""
+        self.spec = spec
+        self._log = log
+        with log.open("wb") as stderr:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "experiments.isolate"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                env=os.environ | thread_settings(spec.config.threads or cores()),
+            )
+
+    def load(self, model: Path, progress: Progress | None = None) -> Message:
+        """Build the engine. Returns `load_s` and `warmup_s` and what it can do."""
+        return self._call("load", progress, name=self.spec.name, model=str(model), config=asdict(self.spec.config))
+
+    def run(self, workload: Workload, logprobs: int | None = None) -> Window:
+        """One window, from an empty prefix cache."""
+        answer = self._call("run", items=[asdict(item) for item in workload.items], logprobs=logprobs)
+        return Window(tuple(Row.of(row) for row in answer["rows"]), answer["duration"], answer["stats"])
+
+    def peak_rss_mb(self) -> float:
+        return float(self._call("peak_rss_mb")["value"])
+
+    def close(self) -> None:
+        """End the process. Idempotent."""
+        if self._process.stdin and not self._process.stdin.closed:
+            try:
+                self._process.stdin.close()
+            except BrokenPipeError:
+                pass  # it is dead already
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout:
+            self._process.stdout.close()
+
+    def __enter__(self) -> IsolatedEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _call(self, command: str, progress: Progress | None = None, **arguments: Any) -> Message:
+        """Send a command and wait for its answer. Raises what the child raised if it is the user's, else `EngineFailure`."""
+        assert self._process.stdin and self._process.stdout
+        try:
+            write_frame(self._process.stdin, {"command": command} | arguments)
+            while (answer := read_frame(self._process.stdout)) is not None:
+                if "progress" in answer:
+                    if progress:
+                        progress(*answer["progress"])
+                elif "error" in answer:
+                    raise self._error(**answer["error"])
+                else:
+                    return answer
+        except BrokenPipeError:
+            pass
+        code = self._process.wait()
+        cause = f"was killed by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        raise EngineFailure(f"The process of engine {self.spec.label!r} {cause} during {command!r}.{self._tail()}")
+
+    def _error(self, kind: str, message: str, trace: str) -> Exception:
+        known = getattr(errors, kind, None)
+        if isinstance(known, type) and issubclass(known, errors.TandemError):
+            return known(message)
+        return EngineFailure(f"Engine {self.spec.label!r} failed: {kind}: {message}\n{trace}")
+
+    def _tail(self) -> str:
+        lines = self._log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+        return "\nThe end of its log:\n" + "\n".join(f"  {line}" for line in lines) if lines else " Its log is empty."
+
+
+def thread_settings(threads: int) -> dict[str, str]:
+    """The environment that gives every framework `threads` compute threads and keeps it off the network."""
+    count = str(threads)
+    return {
+        "OMP_NUM_THREADS": count,
+        "MKL_NUM_THREADS": count,
+        "PJRT_NPROC": count,  # XLA's pool, which neither of the others reaches
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+# The child.
+
+
+def build(name: str, model: str, config: EngineConfig, progress: Progress) -> InferenceEngine:
+    """The engine `name`: another people's from `experiments.baselines`, else ours over the backend of that name."""
+    checkpoint = open_checkpoint(model)
+    if name.isidentifier() and util.find_spec(f"experiments.baselines.{name}"):
+        try:
+            module = import_module(f"experiments.baselines.{name}")
+        except ModuleNotFoundError as error:
+            raise errors.BackendError(
+                f"engine={name} needs the package {error.name!r}, which is not installed. Run: pip install -e '.[baselines]'"
+            ) from error
+        engine: InferenceEngine = module.build_engine(checkpoint, config, progress)
+        return engine
+    from common.engine import build_engine
+
+    return build_engine(name, checkpoint, config, progress)
+
+
+class Worker:
+    """The child's end: one engine and the commands on it."""
+
+    def __init__(self, output: BinaryIO) -> None:
+        self._output = output
+        self._engine: InferenceEngine | None = None
+        self._last_progress = 0.0
+        self._stage_ended: float | None = None
+        """When the first stage of `build` was done: weights come first, then warm-up."""
+
+    def answer(self, message: Message) -> Message:
+        command = getattr(self, f"on_{message.pop('command')}")
+        return command(**message)
+
+    def on_load(self, name: str, model: str, config: Mapping[str, Any]) -> Message:
+        start = time.perf_counter()
+        self._engine = build(name, model, EngineConfig(**config), self.progress)
+        end = time.perf_counter()
+        loaded = self._stage_ended or end
+        return {"load_s": loaded - start, "warmup_s": end - loaded, "caps": asdict(self._engine.caps)}
+
+    def on_run(self, items: list[Message], logprobs: int | None) -> Message:
+        assert self._engine, "run before load"
+        self._engine.reset_prefix_cache()
+        window = drive(self._engine, [Item(**item | {"prompt": tuple(item["prompt"])}) for item in items], logprobs)
+        return asdict(window)
+
+    def on_peak_rss_mb(self) -> Message:
+        return {"value": peak_rss() / 2**20}
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        now = time.perf_counter()
+        if done == total:
+            self._stage_ended = self._stage_ended or now
+        if done == total or now - self._last_progress >= PROGRESS_PERIOD_S:
+            self._last_progress = now
+            write_frame(self._output, {"progress": [done, total, what]})
+
+
+def serve() -> None:
+    """Answer commands until the parent is gone, even in the middle of one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes our input
+    output = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is a log, not an answer
+    commands: queue.SimpleQueue[Message] = queue.SimpleQueue()
+
+    def listen() -> None:
+        while (message := read_frame(sys.stdin.buffer)) is not None:
+            commands.put(message)
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
+    worker = Worker(output)
+    while True:
+        message = commands.get()
+        try:
+            answer = worker.answer(message)
+        except Exception as error:
+            answer = {"error": {"kind": type(error).__name__, "message": str(error), "trace": traceback.format_exc()}}
+        write_frame(output, answer)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,128 @@
+"""The timed part of a run: engines alive side by side, computing in turn on the same requests."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from common.config import expect
+from common.weights import zoo
+from common.weights.checkpoint import Checkpoint, open_checkpoint
+from experiments.config import EngineSpec, MeasureConfig, resolved
+from experiments.drive import Window
+from experiments.isolate import IsolatedEngine
+from experiments.metrics import contaminations, summarize
+from experiments.report import Narrator
+from experiments.workload import Workload, WorkloadConfig, draw
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that a run needs to know, checked before anything is started."""
+
+    model: str
+    checkpoint: Checkpoint
+    engines: tuple[EngineSpec, ...]
+    workload: Workload
+    shares_prefixes: bool
+    measure: MeasureConfig
+
+
+def make_plan(config: DictConfig, engines: Sequence[EngineSpec]) -> Plan:
+    """Find the model, draw the workload, and see that it fits each engine."""
+    model = resolved(config.model)["name"]
+    checkpoint = open_checkpoint(zoo.resolve(str(model)))
+    wanted = WorkloadConfig.of(resolved(config.workload))
+    vocab_size, special_ids = vocabulary(checkpoint)
+    workload = draw(wanted, config.seed, vocab_size, special_ids)
+    for spec in engines:
+        limit = spec.config.model_len(checkpoint.config)
+        expect(
+            workload.longest <= limit,
+            f"Workload {workload.name} has a request of {workload.longest} tokens, prompt and output together; engine "
+            f"{spec.label} serves {limit}. Shorten workload.prompt_len or workload.output_len, or raise max_model_len.",
+        )
+    return Plan(
+        model=str(model),
+        checkpoint=checkpoint,
+        engines=tuple(engines),
+        workload=workload,
+        shares_prefixes=wanted.prefix_len > 0,
+        measure=MeasureConfig(**resolved(config.measure)),
+    )
+
+
+def vocabulary(checkpoint: Checkpoint) -> tuple[int, frozenset[int]]:
+    """How many ids a prompt is drawn from, and which of them are special. A checkpoint may come without a tokenizer."""
+    config = checkpoint.config
+    named = {*config.eos_token_ids, *([config.bos_token_id] if config.bos_token_id is not None else [])}
+    if checkpoint.path.is_dir() and not (checkpoint.path / "tokenizer.json").exists():
+        return config.vocab_size, frozenset(named)
+    from common.text.tokenizer import open_tokenizer
+
+    tokenizer = open_tokenizer(checkpoint.path)
+    return min(config.vocab_size, tokenizer.vocab_size), tokenizer.special_ids | named
+
+
+def measure(plan: Plan, directory: Path, narrator: Narrator) -> tuple[dict[str, dict[str, Any]], dict[str, list[Window]]]:
+    """Run the plan's blocks. Returns the figures and the windows of each engine, by label."""
+    with contextlib.ExitStack() as stack:
+        engines = [stack.enter_context(IsolatedEngine(spec, directory / f"{spec.label}.log")) for spec in plan.engines]
+        figures = {engine.spec.label: prepare(engine, plan, narrator) for engine in engines}
+        windows: dict[str, list[Window]] = {engine.spec.label: [] for engine in engines}
+        for number, order in blocks(engines, plan.measure):
+            for engine in order:
+                narrator.say(f"block {number + 1} of {plan.measure.blocks}: {engine.spec.label}")
+                windows[engine.spec.label].append(engine.run(plan.workload))
+        for engine in engines:
+            label = engine.spec.label
+            figures[label] |= summarize(windows[label]) | {"peak_rss_mb": engine.peak_rss_mb()}
+            figures[label]["contaminated"] = contaminations(figures[label], plan.shares_prefixes)
+    return figures, windows
+
+
+def prepare(engine: IsolatedEngine, plan: Plan, narrator: Narrator) -> dict[str, Any]:
+    """Load an engine and run the uncounted requests. Warm-up is what the engine compiles, and these."""
+    loaded = engine.load(plan.checkpoint.path, narrator.progress(engine.spec.label))
+    start = time.perf_counter()
+    if plan.measure.warmup_requests:
+        narrator.say(f"warming up {engine.spec.label}")
+        engine.run(plan.workload.share(plan.measure.warmup_requests, plan.measure.warmup_output_len))
+    warmup = loaded["warmup_s"] + time.perf_counter() - start
+    return {"device": loaded["caps"]["device"], "load_s": loaded["load_s"], "warmup_s": warmup}
+
+
+def blocks(
+    engines: Sequence[IsolatedEngine], config: MeasureConfig
+) -> Iterator[tuple[int, Sequence[IsolatedEngine]]]:
+    """Rounds in which each engine runs once: A B, B A, A B, … so that a machine that drifts wrongs neither.
+
+    No round starts that would, going by the longest so far, end after the budget.
+    """
+    begin = time.perf_counter()
+    longest = 0.0
+    for number in range(config.blocks):
+        start = time.perf_counter()
+        if number and start - begin + longest > config.budget_s:
+            return
+        yield number, engines if number % 2 == 0 else engines[::-1]
+        longest = max(longest, time.perf_counter() - start)
+
+
+def setting(config: DictConfig, plan: Plan) -> dict[str, Any]:
+    """What was run, for the result."""
+    return {
+        "model": plan.model,
+        "dtype": config.dtype,
+        "kernels": config.kernels,
+        "seed": config.seed,
+        "workload": plan.workload.name,
+        "workload_hash": plan.workload.digest,
+        "num_prompts": len(plan.workload.items),
+    }

@@ -1,0 +1,158 @@
+"""What people read: progress on standard error, a table and one line of JSON on standard output."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from common.interface import Progress as Callback
+
+LINE_PERIOD_S = 10.0
+FIGURES = (
+    ("output_throughput", "output tokens/s"),
+    ("total_token_throughput", "total tokens/s"),
+    ("request_throughput", "requests/s"),
+    ("mean_ttft_ms", "TTFT mean, ms"),
+    ("median_ttft_ms", "TTFT median, ms"),
+    ("p99_ttft_ms", "TTFT p99, ms"),
+    ("mean_tpot_ms", "TPOT mean, ms"),
+    ("median_tpot_ms", "TPOT median, ms"),
+    ("p99_itl_ms", "ITL p99, ms"),
+    ("mean_e2el_ms", "end to end mean, ms"),
+    ("duration", "timed, s"),
+    ("completed", "completed"),
+    ("failed", "failed"),
+    ("total_output_tokens", "output tokens"),
+    ("num_steps", "steps"),
+    ("host_ms_per_step", "host work a step, ms"),
+    ("padded_tokens_share", "padding share"),
+    ("num_preemptions", "preemptions"),
+    ("prefix_cache_hit_rate", "prefix cache hit rate"),
+    ("compilations_in_window", "compilations in window"),
+    ("load_s", "load, s"),
+    ("warmup_s", "warm-up, s"),
+    ("peak_rss_mb", "peak memory, MB"),
+)
+
+
+class Narrator:
+    """Says on standard error what is going on: bars on a terminal, a line now and then elsewhere.
+
+    It draws only when told something, so that it takes nothing from an engine that is being timed.
+    """
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            auto_refresh=False,
+            transient=True,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._last_line = 0.0
+
+    def __enter__(self) -> Narrator:
+        if self._console.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def say(self, text: str) -> None:
+        self._console.print(text, style="dim", highlight=False)
+
+    def progress(self, label: str) -> Callback:
+        """A callback for an engine's long work."""
+
+        def report(done: int, total: int, what: str) -> None:
+            if self._console.is_terminal:
+                self._draw(label, done, total, what)
+            elif done == total or time.monotonic() - self._last_line > LINE_PERIOD_S:
+                self._last_line = time.monotonic()
+                self.say(f"{label}: {what} ({done}/{total})")
+
+        return report
+
+    def _draw(self, label: str, done: int, total: int, what: str) -> None:
+        if label not in self._tasks:
+            self._tasks[label] = self._bars.add_task(label, total=total)
+        self._bars.update(self._tasks[label], description=f"{label}: {what}", completed=done, total=total)
+        if done == total:
+            self._bars.remove_task(self._tasks.pop(label))
+        self._bars.refresh()
+
+
+def print_table(title: str, engines: Mapping[str, Mapping[str, Any]], ratios: Mapping[str, float] | None = None) -> None:
+    """One column for each engine, one row for each figure."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("")
+    for label in engines:
+        table.add_column(label, justify="right")
+    for key, name in FIGURES:
+        table.add_row(name, *(number(figures.get(key)) for figures in engines.values()))
+        if key == "output_throughput" and ratios:
+            table.add_row(f"× {next(iter(engines))}", *(number(ratios[label]) for label in engines), style="bold")
+    console = wide_console()
+    console.print(table)
+    for label, figures in engines.items():
+        for reason in figures["contaminated"]:
+            console.print(f"[bold red]contaminated[/] {label}: {reason}.", highlight=False)
+
+
+def wide_console() -> Console:
+    """Standard output, never so narrow that a table loses columns in a log."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(120, console.width))
+
+
+def number(value: float | int | None) -> str:
+    """Four significant digits at most, without exponents."""
+    if value is None:
+        return "–"
+    if isinstance(value, int) or value == 0:
+        return f"{value:,.0f}"
+    return f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}" if math.isfinite(value) else str(value)
+
+
+def print_json(result: Mapping[str, Any]) -> None:
+    """The last line of standard output."""
+    print(json.dumps(result, separators=(",", ":")), flush=True)
+
+
+def print_verdict(result: Mapping[str, Any]) -> None:
+    """Whether the engines of a comparison compute the same thing, in words."""
+    console = wide_console()
+    share = f"{result['dtype']}: {result['tokens_equal_share']:.1%} of timed output tokens come before a request's first difference."
+    unjustified = result["unjustified_divergences"]
+    if unjustified is None:
+        console.print(f"float32 pass left out. {share}", highlight=False)
+        return
+    if result["tokens_equal"]:
+        said = "[bold green]every token is the same[/]"
+    elif unjustified == 0:
+        said = "[bold green]tokens differ only where float64 cannot tell the choices apart[/]"
+    else:
+        said = f"[bold red]{unjustified} divergences are not explained by rounding[/]"
+    worst = result["max_abs_logprob_diff"]
+    console.print(
+        f"float32: {said}; {result['compared_tokens']} tokens alike, log-probabilities within {worst:.1e}. {share}", highlight=False
+    )
+    if result["first_divergence"] and unjustified:
+        d = result["first_divergence"]
+        console.print(
+            f"first: request {d['request']}, output token {d['position']}, {d['engine']}: tokens {d['tokens']}, "
+            f"margin {d['margin']:.2e}, error {d['error']:.2e}",
+            highlight=False,
+        )

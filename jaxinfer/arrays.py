@@ -1,0 +1,18 @@
+"""NumPy arrays to the device and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def to_device(tree: Any, device: jax.Device) -> Any:
+    """Every NumPy array of a tree on `device`, in memory of its own: `device_put` alone may alias aligned host memory."""
+    return jax.device_put(jax.tree.map(np.array, tree), device)
+
+
+def to_host(tree: Any) -> Any:
+    """Every device array of a tree as a NumPy array; waits for the device."""
+    return jax.device_get(tree)

@@ -1,0 +1,36 @@
+"""Which device JAX computes on, and the settings that must stand before it starts."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+
+from common.platform import choose, cores
+
+PLATFORMS = {"cuda": "cuda", "rocm": "rocm", "tpu": "tpu", "cpu": "cpu"}
+"""Ours -> JAX's name."""
+
+
+def open_device(requested: str, threads: int | None) -> jax.Device:
+    """The first usable device for `requested`. Raises `ConfigError` for an unknown name, `BackendError` if none is usable."""
+    # XLA sizes its CPU pool once, when the backend starts. It counts the node's cores inside a container with a quota.
+    os.environ.setdefault("PJRT_NPROC", str(threads or cores()))
+    # A thread that dispatches ahead takes a core from the step it waits for: half the throughput on two cores.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    choice = choose(requested, {name: lambda name=name: probe(name) for name in PLATFORMS})
+    return jax.local_devices(backend=PLATFORMS[choice.platform])[0]
+
+
+def probe(platform: str) -> str | None:
+    """None if JAX can use the platform, else why not."""
+    try:
+        jax.local_devices(backend=PLATFORMS[platform])
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def describe(device: jax.Device) -> str:
+    """The device as people name it: `cpu`, `cuda:NVIDIA H100`."""
+    return "cpu" if device.platform == "cpu" else f"{device.platform}:{device.device_kind}"

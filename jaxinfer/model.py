@@ -1,0 +1,107 @@
+"""One decoder for every family in `ModelConfig`: Llama 2/3, SmolLM2, Mistral, Qwen2, Qwen3, Gemma 3.
+
+The model knows nothing of pages. `forward` hands q, k and v of each layer to `attend(q_TNH, k_TKH, v_TKH, layer, cache)`, which
+returns the attention output and the cache as it is afterwards: paged when serving (`attention.paged_attention`), dense and
+causal otherwise (`attention.dense_attention`). So gradients, vmap and notebooks run the same file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from common.config import ModelConfig
+from jaxinfer.layers import Dtype, Embedding, Linear, RMSNorm, Rotary, activate, matmul, rotate
+
+Attend = Callable[[Array, Array, Array, int, Any], tuple[Array, Any]]
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (Ainslie et al. 2023, arXiv:2305.13245) with rotary positions."""
+
+    def __init__(self, config: ModelConfig, dtype: Dtype) -> None:
+        heads = config.num_heads + 2 * config.num_kv_heads
+        self.qkv_proj = Linear(config.hidden_size, heads * config.head_dim, bias=config.qkv_bias, split=1, dtype=dtype)
+        self.o_proj = Linear(
+            config.num_heads * config.head_dim, config.hidden_size, bias=config.output_bias, split=0, dtype=dtype
+        )
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.heads = config.num_heads, config.num_kv_heads, config.head_dim
+
+    def __call__(self, x_TD: Array, rope: tuple[Array, Array], attend: Attend, layer: int, cache: Any) -> tuple[Array, Any]:
+        N, K, H = self.heads
+        qkv = self.qkv_proj(x_TD).reshape(-1, N + 2 * K, H)
+        q_TNH, k_TKH, v_TKH = jnp.split(qkv, (N, N + K), axis=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_TNH, k_TKH = self.q_norm(q_TNH), self.k_norm(k_TKH)
+        q_TNH, k_TKH = rotate(q_TNH, *rope), rotate(k_TKH, *rope)
+        out_TNH, cache = attend(q_TNH, k_TKH, v_TKH, layer, cache)
+        return self.o_proj(out_TNH.reshape(-1, N * H)), cache
+
+
+class MLP(nnx.Module):
+    """Gated linear unit (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig, dtype: Dtype) -> None:
+        D, F = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = Linear(D, 2 * F, bias=config.mlp_bias, split=1, dtype=dtype)
+        self.down_proj = Linear(F, D, bias=config.mlp_bias, split=0, dtype=dtype)
+        self.activation = config.activation
+
+    def __call__(self, x_TD: Array) -> Array:
+        gate_TF, up_TF = jnp.split(self.gate_up_proj(x_TD), 2, axis=-1)
+        return self.down_proj(activate(gate_TF, self.activation) * up_TF)
+
+
+class Block(nnx.Module):
+    """Attention, then MLP, each around a residual. Gemma's sandwich norms also the output of each."""
+
+    def __init__(self, config: ModelConfig, dtype: Dtype) -> None:
+        norm = lambda: RMSNorm(config.hidden_size, config.norm_eps)  # noqa: E731
+        self.input_layernorm = norm()
+        self.self_attn = Attention(config, dtype)
+        self.post_attention_layernorm = norm()
+        self.pre_feedforward_layernorm = norm() if config.sandwich_norms else None
+        self.mlp = MLP(config, dtype)
+        self.post_feedforward_layernorm = norm() if config.sandwich_norms else None
+
+    def __call__(self, x_TD: Array, rope: tuple[Array, Array], attend: Attend, layer: int, cache: Any) -> tuple[Array, Any]:
+        out_TD, cache = self.self_attn(self.input_layernorm(x_TD), rope, attend, layer, cache)
+        if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
+            x_TD = x_TD + out_TD
+            return x_TD + self.mlp(self.post_attention_layernorm(x_TD)), cache
+        x_TD = x_TD + self.post_attention_layernorm(out_TD)
+        return x_TD + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x_TD))), cache
+
+
+class Decoder(nnx.Module):
+    """Embedding, blocks, final norm, LM head. Attributes have the checkpoint's names, without the leading `model.`."""
+
+    def __init__(self, config: ModelConfig, dtype: Dtype, positions: int) -> None:
+        V, D = config.vocab_size, config.hidden_size
+        self.embed_tokens = Embedding(V, D, config.embedding_scale, dtype)
+        self.layers = nnx.List([Block(config, dtype) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(D, config.norm_eps)
+        self.lm_head = None if config.tie_embeddings else Linear(D, V, bias=False, split=1, dtype=dtype)
+        self.ropes = nnx.List([Rotary(positions, config.head_dim) for _ in config.ropes])
+        self.config = config
+
+
+def forward(model: Decoder, token_ids: Array, positions: Array, attend: Attend, cache: Any = None) -> tuple[Array, Any]:
+    """Hidden states [T, D] after the final norm, and the cache, of tokens int32[T] at positions int32[T]."""
+    x_TD = model.embed_tokens(token_ids)
+    ropes = [rope(positions) for rope in model.ropes]
+    for layer, block in enumerate(model.layers):
+        x_TD, cache = block(x_TD, ropes[model.config.layer_rope[layer]], attend, layer, cache)
+    return model.norm(x_TD), cache
+
+
+def logits(model: Decoder, x_TD: Array) -> Array:
+    """float32[T, V]"""
+    head = model.embed_tokens if model.lm_head is None else model.lm_head
+    return matmul(x_TD, head.weight[...])

@@ -1,0 +1,121 @@
+"""Logits to tokens. Every token is a pure function of its logits, its request's seed and its position: no generator has a state,
+so batch, order and preemption cannot change it.
+
+Letters: R logit rows · V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from common.request import MAX_LOGPROBS
+
+BLOCK = 128
+"""Weights are summed in blocks of this many tokens, then over blocks."""
+
+
+class Sampled(NamedTuple):
+    tokens: Array
+    """int32[R]"""
+    finite: Array
+    """bool[R]: whether every logit of the row is."""
+    logprobs: Array
+    """float32[R], of the raw logits."""
+    ranks: Array
+    """int32[R]: 1 + how many logits are greater."""
+    top_ids: Array
+    """int32[R, MAX_LOGPROBS], falling, ties to the lower id."""
+    top_logprobs: Array
+    """float32[R, MAX_LOGPROBS]"""
+
+
+def uniform(seeds: Array, positions: Array) -> Array:
+    """The uniform number in (0, 1) of each row, from its seed uint32[R, 2] and the position of the token it chooses.
+
+    Threefry-2x32 with 20 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", §4.2), key = seed,
+    counter = (position, 0); the upper 23 bits of the first word, centred, so that float32 holds every value.
+    """
+    key = (seeds[:, 0], seeds[:, 1], seeds[:, 0] ^ seeds[:, 1] ^ jnp.uint32(0x1BD11BDA))
+    x, y = positions.astype(jnp.uint32) + key[0], key[1]
+    for group in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            x = x + y
+            y = ((y << turn) | (y >> (32 - turn))) ^ x
+        x, y = x + key[(group + 1) % 3], y + key[(group + 2) % 3] + jnp.uint32(group + 1)
+    return ((x >> 9).astype(jnp.float32) + 0.5) * jnp.float32(2**-23)
+
+
+def greedy(logits: Array) -> Array:
+    """The lowest id among the highest logits: float32[R, V] -> int32[R]."""
+    ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
+    # Two plain reductions run several times faster on XLA:CPU than its argmax, which reduces pairs.
+    return jnp.min(jnp.where(logits == logits.max(axis=-1, keepdims=True), ids, logits.shape[1] - 1), axis=-1)
+
+
+def keep(scaled: Array, top_k: Array, top_p: Array, min_p: Array) -> Array:
+    """Scaled logits with the tokens that min_p, then top_k, then top_p drop at -inf. top_k 0 keeps all."""
+    peak = scaled.max(axis=-1, keepdims=True)
+    scaled = jnp.where(scaled >= peak + jnp.log(min_p)[:, None], scaled, -jnp.inf)
+    k = jnp.where(top_k > 0, top_k, scaled.shape[1]).astype(jnp.float32)
+    scaled = _cut(scaled, lambda kept: kept.astype(jnp.float32), k)
+    weights = jnp.exp(scaled - peak)
+    # A row without top_p must not lose its tail to the rounding of a sum.
+    mass = jnp.where(top_p < 1, top_p * weights.sum(axis=-1), jnp.inf)
+    return _cut(scaled, lambda kept: jnp.where(kept, weights, 0), mass)
+
+
+def inverse_cdf(scaled: Array, u: Array) -> Array:
+    """The token at which the cumulative softmax of float32[R, V], in id order, first exceeds u in (0, 1): int32[R]."""
+    R, V = scaled.shape
+    weights = jnp.exp(scaled - scaled.max(axis=-1, keepdims=True))
+    blocks = jnp.pad(weights, ((0, 0), (0, -V % BLOCK))).reshape(R, -1, BLOCK)
+    upto = jnp.cumsum(blocks.sum(axis=-1), axis=-1)
+    target = u * upto[:, -1]
+    which = jnp.minimum(jnp.sum(upto <= target[:, None], axis=-1), upto.shape[1] - 1)
+    row = jnp.arange(R)
+    before = jnp.where(which > 0, upto[row, which - 1], 0)
+    inside = jnp.cumsum(blocks[row, which], axis=-1)
+    offset = jnp.sum(inside <= (target - before)[:, None], axis=-1)
+    # Rounding may carry the target past the block's end: then its last token of any weight is meant.
+    last = BLOCK - 1 - jnp.argmax(blocks[row, which][:, ::-1] > 0, axis=-1)
+    return (which * BLOCK + jnp.minimum(offset, last)).astype(jnp.int32)
+
+
+def sample(logits: Array, temperature: Array, top_k: Array, top_p: Array, min_p: Array, u: Array, filtered: Array) -> Array:
+    """Tokens int32[R]: greedy where the temperature is 0, else by inverse CDF after the filters. `filtered` says whether
+    any row has a filter; without one they cost nothing."""
+    hot = temperature > 0
+    scaled = logits / jnp.where(hot, temperature, 1)[:, None]
+    scaled = lax.cond(filtered, lambda: keep(scaled, top_k, top_p, min_p), lambda: scaled)
+    return jnp.where(hot, inverse_cdf(scaled, u), greedy(logits))
+
+
+def logprobs_of(logits: Array, tokens: Array) -> tuple[Array, Array, Array, Array]:
+    """Logprob and rank of each row's token, and its MAX_LOGPROBS likeliest tokens with theirs."""
+    norm = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)
+    ranks = 1 + jnp.sum(logits > chosen, axis=-1, dtype=jnp.int32)
+    top, ids = lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[1]))
+    return chosen[:, 0] - norm, ranks, ids.astype(jnp.int32), top - norm[:, None]
+
+
+def _cut(x: Array, mass: Callable[[Array], Array], target: Array) -> Array:
+    """x with everything below the highest threshold t at -inf for which the mass of {x >= t} reaches the target.
+
+    The threshold is found bit by bit in the order of floats as integers, so that no vocabulary is sorted and ties stay together.
+    """
+    signed = lax.bitcast_convert_type(x, jnp.int32)
+    order = jnp.where(signed < 0, ~signed, signed ^ jnp.int32(-(2**31))).astype(jnp.uint32)
+
+    def step(bit: Array, low: Array) -> Array:
+        trial = low | (jnp.uint32(1) << (jnp.uint32(31) - bit.astype(jnp.uint32)))
+        enough = mass(order >= trial[:, None]).sum(axis=-1) >= target
+        return jnp.where(enough, trial, low)
+
+    threshold = lax.fori_loop(0, 32, step, jnp.zeros(x.shape[0], jnp.uint32))
+    return jnp.where(order >= threshold[:, None], x, -jnp.inf)

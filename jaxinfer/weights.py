@@ -1,0 +1,44 @@
+"""From a checkpoint to parameters on the device."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from common.config import Dtype
+from common.interface import Progress
+from common.rope import rope_tables
+from common.weights.checkpoint import Checkpoint
+from common.weights.parameters import parameter
+from jaxinfer.arrays import to_device
+from jaxinfer.model import Decoder
+
+
+def load_model(
+    checkpoint: Checkpoint, dtype: Dtype, positions: int, device: jax.Device, progress: Progress | None = None
+) -> Decoder:
+    """The checkpoint's decoder with its weights on `device`, one tensor at a time; room for `positions` rotary positions."""
+    model = nnx.eval_shape(lambda: Decoder(checkpoint.config, jnp.dtype(dtype), positions))
+    graph, abstract = nnx.split(model)
+    flat = abstract.flat_state()
+    leaves = []
+    for done, (path, variable) in enumerate(flat):
+        array = leaf(checkpoint, tuple(str(part) for part in path), dtype, positions)
+        if array.shape != variable.get_value().shape:
+            raise AssertionError(f"{path}: made {array.shape} for {variable.get_value().shape}")
+        leaves.append((path, variable.replace(to_device(array, device))))
+        if progress:
+            progress(done + 1, len(flat), "weights")
+    return nnx.merge(graph, nnx.State.from_flat_path(leaves))
+
+
+def leaf(checkpoint: Checkpoint, path: tuple[str, ...], dtype: Dtype, positions: int) -> np.ndarray:
+    """The array at `path` of the model: matrices turned to [in, out], rotary tables computed."""
+    if path[0] == "ropes":
+        config = checkpoint.config
+        return rope_tables(config.ropes[int(path[1])], config.head_dim, positions)[path[2] == "sin"]
+    name = ".".join(path if path[0] == "lm_head" else ("model", *path))
+    array = parameter(checkpoint, name, dtype)
+    return np.ascontiguousarray(array.T) if array.ndim == 2 else array

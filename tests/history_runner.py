@@ -1,0 +1,252 @@
+"""The history-hash runner: a `ModelRunner` without a model, whose next token is a hash of all it reads back through the page table.
+
+Its KV of position p is a hash chain over the tokens up to p, taken from the KV of position p - 1 as the page table finds it.
+Its next token is a hash over the KV of every position, each weighted by its place, and of how the request samples. So a wrong
+page, row, position, token, length or sampling parameter gives a wrong token, and `expected` says which would have been right
+from the request alone. All arithmetic is in unsigned 64-bit integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from common.interface import Caps, KVGroup, ModelRunner, Pending, Progress, Result, make_result
+from common.request import Request, Status
+from common.schedule.batch import Batch
+
+MASK = (1 << 64) - 1
+A, B, C = 0xBF58_476D_1CE4_E5B9, 0x94D0_49BB_1331_11EB, 0x9E37_79B9_7F4A_7C15
+UNWRITTEN = -1
+
+
+def mix(x: int) -> int:
+    """A good 64-bit hash of a 64-bit number."""
+    x = (x ^ x >> 30) * A & MASK
+    x = (x ^ x >> 27) * B & MASK
+    return x ^ x >> 31
+
+
+def mix_array(x: np.ndarray) -> np.ndarray:
+    """`mix` of every element of a uint64 array."""
+    x = (x ^ x >> np.uint64(30)) * np.uint64(A)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(B)
+    return x ^ x >> np.uint64(31)
+
+
+def sampling_code(temperature: float, top_k: int, top_p: float, min_p: float, seed: int) -> int:
+    """One number for how a request samples; 0 if it is greedy."""
+    if temperature == 0.0:
+        return 0
+    code = seed
+    for value in (round(temperature * 4096), top_k, round(top_p * 4096), round(min_p * 4096)):
+        code = mix((code + value + C) & MASK)
+    return code
+
+
+class HistoryRunner(ModelRunner):
+    """`violations` lists what a correct engine never makes it do. `raise_at` and `raise_on` inject faults."""
+
+    def __init__(
+        self,
+        *,
+        num_pages: int,
+        block_size: int = 16,
+        vocab_size: int = 64,
+        max_seqs: int = 64,
+        depth: int = 0,
+        buckets: tuple[int, ...] = (),
+        groups: int = 1,
+        nan_token: int | None = None,
+    ) -> None:
+        self.num_pages, self.block_size, self.groups, self.nan_token = num_pages, block_size, groups, nan_token
+        self._caps = Caps(
+            backend="history",
+            device="none",
+            dtypes=("uint64",),
+            kernels=("framework",),
+            token_buckets=buckets,
+            max_tokens=buckets[-1] if buckets else 1 << 30,
+            max_seqs=max_seqs,
+            vocab_size=vocab_size,
+            depth=depth,
+        )
+        self.violations: list[str] = []
+        self.fail_submit: Exception | None = None
+        self.fail_result: Exception | None = None
+        self.fail_token: int | None = None
+        self.batches: list[Batch] | None = None
+        self._odd = np.arange(1, 1 << 17, 2, dtype=np.uint64)
+        self.reset()
+
+    @property
+    def caps(self) -> Caps:
+        return self._caps
+
+    @property
+    def compilations(self) -> int:
+        return 0
+
+    def load(self, checkpoint: object, progress: Progress | None = None) -> None:
+        pass
+
+    def kv_groups(self) -> tuple[KVGroup, ...]:
+        return tuple(KVGroup(layers=(g,), window=0, page_bytes=16 * self.block_size) for g in range(self.groups))
+
+    def allocate(self, pages_per_group: Sequence[int]) -> None:
+        self.num_pages = pages_per_group[0]
+        self.reset()
+
+    def warmup(self, progress: Progress | None = None) -> None:
+        pass
+
+    def reset(self) -> None:
+        slots = self.num_pages * self.block_size
+        self.chain = np.full(slots, 0xDEAD, np.uint64)
+        self.at = np.full(slots, UNWRITTEN, np.int32)
+        self.last = np.full(self._caps.max_seqs, UNWRITTEN, np.int64)
+
+    def poison(self, pages: Sequence[int]) -> None:
+        """Spoil pages that nobody may read before they are written anew."""
+        spoiled = (np.array(pages, np.int64)[:, None] * self.block_size + np.arange(self.block_size)).ravel()
+        self.at[spoiled] = UNWRITTEN
+        self.chain[spoiled] = 0xDEAD
+
+    def read_pages(self, group: int, pages: Sequence[int]) -> dict[str, np.ndarray]:
+        size, where = self.block_size, list(pages)
+        return {"k": self.chain.reshape(-1, size)[where].view(np.int64), "v": self.at.reshape(-1, size)[where]}
+
+    def write_pages(self, group: int, pages: Sequence[int], arrays: dict[str, np.ndarray]) -> None:
+        size, where = self.block_size, list(pages)
+        self.chain.reshape(-1, size)[where] = arrays["k"].view(np.uint64)
+        self.at.reshape(-1, size)[where] = arrays["v"]
+
+    def close(self) -> None:
+        pass
+
+    def submit(self, batch: Batch) -> Pending:
+        """Runs at once; what the engine cannot know before `result` it does not get before."""
+        if self.batches is not None:
+            self.batches.append(batch)
+        if self.fail_token is not None and (batch.token_ids == self.fail_token).any():
+            raise RuntimeError(f"token {self.fail_token} is poison")
+        if self.fail_submit is not None:
+            error, self.fail_submit = self.fail_submit, None
+            raise error
+        return _Done(self, self._run(batch))
+
+    def _run(self, batch: Batch) -> Result:
+        size, vocab = self.block_size, self._caps.vocab_size
+        rows, starts, kv_lengths = batch.rows, batch.query_starts[:-1], batch.kv_lengths
+        table, slots, positions = batch.page_table[0], batch.slots[0], batch.positions
+        tokens = batch.token_ids.astype(np.uint64)
+        if len(batch.fill_at):
+            tokens[batch.fill_at] = self.last[batch.fill_row]
+        num_seqs = len(rows)
+        seqs = np.arange(num_seqs)
+
+        # Write: the chain of the position before, then running sums over each sequence's tokens.
+        before = positions[starts] - 1
+        previous = table[seqs, np.maximum(before, 0) // size] * size + before % size
+        self._check(before >= 0, self.at[previous] == before, "the position before a chunk", batch)
+        base = np.where(before >= 0, self.chain[previous], np.uint64(0))
+        links = mix_array(tokens * np.uint64(C) + positions.astype(np.uint64) + np.uint64(1))
+        if len(tokens) == num_seqs:
+            chain = base + links
+        else:
+            owner = np.repeat(seqs, np.diff(batch.query_starts))
+            sums = np.cumsum(links)
+            chain = sums + (base - (sums[starts] - links[starts]))[owner]
+        self.chain[slots] = chain
+        self.at[slots] = positions
+
+        # Read: every position of every sequence that wants a token, through its pages.
+        owner = batch.logit_owner
+        lengths = kv_lengths[owner]
+        width = int(lengths.max(initial=0))
+        span = np.arange(width)
+        read = table[owner][:, span // size] * size + span % size
+        inside = span < lengths[:, None]
+        self._check(inside, self.at[read] == span, "a position in the history", batch)
+        weighed = mix_array(self.chain[read]) * self._odd[:width]
+        value = np.where(inside, weighed, np.uint64(0)).sum(axis=1, dtype=np.uint64)
+        if batch.seeds is not None:
+            value = value + self._codes(batch)[owner]
+        value = mix_array(value)
+        sampled = (value % np.uint64(vocab)).astype(np.int32)
+        self.last[rows[owner]] = sampled
+
+        finite = np.ones(len(owner), bool) if self.nan_token is None else tokens[batch.logit_rows] != self.nan_token
+        return make_result(batch, sampled, finite, *self._logprobs(batch, value, sampled))
+
+    def _codes(self, batch: Batch) -> np.ndarray:
+        seeds, temperature = batch.seeds, batch.temperature
+        assert seeds is not None and temperature is not None
+        filtered = batch.top_k is not None and batch.top_p is not None and batch.min_p is not None
+        codes = []
+        for s in range(batch.num_seqs):
+            seed = int(seeds[s, 0]) | int(seeds[s, 1]) << 32
+            filters = (int(batch.top_k[s]), float(batch.top_p[s]), float(batch.min_p[s])) if filtered else (0, 1.0, 0.0)
+            codes.append(sampling_code(float(temperature[s]), *filters, seed))
+        return np.array(codes, np.uint64)
+
+    def _logprobs(
+        self, batch: Batch, value: np.ndarray, sampled: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | tuple[None, None, None, None]:
+        if batch.num_top is None:
+            return None, None, None, None
+        ranks = (value >> np.uint64(40)) % np.uint64(self._caps.vocab_size) + np.uint64(1)
+        top_ids = (sampled[:, None] + np.arange(batch.num_top.max(initial=0))) % self._caps.vocab_size
+        return (
+            -(value >> np.uint64(48)).astype(np.float32),
+            ranks.astype(np.int32),
+            top_ids.astype(np.int32),
+            -top_ids.astype(np.float32),
+        )
+
+    def _check(self, where: np.ndarray, good: np.ndarray, what: str, batch: Batch) -> None:
+        if not (good | ~where).all():
+            self.violations.append(f"{what} was read, but not written (rows {batch.rows.tolist()})")
+
+
+class _Done(Pending):
+    def __init__(self, runner: HistoryRunner, result: Result) -> None:
+        self._runner, self._result = runner, result
+
+    def result(self) -> Result:
+        if self._runner.fail_result is not None:
+            error, self._runner.fail_result = self._runner.fail_result, None
+            raise error
+        return self._result
+
+
+def expected(request: Request, runner: HistoryRunner, *, seed: int = 0, limit: int) -> tuple[list[int], Status]:
+    """The tokens and the end that are right for `request`, from it alone; `limit` bounds the output where max_tokens is None.
+
+    `seed` is what the engine draws for a request that brings none.
+    """
+    params, vocab = request.params, runner.caps.vocab_size
+    code = 0
+    if not params.greedy:
+        own = seed if params.seed is None else params.seed
+        code = sampling_code(float(np.float32(params.temperature)), params.top_k, float(np.float32(params.top_p)), float(np.float32(params.min_p)), own)
+    chain = total = 0
+    position, output = 0, []
+    pending = list(request.prompt_token_ids)
+    cap = limit if params.max_tokens is None else params.max_tokens
+    while True:
+        for token in pending:
+            chain = (chain + mix((token * C + position + 1) & MASK)) & MASK
+            total = (total + mix(chain) * (2 * position + 1)) & MASK
+            position += 1
+        if pending[-1] == runner.nan_token:
+            return output, Status.FINISHED_ERROR
+        token = mix((total + code) & MASK) % vocab
+        output.append(token)
+        ends = (not params.ignore_eos and token in request.eos_token_ids) or token in params.stop_token_ids
+        if ends and len(output) >= params.min_tokens:
+            return output, Status.FINISHED_STOP
+        if len(output) >= cap:
+            return output, Status.FINISHED_LENGTH
+        pending = [token]

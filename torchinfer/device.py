@@ -1,0 +1,33 @@
+"""Which device PyTorch computes on, and the settings that must stand before it starts."""
+
+from __future__ import annotations
+
+import torch
+
+from common.platform import choose, cores
+
+PLATFORMS = {"cuda": "cuda", "rocm": "cuda", "xpu": "xpu", "cpu": "cpu"}
+"""Ours -> PyTorch's name."""
+
+
+def open_device(requested: str, threads: int | None) -> torch.device:
+    """The first usable device for `requested`. Raises `ConfigError` for an unknown name, `BackendError` if none is usable."""
+    torch.set_num_threads(threads or cores())
+    choice = choose(requested, {name: lambda name=name: probe(name) for name in PLATFORMS})
+    return torch.device(PLATFORMS[choice.platform])
+
+
+def probe(platform: str) -> str | None:
+    """None if PyTorch can use the platform, else why not."""
+    if platform in ("cuda", "rocm"):
+        if (torch.version.hip is not None) != (platform == "rocm"):
+            return f"this build of PyTorch has no {platform}"
+        return None if torch.cuda.is_available() else "no device found"
+    if platform == "xpu":
+        return None if torch.xpu.is_available() else "no device found"
+    return None
+
+
+def describe(device: torch.device) -> str:
+    """The device as people name it: `cpu`, `cuda:NVIDIA H100`."""
+    return f"cuda:{torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type

@@ -1,0 +1,89 @@
+"""The pieces of a decoder, as equations.
+
+Letters: T tokens · D model · N query heads · K key/value heads · H head dim · F feed-forward · V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Dtype = torch.dtype
+
+
+class Linear(nn.Module):
+    """y = x W^T + b, W stored [out, in] as checkpoints have it. `split` is the axis of W that devices share out."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, split: int, dtype: Dtype) -> None:
+        super().__init__()
+        self.weight = parameter((outputs, inputs), dtype, split=split)
+        self.bias = parameter((outputs,), dtype, split=0 if split == 0 else None) if bias else None
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return F.linear(x_TD, self.weight, self.bias)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * w over the last axis, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = parameter((size,), torch.float32, split=None)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+
+class Embedding(nn.Module):
+    """Rows of a table, stored [V, D]; a tied LM head multiplies by its transpose."""
+
+    def __init__(self, vocab: int, size: int, scale: float, dtype: Dtype) -> None:
+        super().__init__()
+        self.weight = parameter((vocab, size), dtype, split=0)
+        self.scale = scale
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        x_TD = F.embedding(token_ids, self.weight)
+        # The scale is rounded to the model's dtype first, as Gemma was trained.
+        return x_TD * x_TD.new_tensor(self.scale) if self.scale != 1.0 else x_TD
+
+
+class Rotary(nn.Module):
+    """Tables of cos and sin, float32[positions, H/2], looked up once a step (Su et al. 2021, arXiv:2104.09864)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, positions: int, head_dim: int) -> None:
+        super().__init__()
+        self.register_buffer("cos", torch.empty((positions, head_dim // 2)))
+        self.register_buffer("sin", torch.empty((positions, head_dim // 2)))
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cos[positions], self.sin[positions]
+
+
+def parameter(shape: tuple[int, ...], dtype: Dtype, *, split: int | None) -> nn.Parameter:
+    """An uninitialised weight that remembers the axis devices share out."""
+    weight = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+    weight.split_axis = split  # type: ignore[attr-defined]
+    return weight
+
+
+def matmul(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T, returned in float32."""
+    return F.linear(x, weight).float()
+
+
+def rotate(x_TNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of each head: halves (a, b) become (a cos - b sin, b cos + a sin). cos, sin: float32[T, H/2]."""
+    a, b = x_TNH.float().chunk(2, dim=-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x_TNH.dtype)
+
+
+def activate(x_TF: Tensor, kind: str) -> Tensor:
+    """SiLU, or GELU in its tanh form."""
+    return F.silu(x_TF) if kind == "silu" else F.gelu(x_TF, approximate="tanh")

@@ -1,0 +1,124 @@
+"""Logits to tokens. Every token is a pure function of its logits, its request's seed and its position: no generator has a state,
+so batch, order and preemption cannot change it.
+
+Letters: R logit rows · V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.request import MAX_LOGPROBS
+
+BLOCK = 128
+"""Weights are summed in blocks of this many tokens, then over blocks."""
+
+
+class Sampled(NamedTuple):
+    tokens: Tensor
+    """int64[R]"""
+    finite: Tensor
+    """bool[R]: whether every logit of the row is."""
+    logprobs: Tensor | None
+    """float32[R], of the raw logits; None, like all that follows, where nobody asked."""
+    ranks: Tensor | None
+    """int64[R]: 1 + how many logits are greater."""
+    top_ids: Tensor | None
+    """int64[R, MAX_LOGPROBS], falling, ties to the lower id."""
+    top_logprobs: Tensor | None
+    """float32[R, MAX_LOGPROBS]"""
+
+
+def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
+    """The uniform number in (0, 1) of each row, from its seed int64[R, 2] and the position of the token it chooses.
+
+    Threefry-2x32 with 20 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", §4.2), key = seed,
+    counter = (position, 0); the upper 23 bits of the first word, centred, so that float32 holds every value.
+    """
+    word = 0xFFFFFFFF  # PyTorch adds no uint32s: the same arithmetic in int64, cut to 32 bits
+    key = (seeds[:, 0], seeds[:, 1], seeds[:, 0] ^ seeds[:, 1] ^ 0x1BD11BDA)
+    x, y = (positions + key[0]) & word, key[1]
+    for group in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[group % 2]:
+            x = (x + y) & word
+            y = (((y << turn) | (y >> (32 - turn))) & word) ^ x
+        x, y = (x + key[(group + 1) % 3]) & word, (y + key[(group + 2) % 3] + group + 1) & word
+    return ((x >> 9).float() + 0.5) * 2**-23
+
+
+def greedy(logits: Tensor) -> Tensor:
+    """The lowest id among the highest logits: float32[R, V] -> int64[R]."""
+    return logits.argmax(dim=-1)
+
+
+def keep(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Scaled logits with the tokens that min_p, then top_k, then top_p drop at -inf. top_k 0 keeps all."""
+    peak = scaled.amax(dim=-1, keepdim=True)
+    scaled = torch.where(scaled >= peak + min_p.log()[:, None], scaled, -torch.inf)
+    k = torch.where(top_k > 0, top_k, scaled.shape[1]).float()
+    scaled = _cut(scaled, lambda kept: kept.float(), k)
+    weights = (scaled - peak).exp()
+    # A row without top_p must not lose its tail to the rounding of a sum.
+    mass = torch.where(top_p < 1, top_p * weights.sum(dim=-1), torch.inf)
+    return _cut(scaled, lambda kept: torch.where(kept, weights, 0), mass)
+
+
+def inverse_cdf(scaled: Tensor, u: Tensor) -> Tensor:
+    """The token at which the cumulative softmax of float32[R, V], in id order, first exceeds u in (0, 1): int64[R]."""
+    R, V = scaled.shape
+    weights = (scaled - scaled.amax(dim=-1, keepdim=True)).exp()
+    blocks = F.pad(weights, (0, -V % BLOCK)).view(R, -1, BLOCK)
+    upto = blocks.sum(dim=-1).cumsum(dim=-1)
+    target = u * upto[:, -1]
+    which = (upto <= target[:, None]).sum(dim=-1).clamp(max=upto.shape[1] - 1)
+    row = torch.arange(R, device=scaled.device)
+    before = torch.where(which > 0, upto[row, which - 1], 0)
+    inside = blocks[row, which].cumsum(dim=-1)
+    offset = (inside <= (target - before)[:, None]).sum(dim=-1)
+    # Rounding may carry the target past the block's end: then its last token of any weight is meant.
+    last = BLOCK - 1 - (blocks[row, which].flip(-1) > 0).to(torch.uint8).argmax(dim=-1)
+    return which * BLOCK + torch.minimum(offset, last)
+
+
+def sample(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, u: Tensor, filtered: bool
+) -> Tensor:
+    """Tokens int64[R]: greedy where the temperature is 0, else by inverse CDF after the filters. `filtered` says whether
+    any row has a filter; without one they cost nothing."""
+    hot = temperature > 0
+    scaled = logits / torch.where(hot, temperature, 1)[:, None]
+    scaled = keep(scaled, top_k, top_p, min_p) if filtered else scaled
+    return torch.where(hot, inverse_cdf(scaled, u), greedy(logits))
+
+
+def logprobs_of(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logprob and rank of each row's token, and its MAX_LOGPROBS likeliest tokens with theirs."""
+    norm = logits.logsumexp(dim=-1)
+    chosen = logits.gather(1, tokens[:, None])
+    ranks = 1 + (logits > chosen).sum(dim=-1)
+    top, ids = logits.topk(min(MAX_LOGPROBS, logits.shape[1]), dim=-1)
+    # topk leaves ties in any order: put equal logits in the order of their ids.
+    by_id = ids.argsort(dim=-1)
+    order = by_id.gather(1, top.gather(1, by_id).argsort(dim=-1, descending=True, stable=True))
+    return chosen[:, 0] - norm, ranks, ids.gather(1, order), top.gather(1, order) - norm[:, None]
+
+
+def _cut(x: Tensor, mass: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
+    """x with everything below the highest threshold t at -inf for which the mass of {x >= t} reaches the target.
+
+    The threshold is found bit by bit in the order of floats as integers, so that no vocabulary is sorted and ties stay together.
+    """
+    signed = x.view(torch.int32)
+    order = torch.where(signed < 0, signed ^ 0x7FFFFFFF, signed)  # as signed integers: rising with x
+    threshold = torch.full_like(order[:, 0], -(2**31))
+    for bit in range(31, -1, -1):
+        # The sign bit is cleared, not set, to go up from the least int32.
+        trial = threshold + (1 << bit) if bit < 31 else torch.zeros_like(threshold)
+        enough = mass(order >= trial[:, None]).sum(dim=-1) >= target
+        threshold = torch.where(enough, trial, threshold)
+    return torch.where(order >= threshold[:, None], x, -torch.inf)
