@@ -95,7 +95,8 @@ class Engine(InferenceEngine):
         self._device_seconds += perf_counter() - begin
         self._counters["steps"] += 1
         self._counters["scheduled_tokens"] += step.batch.num_tokens
-        self._counters["padded_tokens"] += self.caps.bucket(step.batch.num_tokens) - step.batch.num_tokens
+        chunked = step.batch.num_tokens > int(step.batch.num_decodes[0])
+        self._counters["padded_tokens"] += self.caps.bucket(step.batch.num_tokens, chunked) - step.batch.num_tokens
 
     def _land(self) -> None:
         step, pending = self._in_flight.popleft()

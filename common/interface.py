@@ -35,6 +35,8 @@ class Caps:
     kernels: tuple[str, ...]
     token_buckets: tuple[int, ...] = ()
     """Sizes T that a step is padded to, rising; empty where any size runs as it is."""
+    decode_buckets: tuple[int, ...] = ()
+    """Likewise for steps in which every sequence has one token."""
     max_tokens: int = 1 << 30
     """Packed tokens a step at most."""
     max_seqs: int = 1 << 30
@@ -44,9 +46,9 @@ class Caps:
     depth: int = 0
     """Steps that may be in flight beside the one being built."""
 
-    def bucket(self, tokens: int) -> int:
-        """The padded size of a step of `tokens` tokens."""
-        for size in self.token_buckets:
+    def bucket(self, tokens: int, chunked: bool) -> int:
+        """The padded size of a step of `tokens` tokens, where any sequence has more than one (`chunked`) or none."""
+        for size in self.token_buckets if chunked else self.decode_buckets:
             if size >= tokens:
                 return size
         return tokens

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from experiments.config import engine_spec, launch
+from experiments.cli import launch
+from experiments.config import engine_spec
 from experiments.measure import make_plan, measure, setting
 from experiments.report import Narrator, print_json, print_table
 from experiments.rundir import finished, run_directory, write_json, write_rows, write_setup

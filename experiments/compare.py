@@ -13,7 +13,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from common.config import expect
-from experiments.config import CorrectnessConfig, engine_specs, launch, resolved
+from experiments.cli import launch
+from experiments.config import CorrectnessConfig, engine_specs, resolved
 from experiments.correctness import Agreement, common_prefix, float64_reference, judge
 from experiments.drive import Window
 from experiments.isolate import IsolatedEngine

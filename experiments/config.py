@@ -1,81 +1,18 @@
-"""From the command line to checked, frozen configuration. Hydra composes; messages and exit codes are ours."""
+"""From the command line to checked, frozen configuration, over what Hydra composed."""
 
 from __future__ import annotations
 
-import os
-import re
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from common.config import EngineConfig, expect
-from common.errors import ConfigError, TandemError, nearest_hint
-
-USER_ERROR = 2
-INTERRUPTED = 130
-
-
-def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
-    """Compose `configs/<config_name>.yaml` with the command line and run `task`.
-
-    What the user can mend ends the process with one message on stderr and exit code 2; a defect of ours with its traceback.
-    """
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, where it would print and exit with 1
-    sys.argv[1:] = [piece for argument in sys.argv[1:] for piece in spell_out_model(argument)]
-    started = False
-
-    def run(config: DictConfig) -> None:
-        nonlocal started
-        started = True
-        task(config)
-
-    try:
-        hydra.main(version_base="1.3", config_path="pkg://configs", config_name=config_name)(run)()
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    except Exception as error:
-        if started and not isinstance(error, (TandemError, HydraException, OmegaConfBaseException)):
-            raise
-        print(f"error: {explain(error)}", file=sys.stderr)
-        sys.exit(USER_ERROR)
-
-
-def spell_out_model(argument: str) -> list[str]:
-    """`model=X`, where X is no name of the group `model`, means the checkpoint at X."""
-    match = re.fullmatch(r"model=(?P<name>[^,\[\]{}=]+)", argument)
-    if not match or match["name"] in group_options("model"):
-        return [argument]
-    return ["model=path", f"model.name={match['name']}"]
-
-
-def group_options(group: str) -> list[str]:
-    """The names of a config group that ship with the package."""
-    folder = resources.files("configs") / group
-    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
-
-
-def explain(error: BaseException) -> str:
-    """One paragraph for people, with the nearest known name where one was misspelt."""
-    chain = [error]
-    while chain[-1].__cause__ is not None:
-        chain.append(chain[-1].__cause__)
-    for cause in chain:
-        if isinstance(cause, MissingConfigException) and cause.options and cause.missing_cfg_file:
-            group, _, name = cause.missing_cfg_file.rpartition("/")
-            return f"Unknown {group} {name!r}.{nearest_hint(name, cause.options)} Known: {', '.join(cause.options)}."
-        if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and isinstance(cause.parent_node, DictConfig):
-            known = [str(key) for key in cause.parent_node if key != "hydra"]
-            name = str(cause.key)
-            return f"Unknown option {cause.full_key!r}.{nearest_hint(name, known)} Known here: {', '.join(known)}."
-    return " ".join(" ".join(str(cause).split()) for cause in chain if str(cause))
+from common.errors import ConfigError, nearest_hint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +52,9 @@ def engine_specs(config: DictConfig) -> list[EngineSpec]:
         composed = compose_group(config, "engine", name)
         known = [str(key) for key in composed]
         for key in options:
-            expect(key in known, f"Unknown option {key!r} of engine {name}.{nearest_hint(key, known)} Known: {', '.join(known)}.")
+            expect(
+                key in known, f"Unknown option {key!r} of engine {name}.{nearest_hint(key, known)} Known: {', '.join(known)}."
+            )
         specs.append(engine_spec(OmegaConf.merge(composed, options), f"{name}-{count + 1}" if count else name))
     return specs
 
@@ -125,7 +64,8 @@ def compose_group(config: DictConfig, group: str, name: str) -> DictConfig:
     known = GlobalHydra.instance().config_loader().get_group_options(group)
     if name not in known:
         raise ConfigError(f"Unknown {group} {name!r}.{nearest_hint(name, known)} Known: {', '.join(known)}.")
-    whole = OmegaConf.merge(config, hydra.compose(f"{group}/{name}"))
+    with open_dict(config.copy()) as whole:
+        whole.merge_with(hydra.compose(f"{group}/{name}"))
     return whole[group]
 
 
@@ -134,7 +74,7 @@ def resolved(node: DictConfig) -> dict[str, Any]:
     try:
         values = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(explain(error)) from error
+        raise ConfigError(str(error).partition("\n")[0]) from error
     return values  # type: ignore[return-value]
 
 

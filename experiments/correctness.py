@@ -76,7 +76,9 @@ def judge(
             divergence = Divergence(position=at, tokens=choices, margin=np.inf, error=np.nan, justified=False)  # type: ignore[arg-type]
         else:
             exact = reference([*prompt, *tokens_a[:at]])
-            divergence = weigh(at, (tokens_a[at], tokens_b[at]), (table(logprobs_a[at]), table(logprobs_b[at])), exact, tolerance)
+            divergence = weigh(
+                at, (tokens_a[at], tokens_b[at]), (table(logprobs_a[at]), table(logprobs_b[at])), exact, tolerance
+            )
     return Agreement(
         num_tokens=num_tokens,
         num_equal=num_equal,

@@ -98,9 +98,7 @@ def prepare(engine: IsolatedEngine, plan: Plan, narrator: Narrator) -> dict[str,
     return {"device": loaded["caps"]["device"], "load_s": loaded["load_s"], "warmup_s": warmup}
 
 
-def blocks(
-    engines: Sequence[IsolatedEngine], config: MeasureConfig
-) -> Iterator[tuple[int, Sequence[IsolatedEngine]]]:
+def blocks(engines: Sequence[IsolatedEngine], config: MeasureConfig) -> Iterator[tuple[int, Sequence[IsolatedEngine]]]:
     """Rounds in which each engine runs once: A B, B A, A B, … so that a machine that drifts wrongs neither.
 
     No round starts that would, going by the longest so far, end after the budget.

@@ -96,7 +96,7 @@ class Narrator:
 
 def print_table(title: str, engines: Mapping[str, Mapping[str, Any]], ratios: Mapping[str, float] | None = None) -> None:
     """One column for each engine, one row for each figure."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table()
     table.add_column("")
     for label in engines:
         table.add_column(label, justify="right")
@@ -105,6 +105,7 @@ def print_table(title: str, engines: Mapping[str, Mapping[str, Any]], ratios: Ma
         if key == "output_throughput" and ratios:
             table.add_row(f"× {next(iter(engines))}", *(number(ratios[label]) for label in engines), style="bold")
     console = wide_console()
+    console.print(title, style="bold", highlight=False)
     console.print(table)
     for label, figures in engines.items():
         for reason in figures["contaminated"]:
@@ -147,7 +148,8 @@ def print_verdict(result: Mapping[str, Any]) -> None:
         said = f"[bold red]{unjustified} divergences are not explained by rounding[/]"
     worst = result["max_abs_logprob_diff"]
     console.print(
-        f"float32: {said}; {result['compared_tokens']} tokens alike, log-probabilities within {worst:.1e}. {share}", highlight=False
+        f"float32: {said}; {result['compared_tokens']} tokens alike, log-probabilities within {worst:.1e}. {share}",
+        highlight=False,
     )
     if result["first_divergence"] and unjustified:
         d = result["first_divergence"]

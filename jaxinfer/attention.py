@@ -6,6 +6,7 @@ C query tokens of a tile.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -51,10 +52,12 @@ def make_plan(batch: Batch, config: ModelConfig, page_size: int) -> Plan:
     return Plan(batch.slots[0], batch.page_table[0], *fields, counts)  # type: ignore[arg-type]
 
 
-def plan_shape(tokens: int, seqs: int, pages: int) -> Plan:
-    """The padded shape of each field for steps of at most `tokens` tokens and `seqs` sequences of `pages` pages."""
+def plan_shape(tokens: int, seqs: int, pages: int, chunked: bool) -> Plan:
+    """The padded shape of each field for steps of at most `tokens` tokens and `seqs` sequences of `pages` pages, with chunks
+    of more than one token or without."""
     whole = lambda tiles, n: tiles if tiles <= n else -(-tiles // n) * n  # noqa: E731
-    decodes, chunks = whole(seqs, _DECODES), whole(tokens // CHUNK + min(seqs, tokens // 2), _CHUNKS)
+    decodes = whole(seqs, _DECODES)
+    chunks = whole(tokens // CHUNK + min(seqs, tokens // 2), _CHUNKS) if chunked else 0
     return Plan((tokens,), (seqs, pages), (4, decodes), (4, chunks), (2,))  # type: ignore[arg-type]
 
 
@@ -71,12 +74,14 @@ def paged_attention(config: ModelConfig, plan: Plan) -> Attend:
         out_TKQH = jnp.zeros_like(q_TKQH)
         pools = cache.k[layer], cache.v[layer]
         for tiles, count, C, n in ((plan.decodes, plan.counts[0], 1, _DECODES), (plan.chunks, plan.counts[1], CHUNK, _CHUNKS)):
-            out_TKQH = _attend_tiles(q_TKQH, out_TKQH, *pools, plan.page_table, tiles, count, C, n, scale, window)
+            if tiles.shape[1]:
+                out_TKQH = _attend_tiles(q_TKQH, out_TKQH, *pools, plan.page_table, tiles, count, C, n, scale, window)
         return out_TKQH[:T].reshape(T, N, H), cache
 
     return attend
 
 
+@partial(jax.jit, static_argnames=("C", "n", "scale", "window"))  # traced and lowered once, not once a layer
 def _attend_tiles(
     q_TKQH: Array,
     out_TKQH: Array,

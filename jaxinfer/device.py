@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 
 import jax
 
-from common.platform import choose, cores
+from common.platform import choose, cores, cpu_name
+from common.weights.zoo import cache_directory
 
 PLATFORMS = {"cuda": "cuda", "rocm": "rocm", "tpu": "tpu", "cpu": "cpu"}
 """Ours -> JAX's name."""
@@ -18,6 +20,10 @@ def open_device(requested: str, threads: int | None) -> jax.Device:
     os.environ.setdefault("PJRT_NPROC", str(threads or cores()))
     # A thread that dispatches ahead takes a core from the step it waits for: half the throughput on two cores.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    # Programs compiled once are read back in later runs. XLA's key does not tell one CPU from another: the folder must.
+    folder = re.sub(r"\W+", "-", f"xla-{jax.version.__version__}-{cpu_name()}")
+    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     choice = choose(requested, {name: lambda name=name: probe(name) for name in PLATFORMS})
     return jax.local_devices(backend=PLATFORMS[choice.platform])[0]
 

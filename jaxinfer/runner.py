@@ -7,7 +7,8 @@ each row's last token, is donated, so XLA updates it in place. All inputs of a s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -62,15 +63,16 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Bucket:
-    """The padded sizes of one compiled step."""
+    """The padded sizes of one compiled step. Without chunks every sequence has one token, and half the program falls away."""
 
     tokens: int
     seqs: int
     pages: int
+    chunked: bool
 
     def shapes(self) -> Inputs:
         T, R = (self.tokens,), (self.seqs,)
-        return Inputs(T, T, T, R, R, (*R, 2), R, R, R, R, (3,), plan_shape(self.tokens, self.seqs, self.pages))
+        return Inputs(T, T, T, R, R, (*R, 2), R, R, R, R, (3,), plan_shape(self.tokens, self.seqs, self.pages, self.chunked))
 
     def layout(self) -> Inputs:
         """(offset, shape, dtype) of each input in the packed array."""
@@ -87,11 +89,31 @@ class Bucket:
         return sum(math.prod(shape) for shape in jax.tree.leaves(self.shapes(), is_leaf=lambda x: type(x) is tuple))
 
 
+def count_compilations() -> Callable[[], int]:
+    """Start counting what XLA compiles in this process, by whomever; the returned function tells how many so far."""
+    count = [0]
+
+    def listen(event: str, duration: float, **kwargs: Any) -> None:
+        count[0] += event == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return lambda: count[0]
+
+
+def decode_buckets(most: int) -> tuple[int, ...]:
+    """2, 4, 8, 16, 24, 32, 48, 64, …: powers of two and from 16 their midpoints, the last at least `most`. Never 1: XLA:CPU has
+    no fast bfloat16 matrix-vector product."""
+    sizes = {size for power in range(1, 31) for size in (1 << power, 3 << power >> 1 if power > 3 else 2)}
+    return _up_to(sizes, most)
+
+
 def token_buckets(most: int) -> tuple[int, ...]:
-    """2, 4, 8, 12, 16, 24, 32, …: powers of two and from 8 their midpoints, up to `most`. Never 1: XLA:CPU has no fast
-    bfloat16 matrix-vector product."""
-    sizes = {min(size, most) for power in range(1, 31) for size in (1 << power, 3 << power - 1 if power > 2 else 0) if size}
-    return tuple(sorted({max(2, size) for size in sizes}))
+    """32, 64, 128, …: powers of two, the last at least `most`."""
+    return _up_to({1 << power for power in range(5, 31)}, most)
+
+
+def _up_to(sizes: set[int], most: int) -> tuple[int, ...]:
+    return (*sorted(size for size in sizes if size < most), max(most, min(sizes)))
 
 
 class ModelRunner(interface.ModelRunner):
@@ -103,7 +125,7 @@ class ModelRunner(interface.ModelRunner):
         if config.dtype == "float32":
             jax.config.update("jax_default_matmul_precision", "highest")
         self._compiled: dict[Bucket, Any] = {}
-        self._compilations = 0
+        self._compilations = count_compilations()
 
     @property
     def caps(self) -> Caps:
@@ -114,6 +136,7 @@ class ModelRunner(interface.ModelRunner):
             dtypes=("float32", "bfloat16"),
             kernels=("framework",),
             token_buckets=token_buckets(config.max_num_batched_tokens),
+            decode_buckets=decode_buckets(config.max_num_seqs),
             max_tokens=config.max_num_batched_tokens,
             max_seqs=config.max_num_seqs,
             max_model_len=self.max_model_len,
@@ -145,24 +168,29 @@ class ModelRunner(interface.ModelRunner):
         self.state = State(cache, jnp.zeros((config.max_num_seqs + 1,), jnp.int32, device=self.device))
 
     def warmup(self, progress: Progress | None = None) -> None:
-        sizes = self.caps.token_buckets
-        for done, tokens in enumerate(sizes):
-            bucket = self._bucket(tokens)
-            if bucket not in self._compiled:
-                self._compiled[bucket] = self._compile(bucket)
+        caps = self.caps
+        buckets = [self._bucket(size, False) for size in caps.decode_buckets]
+        buckets += [self._bucket(size, True) for size in caps.token_buckets]
+        # XLA holds no lock while it compiles: a second thread fills what one leaves idle between its parallel phases.
+        with ThreadPoolExecutor(2) as pool:
+            for done, (bucket, step) in enumerate(zip(buckets, pool.map(self._compile, buckets), strict=True)):
+                self._compiled[bucket] = step
                 self._run(bucket, np.zeros(bucket.size(), np.int32))
-            if progress:
-                progress(done + 1, len(sizes), f"compiled steps of {tokens} tokens")
+                if progress:
+                    kind = "chunks and decodes" if bucket.chunked else "decodes"
+                    progress(done + 1, len(buckets), f"compiled steps of {bucket.tokens} tokens, {kind}")
         self._copy_pages(np.zeros((0, 2), np.int32))
+        self.reset()
 
     @property
     def compilations(self) -> int:
-        return self._compilations
+        return self._compilations()
 
     def submit(self, batch: Batch) -> interface.Pending:
         if batch.copies.shape[1]:
             self._copy_pages(batch.copies[0])
-        bucket = self._bucket(self.caps.bucket(max(batch.num_tokens, 1)))
+        chunked = batch.num_tokens > int(batch.num_decodes[0])
+        bucket = self._bucket(self.caps.bucket(batch.num_tokens, chunked), chunked)
         if bucket not in self._compiled:
             self._compiled[bucket] = self._compile(bucket)
         return _Pending(self._run(bucket, self._pack(bucket, batch)), batch)
@@ -177,12 +205,12 @@ class ModelRunner(interface.ModelRunner):
         self.weights, self.state = (), None  # type: ignore[assignment]
         self._compiled.clear()
 
-    def _bucket(self, tokens: int) -> Bucket:
+    def _bucket(self, tokens: int, chunked: bool) -> Bucket:
         config = self.config
-        return Bucket(tokens, min(tokens, config.max_num_seqs), -(-self.max_model_len // config.block_size))
+        seqs = min(tokens, max(config.max_num_seqs, 2))
+        return Bucket(tokens, seqs, -(-self.max_model_len // config.block_size), chunked)
 
     def _compile(self, bucket: Bucket) -> Any:
-        self._compilations += 1
         step = jax.jit(lambda weights, state, packed: self._step(bucket, weights, state, packed), donate_argnums=1)
         return step.lower(self.weights, self.state, jax.ShapeDtypeStruct((bucket.size(),), jnp.int32)).compile()
 

@@ -1,4 +1,4 @@
-"""The history-hash runner: a `ModelRunner` without a model, whose next token is a hash of all it reads back through the page table.
+"""The history-hash runner: a `ModelRunner` whose next token is a hash of all it reads back through the page table.
 
 Its KV of position p is a hash chain over the tokens up to p, taken from the KV of position p - 1 as the page table finds it.
 Its next token is a hash over the KV of every position, each weighted by its place, and of how the request samples. So a wrong
@@ -9,11 +9,12 @@ from the request alone. All arithmetic is in unsigned 64-bit integers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from common.interface import Caps, KVGroup, ModelRunner, Pending, Progress, Result, make_result
-from common.request import Request, Status
+from common.request import Logprobs, Request, Status
 from common.schedule.batch import Batch
 
 MASK = (1 << 64) - 1
@@ -46,7 +47,12 @@ def sampling_code(temperature: float, top_k: int, top_p: float, min_p: float, se
 
 
 class HistoryRunner(ModelRunner):
-    """`violations` lists what a correct engine never makes it do. `raise_at` and `raise_on` inject faults."""
+    """`violations` lists what a correct engine never makes it do.
+
+    Faults: `fail_submit` and `fail_result` are raised once, at the next chance; `fail_token` makes every step raise that holds
+    it; `faults` counts what was raised. Logits after `nan_token` are not finite. With `batches` set to a list, every batch is
+    kept in it.
+    """
 
     def __init__(
         self,
@@ -67,15 +73,17 @@ class HistoryRunner(ModelRunner):
             dtypes=("uint64",),
             kernels=("framework",),
             token_buckets=buckets,
+            decode_buckets=buckets,
             max_tokens=buckets[-1] if buckets else 1 << 30,
             max_seqs=max_seqs,
             vocab_size=vocab_size,
             depth=depth,
         )
         self.violations: list[str] = []
-        self.fail_submit: Exception | None = None
-        self.fail_result: Exception | None = None
+        self.fail_submit: BaseException | None = None
+        self.fail_result: BaseException | None = None
         self.fail_token: int | None = None
+        self.faults = 0
         self.batches: list[Batch] | None = None
         self._odd = np.arange(1, 1 << 17, 2, dtype=np.uint64)
         self.reset()
@@ -130,9 +138,10 @@ class HistoryRunner(ModelRunner):
         if self.batches is not None:
             self.batches.append(batch)
         if self.fail_token is not None and (batch.token_ids == self.fail_token).any():
-            raise RuntimeError(f"token {self.fail_token} is poison")
+            self.fail_submit = RuntimeError(f"token {self.fail_token} is poison")
         if self.fail_submit is not None:
             error, self.fail_submit = self.fail_submit, None
+            self.faults += 1
             raise error
         return _Done(self, self._run(batch))
 
@@ -183,12 +192,14 @@ class HistoryRunner(ModelRunner):
     def _codes(self, batch: Batch) -> np.ndarray:
         seeds, temperature = batch.seeds, batch.temperature
         assert seeds is not None and temperature is not None
-        filtered = batch.top_k is not None and batch.top_p is not None and batch.min_p is not None
+        none, ones = np.zeros(batch.num_seqs, np.int32), np.ones(batch.num_seqs)
+        top_k = none if batch.top_k is None else batch.top_k
+        top_p = ones if batch.top_p is None else batch.top_p
+        min_p = none if batch.min_p is None else batch.min_p
         codes = []
         for s in range(batch.num_seqs):
             seed = int(seeds[s, 0]) | int(seeds[s, 1]) << 32
-            filters = (int(batch.top_k[s]), float(batch.top_p[s]), float(batch.min_p[s])) if filtered else (0, 1.0, 0.0)
-            codes.append(sampling_code(float(temperature[s]), *filters, seed))
+            codes.append(sampling_code(float(temperature[s]), int(top_k[s]), float(top_p[s]), float(min_p[s]), seed))
         return np.array(codes, np.uint64)
 
     def _logprobs(
@@ -217,36 +228,48 @@ class _Done(Pending):
     def result(self) -> Result:
         if self._runner.fail_result is not None:
             error, self._runner.fail_result = self._runner.fail_result, None
+            self._runner.faults += 1
             raise error
         return self._result
 
 
-def expected(request: Request, runner: HistoryRunner, *, seed: int = 0, limit: int) -> tuple[list[int], Status]:
-    """The tokens and the end that are right for `request`, from it alone; `limit` bounds the output where max_tokens is None.
+@dataclass(frozen=True)
+class Expected:
+    """What is right for a request: its tokens, the hash that each came from, and how it ends."""
 
-    `seed` is what the engine draws for a request that brings none.
-    """
-    params, vocab = request.params, runner.caps.vocab_size
-    code = 0
+    tokens: list[int]
+    values: list[int]
+    finish: Status
+
+    def logprobs(self, i: int, k: int, vocab_size: int) -> Logprobs:
+        """What the runner reports of output token i when k are asked for."""
+        top_ids = [(self.tokens[i] + j) % vocab_size for j in range(k)]
+        rank = (self.values[i] >> 40) % vocab_size + 1
+        return Logprobs(-float(self.values[i] >> 48), rank, top_ids, [-float(t) for t in top_ids])
+
+
+def expected(request: Request, *, vocab_size: int, max_tokens: int, seed: int = 0, nan_token: int | None = None) -> Expected:
+    """The judge: a pure function of the request. `max_tokens` holds where it names none, `seed` where it brings none."""
+    params, code = request.params, 0
     if not params.greedy:
-        own = seed if params.seed is None else params.seed
-        code = sampling_code(float(np.float32(params.temperature)), params.top_k, float(np.float32(params.top_p)), float(np.float32(params.min_p)), own)
-    chain = total = 0
-    position, output = 0, []
-    pending = list(request.prompt_token_ids)
-    cap = limit if params.max_tokens is None else params.max_tokens
+        rounded = [float(np.float32(x)) for x in (params.temperature, params.top_p, params.min_p)]
+        code = sampling_code(rounded[0], params.top_k, *rounded[1:], seed if params.seed is None else params.seed)
+    chain = total = position = 0
+    tokens: list[int] = []
+    values: list[int] = []
+    fresh = list(request.prompt_token_ids)
     while True:
-        for token in pending:
+        for token in fresh:
             chain = (chain + mix((token * C + position + 1) & MASK)) & MASK
             total = (total + mix(chain) * (2 * position + 1)) & MASK
             position += 1
-        if pending[-1] == runner.nan_token:
-            return output, Status.FINISHED_ERROR
-        token = mix((total + code) & MASK) % vocab
-        output.append(token)
-        ends = (not params.ignore_eos and token in request.eos_token_ids) or token in params.stop_token_ids
-        if ends and len(output) >= params.min_tokens:
-            return output, Status.FINISHED_STOP
-        if len(output) >= cap:
-            return output, Status.FINISHED_LENGTH
-        pending = [token]
+        if fresh[-1] == nan_token:
+            return Expected(tokens, values, Status.FINISHED_ERROR)
+        values.append(mix((total + code) & MASK))
+        fresh = [values[-1] % vocab_size]
+        tokens += fresh
+        ends = (not params.ignore_eos and fresh[0] in request.eos_token_ids) or fresh[0] in params.stop_token_ids
+        if ends and len(tokens) >= params.min_tokens:
+            return Expected(tokens, values, Status.FINISHED_STOP)
+        if len(tokens) >= (params.max_tokens or max_tokens):
+            return Expected(tokens, values, Status.FINISHED_LENGTH)

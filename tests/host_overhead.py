@@ -54,4 +54,6 @@ def host_ms_per_step(requests: int, tokens: int = 300, temperature: float = 0.0)
 if __name__ == "__main__":
     for requests in (1, 64):
         for temperature in (0.0, 1.0):
-            print(f"{requests:3} running, temperature {temperature}: {host_ms_per_step(requests, 300, temperature):.3f} ms a step")
+            print(
+                f"{requests:3} running, temperature {temperature}: {host_ms_per_step(requests, 300, temperature):.3f} ms a step"
+            )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from enum import IntFlag
+from functools import lru_cache
 from typing import Any, Self
 
 import numpy as np
@@ -107,27 +108,15 @@ class Batch:
     @classmethod
     def pack(cls, **arrays: Any) -> Self:
         """Copy arrays of the names in `VIEWS` into one new buffer."""
-        present = [(name, np.asarray(arrays[name])) for name in VIEWS if arrays.get(name) is not None]
-        head = 2 + _ENTRY * len(present)
-        offset = -(-head * 4 // ALIGN) * ALIGN
-        header = np.zeros(offset // 4, np.int32)
-        header[:2] = MAGIC, len(present)
-        places = []
-        for i, (name, array) in enumerate(present):
-            dims = (*array.shape, *(-1,) * (3 - array.ndim))
-            header[2 + _ENTRY * i : 2 + _ENTRY * (i + 1)] = (_CODES[name], *dims, offset)
-            places.append(offset)
-            itemsize = int(VIEWS[name][0][-1])
-            offset += -(-array.size * itemsize // ALIGN) * ALIGN
-        buffer = np.zeros(offset, np.uint8)
-        buffer[: header.nbytes] = header.view(np.uint8)
+        present = {name: np.asarray(arrays[name]) for name in VIEWS if arrays.get(name) is not None}
+        header, places, size = _layout(tuple((name, array.shape) for name, array in present.items()))
+        buffer = np.zeros(size, np.uint8)
+        buffer[: len(header)] = header
         views = {}
-        for (name, array), place in zip(present, places, strict=True):
-            dtype = np.dtype(VIEWS[name][0])
-            view = buffer[place : place + array.size * dtype.itemsize].view(dtype).reshape(array.shape)
+        for (name, array), (dtype, place) in zip(present.items(), places, strict=True):
+            view = views[name] = np.ndarray(array.shape, dtype, buffer, place)
             view[...] = array
             view.flags.writeable = False
-            views[name] = view
         buffer.flags.writeable = False
         return cls(buffer, views)
 
@@ -174,3 +163,19 @@ class Batch:
             for axis, size in zip((axes,) if axes == "S1" else axes, view.shape, strict=True):
                 if sizes.setdefault(axis, size) != size:
                     raise BatchError(f"View {name!r} of a batch has {size} along {axis}, others have {sizes[axis]}.")
+
+
+@lru_cache(maxsize=1024)
+def _layout(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> tuple[np.ndarray, tuple[tuple[np.dtype, int], ...], int]:
+    """The header bytes, the dtype and offset of each view, and the size of a batch; steady decoding asks for the same again."""
+    head = 2 + _ENTRY * len(shapes)
+    offset = -(-head * 4 // ALIGN) * ALIGN
+    header = np.zeros(offset // 4, np.int32)
+    header[:2] = MAGIC, len(shapes)
+    places = []
+    for i, (name, shape) in enumerate(shapes):
+        dtype = np.dtype(VIEWS[name][0])
+        header[2 + _ENTRY * i : 2 + _ENTRY * (i + 1)] = (_CODES[name], *shape, *(-1,) * (3 - len(shape)), offset)
+        places.append((dtype, offset))
+        offset += -(-math.prod(shape) * dtype.itemsize // ALIGN) * ALIGN
+    return header.view(np.uint8), tuple(places), offset

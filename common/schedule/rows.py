@@ -29,6 +29,9 @@ class Rows:
         self.num_top = np.full(num_rows, -1, np.int32)  # -1: no logprobs wanted
         self.free = list(range(num_rows))[::-1]
         self._arange = np.arange(num_rows, dtype=np.int32)
+        self._sample = np.full(num_rows, Want.SAMPLE, np.uint8)
+        self._nothing = np.empty(0, np.int32)
+        self._no_copies = np.empty((groups, 0, 2), np.int32)
 
     def take(self, tokens: np.ndarray, pages: Sequence[int], params: SamplingParams, seed: int) -> int:
         """A free row, filled. The caller has made sure that there is one."""
@@ -47,51 +50,51 @@ class Rows:
         self.free.append(row)
 
     def build(
-        self, row_list: list[int], start_list: list[int], count_list: list[int], samples: list[bool], fills: list[bool]
+        self, row_list: list[int], start_list: list[int], count_list: list[int], samples: list[int], fills: list[int]
     ) -> Batch:
-        """The batch in which sequence s runs `counts[s]` tokens from position `starts[s]` of its row on.
+        """The batch in which sequence s runs `count_list[s]` tokens from position `start_list[s]` of its row on.
 
-        `samples`: whether its last token asks for a next one. `fills`: whether that last token is known to the device only.
+        `samples`: the sequences whose last token asks for a next one. `fills`: those whose last token only the device knows.
         Sequences of one token must come first.
         """
         rows, starts, counts = np.array(row_list, np.int32), np.array(start_list, np.int32), np.array(count_list, np.int32)
-        size = self.block_size
-        num_seqs = len(rows)
+        size, num_seqs = self.block_size, len(rows)
         ends = starts + counts
         query_starts = np.zeros(num_seqs + 1, np.int32)
-        np.cumsum(counts, out=query_starts[1:])
+        counts.cumsum(out=query_starts[1:])
+        last = query_starts[1:] - 1
         num_tokens = int(query_starts[-1])
         if num_tokens == num_seqs:  # decodes only
-            owner, positions = self._arange[:num_seqs], starts
+            owner, positions, token_rows = self._arange[:num_seqs], starts, rows
         else:
-            owner = np.repeat(self._arange[:num_seqs], counts)
+            owner = self._arange[:num_seqs].repeat(counts)
             positions = np.arange(num_tokens, dtype=np.int32) + (starts - query_starts[:-1])[owner]
-        page_table = self.pages[rows, : -(-int(ends.max()) // size)] if num_seqs else self.pages[:0, :0]
+            token_rows = rows[owner]
+        token_ids = self.tokens[token_rows, positions]
+        page_table = self.pages[rows, : -(-int(ends.max(initial=0)) // size)]
         slots = page_table[owner, positions // size] * size + positions % size
-        logit_owner = np.flatnonzero(samples)
-        logit_rows = query_starts[1:][logit_owner] - 1
-        token_ids = self.tokens[rows[owner], positions]
-        fill_at = query_starts[1:][np.flatnonzero(fills)] - 1
+        logit_owner = np.array(samples, np.int32)
+        fill_at = last[fills] if fills else self._nothing
         token_ids[fill_at] = 0
         views = {
             "token_ids": token_ids,
             "positions": positions,
             "query_starts": query_starts,
             "kv_lengths": ends,
-            "num_decodes": np.array([np.count_nonzero(counts == 1)], np.int32),
+            "num_decodes": (count_list.count(1),),
             "rows": rows,
-            "page_table": np.broadcast_to(page_table, (self.groups, *page_table.shape)),
-            "slots": np.broadcast_to(slots, (self.groups, num_tokens)),
-            "copies": np.empty((self.groups, 0, 2), np.int32),
+            "page_table": page_table[None].repeat(self.groups, 0),
+            "slots": slots[None].repeat(self.groups, 0),
+            "copies": self._no_copies,
             "fill_at": fill_at,
-            "fill_row": rows[owner[fill_at]],
-            "logit_rows": logit_rows,
+            "fill_row": token_rows[fill_at],
+            "logit_rows": last[logit_owner],
             "logit_owner": logit_owner,
-            "want": np.full(len(logit_owner), Want.SAMPLE, np.uint8),
+            "want": self._sample[: len(samples)],
         }
         num_top = self.num_top[rows[logit_owner]]
-        if (num_top >= 0).any():
-            views["want"] |= np.where(num_top >= 0, np.uint8(Want.LOGPROBS), np.uint8(0))
+        if num_top.max(initial=-1) >= 0:
+            views["want"] = np.where(num_top >= 0, Want.SAMPLE | Want.LOGPROBS, Want.SAMPLE)
             views["num_top"] = np.maximum(num_top, 0)
         temperature = self.temperature[rows]
         if temperature.any():

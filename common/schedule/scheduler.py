@@ -275,36 +275,32 @@ class Scheduler:
 
     def _fit_bucket(self, num_decodes: int, chunks: list[tuple[Sequence, int]]) -> None:
         """Shorten the last chunk to end the step on a bucket, where running its rest in the next step pads less in sum."""
-        if not self.caps.token_buckets or not chunks:
-            return
         total = num_decodes + sum(count for _, count in chunks)
         lower = max((size for size in self.caps.token_buckets if size <= total), default=total)
         rest = total - lower
-        seq, count = chunks[-1]
-        beside = max(num_decodes, 1)
-        if (
-            rest
-            and count > rest
-            and lower + self.caps.bucket(beside + rest) - self.caps.bucket(beside) < self.caps.bucket(total)
-        ):
-            chunks[-1] = (seq, count - rest)
+        if not chunks or not rest or chunks[-1][1] <= rest:
+            return
+        beside = num_decodes + len(chunks) - 1  # about as many run one token each in the next step anyway
+        extra = self.caps.bucket(beside + rest, rest > 1) - (self.caps.bucket(beside, False) if beside else 0)
+        if lower + extra < self.caps.bucket(total, True):
+            chunks[-1] = (chunks[-1][0], chunks[-1][1] - rest)
 
     def _commit(self, plan: list[tuple[Sequence, int]]) -> Step:
         """Advance every sequence of the plan, as of now, and pack the step."""
-        seqs, rows, starts, counts, samples, fills = [], [], [], [], [], []
-        for seq, count in plan:
+        rows, starts, counts, samples, fills = [], [], [], [], []
+        for i, (seq, count) in enumerate(plan):
             end = seq.computed + count
-            sample = end == seq.known + seq.pending
-            seqs.append(seq)
             rows.append(seq.row)
             starts.append(seq.computed)
             counts.append(count)
-            samples.append(sample)
-            fills.append(end > seq.known)
+            if end > seq.known:
+                fills.append(i)
+            if end == seq.known + seq.pending:
+                samples.append(i)
+                seq.pending += 1
             seq.computed = end
-            seq.pending += sample
             seq.in_flight += 1
-        return Step(seqs, self.rows.build(rows, starts, counts, samples, fills))
+        return Step([seq for seq, _ in plan], self.rows.build(rows, starts, counts, samples, fills))
 
     # ── one step: its result ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -312,7 +308,6 @@ class Scheduler:
         """Take in the result of the oldest step in flight, seen at `time`: new tokens, ends, pages to offer to others."""
         batch, events = step.batch, []
         tokens, starts, ends = result.tokens.tolist(), result.token_starts.tolist(), batch.kv_lengths.tolist()
-        self.rows.tokens[batch.rows[batch.logit_owner], batch.kv_lengths[batch.logit_owner]] = result.tokens
         bad = set() if result.finite.all() else set(batch.logit_owner[~result.finite].tolist())
         for i, seq in enumerate(step.seqs):
             seq.in_flight -= 1
@@ -351,6 +346,7 @@ class Scheduler:
         """Give a sequence the step's token j, and end it if that was its last."""
         params = seq.request.params
         seq.output.append(token)
+        self.rows.tokens[seq.row, seq.known] = token
         seq.known += 1
         seq.pending -= 1
         seq.strikes = 0

@@ -11,6 +11,7 @@ import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from common.errors import CheckpointError, RequestError, nearest_hint
-from common.weights.gguf import read_metadata
+from common.weights.gguf_header import read_metadata
 
 MAX_FILE_BYTES = 1 << 28
 """Of a tokenizer.json; the largest vocabularies in use need about 2**25."""
@@ -30,7 +31,7 @@ def open_tokenizer(path: Path) -> Tokenizer:
 
 
 class Tokenizer:
-    """A vocabulary of byte-level BPE or of SentencePiece's BPE with byte fallback, with its special tokens and chat template."""
+    """A vocabulary of byte-level BPE or of SentencePiece's BPE with byte fallback, its special tokens and its chat template."""
 
     def __init__(
         self,
@@ -55,6 +56,9 @@ class Tokenizer:
         self.special_tokens = {t.content: i for i, t in inner.get_added_tokens_decoder().items() if t.special}
         """Control tokens by their text."""
         self.special_ids = frozenset(self.special_tokens.values())
+        # A vocabulary of nothing but these: what it makes of a text is where they are. Linear, however many there are.
+        self._finder = tokenizers.Tokenizer(models.BPE())
+        self._finder.add_special_tokens([AddedToken(text, normalized=False) for text in self.special_tokens])
 
     def encode(self, text: str, add_special_tokens: bool = True, *, parse_special: bool = True) -> list[int]:
         """The ids of `text`. `add_special_tokens` adds what the model expects around a text (BOS for most).
@@ -69,13 +73,17 @@ class Tokenizer:
         except (TypeError, UnicodeEncodeError) as error:
             raise RequestError(f"A prompt must be Unicode text, got {type(text).__name__}: {error}.") from error
 
+    def find_special(self, text: str) -> list[tuple[int, int]]:
+        """Where `text` spells special tokens, as (start, end) in order."""
+        return self._finder.encode(text).offsets
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`. Bytes that are not UTF-8 become U+FFFD, one for each longest broken sequence."""
         raw = b"".join(self.token_bytes(i, skip_special_tokens) for i in token_ids)
         return self.strip_first(raw).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int, skip_special_tokens: bool = True) -> bytes:
-        """What one token adds to the text, in UTF-8, which it may begin or end in the middle of; empty for an id without token."""
+        """What one token adds to the text: UTF-8, perhaps cut within a character; empty for an id without token."""
         if skip_special_tokens and token_id in self.special_ids:
             return b""
         piece = self._inner.id_to_token(token_id)
@@ -93,7 +101,7 @@ class Tokenizer:
         return self._inner.id_to_token(token_id)
 
     def check_fits(self, model_vocab_size: int) -> None:
-        """Raise `CheckpointError` unless every id has a row in the model's embedding table. (Rows without a token are legal.)"""
+        """Raise `CheckpointError` unless every id has a row in the model's embedding table. (Rows to spare are legal.)"""
         if self.vocab_size > model_vocab_size:
             raise CheckpointError(
                 f"The tokenizer has ids up to {self.vocab_size - 1}, but the model embeds only {model_vocab_size} tokens. "
@@ -102,7 +110,7 @@ class Tokenizer:
 
 
 _BYTE_LEVEL = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-"""The bytes that byte-level BPE spells as themselves, read as Latin-1; the others follow from U+0100 on (GPT-2, Radford 2019)."""
+"""The bytes that byte-level BPE spells as themselves, read as Latin-1; the others go on from U+0100 (GPT-2, Radford 2019)."""
 _HIDDEN = [byte for byte in range(0x100) if byte not in _BYTE_LEVEL]
 _ALPHABET = {chr(byte): byte for byte in _BYTE_LEVEL} | {chr(0x100 + i): byte for i, byte in enumerate(_HIDDEN)}
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -110,7 +118,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 @dataclass(frozen=True, kw_only=True)
 class _Decoding:
-    """How a piece of the vocabulary becomes bytes: what the decoder of a `tokenizer.json` says, as far as language models use it."""
+    """How a piece of the vocabulary becomes bytes: the decoder of a `tokenizer.json`, as far as language models use them."""
 
     byte_level: bool = False
     byte_fallback: bool = False
@@ -131,7 +139,9 @@ class _Decoding:
 
     @classmethod
     def of(cls, decoder: decoders.Decoder | None) -> _Decoding:
-        description = json.loads(decoder.__getstate__()) if decoder is not None else {"type": None}
+        if decoder is None:
+            raise CheckpointError("This tokenizer has no decoder: it does not say how tokens become text.")
+        description: dict[str, Any] = json.loads(decoder.__getstate__())
         steps = description["decoders"] if description["type"] == "Sequence" else [description]
         found: dict[str, Any] = {"replacements": ()}
         for step in steps:
@@ -148,8 +158,8 @@ class _Decoding:
                     pass
                 case _:
                     raise CheckpointError(
-                        f"This tokenizer's decoder has a step {step}; known are ByteLevel, ByteFallback, Replace, Fuse and Strip, "
-                        "as byte-level BPE and SentencePiece vocabularies use them."
+                        f"This tokenizer's decoder has a step {step}; known are ByteLevel, ByteFallback, Replace, Fuse and "
+                        "Strip, as byte-level BPE and SentencePiece vocabularies use them."
                     )
         return cls(**found)
 
@@ -160,7 +170,9 @@ class _Decoding:
 def _from_directory(folder: Path) -> Tokenizer:
     file = folder / "tokenizer.json"
     if not file.is_file():
-        raise CheckpointError(f"No tokenizer in {folder}: expected a file tokenizer.json. A SentencePiece model must be converted.")
+        raise CheckpointError(
+            f"No tokenizer in {folder}: expected a file tokenizer.json. A SentencePiece model must be converted."
+        )
     if file.stat().st_size > MAX_FILE_BYTES:
         raise CheckpointError(f"{file} has {file.stat().st_size} bytes; at most {MAX_FILE_BYTES} are read.")
     try:
@@ -251,19 +263,27 @@ def _from_gguf(path: Path) -> Tokenizer:
             prefix = bool(get("add_space_prefix", True))
             inner = _sentencepiece(tokens, types, get("scores"), get("unknown_token_id"), prefix)
         else:
-            raise CheckpointError(f"{path}: tokenizer kind {kind!r} is not known. Known: gpt2 (byte-level BPE), llama (SentencePiece).")
+            raise CheckpointError(
+                f"{path}: tokenizer kind {kind!r} is not known. Known: gpt2 (byte-level BPE), llama (SentencePiece)."
+            )
     except CheckpointError:
         raise
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(f"{path}: its tokens and merges do not make a tokenizer: {error}.") from error
 
-    vocabulary = inner.get_vocab(with_added_tokens=False)
-    marked = [(t, k) for t, k in zip(tokens, types, strict=True) if k in (_CONTROL, _USER_DEFINED) and t in vocabulary]
+    marked = [
+        (t, k)
+        for t, k in zip(tokens, types, strict=True)
+        if k in (_CONTROL, _USER_DEFINED) and inner.token_to_id(t) is not None
+    ]
     inner.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, k in marked if k == _CONTROL])
     inner.add_tokens([AddedToken(t, normalized=False) for t, k in marked if k == _USER_DEFINED])
 
     bos, eos = get("bos_token_id"), get("eos_token_id")
-    around = {"bos": bos if get("add_bos_token", kind == "llama") else None, "eos": eos if get("add_eos_token", False) else None}
+    around = {
+        "bos": bos if get("add_bos_token", kind == "llama") else None,
+        "eos": eos if get("add_eos_token", False) else None,
+    }
     inner.post_processor = _surround(tokens, **around)
     return Tokenizer(
         inner,
@@ -283,7 +303,7 @@ def _byte_level(tokens: Sequence[str], merges: Sequence[str] | None, pre: str) -
         raise CheckpointError("A byte-level BPE tokenizer needs tokenizer.ggml.merges.")
     split = _PRE_KINDS[pre]
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     # Llama 3 takes a whole word that is in the vocabulary even where the merges lead elsewhere.
     inner = tokenizers.Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=split == "llama3"))
     match split:
@@ -320,7 +340,7 @@ def _sentencepiece(
     pieces = [t.replace(" ", "▁") for t in tokens]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     normal = [s for s, k in zip(scores or (), types, strict=False) if k == 1]
-    if not scores or all(a >= b for a, b in zip(normal, normal[1:], strict=False)):
+    if not scores or all(a >= b for a, b in pairwise(normal)):
         order: Iterable[int] = range(len(pieces))
     else:
         order = sorted(range(len(pieces)), key=lambda i: -scores[i])

@@ -15,6 +15,8 @@ from common.rope import yarn_magnitude
 
 Json = dict[str, Any]
 
+MAX_LAYERS = 4096
+"""As in ModelConfig; checked before anything is made per layer."""
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _REQUIRED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
@@ -55,7 +57,8 @@ def model_config_from_json(data: Json) -> ModelConfig:
     for name in _MUST_BE_UNSET:
         if data.get(name):
             raise ConfigError(f"{name} is set to {data[name]!r}, which is not supported: it must be absent, null or false.")
-    hidden, heads, layers = (_whole(data, f) for f in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    hidden, heads = _whole(data, "hidden_size"), _whole(data, "num_attention_heads")
+    layers = _whole(data, "num_hidden_layers", most=MAX_LAYERS)
     gemma = family.name == "gemma3"
     activation = _text(data, "hidden_activation" if gemma else "hidden_act", family.activation)
     if activation not in _ACTIVATIONS:
@@ -211,10 +214,10 @@ def _yarn_attention_factor(parameters: Json, factor: float) -> float | None:
     return None
 
 
-def _whole(data: Json, name: str, default: int | None = None) -> int:
+def _whole(data: Json, name: str, default: int | None = None, most: int = 2**31 - 1) -> int:
     value = default if data.get(name) is None else data[name]
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
-        raise ConfigError(f"{name} must be a whole number in [0, 2**31), got {value!r}.")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+        raise ConfigError(f"{name} must be a whole number in [0, {most}], got {value!r:.200}.")
     return value
 
 

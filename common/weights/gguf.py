@@ -6,6 +6,7 @@ What GGUF stores differently is undone here: Llama's q and k rows are permuted, 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from common.config import ModelConfig, Rope
 from common.errors import ConfigError, nearest_hint
 from common.rope import inverse_frequencies
+from common.weights.config_json import MAX_LAYERS
 from common.weights.entry import Entry, map_file, map_tensor
 from common.weights.gguf_header import read_header, read_metadata
 
@@ -85,7 +87,7 @@ def canonical_name(stored_name: str, architecture: str) -> str:
 
 
 def model_config_from_metadata(
-    metadata: dict[str, Any], tensor_names: Any = (), rope_factors: np.ndarray | None = None
+    metadata: dict[str, Any], tensor_names: Collection[str] = (), rope_factors: np.ndarray | None = None
 ) -> ModelConfig:
     """ModelConfig of GGUF metadata. What the metadata does not say is read off the names of the tensors: a separate head,
     biases. `rope_factors`, float32 [H/2], are what the file divides RoPE frequencies by. Raises ConfigError."""
@@ -94,7 +96,8 @@ def model_config_from_metadata(
         hint = nearest_hint(str(architecture), ARCHITECTURES)
         raise ConfigError(f"GGUF architecture {architecture!r} is not supported.{hint} Supported: {', '.join(ARCHITECTURES)}.")
     get = _Metadata(metadata, architecture)
-    heads, hidden, layers = get.whole("attention.head_count"), get.whole("embedding_length"), get.whole("block_count")
+    heads, hidden = get.whole("attention.head_count"), get.whole("embedding_length")
+    layers = get.whole("block_count", most=MAX_LAYERS)
     head_dim = get.whole("attention.key_length", hidden // max(heads, 1))
     for key in ("attention.value_length", "rope.dimension_count"):
         if get.whole(key, head_dim) != head_dim:
@@ -106,7 +109,7 @@ def model_config_from_metadata(
     if rope_factors is not None:
         rope = _with_llama3_factors(rope, head_dim, rope_factors)
     tokens = metadata.get("tokenizer.ggml.tokens", ())
-    eos = (metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot"))
+    eos = (get.token_id("eos"), get.token_id("eot"))
     return ModelConfig(
         family=architecture,
         vocab_size=get.whole("vocab_size", len(tokens) or None),
@@ -132,7 +135,7 @@ def model_config_from_metadata(
         ropes=(rope, Rope(base=get.number("rope.freq_base_swa", 10_000.0))) if gemma else (rope,),
         layer_rope=tuple(map(int, sliding)) if gemma else (),
         layer_window=tuple(window if slides else 0 for slides in sliding),
-        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
+        bos_token_id=get.token_id("bos"),
         eos_token_ids=tuple(dict.fromkeys(token for token in eos if token is not None)),
     )
 
@@ -146,17 +149,24 @@ class _Metadata:
     def name(self, key: str) -> str:
         return f"{self.architecture}.{key}"
 
-    def whole(self, key: str, default: int | None = None) -> int:
-        value = self.metadata.get(self.name(key), default)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ConfigError(f"GGUF metadata {self.name(key)!r} must be a whole number, got {value!r}.")
+    def whole(self, key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
+        return self._whole(self.name(key), default, most)
+
+    def token_id(self, kind: str) -> int | None:
+        key = f"tokenizer.ggml.{kind}_token_id"
+        return self._whole(key, None, 2**31 - 1) if key in self.metadata else None
+
+    def _whole(self, key: str, default: int | None, most: int) -> int:
+        value = self.metadata.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+            raise ConfigError(f"GGUF metadata {key!r} must be a whole number in [0, {most}], got {value!r:.200}.")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """Files hold float32: 1e-05 comes out as 9.999999747378752e-06, and is given back as the 1e-05 that was meant."""
         value = self.metadata.get(self.name(key), default)
         if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ConfigError(f"GGUF metadata {self.name(key)!r} must be a number, got {value!r}.")
+            raise ConfigError(f"GGUF metadata {self.name(key)!r} must be a number, got {value!r:.200}.")
         return float(str(np.float32(value)))
 
     def text(self, key: str, default: str) -> str:

@@ -35,8 +35,7 @@ def resolve(model: str) -> Path:
         return _gemma()
     if model in RECIPES:
         return write_tiny(model, cache_directory())
-    path = Path(model).expanduser()
-    if path.exists():
+    if model and (path := Path(model).expanduser()).exists():
         return path
     if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", model, re.ASCII) and not model.endswith(".gguf"):
         return _from_hub(model)

@@ -78,7 +78,9 @@ class _StaticBatch:
         longest = max(len(request.prompt_token_ids) for request in requests)
         pads = [longest - len(request.prompt_token_ids) for request in requests]
         device = model.device
-        self._ids_ST = torch.tensor([[0] * pad + [*r.prompt_token_ids] for pad, r in zip(pads, requests, strict=True)]).to(device)
+        self._ids_ST = torch.tensor([[0] * pad + [*r.prompt_token_ids] for pad, r in zip(pads, requests, strict=True)]).to(
+            device
+        )
         self._mask_ST = (torch.arange(longest) >= torch.tensor(pads)[:, None]).long().to(device)
         self._positions_ST = (self._mask_ST.cumsum(1) - 1).clamp(min=0)
         self._top = max((request.params.logprobs or 0) for request in requests)

@@ -1,0 +1,406 @@
+"""Text in, text out, for people: `LLM("smollm2-135m", backend="jax").generate(prompts, SamplingParams(...))`.
+
+On the command line: `python -m common.llm --backend torch "Once upon a time"`. Names are the ones vLLM users know.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from itertools import count
+from typing import Any, Self, get_args, get_type_hints
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as ProgressBar
+
+from common.config import EngineConfig
+from common.engine import build_engine
+from common.errors import ConfigError, RequestError, TandemError, nearest_hint
+from common.interface import Progress
+from common.request import Request, SamplingParams, expect
+from common.text.chat import ChatTemplate, Message
+from common.text.output import Delta, OutputText
+from common.text.tokenizer import Tokenizer, open_tokenizer
+from common.weights.checkpoint import open_checkpoint
+from common.weights.zoo import names, resolve
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, or a mapping with `prompt` or `prompt_token_ids`."""
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Of one token at one place, from the raw logits."""
+
+    logprob: float
+    rank: int
+    """1 is the likeliest."""
+    decoded_token: str
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """What a model wrote."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None
+    logprobs: list[dict[int, Logprob]] | None
+    """For each token: itself and the likeliest others, by id; None unless asked for."""
+    finish_reason: str | None
+    """`stop`, `length`, `abort`, `timeout` or `error`."""
+    stop_reason: int | str | None
+    """The stop id or stop string that ended it; None for EOS."""
+    error: str | None = None
+    """What went wrong, where finish_reason is `error`."""
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """One prompt and its continuation."""
+
+    request_id: str
+    prompt: str | None
+    """None where the prompt came as token ids."""
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+
+
+class LLM:
+    """A model with its tokenizer on one engine, for one thread. `close` gives its memory back; so does a `with` block."""
+
+    def __init__(self, model: str = "smollm2-135m", *, backend: str = "jax", use_tqdm: bool = True, **options: Any) -> None:
+        """`model` is a name, a path or a hub id (`common.weights.zoo`); `options` are those of `EngineConfig`.
+
+        `use_tqdm` allows progress bars; they show on terminals only. Raises a `TandemError` for whatever cannot work.
+        """
+        config = EngineConfig.of(**options)
+        checkpoint = open_checkpoint(resolve(model))
+        self.tokenizer: Tokenizer = open_tokenizer(checkpoint.path)
+        self.tokenizer.check_fits(checkpoint.config.vocab_size)
+        self._eos = tuple(dict.fromkeys((*checkpoint.config.eos_token_ids, *self.tokenizer.eos_token_ids)))
+        with _progress(use_tqdm) as progress:
+            self.engine = build_engine(backend, checkpoint, config, progress)
+        self._chat: ChatTemplate | None = None
+        self._numbers = count()
+        self._live: dict[str, OutputText] = {}
+        self._deltas: dict[str, list[Delta]] = {}
+        self._closed = False
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Continue every prompt; the outputs are in the order of the prompts. `sampling_params` is one for all, or one each.
+
+        Where a text spells special tokens, it means them. If a prompt is refused (`RequestError`), none is run. A request that
+        fails on the way ends with the finish_reason `error`, and the others go on.
+        """
+        many = [prompts] if _is_one(prompts) else list(prompts)
+        texts, requests = self._requests(many, sampling_params)
+        self._run(requests, use_tqdm)
+        return [
+            self._output(text, request, self._deltas.pop(request.request_id))
+            for text, request in zip(texts, requests, strict=True)
+        ]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or each of several. Special tokens that a message spells are plain text."""
+        many = isinstance(messages, Sequence) and len(messages) > 0 and isinstance(messages[0], list | tuple)
+        conversations: Any = messages if many else [messages]
+        prompts = [self.chat_prompt(c, tools=tools, add_generation_prompt=add_generation_prompt) for c in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> dict[str, Any]:
+        """The prompt that the model's chat template makes of a conversation, for `generate` and `stream`."""
+        self._chat = self._chat or ChatTemplate(self.tokenizer)
+        text, token_ids = self._chat.encode(messages, tools=tools, add_generation_prompt=add_generation_prompt)
+        return {"prompt": text, "prompt_token_ids": token_ids}
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Delta]:
+        """Continue one prompt token by token. Several streams may be read in turn; leaving one early aborts its request."""
+        _, (request,) = self._requests([prompt], sampling_params)
+        return self._stream(request)
+
+    def close(self) -> None:
+        """Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self.engine.close()
+            if self._chat is not None:
+                self._chat.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _requests(
+        self, prompts: Sequence[Any], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> tuple[list[str | None], list[Request]]:
+        expect(not self._closed, "This LLM is closed; make a new one.")
+        if isinstance(sampling_params, Sequence):
+            each = list(sampling_params)
+            expect(
+                len(each) == len(prompts), f"Expected one sampling_params for each of {len(prompts)} prompts, got {len(each)}."
+            )
+        else:
+            each = [sampling_params or SamplingParams()] * len(prompts)
+        for given in each:
+            expect(isinstance(given, SamplingParams), f"sampling_params must be SamplingParams, got {type(given).__name__}.")
+        pairs = [self._tokens(i, prompt) for i, prompt in enumerate(prompts)]
+        requests = [
+            Request(request_id=str(next(self._numbers)), prompt_token_ids=tuple(ids), params=params, eos_token_ids=self._eos)
+            for (_, ids), params in zip(pairs, each, strict=True)
+        ]
+        return [text for text, _ in pairs], requests
+
+    def _tokens(self, i: int, prompt: Any) -> tuple[str | None, Sequence[int]]:
+        match prompt:
+            case str():
+                return prompt, self.tokenizer.encode(prompt)
+            case {"prompt_token_ids": list() | tuple() as ids} if prompt.keys() <= {"prompt_token_ids", "prompt"}:
+                return prompt.get("prompt"), ids
+            case {"prompt": str(text)} if len(prompt) == 1:
+                return text, self.tokenizer.encode(text)
+            case list() | tuple():
+                return None, prompt
+            case np.ndarray():
+                return None, prompt.tolist()
+        raise RequestError(
+            f"Prompt {i} must be a string, a list of token ids, or a mapping with prompt or prompt_token_ids, "
+            f"got {type(prompt).__name__} {prompt!r:.80}."
+        )
+
+    @contextmanager
+    def _admitted(self, requests: Iterable[Request]) -> Iterator[None]:
+        """All requests are in the engine, or none; those that are unfinished at the end are aborted."""
+        added: list[str] = []
+        try:
+            for request in requests:
+                self.engine.add(request)
+                added.append(request.request_id)
+                self._live[request.request_id] = OutputText(self.tokenizer, request)
+                self._deltas[request.request_id] = []
+            yield
+        except BaseException:
+            for name in added:
+                self._deltas.pop(name, None)
+            raise
+        finally:
+            for name in added:
+                if self._live.pop(name, None) is not None:
+                    self.engine.abort(name)
+
+    def _step(self) -> list[tuple[str, Delta]]:
+        """One step of the engine. What became visible, by request, is appended to `_deltas` and returned."""
+        fresh: list[tuple[str, Delta]] = []
+        for event in self.engine.step():
+            name = event.request_id
+            if name not in self._live:
+                continue  # ended here before, by a stop string or by its reader
+            delta = self._live[name].push(event)
+            if delta.finish is not None:
+                del self._live[name]
+                if event.finish is None:
+                    self.engine.finish(name, str(delta.stop_reason))
+            self._deltas[name].append(delta)
+            fresh.append((name, delta))
+        return fresh
+
+    def _run(self, requests: Sequence[Request], use_tqdm: bool) -> None:
+        unfinished = {request.request_id for request in requests}
+        with _progress(use_tqdm and len(requests) > 1) as progress, self._admitted(requests):
+            begin, tokens = time.perf_counter(), 0
+            while unfinished:
+                fresh = self._step()
+                unfinished.difference_update(name for name, delta in fresh if delta.finish)
+                tokens += sum(len(delta.token_ids) for _, delta in fresh)
+                speed = tokens / (time.perf_counter() - begin)
+                progress(len(requests) - len(unfinished), len(requests), f"{speed:.0f} tokens/s")
+
+    def _stream(self, request: Request) -> Iterator[Delta]:
+        name = request.request_id
+        with self._admitted([request]):
+            while name in self._live or self._deltas[name]:
+                ready, self._deltas[name] = self._deltas[name], []
+                yield from ready
+                if name in self._live and not self._deltas[name]:
+                    self._step()
+        del self._deltas[name]
+
+    def _output(self, text: str | None, request: Request, deltas: Sequence[Delta]) -> RequestOutput:
+        last = deltas[-1]
+        token_ids = [token for delta in deltas for token in delta.token_ids]
+        asked = request.params.logprobs is not None
+        scored = [(token, delta) for delta in deltas for token in delta.token_ids if delta.logprobs is not None]
+        completion = CompletionOutput(
+            index=0,
+            text="".join(delta.text for delta in deltas),
+            token_ids=token_ids,
+            cumulative_logprob=sum(delta.logprobs.logprob for _, delta in scored if delta.logprobs) if asked else None,
+            logprobs=[self._logprobs(token, delta) for token, delta in scored] if asked else None,
+            finish_reason=last.finish_reason,
+            stop_reason=last.stop_reason,
+            error=last.error,
+        )
+        return RequestOutput(request.request_id, text, list(request.prompt_token_ids), [completion], finished=True)
+
+    def _logprobs(self, token: int, delta: Delta) -> dict[int, Logprob]:
+        found = delta.logprobs
+        assert found is not None
+        ranked = [(token, found.logprob, found.rank)]
+        ranked += [
+            (i, p, rank) for rank, (i, p) in enumerate(zip(found.top_ids, found.top_logprobs, strict=True), 1) if i != token
+        ]
+        return {i: Logprob(p, rank, self.tokenizer.decode([i], skip_special_tokens=False)) for i, p, rank in ranked}
+
+
+def _is_one(prompts: Any) -> bool:
+    """Whether this is one prompt rather than a list of them."""
+    if isinstance(prompts, str | Mapping | np.ndarray):
+        return True
+    expect(isinstance(prompts, Sequence), f"prompts must be a prompt or a list of prompts, got {type(prompts).__name__}.")
+    return len(prompts) > 0 and isinstance(prompts[0], int | np.integer)
+
+
+@contextmanager
+def _progress(enabled: bool) -> Iterator[Progress]:
+    """A progress bar on standard error, if people are watching."""
+    if not (enabled and sys.stdout.isatty() and sys.stderr.isatty()):
+        yield lambda done, total, what: None
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with ProgressBar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
+
+
+# ---- The command line -----------------------------------------------------------------------------------------------------
+
+_SAMPLING = {
+    "max_tokens": (int, "output tokens at most"),
+    "temperature": (float, "0 takes the likeliest token each time"),
+    "top_k": (int, "keep the k likeliest tokens"),
+    "top_p": (float, "keep the likeliest tokens that reach this probability together"),
+    "min_p": (float, "keep tokens at least this many times as likely as the likeliest"),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m common.llm",
+        description="Continue a prompt, or answer it with --chat. The text comes out as it is made.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("prompt", help="the text to continue, or with --chat the user's message; - reads standard input")
+    parser.add_argument("--model", default="smollm2-135m", help=f"a path, a hub id, or one of {', '.join(names())}")
+    parser.add_argument("--backend", default="jax", help="jax or torch")
+    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    parser.add_argument("--system", help="a system message for --chat")
+    parser.add_argument("--verbose", action="store_true", help="log what is chosen and why")
+    sampling = parser.add_argument_group("sampling")
+    for name, (kind, text) in _SAMPLING.items():
+        default = 128 if name == "max_tokens" else getattr(SamplingParams, name)
+        sampling.add_argument(_flag(name), type=kind, default=default, help=text)
+    sampling.add_argument("--stop", action="append", default=[], help="end where this text appears; may be given repeatedly")
+    engine = parser.add_argument_group("engine")
+    hints = get_type_hints(EngineConfig)
+    for field in fields(EngineConfig):
+        engine.add_argument(
+            _flag(field.name), default=field.default, help="default: %(default)s", **_reading(hints[field.name])
+        )
+    return parser
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _reading(hint: Any) -> dict[str, Any]:
+    """How argparse turns the text of an option into a value of the type `hint`."""
+    if hint is bool:
+        return {"type": _boolean, "metavar": "true|false"}
+    if int in (hint, *get_args(hint)):
+        return {"type": int, "metavar": "N"}
+    return {"metavar": "|".join(get_args(hint)) or "NAME"}
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() == "true"
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Underscores are as good as hyphens. Raises `ConfigError` for an unknown option, with the nearest known one."""
+    parser = _parser()
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    spelt = list(arguments)
+    for i, argument in enumerate(arguments[:end]):
+        if argument.startswith("--"):
+            option, equals, value = argument.partition("=")
+            option = _flag(option[2:])
+            if option not in known:
+                raise ConfigError(f"Unknown option {option}.{nearest_hint(option, known)} See --help.")
+            spelt[i] = option + equals + value
+    return parser.parse_args(spelt)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Stream text to standard output. Returns the exit code: 2 for a mistake of the caller, 1 for a request that failed."""
+    try:
+        options = _parse(sys.argv[1:] if arguments is None else arguments)
+        logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(name)s: %(message)s")
+        params = SamplingParams(stop=options.stop, **{name: getattr(options, name) for name in _SAMPLING})
+        engine = {field.name: getattr(options, field.name) for field in fields(EngineConfig)}
+        prompt: Any = sys.stdin.read() if options.prompt == "-" else options.prompt
+        with LLM(options.model, backend=options.backend, **engine) as llm:
+            if options.chat:
+                system = [{"role": "system", "content": options.system}] if options.system is not None else []
+                prompt = llm.chat_prompt([*system, {"role": "user", "content": prompt}])
+            for delta in llm.stream(prompt, params):
+                print(delta.text, end="", flush=True)
+            print()
+    except TandemError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    if delta.error is not None:
+        print(f"error: {delta.error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""The command line: Hydra composes and completes; messages and exit codes are ours."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from importlib import resources
+from typing import NoReturn
+
+import hydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from common.errors import TandemError, nearest_hint
+from experiments.isolate import EngineFailure
+
+FAILURE = 1
+USER_ERROR = 2
+INTERRUPTED = 130
+ROOT_OPTIONS = ("engine", "engines", "model", "workload", "kernels", "dtype", "seed", "device")
+"""Overrides at the root that stay as they are from version to version."""
+
+
+def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
+    """Compose `configs/<config_name>.yaml` with the command line and run `task`.
+
+    What the user can mend ends the process with one message on stderr and exit code 2; a defect of ours with its traceback.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, where it would print and exit with 1
+    sys.argv[1:] = [piece for argument in sys.argv[1:] for piece in spell_out_model(argument)]
+
+    composed = False
+
+    def run(config: DictConfig) -> None:
+        nonlocal composed
+        composed = True
+        try:
+            task(config)
+        except (TandemError, OmegaConfBaseException) as error:
+            fail(explain(error), USER_ERROR)  # here, since Hydra would first print a message of its own
+        except EngineFailure as error:
+            fail(str(error), FAILURE)  # a defect, whose traceback is the other process's
+
+    try:
+        hydra.main(version_base="1.3", config_path="pkg://configs", config_name=config_name)(run)()
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if composed and isinstance(error, ValueError):
+            raise
+        fail(explain(error), USER_ERROR)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def spell_out_model(argument: str) -> list[str]:
+    """`model=X`, where X is no name of the group `model`, means the checkpoint at X."""
+    match = re.fullmatch(r"model=(?P<name>[^,\[\]{}=]+)", argument)
+    if not match or match["name"] in group_options("model"):
+        return [argument]
+    return ["model=path", f"model.name={match['name']}"]
+
+
+def group_options(group: str) -> list[str]:
+    """The names of a config group that ship with the package."""
+    folder = resources.files("configs") / group
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def explain(error: BaseException) -> str:
+    """One paragraph for people, with the nearest known name where one was misspelt."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    for cause in chain:
+        if isinstance(cause, MissingConfigException) and cause.options and cause.missing_cfg_file:
+            group, _, name = cause.missing_cfg_file.rpartition("/")
+            return f"Unknown {group} {name!r}.{nearest_hint(name, cause.options)} Known: {', '.join(cause.options)}."
+        if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and isinstance(cause.parent_node, DictConfig):
+            known = [str(key) for key in cause.parent_node if key != "hydra"]
+            name = str(cause.key)
+            return f"Unknown option {cause.full_key!r}.{nearest_hint(name, known)} Known here: {', '.join(known)}."
+        if misplaced := re.match(r"Could not override '(\w+)'\.\s*No match in the defaults list", str(cause)):
+            others = [option for option in ROOT_OPTIONS if option != misplaced[1]]
+            return f"This command has no option {misplaced[1]!r}.{nearest_hint(misplaced[1], others)}"
+    texts = (str(cause).split("\n    full_key:")[0] for cause in chain)
+    return " ".join(dict.fromkeys(" ".join(text.split()) for text in texts if text))

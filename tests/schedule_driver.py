@@ -1,0 +1,287 @@
+"""Random work for the engine over the history-hash runner, and the invariants that must hold after every step of it."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from common.config import EngineConfig
+from common.engine import Engine
+from common.request import Request, RequestError, SamplingParams, Status, TokenEvent
+from common.schedule.scheduler import Scheduler, mix64
+from tests.history_runner import Expected, HistoryRunner, expected
+
+VOCAB = 32
+
+
+class Violation(AssertionError):
+    """An invariant is broken, or an output is not the oracle's."""
+
+
+def require(condition: object, message: str) -> None:
+    """Like assert, but distinguishable from a bug of the driver."""
+    if not condition:
+        raise Violation(message)
+
+
+def check_pages(scheduler: Scheduler) -> None:
+    """Every page is held as often as it is listed, or free, once; the cache and the keys agree (P1 to P5)."""
+    pool = scheduler.pool
+    holders = [*scheduler.running, *scheduler.leaving]
+    held = Counter(page for seq in holders for page in seq.pages)
+    free = pool.free_pages()
+    require(
+        len(free) == pool.num_free == len(set(free)),
+        "the free list's length differs from its counter, or a page is twice on it",
+    )
+    require(0 not in free and 0 not in held, "the null page was given out or freed")
+    require(len(free) + len(held) == pool.num_pages - 1, "a page is neither free nor held, or both")
+    require(
+        all(pool.refs[page] == count for page, count in held.items()), "a reference count differs from the number of holders"
+    )
+    require(not any(pool.refs[page] for page in free), "a page on the free list is referenced")
+    listed = {page: digest for digest, pages in pool.cached.items() for page in pages}
+    keyed = {page: key.digest for page, key in enumerate(pool.keys) if key is not None}
+    require(listed == keyed, "the prefix cache lists other pages than have keys")
+    if scheduler.prefix_caching:
+        check_sharing(scheduler)
+    else:
+        require(not keyed and max(held.values(), default=1) == 1, "pages are shared although prefix caching is off")
+
+
+def check_sharing(scheduler: Scheduler) -> None:
+    """A page in two tables stands at the same place in both, is published, and holds the same tokens of the same salt (P4)."""
+    size, pool = scheduler.block_size, scheduler.pool
+    contents: dict[int, tuple[int, str, tuple[int, ...]]] = {}
+    for seq in scheduler.running:
+        tokens = (*seq.request.prompt_token_ids, *seq.output)
+        for i, page in enumerate(seq.pages):
+            shared = pool.refs[page] > 1
+            if i >= seq.published:
+                require(not shared, "a page is shared that one of its holders may still write")
+                continue
+            content = (i, seq.request.cache_salt, tokens[: (i + 1) * size])
+            require(len(content[2]) == (i + 1) * size, "a page was published before the host knows its tokens")
+            require(
+                contents.setdefault(page, content) == content, "a page is shared by requests with another place, salt or prefix"
+            )
+
+
+def check_sequences(scheduler: Scheduler) -> None:
+    """Progress, tables and rows of every request (P6, P14)."""
+    size, rows = scheduler.block_size, scheduler.rows
+    for seq in scheduler.running:
+        total, count = seq.known + seq.pending, len(seq.pages)
+        require(seq.status is Status.RUNNING and seq.computed < total, "a running request has nothing left to compute")
+        require((count - 1) * size < total and seq.computed <= count * size, "a request has too many or too few pages")
+        require(seq.known == len(seq.request.prompt_token_ids) + len(seq.output), "the count of known tokens is wrong")
+        require(rows.pages[seq.row, :count].tolist() == seq.pages, "the page table differs from the pages held")
+        require(not rows.pages[seq.row, count:].any(), "a page table is not padded with the null page")
+        require(len(seq.output) + seq.pending <= seq.max_tokens, "a step was scheduled past a request's cap")
+        require(seq.output[-1:] in ([], [int(rows.tokens[seq.row, seq.known - 1])]), "the last token is not in the table")
+    taken = [seq.row for seq in (*scheduler.running, *scheduler.leaving)]
+    require(sorted([*taken, *rows.free]) == list(range(len(rows.tokens))), "a row is used twice, or lost")
+    numbers = [seq.number for seq in scheduler.running]
+    require(numbers == sorted(numbers), "running requests are not in arrival order")
+    admitted = max([*numbers, *scheduler.preempted], default=-1)
+    require(admitted < min(scheduler.waiting, default=1 << 60), "a request was admitted before an older one")
+    live = {seq.number for seq in scheduler.live.values()}
+    require(
+        live == {*numbers, *scheduler.preempted, *scheduler.waiting}, "a live request is in no queue, or a dead one in some"
+    )
+
+
+def check_in_flight(engine: Engine) -> None:
+    """What a step in flight writes is nobody else's, and is not offered to anybody (P5, P7, P16)."""
+    scheduler, pool = engine.scheduler, engine.scheduler.pool
+    for step, _ in engine._in_flight:
+        batch = step.batch
+        slots = batch.slots[0].tolist()
+        require(len(set(slots)) == len(slots), "two tokens of a step have one slot")
+        require(batch.num_tokens <= scheduler.budget, "a step exceeds the token budget")
+        require(batch.num_seqs <= scheduler.max_num_seqs, "a step exceeds the number of sequences")
+        require(sorted(set(batch.rows.tolist())) == sorted(batch.rows.tolist()), "a row is twice in a step")
+        for page in {slot // scheduler.block_size for slot in slots}:
+            require(page and pool.refs[page] == 1, "a step in flight writes a page that is free or shared")
+            require(pool.keys[page] is None, "a step in flight writes a page that is published")
+        for seq, row in zip(step.seqs, batch.rows.tolist(), strict=True):
+            require(seq.row == row and row not in scheduler.rows.free, "a row was given back while a step in flight names it")
+
+
+@dataclass
+class Episode:
+    """One engine in a random configuration under random work. Deterministic in `seed` and `depth`."""
+
+    seed: int
+    depth: int
+    finished: Counter = field(default_factory=Counter)
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        rng = self.rng = random.Random(self.seed)
+        self.block_size = rng.choice((1, 2, 4, 4, 8))
+        max_seqs = rng.choice((1, 2, 3, 4, 6, 8))
+        budget = max_seqs + rng.choice((0, 1, 3, 8, 24))
+        buckets = tuple(sorted({budget, *rng.sample(range(1, budget + 1), min(2, budget))})) if rng.random() < 0.3 else ()
+        self.max_model_len = rng.randrange(6, 48)
+        longest = -(-self.max_model_len // self.block_size)
+        num_pages = 2 + int(longest * rng.choice((0.4, 1, 1, 1.3, 3))) + rng.randrange(3)
+        self.runner = HistoryRunner(
+            num_pages=num_pages,
+            block_size=self.block_size,
+            vocab_size=VOCAB,
+            max_seqs=max_seqs,
+            depth=self.depth,
+            buckets=buckets,
+            groups=rng.choice((1, 1, 2)),
+            nan_token=rng.choice((None, None, 7)),
+        )
+        config = EngineConfig(
+            block_size=self.block_size,
+            max_num_seqs=max_seqs,
+            max_num_batched_tokens=budget,
+            max_model_len=self.max_model_len,
+            enable_prefix_caching=rng.random() < 0.85,
+            seed=self.seed,
+        )
+        self.engine = Engine(self.runner, config, num_pages=num_pages)
+        self.stems = [[rng.randrange(VOCAB) for _ in range(self.max_model_len)] for _ in range(3)]
+        self.requests: dict[str, tuple[Request, int]] = {}  # live ones, with their arrival numbers
+        self.tokens: dict[str, list[TokenEvent]] = {}
+        self.ended: dict[str, Status] = {}  # by this driver, terminal event to come
+        self.added = 0
+
+    def run(self, steps: int) -> None:
+        """Random work for so many steps, then none until all is done; every page must be free in the end."""
+        for _ in range(steps):
+            self.act()
+            self.step()
+        self.runner.fail_token = None
+        for _ in range(100 * (1 + len(self.requests)) * self.max_model_len):
+            if not self.engine.has_work:
+                break
+            self.step()
+        require(not self.engine.has_work and not self.requests, "waiting work made no progress")
+        require(self.engine.reset_prefix_cache(), "a page is held although nothing is live")
+        pool = self.engine.scheduler.pool
+        require(sorted(pool.free_pages()) == list(range(1, pool.num_pages)), "a page is not free in the end")
+        require(not pool.cached and not any(pool.keys), "a page is still cached after a reset of the prefix cache")
+
+    def act(self) -> None:
+        """Some of what may happen between two steps."""
+        rng, draw = self.rng, self.rng.random
+        while draw() < 0.3 and len(self.requests) < 12:
+            self.add()
+        if draw() < 0.04 and self.requests:
+            self.end(rng.choice(list(self.requests)))
+        if draw() < 0.02:
+            held = self.engine.scheduler.pool.num_free < self.engine.scheduler.pool.num_pages - 1
+            require(
+                self.engine.reset_prefix_cache() != held, "the prefix cache was reset under held pages, or not when it could be"
+            )
+        if draw() < 0.01:
+            self.runner.fail_submit = RuntimeError("injected")
+        if draw() < 0.01:
+            self.runner.fail_result = RuntimeError("injected")
+
+    def add(self) -> None:
+        rng, name = self.rng, f"r{self.added}"
+        stem = rng.choice(self.stems)[: rng.randrange(self.max_model_len)]
+        prompt = stem + [rng.randrange(VOCAB) for _ in range(rng.choice((0, 1, 1, 2, 5)))]
+        cap = rng.choice((None, 1, 2, 5, 12, 30))
+        params = SamplingParams(
+            max_tokens=cap,
+            min_tokens=rng.randrange((cap or 40) + 1) if rng.random() < 0.3 else 0,
+            temperature=rng.choice((0.0, 0.0, 0.5, 1.0)),
+            top_k=rng.choice((0, 0, 5)),
+            top_p=rng.choice((1.0, 0.5)),
+            min_p=rng.choice((0.0, 0.25)),
+            seed=rng.choice((None, 0, 2**64 - 1)),
+            logprobs=rng.choice((None, None, 0, 3)),
+            stop_token_ids=(rng.randrange(VOCAB),) * (rng.random() < 0.3),
+            ignore_eos=rng.random() < 0.3,
+        )
+        eos = (rng.randrange(VOCAB),) * (rng.random() < 0.5)
+        try:
+            request = Request(
+                request_id=name,
+                prompt_token_ids=prompt,
+                params=params,
+                eos_token_ids=eos,
+                cache_salt=rng.choice(("", "", "a", "b")),
+            )
+            number = self.engine.scheduler.num_requests
+            self.engine.add(request)
+        except RequestError:
+            prompt_len, cap = len(prompt), cap or 1
+            limit = min(self.max_model_len, (self.runner.num_pages - 1) * self.block_size + 1)
+            require(not prompt or prompt_len + cap > limit, "a request was refused that fits")
+            return
+        self.requests[name], self.tokens[name] = (request, number), []
+        self.added += 1
+
+    def end(self, name: str) -> None:
+        if self.rng.random() < 0.3:
+            require(self.engine.finish(name, "stop"), "a live request could not be finished")
+            self.ended[name] = Status.FINISHED_STOP
+        else:
+            require(self.engine.abort(name), "a live request could not be aborted")
+            self.ended[name] = Status.FINISHED_ABORT
+        require(not self.engine.abort(name), "a request was aborted twice")
+        for other in (name[:-1], name + "0"):
+            require(other in self.requests or not self.engine.abort(other), "a request was aborted by an id like its own")
+
+    def step(self) -> None:
+        events = self.engine.step()
+        self.steps += 1
+        require(self.engine.stats()["num_resets"] == self.runner.faults, "the runner raised of itself")
+        require(not self.runner.violations, f"the runner saw {self.runner.violations[:1]}")
+        scheduler = self.engine.scheduler
+        check_pages(scheduler)
+        check_sequences(scheduler)
+        check_in_flight(self.engine)
+        self.runner.poison([page for page in scheduler.pool.free_pages() if scheduler.pool.keys[page] is None])
+        finished = [event.request_id for event in events if event.finish]
+        require(all(name in finished for name in self.ended), "an aborted request did not end with the next step")
+        for event in events:
+            require(event.request_id in self.requests, "an event of a request that is over, or never was")
+            if event.token_id is not None:
+                self.tokens[event.request_id].append(event)
+            if event.finish:
+                self.judge(event)
+
+    def judge(self, event: TokenEvent) -> None:
+        """Hold a request that has ended against the oracle."""
+        name = event.request_id
+        request, number = self.requests.pop(name)
+        events = self.tokens.pop(name)
+        room = min(self.max_model_len, (self.runner.num_pages - 1) * self.block_size + 1) - len(request.prompt_token_ids)
+        right = expected(
+            request,
+            vocab_size=VOCAB,
+            max_tokens=room,
+            seed=mix64(self.seed, number),
+            nan_token=self.runner.nan_token,
+        )
+        got = [e.token_id for e in events]
+        ended = self.ended.pop(name, None)
+        cut = ended or (Status.FINISHED_ERROR if event.error and "raising" in event.error else None)
+        require(event.finish is (cut or right.finish), f"{name} ended with {event.finish}, not {cut or right.finish}")
+        require(got == (right.tokens[: len(got)] if cut else right.tokens), f"{name} gave {got}, not {right.tokens}")
+        self.judge_details(request, events, right)
+        self.finished[event.finish] += 1
+
+    def judge_details(self, request: Request, events: list[TokenEvent], right: Expected) -> None:
+        k = request.params.logprobs
+        for i, event in enumerate(events):
+            logprobs = None if k is None else right.logprobs(i, k, VOCAB)
+            got = event.logprobs and (event.logprobs.logprob, event.logprobs.rank, list(event.logprobs.top_ids))
+            want = logprobs and (logprobs.logprob, logprobs.rank, list(logprobs.top_ids))
+            require(got == want, f"{request.request_id} token {i} has logprobs {got}, not {want}")
+            if event.finish is Status.FINISHED_STOP and event.token_id is not None:
+                by_eos = event.token_id in request.eos_token_ids and not request.params.ignore_eos
+                require(event.stop_reason == (None if by_eos else event.token_id), "the stop reason is wrong")
+        require(all(np.diff([e.time for e in events]) >= 0), "time stamps run backwards")

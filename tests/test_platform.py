@@ -1,0 +1,97 @@
+"""Choice of a device, and facts about the machine against what the operating system says."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from common.errors import BackendError, ConfigError
+from common.platform import PLATFORMS, choose, cores, cpu_name, has_cxx_compiler, memory_available, peak_rss
+
+
+def usable() -> None:
+    return None
+
+
+def broken(reason: str):
+    return lambda: reason
+
+
+def test_auto_takes_the_first_usable_platform_in_order_whatever_the_order_of_the_probes() -> None:
+    assert choose("auto", {"cpu": usable, "xpu": usable, "cuda": broken("no driver")}).platform == "xpu"
+
+
+def test_auto_falls_back_to_the_cpu_and_says_why_for_each_platform(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="common.platform"):
+        choice = choose("auto", {"cuda": broken("no NVIDIA driver"), "cpu": usable})
+    assert choice.platform == "cpu"
+    assert list(choice.reasons) == [name for name in PLATFORMS if name != "cpu"]
+    assert choice.reasons["cuda"] == "no NVIDIA driver"
+    assert "using cpu" in caplog.text and "no NVIDIA driver" in caplog.text
+
+
+def test_probes_after_the_first_usable_one_are_not_run() -> None:
+    def never() -> str:
+        raise AssertionError("probed needlessly")
+
+    assert choose("auto", {"cuda": usable, "cpu": never}).platform == "cuda"
+    assert choose("cpu", {"cuda": never, "cpu": usable}).platform == "cpu"
+
+
+def test_gpu_means_any_gpu_and_never_the_cpu() -> None:
+    assert choose("gpu", {"rocm": usable, "cpu": usable}).platform == "rocm"
+    with pytest.raises(BackendError, match=r"device=gpu.*cuda: no card.*device=auto"):
+        choose("gpu", {"cuda": broken("no card"), "cpu": usable})
+
+
+def test_a_requested_device_that_is_not_there_is_refused_with_the_reason() -> None:
+    with pytest.raises(BackendError, match="cuda: no NVIDIA driver"):
+        choose("cuda", {"cuda": broken("no NVIDIA driver"), "cpu": usable})
+    with pytest.raises(BackendError, match="tpu: this backend has no support"):
+        choose("tpu", {"cpu": usable})
+
+
+def test_nothing_usable_names_every_reason() -> None:
+    with pytest.raises(BackendError, match=r"cuda: a; .*cpu: b"):
+        choose("auto", {"cuda": broken("a"), "cpu": broken("b")})
+
+
+def test_a_misspelt_device_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"Did you mean 'cuda'\?"):
+        choose("cudda", {"cpu": usable})
+
+
+def test_cores_follow_the_affinity_of_the_process() -> None:
+    allowed = os.sched_getaffinity(0)
+    assert 1 <= cores() <= len(allowed)
+    one = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from common.platform import cores; print(cores())"
+    )
+    assert subprocess.check_output([sys.executable, "-c", one], text=True).strip() == "1"
+
+
+def test_the_peak_of_memory_stays_after_what_was_touched_is_freed() -> None:
+    before = peak_rss()
+    block = b"x" * (before + (64 << 20))  # more than any memory that was freed before and not returned
+    size = len(block)
+    del block
+    assert before + (32 << 20) < peak_rss() < before + 2 * size
+
+
+def test_available_memory_and_the_name_of_the_processor_are_plausible() -> None:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < memory_available() <= total
+    assert cpu_name().strip()
+
+
+def test_the_compiler_is_the_one_that_is_named_or_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", sys.executable)
+    assert has_cxx_compiler() == shutil.which(sys.executable)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "")
+    assert has_cxx_compiler() is None
