@@ -52,10 +52,10 @@ def engine_specs(config: DictConfig) -> list[EngineSpec]:
         composed = compose_group(config, "engine", name)
         known = [str(key) for key in composed]
         for key in options:
-            expect(
-                key in known, f"Unknown option {key!r} of engine {name}.{nearest_hint(key, known)} Known: {', '.join(known)}."
-            )
-        specs.append(engine_spec(OmegaConf.merge(composed, options), f"{name}-{count + 1}" if count else name))
+            hint = nearest_hint(str(key), known)
+            expect(key in known, f"Unknown option {key!r} of engine {name}.{hint} Known: {', '.join(known)}.")
+        composed.merge_with(options)
+        specs.append(engine_spec(composed, f"{name}-{count + 1}" if count else name))
     return specs
 
 
@@ -64,7 +64,8 @@ def compose_group(config: DictConfig, group: str, name: str) -> DictConfig:
     known = GlobalHydra.instance().config_loader().get_group_options(group)
     if name not in known:
         raise ConfigError(f"Unknown {group} {name!r}.{nearest_hint(name, known)} Known: {', '.join(known)}.")
-    with open_dict(config.copy()) as whole:
+    whole = config.copy()
+    with open_dict(whole):
         whole.merge_with(hydra.compose(f"{group}/{name}"))
     return whole[group]
 

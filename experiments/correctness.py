@@ -1,9 +1,9 @@
 """Do two engines compute the same thing? Judged by margin, where their tokens first differ.
 
-Two engines that round differently will now and then choose differently between two tokens that are almost equally likely. Such a
-divergence is justified if the float64 margin between the two choices is below twice the error measured at that position, and if
-that error is itself no larger than rounding explains: a defect moves both. After it the two runs have different histories and
-are not compared.
+Two engines that round differently will now and then choose differently between two tokens that are almost equally likely. Such
+a divergence is justified if the float64 margin between the choices is below twice the error measured at that position, and if
+that error is no larger than rounding explains: a defect widens both. After it the two runs have different histories and are not
+compared.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Divergence:
     """Of the output token, from 0."""
     tokens: tuple[int | None, int | None]
     """The two choices; None for an engine that had ended."""
-    margin: float
-    """Float64 distance of their log-probabilities."""
-    error: float
+    margin: float | None
+    """Float64 distance of their log-probabilities; None where an engine had ended."""
+    error: float | None
     """The largest error of the two engines' log-probabilities of the two choices."""
     justified: bool
 
@@ -69,16 +69,12 @@ def judge(
     tables = [(table(a), table(b)) for a, b in zip(logprobs_a, logprobs_b, strict=False)][: num_equal + 1]
     diffs = [a[token] - b[token] for a, b in tables for token in a.keys() & b.keys()]
     divergence = None
-    if num_equal < num_tokens:
-        at = num_equal
-        if at >= min(len(tokens_a), len(tokens_b)):
-            choices = tuple(tokens[at] if at < len(tokens) else None for tokens in (tokens_a, tokens_b))
-            divergence = Divergence(position=at, tokens=choices, margin=np.inf, error=np.nan, justified=False)  # type: ignore[arg-type]
-        else:
-            exact = reference([*prompt, *tokens_a[:at]])
-            divergence = weigh(
-                at, (tokens_a[at], tokens_b[at]), (table(logprobs_a[at]), table(logprobs_b[at])), exact, tolerance
-            )
+    if num_equal < min(len(tokens_a), len(tokens_b)):
+        exact = reference([*prompt, *tokens_a[:num_equal]])
+        choices = (tokens_a[num_equal], tokens_b[num_equal])
+        divergence = weigh(num_equal, choices, (table(logprobs_a[num_equal]), table(logprobs_b[num_equal])), exact, tolerance)
+    elif num_equal < num_tokens:
+        divergence = ended_early(num_equal, tokens_a, tokens_b)
     return Agreement(
         num_tokens=num_tokens,
         num_equal=num_equal,
@@ -101,6 +97,12 @@ def weigh(
         error=error,
         justified=bool(margin < 2 * error and error <= tolerance),
     )
+
+
+def ended_early(position: int, tokens_a: Sequence[int], tokens_b: Sequence[int]) -> Divergence:
+    """One engine stopped where the other went on: no rounding does that."""
+    a, b = (tokens[position] if position < len(tokens) else None for tokens in (tokens_a, tokens_b))
+    return Divergence(position=position, tokens=(a, b), margin=None, error=None, justified=False)
 
 
 def table(logprobs: Logprobs) -> dict[int, float]:

@@ -44,8 +44,9 @@ class Row:
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Self:
         """The inverse of `dataclasses.asdict` and a trip through JSON."""
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
-        return cls(**values | {"logprobs": tuple(Logprobs(**entry) for entry in record["logprobs"])})
+        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+        values["logprobs"] = tuple(Logprobs(**entry) for entry in record["logprobs"])
+        return cls(**values)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ standard input and output. The child sleeps on a read while it is idle, and ends
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -21,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import import_module, util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import IO, TYPE_CHECKING, Any
 
 from common import errors
 from common.config import EngineConfig
@@ -44,13 +45,13 @@ class EngineFailure(RuntimeError):
     """An engine's process died, or failed in a way its user did not cause."""
 
 
-def write_frame(stream: BinaryIO, message: Message) -> None:
+def write_frame(stream: IO[bytes], message: Message) -> None:
     data = json.dumps(message, separators=(",", ":"), default=lambda array: array.tolist()).encode()
     stream.write(struct.pack("<I", len(data)) + data)
     stream.flush()
 
 
-def read_frame(stream: BinaryIO) -> Message | None:
+def read_frame(stream: IO[bytes]) -> Message | None:
     """The next message; None where the stream ends, be it in the middle of a frame."""
     head = stream.read(4)
     if len(head) < 4:
@@ -93,10 +94,8 @@ class IsolatedEngine:
     def close(self) -> None:
         """End the process. Idempotent."""
         if self._process.stdin and not self._process.stdin.closed:
-            try:
+            with contextlib.suppress(BrokenPipeError):  # it is dead already
                 self._process.stdin.close()
-            except BrokenPipeError:
-                pass  # it is dead already
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
@@ -176,7 +175,7 @@ def build(name: str, model: str, config: EngineConfig, progress: Progress) -> In
 class Worker:
     """The child's end: one engine and the commands on it."""
 
-    def __init__(self, output: BinaryIO) -> None:
+    def __init__(self, output: IO[bytes]) -> None:
         self._output = output
         self._engine: InferenceEngine | None = None
         self._last_progress = 0.0

@@ -134,27 +134,23 @@ def print_json(result: Mapping[str, Any]) -> None:
 
 def print_verdict(result: Mapping[str, Any]) -> None:
     """Whether the engines of a comparison compute the same thing, in words."""
-    console = wide_console()
-    share = f"{result['dtype']}: {result['tokens_equal_share']:.1%} of timed output tokens come before a request's first difference."
-    unjustified = result["unjustified_divergences"]
+    unjustified, worst = result["unjustified_divergences"], result["max_abs_logprob_diff"]
     if unjustified is None:
-        console.print(f"float32 pass left out. {share}", highlight=False)
-        return
-    if result["tokens_equal"]:
+        said = "pass left out."
+    elif result["tokens_equal"]:
         said = "[bold green]every token is the same[/]"
     elif unjustified == 0:
-        said = "[bold green]tokens differ only where float64 cannot tell the choices apart[/]"
+        said = "[bold green]tokens differ only where rounding decides[/]"
     else:
         said = f"[bold red]{unjustified} divergences are not explained by rounding[/]"
-    worst = result["max_abs_logprob_diff"]
-    console.print(
-        f"float32: {said}; {result['compared_tokens']} tokens alike, log-probabilities within {worst:.1e}. {share}",
-        highlight=False,
-    )
-    if result["first_divergence"] and unjustified:
-        d = result["first_divergence"]
-        console.print(
-            f"first: request {d['request']}, output token {d['position']}, {d['engine']}: tokens {d['tokens']}, "
-            f"margin {d['margin']:.2e}, error {d['error']:.2e}",
-            highlight=False,
+    lines = [f"float32: {said}"]
+    if unjustified is not None:
+        lines[0] += f"; {result['compared_tokens']} tokens alike, log-probabilities within {worst:.1e}."
+    if divergence := result["first_divergence"]:
+        lines.append(
+            "  {engine}, request {request}, output token {position}: chose {tokens[1]} for {tokens[0]}, ".format(**divergence)
+            + f"margin {number(divergence['margin'])}, error {number(divergence['error'])}."
         )
+    share = result["tokens_equal_share"]
+    lines.append(f"{result['dtype']}: {share:.1%} of timed output tokens come before their request's first difference.")
+    wide_console().print("\n".join(lines), highlight=False)

@@ -120,8 +120,8 @@ class Workload:
         """128-bit hash of every arrival, token id and length: equal digests are equal workloads."""
         state = xxhash.xxh3_128()
         for item in self.items:
-            state.update(np.array([item.arrival], "<f8"))
-            state.update(np.array([len(item.prompt), item.output_len, *item.prompt], "<i8"))
+            state.update(np.array([item.arrival], "<f8").tobytes())
+            state.update(np.array([len(item.prompt), item.output_len, *item.prompt], "<i8").tobytes())
         return state.hexdigest()
 
     @property

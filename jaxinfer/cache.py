@@ -9,14 +9,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from common.config import ModelConfig
 
 
 class KVCache(NamedTuple):
     """One pool a layer, [K, pages, B, H]. Heads come first, so that a gather of pages is a matmul operand as it is, and the
-    head axis can be shared out over devices. Page 0 is the null page."""
+    head axis can be shared out over devices. Page 0 is the null page.
+
+    bfloat16 is kept as uint16: XLA:CPU computes bfloat16 in float32 even where it only moves it, and would convert the whole
+    pool there and back around every scatter.
+    """
 
     k: tuple[Array, ...]
     v: tuple[Array, ...]
@@ -25,7 +29,8 @@ class KVCache(NamedTuple):
 def make_cache(config: ModelConfig, pages: int, page_size: int, dtype: str, device: jax.Device) -> KVCache:
     """Zeroed pools of `pages` pages, the null page included."""
     shape = (config.num_kv_heads, pages, page_size, config.head_dim)
-    pool = lambda: tuple(jnp.zeros(shape, dtype, device=device) for _ in range(config.num_layers))  # noqa: E731
+    stored = jnp.uint16 if dtype == "bfloat16" else dtype
+    pool = lambda: tuple(jnp.zeros(shape, stored, device=device) for _ in range(config.num_layers))  # noqa: E731
     return KVCache(pool(), pool())
 
 
@@ -35,7 +40,8 @@ def write(cache: KVCache, layer: int, k_TKH: Array, v_TKH: Array, slots: Array) 
     def put(pool: Array, x_TKH: Array) -> Array:
         K, _, _, H = pool.shape
         # Slots are valid by construction; padding points into the null page, where several writes may meet.
-        return pool.reshape(K, -1, H).at[:, slots].set(x_TKH.swapaxes(0, 1), mode="promise_in_bounds").reshape(pool.shape)
+        x_KTH = lax.bitcast_convert_type(x_TKH, pool.dtype).swapaxes(0, 1)
+        return pool.reshape(K, -1, H).at[:, slots].set(x_KTH, mode="promise_in_bounds").reshape(pool.shape)
 
     return KVCache(_at(cache.k, layer, put(cache.k[layer], k_TKH)), _at(cache.v, layer, put(cache.v[layer], v_TKH)))
 
@@ -45,6 +51,7 @@ def gather(pool: Array, pages: Array) -> Array:
     K, P, B, H = pool.shape
     rows = jnp.arange(K, dtype=jnp.int32)[:, None] * P + pages.reshape(1, -1)
     flat = jnp.take(pool.reshape(K * P, B * H), rows.reshape(-1), axis=0, mode="clip")
+    flat = lax.bitcast_convert_type(flat, jnp.bfloat16) if pool.dtype == jnp.uint16 else flat
     return flat.reshape(K, pages.shape[0], -1, H)
 
 
@@ -56,7 +63,11 @@ def copy_pages(cache: KVCache, pairs: Array) -> KVCache:
 
 def read_pages(cache: KVCache, pages: Sequence[int]) -> dict[str, np.ndarray]:
     """Copies `k` and `v`: [L, pages, B, K, H]."""
-    take = lambda pools: np.stack([np.asarray(pool)[:, list(pages)] for pool in pools])  # noqa: E731
+
+    def take(pools: tuple[Array, ...]) -> np.ndarray:
+        host = np.stack([np.asarray(pool)[:, list(pages)] for pool in pools])
+        return host.view(jnp.bfloat16) if host.dtype == np.uint16 else host
+
     return {name: np.moveaxis(take(pools), 1, 3) for name, pools in cache._asdict().items()}
 
 
@@ -65,7 +76,7 @@ def write_pages(cache: KVCache, pages: Sequence[int], arrays: dict[str, np.ndarr
 
     def put(pool: Array, x_PBKH: np.ndarray) -> Array:
         host = np.array(pool)
-        host[:, list(pages)] = np.moveaxis(x_PBKH, 2, 0)
+        host[:, list(pages)] = np.moveaxis(np.ascontiguousarray(x_PBKH).view(host.dtype), 2, 0)
         return jax.device_put(host, pool.sharding)
 
     return KVCache(*(tuple(map(put, pools, arrays[name])) for name, pools in cache._asdict().items()))

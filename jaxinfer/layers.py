@@ -39,14 +39,14 @@ class RMSNorm(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Rows of a table, stored [D, V] so that a tied LM head multiplies by it as it is."""
+    """Rows of a table, stored [V, D]; a tied LM head multiplies by its transpose."""
 
     def __init__(self, vocab: int, size: int, scale: float, dtype: Dtype) -> None:
-        self.weight = nnx.Param(jnp.zeros((size, vocab), dtype), split=1)
+        self.weight = nnx.Param(jnp.zeros((vocab, size), dtype), split=0)
         self.scale = scale
 
     def __call__(self, token_ids: Array) -> Array:
-        x_TD = jnp.take(self.weight[...], token_ids, axis=1, mode="clip").T
+        x_TD = jnp.take(self.weight[...], token_ids, axis=0, mode="clip")
         # The scale is rounded to the model's dtype first, as Gemma was trained.
         return x_TD * jnp.asarray(self.scale, x_TD.dtype) if self.scale != 1.0 else x_TD
 

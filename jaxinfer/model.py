@@ -103,5 +103,5 @@ def forward(model: Decoder, token_ids: Array, positions: Array, attend: Attend, 
 
 def logits(model: Decoder, x_TD: Array) -> Array:
     """float32[T, V]"""
-    head = model.embed_tokens if model.lm_head is None else model.lm_head
-    return matmul(x_TD, head.weight[...])
+    head_DV = model.embed_tokens.weight[...].T if model.lm_head is None else model.lm_head.weight[...]
+    return matmul(x_TD, head_DV)

@@ -35,10 +35,10 @@ def load_model(
 
 
 def leaf(checkpoint: Checkpoint, path: tuple[str, ...], dtype: Dtype, positions: int) -> np.ndarray:
-    """The array at `path` of the model: matrices turned to [in, out], rotary tables computed."""
+    """The array at `path` of the model: matrices but the embedding turned to [in, out], rotary tables computed."""
     if path[0] == "ropes":
         config = checkpoint.config
         return rope_tables(config.ropes[int(path[1])], config.head_dim, positions)[path[2] == "sin"]
     name = ".".join(path if path[0] == "lm_head" else ("model", *path))
     array = parameter(checkpoint, name, dtype)
-    return np.ascontiguousarray(array.T) if array.ndim == 2 else array
+    return np.ascontiguousarray(array.T) if array.ndim == 2 and path[0] != "embed_tokens" else array

@@ -10,7 +10,8 @@ import numpy as np
 
 from common.config import EngineConfig
 from common.engine import Engine
-from common.request import Request, RequestError, SamplingParams, Status, TokenEvent
+from common.errors import RequestError
+from common.request import Request, SamplingParams, Status, TokenEvent
 from common.schedule.scheduler import Scheduler, mix64
 from tests.history_runner import Expected, HistoryRunner, expected
 
@@ -148,6 +149,7 @@ class Episode:
             seed=self.seed,
         )
         self.engine = Engine(self.runner, config, num_pages=num_pages)
+        self.evictions = 0
         self.stems = [[rng.randrange(VOCAB) for _ in range(self.max_model_len)] for _ in range(3)]
         self.requests: dict[str, tuple[Request, int]] = {}  # live ones, with their arrival numbers
         self.tokens: dict[str, list[TokenEvent]] = {}
@@ -235,7 +237,9 @@ class Episode:
             require(other in self.requests or not self.engine.abort(other), "a request was aborted by an id like its own")
 
     def step(self) -> None:
+        pool, cached = self.engine.scheduler.pool, [key is not None for key in self.engine.scheduler.pool.keys]
         events = self.engine.step()
+        self.evictions += sum(before and pool.keys[page] is None for page, before in enumerate(cached))
         self.steps += 1
         require(self.engine.stats()["num_resets"] == self.runner.faults, "the runner raised of itself")
         require(not self.runner.violations, f"the runner saw {self.runner.violations[:1]}")

@@ -16,7 +16,7 @@ from common.errors import CheckpointError
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
 from common.weights.tiny import RECIPES, write_tiny
-from tests.numpy_model import numpy_logits
+from experiments.reference import numpy_logits
 from tests.outside_judge import transformers_logits
 
 

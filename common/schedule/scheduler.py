@@ -174,7 +174,7 @@ class Scheduler:
             self._give_back(seq)
             seq.in_flight = 0
         self.running, self.leaving = [], []
-        self.pool.forget()
+        self.pool = PagePool(self.pool.num_pages, self.pool.secret)
         for seq in suspects:
             seq.strikes += 1
         failed = [seq for seq in suspects if seq.strikes >= MAX_STRIKES and not seq.status.finished]

@@ -2,8 +2,8 @@
 
 A trace is the ordered calls that change a runner's state. The file is a magic number and frames of
 `kind (1 byte) · step (8 bytes) · length (8 bytes) · CRC-32 of the payload (4 bytes) · payload`, all little-endian. A payload is
-the bytes of a `Batch`, or JSON, or a set of named arrays: the length of a JSON header of names, dtypes and shapes, the header,
-and the arrays' bytes one after the other.
+the bytes of a `Batch` or a set of named arrays: the length of a JSON header of names, dtypes and shapes, the header, and the
+arrays' bytes one after the other.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -64,7 +64,7 @@ def replay(path: Path | str, runner: ModelRunner) -> Iterator[tuple[int, Batch, 
     for kind, step, payload in read_frames(path):
         match kind:
             case Kind.ALLOCATE:
-                runner.allocate(_unpack_json(payload)["pages"])
+                runner.allocate(_take_pages(unpack_arrays(payload)))
             case Kind.SUBMIT:
                 batch = Batch.from_bytes(payload)
                 running[step] = batch, runner.submit(batch)
@@ -75,8 +75,7 @@ def replay(path: Path | str, runner: ModelRunner) -> Iterator[tuple[int, Batch, 
                 yield step, batch, _unpack_result(payload), pending.result()
             case Kind.WRITE_PAGES:
                 arrays = unpack_arrays(payload)
-                where = arrays.pop("pages")
-                runner.write_pages(step, where.tolist(), arrays)
+                runner.write_pages(step, _take_pages(arrays), arrays)
             case Kind.RESET:
                 running.clear()
                 runner.reset()
@@ -116,11 +115,17 @@ def unpack_arrays(payload: bytes) -> dict[str, np.ndarray]:
     at = 4 + size
     if len(payload) < 4 or size > MAX_HEADER or at > len(payload):
         raise TraceError(f"A set of arrays in a trace has a header of {size} bytes, which does not fit.")
+    try:
+        described = json.loads(payload[4:at])
+    except (ValueError, RecursionError) as error:
+        raise TraceError(f"A set of arrays in a trace has a header that is no JSON: {error}.") from error
+    if not isinstance(described, dict):
+        raise TraceError(f"A set of arrays in a trace has a header that is {type(described).__name__}, not an object.")
     arrays = {}
-    for name, described in _unpack_json(payload[4:at]).items():
-        dtype, *shape = described if isinstance(described, list) and described else [""]
+    for name, kind in described.items():
+        dtype, *shape = kind if isinstance(kind, list) and kind else [""]
         if dtype not in DTYPES or not all(type(n) is int and n >= 0 for n in shape):
-            raise TraceError(f"Array {name!r} of a trace is described as {described!r}, not by a known dtype and a shape.")
+            raise TraceError(f"Array {name!r} of a trace is described as {kind!r}, not by a known dtype and a shape.")
         end = at + math.prod(shape) * DTYPES[dtype].itemsize
         if end > len(payload):
             raise TraceError(f"Array {name!r} of a trace lacks {end - len(payload)} bytes.")
@@ -131,14 +136,11 @@ def unpack_arrays(payload: bytes) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _unpack_json(payload: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(payload)
-    except ValueError as error:
-        raise TraceError(f"A trace holds JSON that cannot be read: {error}.") from error
-    if not isinstance(value, dict):
-        raise TraceError(f"A trace holds JSON that is {type(value).__name__}, not an object.")
-    return value
+def _take_pages(arrays: dict[str, np.ndarray]) -> list[int]:
+    pages = arrays.pop("pages", None)
+    if pages is None or pages.dtype != np.int32 or pages.ndim != 1:
+        raise TraceError("A call in a trace lacks its list of pages.")
+    return pages.tolist()
 
 
 def _unpack_result(payload: bytes) -> Result:
@@ -154,7 +156,10 @@ class _Recorder(ModelRunner):
 
     def __init__(self, runner: ModelRunner, path: Path) -> None:
         self._runner = runner
-        self._file: BinaryIO = open(path, "xb")  # noqa: SIM115 - closed by close()
+        try:
+            self._file: BinaryIO = open(path, "xb")  # noqa: SIM115 - closed by close()
+        except FileExistsError as error:
+            raise TraceError(f"{path} exists; a trace is never written over another file. Name a new one.") from error
         self._file.write(MAGIC)
         self._steps = 0
 
@@ -179,7 +184,7 @@ class _Recorder(ModelRunner):
 
     def allocate(self, pages_per_group: Sequence[int]) -> None:
         self._runner.allocate(pages_per_group)
-        self._write(Kind.ALLOCATE, 0, json.dumps({"pages": list(pages_per_group)}).encode())
+        self._write(Kind.ALLOCATE, 0, pack_arrays({"pages": np.array(pages_per_group, np.int32)}))
 
     def warmup(self, progress: Progress | None = None) -> None:
         self._runner.warmup(progress)

@@ -256,12 +256,19 @@ def _from_gguf(path: Path) -> Tokenizer:
     types = get("token_type") or [1] * len(tokens)
     if len(types) != len(tokens):
         raise CheckpointError(f"{path}: {len(tokens)} tokens but {len(types)} token types.")
+    named = {name: get(f"{name}_token_id") for name in ("bos", "eos", "eot", "eom", "padding", "unknown")}
+    for name, i in named.items():
+        if i is not None and not 0 <= i < len(tokens):
+            raise CheckpointError(f"{path}: tokenizer.ggml.{name}_token_id is {i}, but there are {len(tokens)} tokens.")
+    pre = get("pre", "default")
+    # What files that do not say so mean.
+    adds_bos = kind == "llama" or _PRE_KINDS.get(pre) == "llama3"
     try:
         if kind == "gpt2":
-            inner = _byte_level(tokens, get("merges"), get("pre", "default"))
+            inner = _byte_level(tokens, get("merges"), pre)
         elif kind == "llama":
             prefix = bool(get("add_space_prefix", True))
-            inner = _sentencepiece(tokens, types, get("scores"), get("unknown_token_id"), prefix)
+            inner = _sentencepiece(tokens, types, get("scores"), named["unknown"], prefix)
         else:
             raise CheckpointError(
                 f"{path}: tokenizer kind {kind!r} is not known. Known: gpt2 (byte-level BPE), llama (SentencePiece)."
@@ -279,17 +286,14 @@ def _from_gguf(path: Path) -> Tokenizer:
     inner.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, k in marked if k == _CONTROL])
     inner.add_tokens([AddedToken(t, normalized=False) for t, k in marked if k == _USER_DEFINED])
 
-    bos, eos = get("bos_token_id"), get("eos_token_id")
-    around = {
-        "bos": bos if get("add_bos_token", kind == "llama") else None,
-        "eos": eos if get("add_eos_token", False) else None,
-    }
+    around = {"bos": named["bos"] if get("add_bos_token", adds_bos) else None}
+    around["eos"] = named["eos"] if get("add_eos_token", False) else None
     inner.post_processor = _surround(tokens, **around)
     return Tokenizer(
         inner,
-        bos_token_id=bos,
-        eos_token_ids=[i for i in (eos, get("eot_token_id"), get("eom_token_id")) if i is not None],
-        pad_token_id=get("padding_token_id"),
+        bos_token_id=named["bos"],
+        eos_token_ids=[i for i in (named["eos"], named["eot"], named["eom"]) if i is not None],
+        pad_token_id=named["padding"],
         chat_template=metadata.get("tokenizer.chat_template"),
     )
 

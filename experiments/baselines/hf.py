@@ -1,7 +1,7 @@
 """`engine=hf`: Hugging Face transformers as the outside baseline, served the way people serve it without an engine.
 
-Static batches in order of arrival, left-padded, sdpa attention, one forward pass a step; each batch runs to its longest output
-and only tokens that were asked for are reported. Weights come through transformers' own loader, from the same file or directory.
+Static batches in order of arrival, left-padded, sdpa attention, one forward pass a step; each batch runs to its longest
+output, and only tokens that were asked for are reported. Weights come through transformers' own loader, from the same files.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def build_engine(checkpoint: Checkpoint, config: EngineConfig, progress: Progres
     device = choose(config.device, {"cuda": probe_cuda, "cpu": lambda: None}).platform
     if progress:
         progress(0, 1, "load")
-    model = load_model(checkpoint.path, getattr(torch, config.dtype)).to(device)
+    model = load_model(checkpoint.path, getattr(torch, config.dtype))
+    torch.nn.Module.to(model, device)
     if progress:
         progress(1, 1, "load")
     limit = min(config.max_model_len or 4096, model.config.get_text_config().max_position_embeddings)
@@ -78,9 +79,8 @@ class _StaticBatch:
         longest = max(len(request.prompt_token_ids) for request in requests)
         pads = [longest - len(request.prompt_token_ids) for request in requests]
         device = model.device
-        self._ids_ST = torch.tensor([[0] * pad + [*r.prompt_token_ids] for pad, r in zip(pads, requests, strict=True)]).to(
-            device
-        )
+        padded = [[0] * pad + [*request.prompt_token_ids] for pad, request in zip(pads, requests, strict=True)]
+        self._ids_ST = torch.tensor(padded).to(device)
         self._mask_ST = (torch.arange(longest) >= torch.tensor(pads)[:, None]).long().to(device)
         self._positions_ST = (self._mask_ST.cumsum(1) - 1).clamp(min=0)
         self._top = max((request.params.logprobs or 0) for request in requests)

@@ -7,8 +7,8 @@ import pytest
 
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
+from experiments.reference import NumpyModel, numpy_logits
 from tests.families import DEFECTS, FAMILIES, VISIBLE, save_family
-from tests.numpy_model import NumpyModel, numpy_logits
 from tests.outside_judge import transformers_logits
 
 PROMPT = np.random.default_rng(0).integers(0, 199, 48).tolist()

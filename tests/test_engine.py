@@ -1,0 +1,376 @@
+"""The engine loop over the history-hash runner: events, ends, faults, and how an engine is built."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from common.config import EngineConfig
+from common.engine import Engine, build_engine, pool_size
+from common.errors import BackendError, ConfigError, RequestError
+from common.request import Request, SamplingParams, Status, TokenEvent
+from common.schedule.scheduler import mix64
+from common.schedule.trace import replay
+from tests.history_runner import Expected, HistoryRunner, expected
+
+VOCAB = 64
+
+
+def make_engine(*, depth: int = 0, num_pages: int = 100, **options: Any) -> tuple[Engine, HistoryRunner]:
+    runner = HistoryRunner(
+        num_pages=num_pages, block_size=4, vocab_size=VOCAB, depth=depth, nan_token=options.pop("nan_token", None)
+    )
+    numbers = {"max_num_seqs": 8, "max_num_batched_tokens": 32, "max_model_len": 100}
+    return Engine(runner, EngineConfig(block_size=4, **(numbers | options)), num_pages=num_pages), runner
+
+
+def request(name: str, prompt: list[int] | range = range(10), *, eos: tuple[int, ...] = (), **params: Any) -> Request:
+    params = {"max_tokens": 8, "temperature": 0.0} | params
+    return Request(request_id=name, prompt_token_ids=prompt, params=SamplingParams(**params), eos_token_ids=eos)
+
+
+def right(request: Request, number: int = 0, nan_token: int | None = None) -> Expected:
+    return expected(request, vocab_size=VOCAB, max_tokens=90, seed=mix64(0, number), nan_token=nan_token)
+
+
+def tokens(events: list[TokenEvent]) -> list[int]:
+    return [event.token_id for event in events if event.token_id is not None]
+
+
+def drain(engine: Engine) -> list[TokenEvent]:
+    events = []
+    while engine.has_work:
+        events += engine.step()
+    return events
+
+
+def of(events: list[TokenEvent], name: str) -> list[TokenEvent]:
+    return [event for event in events if event.request_id == name]
+
+
+# ── events ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_outputs_are_the_oracles_with_one_terminal_event_each(depth: int) -> None:
+    engine, _ = make_engine(depth=depth, num_pages=20)
+    requests = [
+        request(str(i), [i % 3] * (1 + 5 * i % 40), max_tokens=1 + i % 13, temperature=float(i % 2), eos=(5,))
+        for i in range(30)
+    ]
+    events = engine.run(requests)
+    for number, r in enumerate(requests):
+        mine, judge = events[r.request_id], right(r, number)
+        assert tokens(mine) == judge.tokens
+        assert [event.finish for event in mine] == [None] * (len(mine) - 1) + [judge.finish]
+        assert [event.time for event in mine] == sorted(event.time for event in mine)
+    stats = engine.stats()
+    assert stats["prompt_tokens"] == sum(len(r.prompt_token_ids) for r in requests)
+    assert stats["generation_tokens"] == sum(len(right(r, i).tokens) for i, r in enumerate(requests))
+    assert stats["num_preemptions"] > 0 and stats["kv_cache_usage"] == 0.0
+    assert stats["num_running"] == stats["num_waiting"] == stats["num_resets"] == 0
+    assert engine.reset_prefix_cache()
+
+
+def test_logprobs_come_with_those_who_asked_and_with_as_many_as_they_asked_for() -> None:
+    engine, _ = make_engine()
+    requests = [request(f"{k}", [3, 1, 4], logprobs=k) for k in (None, 0, 5)]
+    events = engine.run(requests)
+    assert all(event.logprobs is None for event in events["None"])
+    for k in (0, 5):
+        judge = right(requests[0])
+        got = [event.logprobs for event in events[f"{k}"]]
+        assert [(x.logprob, x.rank, list(x.top_ids)) for x in got if x] == [
+            (y.logprob, y.rank, y.top_ids) for y in (judge.logprobs(i, k, VOCAB) for i in range(8))
+        ]
+
+
+def test_the_same_seed_gives_the_same_tokens_whatever_runs_beside_it() -> None:
+    alone, _ = make_engine()
+    wanted = request("r", temperature=1.0, top_p=0.9, seed=12345)
+    crowd = [request(f"c{i}", [i], temperature=1.0, max_tokens=20) for i in range(7)]
+    among, _ = make_engine(num_pages=30)
+    assert tokens(alone.run([wanted])["r"]) == tokens(among.run([*crowd, wanted])["r"]) == right(wanted).tokens
+
+
+def test_time_in_the_runner_and_time_on_the_host_are_told_apart() -> None:
+    engine, _ = make_engine()
+    engine.run([request("r")])
+    stats = engine.stats()
+    assert stats["host_seconds"] > 0 and stats["device_seconds"] > 0
+    assert stats["steps"] == 8 and stats["scheduled_tokens"] == 10 + 7 and stats["padded_tokens"] == 0
+
+
+def test_the_prefix_cache_counts_tokens_of_first_admissions() -> None:
+    engine, _ = make_engine()
+    engine.run([request("a")])
+    engine.run([request("b")])
+    stats = engine.stats()
+    assert (stats["prefix_cache_queries"], stats["prefix_cache_hits"]) == (20, 8)
+
+
+# ── ends ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 5])
+def test_an_abort_ends_exactly_its_request_with_the_next_step(depth: int, steps: int) -> None:
+    engine, _ = make_engine(depth=depth)
+    requests = [request(name, [i] * 40) for i, name in enumerate(("r1", "r10", "r1x"))]
+    for r in requests:
+        engine.add(r)
+    events = [event for _ in range(steps) for event in engine.step()]
+    assert engine.abort("r1") and not engine.abort("r1") and not engine.abort("r")
+    step = engine.step()
+    assert [event.finish for event in of(step, "r1")] == [Status.FINISHED_ABORT]
+    events += step + drain(engine)
+    mine = of(events, "r1")
+    assert [event.finish for event in mine] == [None] * (len(mine) - 1) + [Status.FINISHED_ABORT]
+    assert tokens(mine) == right(requests[0]).tokens[: len(mine) - 1]
+    for number in (1, 2):
+        assert tokens(of(events, requests[number].request_id)) == right(requests[number], number).tokens
+    assert engine.reset_prefix_cache()
+
+
+def test_a_request_whose_text_met_a_stop_string_ends_with_stop() -> None:
+    engine, _ = make_engine()
+    engine.add(request("r"))
+    engine.step()
+    assert engine.finish("r", "\n\n")
+    (event,) = engine.step()
+    assert (event.token_id, event.finish, event.stop_reason) == (None, Status.FINISHED_STOP, "\n\n")
+    assert not engine.has_work and not engine.finish("r", "\n\n")
+
+
+def test_an_id_can_be_used_again_once_its_request_was_aborted() -> None:
+    engine, _ = make_engine(depth=1)
+    engine.add(request("r"))
+    engine.step()
+    engine.abort("r")
+    engine.add(request("r", [7, 7]))
+    events = drain(engine)
+    assert events[0].finish is Status.FINISHED_ABORT and tokens(events[1:]) == right(request("r", [7, 7])).tokens
+
+
+# ── faults ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("where", ["fail_submit", "fail_result"])
+@pytest.mark.parametrize("step", [0, 1, 3, 6])
+def test_after_a_step_that_raised_everyone_finishes_with_the_same_tokens(depth: int, where: str, step: int) -> None:
+    engine, runner = make_engine(depth=depth)
+    requests = [request(str(i), [i] * 15, temperature=float(i % 2)) for i in range(5)]
+    for r in requests:
+        engine.add(r)
+    events = [event for _ in range(step) for event in engine.step()]
+    setattr(runner, where, RuntimeError("injected"))
+    events += drain(engine)
+    assert runner.faults == 1 == engine.stats()["num_resets"] and not runner.violations
+    for number, r in enumerate(requests):
+        mine = of(events, r.request_id)
+        assert tokens(mine) == right(r, number).tokens and mine[-1].finish is Status.FINISHED_LENGTH
+
+
+def test_after_a_step_that_raised_nothing_of_the_old_cache_is_a_hit() -> None:
+    engine, runner = make_engine()
+    engine.run([request("a")])
+    engine.add(request("b"))
+    runner.fail_submit = RuntimeError("injected")
+    engine.step()
+    assert not engine.scheduler.pool.cached
+    assert tokens(drain(engine)) == right(request("b")).tokens and not runner.violations
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_request_that_makes_every_step_raise_ends_and_the_engine_goes_on(depth: int) -> None:
+    engine, runner = make_engine(depth=depth)
+    runner.fail_token = 63
+    before, poison = request("before", [1, 2, 3], max_tokens=4), request("poison", [63])
+    events = engine.run([before])["before"]
+    engine.add(poison)
+    (end,) = of(drain(engine), "poison")
+    assert end.finish is Status.FINISHED_ERROR and end.error and "token 63 is poison" in end.error
+    assert engine.stats()["num_resets"] == 3
+    runner.fail_token = None
+    assert tokens(events) == tokens(engine.run([request("after", [1, 2, 3], max_tokens=4)])["after"])
+    assert engine.reset_prefix_cache()
+
+
+def test_a_request_is_not_given_up_as_long_as_it_gets_tokens_between_faults() -> None:
+    engine, runner = make_engine()
+    engine.add(request("r", max_tokens=20))
+    events = []
+    while engine.has_work:
+        runner.fail_submit = RuntimeError("every other step")
+        events += engine.step() + engine.step()
+    assert engine.stats()["num_resets"] >= 5
+    assert tokens(events) == right(request("r", max_tokens=20)).tokens
+
+
+@pytest.mark.parametrize("where", ["fail_submit", "fail_result"])
+def test_an_interrupt_is_passed_on_and_the_engine_can_go_on_after_it(where: str) -> None:
+    engine, runner = make_engine(depth=1)
+    engine.add(request("r"))
+    events = engine.step() + engine.step()
+    setattr(runner, where, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        drain(engine)
+    assert tokens(events + drain(engine)) == right(request("r")).tokens
+
+
+def test_a_fault_is_logged_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    engine, runner = make_engine()
+    runner.fail_submit = RuntimeError("injected")
+    with caplog.at_level(logging.WARNING):
+        engine.run([request("r")])
+    (entry,) = caplog.records
+    assert entry.exc_info and str(entry.exc_info[1]) == "injected"
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("budget", [8, 32], ids=["in its second chunk", "in its only chunk"])
+def test_logits_that_are_not_finite_end_their_request_only_and_its_pages_are_not_shared(depth: int, budget: int) -> None:
+    engine, _ = make_engine(depth=depth, nan_token=9, max_num_batched_tokens=budget)
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    bad, good = request("bad", prompt), request("good", [1, 1, 2], max_tokens=3)
+    events = engine.run([bad, good])
+    assert [(e.token_id, e.finish) for e in events["bad"]] == [(None, Status.FINISHED_ERROR)]
+    assert events["bad"][0].error and "not finite" in events["bad"][0].error
+    assert tokens(events["good"]) == right(good, 1, nan_token=9).tokens
+    hits = engine.stats()["prefix_cache_hits"]
+    engine.run([request("again", [*prompt[:8], 0])])
+    assert engine.stats()["prefix_cache_hits"] == hits == 0
+
+
+# ── the door ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB, 2**31, 2**63, 1.0, True, "5", None], ids=repr)
+@pytest.mark.parametrize("where", ["prompt", "stop", "eos"])
+def test_token_ids_outside_the_vocabulary_are_refused_and_others_go_on(token: Any, where: str) -> None:
+    engine, _ = make_engine()
+    engine.add(request("bystander"))
+    with pytest.raises(RequestError) as error:
+        ids = [1, token, 2]
+        engine.add(
+            request(
+                "bad",
+                ids if where == "prompt" else [1],
+                eos=ids if where == "eos" else (),
+                stop_token_ids=ids if where == "stop" else (),
+            )
+        )
+    if where != "stop" or token in (VOCAB,):  # SamplingParams refuses most bad stop ids before the engine sees them
+        assert "[1]" in str(error.value) and repr(token) in str(error.value) and f"[0, {VOCAB})" in str(error.value)
+    assert tokens(drain(engine)) == right(request("bystander")).tokens
+
+
+def test_a_refused_request_leaves_no_trace_in_the_counters() -> None:
+    engine, _ = make_engine()
+    for bad in (request("long", range(64), max_tokens=60), request("r", [VOCAB])):
+        with pytest.raises(RequestError):
+            engine.add(bad)
+    assert not engine.has_work and engine.stats()["prompt_tokens"] == 0 and engine.step() == []
+
+
+# ── building ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Package:
+    """A backend package `historyinfer`, importable while the test runs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made: list[HistoryRunner] = []
+        self.calls: list[str] = []
+        package = self
+
+        class ModelRunner(HistoryRunner):
+            def __init__(self, config: EngineConfig) -> None:
+                super().__init__(num_pages=1, block_size=config.block_size, max_seqs=config.max_num_seqs)
+                self.config = config
+                package.made.append(self)
+
+            def load(self, checkpoint: Any, progress: Any = None) -> None:
+                package.calls.append("load")
+                if checkpoint.path is None:
+                    raise BackendError("no weights")
+
+            def allocate(self, pages_per_group: Any) -> None:
+                package.calls.append("allocate")
+                super().allocate(pages_per_group)
+
+            def warmup(self, progress: Any = None) -> None:
+                package.calls.append("warmup")
+
+            def close(self) -> None:
+                package.calls.append("close")
+
+        module = ModuleType("historyinfer")
+        module.ModelRunner = ModelRunner  # type: ignore[attr-defined]
+        module.__spec__ = SimpleNamespace(name="historyinfer")  # type: ignore[assignment]
+        monkeypatch.setitem(sys.modules, "historyinfer", module)
+
+
+def checkpoint(path: str | None = "weights") -> Any:
+    """As much of a checkpoint as the engine looks at."""
+    return SimpleNamespace(path=path, config=SimpleNamespace(max_position=128, vocab_size=VOCAB))
+
+
+def test_an_engine_is_loaded_allocated_warmed_up_and_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = Package(monkeypatch)
+    engine = build_engine("history", checkpoint(), EngineConfig(max_num_seqs=2, max_num_batched_tokens=8, block_size=8))
+    assert package.calls == ["load", "allocate", "warmup"]
+    assert package.made[0].config.max_model_len == 128 == engine.caps.max_model_len
+    assert package.made[0].num_pages == 1 + 2 * 16  # two full contexts and the null page
+    assert tokens(engine.run([request("r")])["r"]) == right(request("r")).tokens
+    engine.close()
+    assert package.calls[-1] == "close"
+
+
+def test_a_runner_that_could_not_be_built_up_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = Package(monkeypatch)
+    with pytest.raises(BackendError, match="no weights"):
+        build_engine("history", checkpoint(None), EngineConfig())
+    assert package.calls == ["load", "close"]
+
+
+def test_a_context_longer_than_the_model_has_is_refused_before_a_runner_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = Package(monkeypatch)
+    with pytest.raises(ConfigError, match="128 positions"):
+        build_engine("history", checkpoint(), EngineConfig(max_model_len=200))
+    assert not package.made
+
+
+def test_a_backend_that_is_not_there_is_named_with_the_nearest_that_is() -> None:
+    with pytest.raises(BackendError, match="Did you mean 'torch'"):
+        build_engine("torhc", checkpoint(), EngineConfig())
+
+
+def test_an_engine_records_its_trace_where_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    Package(monkeypatch)
+    engine = build_engine("history", checkpoint(), EngineConfig(num_blocks=20), trace=tmp_path / "trace")
+    engine.run([request("r")])
+    engine.close()
+    fresh = HistoryRunner(num_pages=1)
+    steps = list(replay(tmp_path / "trace", fresh))
+    assert [new.tokens.tolist() for _, _, _, new in steps] == [[token] for token in right(request("r")).tokens]
+    assert fresh.num_pages == 20
+
+
+def test_the_pool_holds_full_contexts_as_far_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=8, block_size=16)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4_000_000))
+    assert pool_size(config, 100, page_bytes=1000) == 1 + 4 * 7
+    assert pool_size(config, 100, page_bytes=100_000) == 10  # a quarter of what is available
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 40))
+    assert pool_size(config, 1 << 30, page_bytes=1 << 20) == 2048  # 2 GiB
+    with pytest.raises(ConfigError, match="no memory for two"):
+        pool_size(config, 100, page_bytes=1 << 31)
+    assert pool_size(EngineConfig(num_blocks=77), 100, page_bytes=1 << 40) == 77

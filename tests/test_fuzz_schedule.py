@@ -1,0 +1,75 @@
+"""Random work through scheduler, pages and engine, judged after every step: 100,000 of them here, a million in `make fuzz`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable
+
+import pytest
+
+from common.request import Status
+from tests.schedule_driver import Episode
+
+STEPS = 200
+"""Of random work in an episode; what is left over is then run to its end."""
+
+
+def run_episodes(seeds: Iterable[int], depth: int) -> Counter:
+    """Run one episode a seed; returns totals. A violation names the seed, so `Episode(seed, depth).run(STEPS)` repeats it."""
+    totals: Counter = Counter()
+    for seed in seeds:
+        episode = Episode(seed, depth)
+        try:
+            episode.run(STEPS)
+        except Exception as error:
+            raise AssertionError(f"Episode(seed={seed}, depth={depth}) at step {episode.steps}: {error}") from error
+        stats = episode.engine.stats()
+        totals += episode.finished + Counter(
+            steps=episode.steps,
+            preemptions=stats["num_preemptions"],
+            hits=stats["prefix_cache_hits"],
+            resets=stats["num_resets"],
+            evictions=episode.evictions,
+        )
+    return totals
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_random_work_leaves_every_invariant_standing_and_every_output_right(depth: int) -> None:
+    totals = run_episodes(range(depth * 1000, depth * 1000 + 160), depth)
+    assert totals["steps"] > 34_000
+    # The work was worth judging: everything that can happen did, and often.
+    for what, least in {"preemptions": 300, "hits": 2000, "resets": 100, "evictions": 1000}.items():
+        assert totals[what] > least, totals
+    for status in (Status.FINISHED_STOP, Status.FINISHED_LENGTH, Status.FINISHED_ABORT, Status.FINISHED_ERROR):
+        assert totals[status] > 50, totals
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_million_steps_of_random_work(depth: int) -> None:
+    totals = run_episodes(range(100_000 + depth * 10_000, 100_000 + depth * 10_000 + 1600), depth)
+    assert totals["steps"] > 340_000
+
+
+def trajectory(seed: int, depth: int) -> str:
+    """A hash of every batch that an episode submits: tokens, pages, rows, order, all of it."""
+    episode = Episode(seed, depth)
+    episode.runner.batches = []
+    episode.run(STEPS)
+    return hashlib.sha256(b"".join(batch.buffer.tobytes() for batch in episode.runner.batches)).hexdigest()
+
+
+def test_the_same_work_takes_the_same_course_in_every_process() -> None:
+    """Nothing hangs on the secret of the page keys, on the hash seed of the interpreter, or on time (P19)."""
+    here = [trajectory(seed, seed % 3) for seed in range(6)]
+    assert here == [trajectory(seed, seed % 3) for seed in range(6)] and len(set(here)) == 6
+    program = "from tests.test_fuzz_schedule import trajectory; print([trajectory(s, s % 3) for s in range(6)])"
+    for hash_seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+        assert run.stdout.strip() == str(here)

@@ -1,0 +1,421 @@
+"""Deliberate defects in pages, scheduler and rows: the fuzz must catch each, or its silence about the real code means nothing.
+
+Each mutant replaces one method by a version that errs in one point, and notes in `ran` that it did err. A mutant that never
+ran proves nothing and fails its test.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import common.schedule.scheduler as scheduler_module
+from common.request import Status
+from common.schedule.batch import Batch
+from common.schedule.pages import PageError, PageKey, PagePool
+from common.schedule.rows import Rows
+from common.schedule.scheduler import Scheduler, Sequence, Step
+from tests.schedule_driver import Episode, Violation
+
+Patch = pytest.MonkeyPatch
+Ran = list[int]
+MUTANTS: dict[str, Callable[[Patch, Ran], None]] = {}
+
+
+def mutant(define: Callable[[Patch, Ran], None]) -> Callable[[Patch, Ran], None]:
+    MUTANTS[define.__name__] = define
+    return define
+
+
+# ── pages ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@mutant
+def a_hit_is_not_counted(patch: Patch, ran: Ran) -> None:
+    original = PagePool.allocate
+
+    def allocate(self: PagePool, count: int, hits: list[int] = []) -> list[int] | None:  # noqa: B006
+        pages = original(self, count, hits)
+        for page in hits if pages else []:
+            if self.refs[page] > 1:
+                self.refs[page] -= 1
+                ran.append(page)
+        return pages
+
+    patch.setattr(PagePool, "allocate", allocate)
+
+
+@mutant
+def a_failed_allocation_keeps_its_hold_on_the_hits(patch: Patch, ran: Ran) -> None:
+    original = PagePool.allocate
+
+    def allocate(self: PagePool, count: int, hits: list[int] = []) -> list[int] | None:  # noqa: B006
+        pages = original(self, count, hits)
+        for page in hits if pages is None else []:
+            if self.refs[page]:
+                self.refs[page] += 1
+                ran.append(page)
+        return pages
+
+    patch.setattr(PagePool, "allocate", allocate)
+
+
+@mutant
+def fresh_pages_are_popped_before_the_hits_are_held(patch: Patch, ran: Ran) -> None:
+    original = PagePool.allocate
+
+    def allocate(self: PagePool, count: int, hits: list[int] = []) -> list[int] | None:  # noqa: B006
+        fresh = original(self, count)
+        if fresh is None or set(fresh) & set(hits):
+            ran.append(1)
+            return fresh and [*hits, *fresh]
+        return [*(original(self, 0, hits) or []), *fresh]
+
+    patch.setattr(PagePool, "allocate", allocate)
+
+
+@mutant
+def a_page_given_out_anew_keeps_its_key(patch: Patch, ran: Ran) -> None:
+    original = PagePool.unpublish
+
+    def unpublish(self: PagePool, page: int) -> None:
+        if self.refs[page]:
+            original(self, page)
+        elif self.keys[page] is not None:
+            ran.append(page)
+
+    patch.setattr(PagePool, "unpublish", unpublish)
+
+
+@mutant
+def evicting_one_copy_of_a_page_drops_the_other(patch: Patch, ran: Ran) -> None:
+    original = PagePool.unpublish
+
+    def unpublish(self: PagePool, page: int) -> None:
+        key = self.keys[page]
+        if key is not None and len(self.cached[key.digest]) > 1:
+            self.cached[key.digest] = {page: None}
+            ran.append(page)
+        original(self, page)
+
+    patch.setattr(PagePool, "unpublish", unpublish)
+
+
+@mutant
+def the_null_page_is_given_out(patch: Patch, ran: Ran) -> None:
+    original = Scheduler._has_page
+
+    def has_page(self: Scheduler, seq: Sequence) -> bool:
+        before = len(seq.pages)
+        has = original(self, seq)
+        if len(seq.pages) > before and self.pool.num_free == 0:
+            self.pool.release([seq.pages.pop()])
+            seq.pages.append(0)
+            self.rows.pages[seq.row, before] = 0
+            ran.append(1)
+        return has
+
+    patch.setattr(Scheduler, "_has_page", has_page)
+
+
+@mutant
+def the_null_page_is_forgotten_at_the_door(patch: Patch, ran: Ran) -> None:
+    original = Scheduler.add
+
+    def add(self: Scheduler, request: Any) -> None:
+        self.pool.num_pages += 1
+        try:
+            original(self, request)
+        finally:
+            self.pool.num_pages -= 1
+        ran.append(1)
+
+    patch.setattr(Scheduler, "add", add)
+
+
+@mutant
+def the_salt_is_ignored(patch: Patch, ran: Ran) -> None:
+    original = scheduler_module.next_key
+
+    def next_key(secret: bytes, parent: PageKey | None, tokens: bytes, salt: str) -> PageKey:
+        ran.extend([1] if salt else [])
+        return original(secret, parent, tokens, "")
+
+    patch.setattr(scheduler_module, "next_key", next_key)
+
+
+@mutant
+def the_parent_is_ignored(patch: Patch, ran: Ran) -> None:
+    original = scheduler_module.next_key
+
+    def next_key(secret: bytes, parent: PageKey | None, tokens: bytes, salt: str) -> PageKey:
+        ran.extend([1] if parent else [])
+        return original(secret, None, tokens, salt)
+
+    patch.setattr(scheduler_module, "next_key", next_key)
+
+
+# ── publishing and looking up ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@mutant
+def pages_are_published_as_they_are_scheduled(patch: Patch, ran: Ran) -> None:
+    original = Scheduler._commit
+
+    def commit(self: Scheduler, plan: list[tuple[Sequence, int]]) -> Step:
+        step = original(self, plan)
+        for seq, _ in plan if self.prefix_caching else []:
+            before = seq.published
+            self._publish(seq, min(seq.computed, seq.known))
+            ran.extend([1] * (seq.published - before))
+        return step
+
+    patch.setattr(Scheduler, "_commit", commit)
+
+
+@mutant
+def a_page_is_published_one_token_before_it_is_full(patch: Patch, ran: Ran) -> None:
+    original = Scheduler._publish
+
+    def publish(self: Scheduler, seq: Sequence, landed: int) -> None:
+        ran.extend([1] if (landed + 1) % self.block_size == 0 else [])
+        original(self, seq, landed + 1)
+
+    patch.setattr(Scheduler, "_publish", publish)
+
+
+@mutant
+def a_full_hit_leaves_nothing_to_compute(patch: Patch, ran: Ran) -> None:
+    original = Scheduler._lookup
+
+    def lookup(self: Scheduler, seq: Sequence) -> list[int]:
+        seq.known += 1
+        hits = original(self, seq)
+        seq.known -= 1
+        ran.extend([1] if len(hits) * self.block_size == seq.known else [])
+        return hits
+
+    patch.setattr(Scheduler, "_lookup", lookup)
+
+
+@mutant
+def the_cache_outlives_a_reset_of_the_runner(patch: Patch, ran: Ran) -> None:
+    original = Scheduler.recover
+
+    def recover(self: Scheduler, suspects: list[Sequence]) -> list[str]:
+        pool = self.pool
+        failed = original(self, suspects)
+        self.pool = pool
+        ran.extend([1] if pool.cached else [])
+        return failed
+
+    patch.setattr(Scheduler, "recover", recover)
+
+
+# ── growing and leaving ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@mutant
+def a_page_is_taken_one_token_late(patch: Patch, ran: Ran) -> None:
+    original = Scheduler._has_page
+
+    def has_page(self: Scheduler, seq: Sequence) -> bool:
+        if seq.computed == len(seq.pages) * self.block_size:
+            ran.append(1)
+            return True
+        return original(self, seq)
+
+    patch.setattr(Scheduler, "_has_page", has_page)
+
+
+@mutant
+def pages_are_freed_twice(patch: Patch, ran: Ran) -> None:
+    original = Scheduler._give_back
+
+    def give_back(self: Scheduler, seq: Sequence) -> None:
+        shared = [page for page in seq.pages if self.pool.refs[page] > 1]
+        self.pool.release(shared)
+        ran.extend(shared)
+        original(self, seq)
+
+    patch.setattr(Scheduler, "_give_back", give_back)
+
+
+@mutant
+def pages_of_a_preempted_request_are_leaked(patch: Patch, ran: Ran) -> None:
+    original = Scheduler._preempt
+
+    def preempt(self: Scheduler, seq: Sequence) -> None:
+        seq.pages = seq.pages[:-1]
+        ran.append(1)
+        original(self, seq)
+
+    patch.setattr(Scheduler, "_preempt", preempt)
+
+
+@mutant
+def the_fence_is_ignored(patch: Patch, ran: Ran) -> None:
+    def vacate(self: Scheduler, seq: Sequence) -> None:
+        ran.extend([1] if seq.in_flight else [])
+        self._give_back(seq)
+
+    patch.setattr(Scheduler, "_vacate", vacate)
+
+
+@mutant
+def a_row_is_reused_while_a_step_in_flight_names_it(patch: Patch, ran: Ran) -> None:
+    original, give_back = Scheduler._vacate, Rows.give_back
+
+    def vacate(self: Scheduler, seq: Sequence) -> None:
+        if seq.in_flight:
+            give_back(self.rows, seq.row)
+            ran.append(1)
+        original(self, seq)
+
+    def once(self: Rows, row: int) -> None:
+        if row not in self.free:
+            give_back(self, row)
+
+    patch.setattr(Scheduler, "_vacate", vacate)
+    patch.setattr(Rows, "give_back", once)
+
+
+@mutant
+def a_preempted_request_resumes_before_its_step_has_landed(patch: Patch, ran: Ran) -> None:
+    original = Scheduler._preempt
+
+    def preempt(self: Scheduler, seq: Sequence) -> None:
+        flying, seq.in_flight = seq.in_flight, 0
+        original(self, seq)
+        ran.extend([1] if flying else [])
+
+    patch.setattr(Scheduler, "_preempt", preempt)
+
+
+@mutant
+def resuming_emits_the_last_token_again(patch: Patch, ran: Ran) -> None:
+    original = Scheduler._preempt
+
+    def preempt(self: Scheduler, seq: Sequence) -> None:
+        original(self, seq)
+        if seq.output:
+            seq.output.pop()
+            seq.known -= 1
+            ran.append(1)
+
+    patch.setattr(Scheduler, "_preempt", preempt)
+
+
+@mutant
+def an_abort_ends_every_request_whose_id_starts_alike(patch: Patch, ran: Ran) -> None:
+    original = Scheduler.end
+
+    def end(self: Scheduler, request_id: str, status: Status) -> bool:
+        alike = [name for name in self.live if name.startswith(request_id)]
+        ran.extend([1] if len(alike) > 1 else [])
+        for name in alike:
+            original(self, name, status)
+        return bool(alike)
+
+    patch.setattr(Scheduler, "end", end)
+
+
+# ── who runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@mutant
+def the_budget_is_one_token_too_large(patch: Patch, ran: Ran) -> None:
+    original = Scheduler._admit
+
+    def admit(self: Scheduler, budget: int) -> list[tuple[Sequence, int]]:
+        chunks = original(self, budget + 1)
+        ran.extend([1] if sum(count for _, count in chunks) > budget else [])
+        return chunks
+
+    patch.setattr(Scheduler, "_admit", admit)
+
+
+@mutant
+def the_newest_is_admitted_first(patch: Patch, ran: Ran) -> None:
+    original = Scheduler._queue
+
+    def queue(self: Scheduler, limit: int) -> Any:
+        candidates = list(original(self, limit))
+        ran.extend([1] if len(candidates) > 1 else [])
+        return reversed(candidates)
+
+    patch.setattr(Scheduler, "_queue", queue)
+
+
+@mutant
+def a_step_in_flight_may_pass_the_cap(patch: Patch, ran: Ran) -> None:
+    original = Scheduler._continue
+
+    def more(self: Scheduler) -> Any:
+        for seq in self.running:
+            seq.max_tokens += 1
+        decodes, chunks = original(self)
+        for seq in self.running:
+            seq.max_tokens -= 1
+        ran.extend(1 for seq in decodes if len(seq.output) + seq.pending >= seq.max_tokens)
+        return decodes, chunks
+
+    patch.setattr(Scheduler, "_continue", more)
+
+
+@mutant
+def a_token_that_the_host_does_not_know_is_not_filled(patch: Patch, ran: Ran) -> None:
+    original = Rows.build
+
+    def build(self: Rows, rows: Any, starts: Any, counts: Any, samples: Any, fills: list[int]) -> Batch:
+        ran.extend(fills)
+        return original(self, rows, starts, counts, samples, [])
+
+    patch.setattr(Rows, "build", build)
+
+
+@mutant
+def a_row_keeps_the_page_table_of_the_request_before(patch: Patch, ran: Ran) -> None:
+    original = Rows.take
+
+    def take(self: Rows, tokens: Any, pages: Any, params: Any, seed: int) -> int:
+        row = self.free[-1]
+        before = self.pages[row].copy()
+        original(self, tokens, pages, params, seed)
+        self.pages[row, len(pages) :] = before[len(pages) :]
+        ran.extend([1] if before[len(pages) :].any() else [])
+        return row
+
+    patch.setattr(Rows, "take", take)
+
+
+@mutant
+def a_resumed_request_samples_with_another_seed(patch: Patch, ran: Ran) -> None:
+    original = Scheduler._preempt
+
+    def preempt(self: Scheduler, seq: Sequence) -> None:
+        original(self, seq)
+        seq.seed ^= 1
+        ran.append(1)
+
+    patch.setattr(Scheduler, "_preempt", preempt)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_fuzz_catches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    logging.disable(logging.CRITICAL)
+    ran: Ran = []
+    MUTANTS[name](monkeypatch, ran)
+    try:
+        for seed in range(150):
+            episode = Episode(seed, depth=seed % 3)
+            episode.run(60)
+    except (Violation, PageError, IndexError, RuntimeError) as error:
+        assert ran, f"the mutant was blamed for {error!r}, but never erred"
+    else:
+        pytest.fail(f"the mutant erred {len(ran)} times and was not caught")
+    finally:
+        logging.disable(logging.NOTSET)
