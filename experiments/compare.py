@@ -101,7 +101,7 @@ def ratios(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
 
 
 def tokens_equal_share(windows: Mapping[str, Window]) -> float:
-    """The share of timed output tokens before their request's first difference from the first engine; the least of all engines."""
+    """The share of timed output tokens before their request's first difference from the first engine; the least of all."""
     first, *others = windows.values()
     total = sum(len(row.tokens) for row in first.rows)
     equal = (sum(common_prefix(a.tokens, b.tokens) for a, b in zip(first.rows, w.rows, strict=True)) for w in others)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig
 
@@ -20,6 +20,8 @@ from experiments.isolate import IsolatedEngine
 from experiments.metrics import contaminations, summarize
 from experiments.report import Narrator
 from experiments.workload import Workload, WorkloadConfig, draw
+
+Engine = TypeVar("Engine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,19 +100,21 @@ def prepare(engine: IsolatedEngine, plan: Plan, narrator: Narrator) -> dict[str,
     return {"device": loaded["caps"]["device"], "load_s": loaded["load_s"], "warmup_s": warmup}
 
 
-def blocks(engines: Sequence[IsolatedEngine], config: MeasureConfig) -> Iterator[tuple[int, Sequence[IsolatedEngine]]]:
+def blocks(
+    engines: Sequence[Engine], config: MeasureConfig, clock: Callable[[], float] = time.perf_counter
+) -> Iterator[tuple[int, Sequence[Engine]]]:
     """Rounds in which each engine runs once: A B, B A, A B, … so that a machine that drifts wrongs neither.
 
     No round starts that would, going by the longest so far, end after the budget.
     """
-    begin = time.perf_counter()
+    begin = clock()
     longest = 0.0
     for number in range(config.blocks):
-        start = time.perf_counter()
+        start = clock()
         if number and start - begin + longest > config.budget_s:
             return
         yield number, engines if number % 2 == 0 else engines[::-1]
-        longest = max(longest, time.perf_counter() - start)
+        longest = max(longest, clock() - start)
 
 
 def setting(config: DictConfig, plan: Plan) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Attention over pages and without them. Softmax in float32; every masked read selects, never multiplies.
 
-Letters: T tokens · S sequences · N query heads · K key/value heads · Q = N / K · H head dim · B page tokens · n tiles in flight ·
-C query tokens of a tile.
+Letters: T tokens · S sequences · N query heads · K key/value heads · Q = N / K · H head dim · B page tokens ·
+n tiles in flight · C query tokens of a tile.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MASKED = -1e30
 
 
 class Plan(NamedTuple):
-    """Where a step's queries and keys lie. Compiled shapes are padded (`plan_shape`)."""
+    """Where a step's queries and keys lie. Compiled shapes are padded (`_plan_shape`)."""
 
     slots: Array
     """int32[T]; padding writes into the null page."""
@@ -49,10 +49,10 @@ def make_plan(batch: Batch, config: ModelConfig, page_size: int) -> Plan:
     decodes, chunks = query_tiles(batch, CHUNK)
     fields = [np.stack((t.seq, t.first, t.count, t.position)) for t in (decodes.by_length(), chunks.by_length())]
     counts = np.array([len(decodes), len(chunks)], np.int32)
-    return Plan(batch.slots[0], batch.page_table[0], *fields, counts)  # type: ignore[arg-type]
+    return Plan(batch.slots[0], batch.page_table[0], fields[0], fields[1], counts)  # type: ignore[arg-type]
 
 
-def plan_shape(tokens: int, seqs: int, pages: int, chunked: bool) -> Plan:
+def _plan_shape(tokens: int, seqs: int, pages: int, chunked: bool) -> Plan:
     """The padded shape of each field for steps of at most `tokens` tokens and `seqs` sequences of `pages` pages, with chunks
     of more than one token or without."""
     whole = lambda tiles, n: tiles if tiles <= n else -(-tiles // n) * n  # noqa: E731

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import partial
 
 import jax
 
@@ -24,7 +25,7 @@ def open_device(requested: str, threads: int | None) -> jax.Device:
     folder = re.sub(r"\W+", "-", f"xla-{jax.version.__version__}-{cpu_name()}")
     jax.config.update("jax_compilation_cache_dir", str(cache_directory() / folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    choice = choose(requested, {name: lambda name=name: probe(name) for name in PLATFORMS})
+    choice = choose(requested, {name: partial(probe, name) for name in PLATFORMS})
     return jax.local_devices(backend=PLATFORMS[choice.platform])[0]
 
 

@@ -21,7 +21,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((outputs,), dtype), split=0 if split == 1 else None) if bias else None
 
     def __call__(self, x_TD: Array) -> Array:
-        y = matmul(x_TD, self.weight[...])
+        y = matmul(x_TD, self.weight[...], 0)
         return (y + self.bias[...] if self.bias is not None else y).astype(x_TD.dtype)
 
 
@@ -46,9 +46,17 @@ class Embedding(nnx.Module):
         self.scale = scale
 
     def __call__(self, token_ids: Array) -> Array:
-        x_TD = jnp.take(self.weight[...], token_ids, axis=0, mode="clip")
+        x_TD = _take_rows(self.weight[...], token_ids)
         # The scale is rounded to the model's dtype first, as Gemma was trained.
         return x_TD * jnp.asarray(self.scale, x_TD.dtype) if self.scale != 1.0 else x_TD
+
+
+def _take_rows(table: Array, rows: Array) -> Array:
+    """table[rows]. bfloat16 travels as integers: XLA:CPU would convert the whole table to float32 around the gather."""
+    if table.dtype != jnp.bfloat16:
+        return jnp.take(table, rows, axis=0, mode="clip")
+    bits = jnp.take(jax.lax.bitcast_convert_type(table, jnp.uint16), rows, axis=0, mode="clip")
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
 class Rotary(nnx.Module):
@@ -62,12 +70,13 @@ class Rotary(nnx.Module):
         return jnp.take(self.cos[...], positions, axis=0, mode="clip"), jnp.take(self.sin[...], positions, axis=0, mode="clip")
 
 
-def matmul(x: Array, weight: Array) -> Array:
-    """x W accumulated and returned in float32."""
+def matmul(x: Array, weight: Array, inputs: int) -> Array:
+    """x W, accumulated and returned in float32; `inputs` is the axis of W that is summed over. A transpose in the graph would
+    cost XLA:CPU its fast path."""
     return jax.lax.dot_general(
         x,
         weight,
-        (((x.ndim - 1,), (0,)), ((), ())),
+        (((x.ndim - 1,), (inputs,)), ((), ())),
         preferred_element_type=jnp.float32,
         precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
     )

@@ -33,15 +33,18 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.heads = config.num_heads, config.num_kv_heads, config.head_dim
 
-    def __call__(self, x_TD: Array, rope: tuple[Array, Array], attend: Attend, layer: int, cache: Any) -> tuple[Array, Any]:
+    def project(self, x_TD: Array, rope: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        """q [T, N, H], k and v [T, K, H], rotated."""
         N, K, H = self.heads
         qkv = self.qkv_proj(x_TD).reshape(-1, N + 2 * K, H)
         q_TNH, k_TKH, v_TKH = jnp.split(qkv, (N, N + K), axis=1)
         if self.q_norm is not None and self.k_norm is not None:
             q_TNH, k_TKH = self.q_norm(q_TNH), self.k_norm(k_TKH)
-        q_TNH, k_TKH = rotate(q_TNH, *rope), rotate(k_TKH, *rope)
-        out_TNH, cache = attend(q_TNH, k_TKH, v_TKH, layer, cache)
-        return self.o_proj(out_TNH.reshape(-1, N * H)), cache
+        return rotate(q_TNH, *rope), rotate(k_TKH, *rope), v_TKH
+
+    def combine(self, out_TNH: Array) -> Array:
+        """The heads' outputs, [T, N, H] -> [T, D]."""
+        return self.o_proj(out_TNH.reshape(out_TNH.shape[0], -1))
 
 
 class MLP(nnx.Module):
@@ -70,13 +73,18 @@ class Block(nnx.Module):
         self.mlp = MLP(config, dtype)
         self.post_feedforward_layernorm = norm() if config.sandwich_norms else None
 
-    def __call__(self, x_TD: Array, rope: tuple[Array, Array], attend: Attend, layer: int, cache: Any) -> tuple[Array, Any]:
-        out_TD, cache = self.self_attn(self.input_layernorm(x_TD), rope, attend, layer, cache)
+    def project(self, x_TD: Array, rope: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        """What comes before attention: q, k and v."""
+        return self.self_attn.project(self.input_layernorm(x_TD), rope)
+
+    def combine(self, x_TD: Array, out_TNH: Array) -> Array:
+        """What comes after it: the residual stream behind this block."""
+        out_TD = self.self_attn.combine(out_TNH)
         if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
             x_TD = x_TD + out_TD
-            return x_TD + self.mlp(self.post_attention_layernorm(x_TD)), cache
+            return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
         x_TD = x_TD + self.post_attention_layernorm(out_TD)
-        return x_TD + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x_TD))), cache
+        return x_TD + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x_TD)))
 
 
 class Decoder(nnx.Module):
@@ -97,11 +105,14 @@ def forward(model: Decoder, token_ids: Array, positions: Array, attend: Attend, 
     x_TD = model.embed_tokens(token_ids)
     ropes = [rope(positions) for rope in model.ropes]
     for layer, block in enumerate(model.layers):
-        x_TD, cache = block(x_TD, ropes[model.config.layer_rope[layer]], attend, layer, cache)
+        q_TNH, k_TKH, v_TKH = block.project(x_TD, ropes[model.config.layer_rope[layer]])
+        out_TNH, cache = attend(q_TNH, k_TKH, v_TKH, layer, cache)
+        x_TD = block.combine(x_TD, out_TNH)
     return model.norm(x_TD), cache
 
 
 def logits(model: Decoder, x_TD: Array) -> Array:
     """float32[T, V]"""
-    head_DV = model.embed_tokens.weight[...].T if model.lm_head is None else model.lm_head.weight[...]
-    return matmul(x_TD, head_DV)
+    if model.lm_head is None:
+        return matmul(x_TD, model.embed_tokens.weight[...], 1)
+    return matmul(x_TD, model.lm_head.weight[...], 0)

@@ -1,7 +1,7 @@
 """One model on JAX devices, a step at a time.
 
-A step is one pure function of (weights, state, inputs), compiled ahead of time for each bucket of tokens; the state, KV pages and
-each row's last token, is donated, so XLA updates it in place. All inputs of a step travel as one int32 array.
+A step is one pure function of (weights, state, inputs), compiled ahead of time for each bucket of tokens. The state (KV pages
+and each row's last token) is donated, so XLA updates it in place. All inputs of a step travel as one int32 array.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from jax import Array, lax
 from common import interface
 from common.config import EngineConfig, ModelConfig
 from common.interface import Caps, KVGroup, Progress, Result
-from common.schedule.batch import Batch, Want
+from common.schedule.batch import Batch
 from common.weights.checkpoint import Checkpoint
 from jaxinfer import cache as pages
 from jaxinfer import sampling
 from jaxinfer.arrays import to_device, to_host
-from jaxinfer.attention import Plan, make_plan, paged_attention, plan_shape
+from jaxinfer.attention import Plan, _plan_shape, make_plan, paged_attention
 from jaxinfer.cache import KVCache
 from jaxinfer.device import describe, open_device
 from jaxinfer.model import Decoder, forward, logits
 from jaxinfer.weights import load_model
 
-COPIES = 16
+_COPIES = 16
 """Page copies of one call."""
 
 
@@ -62,7 +62,7 @@ class Inputs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Bucket:
+class _Bucket:
     """The padded sizes of one compiled step. Without chunks every sequence has one token, and half the program falls away."""
 
     tokens: int
@@ -72,7 +72,7 @@ class Bucket:
 
     def shapes(self) -> Inputs:
         T, R = (self.tokens,), (self.seqs,)
-        return Inputs(T, T, T, R, R, (*R, 2), R, R, R, R, (3,), plan_shape(self.tokens, self.seqs, self.pages, self.chunked))
+        return Inputs(T, T, T, R, R, (*R, 2), R, R, R, R, (3,), _plan_shape(self.tokens, self.seqs, self.pages, self.chunked))
 
     def layout(self) -> Inputs:
         """(offset, shape, dtype) of each input in the packed array."""
@@ -89,25 +89,25 @@ class Bucket:
         return sum(math.prod(shape) for shape in jax.tree.leaves(self.shapes(), is_leaf=lambda x: type(x) is tuple))
 
 
-def count_compilations() -> Callable[[], int]:
+def _count_compilations() -> Callable[[], int]:
     """Start counting what XLA compiles in this process, by whomever; the returned function tells how many so far."""
     count = [0]
 
-    def listen(event: str, duration: float, **kwargs: Any) -> None:
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         count[0] += event == "/jax/core/compile/backend_compile_duration"
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     return lambda: count[0]
 
 
-def decode_buckets(most: int) -> tuple[int, ...]:
+def _decode_buckets(most: int) -> tuple[int, ...]:
     """2, 4, 8, 16, 24, 32, 48, 64, …: powers of two and from 16 their midpoints, the last at least `most`. Never 1: XLA:CPU has
     no fast bfloat16 matrix-vector product."""
     sizes = {size for power in range(1, 31) for size in (1 << power, 3 << power >> 1 if power > 3 else 2)}
     return _up_to(sizes, most)
 
 
-def token_buckets(most: int) -> tuple[int, ...]:
+def _token_buckets(most: int) -> tuple[int, ...]:
     """32, 64, 128, …: powers of two, the last at least `most`."""
     return _up_to({1 << power for power in range(5, 31)}, most)
 
@@ -124,8 +124,8 @@ class ModelRunner(interface.ModelRunner):
         self.device = open_device(config.device, config.threads)
         if config.dtype == "float32":
             jax.config.update("jax_default_matmul_precision", "highest")
-        self._compiled: dict[Bucket, Any] = {}
-        self._compilations = count_compilations()
+        self._compiled: dict[_Bucket, Any] = {}
+        self._compilations = _count_compilations()
 
     @property
     def caps(self) -> Caps:
@@ -135,8 +135,8 @@ class ModelRunner(interface.ModelRunner):
             device=describe(self.device),
             dtypes=("float32", "bfloat16"),
             kernels=("framework",),
-            token_buckets=token_buckets(config.max_num_batched_tokens),
-            decode_buckets=decode_buckets(config.max_num_seqs),
+            token_buckets=_token_buckets(config.max_num_batched_tokens),
+            decode_buckets=_decode_buckets(config.max_num_seqs),
             max_tokens=config.max_num_batched_tokens,
             max_seqs=config.max_num_seqs,
             max_model_len=self.max_model_len,
@@ -205,26 +205,26 @@ class ModelRunner(interface.ModelRunner):
         self.weights, self.state = (), None  # type: ignore[assignment]
         self._compiled.clear()
 
-    def _bucket(self, tokens: int, chunked: bool) -> Bucket:
+    def _bucket(self, tokens: int, chunked: bool) -> _Bucket:
         config = self.config
         seqs = min(tokens, max(config.max_num_seqs, 2))
-        return Bucket(tokens, seqs, -(-self.max_model_len // config.block_size), chunked)
+        return _Bucket(tokens, seqs, -(-self.max_model_len // config.block_size), chunked)
 
-    def _compile(self, bucket: Bucket) -> Any:
+    def _compile(self, bucket: _Bucket) -> Any:
         step = jax.jit(lambda weights, state, packed: self._step(bucket, weights, state, packed), donate_argnums=1)
         return step.lower(self.weights, self.state, jax.ShapeDtypeStruct((bucket.size(),), jnp.int32)).compile()
 
-    def _run(self, bucket: Bucket, packed: np.ndarray) -> sampling.Sampled:
+    def _run(self, bucket: _Bucket, packed: np.ndarray) -> sampling.Sampled:
         self.state, sampled = self._compiled[bucket](self.weights, self.state, packed)
         return sampled
 
     def _copy_pages(self, pairs: np.ndarray) -> None:
-        for at in range(0, max(len(pairs), 1), COPIES):
-            part = np.zeros((COPIES, 2), np.int32)
-            part[: len(pairs[at : at + COPIES])] = pairs[at : at + COPIES]
+        for at in range(0, max(len(pairs), 1), _COPIES):
+            part = np.zeros((_COPIES, 2), np.int32)
+            part[: len(pairs[at : at + _COPIES])] = pairs[at : at + _COPIES]
             self.state = self.state._replace(cache=pages.copy_pages(self.state.cache, to_device(part, self.device)))
 
-    def _pack(self, bucket: Bucket, batch: Batch) -> np.ndarray:
+    def _pack(self, bucket: _Bucket, batch: Batch) -> np.ndarray:
         """A batch as the one array of inputs of its bucket."""
         R, owner = len(batch.logit_rows), batch.logit_owner
         fill_row = np.full(bucket.tokens, -1, np.int32)
@@ -256,7 +256,7 @@ class ModelRunner(interface.ModelRunner):
                 view[tuple(slice(size) for size in value.shape)] = value
         return packed
 
-    def _step(self, bucket: Bucket, weights: tuple[Array, ...], state: State, packed: Array) -> tuple[State, sampling.Sampled]:
+    def _step(self, bucket: _Bucket, weights: tuple[Array, ...], state: State, packed: Array) -> tuple[State, sampling.Sampled]:
         """The pure function that is compiled."""
 
         def unpack(entry: tuple[int, tuple[int, ...], Any]) -> Array:

@@ -1,5 +1,5 @@
-"""Logits to tokens. Every token is a pure function of its logits, its request's seed and its position: no generator has a state,
-so batch, order and preemption cannot change it.
+"""Logits to tokens. Every token is a pure function of its logits, its request's seed and its position: no generator has a
+state, so batch, order and preemption cannot change it.
 
 Letters: R logit rows · V vocabulary.
 """
@@ -107,7 +107,7 @@ def logprobs_of(logits: Array, tokens: Array) -> tuple[Array, Array, Array, Arra
 def _cut(x: Array, mass: Callable[[Array], Array], target: Array) -> Array:
     """x with everything below the highest threshold t at -inf for which the mass of {x >= t} reaches the target.
 
-    The threshold is found bit by bit in the order of floats as integers, so that no vocabulary is sorted and ties stay together.
+    The threshold is found bit by bit in the order of floats as integers: no vocabulary is sorted, and ties stay together.
     """
     signed = lax.bitcast_convert_type(x, jnp.int32)
     order = jnp.where(signed < 0, ~signed, signed ^ jnp.int32(-(2**31))).astype(jnp.uint32)

@@ -120,7 +120,7 @@ def test_a_template_that_fails_or_is_hostile_is_refused(tokenizer: Tokenizer, te
     [
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{% set n = namespace(l=[]) %}{% for i in range(60) %}{% set n.l = [n.l, n.l] %}{% endfor %}{{ n.l }}",
-        "{{ messages == messages and (10 ** 7) ** (10 ** 7) }}",
+        "{% set n = 10000000 * messages | length %}{{ n ** n }}",
     ],
     ids=["nested loops", "a list that doubles", "a power of powers"],
 )
@@ -145,7 +145,7 @@ def test_a_template_that_is_not_jinja_or_too_long_is_the_checkpoint_s_fault(toke
 def test_no_template_is_refused_with_what_to_do() -> None:
     bare = open_tokenizer(resolve("smollm2-135m"))
     bare.chat_template = None
-    with pytest.raises(RequestError, match="no chat template.*generate"):
+    with pytest.raises(RequestError, match=r"no chat template.*generate"):
         ChatTemplate(bare)
 
 

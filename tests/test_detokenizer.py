@@ -58,7 +58,8 @@ def test_random_short_streams_equal_their_decoding_and_never_show_half_a_charact
         for n in range(len(ids)):
             shown, whole = "".join(parts[: n + 1]), tokenizer.decode(ids[: n + 1])
             assert whole.startswith(shown), "what is shown stays"
-            assert len(whole) - len(shown) <= 1, "only one incomplete character is held back"
+            # Half a character shows as one replacement if the text ends there; half a lone surrogate, never valid, as two.
+            assert len(whole) - len(shown) <= 2, "more than one incomplete character is held back"
 
 
 def is_text(raw: bytes) -> bool:

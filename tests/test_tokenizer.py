@@ -121,6 +121,8 @@ def test_truncation_and_padding_of_a_tokenizer_json_are_not_applied(tmp_path: Pa
     [
         ({"chat_template": "one"}, "one"),
         ({"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}, "d"),
+        ({"chat_template": [{"name": "default"}, 5]}, None),
+        ({"chat_template": 5}, None),
         ({}, None),
     ],
 )
@@ -208,6 +210,14 @@ def test_the_split_patterns_are_those_of_transformers(tmp_path: Path, pre: str, 
     ours = open_tokenizer(write_gguf(tmp_path / "m.gguf", "gpt2", **byte_level_vocabulary(PAIRS), pre=pre))
     for text in [*TEXTS, *random_texts(200)]:
         assert ours._inner.pre_tokenizer.pre_tokenize_str(text) == theirs.pre_tokenize_str(text)
+
+
+def test_llama_3_takes_whole_words_that_no_merge_leads_to(tmp_path: Path) -> None:
+    fields = byte_level_vocabulary(PAIRS)
+    tokens = [*fields["tokens"], "xyz"]
+    for pre, pieces in (("llama-bpe", ["xyz"]), ("gpt-2", ["x", "y", "z"])):
+        tokenizer = open_tokenizer(write_gguf(tmp_path / f"{pre}.gguf", "gpt2", **fields | {"tokens": tokens}, pre=pre))
+        assert [tokenizer.decode([i]) for i in tokenizer.encode("xyz")] == pieces
 
 
 def sentencepiece_fields(**changes: object) -> dict[str, object]:
@@ -320,6 +330,7 @@ def test_a_decoder_of_another_kind_is_refused(tmp_path: Path) -> None:
         ({"merges": ["a zzz"]}, "do not make a tokenizer"),
         ({"merges": ["ab"]}, "do not make a tokenizer"),
         ({"types": [1, 1]}, "types"),
+        ({"tokens": ["a", "b" * 100_000], "merges": []}, "100000 characters"),
         ({"bos_token_id": 100_000, "add_bos_token": True}, "bos_token_id"),
         ({"eos_token_id": 100_000}, "eos_token_id"),
     ],

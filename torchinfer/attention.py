@@ -1,7 +1,7 @@
 """Attention over pages and without them. Softmax in float32; every masked read selects, never multiplies.
 
-Letters: T tokens · S sequences · N query heads · K key/value heads · Q = N / K · H head dim · B page tokens · n tiles in flight ·
-C query tokens of a tile · J keys.
+Letters: T tokens · S sequences · N query heads · K key/value heads · Q = N / K · H head dim · B page tokens ·
+n tiles in flight · C query tokens of a tile · J keys.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def make_plan(batch: Batch, config: ModelConfig, page_size: int) -> Plan:
         ]
         for window in sorted(set(config.layer_window))
     }
-    return Plan(batch.slots[0].astype(np.int64), groups)  # type: ignore[arg-type]
+    return Plan(batch.slots[0].astype(np.int64), groups)
 
 
 def _make_group(batch: Batch, tiles: Tiles, C: int, part: LengthClass, window: int, page_size: int) -> _Group:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from common.platform import choose, cores
@@ -13,7 +15,7 @@ PLATFORMS = {"cuda": "cuda", "rocm": "cuda", "xpu": "xpu", "cpu": "cpu"}
 def open_device(requested: str, threads: int | None) -> torch.device:
     """The first usable device for `requested`. Raises `ConfigError` for an unknown name, `BackendError` if none is usable."""
     torch.set_num_threads(threads or cores())
-    choice = choose(requested, {name: lambda name=name: probe(name) for name in PLATFORMS})
+    choice = choose(requested, {name: partial(probe, name) for name in PLATFORMS})
     return torch.device(PLATFORMS[choice.platform])
 
 

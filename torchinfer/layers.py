@@ -17,8 +17,8 @@ class Linear(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, split: int, dtype: Dtype) -> None:
         super().__init__()
-        self.weight = parameter((outputs, inputs), dtype, split=split)
-        self.bias = parameter((outputs,), dtype, split=0 if split == 0 else None) if bias else None
+        self.weight = _parameter((outputs, inputs), dtype, split=split)
+        self.bias = _parameter((outputs,), dtype, split=0 if split == 0 else None) if bias else None
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return F.linear(x_TD, self.weight, self.bias)
@@ -29,7 +29,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight = parameter((size,), torch.float32, split=None)
+        self.weight = _parameter((size,), torch.float32, split=None)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class Embedding(nn.Module):
 
     def __init__(self, vocab: int, size: int, scale: float, dtype: Dtype) -> None:
         super().__init__()
-        self.weight = parameter((vocab, size), dtype, split=0)
+        self.weight = _parameter((vocab, size), dtype, split=0)
         self.scale = scale
 
     def forward(self, token_ids: Tensor) -> Tensor:
@@ -65,16 +65,16 @@ class Rotary(nn.Module):
         return self.cos[positions], self.sin[positions]
 
 
-def parameter(shape: tuple[int, ...], dtype: Dtype, *, split: int | None) -> nn.Parameter:
+def _parameter(shape: tuple[int, ...], dtype: Dtype, *, split: int | None) -> nn.Parameter:
     """An uninitialised weight that remembers the axis devices share out."""
     weight = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
     weight.split_axis = split  # type: ignore[attr-defined]
     return weight
 
 
-def matmul(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T, returned in float32."""
-    return F.linear(x, weight).float()
+def matmul(x: Tensor, weight: Tensor, inputs: int) -> Tensor:
+    """x W in the dtype of x, returned in float32; `inputs` is the axis of W that is summed over."""
+    return F.linear(x, weight if inputs == 1 else weight.T).float()
 
 
 def rotate(x_TNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -32,15 +32,18 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.heads = config.num_heads, config.num_kv_heads, config.head_dim
 
-    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, layer: int, cache: Any) -> tuple[Tensor, Any]:
+    def project(self, x_TD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """q [T, N, H], k and v [T, K, H], rotated."""
         N, K, H = self.heads
         qkv = self.qkv_proj(x_TD).reshape(-1, N + 2 * K, H)
         q_TNH, k_TKH, v_TKH = qkv.split((N, K, K), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q_TNH, k_TKH = self.q_norm(q_TNH), self.k_norm(k_TKH)
-        q_TNH, k_TKH = rotate(q_TNH, *rope), rotate(k_TKH, *rope)
-        out_TNH, cache = attend(q_TNH, k_TKH, v_TKH, layer, cache)
-        return self.o_proj(out_TNH.reshape(-1, N * H)), cache
+        return rotate(q_TNH, *rope), rotate(k_TKH, *rope), v_TKH
+
+    def combine(self, out_TNH: Tensor) -> Tensor:
+        """The heads' outputs, [T, N, H] -> [T, D]."""
+        return self.o_proj(out_TNH.reshape(out_TNH.shape[0], -1))
 
 
 class MLP(nn.Module):
@@ -71,13 +74,18 @@ class Block(nn.Module):
         self.mlp = MLP(config, dtype)
         self.post_feedforward_layernorm = norm() if config.sandwich_norms else None
 
-    def forward(self, x_TD: Tensor, rope: tuple[Tensor, Tensor], attend: Attend, layer: int, cache: Any) -> tuple[Tensor, Any]:
-        out_TD, cache = self.self_attn(self.input_layernorm(x_TD), rope, attend, layer, cache)
+    def project(self, x_TD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """What comes before attention: q, k and v."""
+        return self.self_attn.project(self.input_layernorm(x_TD), rope)
+
+    def combine(self, x_TD: Tensor, out_TNH: Tensor) -> Tensor:
+        """What comes after it: the residual stream behind this block."""
+        out_TD = self.self_attn.combine(out_TNH)
         if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
             x_TD = x_TD + out_TD
-            return x_TD + self.mlp(self.post_attention_layernorm(x_TD)), cache
+            return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
         x_TD = x_TD + self.post_attention_layernorm(out_TD)
-        return x_TD + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x_TD))), cache
+        return x_TD + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x_TD)))
 
 
 class Decoder(nn.Module):
@@ -87,10 +95,10 @@ class Decoder(nn.Module):
         super().__init__()
         V, D = config.vocab_size, config.hidden_size
         self.embed_tokens = Embedding(V, D, config.embedding_scale, dtype)
-        self.layers = nn.ModuleList([Block(config, dtype) for _ in range(config.num_layers)])
+        self.layers: Any = nn.ModuleList([Block(config, dtype) for _ in range(config.num_layers)])
         self.norm = RMSNorm(D, config.norm_eps)
         self.lm_head = None if config.tie_embeddings else Linear(D, V, bias=False, split=0, dtype=dtype)
-        self.ropes = nn.ModuleList([Rotary(positions, config.head_dim) for _ in config.ropes])
+        self.ropes: Any = nn.ModuleList([Rotary(positions, config.head_dim) for _ in config.ropes])
         self.config = config
 
 
@@ -99,11 +107,13 @@ def forward(model: Decoder, token_ids: Tensor, positions: Tensor, attend: Attend
     x_TD = model.embed_tokens(token_ids)
     ropes = [rope(positions) for rope in model.ropes]
     for layer, block in enumerate(model.layers):
-        x_TD, cache = block(x_TD, ropes[model.config.layer_rope[layer]], attend, layer, cache)
+        q_TNH, k_TKH, v_TKH = block.project(x_TD, ropes[model.config.layer_rope[layer]])
+        out_TNH, cache = attend(q_TNH, k_TKH, v_TKH, layer, cache)
+        x_TD = block.combine(x_TD, out_TNH)
     return model.norm(x_TD), cache
 
 
 def logits(model: Decoder, x_TD: Tensor) -> Tensor:
     """float32[T, V]"""
     head = model.embed_tokens if model.lm_head is None else model.lm_head
-    return matmul(x_TD, head.weight)
+    return matmul(x_TD, head.weight, 1)

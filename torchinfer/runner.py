@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from common import interface
 from common.config import EngineConfig, ModelConfig
@@ -83,6 +84,11 @@ class ModelRunner(interface.ModelRunner):
         self.model_config: ModelConfig = checkpoint.config
         self.max_model_len = self.config.model_len(checkpoint.config)
         self.model = load_model(checkpoint, self.config.dtype, self.max_model_len, self.device, progress)
+        if self.config.compile:
+            # One program serves all layers: weights are its inputs, and the number of tokens is symbolic.
+            for block in self.model.layers:
+                block.project = torch.compile(block.project, dynamic=True)
+                block.combine = torch.compile(block.combine, dynamic=True)
 
     def kv_groups(self) -> tuple[KVGroup, ...]:
         config = self.model_config
@@ -102,15 +108,16 @@ class ModelRunner(interface.ModelRunner):
     def warmup(self, progress: Progress | None = None) -> None:
         # Nothing is padded here: one small step and one full one leave no lazy set-up for later.
         config = self.config
-        shapes = ((1, 1), (config.max_num_batched_tokens, config.max_num_seqs))
+        # A compiled step is specialised once more for a single token, and for two before it takes any number.
+        shapes = ((1, 1), (2, 2), (3, 3), (config.max_num_batched_tokens, config.max_num_seqs))
         for done, (tokens, seqs) in enumerate(shapes):
-            self.submit(null_batch(tokens, seqs, config.block_size)).result()
+            self.submit(_null_batch(tokens, seqs, config.block_size)).result()
             if progress:
                 progress(done + 1, len(shapes), f"ran a step of {tokens} tokens")
 
     @property
     def compilations(self) -> int:
-        return 0
+        return int(counters["stats"]["unique_graphs"])
 
     def submit(self, batch: Batch) -> interface.Pending:
         with torch.inference_mode():
@@ -168,7 +175,7 @@ class ModelRunner(interface.ModelRunner):
         return sampling.Sampled(tokens, logits_RV.sum(dim=-1).isfinite(), *extra)
 
 
-def null_batch(tokens: int, seqs: int, page_size: int) -> Batch:
+def _null_batch(tokens: int, seqs: int, page_size: int) -> Batch:
     """A step of `seqs` sequences on the null page: all decodes but the last, which takes the rest of `tokens`."""
     counts = np.array([1] * (seqs - 1) + [tokens - seqs + 1], np.int32)
     starts = np.concatenate(([0], np.cumsum(counts)))

@@ -1,5 +1,5 @@
-"""Logits to tokens. Every token is a pure function of its logits, its request's seed and its position: no generator has a state,
-so batch, order and preemption cannot change it.
+"""Logits to tokens. Every token is a pure function of its logits, its request's seed and its position: no generator has a
+state, so batch, order and preemption cannot change it.
 
 Letters: R logit rows · V vocabulary.
 """
@@ -101,8 +101,15 @@ def logprobs_of(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor,
     norm = logits.logsumexp(dim=-1)
     chosen = logits.gather(1, tokens[:, None])
     ranks = 1 + (logits > chosen).sum(dim=-1)
-    top, ids = logits.topk(min(MAX_LOGPROBS, logits.shape[1]), dim=-1)
-    # topk leaves ties in any order: put equal logits in the order of their ids.
+    k, V = min(MAX_LOGPROBS, logits.shape[1]), logits.shape[1]
+    top, ids = logits.topk(k, dim=-1)
+    least = top[:, -1:]
+    if ((logits >= least).sum(dim=-1) > k).any():
+        # topk takes any of the logits that tie for the last place: take those of the lowest ids.
+        by_rank = torch.where(logits == least, -torch.arange(V, device=logits.device), -V)
+        ids = torch.where(logits > least, 1, by_rank).topk(k, dim=-1).indices
+        top = logits.gather(1, ids)
+    # It also leaves ties in any order: put equal logits in the order of their ids.
     by_id = ids.argsort(dim=-1)
     order = by_id.gather(1, top.gather(1, by_id).argsort(dim=-1, descending=True, stable=True))
     return chosen[:, 0] - norm, ranks, ids.gather(1, order), top.gather(1, order) - norm[:, None]
@@ -111,7 +118,7 @@ def logprobs_of(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor,
 def _cut(x: Tensor, mass: Callable[[Tensor], Tensor], target: Tensor) -> Tensor:
     """x with everything below the highest threshold t at -inf for which the mass of {x >= t} reaches the target.
 
-    The threshold is found bit by bit in the order of floats as integers, so that no vocabulary is sorted and ties stay together.
+    The threshold is found bit by bit in the order of floats as integers: no vocabulary is sorted, and ties stay together.
     """
     signed = x.view(torch.int32)
     order = torch.where(signed < 0, signed ^ 0x7FFFFFFF, signed)  # as signed integers: rising with x

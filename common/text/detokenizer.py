@@ -12,7 +12,7 @@ class IncrementalDetokenizer:
     """The text of a growing list of tokens: what `push` and the final `flush` return, joined, is `Tokenizer.decode` of all.
 
     Every token is a few bytes, so the cost of a token does not depend on how many came before. At most three bytes are held
-    back, the beginning of a character; bytes that cannot become a character any more come out as U+FFFD at once.
+    back, the beginning of one character; bytes that cannot become a character come out as U+FFFD with the next byte.
     The prompt decides one thing only: whether the output begins the text, where some vocabularies drop a space.
     """
 

@@ -23,6 +23,8 @@ from common.weights.gguf_header import read_metadata
 
 MAX_FILE_BYTES = 1 << 28
 """Of a tokenizer.json; the largest vocabularies in use need about 2**25."""
+MAX_TOKEN_LENGTH = 1024
+"""Characters; the ways to cut a token in two are all tried."""
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
@@ -200,12 +202,12 @@ def _directory_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """A file of its own wins over the entry in the configuration; of several named ones, `default` is taken."""
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
-    match config.get("chat_template"):
-        case str(template):
-            return template
-        case list(named):
-            return next((entry["template"] for entry in named if entry.get("name") == "default"), None)
+        return file.read_text(encoding="utf-8", errors="replace")
+    entry = config.get("chat_template")
+    for choice in entry if isinstance(entry, list) else [{"name": "default", "template": entry}]:
+        match choice:
+            case {"name": "default", "template": str(template)}:
+                return template
     return None
 
 
@@ -251,28 +253,27 @@ def _from_gguf(path: Path) -> Tokenizer:
         return metadata.get(f"tokenizer.ggml.{key}", default)
 
     kind, tokens = get("model"), get("tokens")
-    if kind is None or not tokens:
+    if kind is None or not isinstance(tokens, list) or not tokens:
         raise CheckpointError(f"{path} holds no tokenizer: tokenizer.ggml.model and tokenizer.ggml.tokens are expected.")
+    if kind not in ("gpt2", "llama"):
+        known = "gpt2 (byte-level BPE) and llama (SentencePiece)"
+        raise CheckpointError(f"{path}: tokenizer kind {kind!r} is not known. Known: {known}.")
     types = get("token_type") or [1] * len(tokens)
     if len(types) != len(tokens):
         raise CheckpointError(f"{path}: {len(tokens)} tokens but {len(types)} token types.")
+    longest = max(map(len, tokens))
+    if longest > MAX_TOKEN_LENGTH:
+        raise CheckpointError(f"{path}: a token has {longest} characters; at most {MAX_TOKEN_LENGTH} are accepted.")
     named = {name: get(f"{name}_token_id") for name in ("bos", "eos", "eot", "eom", "padding", "unknown")}
     for name, i in named.items():
-        if i is not None and not 0 <= i < len(tokens):
-            raise CheckpointError(f"{path}: tokenizer.ggml.{name}_token_id is {i}, but there are {len(tokens)} tokens.")
+        if i is not None and not (isinstance(i, int) and 0 <= i < len(tokens)):
+            raise CheckpointError(f"{path}: tokenizer.ggml.{name}_token_id is {i!r}, but there are {len(tokens)} tokens.")
     pre = get("pre", "default")
-    # What files that do not say so mean.
-    adds_bos = kind == "llama" or _PRE_KINDS.get(pre) == "llama3"
     try:
         if kind == "gpt2":
             inner = _byte_level(tokens, get("merges"), pre)
-        elif kind == "llama":
-            prefix = bool(get("add_space_prefix", True))
-            inner = _sentencepiece(tokens, types, get("scores"), named["unknown"], prefix)
         else:
-            raise CheckpointError(
-                f"{path}: tokenizer kind {kind!r} is not known. Known: gpt2 (byte-level BPE), llama (SentencePiece)."
-            )
+            inner = _sentencepiece(tokens, types, get("scores"), named["unknown"], bool(get("add_space_prefix", True)))
     except CheckpointError:
         raise
     except Exception as error:  # the library raises nothing narrower
@@ -286,9 +287,9 @@ def _from_gguf(path: Path) -> Tokenizer:
     inner.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, k in marked if k == _CONTROL])
     inner.add_tokens([AddedToken(t, normalized=False) for t, k in marked if k == _USER_DEFINED])
 
-    around = {"bos": named["bos"] if get("add_bos_token", adds_bos) else None}
-    around["eos"] = named["eos"] if get("add_eos_token", False) else None
-    inner.post_processor = _surround(tokens, **around)
+    adds_bos = get("add_bos_token", kind == "llama" or _PRE_KINDS.get(pre) == "llama3")
+    adds_eos = get("add_eos_token", False)
+    inner.post_processor = _surround(tokens, named["bos"] if adds_bos else None, named["eos"] if adds_eos else None)
     return Tokenizer(
         inner,
         bos_token_id=named["bos"],

@@ -1,0 +1,58 @@
+"""A third backend for tests of the harness: the history-hash runner as the package `historyinfer`, with a config of its own.
+
+It shows what adding one takes, and lets whole runs be tested in real processes without loading a framework.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+VOCABULARY = 320
+"""Tokens of `tiny-llama`, whose name the runs go by."""
+PACKAGE = f"""
+import os
+import time
+from tests.history_runner import HistoryRunner
+
+class ModelRunner(HistoryRunner):
+    def __init__(self, config):
+        super().__init__(num_pages=2, block_size=config.block_size, vocab_size={VOCABULARY}, max_seqs=config.max_num_seqs)
+
+    def submit(self, batch, *more):
+        if os.environ.get("HISTORY_DIES"):
+            os._exit(7)
+        if os.environ.get("HISTORY_SLEEPS"):
+            time.sleep(60)
+        print("a library that prints")
+        return super().submit(batch, *more)
+"""
+CONFIG = "defaults: [base, _self_]\nname: history\nmax_model_len: 512\n"
+
+
+@pytest.fixture
+def history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Makes `engine=history` known; returns the folder to run in, which holds `configs` for --config-dir."""
+    (tmp_path / "packages" / "historyinfer").mkdir(parents=True)
+    (tmp_path / "packages" / "historyinfer" / "__init__.py").write_text(PACKAGE)
+    (tmp_path / "configs" / "engine").mkdir(parents=True)
+    (tmp_path / "configs" / "engine" / "history.yaml").write_text(CONFIG)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'packages'}:{ROOT}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], *overrides: str) -> None:
+    """Call a command's entry point as its command line would."""
+    monkeypatch.setattr(sys, "argv", ["command", "--config-dir", "configs", *overrides])
+    main()
+
+
+def last_line(output: str) -> dict[str, Any]:
+    return json.loads(output.rstrip("\n").rpartition("\n")[2])

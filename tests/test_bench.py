@@ -1,0 +1,464 @@
+"""The driver, the figures, the isolated process, the run directory and `experiments.bench` as a whole."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from common.config import EngineConfig
+from common.errors import CheckpointError, ConfigError, RequestError
+from common.interface import Caps, InferenceEngine
+from common.request import Request, SamplingParams, Status, TokenEvent
+from common.weights import zoo
+from experiments import bench
+from experiments.config import EngineSpec
+from experiments.drive import Row, Window, drive
+from experiments.isolate import EngineFailure, IsolatedEngine, read_frame, thread_settings, write_frame
+from experiments.metrics import contaminations, summarize
+from experiments.report import number
+from experiments.rundir import environment, run_directory
+from experiments.workload import Item, WorkloadConfig, draw
+from tests.history_backend import VOCABULARY, command, history, last_line
+from tests.history_runner import expected
+
+__all__ = ["history"]
+
+
+class Counting(InferenceEngine):
+    """A live request gets 100, 101, … one a step; a prompt that starts with 13 is refused, one with 66 fails at its third."""
+
+    def __init__(self) -> None:
+        self.live: dict[str, tuple[Request, int]] = {}
+        self.ended: list[TokenEvent] = []
+        self.steps = 0
+        self.most = 0
+
+    @property
+    def caps(self) -> Caps:
+        return Caps(backend="counting", device="none", dtypes=(), kernels=())
+
+    def add(self, request: Request) -> None:
+        if request.prompt_token_ids[0] == 13:
+            raise RequestError("13 is unlucky")
+        self.live[request.request_id] = (request, 0)
+
+    def step(self, timeout: float | None = None) -> list[TokenEvent]:
+        self.steps += 1
+        self.most = max(self.most, len(self.live))
+        events, self.ended = self.ended, []
+        for name, (request, done) in list(self.live.items()):
+            if request.prompt_token_ids[0] == 66 and done == 2:
+                events.append(TokenEvent(name, None, time.perf_counter(), finish=Status.FINISHED_ERROR, error="broke"))
+                del self.live[name]
+                continue
+            last = done + 1 == request.params.max_tokens
+            events.append(TokenEvent(name, 100 + done, time.perf_counter(), finish=Status.FINISHED_LENGTH if last else None))
+            self.live[name] = (request, done + 1)
+            if last:
+                del self.live[name]
+        return events
+
+    def abort(self, request_id: str) -> bool:
+        if request_id not in self.live:
+            return False
+        del self.live[request_id]
+        self.ended.append(TokenEvent(request_id, None, time.perf_counter(), finish=Status.FINISHED_ABORT))
+        return True
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.live or self.ended)
+
+    def stats(self) -> dict[str, Any]:
+        return {"steps": np.int64(self.steps), "name": "counting", "busy": True}
+
+    def reset_prefix_cache(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
+
+
+# The driver.
+
+
+def test_every_request_gets_its_tokens_in_order_of_time() -> None:
+    window = drive(Counting(), [Item(0.0, (1, 2), 3), Item(0.0, (1,), 1)])
+    assert [row.tokens for row in window.rows] == [(100, 101, 102), (100,)]
+    assert [row.prompt_len for row in window.rows] == [2, 1]
+    assert all(row.ok and row.finish == "length" for row in window.rows)
+    assert all(row.sent <= row.times[0] and list(row.times) == sorted(row.times) for row in window.rows)
+    assert window.duration == max(row.times[-1] for row in window.rows)
+
+
+def test_counters_are_those_of_the_window_alone() -> None:
+    engine = Counting()
+    drive(engine, [Item(0.0, (1,), 5)])
+    assert drive(engine, [Item(0.0, (1,), 3)]).stats == {"steps": 3}
+
+
+def test_requests_that_arrive_at_once_run_together_and_later_ones_wait_for_their_time() -> None:
+    engine = Counting()
+    drive(engine, [Item(0.0, (1,), 2)] * 3)
+    assert engine.most == 3
+    window = drive(engine, [Item(0.0, (1,), 1), Item(0.05, (1,), 1)])
+    assert window.rows[1].sent >= window.rows[1].scheduled == 0.05
+    assert engine.steps == 2 + 2  # it slept between the two: it did not step an idle engine
+
+
+def test_a_refused_request_leaves_the_engine_idle() -> None:
+    engine = Counting()
+    with pytest.raises(RequestError, match="unlucky"):
+        drive(engine, [Item(0.0, (1,), 9), Item(0.0, (13,), 1)])
+    assert not engine.has_work
+    assert drive(engine, [Item(0.0, (1,), 1)]).rows[0].ok
+
+
+def test_a_request_that_ends_in_error_is_failed_and_the_others_are_not() -> None:
+    failed, fine = drive(Counting(), [Item(0.0, (66,), 5), Item(0.0, (1,), 5)]).rows
+    assert (failed.ok, failed.finish, failed.error, len(failed.tokens)) == (False, "error", "broke", 2)
+    assert fine.ok
+
+
+# The figures.
+
+
+def row(sent: float, times: tuple[float, ...], asked: int | None = None) -> Row:
+    return Row(
+        request_id="0",
+        prompt_len=10,
+        output_len=asked or len(times),
+        scheduled=0.0,
+        sent=sent,
+        times=times,
+        tokens=tuple(range(len(times))),
+    )
+
+
+def test_figures_follow_their_definitions() -> None:
+    windows = [Window((row(0.1, (0.3, 0.4, 0.8)), row(0.0, (0.5,))), 1.0), Window((row(0.0, (0.2, 0.6)),), 3.0)]
+    figures = summarize(windows)
+    assert figures["duration"] == 4.0
+    assert (figures["completed"], figures["failed"]) == (3, 0)
+    assert (figures["total_input_tokens"], figures["total_output_tokens"]) == (30, 6)
+    assert figures["output_throughput"] == 6 / 4
+    assert figures["total_token_throughput"] == 36 / 4
+    assert figures["request_throughput"] == 3 / 4
+    assert figures["block_output_throughput"] == [4 / 1, 2 / 3]
+    assert figures["mean_ttft_ms"] == pytest.approx(1e3 * (0.2 + 0.5 + 0.2) / 3)
+    assert figures["median_ttft_ms"] == pytest.approx(200)
+    assert figures["mean_tpot_ms"] == pytest.approx(1e3 * (0.25 + 0.4) / 2)  # a request of one token has none
+    assert figures["mean_itl_ms"] == pytest.approx(1e3 * (0.1 + 0.4 + 0.4) / 3)
+    assert figures["p99_itl_ms"] == pytest.approx(np.percentile([100, 400, 400], 99))
+    assert figures["std_e2el_ms"] == pytest.approx(np.std([700, 500, 600]))
+
+
+def test_failed_requests_are_counted_and_left_out_of_the_rest() -> None:
+    figures = summarize([Window((row(0.0, (0.1, 0.2)), row(0.0, (0.1,), asked=9)), 1.0)])
+    assert (figures["completed"], figures["failed"], figures["output_throughput"]) == (1, 1, 2.0)
+
+
+def test_a_figure_without_a_sample_is_none() -> None:
+    figures = summarize([Window((row(0.0, (0.1,)),), 1.0)])
+    assert figures["mean_tpot_ms"] is None and figures["p99_itl_ms"] is None
+    assert summarize([Window((), 0.0)])["output_throughput"] is None
+
+
+def test_counters_become_rates() -> None:
+    stats = {"steps": 4, "host_seconds": 0.002, "prefix_cache_queries": 10, "prefix_cache_hits": 5, "compilations": 1}
+    figures = summarize([Window((), 1.0, stats), Window((), 1.0, stats | {"prefix_cache_hits": 0})])
+    assert figures["num_steps"] == 8
+    assert figures["host_ms_per_step"] == pytest.approx(0.5)
+    assert figures["prefix_cache_hit_rate"] == 0.25
+    assert figures["compilations_in_window"] == 2
+
+
+def test_what_spoils_a_measurement_is_named() -> None:
+    clean = summarize([Window((row(0.0, (0.1,)),), 1.0)])
+    assert contaminations(clean, shares_prefixes=False) == []
+    spoilt = clean | {"compilations_in_window": 3, "prefix_cache_hit_rate": 0.5, "num_resets": 1, "failed": 2}
+    assert len(contaminations(spoilt, shares_prefixes=False)) == 4
+    assert len(contaminations(spoilt, shares_prefixes=True)) == 3
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "–"), (0, "0"), (0.0, "0"), (1234567, "1,234,567"), (12345.6, "12,346"), (1.5, "1.500"), (0.00123456, "0.001235")],
+)
+def test_numbers_are_printed_with_four_digits(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
+# The process.
+
+
+@pytest.fixture
+def isolated(history: Path) -> Iterator[IsolatedEngine]:
+    spec = EngineSpec(label="history", name="history", config=EngineConfig(max_model_len=512, seed=5))
+    with IsolatedEngine(spec, history / "log") as engine:
+        yield engine
+
+
+def tiny() -> Path:
+    return zoo.resolve("tiny-llama")
+
+
+def test_a_frame_survives_the_trip_and_a_broken_one_is_the_end() -> None:
+    stream = io.BytesIO()
+    write_frame(stream, {"a": [1, 2.5, "ü"], "array": np.arange(2), "scalar": np.float32(0.5)})
+    data = stream.getvalue()
+    assert read_frame(io.BytesIO(data)) == {"a": [1, 2.5, "ü"], "array": [0, 1], "scalar": 0.5}
+    assert read_frame(io.BytesIO(data[:-1])) is None
+    assert read_frame(io.BytesIO(b"")) is None
+    with pytest.raises(EngineFailure, match="frame"):
+        read_frame(io.BytesIO(b"\xff\xff\xff\xff"))
+
+
+def test_an_isolated_engine_gives_the_tokens_of_the_oracle_and_starts_each_window_cold(isolated: IsolatedEngine) -> None:
+    loaded = isolated.load(tiny())
+    assert loaded["caps"]["backend"] == "history" and loaded["load_s"] >= 0 and loaded["warmup_s"] >= 0
+    wanted = WorkloadConfig(name="w", num_requests=5, prompt_len=40, output_len=12)
+    workload = draw(wanted, 0, VOCABULARY)
+    first, second = isolated.run(workload), isolated.run(workload)
+    for item, a, b in zip(workload.items, first.rows, second.rows, strict=True):
+        params = SamplingParams(temperature=0.0, max_tokens=item.output_len, ignore_eos=True)
+        request = Request(request_id="0", prompt_token_ids=item.prompt, params=params)
+        oracle = expected(request, vocab_size=VOCABULARY, max_tokens=item.output_len)
+        assert a.tokens == b.tokens == tuple(oracle.tokens)
+    assert second.stats["prefix_cache_hits"] == 0
+    assert isolated.peak_rss_mb() > 10
+
+
+def test_the_childs_environment_settles_its_threads(isolated: IsolatedEngine) -> None:
+    assert {"OMP_NUM_THREADS": "3", "PJRT_NPROC": "3"}.items() <= thread_settings(3).items()
+    settings = psutil.Process(isolated._process.pid).environ()
+    assert settings["OMP_NUM_THREADS"] == settings["PJRT_NPROC"] == settings["MKL_NUM_THREADS"]
+
+
+def test_what_a_library_prints_goes_to_the_log(isolated: IsolatedEngine, history: Path) -> None:
+    isolated.load(tiny())
+    isolated.run(draw(WorkloadConfig(name="w", num_requests=1, prompt_len=4, output_len=2), 0, 320))
+    isolated.close()
+    assert "a library that prints" in (history / "log").read_text()
+
+
+def test_errors_come_back_with_their_type(isolated: IsolatedEngine, history: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        isolated.load(history / "nowhere")
+    isolated.load(tiny())  # it lives on
+    with pytest.raises(RequestError, match="token"):
+        isolated.run(draw(WorkloadConfig(name="w", num_requests=1, prompt_len=4, output_len=2), 0, 100_000, range(320)))
+
+
+def test_a_child_that_dies_is_noticed_at_once_with_its_log(history: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HISTORY_DIES", "1")
+    spec = EngineSpec(label="frail", name="history", config=EngineConfig(max_model_len=512))
+    with IsolatedEngine(spec, history / "log") as engine:
+        engine.load(tiny())
+        with pytest.raises(EngineFailure, match=r"'frail' ended with exit code 7 during 'run'"):
+            engine.run(draw(WorkloadConfig(name="w", num_requests=1, prompt_len=4, output_len=2), 0, 320))
+        with pytest.raises(EngineFailure, match="frail"):
+            engine.load(tiny())
+
+
+def test_a_child_that_is_killed_is_named_with_its_signal(isolated: IsolatedEngine) -> None:
+    isolated.load(tiny())
+    isolated._process.send_signal(signal.SIGKILL)
+    with pytest.raises(EngineFailure, match="SIGKILL"):
+        isolated.peak_rss_mb()
+
+
+def test_an_idle_child_does_not_compute(isolated: IsolatedEngine) -> None:
+    isolated.load(tiny())
+    process = psutil.Process(isolated._process.pid)
+    before = process.cpu_times()
+    time.sleep(0.3)
+    after = process.cpu_times()
+    assert after.user + after.system - before.user - before.system <= 0.02  # two ticks of the clock that counts it
+
+
+def test_a_child_ends_with_its_parent_even_while_it_computes(history: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HISTORY_SLEEPS", "1")
+    script = """
+import sys
+from pathlib import Path
+from common.config import EngineConfig
+from common.weights import zoo
+from experiments.config import EngineSpec
+from experiments.isolate import IsolatedEngine
+from experiments.workload import WorkloadConfig, draw
+engine = IsolatedEngine(EngineSpec(label="e", name="history", config=EngineConfig(max_model_len=512)), Path("log"))
+engine.load(zoo.resolve("tiny-llama"))
+print(engine._process.pid, flush=True)
+engine.run(draw(WorkloadConfig(name="w", num_requests=1, prompt_len=4, output_len=2), 0, 320))
+"""
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout
+    child = psutil.Process(int(parent.stdout.readline()))
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    child.wait(timeout=10)
+    assert not child.is_running()
+
+
+# The run directory.
+
+
+def test_a_run_has_its_name_only_when_it_is_finished(tmp_path: Path) -> None:
+    with run_directory(tmp_path / "runs", "what") as directory:
+        assert directory.name.endswith("-what.partial")
+        (directory / "results.json").write_text("{}")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [directory.name.removesuffix(".partial")]
+
+
+def test_a_users_mistake_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError), run_directory(tmp_path / "runs", "what"):
+        raise ConfigError("no")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_crash_leaves_its_evidence_unfinished(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), run_directory(tmp_path, "what") as directory:
+        (directory / "jax.log").write_text("why")
+        raise RuntimeError
+    assert (directory / "jax.log").exists() and directory.name.endswith(".partial")
+
+
+def test_two_runs_in_one_second_have_two_names(tmp_path: Path) -> None:
+    with run_directory(tmp_path, "what") as one, run_directory(tmp_path, "what") as two:
+        assert one != two
+    with run_directory(tmp_path, "what") as three:
+        pass
+    assert len(list(tmp_path.iterdir())) == 3, three
+
+
+def test_a_place_that_cannot_be_written_is_a_users_mistake(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be made"), run_directory(tmp_path / "file", "what"):
+        pass
+
+
+def test_the_environment_names_machine_and_versions() -> None:
+    facts = json.loads(json.dumps(environment()))
+    assert facts["cores"] >= 1 and facts["cpu"] and facts["versions"]["numpy"] == np.__version__
+
+
+# The command.
+
+SMALL = (
+    "engine=history",
+    "model=tiny-llama",
+    "dtype=float32",
+    "workload=fixed",
+    "workload.num_requests=3",
+    "workload.output_len=5",
+)
+
+
+def test_bench_prints_one_json_line_and_keeps_the_run(
+    history: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(monkeypatch, bench.main, *SMALL, "measure.blocks=2")
+    result = last_line(capsys.readouterr().out)
+    assert result["engine"] == "history" and result["workload"] == "fixed" and len(result["workload_hash"]) == 32
+    assert (result["completed"], result["failed"], result["total_output_tokens"]) == (6, 0, 30)
+    for key in ("load_s", "warmup_s", "compilations_in_window", "num_preemptions", "peak_rss_mb", "host_ms_per_step"):
+        assert isinstance(result[key], (int, float)), key
+    directory = Path(result["run"])
+    assert json.loads((directory / "results.json").read_text()) == result
+    rows = [json.loads(line) for line in (directory / "requests.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 and {row["block"] for row in rows} == {0, 1}
+    assert "name: history" in (directory / "config.yaml").read_text()
+    assert (directory / "environment.json").exists() and not list(directory.parent.glob("*.partial"))
+
+
+def test_bench_takes_a_path_for_a_model(
+    history: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(monkeypatch, bench.main, *SMALL, f"model={tiny()}")
+    assert last_line(capsys.readouterr().out)["model"] == str(tiny())
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("workload=raged", "Did you mean 'ragged'?"),
+        ("wrokload=ragged", "Did you mean 'workload'?"),
+        ("engine=histroy", "Did you mean 'history'?"),
+        ("engine.max_num_sqs=3", "Did you mean 'max_num_seqs'?"),
+        ("workload.num_reqests=3", "Did you mean 'num_requests'?"),
+        ("experiment=smok", "Did you mean 'smoke'?"),
+        ("dtype=bflot16", "Did you mean 'bfloat16'?"),
+        ("model=tiny-lama", "Did you mean 'tiny-llama'?"),
+        ("model=/nowhere/at/all", "/nowhere/at/all"),
+        ("engine=base", "name"),
+        ("engine=3", "string"),
+        ("seed=-1", "seed"),
+        ("seed=[", "override"),
+        ("threads=0", "threads"),
+        ("kernels=native", "framework"),
+        ("measure.blocks=0", "measure.blocks must be an integer ≥ 1"),
+        ("measure.budget_s=soon", "measure.budget_s"),
+        ("workload.num_requests=0", "workload.num_requests"),
+        ("workload.prompt_len=600", "serves 512"),
+        ("engine.block_size=3", "power of two"),
+        ("engine.num_blocks=2", "page"),
+        ("engines=[jax,torch]", "Did you mean 'engine'?"),
+    ],
+)
+def test_a_mistake_is_told_in_one_message_with_exit_code_2_and_no_run_directory(
+    override: str, said: str, history: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        command(monkeypatch, bench.main, "engine=history", "model=tiny-llama", "workload=fixed", override)
+    assert exit.value.code == 2
+    out, err = capfd.readouterr()
+    told = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and said in told[0]
+    assert out == "" and "Traceback" not in err
+    assert not (history / "runs").exists() and not (history / "multirun").exists()
+
+
+def test_an_engine_that_dies_ends_the_command_with_1_and_an_unfinished_run(
+    history: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HISTORY_DIES", "1")
+    with pytest.raises(SystemExit) as exit:
+        command(monkeypatch, bench.main, *SMALL)
+    assert exit.value.code == 1
+    assert "ended with exit code 7" in capfd.readouterr().err
+    assert [path.suffix for path in (history / "runs").iterdir()] == [".partial"]
+
+
+def test_a_sweep_runs_each_job(history: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    command(monkeypatch, bench.main, "--multirun", *SMALL, "seed=1,2")
+    results = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [result["seed"] for result in results] == [1, 2]
+    assert results[0]["workload_hash"] != results[1]["workload_hash"]
+
+
+def test_the_shell_can_complete_what_is_typed(
+    history: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COMP_LINE", "command engine=")
+    monkeypatch.setattr(sys, "argv", ["command", "-sc", "query=bash"])
+    bench.main()
+    assert {"engine=jax", "engine=torch", "engine=hf"} <= set(capsys.readouterr().out.split())
+
+
+def test_the_command_needs_no_framework(history: Path) -> None:
+    script = (
+        "import sys, experiments.bench, experiments.compare; sys.exit(bool({'jax', 'torch', 'transformers'} & {*sys.modules}))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], env=os.environ, check=False).returncode == 0

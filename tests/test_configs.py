@@ -1,0 +1,132 @@
+"""Every configuration file composes, and says what the code behind it says."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig, OmegaConf
+
+import configs
+from common.config import EngineConfig
+from common.weights import zoo
+from experiments.cli import group_options, spell_out_model
+from experiments.config import CorrectnessConfig, MeasureConfig, engine_spec, engine_specs, resolved
+from experiments.workload import Lengths, WorkloadConfig
+
+FOLDER = Path(configs.__file__).parent
+WORKLOADS = {
+    "single": WorkloadConfig(name="single", num_requests=1, prompt_len=32, output_len=256),
+    "prefill": WorkloadConfig(name="prefill", num_requests=4, prompt_len=1024, output_len=1),
+    "ragged": WorkloadConfig(
+        name="ragged",
+        num_requests=64,
+        prompt_len=Lengths(mu=4.7, sigma=0.8, low=8, high=1024),
+        output_len=Lengths(mu=4.5, sigma=0.7, low=8, high=512),
+    ),
+}
+
+
+@contextmanager
+def hydra_initialized() -> Iterator[None]:
+    with initialize_config_module("configs", version_base="1.3"):
+        yield
+
+
+def composed(name: str, *overrides: str) -> DictConfig:
+    with hydra_initialized():
+        return compose(name, list(overrides))
+
+
+def names(group: str) -> list[str]:
+    return sorted(path.stem for path in (FOLDER / group).glob("*.yaml"))
+
+
+def test_the_roots_have_the_stable_overrides() -> None:
+    assert {"engine", "model", "workload", "kernels", "dtype", "seed", "device"} <= set(composed("bench"))
+    assert {"engines", "model", "workload", "kernels", "dtype", "seed", "device"} <= set(composed("compare"))
+
+
+def test_engine_base_lists_every_option_with_its_default() -> None:
+    values = resolved(composed("bench").engine)
+    assert values.pop("name") == "jax"
+    assert values == asdict(EngineConfig())
+
+
+@pytest.mark.parametrize("name", [name for name in names("engine") if name != "base"])
+def test_every_engine_is_valid_and_goes_by_its_file(name: str) -> None:
+    spec = engine_spec(composed("bench", f"engine={name}", "dtype=float32", "threads=1", "seed=7").engine)
+    assert spec.name == spec.label == name
+    assert (spec.config.dtype, spec.config.threads, spec.config.seed) == ("float32", 1, 7)
+
+
+@pytest.mark.parametrize("name", names("workload"))
+def test_every_workload_is_valid_and_goes_by_its_file(name: str) -> None:
+    config = WorkloadConfig.of(resolved(composed("bench", f"workload={name}").workload))
+    assert config.name == name
+    assert config == WORKLOADS.get(name, config)
+
+
+def test_lengths_can_be_overridden_by_a_number_and_by_a_part() -> None:
+    one = WorkloadConfig.of(resolved(composed("bench", "workload=ragged", "workload.output_len=4").workload))
+    other = WorkloadConfig.of(resolved(composed("bench", "workload=ragged", "workload.output_len.high=64").workload))
+    assert one.output_len == 4
+    assert other.output_len == Lengths(mu=4.5, sigma=0.7, low=8, high=64)
+
+
+@pytest.mark.parametrize("name", names("measure"))
+def test_every_measure_is_valid(name: str) -> None:
+    MeasureConfig(**resolved(composed("compare", f"measure={name}").measure))
+
+
+@pytest.mark.parametrize("name", names("experiment"))
+def test_every_experiment_states_its_purpose_and_composes(name: str) -> None:
+    text = (FOLDER / "experiment" / f"{name}.yaml").read_text()
+    assert all(word in text for word in ("# Purpose: ", "# Command: ", "# Expect: "))
+    config = composed("compare", f"experiment={name}")
+    with hydra_initialized():
+        assert len(engine_specs(config)) >= 2
+    CorrectnessConfig(**resolved(config.correctness))
+    WorkloadConfig.of(resolved(config.workload))
+
+
+def test_the_group_model_holds_the_zoo() -> None:
+    assert set(group_options("model")) == {*zoo.names(), "path"}
+    for name in zoo.names():
+        assert resolved(composed("bench", f"model={name}").model) == {"name": name}
+
+
+@pytest.mark.parametrize(
+    ("argument", "meant"),
+    [
+        ("model=smollm2-135m", ["model=smollm2-135m"]),
+        ("model=/a/b.gguf", ["model=path", "model.name=/a/b.gguf"]),
+        ("model=org/name", ["model=path", "model.name=org/name"]),
+        ("model=tiny-llama,tiny-qwen3", ["model=tiny-llama,tiny-qwen3"]),
+        ("workload=ragged", ["workload=ragged"]),
+        ("--help", ["--help"]),
+    ],
+)
+def test_a_model_is_a_name_or_a_path(argument: str, meant: list[str]) -> None:
+    assert spell_out_model(argument) == meant
+
+
+def test_root_options_reach_every_engine_of_a_comparison() -> None:
+    config = composed("compare", "engines=[jax,{name:torch,compile:true},torch,hf]", "dtype=float32", "seed=3", "device=cpu")
+    with hydra_initialized():
+        specs = engine_specs(config)
+    assert [spec.label for spec in specs] == ["jax", "torch", "torch-2", "hf"]
+    assert [spec.config.compile for spec in specs] == [False, True, False, False]
+    assert {(spec.config.dtype, spec.config.seed, spec.config.device) for spec in specs} == {("float32", 3, "cpu")}
+    assert specs[3].config.max_num_seqs == 16
+
+
+def test_no_configuration_names_python_code() -> None:
+    assert not [path for path in FOLDER.rglob("*.yaml") if "_target_" in path.read_text()]
+
+
+def test_every_file_is_plain_yaml() -> None:
+    for path in FOLDER.rglob("*.yaml"):
+        assert isinstance(OmegaConf.load(path), DictConfig), path
