@@ -24,6 +24,8 @@ from importlib import import_module, util
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import psutil
+
 from common import errors
 from common.config import EngineConfig
 from common.interface import InferenceEngine, Progress
@@ -196,8 +198,12 @@ class Worker:
     def on_run(self, items: list[Message], logprobs: int | None) -> Message:
         assert self._engine, "run before load"
         self._engine.reset_prefix_cache()
-        window = drive(self._engine, [Item(**item | {"prompt": tuple(item["prompt"])}) for item in items], logprobs)
-        return asdict(window)
+        requests = [Item(**item | {"prompt": tuple(item["prompt"])}) for item in items]
+        machine, own = busy_seconds(), time.process_time()
+        answer = asdict(drive(self._engine, requests, logprobs))
+        own = time.process_time() - own
+        answer["stats"]["foreign_cpu_seconds"] = max(0.0, busy_seconds() - machine - own)
+        return answer
 
     def on_peak_rss_mb(self) -> Message:
         return {"value": peak_rss() / 2**20}
@@ -209,6 +215,13 @@ class Worker:
         if done == total or now - self._last_progress >= PROGRESS_PERIOD_S:
             self._last_progress = now
             write_frame(self._output, {"progress": [done, total, what]})
+
+
+def busy_seconds() -> float:
+    """Seconds that all processors of this machine have worked, or were taken away, since it started."""
+    times = psutil.cpu_times()._asdict()
+    idle = ("idle", "iowait", "guest", "guest_nice")  # guests are counted as user time already
+    return float(sum(seconds for name, seconds in times.items() if name not in idle))
 
 
 def serve() -> None:

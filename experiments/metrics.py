@@ -7,12 +7,16 @@ Throughputs are over the whole window, from its start to the last event. A figur
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from experiments.drive import Row, Window
+
+BUSY = 0.05
+"""Share of the processors' time above which other programs spoil a measurement: compute threads wait for each other."""
 
 
 def summarize(windows: Sequence[Window]) -> dict[str, Any]:
@@ -36,7 +40,9 @@ def summarize(windows: Sequence[Window]) -> dict[str, Any]:
     }
     for name, samples in latencies(done).items():
         figures |= distribution(name, samples)
-    return figures | counters([window.stats for window in windows])
+    figures |= counters([window.stats for window in windows])
+    foreign = sum(window.stats.get("foreign_cpu_seconds", 0.0) for window in windows)
+    return figures | {"foreign_cpu_share": rate(foreign, duration * (os.cpu_count() or 1)) or 0.0}
 
 
 def latencies(rows: Sequence[Row]) -> dict[str, np.ndarray]:
@@ -91,6 +97,8 @@ def contaminations(figures: Mapping[str, Any], shares_prefixes: bool) -> list[st
         reasons.append(f"{figures['num_resets']} steps raised and were run again")
     if figures["failed"]:
         reasons.append(f"{figures['failed']} requests failed")
+    if figures["foreign_cpu_share"] > BUSY and figures["duration"] > 1.0:  # the clock of this figure is coarse
+        reasons.append(f"other programs used {figures['foreign_cpu_share']:.0%} of the processors")
     if figures["prefix_cache_hit_rate"] > 0.01 and not shares_prefixes:
         reasons.append(f"{figures['prefix_cache_hit_rate']:.0%} of prompt tokens came from a cache that should be cold")
     return reasons

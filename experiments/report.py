@@ -36,6 +36,7 @@ FIGURES = (
     ("num_preemptions", "preemptions"),
     ("prefix_cache_hit_rate", "prefix cache hit rate"),
     ("compilations_in_window", "compilations in window"),
+    ("foreign_cpu_share", "other programs' CPU share"),
     ("load_s", "load, s"),
     ("warmup_s", "warm-up, s"),
     ("peak_rss_mb", "peak memory, MB"),

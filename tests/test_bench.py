@@ -23,7 +23,7 @@ from common.weights import zoo
 from experiments import bench
 from experiments.config import EngineSpec
 from experiments.drive import Row, Window, drive
-from experiments.isolate import EngineFailure, IsolatedEngine, read_frame, thread_settings, write_frame
+from experiments.isolate import EngineFailure, IsolatedEngine, busy_seconds, read_frame, thread_settings, write_frame
 from experiments.metrics import contaminations, summarize
 from experiments.report import number
 from experiments.rundir import environment, run_directory
@@ -189,6 +189,23 @@ def test_what_spoils_a_measurement_is_named() -> None:
     spoilt = clean | {"compilations_in_window": 3, "prefix_cache_hit_rate": 0.5, "num_resets": 1, "failed": 2}
     assert len(contaminations(spoilt, shares_prefixes=False)) == 4
     assert len(contaminations(spoilt, shares_prefixes=True)) == 3
+
+
+def test_a_busy_machine_is_noticed() -> None:
+    def figures(foreign: float) -> dict[str, Any]:
+        return summarize([Window((row(0.0, (0.1,)),), 10.0, {"foreign_cpu_seconds": foreign})])
+
+    processors = os.cpu_count() or 1
+    assert figures(2.0)["foreign_cpu_share"] == pytest.approx(2.0 / 10 / processors)
+    assert contaminations(figures(0.04 * 10 * processors), shares_prefixes=False) == []
+    assert "other programs used 50%" in contaminations(figures(0.5 * 10 * processors), shares_prefixes=False)[0]
+
+
+def test_the_work_of_others_is_counted_and_that_of_this_process_is_in_it_too() -> None:
+    machine, own = busy_seconds(), time.process_time()
+    while time.process_time() - own < 0.2:
+        pass
+    assert busy_seconds() - machine >= 0.2 - 0.03  # it counts in ticks
 
 
 @pytest.mark.parametrize(
