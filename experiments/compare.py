@@ -59,7 +59,11 @@ def agree(plan: Plan, config: CorrectnessConfig, directory: Path, narrator: Narr
     outputs: dict[str, Window] = {}
     for spec in plan.engines:
         narrator.say(f"float32 pass: {spec.label}")
-        exact = replace(spec, config=replace(spec.config, dtype="float32"))
+        # Sized for the share: an engine that compiles a program for each size of step need not compile them all.
+        seqs = min(spec.config.max_num_seqs, config.num_requests)
+        tokens = max(seqs, min(spec.config.max_num_batched_tokens, 256))
+        small = replace(spec.config, dtype="float32", max_num_seqs=seqs, max_num_batched_tokens=tokens)
+        exact = replace(spec, config=small)
         with IsolatedEngine(exact, directory / f"{spec.label}-float32.log") as engine:
             engine.load(plan.checkpoint.path, narrator.progress(spec.label))
             outputs[spec.label] = engine.run(share, logprobs=TOP_LOGPROBS)

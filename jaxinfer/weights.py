@@ -22,16 +22,14 @@ def load_model(
     """The checkpoint's decoder with its weights on `device`, one tensor at a time; room for `positions` rotary positions."""
     model = nnx.eval_shape(lambda: Decoder(checkpoint.config, jnp.dtype(dtype), positions))
     graph, abstract = nnx.split(model)
-    flat = abstract.flat_state()
+    flat = nnx.to_flat_state(abstract)
     leaves = []
     for done, (path, variable) in enumerate(flat):
         array = leaf(checkpoint, tuple(str(part) for part in path), dtype, positions)
-        if array.shape != variable.get_value().shape:
-            raise AssertionError(f"{path}: made {array.shape} for {variable.get_value().shape}")
         leaves.append((path, variable.replace(to_device(array, device))))
         if progress:
             progress(done + 1, len(flat), "weights")
-    return nnx.merge(graph, nnx.State.from_flat_path(leaves))
+    return nnx.merge(graph, nnx.from_flat_state(leaves))
 
 
 def leaf(checkpoint: Checkpoint, path: tuple[str, ...], dtype: Dtype, positions: int) -> np.ndarray:

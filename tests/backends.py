@@ -21,7 +21,7 @@ from common.config import EngineConfig, ModelConfig
 from common.engine import Engine
 from common.interface import ModelRunner, load_backend
 from common.request import SamplingParams
-from common.schedule.batch import Batch
+from common.schedule.batch import VIEWS, Batch
 from common.schedule.rows import Rows
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
@@ -109,10 +109,18 @@ class Packer:
         pages = [self.free.pop() for _ in range(-(-(length or len(token_ids)) // self.page_size))]
         return self.rows.take(np.array(token_ids, np.int32), pages, SamplingParams(**({"temperature": 0.0} | params)), seed)
 
-    def step(self, plan: Sequence[tuple[int, int, int]], samples: Sequence[int] | None = None) -> Batch:
-        """A step of (row, start, count) each, those of one token first. `samples`: which ask for a token (default: all)."""
+    def step(
+        self,
+        plan: Sequence[tuple[int, int, int]],
+        samples: Sequence[int] | None = None,
+        fills: Sequence[int] = (),
+        **views: Any,
+    ) -> Batch:
+        """A step of (row, start, count) each, those of one token first. `samples`: which ask for a token (default: all);
+        `fills`: whose last token only the device knows; `views` replace those of the batch."""
         rows, starts, counts = ([part[i] for part in plan] for i in range(3))
-        return self.rows.build(rows, starts, counts, list(range(len(rows)) if samples is None else samples), [])
+        batch = self.rows.build(rows, starts, counts, list(range(len(rows)) if samples is None else samples), list(fills))
+        return Batch.pack(**({name: getattr(batch, name) for name in VIEWS} | views))
 
 
 def device_plan(backend: str, batch: Batch, config: ModelConfig, page_size: int, *, tokens: int, seqs: int, pages: int) -> Any:

@@ -102,7 +102,7 @@ class ModelRunner(interface.ModelRunner):
 
     def reset(self) -> None:
         config = self.config
-        self.state = None  # type: ignore[assignment]  # the old pool goes before the new one comes
+        self.__dict__.pop("state", None)  # the old pool goes before the new one comes
         cache = pages.make_cache(self.model_config, self._num_pages, config.block_size, config.dtype, self.device)
         self.state = State(cache, torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self.device))
 

@@ -1,0 +1,222 @@
+"""Each backend's runner, a step at a time: pages that travel, tokens that stay on the device, nothing compiled late."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from common.engine import build_engine
+from common.interface import ModelRunner, Result
+from common.request import Request, SamplingParams
+from common.schedule.trace import replay
+from tests.backends import BACKENDS, Packer, checkpoint, engine_config, make_engine, shared_runner
+
+MODEL = "tiny-llama"
+CONFIG = engine_config(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=128)
+PAGES, B = 64, CONFIG.block_size
+VOCAB = checkpoint(MODEL).config.vocab_size
+PROMPT = np.random.default_rng(0).integers(0, VOCAB, 40).tolist()
+TOLERANCE = 2e-4
+"""Of float32 logprobs, whatever the schedule."""
+
+
+@pytest.fixture
+def runner(backend: str) -> ModelRunner:
+    runner = shared_runner(backend, MODEL, PAGES, CONFIG)
+    runner.reset()
+    return runner
+
+
+def packer(seed: int = 0) -> Packer:
+    return Packer(PAGES, B, num_rows=4, max_len=128, seed=seed)
+
+
+def prefill(runner: ModelRunner, pack: Packer, row: int, tokens: list[int]) -> Result:
+    """Run a prompt in chunks; the result of the last."""
+    for start in range(0, len(tokens), 32):
+        result = runner.submit(pack.step([(row, start, min(32, len(tokens) - start))])).result()
+    return result
+
+
+def decode(runner: ModelRunner, pack: Packer, row: int, at: int, token: int, steps: int) -> list[int]:
+    """Greedy tokens from `token` at position `at` on, that one included."""
+    tokens = [token]
+    for position in range(at, at + steps):
+        pack.rows.tokens[row, position] = tokens[-1]
+        tokens.append(int(runner.submit(pack.step([(row, position, 1)])).result().tokens[0]))
+    return tokens
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pages_come_back_as_they_were_written(backend: str, dtype: str) -> None:
+    runner = shared_runner(backend, MODEL, PAGES, engine_config(dtype=dtype, max_num_seqs=2, max_num_batched_tokens=32))
+    runner.reset()
+    config, rng = checkpoint(MODEL).config, np.random.default_rng(0)
+    before = runner.read_pages(0, range(PAGES))
+    shape = (config.num_layers, 3, B, config.num_kv_heads, config.head_dim)
+    assert before["k"].shape == (shape[0], PAGES, *shape[2:]) and before["k"].dtype.name == dtype
+    arrays = {name: rng.standard_normal(shape).astype(before[name].dtype) for name in ("k", "v")}
+    runner.write_pages(0, [9, 2, 63], arrays)
+    after = runner.read_pages(0, [63, 9, 2])
+    assert all(np.array_equal(after[name], arrays[name][:, [2, 0, 1]]) for name in arrays)
+    others = [page for page in range(PAGES) if page not in (9, 2, 63)]
+    assert all(np.array_equal(runner.read_pages(0, others)[name], before[name][:, others]) for name in arrays)
+    after["k"][:] = 7  # a copy: the pool must not see this
+    assert not (runner.read_pages(0, [9])["k"] == 7).any()
+
+
+@pytest.mark.parametrize(("writer", "reader"), [(a, b) for a in BACKENDS for b in BACKENDS])
+def test_pages_of_one_engine_are_continued_by_another(writer: str, reader: str) -> None:
+    first, second = (shared_runner(name, MODEL, PAGES, CONFIG) for name in (writer, reader))
+    second.reset()
+    pack = packer()
+    row = pack.add(PROMPT, length=60)
+    right = decode(second, pack, row, 40, int(prefill(second, pack, row, PROMPT).tokens[0]), 10)
+    first.reset()
+    pack = packer()
+    row = pack.add(PROMPT, length=60)
+    token = int(prefill(first, pack, row, PROMPT).tokens[0])
+    arrays = first.read_pages(0, pack.rows.pages[row, :3].tolist())
+    second.reset()
+    elsewhere = packer(seed=5)
+    other = elsewhere.add(PROMPT, length=60)
+    second.write_pages(0, elsewhere.rows.pages[other, :3].tolist(), arrays)
+    assert decode(second, elsewhere, other, 40, token, 10) == right
+
+
+def test_a_token_the_host_does_not_know_is_taken_from_its_row(runner: ModelRunner) -> None:
+    prompts = [PROMPT[:5], PROMPT[5:19], PROMPT[19:28], PROMPT[28:]]
+
+    def run(fills: list[int]) -> list[int]:
+        runner.reset()
+        pack = packer()
+        rows = [pack.add(prompt, length=40) for prompt in prompts]
+        tokens = {}
+        for row, prompt in zip(rows, prompts, strict=True):
+            tokens[row] = int(prefill(runner, pack, row, prompt).tokens[0])
+        order = [rows[2], rows[0], rows[3]]  # neither all rows nor in their order
+        for row in order:
+            pack.rows.tokens[row, len(prompts[rows.index(row)])] = tokens[row]
+        plan = [(row, len(prompts[rows.index(row)]), 1) for row in order]
+        second = runner.submit(pack.step(plan, fills=fills)).result().tokens.tolist()
+        # Once more, all from the device: what the step before sampled.
+        plan = [(row, start + 1, 1) for row, start, _ in plan]
+        return second + runner.submit(pack.step(plan, fills=[0, 1, 2])).result().tokens.tolist()
+
+    known = run([])
+    assert len(set(known)) > 1
+    assert known == run([0, 1, 2]) == run([1])
+
+
+def test_pages_are_copied_before_the_step_reads_them(runner: ModelRunner) -> None:
+    pack = packer()
+    row = pack.add(PROMPT, length=60)
+    right = decode(runner, pack, row, 40, int(prefill(runner, pack, row, PROMPT).tokens[0]), 1)
+    twin = pack.add([*PROMPT, right[0]], length=60)
+    spare = [pack.free.pop() for _ in range(20)]  # more pairs than one call of any backend takes
+    pairs = [*zip(pack.rows.pages[row, :3].tolist(), pack.rows.pages[twin, :3].tolist(), strict=True)]
+    pairs += [(pack.rows.pages[row, 0], page) for page in spare]
+    batch = pack.step([(twin, 40, 1)], copies=np.array([pairs]))
+    assert runner.submit(batch).result().tokens.tolist() == right[1:]
+    copied = runner.read_pages(0, [int(pack.rows.pages[row, 0]), *spare])
+    assert all((x == x[:, :1]).all() and x[:, 0].any() for x in copied.values())
+
+
+def test_a_step_may_have_no_tokens_or_ask_for_none(runner: ModelRunner) -> None:
+    empty = runner.submit(packer().step([])).result()
+    assert (len(empty.tokens), empty.token_starts.tolist(), len(empty.finite)) == (0, [0], 0)
+    pack = packer()
+    row = pack.add(PROMPT)
+    inside = runner.submit(pack.step([(row, 0, 20)], samples=[])).result()
+    assert (len(inside.tokens), inside.token_starts.tolist(), len(inside.finite)) == (0, [0, 0], 0)
+    rest = runner.submit(pack.step([(row, 20, 20)])).result()
+    runner.reset()
+    assert rest.tokens.tolist() == prefill(runner, pack, row, PROMPT).tokens.tolist()
+
+
+def test_a_result_is_the_same_when_it_is_taken_twice(runner: ModelRunner) -> None:
+    pack = packer()
+    pending = runner.submit(pack.step([(pack.add(PROMPT[:9]), 0, 9)]))
+    assert pending.result() is pending.result()
+
+
+def test_a_reset_forgets_every_page(runner: ModelRunner) -> None:
+    pack = packer()
+    prefill(runner, pack, pack.add(PROMPT), PROMPT)
+    assert any(x.any() for x in runner.read_pages(0, range(1, PAGES)).values())
+    runner.reset()
+    assert not any(x.any() for x in runner.read_pages(0, range(PAGES)).values())
+
+
+def varied(n: int) -> list[Request]:
+    """Requests of all lengths and kinds of sampling."""
+    rng = np.random.default_rng(1)
+    kinds = (
+        {"temperature": 0.0},
+        {"seed": 3},
+        {"top_k": 5},
+        {"top_p": 0.9, "logprobs": 3},
+        {"temperature": 0.0, "logprobs": 20},
+    )
+    return [
+        Request(
+            request_id=str(i),
+            prompt_token_ids=rng.integers(0, VOCAB, int(rng.integers(1, 90))).tolist(),
+            params=SamplingParams(max_tokens=int(rng.integers(1, 30)), **kinds[i % len(kinds)]),
+        )
+        for i in range(n)
+    ]
+
+
+def test_nothing_is_compiled_after_the_warm_up(backend: str) -> None:
+    engine = make_engine(backend, MODEL, CONFIG, pages=PAGES, few=14)
+    before = engine.stats()["compilations"]
+    requests = varied(40)
+    events = engine.run(
+        [*requests, *(Request(request_id=f"{r.request_id}'", prompt_token_ids=r.prompt_token_ids) for r in requests)]
+    )
+    pack = packer()
+    engine.runner.submit(pack.step([(pack.add(PROMPT), 0, 2)], copies=[[(1, 2)] * 17])).result()
+    stats = engine.stats()
+    assert all(e[-1].finish for e in events.values())
+    assert stats["num_preemptions"] > 0 and stats["prefix_cache_hits"] > 0
+    assert stats["compilations"] == before
+
+
+def test_a_compilation_is_counted() -> None:
+    runner = shared_runner("jax", MODEL, PAGES, CONFIG)
+    before = runner.compilations
+    assert before > 0
+    jax.jit(lambda x: x * 3 + 1)(np.arange(5.0)).block_until_ready()
+    assert runner.compilations > before
+
+
+@pytest.mark.parametrize(("recorder", "other"), [BACKENDS, BACKENDS[::-1]])
+def test_a_trace_of_one_backend_replays_on_the_other(recorder: str, other: str, tmp_path: Path) -> None:
+    config = engine_config(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=128, num_blocks=PAGES)
+    engine = build_engine(recorder, checkpoint(MODEL), config, trace=tmp_path / "trace")
+    requests = [
+        Request(
+            request_id=r.request_id,
+            prompt_token_ids=r.prompt_token_ids,
+            params=SamplingParams(max_tokens=r.params.max_tokens, temperature=0.0, logprobs=20),
+        )
+        for r in varied(12)
+    ]
+    events = engine.run(requests)
+    engine.close()
+    steps, tokens = 0, 0
+    for _, batch, recorded, new in replay(tmp_path / "trace", shared_runner(other, MODEL, PAGES, CONFIG)):
+        assert batch.num_tokens and recorded.top_ids is not None and new.top_ids is not None
+        assert new.token_starts.tolist() == recorded.token_starts.tolist() and new.finite.all()
+        steps, tokens = steps + 1, tokens + len(new.tokens)
+        for i, (a, b) in enumerate(zip(recorded.tokens.tolist(), new.tokens.tolist(), strict=True)):
+            tables = [dict(zip(r.top_ids[i].tolist(), r.top_logprobs[i].tolist(), strict=True)) for r in (recorded, new)]
+            shared = tables[0].keys() & tables[1].keys()
+            error = max(abs(tables[0][token] - tables[1][token]) for token in shared)
+            assert error < TOLERANCE and len(shared) >= 19
+            assert a == b or all(abs(table[a] - table[b]) < 2 * error for table in tables)
+    assert steps > 20 and tokens == sum(len(e) for e in events.values())
