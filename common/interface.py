@@ -101,17 +101,17 @@ def make_result(
     rows = np.flatnonzero(batch.want & Want.SAMPLE)
     starts = np.zeros(batch.num_seqs + 1, np.int32)
     np.cumsum(np.bincount(batch.logit_owner[rows], minlength=batch.num_seqs), out=starts[1:])
-    finite = finite[: len(batch.want)]
+    finite, tokens = finite[: len(batch.want)], tokens[rows].astype(np.int32, copy=False)
     if batch.num_top is None or logprobs is None or ranks is None or top_ids is None or top_logprobs is None:
-        return Result(tokens=tokens[rows], token_starts=starts, finite=finite)
+        return Result(tokens=tokens, token_starts=starts, finite=finite)
     k = int(batch.num_top.max(initial=0))
     return Result(
-        tokens=tokens[rows],
+        tokens=tokens,
         token_starts=starts,
         finite=finite,
         logprobs=logprobs[rows],
-        ranks=ranks[rows],
-        top_ids=top_ids[rows, :k],
+        ranks=ranks[rows].astype(np.int32, copy=False),
+        top_ids=top_ids[rows, :k].astype(np.int32, copy=False),
         top_logprobs=top_logprobs[rows, :k],
     )
 

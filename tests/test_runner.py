@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -125,16 +126,49 @@ def test_pages_are_copied_before_the_step_reads_them(runner: ModelRunner) -> Non
     assert all((x == x[:, :1]).all() and x[:, 0].any() for x in copied.values())
 
 
-def test_a_step_may_have_no_tokens_or_ask_for_none(runner: ModelRunner) -> None:
+@pytest.mark.parametrize(
+    "params", [{}, {"temperature": 1.0, "seed": 3}, {"temperature": 1.0, "top_k": 5}, {"logprobs": 4}], ids=str
+)
+def test_a_step_may_have_no_tokens_or_ask_for_none(runner: ModelRunner, params: dict[str, Any]) -> None:
     empty = runner.submit(packer().step([])).result()
     assert (len(empty.tokens), empty.token_starts.tolist(), len(empty.finite)) == (0, [0], 0)
     pack = packer()
-    row = pack.add(PROMPT)
+    row = pack.add(PROMPT, **params)
     inside = runner.submit(pack.step([(row, 0, 20)], samples=[])).result()
     assert (len(inside.tokens), inside.token_starts.tolist(), len(inside.finite)) == (0, [0, 0], 0)
     rest = runner.submit(pack.step([(row, 20, 20)])).result()
     runner.reset()
     assert rest.tokens.tolist() == prefill(runner, pack, row, PROMPT).tokens.tolist()
+
+
+def test_a_result_is_as_documented(runner: ModelRunner) -> None:
+    pack = packer()
+    rows = [pack.add(PROMPT[:n], logprobs=k) for n, k in ((9, 3), (7, None), (8, 5))]
+    result = runner.submit(pack.step([(rows[0], 0, 9), (rows[1], 0, 6), (rows[2], 0, 8)], samples=[0, 2])).result()
+    assert result.token_starts.tolist() == [0, 1, 1, 2] and result.finite.tolist() == [True, True]
+    ids, floats = np.dtype(np.int32), np.dtype(np.float32)
+    wanted = {"tokens": (ids, (2,)), "ranks": (ids, (2,)), "top_ids": (ids, (2, 5))}
+    wanted |= {"logprobs": (floats, (2,)), "top_logprobs": (floats, (2, 5))}
+    assert {name: (getattr(result, name).dtype, getattr(result, name).shape) for name in wanted} == wanted
+    assert result.ranks is not None and result.top_ids is not None and result.ranks.tolist() == [1, 1]
+    assert result.tokens.tolist() == result.top_ids[:, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"max_num_seqs": 1, "max_num_batched_tokens": 1, "max_model_len": 4, "block_size": 1},
+        {"max_num_seqs": 1, "max_num_batched_tokens": 32, "max_model_len": 20},
+        {"max_num_seqs": 2, "max_num_batched_tokens": 64, "max_model_len": 5, "block_size": 32},
+    ],
+    ids=["everything least", "one sequence", "a budget above the context"],
+)
+def test_small_engines_run(backend: str, numbers: dict[str, int]) -> None:
+    engine = make_engine(backend, MODEL, engine_config(**numbers), pages=8)
+    greedy = SamplingParams(max_tokens=2, temperature=0.0)
+    requests = [Request(request_id=name, prompt_token_ids=PROMPT[:2], params=greedy) for name in "ab"]
+    one, other = ([event.token_id for event in events] for events in engine.run(requests).values())
+    assert one == other and len(one) == 2 and engine.stats()["num_resets"] == 0
 
 
 def test_a_result_is_the_same_when_it_is_taken_twice(runner: ModelRunner) -> None:
@@ -175,9 +209,8 @@ def test_nothing_is_compiled_after_the_warm_up(backend: str) -> None:
     engine = make_engine(backend, MODEL, CONFIG, pages=PAGES, few=14)
     before = engine.stats()["compilations"]
     requests = varied(40)
-    events = engine.run(
-        [*requests, *(Request(request_id=f"{r.request_id}'", prompt_token_ids=r.prompt_token_ids) for r in requests)]
-    )
+    twins = [Request(request_id=f"{r.request_id}'", prompt_token_ids=r.prompt_token_ids) for r in requests]
+    events = engine.run([request for pair in zip(requests, twins, strict=True) for request in pair])
     pack = packer()
     engine.runner.submit(pack.step([(pack.add(PROMPT), 0, 2)], copies=[[(1, 2)] * 17])).result()
     stats = engine.stats()
@@ -209,11 +242,11 @@ def test_a_trace_of_one_backend_replays_on_the_other(recorder: str, other: str, 
     events = engine.run(requests)
     engine.close()
     steps, tokens = 0, 0
-    for _, batch, recorded, new in replay(tmp_path / "trace", shared_runner(other, MODEL, PAGES, CONFIG)):
-        assert batch.num_tokens and recorded.top_ids is not None and new.top_ids is not None
+    for _, _, recorded, new in replay(tmp_path / "trace", shared_runner(other, MODEL, PAGES, CONFIG)):
         assert new.token_starts.tolist() == recorded.token_starts.tolist() and new.finite.all()
         steps, tokens = steps + 1, tokens + len(new.tokens)
         for i, (a, b) in enumerate(zip(recorded.tokens.tolist(), new.tokens.tolist(), strict=True)):
+            assert recorded.top_ids is not None and new.top_ids is not None
             tables = [dict(zip(r.top_ids[i].tolist(), r.top_logprobs[i].tolist(), strict=True)) for r in (recorded, new)]
             shared = tables[0].keys() & tables[1].keys()
             error = max(abs(tables[0][token] - tables[1][token]) for token in shared)

@@ -43,7 +43,7 @@ class Attention(nn.Module):
 
     def combine(self, out_TNH: Tensor) -> Tensor:
         """The heads' outputs, [T, N, H] -> [T, D]."""
-        return self.o_proj(out_TNH.reshape(out_TNH.shape[0], -1))
+        return self.o_proj(out_TNH.flatten(1))
 
 
 class MLP(nn.Module):

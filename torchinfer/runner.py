@@ -109,8 +109,12 @@ class ModelRunner(interface.ModelRunner):
     def warmup(self, progress: Progress | None = None) -> None:
         # Nothing is padded here: one small step and one full one leave no lazy set-up for later.
         config = self.config
+        seqs = config.max_num_seqs
+        most = min(
+            config.max_num_batched_tokens, seqs - 1 + self.max_model_len
+        )  # the last sequence takes what the others leave
         # A compiled step is specialised once more for a single token, and for two before it takes any number.
-        shapes = ((1, 1), (2, 2), (3, 3), (config.max_num_batched_tokens, config.max_num_seqs))
+        shapes = (*((n, n) for n in (1, 2, 3) if n <= seqs), (most, seqs))
         for done, (tokens, seqs) in enumerate(shapes):
             self.submit(_null_batch(tokens, seqs, config.block_size)).result()
             if progress:

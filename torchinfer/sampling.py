@@ -72,7 +72,7 @@ def inverse_cdf(scaled: Tensor, u: Tensor) -> Tensor:
     """The token at which the cumulative softmax of float32[R, V], in id order, first exceeds u in (0, 1): int64[R]."""
     R, V = scaled.shape
     weights = (scaled - scaled.amax(dim=-1, keepdim=True)).exp()
-    blocks = F.pad(weights, (0, -V % BLOCK)).view(R, -1, BLOCK)
+    blocks = F.pad(weights, (0, -V % BLOCK)).unflatten(1, (-1, BLOCK))
     upto = blocks.sum(dim=-1).cumsum(dim=-1)
     target = u * upto[:, -1]
     which = (upto <= target[:, None]).sum(dim=-1).clamp(max=upto.shape[1] - 1)
