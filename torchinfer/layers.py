@@ -21,7 +21,7 @@ class Linear(nn.Module):
         self.bias = _parameter((outputs,), dtype, split=0 if split == 0 else None) if bias else None
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return F.linear(x_TD, self.weight, self.bias)
+        return _linear(x_TD, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -74,7 +74,13 @@ def _parameter(shape: tuple[int, ...], dtype: Dtype, *, split: int | None) -> nn
 
 def matmul(x: Tensor, weight: Tensor, inputs: int) -> Tensor:
     """x W in the dtype of x, returned in float32; `inputs` is the axis of W that is summed over."""
-    return F.linear(x, weight if inputs == 1 else weight.T).float()
+    return _linear(x, weight if inputs == 1 else weight.T, None).float()
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if weight.is_mkldnn:  # packed by the runner
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 def rotate(x_TNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ from torchinfer.arrays import to_device, to_host
 from torchinfer.attention import Plan, make_plan, paged_attention
 from torchinfer.cache import KVCache
 from torchinfer.device import describe, open_device
-from torchinfer.model import forward, logits
+from torchinfer.layers import Linear
+from torchinfer.model import Decoder, forward, logits
 from torchinfer.weights import load_model
 
 
@@ -84,6 +85,8 @@ class ModelRunner(interface.ModelRunner):
         self.model_config: ModelConfig = checkpoint.config
         self.max_model_len = self.config.model_len(checkpoint.config)
         self.model = load_model(checkpoint, self.config.dtype, self.max_model_len, self.device, progress)
+        if self.device.type == "cpu" and not self.config.compile:
+            _pack(self.model)
         if self.config.compile:
             # One program serves all layers: weights are its inputs, and the number of tokens is symbolic.
             for block in self.model.layers:
@@ -201,6 +204,23 @@ def _null_batch(tokens: int, seqs: int, page_size: int) -> Batch:
         logit_owner=rows,
         want=np.ones(seqs),
     )
+
+
+def _pack(model: Decoder) -> None:
+    """Put the matrices into the blocked layout of oneDNN, PyTorch's own CPU library, once instead of in every call. A tied LM
+    head gets a packed copy of the embedding, whose rows are still looked up."""
+    dtype = model.embed_tokens.weight.dtype
+    ops = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available() or (dtype == torch.bfloat16 and not ops._is_mkldnn_bf16_supported()):
+        return
+    if model.lm_head is None:
+        vocab, size = model.embed_tokens.weight.shape
+        model.lm_head = Linear(size, vocab, bias=False, split=0, dtype=dtype)
+        model.lm_head.weight = model.embed_tokens.weight
+    for module in model.modules():
+        if isinstance(module, Linear):
+            packed = ops._reorder_linear_weight(module.weight.detach(), None)
+            module.weight = torch.nn.Parameter(packed, requires_grad=False)
 
 
 class _Pending(interface.Pending):
