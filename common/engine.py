@@ -202,7 +202,14 @@ def build_engine(
     try:
         runner.load(checkpoint, progress)
         groups = runner.kv_groups()
-        num_pages = pool_size(config, max_model_len, sum(group.page_bytes for group in groups))
+        page_bytes = sum(group.page_bytes for group in groups)
+        num_pages = pool_size(config, max_model_len, page_bytes)
+        free = psutil.virtual_memory().available
+        expect_config(
+            runner.caps.device != "cpu" or num_pages * page_bytes <= free,
+            f"num_blocks={num_pages} pages of {page_bytes} bytes do not fit the {free} bytes of free memory; "
+            f"set it to at most {free // page_bytes}.",
+        )
         runner.allocate([num_pages] * len(groups))
         runner.warmup(progress)
         return Engine(runner, config, num_pages=num_pages)

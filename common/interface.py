@@ -230,9 +230,9 @@ class InferenceEngine(ABC):
 def load_backend(name: str, config: EngineConfig) -> ModelRunner:
     """The `ModelRunner` of the backend `name`: `jax` is the package `jaxinfer`, `torch` is `torchinfer`, and so on."""
     package = f"{name}infer"
-    if not name.isidentifier() or util.find_spec(package) is None:
+    if not isinstance(name, str) or not name.isidentifier() or util.find_spec(package) is None:
         raise BackendError(
-            f"Unknown backend {name!r}: there is no package {package!r}.{nearest_hint(name, ('jax', 'torch'))} "
+            f"Unknown backend {name!r}: there is no package {package!r}.{nearest_hint(str(name), ('jax', 'torch'))} "
             "Known here: jax, torch."
         )
     return import_module(package).ModelRunner(config)

@@ -5,12 +5,10 @@ The last line of standard output is one JSON object; its keys are those of `vllm
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from omegaconf import DictConfig
 
 from experiments.cli import launch
-from experiments.config import engine_spec
+from experiments.config import engine_spec, runs_folder
 from experiments.measure import make_plan, measure, setting
 from experiments.report import Narrator, print_json, print_table
 from experiments.rundir import finished, run_directory, write_json, write_rows, write_setup
@@ -19,7 +17,7 @@ from experiments.rundir import finished, run_directory, write_json, write_rows, 
 def run(config: DictConfig) -> None:
     spec = engine_spec(config.engine)
     plan = make_plan(config, [spec])
-    with run_directory(Path(config.runs), f"bench-{spec.label}-{plan.workload.name}") as directory, Narrator() as narrator:
+    with run_directory(runs_folder(config), f"bench-{spec.label}-{plan.workload.name}") as directory, Narrator() as narrator:
         write_setup(directory, config)
         figures, windows = measure(plan, directory, narrator)
         result = {"engine": spec.label} | setting(config, plan) | {"run": str(finished(directory))} | figures[spec.label]

@@ -14,13 +14,14 @@ from omegaconf import DictConfig
 
 from common.config import expect
 from experiments.cli import launch
-from experiments.config import CorrectnessConfig, engine_specs, resolved
+from experiments.config import CorrectnessConfig, engine_specs, resolved, runs_folder
 from experiments.correctness import Agreement, common_prefix, float64_reference, judge
 from experiments.drive import Window
 from experiments.isolate import IsolatedEngine
 from experiments.measure import Plan, make_plan, measure, setting
 from experiments.report import Narrator, print_json, print_table, print_verdict
 from experiments.rundir import finished, run_directory, write_json, write_rows, write_setup
+from experiments.workload import known_options
 
 TOP_LOGPROBS = 5
 """Reported by each engine at each position, so that both choices of a divergence are among them."""
@@ -29,10 +30,10 @@ TOP_LOGPROBS = 5
 def run(config: DictConfig) -> None:
     specs = engine_specs(config)
     expect(len(specs) >= 2, "compare needs two engines or more, as in engines=[jax,torch]; for one there is experiments.bench.")
-    correctness = CorrectnessConfig(**resolved(config.correctness))
+    correctness = CorrectnessConfig(**known_options(CorrectnessConfig, "correctness", resolved(config.correctness)))
     plan = make_plan(config, specs)
     labels = [spec.label for spec in specs]
-    with run_directory(Path(config.runs), f"compare-{'-'.join(labels)}-{plan.workload.name}") as directory:
+    with run_directory(runs_folder(config), f"compare-{'-'.join(labels)}-{plan.workload.name}") as directory:
         write_setup(directory, config)
         with Narrator() as narrator:
             figures, windows = measure(plan, directory, narrator)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -68,6 +69,12 @@ def compose_group(config: DictConfig, group: str, name: str) -> DictConfig:
     with open_dict(whole):
         whole.merge_with(hydra.compose(f"{group}/{name}"))
     return whole[group]
+
+
+def runs_folder(config: DictConfig) -> Path:
+    """Where run directories go."""
+    expect(isinstance(config.runs, str) and bool(config.runs), f"runs must be the path of a folder, got {config.runs!r}.")
+    return Path(config.runs)
 
 
 def resolved(node: DictConfig) -> dict[str, Any]:

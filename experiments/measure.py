@@ -19,7 +19,7 @@ from experiments.drive import Window
 from experiments.isolate import IsolatedEngine
 from experiments.metrics import contaminations, summarize
 from experiments.report import Narrator
-from experiments.workload import Workload, WorkloadConfig, draw
+from experiments.workload import Workload, WorkloadConfig, draw, known_options
 
 Engine = TypeVar("Engine")
 
@@ -56,7 +56,7 @@ def make_plan(config: DictConfig, engines: Sequence[EngineSpec]) -> Plan:
         engines=tuple(engines),
         workload=workload,
         shares_prefixes=wanted.prefix_len > 0,
-        measure=MeasureConfig(**resolved(config.measure)),
+        measure=MeasureConfig(**known_options(MeasureConfig, "measure", resolved(config.measure))),
     )
 
 

@@ -6,8 +6,9 @@ Engines are handed token ids, so that no tokenizer stands between two of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Self
 
 import numpy as np
@@ -28,8 +29,9 @@ class Lengths:
     high: int
 
     def __post_init__(self) -> None:
-        expect(np.isfinite(self.mu), f"mu must be finite, got {self.mu!r}.")
-        expect(np.isfinite(self.sigma) and self.sigma >= 0, f"sigma must be finite and ≥ 0, got {self.sigma!r}.")
+        real = lambda x: isinstance(x, (int, float)) and math.isfinite(x)  # noqa: E731
+        expect(real(self.mu), f"mu must be a finite number, got {self.mu!r}.")
+        expect(real(self.sigma) and self.sigma >= 0, f"sigma must be a finite number ≥ 0, got {self.sigma!r}.")
         expect(
             isinstance(self.low, int) and isinstance(self.high, int) and 1 <= self.low <= self.high,
             f"A range of lengths needs integers 1 ≤ low ≤ high, got low={self.low!r} and high={self.high!r}.",
@@ -78,22 +80,23 @@ class WorkloadConfig:
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Self:
         """Build from loose options, with lengths as integers or mappings; an unknown name is refused."""
-        return cls(**{key: _lengths(key, value) for key, value in _known(cls, "workload", options).items()})
+        return cls(**{key: _lengths(key, value) for key, value in known_options(cls, "workload", options).items()})
 
 
 def _lengths(key: str, value: Any) -> Any:
     if key not in ("prompt_len", "output_len") or not isinstance(value, Mapping):
         return value
-    options = _known(Lengths, f"workload.{key}", value)
-    missing = [field.name for field in fields(Lengths) if field.name not in options]
-    expect(not missing, f"workload.{key} lacks {', '.join(missing)}.")
-    return Lengths(**options)
+    return Lengths(**known_options(Lengths, f"workload.{key}", value))
 
 
-def _known(cls: type, where: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def known_options(cls: type, where: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` for the dataclass `cls`. Raises `ConfigError` for one that it does not know, or needs and does not get."""
     names = [field.name for field in fields(cls)]
     for name in options:
         expect(name in names, f"Unknown option {where}.{name}.{nearest_hint(str(name), names)} Known: {', '.join(names)}.")
+    needed = [field.name for field in fields(cls) if field.default is MISSING and field.default_factory is MISSING]
+    missing = [name for name in needed if name not in options]
+    expect(not missing, f"{where} lacks {', '.join(missing)}.")
     return dict(options)
 
 

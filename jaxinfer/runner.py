@@ -20,6 +20,7 @@ from jax import Array, lax
 
 from common import interface
 from common.config import EngineConfig, ModelConfig
+from common.errors import BackendError
 from common.interface import Caps, KVGroup, Progress, Result
 from common.schedule.batch import Batch
 from common.weights.checkpoint import Checkpoint
@@ -188,6 +189,8 @@ class ModelRunner(interface.ModelRunner):
         return self._compilations()
 
     def submit(self, batch: Batch) -> interface.Pending:
+        if self.state is None:
+            raise BackendError("This runner is closed; make a new one.")
         if batch.copies.shape[1]:
             self._copy_pages(batch.copies[0])
         chunked = batch.num_tokens > int(batch.num_decodes[0])

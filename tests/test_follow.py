@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig
+from transformers.utils import logging
 
 from common.request import Logprobs, Request, SamplingParams
 from experiments.correctness import Reference, float64_reference, judge
 from tests.backends import checkpoint, engine_config, make_engine
+
+logging.disable_progress_bar()
 
 TOLERANCE = 1e-3
 """Of a log-probability in float32, as of the logits; 1e-4 is seen."""
@@ -23,7 +26,7 @@ CASES = {"smollm2-135m": (50, 64), "gemma3-270m": (20, 32)}
 
 
 def prompts(name: str, count: int) -> list[list[int]]:
-    """Text that the model wrote itself would be dull; random ids of every length are a harder prompt than any."""
+    """Random ids, of lengths across several pages and chunks."""
     rng = np.random.default_rng(0)
     config = checkpoint(name).config
     bos = [] if config.bos_token_id is None else [config.bos_token_id]
@@ -35,32 +38,27 @@ Output = tuple[list[int], list[Logprobs]]
 
 @cache
 def by_transformers(name: str) -> list[Output]:
-    """Greedy tokens and their 20 likeliest alternatives, in left-padded batches."""
+    """Greedy tokens, each with the 20 likeliest, in left-padded batches of prompts of like length."""
     count, length = CASES[name]
-    path = checkpoint(name).path
+    path, asked = checkpoint(name).path, prompts(name, count)
     model = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     ).eval()
-    asked = sorted(prompts(name, count), key=len)
+    model.generation_config.update(eos_token_id=None, pad_token_id=0, do_sample=False, max_new_tokens=length)
     outputs: dict[int, Output] = {}
-    for at in range(0, count, BATCH):
-        part = asked[at : at + BATCH]
-        width = max(map(len, part))
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in part])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in part])
+    by_length = sorted(range(count), key=lambda i: len(asked[i]))
+    for part in (by_length[at : at + BATCH] for at in range(0, count, BATCH)):
+        width = max(len(asked[i]) for i in part)
+        ids = torch.tensor([[0] * (width - len(asked[i])) + asked[i] for i in part])
+        mask = torch.tensor([[0] * (width - len(asked[i])) + [1] * len(asked[i]) for i in part])
         with torch.inference_mode():
-            done: Any = model.generate(
-                ids, attention_mask=mask, max_new_tokens=length, min_new_tokens=0, do_sample=False, eos_token_id=-1, pad_token_id=0,
-                output_logits=True, return_dict_in_generate=True,
-            )  # fmt: skip
-        top, top_ids = torch.stack(done.logits, 1).float().log_softmax(-1).topk(20)
+            done: Any = model.generate(ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True)
+        top, top_ids = (x.tolist() for x in torch.stack(done.logits, 1).log_softmax(-1).topk(20))
         tokens = done.sequences[:, width:].tolist()
-        for i, prompt in enumerate(part):
-            logprobs = [
-                Logprobs(values[0], 1, ids, values) for ids, values in zip(top_ids[i].tolist(), top[i].tolist(), strict=True)
-            ]
-            outputs[hash(tuple(prompt))] = tokens[i], logprobs
-    return [outputs[hash(tuple(prompt))] for prompt in prompts(name, count)]
+        for row, i in enumerate(part):
+            likeliest = zip(top_ids[row], top[row], strict=True)
+            outputs[i] = tokens[row], [Logprobs(values[0], 1, ids_, values) for ids_, values in likeliest]
+    return [outputs[i] for i in range(count)]
 
 
 @cache

