@@ -69,7 +69,7 @@ class HistoryRunner(ModelRunner):
         self.num_pages, self.block_size, self.groups, self.nan_token = num_pages, block_size, groups, nan_token
         self._caps = Caps(
             backend="history",
-            device="none",
+            device="cpu",
             dtypes=("uint64",),
             kernels=("framework",),
             token_buckets=buckets,

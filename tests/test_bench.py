@@ -431,6 +431,12 @@ def test_bench_takes_a_path_for_a_model(
         ("workload.prompt_len=600", "serves 512"),
         ("engine.block_size=3", "power of two"),
         ("engine.num_blocks=2", "page"),
+        ("engine.num_blocks=100000000000000", "bytes of free memory"),
+        ("+measure.blcks=1", "Did you mean 'blocks'?"),
+        ("~measure.blocks", "measure lacks blocks"),
+        ("~workload.num_requests", "workload lacks num_requests"),
+        ("workload.prompt_len={mu:much,sigma:1,low:1,high:2}", "mu must be a finite number"),
+        ("runs=null", "runs must be the path of a folder"),
         ("engines=[jax,torch]", "Did you mean 'engine'?"),
     ],
 )

@@ -93,7 +93,7 @@ def test_a_share_is_the_first_requests_cut_short() -> None:
         ({"prompt_len": 0}, "prompt_len"),
         ({"output_len": 2.5}, "output_len"),
         ({"output_len": {"mu": 1.0, "sigma": 1.0, "low": 8, "high": 4}}, "low=8 and high=4"),
-        ({"output_len": {"mu": float("nan"), "sigma": 1.0, "low": 1, "high": 4}}, "mu must be finite"),
+        ({"output_len": {"mu": float("nan"), "sigma": 1.0, "low": 1, "high": 4}}, "mu must be a finite"),
         ({"output_len": {"mu": 1.0, "sigma": 1.0, "low": 1}}, "lacks high"),
         ({"output_len": {"mu": 1.0, "sgima": 1.0}}, "Did you mean 'sigma'"),
         ({"promt_len": 3}, "Did you mean 'prompt_len'"),
