@@ -47,6 +47,15 @@ class Rope:
         expect(
             math.isfinite(self.factor) and self.factor > 0, f"RoPE scaling factor must be finite and > 0, got {self.factor}."
         )
+        if self.scaling == "yarn":
+            ramp = self.base > 1 and all(math.isfinite(beta) and beta > 0 for beta in (self.beta_fast, self.beta_slow))
+            expect(
+                ramp,
+                f"yarn RoPE scaling needs base > 1 and finite beta_fast, beta_slow > 0, "
+                f"got {self.base}, {self.beta_fast} and {self.beta_slow}.",
+            )
+            factor = self.attention_factor
+            expect(factor is None or math.isfinite(factor), f"yarn attention_factor must be finite, got {factor}.")
         if self.scaling in ("llama3", "yarn"):
             expect(
                 self.original_max_position > 0,
@@ -109,7 +118,17 @@ class ModelConfig:
         )
         expect(self.head_dim % 2 == 0, f"head_dim must be even for rotary embeddings, got {self.head_dim}.")
         expect(0 < self.norm_eps < 1, f"norm_eps must lie in (0, 1), got {self.norm_eps}.")
-        object.__setattr__(self, "attention_scale", self.attention_scale or self.head_dim**-0.5)
+        scale = self.attention_scale
+        expect(
+            isinstance(scale, (int, float)) and math.isfinite(scale) and scale >= 0,
+            f"attention_scale must be a finite number ≥ 0, got {scale!r}.",
+        )
+        for token in (self.bos_token_id, *self.eos_token_ids):
+            expect(
+                token is None or 0 <= token < self.vocab_size,
+                f"bos and eos token ids must lie in the vocabulary [0, {self.vocab_size}), got {token}.",
+            )
+        object.__setattr__(self, "attention_scale", scale or self.head_dim**-0.5)
         object.__setattr__(self, "layer_rope", self.layer_rope or (0,) * self.num_layers)
         object.__setattr__(self, "layer_window", self.layer_window or (0,) * self.num_layers)
         for name in ("layer_rope", "layer_window"):
@@ -164,18 +183,23 @@ class EngineConfig:
                 isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
                 f"{name} must be an integer in [{low}, {high}], got {value!r}.",
             )
-        for name, low in (("num_blocks", 2), ("max_model_len", 1), ("threads", 1)):
+        for name, low, high in (("num_blocks", 2, 1 << 40), ("max_model_len", 2, 1 << 30), ("threads", 1, 1024)):
             value = getattr(self, name)
             expect(
-                value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= low),
-                f"{name} must be an integer ≥ {low}, or null, got {value!r}.",
+                value is None or (isinstance(value, int) and not isinstance(value, bool) and low <= value <= high),
+                f"{name} must be an integer in [{low}, {high}], or null, got {value!r}.",
             )
+        for name in ("compile", "enable_prefix_caching"):
+            value = getattr(self, name)
+            expect(isinstance(value, bool), f"{name} must be true or false, got {value!r}.")
+        expect(isinstance(self.device, str), f"device must be a name such as auto, cpu or cuda, got {self.device!r}.")
         expect(
             self.block_size & (self.block_size - 1) == 0,
             f"block_size must be a power of two (8, 16, 32, …), got {self.block_size}.",
         )
         expect(
-            isinstance(self.seed, int) and 0 <= self.seed < 2**64, f"seed must be an integer in [0, 2**64), got {self.seed!r}."
+            isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < 2**64,
+            f"seed must be an integer in [0, 2**64), got {self.seed!r}.",
         )
         expect(
             self.max_num_batched_tokens >= self.max_num_seqs,

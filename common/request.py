@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
@@ -26,7 +25,8 @@ def _whole(value: Any, low: int, high: int) -> bool:
 
 
 def _real(value: Any, low: float, high: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and low <= value <= high
+    # The range first: an integer may be too large for isfinite. NaN lies in no range.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +61,14 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
-        put("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        put("stop_token_ids", tuple(self.stop_token_ids))
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            expect(value is None or isinstance(value, (str, tuple, list)), f"{name} must be a list, got {value!r}.")
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"):
+            value = getattr(self, name)
+            expect(isinstance(value, bool), f"{name} must be true or false, got {value!r}.")
+        put("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
+        put("stop_token_ids", tuple(self.stop_token_ids or ()))
         expect(
             self.max_tokens is None or _whole(self.max_tokens, 1, 2**31 - 1),
             f"max_tokens must be a positive integer or None, got {self.max_tokens!r}.",

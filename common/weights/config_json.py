@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from common.config import ModelConfig, Rope
+from common.config import ModelConfig, Rope, expect
 from common.errors import ConfigError, nearest_hint
 from common.rope import yarn_magnitude
 
@@ -86,7 +86,7 @@ def model_config_from_json(data: Json) -> ModelConfig:
         sandwich_norms=gemma,
         norm_offset=1.0 if gemma else 0.0,
         embedding_scale=hidden**0.5 if gemma else 1.0,
-        attention_scale=_number(data, "query_pre_attn_scalar", 256.0) ** -0.5 if gemma else 0.0,
+        attention_scale=_positive(data, "query_pre_attn_scalar", 256.0) ** -0.5 if gemma else 0.0,
         ropes=ropes,
         layer_rope=tuple(int(window > 0) for window in windows) if gemma else (),
         layer_window=windows,
@@ -226,6 +226,12 @@ def _number(data: Json, name: str, default: float | None = None) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ConfigError(f"{name} must be a number, got {value!r}.")
     return float(value)
+
+
+def _positive(data: Json, name: str, default: float) -> float:
+    value = _number(data, name, default)
+    expect(value > 0, f"config.json: {name} must be > 0, got {value}.")
+    return value
 
 
 def _flag(data: Json, name: str, default: bool) -> bool:
