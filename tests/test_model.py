@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.text.tokenizer import open_tokenizer
 from experiments.reference import NumpyModel
 from tests.backends import BACKENDS, checkpoint, dense_logits, paged_logits
 from tests.families import BOUND, DEFECTS, FAMILIES, VISIBLE
@@ -46,25 +47,52 @@ def test_every_family_equals_the_judge_and_every_defect_would_show(
     assert {name: by for name, logits in wrong.items() if (by := off(paged[0], logits)) < VISIBLE} == {}
 
 
-def check_real_model(backend: str, name: str, prompt: list[int]) -> None:
+TEXT = """The lighthouse keeper wrote down the weather every morning before he lit the stove. In the first year he used whole
+sentences; later a few words had to do, and in the end there were only numbers: wind, pressure, the height of the
+waves. When the ship came in April, the captain asked him what he had learned in eleven winters. He thought about it
+for a while and then said that the sea repeats itself, but never exactly, and that one should keep both facts in mind.
+They drank tea, 3 cups each at 82.5 degrees, and talked about bread, rope, the price of coal (£14 a ton), and the new
+harbour at Sønderby; nobody mentioned the storm. On the way back the captain counted 27 gulls, a seal and half of a
+wooden crate marked "FRAGILE - keep dry". He thought of the numbers in the book, row upon row of them, and wondered
+whether anyone would ever add them up. def mean(xs): return sum(xs) / len(xs) was what his daughter would have said;
+she had left for the city two years ago to study statistics, and wrote on Sundays.
+"""
+
+
+def errors(backend: str, name: str, prompt: list[int]) -> tuple[float, float]:
+    """The largest error of a logit, with pages or without: as it is, and in standard deviations of the logits."""
     exact = NumpyModel(checkpoint(name)).logits(prompt)
     half = len(prompt) // 2
     steps = [[(0, 0, half)], [(0, half, 1)], [(0, half + 1, len(prompt) - half - 1)]]
     (paged,) = paged_logits(backend, name, [prompt], steps, PAGE_SIZE)
-    assert np.abs(paged - exact).max() < REAL_BOUND
-    assert np.abs(dense_logits(backend, name, prompt) - exact).max() < REAL_BOUND
+    worst = max(float(np.abs(logits - exact).max()) for logits in (paged, dense_logits(backend, name, prompt)))
+    return worst, worst / float(exact.std())
+
+
+def text(name: str, length: int) -> list[int]:
+    ids = open_tokenizer(checkpoint(name).path).encode(TEXT)
+    assert len(ids) >= length
+    return ids[:length]
 
 
 def test_smollm2_equals_the_judge(backend: str) -> None:
-    check_real_model(backend, "smollm2-135m", np.random.default_rng(1).integers(0, 49_152, 19).tolist())
+    assert errors(backend, "smollm2-135m", text("smollm2-135m", 19))[0] < REAL_BOUND
+
+
+@pytest.mark.accept
+@pytest.mark.parametrize("length", [33, 220])
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
+def test_real_models_equal_the_judge(backend: str, name: str, length: int) -> None:
+    assert errors(backend, name, text(name, length))[0] < REAL_BOUND
 
 
 @pytest.mark.accept
 @pytest.mark.parametrize("length", [33, 250])
 @pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
-def test_real_models_equal_the_judge(backend: str, name: str, length: int) -> None:
-    vocab_size = checkpoint(name).config.vocab_size
-    check_real_model(backend, name, np.random.default_rng(length).integers(0, vocab_size, length).tolist())
+def test_real_models_equal_the_judge_on_tokens_that_make_no_sense(backend: str, name: str, length: int) -> None:
+    """Random ids drive Gemma's logits to a deviation of 17 to 30, and its rounding with them: the bound is relative."""
+    prompt = np.random.default_rng(length).integers(0, checkpoint(name).config.vocab_size, length).tolist()
+    assert errors(backend, name, prompt)[1] < BOUND
 
 
 def test_both_backends_are_judged() -> None:
