@@ -19,7 +19,7 @@ from common.request import Request, TokenEvent
 from common.schedule.batch import Batch, Want
 
 if TYPE_CHECKING:
-    from common.config import EngineConfig
+    from common.config import EngineConfig, ModelConfig
     from common.weights.checkpoint import Checkpoint
 
 
@@ -63,6 +63,13 @@ class KVGroup:
     """Keys a query sees in every layer of the group; 0 is all."""
     page_bytes: int
     """Bytes of one page over all layers of the group, K and V together."""
+
+
+def one_group(model: ModelConfig, config: EngineConfig) -> tuple[KVGroup]:
+    """All layers of a model on one page table."""
+    itemsize = {"float32": 4, "bfloat16": 2}[config.dtype]
+    page_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * itemsize * config.block_size
+    return (KVGroup(layers=tuple(range(model.num_layers)), window=0, page_bytes=page_bytes),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +130,19 @@ class Pending(ABC):
     def result(self) -> Result: ...
 
 
+class Fetched(Pending):
+    """A step whose arrays by logit row, as `make_result` takes them, `fetch` brings to the host."""
+
+    def __init__(self, batch: Batch, fetch: Callable[[], tuple[Any, ...]]) -> None:
+        self._batch, self._fetch = batch, fetch
+        self._result: Result | None = None
+
+    def result(self) -> Result:
+        if self._result is None:
+            self._result = make_result(self._batch, *self._fetch())
+        return self._result
+
+
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what) during long work."""
 
@@ -173,7 +193,7 @@ class ModelRunner(ABC):
 
     @abstractmethod
     def reset(self) -> None:
-        """Forget every page and row; keep weights and compiled programs."""
+        """Forget every page and row; keep weights and compiled programs. Raises `BackendError` on a closed runner."""
 
     @abstractmethod
     def close(self) -> None:

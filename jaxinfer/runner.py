@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from jax import Array, lax
 from common import interface
 from common.config import EngineConfig, ModelConfig
 from common.errors import BackendError
-from common.interface import Caps, KVGroup, Progress, Result
+from common.interface import Caps, KVGroup, Progress
 from common.schedule.batch import Batch
 from common.weights.checkpoint import Checkpoint
 from jaxinfer import cache as pages
@@ -75,6 +76,7 @@ class _Bucket:
         T, R = (self.tokens,), (self.seqs,)
         return Inputs(T, T, T, R, R, (*R, 2), R, R, R, R, (3,), _plan_shape(self.tokens, self.seqs, self.pages, self.chunked))
 
+    @cached_property
     def layout(self) -> Inputs:
         """(offset, shape, dtype) of each input in the packed array."""
         dtypes = {"seeds": np.uint32, "temperature": np.float32, "top_p": np.float32, "min_p": np.float32}
@@ -86,6 +88,7 @@ class _Bucket:
         ]
         return jax.tree.unflatten(tree, entries)
 
+    @cached_property
     def size(self) -> int:
         return sum(math.prod(shape) for shape in jax.tree.leaves(self.shapes(), is_leaf=lambda x: type(x) is tuple))
 
@@ -123,30 +126,30 @@ class ModelRunner(interface.ModelRunner):
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.device = open_device(config.device, config.threads)
-        if config.dtype == "float32":
-            jax.config.update("jax_default_matmul_precision", "highest")
+        self.weights: tuple[Array, ...] = ()
+        self.state: Any = None  # a State once allocated
         self._compiled: dict[_Bucket, Any] = {}
         self._compilations = _count_compilations()
 
     @property
     def caps(self) -> Caps:
-        config = self.config
-        return Caps(
-            backend="jax",
-            device=describe(self.device),
-            dtypes=("float32", "bfloat16"),
-            kernels=("framework",),
-            token_buckets=_token_buckets(config.max_num_batched_tokens),
-            decode_buckets=_decode_buckets(config.max_num_seqs),
-            max_tokens=config.max_num_batched_tokens,
-            max_seqs=config.max_num_seqs,
-            max_model_len=self.max_model_len,
-            vocab_size=self.model_config.vocab_size,
-        )
+        return self._caps
 
     def load(self, checkpoint: Checkpoint, progress: Progress | None = None) -> None:
         self.model_config: ModelConfig = checkpoint.config
         self.max_model_len = self.config.model_len(checkpoint.config)
+        self._caps = Caps(
+            backend="jax",
+            device=describe(self.device),
+            dtypes=("float32", "bfloat16"),
+            kernels=("framework",),
+            token_buckets=_token_buckets(self.config.max_num_batched_tokens),
+            decode_buckets=_decode_buckets(self.config.max_num_seqs),
+            max_tokens=self.config.max_num_batched_tokens,
+            max_seqs=self.config.max_num_seqs,
+            max_model_len=self.max_model_len,
+            vocab_size=self.model_config.vocab_size,
+        )
         model = load_model(checkpoint, self.config.dtype, self.max_model_len, self.device, progress)
         graph, state = nnx.split(model)
         # Plain arrays in a tuple: walking NNX variables would cost milliseconds a step.
@@ -155,9 +158,7 @@ class ModelRunner(interface.ModelRunner):
         self._merge = lambda leaves: nnx.merge(graph, jax.tree.unflatten(tree, leaves))
 
     def kv_groups(self) -> tuple[KVGroup, ...]:
-        config = self.model_config
-        token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * jnp.dtype(self.config.dtype).itemsize
-        return (KVGroup(layers=tuple(range(config.num_layers)), window=0, page_bytes=token_bytes * self.config.block_size),)
+        return interface.one_group(self.model_config, self.config)
 
     def allocate(self, pages_per_group: Sequence[int]) -> None:
         self._num_pages = pages_per_group[0]
@@ -165,7 +166,8 @@ class ModelRunner(interface.ModelRunner):
 
     def reset(self) -> None:
         config = self.config
-        self.__dict__.pop("state", None)  # the old pool goes before the new one comes
+        self._expect_open()
+        self.state = None  # the old pool goes before the new one comes
         cache = pages.make_cache(self.model_config, self._num_pages, config.block_size, config.dtype, self.device)
         self.state = State(cache, jnp.zeros((config.max_num_seqs + 1,), jnp.int32, device=self.device))
 
@@ -177,27 +179,26 @@ class ModelRunner(interface.ModelRunner):
         with ThreadPoolExecutor(2) as pool:
             for done, (bucket, step) in enumerate(zip(buckets, pool.map(self._compile, buckets), strict=True)):
                 self._compiled[bucket] = step
-                self._run(bucket, np.zeros(bucket.size(), np.int32))
+                self._run(bucket, np.zeros(bucket.size, np.int32))
                 if progress:
                     kind = "chunks and decodes" if bucket.chunked else "decodes"
                     progress(done + 1, len(buckets), f"compiled steps of {bucket.tokens} tokens, {kind}")
         self._copy_pages(np.zeros((0, 2), np.int32))
-        self.reset()
 
     @property
     def compilations(self) -> int:
         return self._compilations()
 
     def submit(self, batch: Batch) -> interface.Pending:
-        if self.state is None:
-            raise BackendError("This runner is closed; make a new one.")
+        self._expect_open()
         if batch.copies.shape[1]:
             self._copy_pages(batch.copies[0])
         chunked = batch.num_tokens > int(batch.num_decodes[0])
         bucket = self._bucket(self.caps.bucket(batch.num_tokens, chunked), chunked)
         if bucket not in self._compiled:
             self._compiled[bucket] = self._compile(bucket)
-        return _Pending(self._run(bucket, self._pack(bucket, batch)), batch)
+        sampled = self._run(bucket, self._pack(bucket, batch))
+        return interface.Fetched(batch, lambda: to_host(sampled))
 
     def read_pages(self, group: int, pages_: Sequence[int]) -> dict[str, np.ndarray]:
         return pages.read_pages(self.state.cache, pages_)
@@ -206,8 +207,12 @@ class ModelRunner(interface.ModelRunner):
         self.state = self.state._replace(cache=pages.write_pages(self.state.cache, pages_, arrays))
 
     def close(self) -> None:
-        self.weights, self.state = (), None  # type: ignore[assignment]
+        self.weights, self.state = (), None
         self._compiled.clear()
+
+    def _expect_open(self) -> None:
+        if not self.weights:
+            raise BackendError("This runner has no weights: load a checkpoint, or, if it is closed, make a new one.")
 
     def _bucket(self, tokens: int, chunked: bool) -> _Bucket:
         config = self.config
@@ -216,7 +221,7 @@ class ModelRunner(interface.ModelRunner):
 
     def _compile(self, bucket: _Bucket) -> Any:
         step = jax.jit(lambda weights, state, packed: self._step(bucket, weights, state, packed), donate_argnums=1)
-        return step.lower(self.weights, self.state, jax.ShapeDtypeStruct((bucket.size(),), jnp.int32)).compile()
+        return step.lower(self.weights, self.state, jax.ShapeDtypeStruct((bucket.size,), jnp.int32)).compile()
 
     def _run(self, bucket: _Bucket, packed: np.ndarray) -> sampling.Sampled:
         self.state, sampled = self._compiled[bucket](self.weights, self.state, packed)
@@ -235,9 +240,8 @@ class ModelRunner(interface.ModelRunner):
         fill_row[batch.fill_at] = batch.fill_row
         rows = np.full(bucket.seqs, self.config.max_num_seqs, np.int32)
         rows[:R] = batch.rows[owner]
-        filtered = any(x is not None for x in (batch.top_k, batch.top_p, batch.min_p))
         by_owner = lambda array: None if array is None else array[owner]  # noqa: E731
-        modes = np.array([batch.seeds is not None, filtered, batch.num_top is not None], np.int32)
+        modes = np.array([batch.seeds is not None, batch.top_k is not None, batch.num_top is not None], np.int32)
         values = Inputs(
             batch.token_ids,
             batch.positions,
@@ -252,8 +256,8 @@ class ModelRunner(interface.ModelRunner):
             modes,
             make_plan(batch, self.model_config, self.config.block_size),
         )
-        packed = np.zeros(bucket.size(), np.int32)
-        layout = bucket.layout()
+        packed = np.zeros(bucket.size, np.int32)
+        layout = bucket.layout
         for (at, shape, dtype), value in zip((*layout[:-1], *layout.plan), (*values[:-1], *values.plan), strict=True):
             if value is not None:
                 view = packed[at : at + math.prod(shape)].view(dtype).reshape(shape)
@@ -267,7 +271,7 @@ class ModelRunner(interface.ModelRunner):
             at, shape, dtype = entry
             return lax.bitcast_convert_type(lax.slice(packed, (at,), (at + math.prod(shape),)), dtype).reshape(shape)
 
-        x: Inputs = jax.tree.map(unpack, bucket.layout(), is_leaf=lambda x: type(x) is tuple)
+        x: Inputs = jax.tree.map(unpack, bucket.layout, is_leaf=lambda x: type(x) is tuple)
         model: Decoder = self._merge(weights)
         token_ids = jnp.where(x.fill_row >= 0, state.last_tokens[x.fill_row], x.token_ids)
         attend = paged_attention(self.model_config, x.plan)
@@ -291,14 +295,3 @@ class ModelRunner(interface.ModelRunner):
             lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
         )
         return sampling.Sampled(tokens, jnp.isfinite(logits_RV.sum(axis=-1)), *extra)
-
-
-class _Pending(interface.Pending):
-    def __init__(self, sampled: sampling.Sampled, batch: Batch) -> None:
-        self._sampled, self._batch = sampled, batch
-        self._result: Result | None = None
-
-    def result(self) -> Result:
-        if self._result is None:
-            self._result = interface.make_result(self._batch, *to_host(self._sampled))
-        return self._result

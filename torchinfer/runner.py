@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from common import interface
 from common.config import EngineConfig, ModelConfig
 from common.errors import BackendError
-from common.interface import Caps, KVGroup, Progress, Result
+from common.interface import Caps, KVGroup, Progress
 from common.platform import has_cxx_compiler
 from common.schedule.batch import Batch
 from common.weights.checkpoint import Checkpoint
@@ -64,26 +64,28 @@ class ModelRunner(interface.ModelRunner):
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.device = open_device(config.device, config.threads)
+        self.model: Any = None  # a Decoder once loaded
+        self.state: Any = None  # a State once allocated
         if config.compile and self.device.type == "cpu" and has_cxx_compiler() is None:
             raise BackendError("compile=true needs a C++ compiler and found none: install g++, set CXX, or use compile=false.")
 
     @property
     def caps(self) -> Caps:
-        config = self.config
-        return Caps(
-            backend="torch",
-            device=describe(self.device),
-            dtypes=("float32", "bfloat16"),
-            kernels=("framework",),
-            max_tokens=config.max_num_batched_tokens,
-            max_seqs=config.max_num_seqs,
-            max_model_len=self.max_model_len,
-            vocab_size=self.model_config.vocab_size,
-        )
+        return self._caps
 
     def load(self, checkpoint: Checkpoint, progress: Progress | None = None) -> None:
         self.model_config: ModelConfig = checkpoint.config
         self.max_model_len = self.config.model_len(checkpoint.config)
+        self._caps = Caps(
+            backend="torch",
+            device=describe(self.device),
+            dtypes=("float32", "bfloat16"),
+            kernels=("framework",),
+            max_tokens=self.config.max_num_batched_tokens,
+            max_seqs=self.config.max_num_seqs,
+            max_model_len=self.max_model_len,
+            vocab_size=self.model_config.vocab_size,
+        )
         self.model = load_model(checkpoint, self.config.dtype, self.max_model_len, self.device, progress)
         if self.device.type == "cpu" and not self.config.compile:
             _pack(self.model)
@@ -94,10 +96,7 @@ class ModelRunner(interface.ModelRunner):
                 block.combine = torch.compile(block.combine, dynamic=True)
 
     def kv_groups(self) -> tuple[KVGroup, ...]:
-        config = self.model_config
-        itemsize = getattr(torch, self.config.dtype).itemsize
-        token_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
-        return (KVGroup(layers=tuple(range(config.num_layers)), window=0, page_bytes=token_bytes * self.config.block_size),)
+        return interface.one_group(self.model_config, self.config)
 
     def allocate(self, pages_per_group: Sequence[int]) -> None:
         self._num_pages = pages_per_group[0]
@@ -105,21 +104,20 @@ class ModelRunner(interface.ModelRunner):
 
     def reset(self) -> None:
         config = self.config
-        self.__dict__.pop("state", None)  # the old pool goes before the new one comes
+        self._expect_open()
+        self.state = None  # the old pool goes before the new one comes
         cache = pages.make_cache(self.model_config, self._num_pages, config.block_size, config.dtype, self.device)
         self.state = State(cache, torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self.device))
 
     def warmup(self, progress: Progress | None = None) -> None:
         # Nothing is padded here: one small step and one full one leave no lazy set-up for later.
-        config = self.config
-        seqs = config.max_num_seqs
-        most = min(
-            config.max_num_batched_tokens, seqs - 1 + self.max_model_len
-        )  # the last sequence takes what the others leave
+        seqs = self.config.max_num_seqs
+        # The last sequence takes what the others leave of the budget, within its context.
+        most = min(self.config.max_num_batched_tokens, seqs - 1 + self.max_model_len)
         # A compiled step is specialised once more for a single token, and for two before it takes any number.
         shapes = (*((n, n) for n in (1, 2, 3) if n <= seqs), (most, seqs))
         for done, (tokens, seqs) in enumerate(shapes):
-            self.submit(_null_batch(tokens, seqs, config.block_size)).result()
+            self.submit(_null_batch(tokens, seqs, self.config.block_size)).result()
             if progress:
                 progress(done + 1, len(shapes), f"ran a step of {tokens} tokens")
 
@@ -128,13 +126,12 @@ class ModelRunner(interface.ModelRunner):
         return int(counters["stats"]["unique_graphs"])
 
     def submit(self, batch: Batch) -> interface.Pending:
-        if self.state is None:
-            raise BackendError("This runner is closed; make a new one.")
+        self._expect_open()
         with torch.inference_mode():
             if batch.copies.shape[1]:
                 pages.copy_pages(self.state.cache, to_device(batch.copies[0].astype(np.int64), self.device))
             self.state, sampled = self._step(self.state, to_device(self._inputs(batch), self.device))
-        return _Pending(sampled, batch)
+        return interface.Fetched(batch, lambda: to_host(sampled))
 
     def read_pages(self, group: int, pages_: Sequence[int]) -> dict[str, np.ndarray]:
         return pages.read_pages(self.state.cache, pages_)
@@ -143,7 +140,11 @@ class ModelRunner(interface.ModelRunner):
         self.state = self.state._replace(cache=pages.write_pages(self.state.cache, pages_, arrays))
 
     def close(self) -> None:
-        self.model, self.state = None, None  # type: ignore[assignment]
+        self.model, self.state = None, None
+
+    def _expect_open(self) -> None:
+        if self.model is None:
+            raise BackendError("This runner has no weights: load a checkpoint, or, if it is closed, make a new one.")
 
     def _inputs(self, batch: Batch) -> Inputs:
         owner = batch.logit_owner
@@ -223,14 +224,3 @@ def _pack(model: Decoder) -> None:
         if isinstance(module, Linear):
             packed = ops._reorder_linear_weight(module.weight.detach(), None)
             module.weight = torch.nn.Parameter(packed, requires_grad=False)
-
-
-class _Pending(interface.Pending):
-    def __init__(self, sampled: sampling.Sampled, batch: Batch) -> None:
-        self._sampled, self._batch = sampled, batch
-        self._result: Result | None = None
-
-    def result(self) -> Result:
-        if self._result is None:
-            self._result = interface.make_result(self._batch, *to_host(self._sampled))
-        return self._result
