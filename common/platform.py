@@ -127,7 +127,6 @@ def peak_rss() -> int:
 
 def has_cxx_compiler() -> str | None:
     """The path of the C++ compiler that torch.compile would find ($CXX, g++, clang++, c++), or None."""
-    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
-        if name and (path := shutil.which(name)):
-            return path
-    return None
+    if named := os.environ.get("CXX"):
+        return shutil.which(named)  # torch.compile looks no further
+    return next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)

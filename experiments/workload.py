@@ -7,6 +7,7 @@ Engines are handed token ids, so that no tokenizer stands between two of them.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Self
@@ -59,6 +60,10 @@ class WorkloadConfig:
     """Requests a second, arriving as a Poisson process; None lets all arrive at once."""
 
     def __post_init__(self) -> None:
+        expect(
+            isinstance(self.name, str) and re.fullmatch(r"[\w.-]+", self.name) is not None,
+            f"workload.name must be letters, digits, '.', '_' and '-', got {self.name!r}.",
+        )
         for name, low in (("num_requests", 1), ("prefix_len", 0), ("prefix_groups", 1)):
             value = getattr(self, name)
             expect(

@@ -295,7 +295,20 @@ def test_an_index_that_names_the_wrong_shard_is_refused(tmp_path: Path) -> None:
         open_checkpoint(directory)
 
 
-@pytest.mark.parametrize("index", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[]", "", "[" * 100_000])
+@pytest.mark.parametrize(
+    "index",
+    [
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {"a": 1}}',
+        '{"weight_map": {"a": ""}}',
+        '{"weight_map": {"a": "a\\u0000b"}}',
+        '{"weight_map": {"a": "' + "a" * 5000 + '"}}',
+        "[]",
+        "",
+        "[" * 100_000,
+    ],
+)
 def test_an_index_that_is_no_index_is_refused(index: str, tmp_path: Path) -> None:
     directory = shard(save(tmp_path / "model"))
     (directory / "model.safetensors.index.json").write_text(index)
@@ -394,6 +407,10 @@ def test_a_window_that_is_switched_off_does_not_count(architecture: str) -> None
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is set"),
         ({"architectures": ["Gemma3ForCausalLM"], "final_logit_softcapping": 30.0}, "final_logit_softcapping is set"),
         ({"architectures": ["Gemma3ForCausalLM"], "layer_types": ["full_attention"]}, "layer_types must name"),
+        ({"architectures": ["Gemma3ForCausalLM"], "layer_types": [{}, {}]}, "layer_types must name"),
+        ({"architectures": ["Gemma3ForCausalLM"], "query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be > 0"),
+        ({"architectures": ["Gemma3ForCausalLM"], "query_pre_attn_scalar": -4}, "query_pre_attn_scalar must be > 0"),
+        ({"eos_token_id": 99999}, "eos token ids must lie in the vocabulary"),
         ({"architectures": ["Gemma3ForCausalLM"], "sliding_window": None}, "sliding_window must be a positive integer"),
         ({"architectures": ["LlamaForCausalLm"]}, "Did you mean 'LlamaForCausalLM'"),
         ({"architectures": ["MambaForCausalLM"]}, ", ".join(ARCHITECTURES)),

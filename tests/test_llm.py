@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import common.llm
-from common.errors import BackendError, CheckpointError, ConfigError, RequestError
+from common.errors import BackendError, CheckpointError, ConfigError, RequestError, TandemError
 from common.llm import LLM, RequestOutput
 from common.request import Logprobs, Request, SamplingParams, Status, TokenEvent
 from common.text.output import Delta, OutputText
@@ -228,6 +228,16 @@ def test_a_closed_llm_says_so() -> None:
     llm.close()
     with pytest.raises(RequestError, match="closed"):
         llm.generate("the")
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_a_stream_of_a_closed_llm_ends_with_an_error_that_says_so(backend: str) -> None:
+    llm = LLM("tiny-llama", backend=backend, **SMALL)
+    stream = llm.stream("the", GREEDY)
+    next(stream)
+    llm.close()
+    with pytest.raises(TandemError, match="closed"):
+        list(stream)
 
 
 # ---- the text of one request, from events ---------------------------------------------------------------------------------

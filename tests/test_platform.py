@@ -92,6 +92,8 @@ def test_available_memory_and_the_name_of_the_processor_are_plausible() -> None:
 def test_the_compiler_is_the_one_that_is_named_or_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", sys.executable)
     assert has_cxx_compiler() == shutil.which(sys.executable)
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    assert has_cxx_compiler() is None  # even where there is another
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", "")
     assert has_cxx_compiler() is None

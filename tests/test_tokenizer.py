@@ -309,7 +309,7 @@ def test_a_directory_without_a_readable_tokenizer_is_refused(tmp_path: Path) -> 
             open_tokenizer(tmp_path)
     words("a b").save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="not JSON"):
+    with pytest.raises(CheckpointError, match="not readable as JSON"):
         open_tokenizer(tmp_path)
 
 

@@ -20,6 +20,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from common.errors import CheckpointError, RequestError, nearest_hint
 from common.weights.gguf_header import read_metadata
+from common.weights.hf import read_json
 
 MAX_FILE_BYTES = 1 << 28
 """Of a tokenizer.json; the largest vocabularies in use need about 2**25."""
@@ -181,7 +182,8 @@ def _from_directory(folder: Path) -> Tokenizer:
         inner = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises nothing narrower
         raise CheckpointError(f"{file} is not a tokenizer that this library reads: {error}.") from error
-    config = _read_json(folder / "tokenizer_config.json")
+    file = folder / "tokenizer_config.json"
+    config = read_json(file) if file.is_file() else {}
 
     def id_of(name: str) -> int | None:
         token = config.get(name)
@@ -209,18 +211,6 @@ def _directory_template(folder: Path, config: Mapping[str, Any]) -> str | None:
             case {"name": "default", "template": str(template)}:
                 return template
     return None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} must hold one JSON object.")
-    return content
 
 
 # ---- A GGUF file ----------------------------------------------------------------------------------------------------------

@@ -131,7 +131,8 @@ def _windows(data: Json, family: _Family, layers: int) -> tuple[int, ...]:
     elif kinds is None:
         first = _whole(data, "max_window_layers", 28)
         kinds = [_kind(i >= first) for i in range(layers)]
-    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {_kind(True), _kind(False)}:
+    known = _kind(True), _kind(False)
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
         raise ConfigError(f"layer_types must name {_kind(True)} or {_kind(False)} for each of {layers} layers, got {kinds!r}.")
     if family.name == "gemma3" and window < 1:
         raise ConfigError(f"sliding_window must be a positive integer, got {data.get('sliding_window')!r}.")

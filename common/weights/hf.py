@@ -115,6 +115,11 @@ def _expect_inside(path: Path, index_path: Path, shard: str) -> None:
     """A shard is a plain file name, and if it is a link it stays in the directory or in the hub cache around it."""
     root = path.resolve()
     homes = [root] + ([root.parent.parent] if root.parent.name == "snapshots" else [])
-    target = (path / shard).resolve()
-    if Path(shard).name != shard or not any(target.is_relative_to(home) for home in homes):
+    try:
+        target = (path / shard).resolve()
+        inside = shard and Path(shard).name == shard and any(target.is_relative_to(home) for home in homes)
+        target.exists()  # raises for a name that no file system takes
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{index_path} names a shard that is no file name: {shard[:80]!r} ({error}).") from error
+    if not inside:
         raise CheckpointError(f"{index_path} points outside its directory: {shard!r}. Do not trust this checkpoint.")

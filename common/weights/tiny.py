@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from common.errors import CheckpointError
 from common.weights.checkpoint import expected_shapes
 from common.weights.config_json import model_config_from_json
 
@@ -93,16 +93,15 @@ def write_tiny(name: str, directory: Path) -> Path:
     target = directory / f"{name}-v{_VERSION}"
     if target.exists():
         return target
-    work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=directory))
     try:
-        _write(RECIPES[name], work)
-        work.chmod(0o755)
-        os.rename(work, target)
-    except OSError:
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=directory) as scratch:
+            work = Path(scratch) / name
+            work.mkdir()
+            _write(RECIPES[name], work)
+            os.rename(work, target)
+    except OSError as error:
         if not target.exists():  # else another process was first, with the same bytes
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+            raise CheckpointError(f"{name} cannot be made in {directory} ({error}). Set TANDEM_CACHE to another.") from error
     return target
 
 

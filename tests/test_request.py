@@ -1,0 +1,49 @@
+"""Sampling values that cannot be served are refused as they are built."""
+
+import math
+from typing import Any
+
+import pytest
+
+from common.errors import RequestError
+from common.request import Request, SamplingParams
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("temperature", x) for x in (-0.1, math.nan, math.inf, 10**400, "hot", True, None)),
+        *(("top_p", x) for x in (0.0, -0.5, 1.0001, math.nan, "all")),
+        *(("min_p", x) for x in (-0.1, 1.1, math.nan)),
+        *(("top_k", x) for x in (-2, 1.5, 2**40, True)),
+        *(("max_tokens", x) for x in (0, -1, 2**31, 1.5, "10", True)),
+        *(("min_tokens", x) for x in (-1, 17, 0.5)),  # 17 exceeds the default cap
+        *(("seed", x) for x in (-1, 2**64, 1.0, "a")),
+        *(("logprobs", x) for x in (-1, 21, True)),
+        *(("stop", x) for x in (5, [""], [b"a"], ["a", None])),
+        *(("stop_token_ids", x) for x in (5, [-1], [1.0], [2**31])),
+        *((flag, "no") for flag in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize")),
+    ],
+)
+def test_a_sampling_value_that_cannot_be_served_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=name):
+        SamplingParams(**{name: value})
+
+
+def test_stop_takes_one_string_a_list_or_nothing() -> None:
+    nothing: Any = None
+    assert SamplingParams(stop="a").stop == ("a",)
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+    assert SamplingParams(stop=nothing, stop_token_ids=nothing) == SamplingParams()
+
+
+def test_a_misspelt_parameter_is_told_the_nearest() -> None:
+    with pytest.raises(RequestError, match="Did you mean 'temperature'"):
+        SamplingParams.of(temprature=1)
+
+
+def test_an_empty_prompt_or_name_is_refused() -> None:
+    with pytest.raises(RequestError, match="prompt is empty"):
+        Request(request_id="a", prompt_token_ids=())
+    with pytest.raises(RequestError, match="request_id"):
+        Request(request_id="", prompt_token_ids=(1,))
