@@ -5,7 +5,7 @@ Per backend and in float32. The yardstick is one schedule, every request alone, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import combinations, product
 from typing import Any, NamedTuple
@@ -174,11 +174,10 @@ def test_the_yardstick_is_right(backend: str) -> None:
             assert output[at] in drawn(request, output[:at])
 
 
-def schedules() -> Iterator[Any]:
+def schedules() -> list[Any]:
     few = covering()
-    yield from (pytest.param(schedule, id="-".join(map(str, schedule))) for schedule in few)
-    rest = [schedule for schedule in ALL if schedule not in few]
-    yield from (pytest.param(schedule, id="-".join(map(str, schedule)), marks=pytest.mark.accept) for schedule in rest)
+    named = lambda schedule, *marks: pytest.param(schedule, id="-".join(map(str, schedule)), marks=marks)  # noqa: E731
+    return [*map(named, few), *(named(schedule, pytest.mark.accept) for schedule in ALL if schedule not in few)]
 
 
 @pytest.mark.parametrize("schedule", schedules())
