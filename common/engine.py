@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -16,6 +16,7 @@ from common.config import EngineConfig
 from common.config import expect as expect_config
 from common.interface import Caps, InferenceEngine, ModelRunner, Pending, Progress, load_backend
 from common.request import Request, Status, TokenEvent, expect
+from common.schedule.batch import Batch
 from common.schedule.scheduler import Scheduler, Step
 from common.schedule.trace import record
 from common.weights.checkpoint import Checkpoint
@@ -26,10 +27,30 @@ MAX_POOL_BYTES = 2 << 30
 """Of KV pages, unless `num_blocks` asks for more."""
 
 
+class StepRecord(NamedTuple):
+    """What one step was asked to do, and when. How much work that is depends on the model, which an engine does not know."""
+
+    submitted: float
+    """On the clock of `perf_counter`, before the runner was called."""
+    landed: float
+    """When its result was on the host."""
+    logit_rows: int
+    """R"""
+    counts: np.ndarray
+    """int32[S]: new tokens of each sequence, each of which writes its K and V."""
+    kv_lengths: np.ndarray
+    """int32[S]: keys of each sequence once the step has run."""
+    shared: np.ndarray
+    """int32[S]: how many keys at its start lie in pages that a later sequence of the step has too."""
+
+
 class Engine(InferenceEngine):
     """Continuous batching over one runner that is loaded, allocated and warmed up. `num_pages` counts the null page; it may be
     less than the runner has. The engine owns the runner: `close` closes it.
     """
+
+    step_log: list[StepRecord] | None = None
+    """Set it to a list, and every step that lands is appended; whoever sets it sees to its growth."""
 
     def __init__(self, runner: ModelRunner, config: EngineConfig, *, num_pages: int) -> None:
         limit = min(config.max_model_len or runner.caps.max_model_len, runner.caps.max_model_len)
@@ -46,7 +67,7 @@ class Engine(InferenceEngine):
             seed=config.seed,
         )
         self._caps = replace(runner.caps, max_model_len=limit, max_seqs=self.scheduler.max_num_seqs)
-        self._in_flight: deque[tuple[Step, Pending]] = deque()
+        self._in_flight: deque[tuple[Step, Pending, float]] = deque()  # with when it was submitted
         self._events: list[TokenEvent] = []  # ends that no step brought: they go out with the next one
         self._counters = dict.fromkeys(
             ("steps", "num_resets", "prompt_tokens", "generation_tokens", "scheduled_tokens", "padded_tokens"), 0
@@ -91,7 +112,7 @@ class Engine(InferenceEngine):
         except BaseException as error:
             self._recover(step, error)
         else:
-            self._in_flight.append((step, pending))
+            self._in_flight.append((step, pending, begin))
         self._device_seconds += perf_counter() - begin
         self._counters["steps"] += 1
         self._counters["scheduled_tokens"] += step.batch.num_tokens
@@ -99,7 +120,7 @@ class Engine(InferenceEngine):
         self._counters["padded_tokens"] += self.caps.bucket(step.batch.num_tokens, chunked) - step.batch.num_tokens
 
     def _land(self) -> None:
-        step, pending = self._in_flight.popleft()
+        step, pending, submitted = self._in_flight.popleft()
         begin = perf_counter()
         try:
             result = pending.result()
@@ -108,6 +129,8 @@ class Engine(InferenceEngine):
             return
         now = perf_counter()
         self._device_seconds += now - begin
+        if self.step_log is not None:
+            self.step_log.append(record_step(step.batch, self.config.block_size, submitted, now))
         events = self.scheduler.update(step, result, now)
         self._counters["generation_tokens"] += sum(event.token_id is not None for event in events)
         self._events += events
@@ -165,6 +188,17 @@ class Engine(InferenceEngine):
 
     def close(self) -> None:
         self.runner.close()
+
+
+def record_step(batch: Batch, block_size: int, submitted: float, landed: float) -> StepRecord:
+    """The record of a step, in arrays of its own: a view would keep the whole batch alive."""
+    table = batch.page_table[0].ravel()  # groups share their page numbers
+    place = np.arange(len(table), dtype=np.int32)
+    last = np.empty(int(table.max(initial=0)) + 1, np.int32)
+    last[table] = place  # the last sequence that has a page; as they share prefixes, all but it share a prefix with another
+    shared = ((last[table] != place) & (table > 0)).reshape(batch.page_table[0].shape).sum(axis=1, dtype=np.int32)
+    counts = np.diff(batch.query_starts)
+    return StepRecord(submitted, landed, len(batch.logit_rows), counts, batch.kv_lengths.copy(), shared * block_size)
 
 
 def is_token(value: Any, vocab_size: int) -> bool:

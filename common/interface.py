@@ -93,6 +93,8 @@ class Result:
     """int32[n, k]: the k likeliest tokens, falling, ties to the lower id."""
     top_logprobs: np.ndarray | None = None
     """float32[n, k]"""
+    digests: np.ndarray | None = None
+    """uint32[R]: a digest of the bits of each row's raw logits, where the kernels compute one."""
 
 
 def make_result(
@@ -103,6 +105,7 @@ def make_result(
     ranks: np.ndarray | None,
     top_ids: np.ndarray | None,
     top_logprobs: np.ndarray | None,
+    digests: np.ndarray | None = None,
 ) -> Result:
     """The `Result` of a step that sampled one token for each logit row, from arrays by logit row, padded at the end."""
     rows = np.flatnonzero(batch.want & Want.SAMPLE)
@@ -110,7 +113,7 @@ def make_result(
     np.cumsum(np.bincount(batch.logit_owner[rows], minlength=batch.num_seqs), out=starts[1:])
     finite, tokens = finite[: len(batch.want)], tokens[rows].astype(np.int32, copy=False)
     if batch.num_top is None or logprobs is None or ranks is None or top_ids is None or top_logprobs is None:
-        return Result(tokens=tokens, token_starts=starts, finite=finite)
+        return Result(tokens=tokens, token_starts=starts, finite=finite, digests=digests)
     k = int(batch.num_top.max(initial=0))
     return Result(
         tokens=tokens,
@@ -120,6 +123,7 @@ def make_result(
         ranks=ranks[rows].astype(np.int32, copy=False),
         top_ids=top_ids[rows, :k].astype(np.int32, copy=False),
         top_logprobs=top_logprobs[rows, :k],
+        digests=digests,
     )
 
 

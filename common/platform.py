@@ -110,6 +110,17 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def cpu_features() -> str:
+    """The instruction sets that Linux says the processor has, or nothing where it does not tell."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return ""
+
+
 def peak_rss() -> int:
     """The most bytes of memory this process has held at once."""
     try:

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from common.config import EngineConfig, expect
 from common.errors import ConfigError, nearest_hint
+from experiments.isolate import interpreter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +36,14 @@ def engine_spec(options: DictConfig, label: str | None = None) -> EngineSpec:
 
 
 def engine_specs(config: DictConfig) -> list[EngineSpec]:
-    """Expand `engines`, a list of names or of mappings with a name: each takes its group's defaults, then its own options."""
-    entries = resolved(config)["engines"]
-    expect(
-        isinstance(entries, list) and len(entries) >= 1,
-        f"engines must be a list such as [jax,torch], got {entries!r}.",
-    )
+    """Expand `engines`, then `peers`: lists of names or of mappings with a name. Each takes its group's defaults, then its own
+    options. Raises `BackendError` for one that has no interpreter to run it."""
+    options = resolved(config)
+    engines, peers = options["engines"], options["peers"]
+    expect(isinstance(engines, list) and len(engines) >= 1, f"engines must be a list such as [jax,torch], got {engines!r}.")
+    expect(isinstance(peers, list), f"peers must be a list such as [vllm,llamacpp], or [] for none, got {peers!r}.")
     specs: list[EngineSpec] = []
-    for entry in entries:
+    for entry in engines + peers:
         options = {"name": entry} if isinstance(entry, str) else entry
         expect(
             isinstance(options, Mapping) and isinstance(options.get("name"), str),
@@ -57,6 +58,7 @@ def engine_specs(config: DictConfig) -> list[EngineSpec]:
             expect(key in known, f"Unknown option {key!r} of engine {name}.{hint} Known: {', '.join(known)}.")
         composed.merge_with(options)
         specs.append(engine_spec(composed, f"{name}-{count + 1}" if count else name))
+        interpreter(name)
     return specs
 
 
@@ -94,12 +96,17 @@ class MeasureConfig:
     budget_s: float
     warmup_requests: int
     warmup_output_len: int
+    limits_s: float
 
     def __post_init__(self) -> None:
         check_integers("measure", self, blocks=1, warmup_requests=0, warmup_output_len=1)
         expect(
             isinstance(self.budget_s, (int, float)) and self.budget_s >= 0,
             f"measure.budget_s must be a number of seconds ≥ 0, got {self.budget_s!r}.",
+        )
+        expect(
+            isinstance(self.limits_s, (int, float)) and 0 <= self.limits_s <= 60,
+            f"measure.limits_s must be a number of seconds in [0, 60], got {self.limits_s!r}.",
         )
 
 

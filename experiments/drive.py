@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Self
 
+import numpy as np
+
+from common.engine import Engine, StepRecord
 from common.errors import RequestError
 from common.interface import InferenceEngine
 from common.request import Logprobs, Request, SamplingParams, TokenEvent
@@ -58,6 +62,16 @@ class Window:
     """Seconds from the start to the last event."""
     stats: Mapping[str, float] = field(default_factory=dict)
     """By how much each counter of the engine rose."""
+    steps: tuple[StepRecord, ...] | None = None
+    """What the engine did, step by step; None of an engine that does not tell."""
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Self:
+        """The inverse of `dataclasses.asdict` and a trip through JSON."""
+        rows, steps = tuple(map(Row.of, record["rows"])), record["steps"]
+        if steps is not None:
+            steps = tuple(StepRecord(*step[:3], *(np.array(by_seq, np.int32) for by_seq in step[3:])) for step in steps)
+        return cls(rows, record["duration"], record["stats"], steps)
 
 
 def drive(engine: InferenceEngine, items: Sequence[Item], logprobs: int | None = None) -> Window:
@@ -79,21 +93,37 @@ def drive(engine: InferenceEngine, items: Sequence[Item], logprobs: int | None =
     events: list[list[TokenEvent]] = [[] for _ in items]
     gc.collect()  # garbage of the last window is not this one's to pay for
     before = numbers(engine.stats())
-    start = end = time.perf_counter()
-    while len(sent) < len(items) or engine.has_work:
-        now = time.perf_counter() - start
-        while len(sent) < len(items) and items[len(sent)].arrival <= now:
-            add_or_abort(engine, requests, len(sent))
-            sent.append(time.perf_counter() - start)
-        if not engine.has_work:
-            time.sleep(max(0.0, items[len(sent)].arrival - (time.perf_counter() - start)))
-            continue
-        for event in engine.step():
-            events[int(event.request_id)].append(event)
-            end = event.time
+    with step_log(engine) as log:
+        start = end = time.perf_counter()
+        while len(sent) < len(items) or engine.has_work:
+            now = time.perf_counter() - start
+            while len(sent) < len(items) and items[len(sent)].arrival <= now:
+                add_or_abort(engine, requests, len(sent))
+                sent.append(time.perf_counter() - start)
+            if not engine.has_work:
+                time.sleep(max(0.0, items[len(sent)].arrival - (time.perf_counter() - start)))
+                continue
+            for event in engine.step():
+                events[int(event.request_id)].append(event)
+                end = event.time
     after = numbers(engine.stats())
     rows = tuple(row(number, item, sent[number], events[number], start) for number, item in enumerate(items))
-    return Window(rows, end - start, {name: value - before.get(name, 0) for name, value in after.items()})
+    counters = {name: value - before.get(name, 0) for name, value in after.items()}
+    return Window(rows, end - start, counters, None if log is None else tuple(log))
+
+
+@contextlib.contextmanager
+def step_log(engine: InferenceEngine) -> Iterator[list[StepRecord] | None]:
+    """A list that grows by each step while the block runs; None for an engine that keeps no such log."""
+    if not isinstance(engine, Engine):
+        yield None
+        return
+    log: list[StepRecord] = []
+    engine.step_log = log
+    try:
+        yield log
+    finally:
+        engine.step_log = None
 
 
 def add_or_abort(engine: InferenceEngine, requests: Sequence[Request], number: int) -> None:

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib import import_module, util
 from pathlib import Path
@@ -30,12 +30,18 @@ from common import errors
 from common.config import EngineConfig
 from common.interface import InferenceEngine, Progress
 from common.platform import cores, peak_rss
-from common.weights.checkpoint import open_checkpoint
-from experiments.drive import Row, Window, drive
+from common.weights.checkpoint import Checkpoint, open_checkpoint
+from experiments.convert import gguf_file, hugging_face_directory
+from experiments.drive import Window, drive
 from experiments.workload import Item, Workload
 
 if TYPE_CHECKING:
     from experiments.config import EngineSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+PEERS: Mapping[str, Callable[[Checkpoint, str], Path]] = {"llamacpp": gguf_file, "vllm": hugging_face_directory}
+"""Engines with requirements that ours cannot share: each runs in an environment of its own, `.venv-<name>`, and is given the
+checkpoint in the form, and in the dtype, that it reads."""
 
 Message = dict[str, Any]
 MAX_FRAME = 1 << 30
@@ -65,6 +71,20 @@ def read_frame(stream: IO[bytes]) -> Message | None:
     return json.loads(data) if len(data) == length else None
 
 
+def interpreter(name: str) -> Path:
+    """The Python that runs engine `name`: this one, or that of a peer's environment, which `make peers` puts into the root of
+    the repository ($TANDEM_PEERS names another folder). Raises `BackendError` if there is none."""
+    if name not in PEERS:
+        return Path(sys.executable)
+    python = Path(os.environ.get("TANDEM_PEERS") or ROOT) / f".venv-{name}" / "bin" / "python"
+    if not python.exists():
+        raise errors.BackendError(
+            f"engine={name} runs in an environment of its own, and there is no {python}. Run: make peers. "
+            "(TANDEM_PEERS names another folder to look in.)"
+        )
+    return python.absolute()
+
+
 class IsolatedEngine:
     """The parent's handle on one engine's process. Use as a context manager."""
 
@@ -74,21 +94,23 @@ class IsolatedEngine:
         self._log = log
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "experiments.isolate"],
+                [interpreter(spec.name), "-m", "experiments.isolate"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                env=os.environ | thread_settings(spec.config.threads or cores()),
+                env=os.environ | thread_settings(spec.config.threads or cores()) | module_settings(spec.name),
             )
 
     def load(self, model: Path, progress: Progress | None = None) -> Message:
-        """Build the engine. Returns `load_s` and `warmup_s` and what it can do."""
+        """Build the engine. Returns `load_s` and `warmup_s` and what it can do. A peer's weights are converted here, once, so
+        that neither its times nor its memory include that."""
+        if self.spec.name in PEERS:
+            model = PEERS[self.spec.name](open_checkpoint(model), self.spec.config.dtype)
         return self._call("load", progress, name=self.spec.name, model=str(model), config=asdict(self.spec.config))
 
     def run(self, workload: Workload, logprobs: int | None = None) -> Window:
         """One window, from an empty prefix cache."""
-        answer = self._call("run", items=[asdict(item) for item in workload.items], logprobs=logprobs)
-        return Window(tuple(Row.of(row) for row in answer["rows"]), answer["duration"], answer["stats"])
+        return Window.of(self._call("run", items=[asdict(item) for item in workload.items], logprobs=logprobs))
 
     def peak_rss_mb(self) -> float:
         return float(self._call("peak_rss_mb")["value"])
@@ -154,6 +176,11 @@ def thread_settings(threads: int) -> dict[str, str]:
     }
 
 
+def module_settings(name: str) -> dict[str, str]:
+    """Where a peer's Python finds our modules, and nothing else of this process's."""
+    return {"PYTHONPATH": str(ROOT)} if name in PEERS else {}
+
+
 # The child.
 
 
@@ -162,12 +189,12 @@ def build(name: str, model: str, config: EngineConfig, progress: Progress) -> In
     checkpoint = open_checkpoint(model)
     if name.isidentifier() and util.find_spec(f"experiments.baselines.{name}"):
         try:
-            module = import_module(f"experiments.baselines.{name}")
+            engine: InferenceEngine = import_module(f"experiments.baselines.{name}").build_engine(checkpoint, config, progress)
         except ModuleNotFoundError as error:
+            remedy = "make peers" if name in PEERS else "pip install -e '.[baselines]'"
             raise errors.BackendError(
-                f"engine={name} needs the package {error.name!r}, which is not installed. Run: pip install -e '.[baselines]'"
+                f"engine={name} needs the package {error.name!r}, which is not installed. Run: {remedy}"
             ) from error
-        engine: InferenceEngine = module.build_engine(checkpoint, config, progress)
         return engine
     from common.engine import build_engine
 

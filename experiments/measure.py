@@ -19,6 +19,7 @@ from experiments.drive import Window
 from experiments.isolate import IsolatedEngine
 from experiments.metrics import contaminations, summarize
 from experiments.report import Narrator
+from experiments.roofline import Limits, better, efficiency, measure_limits
 from experiments.workload import Workload, WorkloadConfig, draw, known_options
 
 Engine = TypeVar("Engine")
@@ -78,15 +79,29 @@ def measure(plan: Plan, directory: Path, narrator: Narrator) -> tuple[dict[str, 
         engines = [stack.enter_context(IsolatedEngine(spec, directory / f"{spec.label}.log")) for spec in plan.engines]
         figures = {engine.spec.label: prepare(engine, plan, narrator) for engine in engines}
         windows: dict[str, list[Window]] = {engine.spec.label: [] for engine in engines}
+        before = machine_limits(plan, narrator)
         for number, order in blocks(engines, plan.measure):
             for engine in order:
                 narrator.say(f"block {number + 1} of {plan.measure.blocks}: {engine.spec.label}")
                 windows[engine.spec.label].append(engine.run(plan.workload))
+        after = machine_limits(plan, narrator)
+        limits = better(before, after) if before and after else None
         for engine in engines:
-            label = engine.spec.label
-            figures[label] |= summarize(windows[label]) | {"peak_rss_mb": engine.peak_rss_mb()}
+            label, mine = engine.spec.label, windows[engine.spec.label]
+            figures[label] |= summarize(mine) | {"peak_rss_mb": engine.peak_rss_mb()}
+            here = limits if figures[label]["device"] == "cpu" else None  # another device has limits of its own
+            figures[label] |= efficiency(mine, plan.checkpoint.config, engine.spec.config.dtype, here)
+            figures[label]["limits"] = before and after and {"before": before.summary(), "after": after.summary()}
             figures[label]["contaminated"] = contaminations(figures[label], plan.shares_prefixes)
     return figures, windows
+
+
+def machine_limits(plan: Plan, narrator: Narrator) -> Limits | None:
+    """What the machine can do while its engines are idle; None if the plan leaves it out."""
+    if not plan.measure.limits_s:
+        return None
+    narrator.say("measuring the machine's limits")
+    return measure_limits(plan.measure.limits_s)
 
 
 def prepare(engine: IsolatedEngine, plan: Plan, narrator: Narrator) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from experiments.drive import Row, Window
 
 BUSY = 0.05
 """Share of the processors' time above which other programs spoil a measurement: compute threads wait for each other."""
+LIMITED = ("roofline", "mbu", "mfu", "decode_roofline", "decode_mbu", "prefill_mfu")
+"""Figures that cannot be above 1 (see `experiments.roofline`)."""
 
 
 def summarize(windows: Sequence[Window]) -> dict[str, Any]:
@@ -99,6 +101,9 @@ def contaminations(figures: Mapping[str, Any], shares_prefixes: bool) -> list[st
         reasons.append(f"{figures['failed']} requests failed")
     if figures["foreign_cpu_share"] > BUSY and figures["duration"] > 1.0:  # the clock of this figure is coarse
         reasons.append(f"other programs used {figures['foreign_cpu_share']:.0%} of the processors")
+    for name in LIMITED:
+        if (share := figures.get(name) or 0.0) > 1:
+            reasons.append(f"invalid: {name} is {share:.2f}, above what the machine was measured to be capable of")
     if figures["prefix_cache_hit_rate"] > 0.01 and not shares_prefixes:
         reasons.append(f"{figures['prefix_cache_hit_rate']:.0%} of prompt tokens came from a cache that should be cold")
     return reasons

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from common.config import EngineConfig, ModelConfig
 from common.engine import Engine
 from common.interface import ModelRunner, load_backend
+from common.kernels.cpu.step import pack_step
 from common.request import SamplingParams
 from common.schedule.batch import VIEWS, Batch
 from common.schedule.rows import Rows
@@ -80,7 +81,8 @@ def shared_runner(backend: str, model: str | Path, pages: int, config: EngineCon
 
 def engine_config(**options: Any) -> EngineConfig:
     """Small numbers, so that few shapes are compiled."""
-    small = {"dtype": "float32", "device": "cpu", "threads": THREADS, "max_num_seqs": 8, "max_num_batched_tokens": 64}
+    small = {"dtype": "float32", "kernels": "framework", "device": "cpu", "threads": THREADS}
+    small |= {"max_num_seqs": 8, "max_num_batched_tokens": 64}
     return EngineConfig(**(small | {"max_model_len": 256} | options))
 
 
@@ -195,3 +197,71 @@ def paged_logits(
         for (i, start, count), at in zip(step, batch.query_starts, strict=False):
             out[i][start : start + count] = host[at : at + count]
     return out
+
+
+def native_logits(
+    backend: str,
+    path: str | Path,
+    prompts: Sequence[Sequence[int]],
+    steps: Sequence[Sequence[tuple[int, int, int]]],
+    dtype: str = "float32",
+    page_size: int = 16,
+    rubbish: float = 0.0,
+) -> list[np.ndarray]:
+    """As `paged_logits`, by the native kernels of the backend. `rubbish` fills every slot of the pool beforehand."""
+    kernels, config = part(backend, "kernels"), checkpoint(path).config
+    pages = sum(-(-len(prompt) // page_size) for prompt in prompts) + 1
+    packer = Packer(pages, page_size)
+    rows = [packer.add(prompt) for prompt in prompts]
+    weights = native_weights(backend, path, dtype)
+    cache = kernels.make_cache(config, pages, page_size, dtype)
+    last = np.zeros(len(prompts), np.int32)
+    state = part(backend, "step").State(jax.tree.map(lambda pool: _filled(backend, pool, rubbish), cache), last)
+    state = state._replace(last_tokens=part(backend, "arrays").to_device(last, device(backend)))
+    out = [np.full((len(prompt), config.vocab_size), np.nan, np.float32) for prompt in prompts]
+    for plan in steps:
+        batch = packer.step([(rows[i], start, count) for i, start, count in plan])
+        owner = np.repeat(np.arange(batch.num_seqs), np.diff(batch.query_starts))
+        every = {"logit_rows": np.arange(batch.num_tokens), "logit_owner": owner, "want": np.ones(batch.num_tokens)}
+        batch = Batch.pack(**({name: getattr(batch, name) for name in VIEWS} | every))
+        logits, state = _native_step(backend, path)(weights, state, pack_step(batch), batch.num_tokens)
+        host = part(backend, "arrays").to_host(logits)
+        for (i, start, count), at in zip(plan, batch.query_starts, strict=False):
+            out[i][start : start + count] = host[at : at + count]
+    return out
+
+
+@cache
+def native_weights(backend: str, path: str | Path, dtype: str) -> Any:
+    """A checkpoint packed for the native kernels of the backend."""
+    kernels = part(backend, "kernels")
+    kernels.open_library()
+    return kernels.load_weights(checkpoint(path), dtype, 1024)
+
+
+@cache
+def _native_step(backend: str, path: str | Path) -> Callable[..., Any]:
+    """(weights, state, packed step, tokens) → logits of every token, and the state."""
+    kernels, config = part(backend, "kernels"), checkpoint(path).config
+    if backend == "jax":
+        run = lambda weights, state, step, tokens: kernels.forward(config, weights, state, step, tokens, tokens)  # noqa: E731
+        return jax.jit(run, static_argnums=3)
+
+    def eager(weights: Any, state: Any, step: np.ndarray, tokens: int) -> tuple[Any, Any]:
+        return kernels.forward(config, weights, state, to_tensor(step), tokens, tokens), state
+
+    return eager
+
+
+def to_tensor(array: np.ndarray) -> Any:
+    """As it is, integers stay int32."""
+    return part("torch", "arrays").to_device(array, device("torch"))
+
+
+def _filled(backend: str, pool: Any, value: float) -> Any:
+    """A pool of the same shape full of `value`; bfloat16 of JAX's is kept as integers."""
+    if backend == "torch":
+        return pool.fill_(value)
+    if pool.dtype == np.uint16:
+        return jax.numpy.full(pool.shape, np.asarray(value, jax.numpy.bfloat16).view(np.uint16))
+    return jax.numpy.full(pool.shape, value, pool.dtype)

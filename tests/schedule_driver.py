@@ -98,7 +98,7 @@ def check_sequences(scheduler: Scheduler) -> None:
 def check_in_flight(engine: Engine) -> None:
     """What a step in flight writes is nobody else's, and is not offered to anybody (P5, P7, P16)."""
     scheduler, pool = engine.scheduler, engine.scheduler.pool
-    for step, _ in engine._in_flight:
+    for step, *_ in engine._in_flight:
         batch = step.batch
         slots = batch.slots[0].tolist()
         require(len(set(slots)) == len(slots), "two tokens of a step have one slot")

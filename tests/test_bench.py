@@ -380,6 +380,7 @@ SMALL = (
     "workload=fixed",
     "workload.num_requests=3",
     "workload.output_len=5",
+    "measure.limits_s=0",
 )
 
 
@@ -424,9 +425,11 @@ def test_bench_takes_a_path_for_a_model(
         ("seed=-1", "seed"),
         ("seed=[", "override"),
         ("threads=0", "threads"),
-        ("kernels=native", "framework"),
+        ("kernels=nativ", "native"),
         ("measure.blocks=0", "measure.blocks must be an integer ≥ 1"),
         ("measure.budget_s=soon", "measure.budget_s"),
+        ("measure.limits_s=soon", "measure.limits_s"),
+        ("measure.limits_s=.inf", "measure.limits_s"),
         ("workload.num_requests=0", "workload.num_requests"),
         ("workload.prompt_len=600", "serves 512"),
         ("engine.block_size=3", "power of two"),

@@ -14,12 +14,19 @@ from experiments.measure import blocks
 from tests.history_backend import ROOT, command, history, last_line
 
 __all__ = ["history"]
-SMALL = ("model=tiny-llama", "workload=fixed", "workload.num_requests=3", "workload.output_len=5", "correctness.output_len=4")
+SMALL = (
+    "model=tiny-llama",
+    "workload=fixed",
+    "workload.num_requests=3",
+    "workload.output_len=5",
+    "correctness.output_len=4",
+    "measure.limits_s=0",
+)
 
 
 def order(count: int, budget_s: float = 60.0, cost_s: float = 0.0) -> str:
     """Which engine runs when, on a clock that a round advances by `cost_s`."""
-    config = MeasureConfig(blocks=count, budget_s=budget_s, warmup_requests=0, warmup_output_len=1)
+    config = MeasureConfig(blocks=count, budget_s=budget_s, warmup_requests=0, warmup_output_len=1, limits_s=0.0)
     run: list[str] = []
     for _, engines in blocks(["A", "B"], config, lambda: len(run) / 2 * cost_s):
         run.extend(engines)

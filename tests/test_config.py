@@ -28,7 +28,7 @@ YARN = {"scaling": "yarn", "factor": 4.0, "original_max_position": 32}
     ("option", "value"),
     [
         ("dtype", "float16"),
-        ("kernels", "native"),
+        ("kernels", "nativ"),
         ("device", None),
         ("device", ["cpu"]),
         ("compile", "yes"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
@@ -113,6 +114,43 @@ def test_the_prefix_cache_counts_tokens_of_first_admissions() -> None:
     engine.run([request("b")])
     stats = engine.stats()
     assert (stats["prefix_cache_queries"], stats["prefix_cache_hits"]) == (20, 8)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_log_holds_each_step_that_landed_and_none_is_kept_unasked(depth: int) -> None:
+    engine, runner = make_engine(depth=depth)
+    engine.run([request("before")])
+    assert engine.step_log is None
+    engine.step_log = log = []
+    before, runner.batches = engine.stats(), []
+    engine.run([request(str(i), range(i, i + 13)) for i in range(10)])
+    assert len(log) == len(runner.batches) == engine.stats()["steps"] - before["steps"]
+    tokens = sum(int(record.counts.sum()) for record in log)
+    assert tokens == engine.stats()["scheduled_tokens"] - before["scheduled_tokens"]
+    for record, batch in zip(log, runner.batches, strict=True):
+        assert record.counts.tolist() == np.diff(batch.query_starts).tolist()
+        assert record.kv_lengths.tolist() == batch.kv_lengths.tolist() and record.logit_rows == len(batch.logit_rows)
+        assert not any(np.shares_memory(array, batch.buffer) for array in record[3:])
+        assert record.submitted < record.landed
+    assert [record.landed for record in log] == sorted(record.landed for record in log)
+
+
+def test_a_step_that_raised_is_not_in_the_log() -> None:
+    engine, runner = make_engine()
+    engine.step_log = log = []
+    engine.add(request("r", max_tokens=3))
+    runner.fail_result = RuntimeError("injected")
+    drain(engine)
+    assert engine.stats()["num_resets"] == 1 and engine.stats()["steps"] == 4
+    assert [record.counts.tolist() for record in log] == [[10], [1], [1]]
+
+
+def test_the_log_says_how_many_leading_keys_a_later_sequence_has_too() -> None:
+    engine, _ = make_engine()
+    engine.run([request("first", range(12))])
+    engine.step_log = log = []
+    engine.run([request(name, [*range(length), 50, 51]) for name, length in (("a", 12), ("b", 8), ("c", 0), ("d", 4))])
+    assert [record.shared.tolist() for record in log[-1:]] == [[8, 4, 0, 0]]
 
 
 # ── ends ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────

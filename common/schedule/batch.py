@@ -165,6 +165,29 @@ class Batch:
                     raise BatchError(f"View {name!r} of a batch has {size} along {axis}, others have {sizes[axis]}.")
 
 
+def null_batch(tokens: int, seqs: int, page_size: int) -> Batch:
+    """A step of `seqs` sequences on the null page: all decodes but the last, which takes the rest of `tokens`."""
+    counts = np.array([1] * (seqs - 1) + [tokens - seqs + 1], np.int32)
+    starts = np.concatenate(([0], np.cumsum(counts)))
+    rows = np.arange(seqs)
+    return Batch.pack(
+        token_ids=np.zeros(tokens),
+        positions=np.concatenate([np.arange(count) for count in counts]),
+        query_starts=starts,
+        kv_lengths=counts,
+        num_decodes=[int((counts == 1).sum())],
+        rows=rows,
+        page_table=np.zeros((1, seqs, -(-int(counts.max()) // page_size))),
+        slots=np.zeros((1, tokens)),
+        copies=np.zeros((1, 0, 2)),
+        fill_at=[],
+        fill_row=[],
+        logit_rows=starts[1:] - 1,
+        logit_owner=rows,
+        want=np.ones(seqs),
+    )
+
+
 @lru_cache(maxsize=1024)
 def _layout(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> tuple[np.ndarray, tuple[tuple[np.dtype, int], ...], int]:
     """The header bytes, the dtype and offset of each view, and the size of a batch; steady decoding asks for the same again."""

@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, DynamicCache, GgufConfig, PreTrai
 from transformers.utils import logging
 
 from common.config import EngineConfig, expect
-from common.errors import CheckpointError, RequestError
+from common.errors import CheckpointError
 from common.interface import Caps, InferenceEngine, Progress
 from common.platform import choose, cores
 from common.request import Logprobs, Request, Status, TokenEvent
+from experiments.baselines.greedy import check_request
 
 if TYPE_CHECKING:
     from common.weights.checkpoint import Checkpoint
@@ -153,20 +154,8 @@ class HuggingFaceEngine(InferenceEngine):
         return self._caps
 
     def add(self, request: Request) -> None:
-        params, prompt = request.params, request.prompt_token_ids
-        where = f"Request {request.request_id!r}"
-        if not params.greedy or not params.ignore_eos or params.stop or params.stop_token_ids or params.max_tokens is None:
-            raise RequestError(f"{where}: engine=hf takes greedy requests with ignore_eos=True, max_tokens and no stops.")
-        if not all(0 <= token < self._caps.vocab_size for token in prompt):
-            raise RequestError(f"{where}: token ids must lie in [0, {self._caps.vocab_size}).")
-        if len(prompt) + params.max_tokens > self._caps.max_model_len:
-            raise RequestError(
-                f"{where}: {len(prompt)} prompt and {params.max_tokens} output tokens exceed "
-                f"max_model_len={self._caps.max_model_len}."
-            )
         live = [r.request_id for r in self._waiting] + [s.request.request_id for s in self._slots() if s.open]
-        if request.request_id in live:
-            raise RequestError(f"{where} is still live; give each request an id of its own.")
+        check_request(request, self._caps, live)
         self._waiting.append(request)
 
     def step(self, timeout: float | None = None) -> list[TokenEvent]:

@@ -1,0 +1,1 @@
+"""Native kernels: one source for both frameworks."""

@@ -1,0 +1,372 @@
+// Attention of packed tokens over pages, softmax block by block with a running maximum and sum (Dao et al. 2022,
+// arXiv:2205.14135, §3.1).
+//
+// K lies as [K, pages, H / PAIR, B, PAIR], V as [K, pages, B / PAIR, H', PAIR], H' being H rounded up to sixteen: so sixteen keys'
+// scores, and sixteen dimensions of the output, are one register each. Blocks of 64 keys and partitions of 512 are absolute
+// positions in the sequence, and each partition has a maximum and a sum of its own: decode and prefill, alone or in company, cut
+// in parts or not, do the same arithmetic in the same order.
+#pragma once
+
+#include <vector>
+
+#include "pool.h"
+#include "step.h"
+
+namespace tandem {
+
+constexpr int BLOCK = 64, PARTITION = 512, SUB = BLOCK / LANES, AHEAD = 2;
+constexpr float MASKED = -1e30f;
+
+constexpr int padded(int n) { return (n + LANES - 1) / LANES * LANES; }
+
+// One layer's pages.
+template <class E>
+struct Pages {
+  using T = typename E::T;
+  T *k, *v;
+  int kv_heads, pages, page, head_dim;  // K, pages, B, H
+
+  size_t k_page() const { return size_t(page) * head_dim; }
+  size_t v_page() const { return size_t(page) * padded(head_dim); }
+
+  // The groups of one dimension pair of keys 16 * i of a page start at this plus pair * page * PAIR.
+  T* keys(int head, int page_id, int at) const {
+    return k + (size_t(head) * pages + page_id) * k_page() + size_t(at) * E::PAIR;
+  }
+  // The groups of key pair `at / PAIR`.
+  T* values(int head, int page_id, int at) const {
+    return v + (size_t(head) * pages + page_id) * v_page() + size_t(at) * padded(head_dim);
+  }
+  // The cache lines that `put` will write.
+  void fetch(int head, int slot) const {
+    const int id = slot / page, at = slot % page;
+    const T* to = keys(head, id, at);
+    for (int h = 0; h < head_dim; h += E::PAIR, to += size_t(page) * E::PAIR) __builtin_prefetch(to, 1, 2);
+    const char* row = (const char*)values(head, id, at / E::PAIR * E::PAIR);
+    for (size_t i = 0; i < padded(head_dim) * E::PAIR * sizeof(T); i += 64) __builtin_prefetch(row + i, 1, 2);
+  }
+  // Write one token's head, head_dim elements each.
+  void put(int head, int slot, const T* key, const T* value) const {
+    constexpr int G = E::PAIR;
+    const int id = slot / page, at = slot % page;
+    T* to = keys(head, id, at);
+    for (int h = 0; h < head_dim; h += G, to += size_t(page) * G) std::memcpy(to, key + h, sizeof(T) * G);
+    to = values(head, id, at / G * G) + at % G;
+    for (int h = 0; h < head_dim; ++h) to[h * G] = value[h];
+  }
+};
+
+// What one query head of one token has gathered in one partition: the maximum of its scores, in units of log 2, and the sum of
+// their powers of 2, lane by lane.
+struct Partial {
+  float peak;
+  V total;
+};
+
+// Scratch of one tile, grown once and kept by its thread.
+template <class E>
+struct Tile {
+  std::vector<typename E::T> q, p;
+  std::vector<float> s, acc;
+  std::vector<Partial> partials;
+  std::vector<int> position;
+
+  void fit(int rows, int head_dim, int partitions) {
+    auto grow = [](auto& v, size_t n) { if (v.size() < n) v.resize(n); };
+    grow(q, size_t(rows) * head_dim);
+    grow(p, size_t(rows) * BLOCK);
+    grow(s, size_t(rows) * BLOCK);
+    grow(acc, size_t(rows) * padded(head_dim) * partitions);
+    grow(partials, size_t(rows) * partitions);
+    grow(position, rows);
+  }
+};
+
+// s[r][64] = q[r] · k of one block: R rows, keys in four groups of sixteen.
+template <class E, int R>
+inline void scores(const typename E::T* q, int head_dim, const typename E::T* const* k, const typename E::T* const* next,
+                   size_t stride, float* s) {
+  V acc[R][SUB];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int j = 0; j < SUB; ++j) acc[r][j] = V{};
+  for (int h = 0; h < head_dim / E::PAIR; ++h) {
+    typename E::Vec b[SUB];
+#pragma GCC unroll 16
+    for (int j = 0; j < SUB; ++j) b[j] = E::vec(k[j] + h * stride);
+    if (next)
+      for (int j = 0; j < SUB; ++j) prefetch_once(next[j] + h * stride);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+      for (int j = 0; j < SUB; ++j) acc[r][j] = E::madd(acc[r][j], q + r * head_dim + h * E::PAIR, b[j]);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int j = 0; j < SUB; ++j) store(s + r * BLOCK + j * LANES, acc[r][j]);
+}
+
+// acc[r][16 * C] += p[r][:keys] v: R rows, C registers of dimensions.
+template <class E, int R, int C>
+inline void weigh(const typename E::T* p, int keys, const typename E::T* const* v, const typename E::T* const* next, int width,
+                  float* acc) {
+  constexpr int G = E::PAIR;
+  V sum[R][C];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) sum[r][c] = load(acc + r * width + c * LANES);
+  for (int i = 0; i < keys; i += G) {
+    const auto* row = v[i / LANES] + size_t(i % LANES) * width;
+    typename E::Vec b[C];
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) {
+      b[c] = E::vec(row + c * LANES * G);
+      if (i + 1 == keys) b[c] = E::first(b[c]);  // no token has written the other of the pair yet
+    }
+    if (next)
+      for (int c = 0; c < C; ++c) prefetch_once(next[i / LANES] + size_t(i % LANES) * width + c * LANES * G);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c) sum[r][c] = E::madd(sum[r][c], p + r * BLOCK + i, b[c]);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c) store(acc + r * width + c * LANES, sum[r][c]);
+}
+
+// One block of keys for all rows of a tile.
+template <class E>
+inline void attend_block(Tile<E>& tile, int rows, int head_dim, const typename E::T* const* k, const typename E::T* const* v,
+                         const typename E::T* const* next_k, const typename E::T* const* next_v, size_t k_stride, int first,
+                         int keys, int window, float scale, Partial* partials, float* acc) {
+  const int width = padded(head_dim);
+  for (int r = 0; r < rows;) {
+    const auto* q = tile.q.data() + size_t(r) * head_dim;
+    float* s = tile.s.data() + size_t(r) * BLOCK;
+    const auto* const* next = r == 0 ? next_k : nullptr;
+    switch (rows - r) {
+      case 1: scores<E, 1>(q, head_dim, k, next, k_stride, s), r += 1; break;
+      case 2: scores<E, 2>(q, head_dim, k, next, k_stride, s), r += 2; break;
+      case 3: scores<E, 3>(q, head_dim, k, next, k_stride, s), r += 3; break;
+      case 4: scores<E, 4>(q, head_dim, k, next, k_stride, s), r += 4; break;
+      case 5: scores<E, 5>(q, head_dim, k, next, k_stride, s), r += 5; break;
+      default: scores<E, 6>(q, head_dim, k, next, k_stride, s), r += 6;
+    }
+  }
+  I lane;
+  for (int i = 0; i < LANES; ++i) lane[i] = i;
+  const V low = set1(MASKED);
+  for (int r = 0; r < rows; ++r) {
+    const int last = tile.position[r], from = window ? last - window + 1 : 0;
+    const bool whole = last >= first + BLOCK - 1 && from <= first;
+    V x[SUB];
+    I seen[SUB];
+    for (int j = 0; j < SUB; ++j) {
+      x[j] = load(&tile.s[size_t(r) * BLOCK + j * LANES]) * scale;
+      const I key = lane + (first + j * LANES);
+      seen[j] = whole ? ~I{} : (I)((key <= last) & (key >= from));
+      if (!whole) x[j] = select(seen[j], x[j], low);
+    }
+    Partial& partial = partials[r];
+    const float peak = std::fmax(partial.peak, max(max(max(x[0], x[1]), max(x[2], x[3]))));
+    const V decay = exp2(set1(partial.peak - peak));
+    auto* p = tile.p.data() + size_t(r) * BLOCK;
+    V total = partial.total * decay;
+    for (int j = 0; j < SUB; ++j) {
+      V e = exp2(x[j] - peak);
+      if (!whole) e = select(seen[j], e, V{});
+      E::put(p + j * LANES, e);
+      total = total + E::get(p + j * LANES);  // as rounded, so that the weights add up to one
+    }
+    partial.total = total;
+    if (partial.peak != peak)
+      for (int h = 0; h < width; h += LANES) store(acc + size_t(r) * width + h, load(acc + size_t(r) * width + h) * decay);
+    partial.peak = peak;
+  }
+  for (int h = 0; h < width; h += 4 * LANES) {
+    const int columns = (width - h) / LANES < 4 ? (width - h) / LANES : 4;
+    const typename E::T *values[SUB], *after[SUB];
+    for (int j = 0; j < SUB; ++j) values[j] = v[j] + size_t(h) * E::PAIR, after[j] = next_v ? next_v[j] + size_t(h) * E::PAIR : nullptr;
+    for (int r = 0; r < rows;) {
+      const auto* p = tile.p.data() + size_t(r) * BLOCK;
+      float* out = acc + size_t(r) * width + h;
+      const auto* const* next = r == 0 && next_v ? after : nullptr;
+      const int left = rows - r;
+#define TANDEM_WEIGH(R, C) weigh<E, R, C>(p, keys, values, next, width, out)
+#define TANDEM_COLUMNS(R) \
+  columns == 4 ? TANDEM_WEIGH(R, 4) : columns == 3 ? TANDEM_WEIGH(R, 3) : columns == 2 ? TANDEM_WEIGH(R, 2) : TANDEM_WEIGH(R, 1)
+      if (left >= 6) TANDEM_COLUMNS(6), r += 6;
+      else if (left >= 4) TANDEM_COLUMNS(4), r += 4;
+      else if (left == 3) TANDEM_COLUMNS(3), r += 3;
+      else if (left == 2) TANDEM_COLUMNS(2), r += 2;
+      else TANDEM_COLUMNS(1), r += 1;
+#undef TANDEM_COLUMNS
+#undef TANDEM_WEIGH
+    }
+  }
+}
+
+// A run of query tokens of one sequence with one key and value head.
+struct Run {
+  int seq, head, token, count;  // its first token, among all of the step
+  int begin, end;               // partitions it sees
+  int part, parts;              // in the shared scratch, if the partitions are shared out
+};
+
+template <class E>
+class Attention {
+ public:
+  using T = typename E::T;
+
+  Attention(const Step& step, const Weights& w, const Pages<E>& pages, T* q) : step_(step), w_(w), pages_(pages), q_(q) {}
+
+  // Threads call this together. q becomes the output.
+  void operator()(Member& team) {
+    if (team.id == 0) plan(team.size());
+    team.barrier();
+    if (!split_) {
+      team.share(int(runs_.size()), [&](int i) {
+        static thread_local Tile<E> tile;
+        const Run& run = runs_[i];
+        const int n = run.end - run.begin, rows = run.count * group();
+        const Run* after = i + team.size() < int(runs_.size()) ? &runs_[i + team.size()] : nullptr;
+        tile.fit(rows, w_.head_dim, n);
+        load(tile, run);
+        for (int part = 0; part < n; ++part)
+          partition(tile, run, run.begin + part, after, &tile.partials[size_t(part) * rows],
+                    &tile.acc[size_t(part) * rows * padded(w_.head_dim)]);
+        merge(run, n, tile.partials.data(), tile.acc.data());
+      });
+      return;
+    }
+    team.share(int(work_.size()), [&](int i) {
+      static thread_local Tile<E> tile;
+      const Run& run = runs_[work_[i].first];
+      tile.fit(run.count * group(), w_.head_dim, 1);
+      load(tile, run);
+      const size_t at = size_t(run.part) + size_t(work_[i].second) * run.count * group();
+      partition(tile, run, run.begin + work_[i].second, nullptr, &partials_[at], &acc_[at * padded(w_.head_dim)]);
+    });
+    team.barrier();
+    team.share(int(runs_.size()), [&](int i) {
+      const Run& run = runs_[i];
+      merge(run, run.end - run.begin, &partials_[run.part], &acc_[size_t(run.part) * padded(w_.head_dim)]);
+    });
+  }
+
+ private:
+  int group() const { return w_.heads / w_.kv_heads; }
+
+  void plan(int threads) {
+    const int most = w_.head_dim > 128 ? 32 : 48, count = most / group() > 1 ? most / group() : 1;
+    for (int s = 0; s < step_.seqs; ++s) {
+      const int first = step_.query_starts[s], stop = step_.query_starts[s + 1];
+      for (int token = first; token < stop; token += count) {
+        const int n = token + count < stop ? count : stop - token;
+        const int low = w_.window ? step_.positions[token] - w_.window + 1 : 0;
+        const int begin = (low > 0 ? low : 0) / PARTITION, end = step_.positions[token + n - 1] / PARTITION + 1;
+        for (int head = 0; head < w_.kv_heads; ++head) runs_.push_back({s, head, token, n, begin, end, 0, 0});
+      }
+    }
+    // Few runs leave threads idle at the end: then their partitions are shared out instead.
+    split_ = threads > 1 && int(runs_.size()) < 4 * threads;
+    if (!split_) return;
+    size_t parts = 0;
+    for (size_t i = 0; i < runs_.size(); ++i) {
+      Run& run = runs_[i];
+      run.part = int(parts);
+      for (int part = 0; part < run.end - run.begin; ++part) work_.push_back({int(i), part});
+      parts += size_t(run.end - run.begin) * run.count * group();
+    }
+    partials_.resize(parts);
+    acc_.resize(parts * padded(w_.head_dim));
+  }
+
+  void load(Tile<E>& tile, const Run& run) {
+    const int Q = group(), H = w_.head_dim;
+    for (int t = 0; t < run.count; ++t)
+      for (int g = 0; g < Q; ++g) {
+        std::memcpy(&tile.q[size_t(t * Q + g) * H], q_ + (size_t(run.token + t) * w_.heads + run.head * Q + g) * H, sizeof(T) * H);
+        tile.position[t * Q + g] = step_.positions[run.token + t];
+      }
+  }
+
+  // The first key that a run looks at, in whole blocks, and its last.
+  int first_of(const Run& run) const {
+    const int low = w_.window ? step_.positions[run.token] - w_.window + 1 : 0;
+    return low > 0 ? low / BLOCK * BLOCK : 0;
+  }
+  int last_of(const Run& run) const { return step_.positions[run.token + run.count - 1]; }
+
+  // Where the keys and values of a block lie. Beyond the sequence's end any page will do: what it holds is masked.
+  void find(const Run& run, int first, const T** k, const T** v) const {
+    const int length = step_.kv_lengths[run.seq], B = pages_.page;
+    const int32_t* table = step_.page_table + size_t(run.seq) * step_.pages;
+    for (int j = 0; j < SUB; ++j) {
+      const int key = first + j * LANES, id = key < length ? table[key / B] : 0;
+      k[j] = pages_.keys(run.head, id, key < length ? key % B : 0);
+      v[j] = pages_.values(run.head, id, key < length ? key % B : 0);
+    }
+  }
+
+  // `after`: the run that this thread is likely to come to next.
+  void partition(Tile<E>& tile, const Run& run, int part, const Run* after, Partial* partials, float* acc) {
+    const int rows = run.count * group(), H = w_.head_dim, length = step_.kv_lengths[run.seq];
+    for (int r = 0; r < rows; ++r) partials[r] = {MASKED, V{}};
+    std::memset(acc, 0, sizeof(float) * rows * padded(H));
+    const int last = last_of(run), own = first_of(run), begin = own > part * PARTITION ? own : part * PARTITION;
+    const int end = last + 1 < (part + 1) * PARTITION ? last + 1 : (part + 1) * PARTITION;
+    const T *k[SUB], *v[SUB], *next_k[SUB], *next_v[SUB];
+    for (int first = begin; first < end; first += BLOCK) {
+      find(run, first, k, v);
+      // What comes AHEAD blocks later is fetched meanwhile: of this run, be it in the next partition, or of the run after it.
+      const int soon = first + AHEAD * BLOCK;
+      const bool more = soon <= last;
+      const int then = more || !after ? 0 : soon - (last / BLOCK + 1) * BLOCK + first_of(*after);
+      const bool other = !more && after && then <= last_of(*after);
+      if (more) find(run, soon, next_k, next_v);
+      else if (other) find(*after, then, next_k, next_v);
+      const int keys = length - first < BLOCK ? length - first : BLOCK;
+      attend_block<E>(tile, rows, H, k, v, more || other ? next_k : nullptr, more || other ? next_v : nullptr,
+                      size_t(pages_.page) * E::PAIR, first, keys, w_.window, w_.attention_scale * LOG2E, partials, acc);
+    }
+  }
+
+  void merge(const Run& run, int parts, const Partial* partials, const float* acc) {
+    const int Q = group(), H = w_.head_dim, width = padded(H), rows = run.count * Q;
+    for (int r = 0; r < rows; ++r) {
+      float peak = MASKED, total = 0;
+      for (int part = 0; part < parts; ++part) peak = std::fmax(peak, partials[size_t(part) * rows + r].peak);
+      for (int part = 0; part < parts; ++part) {
+        const Partial& one = partials[size_t(part) * rows + r];
+        total += exp2(set1(one.peak - peak))[0] * sum(one.total);
+      }
+      T* out = q_ + (size_t(run.token + r / Q) * w_.heads + run.head * Q + r % Q) * H;
+      for (int h = 0; h < H; h += LANES) {
+        V x{};
+        for (int part = 0; part < parts; ++part) {
+          const V weight = exp2(set1(partials[size_t(part) * rows + r].peak - peak));
+          x = fma(weight, tandem::load(acc + (size_t(part) * rows + r) * width + h), x);
+        }
+        tandem::put<E>(out + h, x / total, H - h < LANES ? H - h : LANES);
+      }
+    }
+  }
+
+  const Step& step_;
+  const Weights& w_;
+  const Pages<E>& pages_;
+  T* q_;
+  bool split_ = false;
+  std::vector<Run> runs_;
+  std::vector<std::pair<int, int>> work_;
+  std::vector<Partial> partials_;
+  std::vector<float> acc_;
+};
+
+}  // namespace tandem

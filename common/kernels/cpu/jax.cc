@@ -1,0 +1,63 @@
+// The operators as XLA custom calls. What an operator changes in place comes out as a result that aliases its argument.
+#include "operators.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+using tandem::View;
+
+namespace {
+
+using Buffer = ffi::AnyBuffer;
+using Out = ffi::Result<ffi::AnyBuffer>;
+
+View view(Buffer b) {
+  return {b.untyped_data(), int(ffi::ByteWidth(b.element_type())), int(b.dimensions().size()), b.dimensions().begin()};
+}
+View view(Out b) { return view(*b); }
+
+ffi::Error status(const char* wrong) {
+  return wrong ? ffi::Error::InvalidArgument(wrong) : ffi::Error::Success();
+}
+
+ffi::Error embed(Buffer step, Buffer weights, Buffer last_tokens, Out x) {
+  return status(tandem::embed(view(step), view(weights), view(last_tokens), view(x)));
+}
+
+ffi::Error project(Buffer step, Buffer weights, Buffer rope, Buffer x, Buffer, Buffer, Out q, Out k, Out v) {
+  return status(tandem::project(view(step), view(weights), view(rope), view(x), view(k), view(v), view(q)));
+}
+
+ffi::Error attend(Buffer step, Buffer weights, Buffer k, Buffer v, Buffer, Out q) {
+  return status(tandem::attend(view(step), view(weights), view(k), view(v), view(q)));
+}
+
+ffi::Error combine(Buffer step, Buffer weights, Buffer attended, Buffer, Out x) {
+  return status(tandem::combine(view(step), view(weights), view(attended), view(x)));
+}
+
+ffi::Error head(Buffer step, Buffer weights, Buffer x, Out logits) {
+  return status(tandem::head(view(step), view(weights), view(x), view(logits)));
+}
+
+ffi::Error sample(Buffer step, Buffer logits, Buffer, Out sampled, Out last_tokens) {
+  return status(tandem::sample(view(step), view(logits), view(last_tokens), view(sampled)));
+}
+
+}  // namespace
+
+#define TANDEM_EXPORT extern "C" __attribute__((visibility("default")))
+#define TANDEM_HANDLER(name)                                        \
+  TANDEM_EXPORT XLA_FFI_Error* tandem_##name(XLA_FFI_CallFrame* f) { \
+    static auto* handler = ffi::Ffi::BindTo(name).release();        \
+    return handler->Call(f);                                        \
+  }
+
+TANDEM_HANDLER(embed)
+TANDEM_HANDLER(project)
+TANDEM_HANDLER(attend)
+TANDEM_HANDLER(combine)
+TANDEM_HANDLER(head)
+TANDEM_HANDLER(sample)
+
+TANDEM_EXPORT void tandem_threads(int threads) { tandem::Pool::get().resize(threads); }
+TANDEM_EXPORT void tandem_huge(void* data, size_t size) { tandem::huge(data, size); }

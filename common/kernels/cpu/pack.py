@@ -1,0 +1,124 @@
+"""A layer's weights as one buffer: a header that describes it, norms, biases, and matrices in the order kernels read them.
+
+A matrix W[outputs, inputs] becomes panels of 32 outputs. In a panel the inputs go by in groups, two of bfloat16 or one of
+float32, and for each group the 32 outputs lie side by side: a kernel that walks down a panel reads memory in order, and each
+load brings one group of inputs for sixteen outputs. `step.h` has the header in C++.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from common.config import Dtype, ModelConfig
+from common.weights.checkpoint import Checkpoint
+from common.weights.parameters import NUMPY_DTYPES, parameter
+
+MAGIC = 0x31_57_44_54
+ALIGN = 64
+COLUMNS, LANES = 32, 16
+PARTS = (
+    *("qkv", "qkv_bias", "o", "o_bias", "gate_up", "gate_up_bias", "down", "down_bias"),
+    *("input_norm", "post_attention_norm", "pre_mlp_norm", "post_mlp_norm", "q_norm", "k_norm"),
+    *("head", "final_norm", "embedding"),
+)
+HEADER = np.dtype(
+    [(name, "<i4") for name in ("inputs", "heads", "kv_heads", "head_dim", "hidden", "vocab", "window", "gelu")]
+    + [(name, "<f4") for name in ("eps", "attention_scale", "embedding_scale")]
+    + [("magic", "<i4"), ("itemsize", "<i4"), ("reserved", "<i4", 3)]
+    + [(name, "<i8") for name in PARTS]
+)
+MAX_HEAD_DIM = 512
+
+
+def pack_layer(checkpoint: Checkpoint, layer: int, dtype: Dtype) -> np.ndarray:
+    """One decoder layer: uint8[n], 64-byte aligned."""
+    config = checkpoint.config
+    get = lambda name: parameter(checkpoint, f"model.layers.{layer}.{name}", dtype)  # noqa: E731
+    parts = {
+        "qkv": panels(get("self_attn.qkv_proj.weight")),
+        "o": panels(get("self_attn.o_proj.weight")),
+        "gate_up": panels(interleaved(get("mlp.gate_up_proj.weight"))),
+        "down": panels(_pad(get("mlp.down_proj.weight"), 1, LANES)),
+        "input_norm": get("input_layernorm.weight"),
+    }
+    if config.qkv_bias:
+        parts["qkv_bias"] = _bias(get("self_attn.qkv_proj.bias"))
+    if config.output_bias:
+        parts["o_bias"] = _bias(get("self_attn.o_proj.bias"))
+    if config.mlp_bias:
+        parts["gate_up_bias"] = _bias(interleaved(get("mlp.gate_up_proj.bias")))
+        parts["down_bias"] = _bias(get("mlp.down_proj.bias"))
+    if config.qk_norm:
+        parts |= {"q_norm": get("self_attn.q_norm.weight"), "k_norm": get("self_attn.k_norm.weight")}
+    if config.sandwich_norms:
+        parts["post_attention_norm"] = get("post_attention_layernorm.weight")
+        parts["pre_mlp_norm"] = get("pre_feedforward_layernorm.weight")
+        parts["post_mlp_norm"] = get("post_feedforward_layernorm.weight")
+    else:
+        parts["pre_mlp_norm"] = get("post_attention_layernorm.weight")
+    return _buffer(config, dtype, config.layer_window[layer], parts)
+
+
+def pack_head(checkpoint: Checkpoint, dtype: Dtype) -> np.ndarray:
+    """Embedding, final norm and LM head: uint8[n], 64-byte aligned. A tied head serves the embedding rows too."""
+    embedding = parameter(checkpoint, "model.embed_tokens.weight", dtype)
+    parts = {"final_norm": parameter(checkpoint, "model.norm.weight", dtype)}
+    if checkpoint.config.tie_embeddings:
+        parts["head"] = panels(embedding)
+    else:
+        parts |= {"embedding": embedding, "head": panels(parameter(checkpoint, "lm_head.weight", dtype))}
+    return _buffer(checkpoint.config, dtype, 0, parts)
+
+
+def panels(w: np.ndarray) -> np.ndarray:
+    """[outputs, inputs] -> [outputs / 32, inputs / PAIR, 32, PAIR], both padded with zeros."""
+    pair = 4 // w.dtype.itemsize
+    w = _pad(_pad(w, 0, COLUMNS), 1, 2)
+    return w.reshape(w.shape[0] // COLUMNS, COLUMNS, w.shape[1] // pair, pair).transpose(0, 2, 1, 3)
+
+
+def interleaved(gate_up: np.ndarray) -> np.ndarray:
+    """Gate's rows and then up's, [2 F, …], as sixteen of gate, the same sixteen of up, and so on: both meet in one panel."""
+    gate, up = (_pad(half, 0, LANES) for half in np.split(gate_up, 2))
+    return np.stack([half.reshape(-1, LANES, *half.shape[1:]) for half in (gate, up)], axis=1).reshape(-1, *gate.shape[1:])
+
+
+def _pad(w: np.ndarray, axis: int, multiple: int) -> np.ndarray:
+    short = -w.shape[axis] % multiple
+    return np.pad(w, [(0, short if i == axis else 0) for i in range(w.ndim)]) if short else w
+
+
+def _bias(bias: np.ndarray) -> np.ndarray:
+    return _pad(bias.astype(np.float32), 0, COLUMNS)
+
+
+def _buffer(config: ModelConfig, dtype: Dtype, window: int, parts: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The header and the parts behind it, each copied once to its aligned place."""
+    element = NUMPY_DTYPES[dtype]
+    header = np.zeros((), HEADER)
+    sizes = (config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.intermediate_size)
+    for name, value in zip(HEADER.names or (), (*sizes, config.vocab_size, window, config.activation != "silu"), strict=False):
+        header[name] = value
+    header["eps"], header["attention_scale"] = config.norm_eps, config.attention_scale
+    # Rounded to the model's dtype first, as Gemma was trained.
+    header["embedding_scale"] = np.asarray(config.embedding_scale, element).astype(np.float32)
+    header["magic"], header["itemsize"] = MAGIC, element.itemsize
+    end = HEADER.itemsize
+    for name, part in parts.items():
+        header[name] = end = -(-end // ALIGN) * ALIGN
+        end += part.nbytes
+    buffer = aligned(end)
+    buffer[: HEADER.itemsize] = np.frombuffer(header.tobytes(), np.uint8)
+    for name, part in parts.items():
+        at = int(header[name])
+        buffer[at : at + part.nbytes].view(part.dtype).reshape(part.shape)[...] = part
+    return buffer
+
+
+def aligned(size: int) -> np.ndarray:
+    """uint8[size], zeroed, from a 64-byte boundary on: frameworks take such memory as it is, without a copy."""
+    memory = np.zeros(size + ALIGN, np.uint8)
+    start = -memory.ctypes.data % ALIGN
+    return memory[start : start + size]

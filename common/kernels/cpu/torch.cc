@@ -1,0 +1,70 @@
+// The operators registered with PyTorch's dispatcher. Outputs are given and written in place, so that a graph compiler sees
+// what changes and no operator allocates.
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include "operators.h"
+
+using at::Tensor;
+using tandem::View;
+
+namespace {
+
+View view(const Tensor& t) {
+  TORCH_CHECK_VALUE(t.is_contiguous() && t.device().is_cpu(), "expected a contiguous tensor on the CPU");
+  return {t.data_ptr(), int(t.element_size()), int(t.dim()), t.sizes().data()};
+}
+
+void expect(const char* wrong) { TORCH_CHECK_VALUE(!wrong, wrong); }
+
+void embed(const Tensor& step, const Tensor& weights, const Tensor& last_tokens, const Tensor& x) {
+  expect(tandem::embed(view(step), view(weights), view(last_tokens), view(x)));
+}
+
+void project(const Tensor& step, const Tensor& weights, const Tensor& rope, const Tensor& x, const Tensor& k, const Tensor& v,
+             const Tensor& q) {
+  expect(tandem::project(view(step), view(weights), view(rope), view(x), view(k), view(v), view(q)));
+}
+
+void attend(const Tensor& step, const Tensor& weights, const Tensor& k, const Tensor& v, const Tensor& q) {
+  expect(tandem::attend(view(step), view(weights), view(k), view(v), view(q)));
+}
+
+void combine(const Tensor& step, const Tensor& weights, const Tensor& attended, const Tensor& x) {
+  expect(tandem::combine(view(step), view(weights), view(attended), view(x)));
+}
+
+void head(const Tensor& step, const Tensor& weights, const Tensor& x, const Tensor& logits) {
+  expect(tandem::head(view(step), view(weights), view(x), view(logits)));
+}
+
+void sample(const Tensor& step, const Tensor& logits, const Tensor& last_tokens, const Tensor& sampled) {
+  expect(tandem::sample(view(step), view(logits), view(last_tokens), view(sampled)));
+}
+
+void huge(const Tensor& t) { tandem::huge(t.data_ptr(), t.nbytes()); }
+
+void threads(int64_t count) { tandem::Pool::get().resize(int(count)); }
+
+}  // namespace
+
+TORCH_LIBRARY(tandem, m) {
+  m.def("embed(Tensor step, Tensor weights, Tensor last_tokens, Tensor(a!) x) -> ()");
+  m.def("project(Tensor step, Tensor weights, Tensor rope, Tensor x, Tensor(a!) k, Tensor(b!) v, Tensor(c!) q) -> ()");
+  m.def("attend(Tensor step, Tensor weights, Tensor k, Tensor v, Tensor(a!) q) -> ()");
+  m.def("combine(Tensor step, Tensor weights, Tensor attended, Tensor(a!) x) -> ()");
+  m.def("head(Tensor step, Tensor weights, Tensor x, Tensor(a!) logits) -> ()");
+  m.def("sample(Tensor step, Tensor logits, Tensor(a!) last_tokens, Tensor(b!) sampled) -> ()");
+  m.def("huge(Tensor data) -> ()");
+  m.def("threads(int count) -> ()", &threads);
+}
+
+TORCH_LIBRARY_IMPL(tandem, CPU, m) {
+  m.impl("huge", &huge);
+  m.impl("embed", &embed);
+  m.impl("project", &project);
+  m.impl("attend", &attend);
+  m.impl("combine", &combine);
+  m.impl("head", &head);
+  m.impl("sample", &sample);
+}

@@ -1,0 +1,42 @@
+"""Whether the CPU kernels serve a model under an engine's settings."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from common.config import EngineConfig, ModelConfig
+from common.errors import BackendError, ConfigError
+from common.kernels.cpu.pack import LANES, MAX_HEAD_DIM
+
+log = logging.getLogger(__name__)
+
+
+def usable(config: EngineConfig, model: ModelConfig, device: str, open_library: Callable[[], object]) -> bool:
+    """Whether `kernels` means native here. Where `auto` cannot have it, one line of the log says why; where `native` cannot,
+    `ConfigError` or `BackendError` does. `open_library` compiles and loads it, and raises `BackendError` if that fails."""
+    if config.kernels == "framework":
+        return False
+    try:
+        if reason := against(config, model, device):
+            raise ConfigError(f"kernels=native cannot be used here: {reason}. Use kernels=auto or kernels=framework.")
+        open_library()
+    except (ConfigError, BackendError) as error:
+        if config.kernels == "native":
+            raise
+        log.info("kernels=auto: using framework (%s)", str(error).splitlines()[0])
+        return False
+    return True
+
+
+def against(config: EngineConfig, model: ModelConfig, device: str) -> str | None:
+    """What in the settings or the model the kernels do not serve; None if nothing."""
+    if device != "cpu":
+        return f"there are native kernels for cpu, not for {device}"
+    if config.compile:
+        return "compile=true has nothing to compile there"
+    if config.block_size % LANES:
+        return f"block_size must be a multiple of {LANES}, got {config.block_size}"
+    if model.head_dim > MAX_HEAD_DIM:
+        return f"head_dim must be at most {MAX_HEAD_DIM}, got {model.head_dim}"
+    return None

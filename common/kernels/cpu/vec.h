@@ -1,0 +1,267 @@
+// Sixteen floats at a time, and the two element types of weights, activations and KV: float32 and bfloat16.
+//
+// Two implementations of the few operations that matter, chosen when this is compiled: AVX-512 with BF16 dot products, and the
+// compiler's own vectors (AVX2, Arm, anything else). Within one build every operation is a fixed sequence of roundings, so what
+// is computed does not depend on who calls.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__) && !defined(TANDEM_PORTABLE)
+#define TANDEM_AVX512 1
+#endif
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+#define TANDEM_INLINE inline __attribute__((always_inline))
+
+namespace tandem {
+
+constexpr int LANES = 16;
+using bf16 = uint16_t;
+using V = float __attribute__((vector_size(64)));
+using I = int32_t __attribute__((vector_size(64)));
+
+TANDEM_INLINE V set1(float x) {
+  V v;
+  for (int i = 0; i < LANES; ++i) v[i] = x;
+  return v;
+}
+
+TANDEM_INLINE V load(const float* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+TANDEM_INLINE void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
+
+// The first n of sixteen; the others are 0.
+TANDEM_INLINE V load(const float* p, int n) {
+  if (n >= LANES) return load(p);
+#if TANDEM_AVX512
+  return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+#else
+  float lanes[LANES] = {};
+  std::memcpy(lanes, p, n * sizeof(float));
+  return load(lanes);
+#endif
+}
+
+TANDEM_INLINE void store(float* p, V v, int n) {
+  if (n >= LANES) return store(p, v);
+  std::memcpy(p, &v, n * sizeof(float));
+}
+
+TANDEM_INLINE V widen(const bf16* p) {
+#if TANDEM_AVX512
+  return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#else
+  I bits;
+  for (int i = 0; i < LANES; ++i) bits[i] = int32_t(uint32_t(p[i]) << 16);
+  return (V)bits;
+#endif
+}
+
+TANDEM_INLINE float widen(bf16 x) {
+  uint32_t bits = uint32_t(x) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+// To nearest, ties to even; subnormals to 0; NaN stays NaN.
+TANDEM_INLINE void narrow(bf16* p, V v) {
+#if TANDEM_AVX512
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v));
+#else
+  for (int i = 0; i < LANES; ++i) {
+    uint32_t bits;
+    float x = v[i];
+    std::memcpy(&bits, &x, 4);
+    if ((bits & 0x7f800000u) == 0) bits &= 0x80000000u;
+    p[i] = (bits & 0x7fffffffu) > 0x7f800000u ? bf16(bits >> 16 | 64) : bf16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+#endif
+}
+
+TANDEM_INLINE V fma(V a, V b, V c) {
+#if TANDEM_AVX512
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  V r;
+  for (int i = 0; i < LANES; ++i) r[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return r;
+#else
+  return a * b + c;
+#endif
+}
+
+// Lane masks. Compilers compare vectors that are wider than the machine's one element at a time, so this hands them pieces.
+template <class W, class Compare>
+TANDEM_INLINE I compare(W a, W b, const Compare& holds) {
+#if defined(__AVX512F__)
+  return holds(a, b);
+#else
+#if defined(__AVX2__)
+  constexpr int BYTES = 32;
+#else
+  constexpr int BYTES = 16;
+#endif
+  using Lane = std::remove_reference_t<decltype(a[0])>;
+  typedef Lane Piece __attribute__((vector_size(BYTES)));
+  I mask;
+  for (int at = 0; at < int(sizeof mask); at += BYTES) {
+    Piece x, y;
+    std::memcpy(&x, (const char*)&a + at, BYTES);
+    std::memcpy(&y, (const char*)&b + at, BYTES);
+    const auto part = holds(x, y);
+    std::memcpy((char*)&mask + at, &part, BYTES);
+  }
+  return mask;
+#endif
+}
+
+template <class W>
+TANDEM_INLINE I above(W a, W b) {
+  return compare(a, b, [](const auto& x, const auto& y) { return x > y; });
+}
+
+template <class W>
+TANDEM_INLINE I reaches(W a, W b) {
+  return compare(a, b, [](const auto& x, const auto& y) { return x >= y; });
+}
+
+// b where either is NaN.
+TANDEM_INLINE V max(V a, V b) {
+#if TANDEM_AVX512
+  return _mm512_max_ps(a, b);
+#else
+  const I mask = above(a, b);
+  return (V)(((I)a & mask) | ((I)b & ~mask));
+#endif
+}
+
+// Lanes of mask are all ones or all zeros.
+TANDEM_INLINE V select(I mask, V yes, V no) { return (V)((mask & (I)yes) | (~mask & (I)no)); }
+
+// One order of additions for every sum over lanes.
+TANDEM_INLINE float sum(V v) {
+  float x[LANES];
+  store(x, v);
+  for (int width = LANES / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  return x[0];
+}
+
+TANDEM_INLINE float max(V v) {
+#if TANDEM_AVX512
+  return _mm512_reduce_max_ps(v);
+#else
+  float x = v[0];
+  for (int i = 1; i < LANES; ++i) x = v[i] > x ? v[i] : x;
+  return x;
+#endif
+}
+
+// 2^x for x ≤ 127, within 2 units of the last place; exactly 1 at 0, exactly 0 below -126, greater x as 127. NaN stays NaN.
+// The nearest whole number goes to the exponent, the rest, in [-1/2, 1/2], through a
+// polynomial of degree 6, fitted by least squares to the relative error.
+TANDEM_INLINE V exp2(V x) {
+  V p = set1(1.53707048e-4f);
+#if TANDEM_AVX512
+  x = _mm512_max_ps(_mm512_set1_ps(-200.0f), _mm512_min_ps(_mm512_set1_ps(127.0f), x));  // the second where one is NaN
+  const V n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const I tiny = above(set1(-126.0f), x), huge = above(x, set1(127.0f));
+  x = select(huge, set1(127.0f), select(tiny, set1(0.0f), x));
+  const V shift = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number in the low bits
+  const V t = x + shift, n = t - shift;
+#endif
+  const V r = x - n;
+  p = fma(p, r, set1(1.33998483e-3f));
+  p = fma(p, r, set1(9.61837325e-3f));
+  p = fma(p, r, set1(5.55032904e-2f));
+  p = fma(p, r, set1(2.40226485e-1f));
+  p = fma(p, r, set1(6.93147206e-1f));
+  p = fma(p, r, set1(1.0f));
+#if TANDEM_AVX512
+  return _mm512_scalef_ps(p, n);  // what falls below the smallest normal number is flushed to 0
+#else
+  return select(tiny, set1(0.0f), p * (V)((((I)t - (I)shift) + 127) << 23));
+#endif
+}
+
+constexpr float LOG2E = 1.44269504f;
+
+// e^x: as 2^(x log2 e), the product in two parts so that nothing of x is lost.
+TANDEM_INLINE V exp(V x) {
+  x = max(set1(-1000.0f), x);  // of the two orders the one that keeps NaN
+  const V high = x * LOG2E, low = fma(x, set1(LOG2E), -high) + x * 1.92596303e-8f;
+  return fma(exp2(high), low * 6.9314718e-1f, exp2(high));
+}
+
+// One element type: T is stored, PAIR of them along the axis that is summed over sit side by side, and sixteen such groups make
+// one register. `madd` adds the products of one group of a, the same for all lanes, with each lane's group of b.
+struct F32 {
+  using T = float;
+  using Vec = V;
+  static constexpr int PAIR = 1;
+  static TANDEM_INLINE Vec vec(const T* p) { return load(p); }
+  static TANDEM_INLINE V madd(V acc, const T* a, Vec b) { return fma(set1(*a), b, acc); }
+  static TANDEM_INLINE V get(const T* p) { return load(p); }
+  static TANDEM_INLINE void put(T* p, V v) { store(p, v); }
+  static TANDEM_INLINE Vec first(Vec b) { return b; }
+};
+
+struct BF16 {
+  using T = bf16;
+  using Vec = I;
+  static constexpr int PAIR = 2;
+  static TANDEM_INLINE Vec vec(const T* p) {
+    Vec v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static TANDEM_INLINE V madd(V acc, const T* a, Vec b) {
+    int32_t pair;
+    std::memcpy(&pair, a, sizeof pair);
+#if TANDEM_AVX512
+    return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)(__m512i)b);
+#else
+    const V low = set1(widen(bf16(pair))), high = set1(widen(bf16(uint32_t(pair) >> 16)));
+    return fma(high, (V)(b & int32_t(0xffff0000)), fma(low, (V)(b << 16), acc));
+#endif
+  }
+  static TANDEM_INLINE V get(const T* p) { return widen(p); }
+  static TANDEM_INLINE void put(T* p, V v) { narrow(p, v); }
+  // Each pair with its second element as 0.
+  static TANDEM_INLINE Vec first(Vec b) { return b & 0xffff; }
+};
+
+// The first n of sixteen elements.
+template <class E>
+TANDEM_INLINE V get(const typename E::T* p, int n) {
+  if (n >= LANES) return E::get(p);
+  typename E::T lanes[LANES] = {};
+  std::memcpy(lanes, p, n * sizeof(*p));
+  return E::get(lanes);
+}
+
+template <class E>
+TANDEM_INLINE void put(typename E::T* p, V v, int n) {
+  if (n >= LANES) return E::put(p, v);
+  typename E::T lanes[LANES];
+  E::put(lanes, v);
+  std::memcpy(p, lanes, n * sizeof(*p));
+}
+
+TANDEM_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+// Of what is used once.
+TANDEM_INLINE void prefetch_once(const void* p) { __builtin_prefetch(p, 0, 0); }
+
+}  // namespace tandem

@@ -1,0 +1,205 @@
+"""Native kernels as XLA custom calls, and the step that is made of them: what `kernels=native` runs.
+
+Handlers are in C++ (`common/kernels/cpu/jax.cc`) and run inside the compiled step; what they change in place is an argument
+aliased to a result, down to the donated pages. Between them XLA computes nothing. The kernels take the real sizes from the
+packed step, so padding costs memory that nobody touches: two programs serve steps of every size.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from common.config import EngineConfig, ModelConfig
+from common.interface import Progress
+from common.kernels.cpu import usable as cpu
+from common.kernels.cpu.build import build
+from common.kernels.cpu.pack import pack_head, pack_layer
+from common.kernels.cpu.pages import keys_in, keys_out, pool_shapes, values_in, values_out
+from common.kernels.cpu.step import SAMPLED, max_step_size, pack_step, unpack_sampled
+from common.platform import cores
+from common.rope import rope_tables
+from common.schedule.batch import Batch
+from common.weights.checkpoint import Checkpoint
+from jaxinfer.cache import KVCache
+from jaxinfer.step import State
+
+
+class Weights(NamedTuple):
+    """The model, packed for the kernels."""
+
+    layers: tuple[Array, ...]
+    """uint8[n] each: a header, norms, biases and matrices."""
+    head: Array
+    """uint8[n]: embedding, final norm, LM head."""
+    ropes: tuple[Array, ...]
+    """float32[positions, H]: cos, then sin."""
+
+
+@cache
+def open_library() -> ctypes.CDLL:
+    """Compile and load the operators. Raises `BackendError` if that fails."""
+    library = ctypes.CDLL(str(build("jax", (jax.ffi.include_dir(),), (), (), jax.__version__)))
+    for name in ("embed", "project", "attend", "combine", "head", "sample"):
+        handler = jax.ffi.pycapsule(getattr(library, f"tandem_{name}"))
+        jax.ffi.register_ffi_target(f"tandem_{name}", handler, platform="cpu")
+    return library
+
+
+def usable(config: EngineConfig, model: ModelConfig, device: jax.Device) -> bool:
+    """Whether `kernels` means native here. Raises `ConfigError` or `BackendError` if it must and cannot."""
+    return cpu.usable(config, model, device.platform, open_library)
+
+
+def load_weights(checkpoint: Checkpoint, dtype: Any, positions: int, progress: Progress | None = None) -> Weights:
+    """Pack a checkpoint, one layer at a time."""
+    config, device = checkpoint.config, jax.local_devices(backend="cpu")[0]
+    # What is packed lies aligned and nobody writes to it again: JAX takes it as it is.
+    put = lambda array: jax.device_put(array, device)  # noqa: E731
+    layers = []
+    for layer in range(config.num_layers):
+        layers.append(put(pack_layer(checkpoint, layer, dtype)))
+        if progress:
+            progress(layer + 1, config.num_layers + 1, "weights")
+    head = put(pack_head(checkpoint, dtype))
+    ropes = [put(np.concatenate(rope_tables(rope, config.head_dim, positions), 1)) for rope in config.ropes]
+    if progress:
+        progress(config.num_layers + 1, config.num_layers + 1, "weights")
+    return Weights(tuple(layers), head, tuple(ropes))
+
+
+def make_cache(config: ModelConfig, pages: int, page_size: int, dtype: str) -> KVCache:
+    """Zeroed pools as the kernels keep them: keys [K, pages, H / PAIR, B, PAIR], values [K, pages, B / PAIR, H', PAIR]."""
+    element = jnp.dtype(jnp.uint16 if dtype == "bfloat16" else dtype)
+    k, v = pool_shapes(config, pages, page_size, element.itemsize)
+    device = jax.local_devices(backend="cpu")[0]
+    pools = lambda shape: tuple(jnp.zeros(shape, element, device=device) for _ in range(config.num_layers))  # noqa: E731
+    made = KVCache(pools(k), pools(v))
+    for pool in (*made.k, *made.v):
+        open_library().tandem_huge(ctypes.c_void_p(pool.unsafe_buffer_pointer()), ctypes.c_size_t(pool.nbytes))
+    return made
+
+
+def forward(config: ModelConfig, weights: Weights, state: State, step: Array, tokens: int, rows: int) -> tuple[Array, State]:
+    """Logits float32[rows, V] of a packed step of `tokens` tokens; its keys and values go into the state's pages."""
+    k, v = map(list, state.cache)
+    x_TD = _call("embed", _shape((tokens, config.hidden_size)), step, weights.head, state.last_tokens)
+    q = _shape((tokens, config.num_heads, config.head_dim), k[0].dtype)
+    for layer, packed in enumerate(weights.layers):
+        pools = k[layer], v[layer]
+        rope = weights.ropes[config.layer_rope[layer]]
+        q_TNH, *pools = _call("project", (q, *pools), step, packed, rope, x_TD, *pools, aliases={4: 1, 5: 2})
+        q_TNH = _call("attend", q, step, packed, *pools, q_TNH, aliases={4: 0})
+        x_TD = _call("combine", x_TD, step, packed, q_TNH, x_TD, aliases={3: 0})
+        k[layer], v[layer] = pools
+    logits_RV = _call("head", _shape((rows, config.vocab_size)), step, weights.head, x_TD)
+    return logits_RV, state._replace(cache=KVCache(tuple(k), tuple(v)))
+
+
+def sample(state: State, step: Array, logits_RV: Array) -> tuple[Array, State]:
+    """int32[R, SAMPLED]: tokens and what was asked about them; the state remembers each row's token."""
+    results = (_shape((logits_RV.shape[0], SAMPLED), jnp.int32), state.last_tokens)
+    sampled, last_tokens = _call("sample", results, step, logits_RV, state.last_tokens, aliases={2: 1})
+    return sampled, state._replace(last_tokens=last_tokens)
+
+
+class Step:
+    """A model in native operators. `load` first; then `run` takes a state and a batch, and gives the next state."""
+
+    kernels = "native"
+    token_buckets: tuple[int, ...] = ()
+    decode_buckets: tuple[int, ...] = ()
+
+    def __init__(self, config: EngineConfig, device: jax.Device) -> None:
+        self.config, self.device = config, device
+        open_library().tandem_threads(config.threads or cores())
+
+    def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
+        """Pack the weights, with room for `positions` rotary positions."""
+        self.model_config: ModelConfig = checkpoint.config
+        self._weights = load_weights(checkpoint, self.config.dtype, positions, progress)
+        config = self.config
+        self._size = max_step_size(config.max_num_batched_tokens, config.max_num_seqs, -(-positions // config.block_size))
+        self._sizes = sorted({config.max_num_seqs, config.max_num_batched_tokens})
+        self._compiled: dict[int, Any] = {}
+
+    def make_state(self, num_pages: int) -> State:
+        """Empty pages and rows."""
+        config = self.config
+        cache = make_cache(self.model_config, num_pages, config.block_size, config.dtype)
+        return State(cache, jnp.zeros((config.max_num_seqs,), jnp.int32, device=self.device))
+
+    def warmup(self, state: State, progress: Progress | None = None) -> State:
+        """Compile what later steps need."""
+        for done, tokens in enumerate(self._sizes):
+            step = jax.jit(
+                lambda weights, state, step, tokens=tokens: self._step(weights, state, step, tokens), donate_argnums=1
+            )
+            shape = jax.ShapeDtypeStruct((self._size,), jnp.int32)
+            self._compiled[tokens] = step.lower(self._weights, state, shape).compile()
+            # No tokens: the program runs through its operators and changes nothing.
+            state, _ = self._compiled[tokens](self._weights, state, np.zeros(self._size, np.int32))
+            if progress:
+                progress(done + 1, len(self._sizes), f"compiled steps of up to {tokens} tokens")
+        return state
+
+    def run(self, state: State, batch: Batch) -> tuple[State, Callable[[], tuple[Any, ...]]]:
+        """One step, and what brings its results to the host: the arguments of `interface.make_result`."""
+        if not self._compiled:
+            state = self.warmup(state)
+        packed = pack_step(batch)
+        step = np.empty(self._size, np.int32)
+        step[: len(packed)] = packed
+        tokens = next(size for size in self._sizes if size >= batch.num_tokens)
+        state, sampled = self._compiled[tokens](self._weights, state, step)
+        return state, lambda: unpack_sampled(np.asarray(sampled)[: len(batch.logit_rows)], batch)
+
+    def read_pages(self, state: State, pages_: Sequence[int]) -> dict[str, np.ndarray]:
+        """Copies `k` and `v`: [L, pages, B, K, H]."""
+        k, v = state.cache
+        head_dim = self.model_config.head_dim
+        out = lambda pool: _typed(np.asarray(pool)[:, list(pages_)])  # noqa: E731
+        return {
+            "k": np.stack([keys_out(out(pool)) for pool in k]),
+            "v": np.stack([values_out(out(pool), head_dim) for pool in v]),
+        }
+
+    def write_pages(self, state: State, pages_: Sequence[int], arrays: dict[str, np.ndarray]) -> State:
+        """The inverse of `read_pages`."""
+
+        def put(pool: Array, x_PBKH: np.ndarray, packed: Callable[[np.ndarray, int], np.ndarray]) -> Array:
+            host = np.array(pool)
+            host[:, list(pages_)] = packed(np.ascontiguousarray(x_PBKH).view(host.dtype), pool.shape[-1])
+            return jax.device_put(host, pool.sharding)
+
+        k, v = state.cache
+        new_k = tuple(put(pool, x, keys_in) for pool, x in zip(k, arrays["k"], strict=True))
+        new_v = tuple(put(pool, x, values_in) for pool, x in zip(v, arrays["v"], strict=True))
+        return state._replace(cache=KVCache(new_k, new_v))
+
+    def _step(self, weights: Weights, state: State, step: Array, tokens: int) -> tuple[State, Array]:
+        """The pure function that is compiled."""
+        logits_RV, state = forward(self.model_config, weights, state, step, tokens, self.config.max_num_seqs)
+        sampled, state = sample(state, step, logits_RV)
+        return state, sampled
+
+
+def _call(name: str, results: Any, *arguments: Array, aliases: dict[int, int] | None = None) -> Any:
+    """One operator inside a compiled step. `aliases`: which argument becomes which result, in place."""
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), results)
+    return jax.ffi.ffi_call(f"tandem_{name}", shapes, input_output_aliases=aliases)(*arguments)
+
+
+def _shape(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _typed(pages: np.ndarray) -> np.ndarray:
+    return pages.view(jnp.bfloat16) if pages.dtype == np.uint16 else pages

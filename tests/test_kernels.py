@@ -1,0 +1,273 @@
+"""Native kernels: what the definitions say, on every model family; and the same bits on both engines, whatever the schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from common.config import EngineConfig
+from common.errors import BackendError, ConfigError
+from common.kernels.cpu import build
+from common.kernels.cpu.pages import keys_in, keys_out, values_in, values_out
+from common.kernels.cpu.step import max_step_size, pack_step
+from experiments.reference import NumpyModel
+from tests.backends import BACKENDS, Packer, checkpoint, device, native_logits, native_weights, paged_logits, part
+from tests.families import BOUND, FAMILIES
+from tests.test_model import PROMPTS, STEPS
+
+BF16_BOUND = 0.15
+"""How far bfloat16 logits of a tiny model may be from the float64 judge's, in standard deviations of the logits."""
+Steps = Sequence[Sequence[tuple[int, int, int]]]
+
+
+def same_bits(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> bool:
+    return all(x.tobytes() == y.tobytes() for x, y in zip(a, b, strict=True))
+
+
+def whole(prompts: Sequence[Sequence[int]]) -> Steps:
+    """Each prompt alone, in one step."""
+    return [[(i, 0, len(prompt))] for i, prompt in enumerate(prompts)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_equals_the_judge(backend: str, family: str, families: dict[str, Path]) -> None:
+    judge = NumpyModel(checkpoint(families[family]))
+    exact = [judge.logits(prompt) for prompt in PROMPTS]
+    for dtype, bound in (("float32", BOUND), ("bfloat16", BF16_BOUND)):
+        native = native_logits(backend, families[family], PROMPTS, STEPS, dtype)
+        assert max(float(np.abs(a - b).max()) for a, b in zip(native, exact, strict=True)) < bound * exact[0].std()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_engines_compute_the_same_bits(family: str, dtype: str, families: dict[str, Path]) -> None:
+    jax_logits, torch_logits = (native_logits(backend, families[family], PROMPTS, STEPS, dtype) for backend in BACKENDS)
+    assert same_bits(jax_logits, torch_logits)
+
+
+def test_without_native_kernels_the_bits_differ(families: dict[str, Path]) -> None:
+    """That the comparison of bits can fail."""
+    jax_logits, torch_logits = (paged_logits(backend, families["llama2"], PROMPTS, STEPS, 8) for backend in BACKENDS)
+    assert not same_bits(jax_logits, torch_logits)
+
+
+LENGTHS = (1, 15, 16, 17, 63, 64, 65, 130, 511, 512, 513, 600)
+"""On both sides of the edges of pages, blocks and partitions."""
+
+
+def long_prompts(vocab: int) -> list[list[int]]:
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, vocab, n).tolist() for n in LENGTHS]
+
+
+def chunked(prompts: Sequence[Sequence[int]], size: int) -> Steps:
+    """All prompts together, `size` tokens of each a step; those of one token first."""
+    steps = []
+    for start in range(0, max(map(len, prompts)), size):
+        step = [(i, start, min(size, len(prompt) - start)) for i, prompt in enumerate(prompts) if len(prompt) > start]
+        steps.append(sorted(step, key=lambda part: part[2] > 1))
+    return steps
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["smollm", "gemma3"])
+def test_company_chunks_and_place_change_no_bit(backend: str, family: str, dtype: str, families: dict[str, Path]) -> None:
+    path = families[family]
+    prompts = long_prompts(199)
+    alone = native_logits(backend, path, prompts, whole(prompts), dtype)
+    for size in (1, 7, 16, 100):
+        some = prompts if size > 1 else [prompt[:70] for prompt in prompts]
+        right = [logits[: len(prompt)] for logits, prompt in zip(alone, some, strict=True)]
+        assert same_bits(native_logits(backend, path, some, chunked(some, size), dtype), right), size
+    backwards = native_logits(backend, path, prompts[::-1], chunked(prompts[::-1], 33), dtype, page_size=32)
+    assert same_bits(backwards[::-1], alone)
+
+
+def test_every_number_of_sequences_gives_the_same_bits(backend: str, families: dict[str, Path]) -> None:
+    path = families["smollm"]
+    prompts = np.random.default_rng(2).integers(0, 199, (40, 20)).tolist()
+    alone = native_logits(backend, path, prompts, whole(prompts), "bfloat16")
+    for count in (*range(2, 16), 24, 25, 37, 40):
+        # Prefill without the last token, then a step of one token each.
+        steps = [*([(i, 0, 19)] for i in range(count)), [(i, 19, 1) for i in range(count)]]
+        assert same_bits(native_logits(backend, path, prompts[:count], steps, "bfloat16"), alone[:count]), count
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rubbish_in_unused_slots_changes_nothing(backend: str, dtype: str, families: dict[str, Path]) -> None:
+    for family in ("llama2", "gemma3"):
+        clean, dirty = (
+            native_logits(backend, families[family], PROMPTS, STEPS, dtype, rubbish=rubbish) for rubbish in (0.0, float("nan"))
+        )
+        assert same_bits(clean, dirty)
+
+
+def test_one_thread_and_many_compute_the_same_bits(families: dict[str, Path]) -> None:
+    prompts = long_prompts(199)[-2:]
+    kernels = part("torch", "kernels")
+    kernels.open_library()
+    outputs = []
+    for threads in (1, 2, 5):
+        torch.ops.tandem.threads(threads)
+        outputs.append(native_logits("torch", families["smollm"], prompts, chunked(prompts, 50), "bfloat16"))
+    torch.ops.tandem.threads(1)
+    assert same_bits(outputs[0], outputs[1]) and same_bits(outputs[0], outputs[2])
+
+
+# ── by construction: between operators the frameworks compute nothing ────────────────────────────────────────────────────
+
+MOVES = {"ffi_call", "jit", "pjit"}
+"""What a native step of JAX may consist of."""
+
+
+def primitives(jaxpr: Any) -> Iterator[str]:
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for value in equation.params.values():
+            if hasattr(value, "jaxpr"):
+                yield from primitives(value.jaxpr)
+
+
+def native_state(backend: str, path: Path) -> tuple[Any, Any, np.ndarray, int]:
+    config, kernels = checkpoint(path).config, part(backend, "kernels")
+    weights = native_weights(backend, path, "bfloat16")
+    packer = Packer(8, 16)
+    batch = packer.step([(packer.add(PROMPTS[0]), 0, 48)])
+    last = part(backend, "arrays").to_device(np.zeros(4, np.int32), device(backend))
+    state = part(backend, "step").State(kernels.make_cache(config, 8, 16, "bfloat16"), last)
+    return weights, state, pack_step(batch), batch.num_tokens
+
+
+def test_a_native_step_of_jax_is_operators_and_nothing_else(families: dict[str, Path]) -> None:
+    path, kernels = families["gemma3"], part("jax", "kernels")
+    config = checkpoint(path).config
+    weights, state, step, tokens = native_state("jax", path)
+
+    def run(weights: Any, state: Any, step: Any) -> Any:
+        logits, state = kernels.forward(config, weights, state, step, tokens, 1)
+        return kernels.sample(state, step, logits)
+
+    seen = list(primitives(jax.make_jaxpr(run)(weights, state, step).jaxpr))
+    assert set(seen) <= MOVES and seen.count("ffi_call") == 3 * config.num_layers + 3
+    with_an_add = jax.make_jaxpr(lambda *args: run(*args)[0] + 1)(weights, state, step)
+    assert not set(primitives(with_an_add.jaxpr)) <= MOVES
+
+
+def test_a_native_step_of_torch_is_operators_and_nothing_else(families: dict[str, Path]) -> None:
+    path, kernels = families["gemma3"], part("torch", "kernels")
+    config = checkpoint(path).config
+    weights, state, step, tokens = native_state("torch", path)
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    def run(step: torch.Tensor) -> torch.Tensor:
+        logits = kernels.forward(config, weights, state, step, tokens, 1)
+        return kernels.sample(state, step, logits)
+
+    torch._dynamo.reset()
+    eager = run(torch.from_numpy(step)).numpy()
+    compiled = torch.compile(run, backend=backend, fullgraph=True)(torch.from_numpy(step)).numpy()
+    called = [node.target for node in graphs[0].graph.nodes if node.op.startswith("call")]
+    ours = [target for target in called if str(target).startswith("tandem.")]
+    assert {target for target in called if target not in ours} <= {torch.empty}
+    assert len(ours) == 3 * config.num_layers + 3
+    assert np.array_equal(eager[:, :3], compiled[:, :3])  # token, finite, digest; nobody asked for more
+
+
+# ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def operators() -> Any:
+    part("torch", "kernels").open_library()
+    return torch.ops.tandem
+
+
+def test_an_operator_refuses_what_does_not_fit(families: dict[str, Path]) -> None:
+    ops = operators()
+    weights, state, step, tokens = native_state("torch", families["llama2"])
+    config = checkpoint(families["llama2"]).config
+    words, layer, rope = torch.from_numpy(step), weights.layers[0], weights.ropes[0]
+    x = torch.zeros((tokens, config.hidden_size))
+    q = torch.zeros((tokens, config.num_heads, config.head_dim), dtype=torch.bfloat16)
+    k, v = state.cache.k[0], state.cache.v[0]
+    ops.project(words, layer, rope, x, k, v, q)
+    for wrong, arguments in (
+        ("step", (words[:20].contiguous(), layer, rope, x, k, v, q)),
+        ("step", (torch.full_like(words, -1), layer, rope, x, k, v, q)),
+        ("weights", (words, layer[64:].clone(), rope, x, k, v, q)),
+        ("rope", (words, layer, rope[:, 1:].contiguous(), x, k, v, q)),
+        ("position", (words, layer, rope[:10].contiguous(), x, k, v, q)),
+        ("x has", (words, layer, rope, x[1:], k, v, q)),
+        ("pages", (words, layer, rope, x, k.float(), v, q)),
+        ("slot", (words, layer, rope, x, k[:, :1].contiguous(), v[:, :1].contiguous(), q)),
+        ("q has", (words, layer, rope, x, k, v, q.float())),
+        ("contiguous", (words, layer, rope, x.t().contiguous().t(), k, v, q)),
+    ):
+        with pytest.raises(ValueError, match=wrong):
+            ops.project(*arguments)
+    with pytest.raises(ValueError, match="page of the table"):
+        ops.attend(words, layer, k[:, :2].contiguous(), v[:, :2].contiguous(), q)
+
+
+def test_jax_reports_what_does_not_fit(families: dict[str, Path]) -> None:
+    kernels = part("jax", "kernels")
+    weights, state, step, tokens = native_state("jax", families["llama2"])
+    config = checkpoint(families["llama2"]).config
+    with pytest.raises(jax.errors.JaxRuntimeError, match="step is not what"):
+        jax.block_until_ready(
+            jax.jit(lambda w, s, x: kernels.forward(config, w, s, x, tokens, 1)[0])(weights, state, step[:20])
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"), [({"block_size": 8}, "multiple of 16"), ({"compile": True}, "nothing to compile")]
+)
+def test_auto_falls_back_where_native_says_why_not(
+    backend: str, options: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    usable, model = part(backend, "kernels").usable, checkpoint("tiny-llama").config
+    assert usable(EngineConfig(kernels="auto"), model, device(backend))
+    assert not usable(EngineConfig(kernels="framework"), model, device(backend))
+    with pytest.raises(ConfigError, match=reason):
+        usable(EngineConfig(kernels="native", **options), model, device(backend))
+    with caplog.at_level("INFO"):
+        assert not usable(EngineConfig(kernels="auto", **options), model, device(backend))
+    assert reason in caplog.text
+
+
+def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build, "has_cxx_compiler", lambda: None)
+    with pytest.raises(BackendError, match=r"needs a C\+\+ compiler"):
+        build.build("limits")
+    monkeypatch.undo()
+    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path))
+    with pytest.raises(BackendError, match=r"could not compile limits\.cc"):
+        build.build("limits", options=("-DTANDEM_INLINE=%", "-include/nowhere.h"))
+    assert not list(tmp_path.rglob("*.so"))
+
+
+# ── layouts ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("pair", [1, 2])
+def test_pages_go_in_and_come_out(pair: int) -> None:
+    x = np.random.default_rng(0).standard_normal((3, 16, 2, 24)).astype(np.float32)
+    assert keys_in(x, pair).shape == (2, 3, 24 // pair, 16, pair)
+    assert values_in(x, pair).shape == (2, 3, 16 // pair, 32, pair)
+    assert np.array_equal(keys_out(keys_in(x, pair)), x) and np.array_equal(values_out(values_in(x, pair), 24), x)
+
+
+def test_the_largest_step_fits_its_size() -> None:
+    packer = Packer(400, 16, num_rows=8)
+    rows = [packer.add([1] * 512, temperature=1.0, top_k=3) for _ in range(8)]
+    batch = packer.step([(row, 500, 1) for row in rows[:7]] + [(rows[7], 450, 57)])
+    assert len(pack_step(batch)) <= max_step_size(64, 8, 32)

@@ -1,0 +1,161 @@
+"""Native kernels as PyTorch operators, and the step that is made of them: what `kernels=native` runs.
+
+The operators are registered in C++ (`common/kernels/cpu/torch.cc`): a call costs a microsecond. They write what they are given,
+so `torch.compile` sees what changes. Between them PyTorch computes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import cpp_extension
+
+from common.config import EngineConfig, ModelConfig
+from common.interface import Progress
+from common.kernels.cpu import usable as cpu
+from common.kernels.cpu.build import build
+from common.kernels.cpu.pack import pack_head, pack_layer
+from common.kernels.cpu.pages import keys_in, keys_out, pool_shapes, values_in, values_out
+from common.kernels.cpu.step import SAMPLED, pack_step, unpack_sampled
+from common.platform import cores
+from common.rope import rope_tables
+from common.schedule.batch import Batch, null_batch
+from common.weights.checkpoint import Checkpoint
+from torchinfer.arrays import to_device, to_host
+from torchinfer.cache import KVCache
+from torchinfer.step import State
+
+
+class Weights(NamedTuple):
+    """The model, packed for the kernels."""
+
+    layers: tuple[Tensor, ...]
+    """uint8[n] each: a header, norms, biases and matrices."""
+    head: Tensor
+    """uint8[n]: embedding, final norm, LM head."""
+    ropes: tuple[Tensor, ...]
+    """float32[positions, H]: cos, then sin."""
+
+
+@cache
+def open_library() -> None:
+    """Compile and load the operators. Raises `BackendError` if that fails."""
+    folders = cpp_extension.include_paths()
+    library = f"{torch.__path__[0]}/lib"
+    linked = (f"-L{library}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{library}")
+    torch.ops.load_library(str(build("torch", folders, ("-std=c++20",), linked, torch.__version__)))
+
+
+def usable(config: EngineConfig, model: ModelConfig, device: torch.device) -> bool:
+    """Whether `kernels` means native here. Raises `ConfigError` or `BackendError` if it must and cannot."""
+    return cpu.usable(config, model, device.type, open_library)
+
+
+def load_weights(checkpoint: Checkpoint, dtype: Any, positions: int, progress: Progress | None = None) -> Weights:
+    """Pack a checkpoint, one layer at a time."""
+    config = checkpoint.config
+    layers = []
+    for layer in range(config.num_layers):
+        layers.append(torch.from_numpy(pack_layer(checkpoint, layer, dtype)))
+        if progress:
+            progress(layer + 1, config.num_layers + 1, "weights")
+    head = torch.from_numpy(pack_head(checkpoint, dtype))
+    ropes = [torch.from_numpy(np.concatenate(rope_tables(rope, config.head_dim, positions), 1)) for rope in config.ropes]
+    if progress:
+        progress(config.num_layers + 1, config.num_layers + 1, "weights")
+    return Weights(tuple(layers), head, tuple(ropes))
+
+
+def make_cache(config: ModelConfig, pages: int, page_size: int, dtype: str) -> KVCache:
+    """Zeroed pools as the kernels keep them: keys [K, pages, H / PAIR, B, PAIR], values [K, pages, B / PAIR, H', PAIR]."""
+    element = getattr(torch, dtype)
+    k, v = pool_shapes(config, pages, page_size, element.itemsize)
+    pools = lambda shape: tuple(torch.zeros(shape, dtype=element) for _ in range(config.num_layers))  # noqa: E731
+    made = KVCache(pools(k), pools(v))
+    for pool in (*made.k, *made.v):
+        torch.ops.tandem.huge(pool)
+    return made
+
+
+def forward(config: ModelConfig, weights: Weights, state: State, step: Tensor, tokens: int, rows: int) -> Tensor:
+    """Logits float32[rows, V] of a packed step of `tokens` tokens; its keys and values go into the state's pages."""
+    ops, (k, v) = torch.ops.tandem, state.cache
+    x_TD = torch.empty((tokens, config.hidden_size))
+    q_TNH = torch.empty((tokens, config.num_heads, config.head_dim), dtype=k[0].dtype)
+    ops.embed.default(step, weights.head, state.last_tokens, x_TD)
+    for layer, packed in enumerate(weights.layers):
+        ops.project.default(step, packed, weights.ropes[config.layer_rope[layer]], x_TD, k[layer], v[layer], q_TNH)
+        ops.attend.default(step, packed, k[layer], v[layer], q_TNH)
+        ops.combine.default(step, packed, q_TNH, x_TD)
+    logits_RV = torch.empty((rows, config.vocab_size))
+    ops.head.default(step, weights.head, x_TD, logits_RV)
+    return logits_RV
+
+
+def sample(state: State, step: Tensor, logits_RV: Tensor) -> Tensor:
+    """int32[R, SAMPLED]: tokens and what was asked about them; the state remembers each row's token."""
+    sampled = torch.empty((logits_RV.shape[0], SAMPLED), dtype=torch.int32)
+    torch.ops.tandem.sample.default(step, logits_RV, state.last_tokens, sampled)
+    return sampled
+
+
+class Step:
+    """A model in native operators. `load` first; then `run` takes a state and a batch, and gives the next state."""
+
+    kernels = "native"
+    token_buckets: tuple[int, ...] = ()
+    decode_buckets: tuple[int, ...] = ()
+
+    def __init__(self, config: EngineConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        torch.ops.tandem.threads(config.threads or cores())
+
+    def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
+        """Pack the weights, with room for `positions` rotary positions."""
+        self.model_config: ModelConfig = checkpoint.config
+        self._weights = load_weights(checkpoint, self.config.dtype, positions, progress)
+
+    def make_state(self, num_pages: int) -> State:
+        """Empty pages and rows."""
+        config = self.config
+        cache = make_cache(self.model_config, num_pages, config.block_size, config.dtype)
+        return State(cache, torch.zeros(config.max_num_seqs, dtype=torch.int32))
+
+    def warmup(self, state: State, progress: Progress | None = None) -> State:
+        """Nothing is compiled: one step wakes the threads and brings the weights to memory."""
+        state, fetch = self.run(state, null_batch(1, 1, self.config.block_size))
+        fetch()
+        if progress:
+            progress(1, 1, "ran a step")
+        return state
+
+    def run(self, state: State, batch: Batch) -> tuple[State, Callable[[], tuple[Any, ...]]]:
+        """One step, and what brings its results to the host: the arguments of `interface.make_result`."""
+        with torch.inference_mode():
+            step = torch.from_numpy(pack_step(batch))
+            rows = len(batch.logit_rows)
+            logits_RV = forward(self.model_config, self._weights, state, step, batch.num_tokens, rows)
+            sampled = sample(state, step, logits_RV)
+        return state, lambda: unpack_sampled(sampled.numpy(), batch)
+
+    def read_pages(self, state: State, pages_: Sequence[int]) -> dict[str, np.ndarray]:
+        """Copies `k` and `v`: [L, pages, B, K, H]."""
+        k, v = state.cache
+        out = lambda pool: to_host(pool[:, list(pages_)])  # noqa: E731
+        head_dim = self.model_config.head_dim
+        return {
+            "k": np.stack([keys_out(out(pool)) for pool in k]),
+            "v": np.stack([values_out(out(pool), head_dim) for pool in v]),
+        }
+
+    def write_pages(self, state: State, pages_: Sequence[int], arrays: dict[str, np.ndarray]) -> State:
+        """The inverse of `read_pages`."""
+        for pools, array, packed in zip(state.cache, (arrays["k"], arrays["v"]), (keys_in, values_in), strict=True):
+            for pool, x_PBKH in zip(pools, array, strict=True):
+                pool[:, list(pages_)] = to_device(np.ascontiguousarray(packed(x_PBKH, pool.shape[-1])), self.device)
+        return state

@@ -1,0 +1,172 @@
+"""One step in PyTorch's own operations: what `kernels=framework` runs.
+
+With `compile=true` the same model code runs under torch.compile, block by block, with attention between the compiled pieces: it
+depends on how the step's sequences group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.config import EngineConfig, ModelConfig
+from common.errors import BackendError
+from common.interface import Progress
+from common.platform import has_cxx_compiler
+from common.schedule.batch import Batch, null_batch
+from common.weights.checkpoint import Checkpoint
+from torchinfer import cache as pages
+from torchinfer import sampling
+from torchinfer.arrays import to_device, to_host
+from torchinfer.attention import Plan, make_plan, paged_attention
+from torchinfer.cache import KVCache
+from torchinfer.layers import Linear
+from torchinfer.model import Decoder, forward, logits
+from torchinfer.weights import load_model
+
+
+class State(NamedTuple):
+    """What a step takes, changes and gives back."""
+
+    cache: KVCache
+    last_tokens: Tensor
+    """int64[rows]: the last token sampled for each permanent row."""
+
+
+class Inputs(NamedTuple):
+    """One step's inputs: T tokens and R logit rows."""
+
+    token_ids: Any  # [T]
+    positions: Any  # [T]
+    fill_at: Any  # [F], tokens the host does not know ...
+    fill_row: Any  # [F], ... and the row whose last token goes there
+    logit_rows: Any  # [R]
+    rows: Any  # [R], permanent row of each logit row
+    seeds: Any  # [R, 2], None when every row is greedy, like the following
+    temperature: Any  # [R], float32
+    top_k: Any  # [R]
+    top_p: Any  # [R], float32
+    min_p: Any  # [R], float32
+    modes: tuple[bool, bool, bool]  # any row samples, any row filters, any row wants logprobs
+    plan: Plan
+
+
+class Step:
+    """A model in the framework's operations. `load` first; then `run` takes a state and a batch, and gives the next state."""
+
+    kernels = "framework"
+    token_buckets: tuple[int, ...] = ()
+    decode_buckets: tuple[int, ...] = ()
+
+    def __init__(self, config: EngineConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        if config.compile and device.type == "cpu" and has_cxx_compiler() is None:
+            raise BackendError("compile=true needs a C++ compiler and found none: install g++, set CXX, or use compile=false.")
+
+    def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
+        """Bring the weights to the device, with room for `positions` rotary positions."""
+        self.model_config: ModelConfig = checkpoint.config
+        self._positions = positions
+        self._model: Any = load_model(checkpoint, self.config.dtype, positions, self.device, progress)
+        if self.device.type == "cpu" and not self.config.compile:
+            _pack(self._model)
+        if self.config.compile:
+            # One program serves all layers: weights are its inputs, and the number of tokens is symbolic.
+            for block in self._model.layers:
+                block.project = torch.compile(block.project, dynamic=True)
+                block.combine = torch.compile(block.combine, dynamic=True)
+
+    def make_state(self, num_pages: int) -> State:
+        """Empty pages and rows."""
+        config = self.config
+        cache = pages.make_cache(self.model_config, num_pages, config.block_size, config.dtype, self.device)
+        return State(cache, torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self.device))
+
+    def warmup(self, state: State, progress: Progress | None = None) -> State:
+        """Compile what later steps need."""
+        # Nothing is padded here: one small step and one full one leave no lazy set-up for later.
+        seqs = self.config.max_num_seqs
+        # The last sequence takes what the others leave of the budget, within its context.
+        most = min(self.config.max_num_batched_tokens, seqs - 1 + self._positions)
+        # A compiled step is specialised once more for a single token, and for two before it takes any number.
+        shapes = (*((n, n) for n in (1, 2, 3) if n <= seqs), (most, seqs))
+        for done, (tokens, seqs) in enumerate(shapes):
+            state, fetch = self.run(state, null_batch(tokens, seqs, self.config.block_size))
+            fetch()
+            if progress:
+                progress(done + 1, len(shapes), f"ran a step of {tokens} tokens")
+        return state
+
+    def run(self, state: State, batch: Batch) -> tuple[State, Callable[[], tuple[Any, ...]]]:
+        """One step, and what brings its results to the host: the arguments of `interface.make_result`."""
+        with torch.inference_mode():
+            state, sampled = self._step(state, to_device(self._inputs(batch), self.device))
+        return state, lambda: to_host(sampled)
+
+    def read_pages(self, state: State, pages_: Sequence[int]) -> dict[str, np.ndarray]:
+        """Copies `k` and `v`: [L, pages, B, K, H]."""
+        return pages.read_pages(state.cache, pages_)
+
+    def write_pages(self, state: State, pages_: Sequence[int], arrays: dict[str, np.ndarray]) -> State:
+        """The inverse of `read_pages`."""
+        return state._replace(cache=pages.write_pages(state.cache, pages_, arrays))
+
+    def _inputs(self, batch: Batch) -> Inputs:
+        owner = batch.logit_owner
+        wide = lambda array: array.astype(np.int64)  # noqa: E731
+        by_owner = lambda array: None if array is None else array[owner]  # noqa: E731
+        return Inputs(
+            wide(batch.token_ids),
+            wide(batch.positions),
+            wide(batch.fill_at),
+            wide(batch.fill_row),
+            wide(batch.logit_rows),
+            wide(batch.rows[owner]),
+            None if batch.seeds is None else wide(batch.seeds[owner]),
+            by_owner(batch.temperature),
+            by_owner(batch.top_k),
+            by_owner(batch.top_p),
+            by_owner(batch.min_p),
+            (batch.seeds is not None, batch.top_k is not None, batch.num_top is not None),
+            make_plan(batch, self.model_config, self.config.block_size),
+        )
+
+    def _step(self, state: State, x: Inputs) -> tuple[State, sampling.Sampled]:
+        x.token_ids.index_copy_(0, x.fill_at, state.last_tokens[x.fill_row])
+        attend = paged_attention(self.model_config, x.plan)
+        hidden_TD, cache = forward(self._model, x.token_ids, x.positions, attend, state.cache)
+        logits_RV = logits(self._model, hidden_TD[x.logit_rows])
+        sampled = self._sample(logits_RV, x)
+        state.last_tokens.index_copy_(0, x.rows, sampled.tokens)
+        return State(cache, state.last_tokens), sampled
+
+    def _sample(self, logits_RV: Tensor, x: Inputs) -> sampling.Sampled:
+        sampled, filtered, logprobs = x.modes
+        if sampled:
+            u = sampling.uniform(x.seeds, x.positions[x.logit_rows] + 1)
+            tokens = sampling.sample(logits_RV, x.temperature, x.top_k, x.top_p, x.min_p, u, filtered)
+        else:
+            tokens = sampling.greedy(logits_RV)
+        extra = sampling.logprobs_of(logits_RV, tokens) if logprobs else (None, None, None, None)
+        return sampling.Sampled(tokens, logits_RV.sum(dim=-1).isfinite(), *extra)
+
+
+def _pack(model: Decoder) -> None:
+    """Put the matrices into the blocked layout of oneDNN, PyTorch's own CPU library, once instead of in every call. A tied LM
+    head gets a packed copy of the embedding, whose rows are still looked up."""
+    dtype = model.embed_tokens.weight.dtype
+    ops = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available() or (dtype == torch.bfloat16 and not ops._is_mkldnn_bf16_supported()):
+        return
+    if model.lm_head is None:
+        vocab, size = model.embed_tokens.weight.shape
+        model.lm_head = Linear(size, vocab, bias=False, split=0, dtype=dtype)
+        model.lm_head.weight = model.embed_tokens.weight
+    for module in model.modules():
+        if isinstance(module, Linear):
+            packed = ops._reorder_linear_weight(module.weight.detach(), None)
+            module.weight = torch.nn.Parameter(packed, requires_grad=False)
