@@ -47,7 +47,7 @@ class Weights(NamedTuple):
 def open_library() -> ctypes.CDLL:
     """Compile and load the operators. Raises `BackendError` if that fails."""
     library = ctypes.CDLL(str(build("jax", (jax.ffi.include_dir(),), (), (), jax.__version__)))
-    for name in ("embed", "project", "attend", "combine", "head", "sample"):
+    for name in ("embed", "layer", "project", "attend", "combine", "head", "sample"):
         handler = jax.ffi.pycapsule(getattr(library, f"tandem_{name}"))
         jax.ffi.register_ffi_target(f"tandem_{name}", handler, platform="cpu")
     return library
@@ -60,16 +60,14 @@ def usable(config: EngineConfig, model: ModelConfig, device: jax.Device) -> bool
 
 def load_weights(checkpoint: Checkpoint, dtype: Any, positions: int, progress: Progress | None = None) -> Weights:
     """Pack a checkpoint, one layer at a time."""
-    config, device = checkpoint.config, jax.local_devices(backend="cpu")[0]
-    # What is packed lies aligned and nobody writes to it again: JAX takes it as it is.
-    put = lambda array: jax.device_put(array, device)  # noqa: E731
+    config = checkpoint.config
     layers = []
     for layer in range(config.num_layers):
-        layers.append(put(pack_layer(checkpoint, layer, dtype)))
+        layers.append(_put(pack_layer(checkpoint, layer, dtype)))
         if progress:
             progress(layer + 1, config.num_layers + 1, "weights")
-    head = put(pack_head(checkpoint, dtype))
-    ropes = [put(np.concatenate(rope_tables(rope, config.head_dim, positions), 1)) for rope in config.ropes]
+    head = _put(pack_head(checkpoint, dtype))
+    ropes = [_put(np.concatenate(rope_tables(rope, config.head_dim, positions), 1)) for rope in config.ropes]
     if progress:
         progress(config.num_layers + 1, config.num_layers + 1, "weights")
     return Weights(tuple(layers), head, tuple(ropes))
@@ -79,26 +77,40 @@ def make_cache(config: ModelConfig, pages: int, page_size: int, dtype: str) -> K
     """Zeroed pools as the kernels keep them: keys [K, pages, H / PAIR, B, PAIR], values [K, pages, B / PAIR, H', PAIR]."""
     element = jnp.dtype(jnp.uint16 if dtype == "bfloat16" else dtype)
     k, v = pool_shapes(config, pages, page_size, element.itemsize)
-    device = jax.local_devices(backend="cpu")[0]
-    pools = lambda shape: tuple(jnp.zeros(shape, element, device=device) for _ in range(config.num_layers))  # noqa: E731
+    pools = lambda shape: tuple(jnp.zeros(shape, element, device=_cpu()) for _ in range(config.num_layers))  # noqa: E731
     made = KVCache(pools(k), pools(v))
     for pool in (*made.k, *made.v):
-        open_library().tandem_huge(ctypes.c_void_p(pool.unsafe_buffer_pointer()), ctypes.c_size_t(pool.nbytes))
+        _huge(pool.unsafe_buffer_pointer(), pool.nbytes)
     return made
 
 
-def forward(config: ModelConfig, weights: Weights, state: State, step: Array, tokens: int, rows: int) -> tuple[Array, State]:
+def layer(config: ModelConfig, weights: Weights, number: int, step: Array, pools: Any, x_TD: Array) -> tuple[Any, Array]:
+    """One layer in one operator: its pools (keys, values) and the residual stream as they are afterwards."""
+    q = _shape((x_TD.shape[0], config.num_heads, config.head_dim), pools[0].dtype)
+    arguments = (step, weights.layers[number], weights.ropes[config.layer_rope[number]], *pools, x_TD)
+    k, v, x_TD, _ = _call("layer", (*pools, x_TD, q), *arguments, aliases={3: 0, 4: 1, 5: 2})
+    return (k, v), x_TD
+
+
+def layer_in_parts(
+    config: ModelConfig, weights: Weights, number: int, step: Array, pools: Any, x_TD: Array
+) -> tuple[Any, Array]:
+    """As `layer`, the same bits, in three operators: for those who want to change what is between."""
+    packed, rope = weights.layers[number], weights.ropes[config.layer_rope[number]]
+    q = _shape((x_TD.shape[0], config.num_heads, config.head_dim), pools[0].dtype)
+    q_TNH, *pools = _call("project", (q, *pools), step, packed, rope, x_TD, *pools, aliases={4: 1, 5: 2})
+    out_TNH = _call("attend", q, step, packed, *pools, q_TNH, aliases={4: 0})
+    return tuple(pools), _call("combine", x_TD, step, packed, out_TNH, x_TD, aliases={3: 0})
+
+
+def forward(
+    config: ModelConfig, weights: Weights, state: State, step: Array, tokens: int, rows: int, layer: Any = layer
+) -> tuple[Array, State]:
     """Logits float32[rows, V] of a packed step of `tokens` tokens; its keys and values go into the state's pages."""
     k, v = map(list, state.cache)
     x_TD = _call("embed", _shape((tokens, config.hidden_size)), step, weights.head, state.last_tokens)
-    q = _shape((tokens, config.num_heads, config.head_dim), k[0].dtype)
-    for layer, packed in enumerate(weights.layers):
-        pools = k[layer], v[layer]
-        rope = weights.ropes[config.layer_rope[layer]]
-        q_TNH, *pools = _call("project", (q, *pools), step, packed, rope, x_TD, *pools, aliases={4: 1, 5: 2})
-        q_TNH = _call("attend", q, step, packed, *pools, q_TNH, aliases={4: 0})
-        x_TD = _call("combine", x_TD, step, packed, q_TNH, x_TD, aliases={3: 0})
-        k[layer], v[layer] = pools
+    for number in range(config.num_layers):
+        (k[number], v[number]), x_TD = layer(config, weights, number, step, (k[number], v[number]), x_TD)
     logits_RV = _call("head", _shape((rows, config.vocab_size)), step, weights.head, x_TD)
     return logits_RV, state._replace(cache=KVCache(tuple(k), tuple(v)))
 
@@ -203,3 +215,17 @@ def _shape(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeSt
 
 def _typed(pages: np.ndarray) -> np.ndarray:
     return pages.view(jnp.bfloat16) if pages.dtype == np.uint16 else pages
+
+
+def _put(array: np.ndarray) -> Array:
+    """The array's own memory, which is aligned and which nobody writes to again, in large pages."""
+    _huge(array.ctypes.data, array.nbytes)
+    return jax.device_put(array, _cpu())
+
+
+def _huge(pointer: int, size: int) -> None:
+    open_library().tandem_huge(ctypes.c_void_p(pointer), ctypes.c_size_t(size))
+
+
+def _cpu() -> jax.Device:
+    return jax.local_devices(backend="cpu")[0]

@@ -248,7 +248,7 @@ def _native_step(backend: str, path: str | Path) -> Callable[..., Any]:
         return jax.jit(run, static_argnums=3)
 
     def eager(weights: Any, state: Any, step: np.ndarray, tokens: int) -> tuple[Any, Any]:
-        return kernels.forward(config, weights, state, to_tensor(step), tokens, tokens), state
+        return kernels.forward(config, weights, state, to_tensor(step), tokens, tokens)
 
     return eager
 

@@ -154,7 +154,7 @@ def test_a_native_step_of_jax_is_operators_and_nothing_else(families: dict[str, 
         return kernels.sample(state, step, logits)
 
     seen = list(primitives(jax.make_jaxpr(run)(weights, state, step).jaxpr))
-    assert set(seen) <= MOVES and seen.count("ffi_call") == 3 * config.num_layers + 3
+    assert set(seen) <= MOVES and seen.count("ffi_call") == config.num_layers + 3
     with_an_add = jax.make_jaxpr(lambda *args: run(*args)[0] + 1)(weights, state, step)
     assert not set(primitives(with_an_add.jaxpr)) <= MOVES
 
@@ -170,8 +170,8 @@ def test_a_native_step_of_torch_is_operators_and_nothing_else(families: dict[str
         return graph.forward
 
     def run(step: torch.Tensor) -> torch.Tensor:
-        logits = kernels.forward(config, weights, state, step, tokens, 1)
-        return kernels.sample(state, step, logits)
+        logits, _ = kernels.forward(config, weights, state, step, tokens, 1)
+        return kernels.sample(state, step, logits)[0]
 
     torch._dynamo.reset()
     eager = run(torch.from_numpy(step)).numpy()
@@ -179,8 +179,21 @@ def test_a_native_step_of_torch_is_operators_and_nothing_else(families: dict[str
     called = [node.target for node in graphs[0].graph.nodes if node.op.startswith("call")]
     ours = [target for target in called if str(target).startswith("tandem.")]
     assert {target for target in called if target not in ours} <= {torch.empty}
-    assert len(ours) == 3 * config.num_layers + 3
+    assert len(ours) == config.num_layers + 3
     assert np.array_equal(eager[:, :3], compiled[:, :3])  # token, finite, digest; nobody asked for more
+
+
+def test_a_layer_in_parts_computes_the_same_bits(backend: str, families: dict[str, Path]) -> None:
+    path, kernels = families["gemma3"], part(backend, "kernels")
+    config = checkpoint(path).config
+    results = []
+    for layer in (kernels.layer, kernels.layer_in_parts):
+        weights, state, step, tokens = native_state(backend, path)
+        words = step if backend == "jax" else torch.from_numpy(step)
+        logits, state = kernels.forward(config, weights, state, words, tokens, 1, layer)
+        host = part(backend, "arrays").to_host((logits, state.cache.k[-1], state.cache.v[-1]))
+        results.append([np.ascontiguousarray(array).tobytes() for array in host])
+    assert results[0] == results[1]
 
 
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -61,11 +61,11 @@ def load_weights(checkpoint: Checkpoint, dtype: Any, positions: int, progress: P
     config = checkpoint.config
     layers = []
     for layer in range(config.num_layers):
-        layers.append(torch.from_numpy(pack_layer(checkpoint, layer, dtype)))
+        layers.append(_put(pack_layer(checkpoint, layer, dtype)))
         if progress:
             progress(layer + 1, config.num_layers + 1, "weights")
-    head = torch.from_numpy(pack_head(checkpoint, dtype))
-    ropes = [torch.from_numpy(np.concatenate(rope_tables(rope, config.head_dim, positions), 1)) for rope in config.ropes]
+    head = _put(pack_head(checkpoint, dtype))
+    ropes = [_put(np.concatenate(rope_tables(rope, config.head_dim, positions), 1)) for rope in config.ropes]
     if progress:
         progress(config.num_layers + 1, config.num_layers + 1, "weights")
     return Weights(tuple(layers), head, tuple(ropes))
@@ -82,26 +82,46 @@ def make_cache(config: ModelConfig, pages: int, page_size: int, dtype: str) -> K
     return made
 
 
-def forward(config: ModelConfig, weights: Weights, state: State, step: Tensor, tokens: int, rows: int) -> Tensor:
+def layer(config: ModelConfig, weights: Weights, number: int, step: Tensor, pools: Any, x_TD: Tensor) -> tuple[Any, Tensor]:
+    """One layer in one operator: its pools (keys, values) and the residual stream as they are afterwards."""
+    k, v = pools
+    q_TNH = torch.empty((x_TD.shape[0], config.num_heads, config.head_dim), dtype=k.dtype)
+    rope = weights.ropes[config.layer_rope[number]]
+    torch.ops.tandem.layer.default(step, weights.layers[number], rope, k, v, q_TNH, x_TD)
+    return pools, x_TD
+
+
+def layer_in_parts(
+    config: ModelConfig, weights: Weights, number: int, step: Tensor, pools: Any, x_TD: Tensor
+) -> tuple[Any, Tensor]:
+    """As `layer`, the same bits, in three operators: for those who want to change what is between."""
+    ops, packed, (k, v) = torch.ops.tandem, weights.layers[number], pools
+    q_TNH = torch.empty((x_TD.shape[0], config.num_heads, config.head_dim), dtype=k.dtype)
+    ops.project.default(step, packed, weights.ropes[config.layer_rope[number]], x_TD, k, v, q_TNH)
+    ops.attend.default(step, packed, k, v, q_TNH)
+    ops.combine.default(step, packed, q_TNH, x_TD)
+    return pools, x_TD
+
+
+def forward(
+    config: ModelConfig, weights: Weights, state: State, step: Tensor, tokens: int, rows: int, layer: Any = layer
+) -> tuple[Tensor, State]:
     """Logits float32[rows, V] of a packed step of `tokens` tokens; its keys and values go into the state's pages."""
     ops, (k, v) = torch.ops.tandem, state.cache
     x_TD = torch.empty((tokens, config.hidden_size))
-    q_TNH = torch.empty((tokens, config.num_heads, config.head_dim), dtype=k[0].dtype)
     ops.embed.default(step, weights.head, state.last_tokens, x_TD)
-    for layer, packed in enumerate(weights.layers):
-        ops.project.default(step, packed, weights.ropes[config.layer_rope[layer]], x_TD, k[layer], v[layer], q_TNH)
-        ops.attend.default(step, packed, k[layer], v[layer], q_TNH)
-        ops.combine.default(step, packed, q_TNH, x_TD)
+    for number in range(config.num_layers):
+        _, x_TD = layer(config, weights, number, step, (k[number], v[number]), x_TD)
     logits_RV = torch.empty((rows, config.vocab_size))
     ops.head.default(step, weights.head, x_TD, logits_RV)
-    return logits_RV
+    return logits_RV, state
 
 
-def sample(state: State, step: Tensor, logits_RV: Tensor) -> Tensor:
+def sample(state: State, step: Tensor, logits_RV: Tensor) -> tuple[Tensor, State]:
     """int32[R, SAMPLED]: tokens and what was asked about them; the state remembers each row's token."""
     sampled = torch.empty((logits_RV.shape[0], SAMPLED), dtype=torch.int32)
     torch.ops.tandem.sample.default(step, logits_RV, state.last_tokens, sampled)
-    return sampled
+    return sampled, state
 
 
 class Step:
@@ -139,8 +159,8 @@ class Step:
         with torch.inference_mode():
             step = torch.from_numpy(pack_step(batch))
             rows = len(batch.logit_rows)
-            logits_RV = forward(self.model_config, self._weights, state, step, batch.num_tokens, rows)
-            sampled = sample(state, step, logits_RV)
+            logits_RV, state = forward(self.model_config, self._weights, state, step, batch.num_tokens, rows)
+            sampled, state = sample(state, step, logits_RV)
         return state, lambda: unpack_sampled(sampled.numpy(), batch)
 
     def read_pages(self, state: State, pages_: Sequence[int]) -> dict[str, np.ndarray]:
@@ -159,3 +179,10 @@ class Step:
             for pool, x_PBKH in zip(pools, array, strict=True):
                 pool[:, list(pages_)] = to_device(np.ascontiguousarray(packed(x_PBKH, pool.shape[-1])), self.device)
         return state
+
+
+def _put(array: np.ndarray) -> Tensor:
+    """The array's own memory, which nobody writes to again, in large pages."""
+    tensor = torch.from_numpy(array)
+    torch.ops.tandem.huge(tensor)
+    return tensor

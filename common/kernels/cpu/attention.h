@@ -14,7 +14,7 @@
 
 namespace tandem {
 
-constexpr int BLOCK = 64, PARTITION = 512, SUB = BLOCK / LANES, AHEAD = 2;
+constexpr int BLOCK = 64, PARTITION = 512, SUB = BLOCK / LANES, AHEAD = 1;
 constexpr float MASKED = -1e30f;
 
 constexpr int padded(int n) { return (n + LANES - 1) / LANES * LANES; }
@@ -223,18 +223,19 @@ class Attention {
  public:
   using T = typename E::T;
 
-  Attention(const Step& step, const Weights& w, const Pages<E>& pages, T* q) : step_(step), w_(w), pages_(pages), q_(q) {}
+  Attention(const Step& step, const Weights& w, const Pages<E>& pages, T* q, int threads)
+      : step_(step), w_(w), pages_(pages), q_(q) {
+    plan(threads);
+  }
 
   // Threads call this together. q becomes the output.
   void operator()(Member& team) {
-    if (team.id == 0) plan(team.size());
-    team.barrier();
     if (!split_) {
       team.share(int(runs_.size()), [&](int i) {
         static thread_local Tile<E> tile;
         const Run& run = runs_[i];
         const int n = run.end - run.begin, rows = run.count * group();
-        const Run* after = i + team.size() < int(runs_.size()) ? &runs_[i + team.size()] : nullptr;
+        const Run* after = i + 1 < int(runs_.size()) ? &runs_[i + 1] : nullptr;
         tile.fit(rows, w_.head_dim, n);
         load(tile, run);
         for (int part = 0; part < n; ++part)
@@ -274,7 +275,9 @@ class Attention {
       }
     }
     // Few runs leave threads idle at the end: then their partitions are shared out instead.
-    split_ = threads > 1 && int(runs_.size()) < 4 * threads;
+    bool divisible = false;
+    for (const Run& run : runs_) divisible |= run.end - run.begin > 1;
+    split_ = divisible && threads > 1 && int(runs_.size()) < 4 * threads;
     if (!split_) return;
     size_t parts = 0;
     for (size_t i = 0; i < runs_.size(); ++i) {

@@ -23,6 +23,10 @@ ffi::Error embed(Buffer step, Buffer weights, Buffer last_tokens, Out x) {
   return status(tandem::embed(view(step), view(weights), view(last_tokens), view(x)));
 }
 
+ffi::Error layer(Buffer step, Buffer weights, Buffer rope, Buffer, Buffer, Buffer, Out k, Out v, Out x, Out q) {
+  return status(tandem::layer(view(step), view(weights), view(rope), view(k), view(v), view(q), view(x)));
+}
+
 ffi::Error project(Buffer step, Buffer weights, Buffer rope, Buffer x, Buffer, Buffer, Out q, Out k, Out v) {
   return status(tandem::project(view(step), view(weights), view(rope), view(x), view(k), view(v), view(q)));
 }
@@ -53,6 +57,7 @@ ffi::Error sample(Buffer step, Buffer logits, Buffer, Out sampled, Out last_toke
   }
 
 TANDEM_HANDLER(embed)
+TANDEM_HANDLER(layer)
 TANDEM_HANDLER(project)
 TANDEM_HANDLER(attend)
 TANDEM_HANDLER(combine)

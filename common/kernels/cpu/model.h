@@ -1,5 +1,6 @@
-// The operators of a step: embed, then for each layer project, attend, combine, then head. Activations between them are the
-// residual stream x[T, D] in float32 and q[T, N, H] in the element type; everything else stays inside.
+// The operators of a step: embed, then each layer, then head. A layer is project, attend, combine: in one operator, or in three for
+// those who want to change what is between. Activations between them are the residual stream x[T, D] in float32 and q[T, N, H]
+// in the element type; everything else stays inside.
 #pragma once
 
 #include <cstdlib>
@@ -41,7 +42,7 @@ class Scratch {
     void* data = nullptr;
     size_t size = 0;
   };
-  Buffer buffers_[4];
+  Buffer buffers_[4];  // normed rows, heads, activations, a branch
 };
 
 // out[n] = x / rms(x) * w (Zhang & Sennrich 2019, arXiv:1910.07467), given sixteen at a time to put(i, n, value).
@@ -56,15 +57,32 @@ TANDEM_INLINE void rms_norm(const float* x, const float* w, int size, float eps,
   for (int i = 0; i < size; i += LANES) put(i, size - i, load(x + i, size - i) * scale * load(w + i, size - i));
 }
 
+// The normed rows in the element type: the operand of the matmul with w that follows. `out` has room for REPEAT rows more for
+// each thread: so few rows every thread norms for itself, which is quicker than waiting for another.
+constexpr int REPEAT = 2;
+
 template <class E>
-void norm_rows(Member& team, const float* x, const int32_t* which, int rows, int size, const float* w, float eps,
-               typename E::T* out) {
-  team.share(rows, [&](int r) {
-    auto* to = out + size_t(r) * even(size);
-    rms_norm(x + size_t(which ? which[r] : r) * size, w, size, eps, [&](int i, int n, V v) { put<E>(to + i, v, n); });
+const typename E::T* norm_rows(Member& team, const float* x, const int32_t* which, int rows, const Weights& w, int64_t norm,
+                               typename E::T* out, const Matrix<E>& next) {
+  const int size = w.inputs;
+  auto one = [&](int r, typename E::T* to) {
+    rms_norm(x + size_t(which ? which[r] : r) * size, w.floats(norm), size, w.eps, [&](int i, int n, V v) { put<E>(to + i, v, n); });
     if (size % 2) to[size] = 0;
-  });
-  team.barrier();
+  };
+  if (rows <= REPEAT) {
+    out += size_t(team.id) * REPEAT * even(size);
+    for (int r = 0; r < rows; ++r) one(r, out + size_t(r) * even(size));
+    return out;
+  }
+  team.share(rows, [&](int r) { one(r, out + size_t(r) * even(size)); });
+  barrier(team, next);
+  return out;
+}
+
+// Elements that `norm_rows` needs.
+inline size_t normed_size(const Weights& w, int rows) {
+  const int repeated = REPEAT * Pool::get().wanted();
+  return size_t(rows > repeated ? rows : repeated) * even(w.inputs);
 }
 
 // x[T, D]: the rows of the embedding table, scaled and rounded as the model's dtype would.
@@ -98,66 +116,75 @@ void embed(const Step& step, const Weights& w, const int32_t* last_tokens, float
 }
 
 // Halves (a, b) become (a cos - b sin, b cos + a sin) (Su et al. 2021, arXiv:2104.09864); rope[2, H / 2] is cos, then sin.
-TANDEM_INLINE void rotate(float* x, const float* rope, int head_dim) {
+template <class E>
+TANDEM_INLINE void rotate(const float* x, const float* rope, int head_dim, typename E::T* out) {
   const int half = head_dim / 2;
   for (int i = 0; i < half; i += LANES) {
     const int n = half - i;
     const V a = load(x + i, n), b = load(x + half + i, n), cos = load(rope + i, n), sin = load(rope + half + i, n);
-    const V first = a * cos - b * sin, second = b * cos + a * sin;
-    store(x + i, first, n);
-    store(x + half + i, second, n);
+    put<E>(out + i, a * cos - b * sin, n);
+    put<E>(out + half + i, b * cos + a * sin, n);
   }
 }
 
 // q[T, N, H] of norm(x), rotated; keys and values go into their pages. rope[positions, H].
 template <class E>
-void project(const Step& step, const Weights& w, const float* rope, const Pages<E>& pages, const float* x, typename E::T* q) {
+class Project {
+ public:
   using T = typename E::T;
-  const int D = w.inputs, N = w.heads, K = w.kv_heads, H = w.head_dim, out = (N + 2 * K) * H;
-  const Matrix<E> qkv{w.matrix<T>(w.qkv), even(D), out};
-  const int width = qkv.panels() * COLUMNS;
-  const float *bias = w.floats(w.qkv_bias), *q_norm = w.floats(w.q_norm), *k_norm = w.floats(w.k_norm);
-  std::lock_guard<std::mutex> lock(Scratch::get().lock);
-  T* normed = Scratch::get().take<T>(0, size_t(step.tokens) * even(D));
-  float* heads = Scratch::get().take<float>(1, size_t(step.tokens) * width);
-  Pool::get().run([&](Member& team) {
-    norm_rows<E>(team, x, nullptr, step.tokens, D, w.floats(w.input_norm), w.eps, normed);
-    matmul<E>(team, normed, even(D), step.tokens, qkv, [&](int row, int rows, int panel, const float* c) {
+
+  Project(const Step& step, const Weights& w, const float* rope, const Pages<E>& pages, const float* x, T* q)
+      : step_(step), w_(w), rope_(rope), pages_(pages), x_(x), q_(q),
+        qkv{w.matrix<T>(w.qkv), even(w.inputs), (w.heads + 2 * w.kv_heads) * w.head_dim},
+        normed_(Scratch::get().take<T>(0, normed_size(w, step.tokens))),
+        heads_(Scratch::get().take<float>(1, size_t(step.tokens) * qkv.panels() * COLUMNS)) {}
+
+  void operator()(Member& team) const {
+    const int N = w_.heads, K = w_.kv_heads, H = w_.head_dim, width = qkv.panels() * COLUMNS;
+    const float *bias = w_.floats(w_.qkv_bias), *q_norm = w_.floats(w_.q_norm), *k_norm = w_.floats(w_.k_norm);
+    const T* normed = norm_rows<E>(team, x_, nullptr, step_.tokens, w_, w_.input_norm, normed_, qkv);
+    matmul<E>(team, normed, even(w_.inputs), step_.tokens, qkv, [&](int row, int rows, int panel, const float* c) {
       for (int r = 0; r < rows; ++r)
         for (int i = 0; i < COLUMNS; i += LANES) {
           V y = load(c + r * COLUMNS + i);
           if (bias) y = y + load(bias + panel * COLUMNS + i);
-          store(heads + size_t(row + r) * width + panel * COLUMNS + i, y);
+          store(heads_ + size_t(row + r) * width + panel * COLUMNS + i, y);
         }
     });
     team.barrier();
-    team.share(step.tokens, [&](int t) {
-      // Every token of a decoding batch writes to a page of its own, and none of them is in a cache.
-      if (const int soon = t + 2 * team.size(); soon < step.tokens)
-        for (int k = 0; k < K; ++k) pages.fetch(k, step.slots[soon]);
-      float* head = heads + size_t(t) * width;
-      const float* turn = rope + size_t(step.positions[t]) * H;
+    auto turn = [&](int t, int n) {
+      float* head = heads_ + size_t(t) * width + size_t(n) * H;
       alignas(64) T key[MAX_HEAD_DIM], value[MAX_HEAD_DIM];
-      for (int n = 0; n < N + K; ++n, head += H) {
-        if (const float* norm = n < N ? q_norm : k_norm)
-          rms_norm(head, norm, H, w.eps, [&](int i, int left, V v) { store(head + i, v, left); });
-        rotate(head, turn, H);
-        T* to = n < N ? q + (size_t(t) * N + n) * H : key;
-        for (int h = 0; h < H; h += LANES) put<E>(to + h, load(head + h, H - h), H - h);
-        if (n < N) continue;
-        for (int h = 0; h < H; h += LANES) put<E>(value + h, load(head + size_t(K) * H + h, H - h), H - h);
-        pages.put(n - N, step.slots[t], key, value);
-      }
+      if (const float* norm = n < N ? q_norm : k_norm)
+        rms_norm(head, norm, H, w_.eps, [&](int i, int left, V v) { store(head + i, v, left); });
+      rotate<E>(head, rope_ + size_t(step_.positions[t]) * H, H, n < N ? q_ + (size_t(t) * N + n) * H : key);
+      if (n < N) return;
+      for (int h = 0; h < H; h += LANES) put<E>(value + h, load(head + size_t(K) * H + h, H - h), H - h);
+      pages_.put(n - N, step_.slots[t], key, value);
+    };
+    if (step_.tokens < 4 * team.size()) {
+      team.share(step_.tokens * (N + K), [&](int i) { turn(i / (N + K), i % (N + K)); });
+      return;
+    }
+    team.share(step_.tokens, [&](int t) {
+      // Every token of a decoding batch writes to a page of its own, and none of them is in a cache.
+      if (const int soon = t + 3; soon < step_.tokens)
+        for (int k = 0; k < K; ++k) pages_.fetch(k, step_.slots[soon]);
+      for (int n = 0; n < N + K; ++n) turn(t, n);
     });
-  });
-}
+  }
 
-// Attention over the pages; q becomes the output.
-template <class E>
-void attend(const Step& step, const Weights& w, const Pages<E>& pages, typename E::T* q) {
-  Attention<E> attention(step, w, pages, q);
-  Pool::get().run(attention);
-}
+ private:
+  const Step& step_;
+  const Weights& w_;
+  const float* rope_;
+  const Pages<E>& pages_;
+  const float* x_;
+  T* q_;
+  const Matrix<E> qkv;
+  T* normed_;
+  float* heads_;
+};
 
 // SiLU, or GELU in its tanh form: x / (1 + e^-y), y = x or 2 sqrt(2 / pi) (x + 0.044715 x^3).
 TANDEM_INLINE V activate(V x, bool gelu) {
@@ -167,66 +194,125 @@ TANDEM_INLINE V activate(V x, bool gelu) {
 
 // x[T, D] behind the layer: attention's output projection and the gated MLP, each added to the residual stream.
 template <class E>
-void combine(const Step& step, const Weights& w, const typename E::T* attended, float* x) {
+class Combine {
+ public:
   using T = typename E::T;
-  const int D = w.inputs, inner = w.heads * w.head_dim, F = padded(w.hidden), tokens = step.tokens;
-  const Matrix<E> o{w.matrix<T>(w.o), inner, D}, gate_up{w.matrix<T>(w.gate_up), even(D), 2 * F}, down{w.matrix<T>(w.down), F, D};
-  const bool sandwich = w.post_mlp_norm;
-  std::lock_guard<std::mutex> lock(Scratch::get().lock);
-  T* normed = Scratch::get().take<T>(0, size_t(tokens) * even(D));
-  T* active = Scratch::get().take<T>(2, size_t(tokens) * F);
-  float* branch = sandwich ? Scratch::get().take<float>(3, size_t(tokens) * D) : nullptr;
+
+  Combine(const Step& step, const Weights& w, const T* attended, float* x)
+      : step_(step), w_(w), attended_(attended), x_(x), F(padded(w.hidden)), sandwich_(w.post_mlp_norm),
+        o{w.matrix<T>(w.o), w.heads * w.head_dim, w.inputs},
+        gate_up{w.matrix<T>(w.gate_up), even(w.inputs), 2 * F},
+        down{w.matrix<T>(w.down), F, w.inputs},
+        normed_(Scratch::get().take<T>(0, normed_size(w, step.tokens))),
+        active_(Scratch::get().take<T>(2, size_t(step.tokens) * F)),
+        branch_(sandwich_ ? Scratch::get().take<float>(3, size_t(step.tokens) * w.inputs) : nullptr) {}
+
+  void operator()(Member& team) const {
+    const int tokens = step_.tokens;
+    matmul<E>(team, attended_, o.inputs, tokens, o, add(w_.floats(w_.o_bias)));
+    barrier(team, gate_up);
+    add_normed(team, w_.floats(w_.post_attention_norm));
+    const T* normed = norm_rows<E>(team, x_, nullptr, tokens, w_, w_.pre_mlp_norm, normed_, gate_up);
+    const float* bias = w_.floats(w_.gate_up_bias);
+    matmul<E>(team, normed, even(w_.inputs), tokens, gate_up, [&](int row, int rows, int panel, const float* c) {
+      for (int r = 0; r < rows; ++r) {
+        V gate = load(c + r * COLUMNS), up = load(c + r * COLUMNS + LANES);
+        if (bias) gate = gate + load(bias + panel * COLUMNS), up = up + load(bias + panel * COLUMNS + LANES);
+        E::put(active_ + size_t(row + r) * F + panel * LANES, activate(gate, w_.gelu) * up);
+      }
+    });
+    barrier(team, down);
+    matmul<E>(team, active_, F, tokens, down, add(w_.floats(w_.down_bias)));
+    if (!sandwich_) return;
+    team.barrier();
+    add_normed(team, w_.floats(w_.post_mlp_norm));
+  }
+
+ private:
   // What a branch gives goes to the residual stream, or through a norm first.
-  auto add = [&](const float* bias) {
-    return [=](int row, int rows, int panel, const float* c) {
+  auto add(const float* bias) const {
+    return [this, bias](int row, int rows, int panel, const float* c) {
+      const int D = w_.inputs;
       for (int r = 0; r < rows; ++r)
         for (int i = 0; i < COLUMNS && panel * COLUMNS + i < D; i += LANES) {
           const int at = panel * COLUMNS + i, n = D - at;
           V y = load(c + r * COLUMNS + i);
           if (bias) y = y + load(bias + at);
-          if (sandwich) store(branch + size_t(row + r) * D + at, y, n);
-          else store(x + size_t(row + r) * D + at, load(x + size_t(row + r) * D + at, n) + y, n);
+          float* to = (sandwich_ ? branch_ : x_) + size_t(row + r) * D + at;
+          store(to, sandwich_ ? y : load(to, n) + y, n);
         }
     };
-  };
-  auto add_normed = [&](Member& team, const float* norm) {
-    team.barrier();
-    if (!sandwich) return;
-    team.share(tokens, [&](int t) {
-      float* to = x + size_t(t) * D;
-      rms_norm(branch + size_t(t) * D, norm, D, w.eps, [&](int i, int n, V v) { store(to + i, load(to + i, n) + v, n); });
+  }
+
+  void add_normed(Member& team, const float* norm) const {
+    if (!sandwich_) return;
+    const int D = w_.inputs;
+    team.share(step_.tokens, [&](int t) {
+      float* to = x_ + size_t(t) * D;
+      rms_norm(branch_ + size_t(t) * D, norm, D, w_.eps, [&](int i, int n, V v) { store(to + i, load(to + i, n) + v, n); });
     });
-    team.barrier();
-  };
+    barrier(team, gate_up);
+  }
+
+  const Step& step_;
+  const Weights& w_;
+  const T* attended_;
+  float* x_;
+  const int F;
+  const bool sandwich_;
+  const Matrix<E> o, gate_up, down;
+  T *normed_, *active_;
+  float* branch_;
+};
+
+// The three one after another, without leaving the team.
+template <class E>
+void layer(const Step& step, const Weights& w, const float* rope, const Pages<E>& pages, typename E::T* q, float* x) {
+  std::lock_guard<std::mutex> lock(Scratch::get().lock);
+  const Project<E> project(step, w, rope, pages, x, q);
+  Attention<E> attention(step, w, pages, q, Pool::get().wanted());
+  const Combine<E> combine(step, w, q, x);
+  const Matrix<E> o{w.matrix<typename E::T>(w.o), w.heads * w.head_dim, w.inputs};
   Pool::get().run([&](Member& team) {
-    matmul<E>(team, attended, inner, tokens, o, add(w.floats(w.o_bias)));
-    add_normed(team, w.floats(w.post_attention_norm));
-    norm_rows<E>(team, x, nullptr, tokens, D, w.floats(w.pre_mlp_norm), w.eps, normed);
-    const float* bias = w.floats(w.gate_up_bias);
-    matmul<E>(team, normed, even(D), tokens, gate_up, [&](int row, int rows, int panel, const float* c) {
-      for (int r = 0; r < rows; ++r) {
-        V gate = load(c + r * COLUMNS), up = load(c + r * COLUMNS + LANES);
-        if (bias) gate = gate + load(bias + panel * COLUMNS), up = up + load(bias + panel * COLUMNS + LANES);
-        E::put(active + size_t(row + r) * F + panel * LANES, activate(gate, w.gelu) * up);
-      }
-    });
+    project(team);
     team.barrier();
-    matmul<E>(team, active, F, tokens, down, add(w.floats(w.down_bias)));
-    add_normed(team, w.floats(w.post_mlp_norm));
+    attention(team);
+    barrier(team, o);
+    combine(team);
   });
+}
+
+// Each of them alone.
+template <class E>
+void project(const Step& step, const Weights& w, const float* rope, const Pages<E>& pages, const float* x, typename E::T* q) {
+  std::lock_guard<std::mutex> lock(Scratch::get().lock);
+  const Project<E> project(step, w, rope, pages, x, q);
+  Pool::get().run(project);
+}
+
+template <class E>
+void attend(const Step& step, const Weights& w, const Pages<E>& pages, typename E::T* q) {
+  Attention<E> attention(step, w, pages, q, Pool::get().wanted());
+  Pool::get().run(attention);
+}
+
+template <class E>
+void combine(const Step& step, const Weights& w, const typename E::T* attended, float* x) {
+  std::lock_guard<std::mutex> lock(Scratch::get().lock);
+  const Combine<E> combine(step, w, attended, x);
+  Pool::get().run(combine);
 }
 
 // logits[R, V] of the rows of x that want them, after the final norm.
 template <class E>
 void head(const Step& step, const Weights& w, const float* x, float* logits) {
   using T = typename E::T;
-  const int D = w.inputs;
-  const Matrix<E> head{w.matrix<T>(w.head), even(D), w.vocab};
+  const Matrix<E> head{w.matrix<T>(w.head), even(w.inputs), w.vocab};
   std::lock_guard<std::mutex> lock(Scratch::get().lock);
-  T* normed = Scratch::get().take<T>(0, size_t(step.rows) * even(D));
+  T* scratch = Scratch::get().take<T>(0, normed_size(w, step.rows));
   Pool::get().run([&](Member& team) {
-    norm_rows<E>(team, x, step.logit_rows, step.rows, D, w.floats(w.final_norm), w.eps, normed);
-    matmul<E>(team, normed, even(D), step.rows, head, [&](int row, int rows, int panel, const float* c) {
+    const T* normed = norm_rows<E>(team, x, step.logit_rows, step.rows, w, w.final_norm, scratch, head);
+    matmul<E>(team, normed, even(w.inputs), step.rows, head, [&](int row, int rows, int panel, const float* c) {
       for (int r = 0; r < rows; ++r)
         for (int i = 0; i < COLUMNS && panel * COLUMNS + i < w.vocab; i += LANES) {
           const int at = panel * COLUMNS + i;

@@ -70,11 +70,9 @@ inline const char* embed(const View& step, const View& weights, const View& last
   return nullptr;
 }
 
-inline const char* project(const View& step, const View& weights, const View& rope, const View& x, const View& k, const View& v,
-                           const View& q) {
-  if (const char* wrong = check(step, weights)) return wrong;
-  const Step s((const int32_t*)step.data);
-  const Weights& w = *(const Weights*)weights.data;
+// What a layer reads and writes besides its weights.
+inline const char* check_project(const Step& s, const Weights& w, const View& rope, const View& x, const View& k, const View& v,
+                                 const View& q) {
   if (const char* wrong = check_pages(w, k, v)) return wrong;
   if (rope.itemsize != 4 || rope.rank != 2 || rope.dims[1] != w.head_dim) return "rope has the wrong type or shape";
   if (!x.holds(4, int64_t(s.tokens) * w.inputs)) return "x has the wrong type or size";
@@ -83,6 +81,39 @@ inline const char* project(const View& step, const View& weights, const View& ro
     if (s.slots[t] < 0 || s.slots[t] >= k.dims[1] * k.dims[3]) return "a slot lies outside the pages";
     if (s.positions[t] < 0 || s.positions[t] >= rope.dims[0]) return "a position lies outside the rotary table";
   }
+  return nullptr;
+}
+
+inline const char* check_attend(const Step& s, const Weights& w, const View& k, const View& v, const View& q) {
+  if (const char* wrong = check_pages(w, k, v)) return wrong;
+  if (!q.holds(w.itemsize, int64_t(s.tokens) * w.heads * w.head_dim)) return "q has the wrong type or size";
+  for (int i = 0; i < s.seqs * s.pages; ++i)
+    if (s.page_table[i] < 0 || s.page_table[i] >= k.dims[1]) return "a page of the table lies outside the pool";
+  for (int i = 0; i < s.seqs; ++i)
+    if (s.kv_lengths[i] > int64_t(s.pages) * k.dims[3]) return "a sequence is longer than its row of the page table";
+  return nullptr;
+}
+
+inline const char* layer(const View& step, const View& weights, const View& rope, const View& k, const View& v, const View& q,
+                         const View& x) {
+  if (const char* wrong = check(step, weights)) return wrong;
+  const Step s((const int32_t*)step.data);
+  const Weights& w = *(const Weights*)weights.data;
+  if (const char* wrong = check_project(s, w, rope, x, k, v, q)) return wrong;
+  if (const char* wrong = check_attend(s, w, k, v, q)) return wrong;
+  typed(w, [&](auto e) {
+    using E = decltype(e);
+    layer<E>(s, w, (const float*)rope.data, pages_of<E>(w, k, v), (typename E::T*)q.data, (float*)x.data);
+  });
+  return nullptr;
+}
+
+inline const char* project(const View& step, const View& weights, const View& rope, const View& x, const View& k, const View& v,
+                           const View& q) {
+  if (const char* wrong = check(step, weights)) return wrong;
+  const Step s((const int32_t*)step.data);
+  const Weights& w = *(const Weights*)weights.data;
+  if (const char* wrong = check_project(s, w, rope, x, k, v, q)) return wrong;
   typed(w, [&](auto e) {
     using E = decltype(e);
     project<E>(s, w, (const float*)rope.data, pages_of<E>(w, k, v), (const float*)x.data, (typename E::T*)q.data);
@@ -94,12 +125,7 @@ inline const char* attend(const View& step, const View& weights, const View& k, 
   if (const char* wrong = check(step, weights)) return wrong;
   const Step s((const int32_t*)step.data);
   const Weights& w = *(const Weights*)weights.data;
-  if (const char* wrong = check_pages(w, k, v)) return wrong;
-  if (!q.holds(w.itemsize, int64_t(s.tokens) * w.heads * w.head_dim)) return "q has the wrong type or size";
-  for (int i = 0; i < s.seqs * s.pages; ++i)
-    if (s.page_table[i] < 0 || s.page_table[i] >= k.dims[1]) return "a page of the table lies outside the pool";
-  for (int i = 0; i < s.seqs; ++i)
-    if (s.kv_lengths[i] > int64_t(s.pages) * k.dims[3]) return "a sequence is longer than its row of the page table";
+  if (const char* wrong = check_attend(s, w, k, v, q)) return wrong;
   typed(w, [&](auto e) {
     using E = decltype(e);
     attend<E>(s, w, pages_of<E>(w, k, v), (typename E::T*)q.data);

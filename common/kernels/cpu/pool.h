@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <memory>
 #include <mutex>
 #include <thread>
 
@@ -50,6 +51,7 @@ TANDEM_INLINE void relax() {
 class Pool {
  public:
   static constexpr int MAX_PHASES = 16, SPINS = 1 << 14, GRACE = 1 << 8;
+  static constexpr size_t FETCH = 192 << 10;  // of the second-level cache, while waiting
 
   // What a thread of the team knows of the call it works on.
   class Member {
@@ -60,25 +62,44 @@ class Pool {
     // How many there would be if all came.
     int size() const { return pool_->size_; }
 
-    // Wait for all. Work shared out after it is counted anew.
-    void barrier() {
+    // Wait for all. Work shared out after it is counted anew. Who waits fetches up to `bytes` of `next` meanwhile: what this
+    // thread will read then.
+    void barrier(const void* next = nullptr, size_t bytes = 0) {
       const int round = phase_++;
       if (pool_->size_ == 1) return;
+      const char* line = (const char*)next;
+      const char* end = line + (bytes < FETCH ? bytes : FETCH);
+      auto meanwhile = [&] {
+        for (int i = 0; i < 4 && line < end; ++i, line += 64) prefetch(line);
+      };
       if (id == 0) {
         if (round == 0) pool_->close();
-        await([&] { return pool_->arrived_.load(std::memory_order_acquire) == (round + 1) * (pool_->joined_ - 1); });
+        const int all = (round + 1) * (pool_->joined_ - 1);
+        await([&] { return pool_->arrived_.load(std::memory_order_acquire) == all; }, meanwhile);
         pool_->round_.store(phase_, std::memory_order_release);
       } else {
         pool_->arrived_.fetch_add(1, std::memory_order_acq_rel);
-        await([&] { return pool_->round_.load(std::memory_order_acquire) == phase_; });
+        await([&] { return pool_->round_.load(std::memory_order_acquire) == phase_; }, meanwhile);
       }
     }
 
-    // Calls f(i) for each i in [0, n) once in the whole team. Nobody waits at the end.
+    // Calls f(i, j) for each i in [0, n) and j in [0, rounds) once in the whole team. Every thread begins with a run of its own,
+    // goes through it `rounds` times, and then helps the others: neighbours follow each other, and nobody idles. Nobody waits at
+    // the end.
+    template <class F>
+    TANDEM_INLINE void share(int n, int rounds, F&& f) {
+      const int size = pool_->size_;
+      for (int k = 0; k < size; ++k) {
+        const int owner = (id + k) % size, first = int(int64_t(n) * owner / size);
+        const int run = int(int64_t(n) * (owner + 1) / size) - first;
+        auto& next = pool_->next_[phase_ * size + owner].value;
+        for (int i; run && (i = next.fetch_add(1, std::memory_order_relaxed)) < run * rounds;) f(first + i % run, i / run);
+      }
+    }
+
     template <class F>
     TANDEM_INLINE void share(int n, F&& f) {
-      auto& next = pool_->next_[phase_].value;
-      for (int i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i);
+      share(n, 1, [&](int i, int) { f(i); });
     }
 
    private:
@@ -108,7 +129,7 @@ class Pool {
     std::lock_guard<std::mutex> lock(calls_);
     FloatMode mode;
     if (size_ != wanted_ || owner_ != getpid()) start();
-    for (auto& next : next_) next.value.store(0, std::memory_order_relaxed);
+    for (int i = 0; i < size_ * MAX_PHASES; ++i) next_[i].value.store(0, std::memory_order_relaxed);
     Member self(this, 0);
     if (size_ == 1) return f(self);
     call_ = [](void* f, Member& member) { (*static_cast<std::remove_reference_t<F>*>(f))(member); };
@@ -121,7 +142,7 @@ class Pool {
     publish(1);
     f(self);
     if (!joined_) close();
-    await([&] { return left_.load(std::memory_order_acquire) == joined_ - 1; });
+    await([&] { return left_.load(std::memory_order_acquire) == joined_ - 1; }, [] {});
     busy_.store(false, std::memory_order_relaxed);
   }
 
@@ -134,9 +155,9 @@ class Pool {
     std::atomic<int> value{0};
   };
 
-  template <class Done>
-  static TANDEM_INLINE void await(Done&& done) {
-    for (int spins = 0; !done();)
+  template <class Done, class Meanwhile>
+  static TANDEM_INLINE void await(Done&& done, Meanwhile&& meanwhile) {
+    for (int spins = 0; !done(); meanwhile())
       if (++spins < SPINS) relax();
       else sched_yield();
   }
@@ -160,6 +181,7 @@ class Pool {
   void start() {
     size_ = wanted_;
     owner_ = getpid();
+    next_.reset(new Counter[size_ * MAX_PHASES]);
     const int generation = generation_.fetch_add(1) + 1;
     publish(CLOSED);
     const uint64_t seen = call_of(state_.load());
@@ -205,7 +227,7 @@ class Pool {
   alignas(64) std::atomic<int> sleeping_{0};
   std::atomic<bool> busy_{false};
   std::atomic<int> generation_{0};
-  Counter next_[MAX_PHASES];
+  std::unique_ptr<Counter[]> next_;  // of each phase and thread
 };
 
 using Member = Pool::Member;

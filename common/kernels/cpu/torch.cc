@@ -21,6 +21,11 @@ void embed(const Tensor& step, const Tensor& weights, const Tensor& last_tokens,
   expect(tandem::embed(view(step), view(weights), view(last_tokens), view(x)));
 }
 
+void layer(const Tensor& step, const Tensor& weights, const Tensor& rope, const Tensor& k, const Tensor& v, const Tensor& q,
+           const Tensor& x) {
+  expect(tandem::layer(view(step), view(weights), view(rope), view(k), view(v), view(q), view(x)));
+}
+
 void project(const Tensor& step, const Tensor& weights, const Tensor& rope, const Tensor& x, const Tensor& k, const Tensor& v,
              const Tensor& q) {
   expect(tandem::project(view(step), view(weights), view(rope), view(x), view(k), view(v), view(q)));
@@ -50,6 +55,7 @@ void threads(int64_t count) { tandem::Pool::get().resize(int(count)); }
 
 TORCH_LIBRARY(tandem, m) {
   m.def("embed(Tensor step, Tensor weights, Tensor last_tokens, Tensor(a!) x) -> ()");
+  m.def("layer(Tensor step, Tensor weights, Tensor rope, Tensor(a!) k, Tensor(b!) v, Tensor(c!) q, Tensor(d!) x) -> ()");
   m.def("project(Tensor step, Tensor weights, Tensor rope, Tensor x, Tensor(a!) k, Tensor(b!) v, Tensor(c!) q) -> ()");
   m.def("attend(Tensor step, Tensor weights, Tensor k, Tensor v, Tensor(a!) q) -> ()");
   m.def("combine(Tensor step, Tensor weights, Tensor attended, Tensor(a!) x) -> ()");
@@ -62,6 +68,7 @@ TORCH_LIBRARY(tandem, m) {
 TORCH_LIBRARY_IMPL(tandem, CPU, m) {
   m.impl("huge", &huge);
   m.impl("embed", &embed);
+  m.impl("layer", &layer);
   m.impl("project", &project);
   m.impl("attend", &attend);
   m.impl("combine", &combine);

@@ -26,11 +26,7 @@ using bf16 = uint16_t;
 using V = float __attribute__((vector_size(64)));
 using I = int32_t __attribute__((vector_size(64)));
 
-TANDEM_INLINE V set1(float x) {
-  V v;
-  for (int i = 0; i < LANES; ++i) v[i] = x;
-  return v;
-}
+TANDEM_INLINE V set1(float x) { return x - V{}; }  // -0 too; x + 0 would lose it
 
 TANDEM_INLINE V load(const float* p) {
   V v;
