@@ -29,7 +29,8 @@ template <class E>
 inline void barrier(Member& team, const Matrix<E>& w) { team.barrier(w.begin(team), w.bytes(team)); }
 
 // R rows times P panels, in registers: c[p][r][32]. On the way it fetches what comes next: `lines` cache lines of `next` for
-// each group of inputs, or, where the panels are read only once, what lies a little ahead in them.
+// each group of inputs, or, where the panels are read only once, what lies a little ahead in them. With one row or two the
+// processor's own prefetcher does better alone.
 template <class E, int R, int P>
 inline void tile(const typename E::T* a, size_t lda, const typename E::T* b, size_t panel, int groups, float* c, const char* next,
                  int lines) {
@@ -43,7 +44,7 @@ inline void tile(const typename E::T* a, size_t lda, const typename E::T* b, siz
     for (int line = 0; line < lines; ++line) prefetch(next + (size_t(k) * lines + line) * 64);
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) {
-      if (!next) {
+      if (R > 2 && !next) {
         const char* ahead = (const char*)(b + p * panel + size_t(k) * COLUMNS * G) + AHEAD_BYTES;
         prefetch(ahead), prefetch(ahead + 64);
       }
