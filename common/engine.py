@@ -168,6 +168,7 @@ class Engine(InferenceEngine):
     def stats(self) -> dict[str, Any]:
         """Counters since the start: `scheduled_tokens` went through the model, `padded_tokens` came on top to fill buckets;
         `device_seconds` were spent in the runner, `host_seconds` in the rest of `step`. Prefix cache counts are in tokens.
+        `kv_pool_bytes` is what all pages take, whoever has them.
         """
         scheduler, pool = self.scheduler, self.scheduler.pool
         return {
@@ -180,6 +181,7 @@ class Engine(InferenceEngine):
             "num_running": len(scheduler.running),
             "num_waiting": len(scheduler.waiting) + len(scheduler.preempted),
             "kv_cache_usage": 1 - pool.num_free / max(pool.num_pages - 1, 1),
+            "kv_pool_bytes": pool.num_pages * sum(group.page_bytes for group in self.runner.kv_groups()),
             "compilations": self.runner.compilations,
         }
 

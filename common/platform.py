@@ -121,6 +121,11 @@ def cpu_features() -> str:
     return ""
 
 
+def rss() -> int:
+    """Bytes of memory this process holds."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def peak_rss() -> int:
     """The most bytes of memory this process has held at once."""
     try:

@@ -1,4 +1,5 @@
 """One engine, one workload: `python -m experiments.bench engine=jax workload=single`.
+With `measure=kernels` no workload: its native kernels, one by one (`experiments.kernels`).
 
 The last line of standard output is one JSON object; its keys are those of `vllm bench serve` and a few more.
 """
@@ -7,15 +8,19 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
+from experiments import kernels
 from experiments.cli import launch
 from experiments.config import engine_spec, runs_folder
-from experiments.measure import make_plan, measure, setting
+from experiments.measure import make_plan, measure, measure_config, setting
 from experiments.report import Narrator, print_json, print_table
 from experiments.rundir import finished, run_directory, write_json, write_rows, write_setup
 
 
 def run(config: DictConfig) -> None:
-    spec = engine_spec(config.engine)
+    spec, how = engine_spec(config.engine), measure_config(config)
+    if how.kernel_passes:
+        kernels.run(config, spec, how)
+        return
     plan = make_plan(config, [spec])
     with run_directory(runs_folder(config), f"bench-{spec.label}-{plan.workload.name}") as directory, Narrator() as narrator:
         write_setup(directory, config)

@@ -20,7 +20,7 @@ from experiments.isolate import EngineFailure
 FAILURE = 1
 USER_ERROR = 2
 INTERRUPTED = 130
-ROOT_OPTIONS = ("engine", "engines", "model", "workload", "kernels", "dtype", "seed", "device")
+ROOT_OPTIONS = ("engine", "engines", "peers", "model", "workload", "kernels", "dtype", "seed", "device")
 """Overrides at the root that stay as they are from version to version."""
 
 

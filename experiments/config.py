@@ -97,9 +97,10 @@ class MeasureConfig:
     warmup_requests: int
     warmup_output_len: int
     limits_s: float
+    kernel_passes: int = 0
 
     def __post_init__(self) -> None:
-        check_integers("measure", self, blocks=1, warmup_requests=0, warmup_output_len=1)
+        check_integers("measure", self, blocks=1, warmup_requests=0, warmup_output_len=1, kernel_passes=0)
         expect(
             isinstance(self.budget_s, (int, float)) and self.budget_s >= 0,
             f"measure.budget_s must be a number of seconds ≥ 0, got {self.budget_s!r}.",

@@ -64,6 +64,8 @@ class Window:
     """By how much each counter of the engine rose."""
     steps: tuple[StepRecord, ...] | None = None
     """What the engine did, step by step; None of an engine that does not tell."""
+    bandwidth: float | None = None
+    """Bytes of memory that the machine could read in a second beside this window; None if that was not measured."""
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Self:

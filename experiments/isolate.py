@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module, util
 from pathlib import Path
@@ -29,7 +29,7 @@ import psutil
 from common import errors
 from common.config import EngineConfig
 from common.interface import InferenceEngine, Progress
-from common.platform import cores, peak_rss
+from common.platform import cores, peak_rss, rss
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from experiments.convert import gguf_file, hugging_face_directory
 from experiments.drive import Window, drive
@@ -102,8 +102,9 @@ class IsolatedEngine:
             )
 
     def load(self, model: Path, progress: Progress | None = None) -> Message:
-        """Build the engine. Returns `load_s` and `warmup_s` and what it can do. A peer's weights are converted here, once, so
-        that neither its times nor its memory include that."""
+        """Build the engine. Returns `load_s` and `warmup_s`, what it can do, and the memory it holds then (`rss_mb`), held at
+        most until then (`peak_load_mb`) and has for KV pages (`kv_pool_mb`, None where it does not tell). A peer's weights are
+        converted here, once, so that neither its times nor its memory include that."""
         if self.spec.name in PEERS:
             model = PEERS[self.spec.name](open_checkpoint(model), self.spec.config.dtype)
         return self._call("load", progress, name=self.spec.name, model=str(model), config=asdict(self.spec.config))
@@ -111,6 +112,13 @@ class IsolatedEngine:
     def run(self, workload: Workload, logprobs: int | None = None) -> Window:
         """One window, from an empty prefix cache."""
         return Window.of(self._call("run", items=[asdict(item) for item in workload.items], logprobs=logprobs))
+
+    def time_kernels(
+        self, model: Path, shapes: Sequence[Sequence[Any]], passes: int, progress: Progress | None = None
+    ) -> Message:
+        """Instead of `load`: what `experiments.pieces.time_kernels` returns of this engine's kernels."""
+        arguments = {"name": self.spec.name, "model": str(model), "config": asdict(self.spec.config)}
+        return self._call("time_kernels", progress, **arguments, shapes=shapes, passes=passes)
 
     def peak_rss_mb(self) -> float:
         return float(self._call("peak_rss_mb")["value"])
@@ -220,7 +228,15 @@ class Worker:
         self._engine = build(name, model, EngineConfig(**config), self.progress)
         end = time.perf_counter()
         loaded = self._stage_ended or end
-        return {"load_s": loaded - start, "warmup_s": end - loaded, "caps": asdict(self._engine.caps)}
+        pool = self._engine.stats().get("kv_pool_bytes")
+        return {
+            "load_s": loaded - start,
+            "warmup_s": end - loaded,
+            "rss_mb": rss() / 2**20,
+            "peak_load_mb": peak_rss() / 2**20,
+            "kv_pool_mb": None if pool is None else pool / 2**20,
+            "caps": asdict(self._engine.caps),
+        }
 
     def on_run(self, items: list[Message], logprobs: int | None) -> Message:
         assert self._engine, "run before load"
@@ -231,6 +247,14 @@ class Worker:
         own = time.process_time() - own
         answer["stats"]["foreign_cpu_seconds"] = max(0.0, busy_seconds() - machine - own)
         return answer
+
+    def on_time_kernels(
+        self, name: str, model: str, config: Mapping[str, Any], shapes: list[list[Any]], passes: int
+    ) -> Message:
+        from experiments import kernels, pieces  # not in a peer's environment
+
+        steps = [kernels.Shape(*shape) for shape in shapes]
+        return pieces.time_kernels(name, open_checkpoint(model), EngineConfig(**config), steps, passes, self.progress)
 
     def on_peak_rss_mb(self) -> Message:
         return {"value": peak_rss() / 2**20}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from experiments.drive import Window
 from experiments.isolate import IsolatedEngine
 from experiments.metrics import contaminations, summarize
 from experiments.report import Narrator
-from experiments.roofline import Limits, better, efficiency, measure_limits
+from experiments.roofline import Limits, bandwidth_probe, better, efficiency, measure_limits, weights_bytes
 from experiments.workload import Workload, WorkloadConfig, draw, known_options
 
 Engine = TypeVar("Engine")
@@ -37,8 +37,16 @@ class Plan:
     measure: MeasureConfig
 
 
+def measure_config(config: DictConfig) -> MeasureConfig:
+    return MeasureConfig(**known_options(MeasureConfig, "measure", resolved(config.measure)))
+
+
 def make_plan(config: DictConfig, engines: Sequence[EngineSpec]) -> Plan:
     """Find the model, draw the workload, and see that it fits each engine."""
+    how = measure_config(config)
+    expect(
+        how.kernel_passes == 0, "measure=kernels times one engine: python -m experiments.bench engine=torch measure=kernels."
+    )
     model = resolved(config.model)["name"]
     checkpoint = open_checkpoint(zoo.resolve(str(model)))
     wanted = WorkloadConfig.of(resolved(config.workload))
@@ -57,7 +65,7 @@ def make_plan(config: DictConfig, engines: Sequence[EngineSpec]) -> Plan:
         engines=tuple(engines),
         workload=workload,
         shares_prefixes=wanted.prefix_len > 0,
-        measure=MeasureConfig(**known_options(MeasureConfig, "measure", resolved(config.measure))),
+        measure=how,
     )
 
 
@@ -79,29 +87,35 @@ def measure(plan: Plan, directory: Path, narrator: Narrator) -> tuple[dict[str, 
         engines = [stack.enter_context(IsolatedEngine(spec, directory / f"{spec.label}.log")) for spec in plan.engines]
         figures = {engine.spec.label: prepare(engine, plan, narrator) for engine in engines}
         windows: dict[str, list[Window]] = {engine.spec.label: [] for engine in engines}
-        before = machine_limits(plan, narrator)
+        before = machine_limits(plan.measure, narrator)
+        probe = bandwidth_probe(plan.measure.limits_s / 2) if plan.measure.limits_s else lambda: None
+        bandwidth = probe()
         for number, order in blocks(engines, plan.measure):
             for engine in order:
                 narrator.say(f"block {number + 1} of {plan.measure.blocks}: {engine.spec.label}")
-                windows[engine.spec.label].append(engine.run(plan.workload))
-        after = machine_limits(plan, narrator)
+                window, last = engine.run(plan.workload), bandwidth
+                bandwidth = probe()
+                beside = max(last, bandwidth) if last and bandwidth else None
+                windows[engine.spec.label].append(replace(window, bandwidth=beside))
+        after = machine_limits(plan.measure, narrator)
         limits = better(before, after) if before and after else None
         for engine in engines:
             label, mine = engine.spec.label, windows[engine.spec.label]
             figures[label] |= summarize(mine) | {"peak_rss_mb": engine.peak_rss_mb()}
             here = limits if figures[label]["device"] == "cpu" else None  # another device has limits of its own
             figures[label] |= efficiency(mine, plan.checkpoint.config, engine.spec.config.dtype, here)
+            figures[label]["block_read_bytes_per_s"] = [window.bandwidth for window in mine]
             figures[label]["limits"] = before and after and {"before": before.summary(), "after": after.summary()}
             figures[label]["contaminated"] = contaminations(figures[label], plan.shares_prefixes)
     return figures, windows
 
 
-def machine_limits(plan: Plan, narrator: Narrator) -> Limits | None:
-    """What the machine can do while its engines are idle; None if the plan leaves it out."""
-    if not plan.measure.limits_s:
+def machine_limits(config: MeasureConfig, narrator: Narrator) -> Limits | None:
+    """What the machine can do while its engines are idle; None if the configuration leaves it out."""
+    if not config.limits_s:
         return None
     narrator.say("measuring the machine's limits")
-    return measure_limits(plan.measure.limits_s)
+    return measure_limits(config.limits_s)
 
 
 def prepare(engine: IsolatedEngine, plan: Plan, narrator: Narrator) -> dict[str, Any]:
@@ -112,7 +126,9 @@ def prepare(engine: IsolatedEngine, plan: Plan, narrator: Narrator) -> dict[str,
         narrator.say(f"warming up {engine.spec.label}")
         engine.run(plan.workload.share(plan.measure.warmup_requests, plan.measure.warmup_output_len))
     warmup = loaded["warmup_s"] + time.perf_counter() - start
-    return {"device": loaded["caps"]["device"], "load_s": loaded["load_s"], "warmup_s": warmup}
+    memory = {name: loaded[name] for name in ("rss_mb", "peak_load_mb", "kv_pool_mb")}
+    memory["weights_mb"] = weights_bytes(plan.checkpoint.config, engine.spec.config.dtype) / 2**20
+    return {"device": loaded["caps"]["device"], "load_s": loaded["load_s"], "warmup_s": warmup} | memory
 
 
 def blocks(

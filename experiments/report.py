@@ -45,6 +45,10 @@ FIGURES = (
     ("foreign_cpu_share", "other programs' CPU share"),
     ("load_s", "load, s"),
     ("warmup_s", "warm-up, s"),
+    ("weights_mb", "weights in this dtype, MB"),
+    ("kv_pool_mb", "KV pages, MB"),
+    ("rss_mb", "memory after warm-up, MB"),
+    ("peak_load_mb", "peak memory until then, MB"),
     ("peak_rss_mb", "peak memory, MB"),
 )
 

@@ -50,7 +50,8 @@ from experiments.metrics import LIMITED, rate
 from experiments.report import number, print_json, wide_console
 
 READ = "read"
-DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
+ITEMSIZES: Mapping[Dtype, int] = {"float32": 4, "bfloat16": 2}
+DTYPES = tuple(ITEMSIZES)
 CACHES = 8
 """The buffer is this many times the last-level cache, so that next to nothing of it is found there the next time."""
 LEAST_BUFFER = 1 << 28
@@ -153,6 +154,14 @@ def find_limits(seconds: float) -> Limits:
                 reasons.append(f"{name}: {error}")
     notes += dict.fromkeys(reasons)
     return Limits(ways=ways, threads=threads, cache_bytes=cache, buffer_bytes=size, notes=tuple(notes))
+
+
+def bandwidth_probe(seconds: float) -> Callable[[], float]:
+    """Measures the read bandwidth alone, in bytes/s, in this process and `seconds` for each way: short enough to be repeated
+    beside every window. On a shared machine it halves and doubles within minutes."""
+    size = min(max(CACHES * last_level_cache(), LEAST_BUFFER), memory_available() // 2) // 4096 * 4096
+    ways, _ = read_ways(size, cores())
+    return lambda: size / min(shortest(run, seconds) for run in ways.values())
 
 
 def shortest(run: Callable[[], float], seconds: float) -> float:
@@ -289,13 +298,8 @@ class Work(NamedTuple):
 
 def count(steps: Sequence[StepRecord], model: ModelConfig, dtype: Dtype) -> Work:
     """What each step needs at least, with weights and KV in `dtype`. The formulas stand at the top of this file."""
-    flat = lambda arrays: np.concatenate([np.empty(0), *arrays])  # noqa: E731
-    seqs = [len(step.counts) for step in steps]
-    per_step = lambda by_seq: np.bincount(np.arange(len(steps)).repeat(seqs), by_seq, len(steps))  # noqa: E731
-    counts, ends, shared = (flat(getattr(step, name) for step in steps) for name in ("counts", "kv_lengths", "shared"))
-    old = ends - counts
-    tokens, rows = per_step(counts), np.array([step.logit_rows for step in steps], np.float64)
-
+    tokens = np.array([step.counts.sum() for step in steps], np.float64)
+    rows = np.array([step.logit_rows for step in steps], np.float64)
     shapes = expected_shapes(model)
     blocks = {name: shape for name, shape in shapes.items() if ".layers." in name}
     head = model.vocab_size * model.hidden_size
@@ -303,17 +307,33 @@ def count(steps: Sequence[StepRecord], model: ModelConfig, dtype: Dtype) -> Work
     weights = sum(map(math.prod, blocks.values())) + (rows > 0) * (head + model.hidden_size)
     weights = weights + np.where((rows > 0) & model.tie_embeddings, 0, embedded)
 
-    keys = context = np.zeros(len(steps))  # over all layers
+    keys, context = seen(steps, model)
+    kv = 2 * model.num_kv_heads * model.head_dim * (keys + model.num_layers * tokens)
+
+    matrices = sum(math.prod(shape) for shape in blocks.values() if len(shape) == 2)
+    flops = 2 * matrices * tokens + 2 * head * rows + 4 * model.num_heads * model.head_dim * context
+    return Work((weights + kv) * ITEMSIZES[dtype], flops)
+
+
+def seen(steps: Sequence[StepRecord], model: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Of each step, over all layers: keys of earlier steps that it reads, and pairs of a query and a key that it sees."""
+    flat = lambda arrays: np.concatenate([np.empty(0), *arrays])  # noqa: E731
+    seqs = [len(step.counts) for step in steps]
+    per_step = lambda by_seq: np.bincount(np.arange(len(steps)).repeat(seqs), by_seq, len(steps))  # noqa: E731
+    counts, ends, shared = (flat(getattr(step, name) for step in steps) for name in ("counts", "kv_lengths", "shared"))
+    old = ends - counts
+    keys = context = np.zeros(len(steps))
     for window, layers in Counter(model.layer_window).items():
         sees = window or 1 << 31
         first = np.maximum(old - sees + 1, 0)  # that the first of its new tokens sees
         keys = keys + layers * per_step(np.maximum(old - np.maximum(first, shared), 0))
         context = context + layers * per_step(visible(ends, sees) - visible(old, sees))
-    kv = 2 * model.num_kv_heads * model.head_dim * (keys + model.num_layers * tokens)
+    return keys, context
 
-    matrices = sum(math.prod(shape) for shape in blocks.values() if len(shape) == 2)
-    flops = 2 * matrices * tokens + 2 * head * rows + 4 * model.num_heads * model.head_dim * context
-    return Work((weights + kv) * {"float32": 4, "bfloat16": 2}[dtype], flops)
+
+def weights_bytes(model: ModelConfig, dtype: Dtype) -> int:
+    """What the model's weights take in `dtype`, each held once."""
+    return sum(map(math.prod, expected_shapes(model).values())) * ITEMSIZES[dtype]
 
 
 def visible(queries: np.ndarray, window: int) -> np.ndarray:
@@ -322,9 +342,9 @@ def visible(queries: np.ndarray, window: int) -> np.ndarray:
     return inside * (inside + 1) / 2 + (queries - inside) * window
 
 
-def limit_seconds(work: Work, limits: Limits, dtype: Dtype) -> np.ndarray:
+def limit_seconds(work: Work, bandwidth: np.ndarray | float, peak: float) -> np.ndarray:
     """The least time that each step could take on this machine: float64[n]."""
-    return np.maximum(work.bytes / limits.bandwidth, work.flops / limits.peak(dtype))
+    return np.maximum(work.bytes / bandwidth, work.flops / peak)
 
 
 def step_seconds(steps: Sequence[StepRecord]) -> np.ndarray:
@@ -341,8 +361,8 @@ def efficiency(windows: Iterable[Window], model: ModelConfig, dtype: Dtype, limi
 
     `roofline`, `mbu` and `mfu` are over all time of the windows, the host's work and the wait for arrivals included. Those of
     `decode` are over the steps in which no sequence had more than one token, and the time that these had the device; those of
-    `prefill` over the others and theirs. None where nothing is known: no limits were measured, the engine does not tell its
-    steps, or there was no such step.
+    `prefill` over the others and theirs. A window whose own bandwidth was measured is held against that. None where nothing is
+    known: no limits were measured, the engine does not tell its steps, or there was no such step.
     """
     windows = list(windows)
     logs = [window.steps for window in windows if window.steps is not None]
@@ -350,17 +370,19 @@ def efficiency(windows: Iterable[Window], model: ModelConfig, dtype: Dtype, limi
         return dict.fromkeys(LIMITED)
     steps = [step for log in logs for step in log]
     work = count(steps, model, dtype)
-    least = limit_seconds(work, limits, dtype)
+    beside = [limits.bandwidth if window.bandwidth is None else window.bandwidth for window in windows]
+    bandwidth, peak = np.repeat(beside, [len(log) for log in logs]), limits.peak(dtype)
+    least, reading = limit_seconds(work, bandwidth, peak), work.bytes / bandwidth
     busy = np.concatenate([np.empty(0), *map(step_seconds, logs)])
     decode = np.array([step.counts.max(initial=0) <= 1 for step in steps], bool)
-    duration, bandwidth, peak = sum(window.duration for window in windows), limits.bandwidth, limits.peak(dtype)
+    duration = sum(window.duration for window in windows)
     share = lambda amount, seconds: rate(float(amount), float(seconds))  # noqa: E731
     return {
         "roofline": share(least.sum(), duration),
-        "mbu": share(work.bytes.sum(), duration * bandwidth),
+        "mbu": share(reading.sum(), duration),
         "mfu": share(work.flops.sum(), duration * peak),
         "decode_roofline": share(least[decode].sum(), busy[decode].sum()),
-        "decode_mbu": share(work.bytes[decode].sum(), busy[decode].sum() * bandwidth),
+        "decode_mbu": share(reading[decode].sum(), busy[decode].sum()),
         "prefill_mfu": share(work.flops[~decode].sum(), busy[~decode].sum() * peak),
     }
 

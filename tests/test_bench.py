@@ -20,6 +20,7 @@ from common.errors import CheckpointError, ConfigError, RequestError
 from common.interface import Caps, InferenceEngine
 from common.request import Request, SamplingParams, Status, TokenEvent
 from common.weights import zoo
+from common.weights.checkpoint import open_checkpoint
 from experiments import bench
 from experiments.config import EngineSpec
 from experiments.drive import Row, Window, drive
@@ -311,6 +312,7 @@ import sys
 from pathlib import Path
 from common.config import EngineConfig
 from common.weights import zoo
+from common.weights.checkpoint import open_checkpoint
 from experiments.config import EngineSpec
 from experiments.isolate import IsolatedEngine
 from experiments.workload import WorkloadConfig, draw
@@ -391,7 +393,7 @@ def test_bench_prints_one_json_line_and_keeps_the_run(
     result = last_line(capsys.readouterr().out)
     assert result["engine"] == "history" and result["workload"] == "fixed" and len(result["workload_hash"]) == 32
     assert (result["completed"], result["failed"], result["total_output_tokens"]) == (6, 0, 30)
-    for key in ("load_s", "warmup_s", "compilations_in_window", "num_preemptions", "peak_rss_mb", "host_ms_per_step"):
+    for key in ("load_s", "warmup_s", "compilations_in_window", "num_preemptions", "host_ms_per_step"):
         assert isinstance(result[key], (int, float)), key
     directory = Path(result["run"])
     assert json.loads((directory / "results.json").read_text()) == result
@@ -399,6 +401,20 @@ def test_bench_prints_one_json_line_and_keeps_the_run(
     assert len(rows) == 6 and {row["block"] for row in rows} == {0, 1}
     assert "name: history" in (directory / "config.yaml").read_text()
     assert (directory / "environment.json").exists() and not list(directory.parent.glob("*.partial"))
+
+
+def test_bench_reports_memory_and_what_it_is_needed_for(
+    history: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(monkeypatch, bench.main, *SMALL, "engine.num_blocks=100")
+    out = capsys.readouterr().out
+    result = last_line(out)
+    assert 10 < result["rss_mb"] <= result["peak_load_mb"] <= result["peak_rss_mb"]
+    assert result["kv_pool_mb"] == 100 * 16 * 16 / 2**20  # 16 bytes for each of a page's 16 tokens
+    weights = sum(np.prod(entry.shape) for entry in open_checkpoint(tiny()).entries.values())
+    assert result["weights_mb"] == weights * 4 / 2**20
+    for name in ("weights in this dtype, MB", "KV pages, MB", "memory after warm-up, MB", "peak memory until then, MB"):
+        assert name in out
 
 
 def test_bench_takes_a_path_for_a_model(

@@ -76,6 +76,7 @@ def test_outputs_are_the_oracles_with_one_terminal_event_each(depth: int) -> Non
     assert stats["generation_tokens"] == sum(len(right(r, i).tokens) for i, r in enumerate(requests))
     assert stats["num_preemptions"] > 0 and stats["kv_cache_usage"] == 0.0
     assert stats["num_running"] == stats["num_waiting"] == stats["num_resets"] == 0
+    assert stats["kv_pool_bytes"] == 20 * sum(group.page_bytes for group in engine.runner.kv_groups())
     assert engine.reset_prefix_cache()
 
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from common.errors import BackendError, ConfigError
-from common.platform import PLATFORMS, choose, cores, cpu_name, has_cxx_compiler, memory_available, peak_rss
+from common.platform import PLATFORMS, choose, cores, cpu_name, has_cxx_compiler, memory_available, peak_rss, rss
 
 
 def usable() -> None:
@@ -81,6 +81,14 @@ def test_the_peak_of_memory_stays_after_what_was_touched_is_freed() -> None:
     size = len(block)
     del block
     assert before + (32 << 20) < peak_rss() < before + 2 * size
+
+
+def test_memory_that_is_held_counts_until_it_is_given_back() -> None:
+    before = rss()
+    block = b"x" * (64 << 20)
+    held = rss()
+    del block
+    assert before + (60 << 20) < held <= peak_rss() and rss() < held - (60 << 20)
 
 
 def test_available_memory_and_the_name_of_the_processor_are_plausible() -> None:

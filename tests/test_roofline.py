@@ -26,6 +26,7 @@ from experiments.roofline import (
     NATIVE_READS,
     READ,
     Limits,
+    bandwidth_probe,
     better,
     count,
     efficiency,
@@ -193,7 +194,7 @@ def test_keys_that_sequences_share_are_read_once() -> None:
 def test_a_step_takes_at_least_what_the_scarcer_of_bandwidth_and_arithmetic_takes() -> None:
     decode, prefill = step((1, 101)), step((512, 512))
     work = count([decode, prefill], SMOLLM2, "bfloat16")
-    seconds = limit_seconds(work, limits(read=1e10, bfloat16=1e12), "bfloat16")
+    seconds = limit_seconds(work, 1e10, 1e12)
     assert seconds.tolist() == [work.bytes[0] / 1e10, work.flops[1] / 1e12]
 
 
@@ -214,6 +215,19 @@ def test_the_figures_are_the_work_over_the_time_of_the_window_and_of_each_phase(
     assert figures["roofline"] == pytest.approx((work.bytes[0] / 1e10 + work.flops[1] / 1e12) / 5.0)
     assert figures["decode_roofline"] == figures["decode_mbu"] == pytest.approx(work.bytes[0] / (0.5 * 1e10))
     assert figures["prefill_mfu"] == pytest.approx(work.flops[1] / (2.0 * 1e12))
+
+
+def test_each_window_is_held_against_the_bandwidth_beside_it() -> None:
+    decode = step((1, 101), begin=0.0, end=0.5)
+    windows = [Window((), 1.0, steps=(decode,), bandwidth=bandwidth) for bandwidth in (1e10, 2e10)]
+    figures = efficiency(windows, SMOLLM2, "bfloat16", limits(read=5e10, bfloat16=1e12))
+    least = count([decode], SMOLLM2, "bfloat16").bytes[0] * (1 / 1e10 + 1 / 2e10)
+    assert figures["mbu"] == figures["roofline"] == pytest.approx(least / 2.0)
+    assert figures["decode_mbu"] == pytest.approx(least / 1.0)
+
+
+def test_the_probe_reads_memory_faster_than_a_disk_and_slower_than_a_register() -> None:
+    assert 1e8 < bandwidth_probe(0.001)() < 1e13
 
 
 def test_what_is_not_known_is_none() -> None:
@@ -349,8 +363,9 @@ SMALL = ("engine=history", "model=tiny-llama", "workload=fixed", "workload.num_r
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, *found: Limits) -> None:
-    answers = iter(found)
+    answers, beside = iter(found), iter([limit.bandwidth for limit in found])
     monkeypatch.setattr("experiments.measure.measure_limits", lambda seconds: next(answers))
+    monkeypatch.setattr("experiments.measure.bandwidth_probe", lambda seconds: lambda: next(beside))
 
 
 def test_a_result_has_both_measurements_and_uses_the_better(
@@ -362,7 +377,7 @@ def test_a_result_has_both_measurements_and_uses_the_better(
     result = last_line(out)
     assert [result["limits"][when]["read_bytes_per_s"] for when in ("before", "after")] == [2e12, 1e12]
     assert json.loads((Path(result["run"]) / "results.json").read_text())["limits"] == result["limits"]
-    assert all(0 < result[name] < 1 for name in LIMITED)
+    assert all(0 < result[name] < 1 for name in LIMITED) and result["block_read_bytes_per_s"] == [2e12]
     assert "roofline" in out and "MBU" in out and "invalid" not in out
     # Three prompts of 128 tokens are the first step, and four steps of one token each follow: the work is known to the byte.
     steps = [step(*[(128, 128)] * 3), *(step(*[(1, 129 + i)] * 3) for i in range(4))]

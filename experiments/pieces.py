@@ -1,0 +1,313 @@
+"""The operators of a step one by one, on a device: what `experiments.kernels` times, in the engine's process.
+
+Both kinds of kernels are written once for both backends, which are reached by name. What differs between the two is in `Glue`.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from common.config import EngineConfig, ModelConfig, expect
+from common.interface import Progress, one_group
+from common.kernels.cpu.step import SAMPLED, pack_step
+from common.platform import memory_available
+from common.schedule.batch import Batch
+from common.weights.checkpoint import Checkpoint
+from common.weights.parameters import NUMPY_DTYPES
+from experiments.isolate import busy_seconds
+from experiments.kernels import Shape, make_batch
+from experiments.roofline import timed
+
+Held = dict[str, Any]
+"""Arrays on the device, by name."""
+Program = Callable[..., Held]
+"""An operator over all layers: takes what its parameters name, gives what it has written, which may be in place."""
+
+
+def part(backend: str, module: str) -> Any:
+    """`jaxinfer.<module>` or `torchinfer.<module>`."""
+    return import_module(f"{backend}infer.{module}")
+
+
+class Glue(NamedTuple):
+    """What a backend does its own way."""
+
+    operator: Callable[..., Any]
+    """(name, inputs, changed, fresh): call a native operator, which changes some arrays in place and fills fresh ones. Both."""
+    runner: Callable[[Program, Held], Callable[[], None]]
+    """A call that runs a program on what is held, puts there what it gives, and waits for it."""
+    weights: Callable[[Any], Any]
+    """Of a loaded framework step, as programs take them ..."""
+    model: Callable[[Any, Any], Any]
+    """... and, of that step and these, the decoder."""
+    plan: Callable[..., Any]
+    """(plan, batch, tokens): an attention plan in the shapes of a step of so many tokens."""
+    after: Callable[[Any, Any], Any]
+    """(x, results): x, for an operator that must not start before these are there."""
+
+
+def torch_glue() -> Glue:
+    import torch
+
+    def operator(name: str, inputs: Sequence[Any], changed: Sequence[Any] = (), fresh: Sequence[Any] = ()) -> Sequence[Any]:
+        getattr(torch.ops.tandem, name).default(*inputs, *changed, *fresh)
+        return (*changed, *fresh)
+
+    def runner(program: Program, held: Held) -> Callable[[], None]:
+        names = inspect.signature(program).parameters
+
+        def run() -> None:
+            with torch.inference_mode():
+                held.update(program(**{name: held[name] for name in names}))
+
+        return run
+
+    return Glue(operator, runner, lambda step: step._model, lambda step, model: model, lambda plan, *_: plan, lambda x, _: x)
+
+
+def jax_glue() -> Glue:
+    import jax
+
+    call, attention = part("jax", "kernels")._call, part("jax", "attention")
+
+    def operator(name: str, inputs: Sequence[Any], changed: Sequence[Any] = (), fresh: Sequence[Any] = ()) -> Sequence[Any]:
+        aliases = {len(inputs) + i: len(fresh) + i for i in range(len(changed))}
+        results = call(name, (*fresh, *changed), *inputs, *changed, aliases=aliases)
+        return (*results[len(fresh) :], *results[: len(fresh)])
+
+    def runner(program: Program, held: Held) -> Callable[[], None]:
+        names = inspect.signature(program).parameters
+        gives = jax.eval_shape(lambda read: program(**read), {name: held[name] for name in names})
+        for name, shapes in gives.items():
+            held.setdefault(name, jax.tree.map(lambda shape: jax.numpy.zeros(shape.shape, shape.dtype), shapes))
+
+        # What it gives takes the memory of what was there before, as in the engine's step.
+        def pure(old: Held, kept: Held) -> Held:
+            return program(**{name: (old if name in old else kept)[name] for name in names})
+
+        arguments = lambda: ({n: held[n] for n in gives}, {n: held[n] for n in names if n not in gives})  # noqa: E731
+        compiled = jax.jit(pure, donate_argnums=0, keep_unused=True).lower(*arguments()).compile()
+
+        def run() -> None:
+            held.update(jax.block_until_ready(compiled(*arguments())))
+
+        return run
+
+    def plan(plan: Any, batch: Batch, tokens: int) -> Any:
+        chunked = batch.num_tokens > batch.num_seqs
+        shapes = attention._plan_shape(tokens, batch.num_seqs, batch.page_table.shape[2], chunked)
+        return attention.Plan(*map(padded, plan, shapes))
+
+    # XLA runs what does not depend on each other at the same time: here each layer waits for the one before, as in a model.
+    def after(x: Any, results: Sequence[Any]) -> Any:
+        return x.at[0, 0].add(sum(result[0, 0, 0] for result in results).astype(x.dtype))
+
+    weights, model = lambda step: step._weights, lambda step, weights: step._merge(weights)
+    return Glue(operator, runner, weights, model, plan, after)
+
+
+GLUES: Mapping[str, Callable[[], Glue]] = {"torch": torch_glue, "jax": jax_glue}
+
+
+def padded(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    return np.pad(array, [(0, most - size) for size, most in zip(array.shape, shape, strict=True)])
+
+
+def native_programs(backend: str, glue: Glue, config: ModelConfig) -> tuple[Program, ...]:
+    kernels, operator = part(backend, "kernels"), glue.operator
+
+    def embed(head: Any, step: Any, last: Any, x: Any) -> Held:
+        (x,) = operator("embed", (step, head, last), (), (x,))
+        return {"x": x}
+
+    def project(layers: Any, ropes: Any, step: Any, x: Any, k: Any, v: Any, q: Any) -> Held:
+        k, v = list(k), list(v)
+        for i, layer in enumerate(layers):
+            k[i], v[i], q = operator("project", (step, layer, ropes[config.layer_rope[i]], x), (k[i], v[i]), (q,))
+        return {"k": k, "v": v, "q": q}
+
+    def attend(layers: Any, step: Any, k: Any, v: Any, q: Any) -> Held:
+        for layer, *pools in zip(layers, k, v, strict=True):
+            (q,) = operator("attend", (step, layer, *pools), (q,))
+        return {"q": q}
+
+    def combine(layers: Any, step: Any, q: Any, x: Any) -> Held:
+        for layer in layers:
+            (x,) = operator("combine", (step, layer, q), (x,))
+        return {"x": x}
+
+    def layer(layers: Any, ropes: Any, step: Any, k: Any, v: Any, x: Any) -> Held:
+        k, v, weights = list(k), list(v), kernels.Weights(layers, None, ropes)
+        for i in range(len(layers)):
+            (k[i], v[i]), x = kernels.layer(config, weights, i, step, (k[i], v[i]), x)
+        return {"k": k, "v": v, "x": x}
+
+    def head(head: Any, step: Any, x: Any, logits: Any) -> Held:
+        (logits,) = operator("head", (step, head, x), (), (logits,))
+        return {"logits": logits}
+
+    def sample(step: Any, logits: Any, last: Any, sampled: Any) -> Held:
+        last, sampled = operator("sample", (step, logits), (last,), (sampled,))
+        return {"last": last, "sampled": sampled}
+
+    return embed, project, attend, combine, layer, head, sample
+
+
+def framework_programs(backend: str, glue: Glue, config: ModelConfig, step: Any) -> tuple[Program, ...]:
+    lib, attention, sampling = (part(backend, name) for name in ("model", "attention", "sampling"))
+
+    def opened(weights: Any, positions: Any) -> tuple[Any, list[Any]]:
+        model = glue.model(step, weights)
+        ropes = [rope(positions) for rope in model.ropes]
+        return model, [ropes[i] for i in config.layer_rope]
+
+    def embed(weights: Any, token_ids: Any) -> Held:
+        return {"x": glue.model(step, weights).embed_tokens(token_ids)}
+
+    def project(weights: Any, positions: Any, x: Any) -> Held:
+        model, ropes = opened(weights, positions)
+        qkv = []
+        for block, rope in zip(model.layers, ropes, strict=True):
+            qkv.append(block.project(x, rope))
+            x = glue.after(x, qkv[-1])
+        return {"qkv": qkv}
+
+    def attend(plan: Any, cache: Any, qkv: Any) -> Held:
+        attend, (out, *_) = attention.paged_attention(config, plan), qkv[0]
+        for i, (_, k, v) in enumerate(qkv):
+            out, cache = attend(out, k, v, i, cache)
+        return {"out": out, "cache": cache}
+
+    def combine(weights: Any, x: Any, out: Any) -> Held:
+        for block in glue.model(step, weights).layers:
+            x = block.combine(x, out)
+        return {"x": x}
+
+    def layer(weights: Any, positions: Any, plan: Any, cache: Any, x: Any) -> Held:
+        model, ropes = opened(weights, positions)
+        attend = attention.paged_attention(config, plan)
+        for i, (block, rope) in enumerate(zip(model.layers, ropes, strict=True)):
+            out, cache = attend(*block.project(x, rope), i, cache)
+            x = block.combine(x, out)
+        return {"x": x, "cache": cache}
+
+    def head(weights: Any, logit_rows: Any, x: Any) -> Held:
+        model = glue.model(step, weights)
+        return {"logits": lib.logits(model, model.norm(x)[logit_rows])}
+
+    def sample(logits: Any) -> Held:
+        return {"tokens": sampling.greedy(logits)}
+
+    return embed, project, attend, combine, layer, head, sample
+
+
+def native_inputs(config: ModelConfig, dtype: str, batch: Batch) -> Held:
+    """A step's own arrays, in NumPy: the packed step, and room for what the operators write."""
+    tokens, rows = batch.num_tokens, len(batch.logit_rows)
+    return {
+        "step": pack_step(batch),
+        "x": np.zeros((tokens, config.hidden_size), np.float32),
+        "q": np.zeros((tokens, config.num_heads, config.head_dim), NUMPY_DTYPES[dtype]),
+        "logits": np.zeros((rows, config.vocab_size), np.float32),
+        "sampled": np.zeros((rows, SAMPLED), np.int32),
+    }
+
+
+def framework_inputs(backend: str, glue: Glue, step: Any, config: ModelConfig, batch: Batch, page_size: int) -> Held:
+    """Likewise for the framework's step, padded to the sizes that it compiles; integers are as wide as PyTorch indexes with."""
+    sizes = sorted((*step.decode_buckets, *step.token_buckets))
+    room = lambda n: next((size for size in sizes if size >= n), n)  # noqa: E731
+    wide = lambda array: padded(array, (room(len(array)),)).astype(np.int64)  # noqa: E731
+    plan = part(backend, "attention").make_plan(batch, config, page_size)
+    arrays = {name: wide(getattr(batch, name)) for name in ("token_ids", "positions", "logit_rows")}
+    return arrays | {"plan": glue.plan(plan, batch, room(batch.num_tokens))}
+
+
+def load(
+    kind: str, backend: str, checkpoint: Checkpoint, config: EngineConfig, positions: int, pages: int
+) -> tuple[Held, tuple[Program, ...], Callable[[Batch], Held]]:
+    """The `native` or `framework` kernels of a backend: weights and pages, operators, and what makes their arrays of a step."""
+    model, glue = checkpoint.config, GLUES[backend]()
+    device = part(backend, "device").open_device(config.device, config.threads)
+    step = part(backend, {"native": "kernels", "framework": "step"}[kind]).Step(config, device)
+    step.load(checkpoint, positions)
+    state = step.make_state(pages)
+    put = lambda arrays: part(backend, "arrays").to_device(arrays, device)  # noqa: E731
+    if kind == "native":
+        held = step._weights._asdict() | {"k": list(state.cache.k), "v": list(state.cache.v), "last": state.last_tokens}
+        return held, native_programs(backend, glue, model), lambda batch: put(native_inputs(model, config.dtype, batch))
+    inputs = lambda batch: put(framework_inputs(backend, glue, step, model, batch, config.block_size))  # noqa: E731
+    return {"weights": glue.weights(step), "cache": state.cache}, framework_programs(backend, glue, model, step), inputs
+
+
+def time_kernels(
+    backend: str,
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    shapes: Sequence[Shape],
+    passes: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    """`times`: kind of kernels → shape → operator → seconds; `foreign_cpu_share`: what other programs used of the processors
+    meanwhile. Raises `ConfigError` or `BackendError` where the native kernels do not serve this model under these settings."""
+    config = replace(
+        config,
+        kernels="native",
+        max_model_len=None,
+        max_num_seqs=max(shape.seqs for shape in shapes),
+        max_num_batched_tokens=max(shape.seqs * shape.new for shape in shapes),
+    )
+    device = part(backend, "device").open_device(config.device, config.threads)
+    part(backend, "kernels").usable(config, checkpoint.config, device)
+    pages = most_pages(shapes, config.block_size)
+    needed, free = pages * one_group(checkpoint.config, config)[0].page_bytes, memory_available()
+    expect(needed <= free, f"The KV pages of the longest step take {needed} bytes, and {free} are free; take a smaller model.")
+
+    times: dict[str, dict[str, dict[str, float]]] = {}
+    foreign = wall = 0.0
+    for kind in ("native", "framework"):
+        times[kind] = {}
+        for name, medians, others, passed in time_kind(kind, backend, checkpoint, config, shapes, passes):
+            times[kind][name] = medians
+            foreign, wall = foreign + others, wall + passed
+            progress(len(times[kind]), len(shapes), f"{kind} kernels, {name}")
+    return {"times": times, "foreign_cpu_share": foreign / (wall * (os.cpu_count() or 1))}
+
+
+def time_kind(
+    kind: str, backend: str, checkpoint: Checkpoint, config: EngineConfig, shapes: Sequence[Shape], passes: int
+) -> Iterator[tuple[str, dict[str, float], float, float]]:
+    """For each shape its name, operator → seconds, and the seconds that other programs computed and that passed meanwhile. One
+    kind at a time: the threads of one would wait for work beside those of the other."""
+    # Longer contexts than the model has are timed too: what the positions mean does not matter.
+    positions = max(shape.past + shape.new for shape in shapes)
+    held, programs, inputs = load(kind, backend, checkpoint, config, positions, most_pages(shapes, config.block_size))
+    glue, lasting = GLUES[backend](), set(held)
+    for shape in shapes:
+        held |= inputs(make_batch(shape, checkpoint.config.vocab_size, config.block_size))
+        runs = {program.__name__: glue.runner(program, held) for program in programs}
+        for run in runs.values():
+            run()  # wakes the threads, and leaves what the next one reads
+        gc.collect()
+        begin, machine, own = time.perf_counter(), busy_seconds(), time.process_time()
+        samples = [{name: timed(run)() for name, run in runs.items()} for _ in range(passes)]
+        foreign = max(0.0, busy_seconds() - machine - (time.process_time() - own))
+        medians = {name: statistics.median(sample[name] for sample in samples) for name in runs}
+        yield shape.name, medians, foreign, time.perf_counter() - begin
+        for name in set(held) - lasting:
+            del held[name]
+
+
+def most_pages(shapes: Sequence[Shape], page_size: int) -> int:
+    """Pages for the longest of the steps, the null page included."""
+    return 1 + max(shape.seqs * shape.pages(page_size) for shape in shapes)

@@ -1,0 +1,201 @@
+"""`measure=kernels`: the operators that are timed, what they need, the command and its refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.config import EngineConfig, ModelConfig
+from common.engine import record_step
+from experiments import bench, compare, kernels, pieces
+from experiments.kernels import Shape, make_batch, needs
+from experiments.roofline import READ, Limits, count
+from tests.backends import THREADS, checkpoint, device, part
+from tests.history_backend import ROOT, command, history, last_line
+
+__all__ = ["history"]
+
+DECODE, PREFILL = Shape("decode", 3, 30, 1), Shape("prefill", 1, 0, 40)
+LONG = Shape("long", 8, 4095, 1)
+
+
+def model(**options: Any) -> ModelConfig:
+    return replace(checkpoint("tiny-llama").config, **options)
+
+
+# What an operator needs.
+
+
+@pytest.mark.parametrize("shape", [DECODE, PREFILL, LONG, *kernels.SHAPES], ids=lambda shape: shape.name)
+@pytest.mark.parametrize("options", [{}, {"tie_embeddings": True, "qkv_bias": True, "mlp_bias": True, "layer_window": (0, 20)}])
+def test_layers_and_head_need_together_what_a_step_needs(shape: Shape, options: dict[str, Any]) -> None:
+    config = model(**options)
+    batch = make_batch(shape, config.vocab_size, 16)
+    parts, step = needs(config, "bfloat16", batch, 16), count([record_step(batch, 16, 0, 0)], config, "bfloat16")
+    alone = [parts[name] for name in ("project", "attend", "combine")]
+    rows = 0 if config.tie_embeddings else parts["embed"].bytes
+    assert rows + sum(part.bytes for part in alone) + parts["head"].bytes == step.bytes[0]
+    assert sum(part.flops for part in alone) + parts["head"].flops == step.flops[0]
+    assert (parts["layer"].bytes, parts["layer"].flops) == tuple(map(sum, zip(*alone, strict=True)))
+
+
+def test_the_work_of_a_decode_step_as_worked_out_by_hand() -> None:
+    c = model()
+    D, F, N, K, H, L, V = (
+        *(c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads, c.head_dim, c.num_layers, c.vocab_size),
+    )
+    work = needs(c, "float32", make_batch(DECODE, V, 16), 16)
+    qkv, rest = (N + 2 * K) * H * D, N * H * D + 3 * F * D
+    assert {name: (float(w.bytes) / 4, float(w.flops)) for name, w in work.items()} == {
+        "embed": (3 * D, 0),
+        "project": (L * (qkv + D + 3 * 2 * K * H), 2 * 3 * L * qkv),
+        "attend": (L * 3 * 30 * 2 * K * H, 4 * N * H * L * 3 * 31),
+        "combine": (L * (rest + D), 2 * 3 * L * rest),
+        "layer": (L * (qkv + rest + 2 * D + 3 * 2 * K * H + 3 * 30 * 2 * K * H), 2 * 3 * L * (qkv + rest) + 4 * N * H * L * 93),
+        "head": (V * D + D, 2 * 3 * V * D),
+        "sample": (3 * V, 0),
+    }
+
+
+def test_a_figure_is_the_work_over_the_time_and_the_time_over_the_limit() -> None:
+    work = needs(model(), "float32", make_batch(PREFILL, 320, 16), 16)["head"]
+    ways = {READ: {"way": 1e9}, "float32": {"way": 1e12}, "bfloat16": {"way": 1e12}}
+    limits = Limits(ways=ways, threads=1, cache_bytes=0, buffer_bytes=0)
+    got = kernels.figures(work, 0.5, 1.0, limits, "float32")
+    assert got["mb"] == float(work.bytes) / 1e6 and got["gb_per_s"] == pytest.approx(float(work.bytes) / 0.5 / 1e9)
+    assert got["limit_ms"] == pytest.approx(float(work.bytes) / 1e9 * 1e3) and got["ratio"] == 2.0
+    assert got["fraction"] == pytest.approx(float(work.bytes) / 1e9 / 0.5)
+
+
+# What is timed.
+
+
+class Operators:
+    """One kind of kernels on one step, run operator by operator."""
+
+    def __init__(self, kind: str, backend: str, shape: Shape) -> None:
+        config = EngineConfig(dtype="float32", threads=THREADS, max_num_seqs=4, max_num_batched_tokens=64)
+        self.backend, pages = backend, 1 + shape.seqs * shape.pages(16)
+        part(backend, "kernels").open_library()
+        batch = make_batch(shape, 320, 16)
+        self.held, programs, inputs = pieces.load(kind, backend, checkpoint("tiny-llama"), config, 64, pages)
+        self.held |= inputs(batch)
+        glue = pieces.GLUES[backend]()
+        self.programs: dict[str, Callable[[], None]] = {}
+        for program in programs:
+            self.programs[program.__name__] = glue.runner(program, self.held)
+        self.tokens, self.rows = batch.num_tokens, len(batch.logit_rows)
+
+    def run(self, operator: str) -> None:
+        self.programs[operator]()
+
+    def host(self, *path: Any) -> np.ndarray:
+        value: Any = self.held
+        for key in path:
+            value = value[key]
+        return part(self.backend, "arrays").to_host(value)
+
+    def put(self, name: str, array: np.ndarray) -> None:
+        self.held[name] = part(self.backend, "arrays").to_device(array, device(self.backend))
+
+
+@pytest.mark.parametrize("shape", [DECODE, PREFILL], ids=lambda shape: shape.name)
+def test_both_kinds_of_an_operator_compute_the_same(backend: str, shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    glue = pieces.GLUES[backend]()._replace(after=lambda x, _: x)  # JAX's adds a little to one number
+    monkeypatch.setitem(pieces.GLUES, backend, lambda: glue)  # type: ignore[arg-type]
+    native, framework = (Operators(kind, backend, shape) for kind in ("native", "framework"))
+    T, R = native.tokens, native.rows
+
+    def both(operator: str) -> None:
+        native.run(operator)
+        framework.run(operator)
+
+    def expect_near(got: np.ndarray, right: np.ndarray) -> None:
+        assert np.abs(right).max() > 0.01 and np.abs(got - right).max() < 1e-4 * np.abs(right).max()
+
+    both("embed")
+    expect_near(native.host("x"), framework.host("x")[:T])
+    both("project")
+    expect_near(native.host("q"), framework.host("qkv", -1, 0)[:T])
+    native.put("q", framework.host("qkv", 0, 0)[:T])
+    both("attend")
+    expect_near(native.host("q"), framework.host("out")[:T])
+    for operator in ("combine", "layer"):
+        before = native.host("x").copy()
+        both(operator)
+        expect_near(native.host("x"), framework.host("x")[:T])
+        assert np.abs(native.host("x") - before).max() > 0.01
+    both("head")
+    expect_near(native.host("logits"), framework.host("logits")[:R])
+    native.put("logits", framework.host("logits")[:R])
+    both("sample")
+    assert native.host("sampled")[:, 0].tolist() == framework.host("tokens")[:R].tolist()
+
+
+# The command.
+
+
+def test_the_command_times_every_operator_and_keeps_the_run(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "configs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(kernels, "SHAPES", (DECODE, PREFILL))
+    asked: list[float] = []
+    limits = Limits(
+        ways={READ: {"way": 1e11}, "float32": {"way": 1e12}, "bfloat16": {"way": 1e12}},
+        threads=1,
+        cache_bytes=0,
+        buffer_bytes=0,
+    )
+    monkeypatch.setattr("experiments.measure.measure_limits", lambda seconds: asked.append(seconds) or limits)
+    options = ("model=tiny-llama", "dtype=float32", "threads=1", "measure=kernels", "measure.kernel_passes=2")
+    command(monkeypatch, bench.main, f"engine={backend}", *options)
+    out = capsys.readouterr().out
+    result = last_line(out)
+    assert (result["engine"], result["model"], result["passes"], len(asked)) == (backend, "tiny-llama", 2, 2)
+    assert json.loads((Path(result["run"]) / "results.json").read_text()) == result
+    assert set(result["shapes"]) == {"decode", "prefill"} and "decode" in out and "of limit" in out
+    for operators in result["shapes"].values():
+        assert set(operators) == {"embed", "project", "attend", "combine", "layer", "head", "sample"}
+        for values in operators.values():
+            assert values["ms"] > 0 and values["ratio"] == pytest.approx(values["framework_ms"] / values["ms"])
+            assert values["fraction"] == pytest.approx(values["limit_ms"] / values["ms"])
+            limit = max(values["mb"] / 1e5, values["gflop"] / 1e3)
+            assert values["limit_ms"] == pytest.approx(limit * 1e3)
+
+
+@pytest.mark.parametrize(
+    ("main", "overrides", "said"),
+    [
+        (bench.main, ("engine=history",), "engine=history has no native kernels"),
+        (bench.main, ("engine=hf",), "engine=hf has no native kernels"),
+        (bench.main, ("engine=llamacpp",), "engine=llamacpp has no native kernels"),
+        (bench.main, ("engine=torch", "kernels=framework"), "got kernels=framework"),
+        (bench.main, ("engine=torch", "engine.compile=true"), "compile=true"),
+        (bench.main, ("engine=torch", "engine.block_size=8"), "block_size must be a multiple of 16"),
+        (bench.main, ("engine=torch", "measure.kernel_passes=-1"), "measure.kernel_passes must be an integer"),
+        (compare.main, (), "experiments.bench engine=torch measure=kernels"),
+    ],
+)
+def test_what_has_no_native_kernels_is_refused_in_one_message(
+    main: Callable[[], None],
+    overrides: tuple[str, ...],
+    said: str,
+    history: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        command(monkeypatch, main, "model=tiny-llama", "measure=kernels", "measure.limits_s=0", *overrides)
+    assert exit.value.code == 2
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and said in told[0]
+    assert not (history / "runs").exists()
