@@ -17,7 +17,7 @@ from common.config import expect as expect_config
 from common.interface import Caps, InferenceEngine, ModelRunner, Pending, Progress, load_backend
 from common.request import Request, Status, TokenEvent, expect
 from common.schedule.batch import Batch
-from common.schedule.scheduler import Scheduler, Step
+from common.schedule.scheduler import Scheduler, Sequence, Step
 from common.schedule.trace import record
 from common.weights.checkpoint import Checkpoint
 
@@ -94,7 +94,11 @@ class Engine(InferenceEngine):
     def step(self, timeout: float | None = None) -> list[TokenEvent]:
         """One step: up to `caps.depth` others stay in flight. `timeout` is for engines that wait; this one computes."""
         begin, device = perf_counter(), self._device_seconds
-        step = self.scheduler.schedule()
+        try:
+            step = self.scheduler.schedule()
+        except BaseException:  # Ctrl-C above all: requests may have been moved on for a step that will never land
+            self._start_over([])
+            raise
         if step is not None:
             self._submit(step)
         elif self.scheduler.live and not self._in_flight:
@@ -135,15 +139,20 @@ class Engine(InferenceEngine):
         self._counters["generation_tokens"] += sum(event.token_id is not None for event in events)
         self._events += events
 
-    def _recover(self, step: Step, error: BaseException) -> None:
-        """A step raised: the runner's pages and rows are undefined. Start over with every request, all tokens kept."""
+    def _start_over(self, suspects: list[Sequence]) -> list[str]:
+        """Everyone waits again and keeps the emitted tokens; returns the ids of suspects that end instead."""
         self._in_flight.clear()
         self._counters["num_resets"] += 1
-        failed = self.scheduler.recover(step.seqs if isinstance(error, Exception) else [])
+        failed = self.scheduler.recover(suspects)
+        self.runner.reset()
+        return failed
+
+    def _recover(self, step: Step, error: BaseException) -> None:
+        """A step raised: the runner's pages and rows are undefined. Start over with every request, all tokens kept."""
+        failed = self._start_over(step.seqs if isinstance(error, Exception) else [])
         now = perf_counter()
         message = f"The steps of this request keep raising: {type(error).__name__}: {error}"
         self._events += [TokenEvent(name, None, now, finish=Status.FINISHED_ERROR, error=message) for name in failed]
-        self.runner.reset()
         if not isinstance(error, Exception):
             raise error
         log.warning("A step of %d requests raised; starting over with all of them.", len(step.seqs), exc_info=error)

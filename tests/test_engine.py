@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import psutil
@@ -16,6 +17,7 @@ from common.config import EngineConfig
 from common.engine import Engine, build_engine, pool_size
 from common.errors import BackendError, ConfigError, RequestError
 from common.request import Request, SamplingParams, Status, TokenEvent
+from common.schedule.batch import Batch
 from common.schedule.scheduler import mix64
 from common.schedule.trace import replay
 from tests.history_runner import Expected, HistoryRunner, expected
@@ -262,6 +264,18 @@ def test_an_interrupt_is_passed_on_and_the_engine_can_go_on_after_it(where: str)
     with pytest.raises(KeyboardInterrupt):
         drain(engine)
     assert tokens(events + drain(engine)) == right(request("r")).tokens
+
+
+def test_an_interrupt_while_a_step_is_packed_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = make_engine()
+    engine.add(request("r"))
+    events = engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(Batch, "pack", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    assert tokens(events + drain(engine)) == right(request("r")).tokens
+    assert not engine.scheduler.leaving and not engine.has_work
 
 
 def test_a_fault_is_logged_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:

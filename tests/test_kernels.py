@@ -13,7 +13,7 @@ import torch
 
 from common.config import EngineConfig
 from common.errors import BackendError, ConfigError
-from common.kernels.cpu import build
+from common.kernels.cpu import build, usable
 from common.kernels.cpu.pages import keys_in, keys_out, values_in, values_out
 from common.kernels.cpu.step import max_step_size, pack_step
 from experiments.reference import NumpyModel
@@ -227,6 +227,18 @@ def test_an_operator_refuses_what_does_not_fit(families: dict[str, Path]) -> Non
     ):
         with pytest.raises(ValueError, match=wrong):
             ops.project(*arguments)
+    with pytest.raises(ValueError, match="layer's were expected"):
+        ops.project(words, weights.head, rope, x, k, v, q)
+    with pytest.raises(ValueError, match="head's were expected"):
+        ops.embed(words, layer, state.last_tokens, x)
+    bad = words.clone()
+    bad[8] = config.vocab_size
+    with pytest.raises(ValueError, match="token id"):
+        ops.embed(bad, weights.head, state.last_tokens, x)
+    bad = words.clone()
+    bad[8 + 3 * tokens + 1] = tokens + 100_000
+    with pytest.raises(ValueError, match="sequences of the step"):
+        ops.attend(bad, layer, k, v, q)
     with pytest.raises(ValueError, match="page of the table"):
         ops.attend(words, layer, k[:, :2].contiguous(), v[:, :2].contiguous(), q)
 
@@ -247,14 +259,35 @@ def test_jax_reports_what_does_not_fit(families: dict[str, Path]) -> None:
 def test_auto_falls_back_where_native_says_why_not(
     backend: str, options: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    usable, model = part(backend, "kernels").usable, checkpoint("tiny-llama").config
-    assert usable(EngineConfig(kernels="auto"), model, device(backend))
-    assert not usable(EngineConfig(kernels="framework"), model, device(backend))
+    native, model = part(backend, "kernels").usable, checkpoint("tiny-llama").config
+    assert native(EngineConfig(kernels="auto"), model, device(backend))
+    assert not native(EngineConfig(kernels="framework"), model, device(backend))
     with pytest.raises(ConfigError, match=reason):
-        usable(EngineConfig(kernels="native", **options), model, device(backend))
+        native(EngineConfig(kernels="native", **options), model, device(backend))
     with caplog.at_level("INFO"):
-        assert not usable(EngineConfig(kernels="auto", **options), model, device(backend))
+        assert not native(EngineConfig(kernels="auto", **options), model, device(backend))
     assert reason in caplog.text
+
+
+def test_auto_falls_back_where_no_library_can_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "kernels").write_text("in the way")
+    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path))
+    model, opened = checkpoint("tiny-llama").config, lambda: build.build("limits")
+    with caplog.at_level("INFO"):
+        assert not usable.usable(EngineConfig(kernels="auto"), model, "cpu", opened)
+    assert "using framework" in caplog.text
+    with pytest.raises(OSError):
+        usable.usable(EngineConfig(kernels="native"), model, "cpu", opened)
+
+
+def test_a_library_cut_short_is_built_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path))
+    library = build.build("sample")
+    whole = library.read_bytes()
+    library.write_bytes(whole[: len(whole) // 2])
+    assert build.build("sample").read_bytes() == whole
 
 
 def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

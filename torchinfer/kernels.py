@@ -75,7 +75,7 @@ def make_cache(config: ModelConfig, pages: int, page_size: int, dtype: str) -> K
     """Zeroed pools as the kernels keep them: keys [K, pages, H / PAIR, B, PAIR], values [K, pages, B / PAIR, H', PAIR]."""
     element = getattr(torch, dtype)
     k, v = pool_shapes(config, pages, page_size, element.itemsize)
-    pools = lambda shape: tuple(torch.zeros(shape, dtype=element) for _ in range(config.num_layers))  # noqa: E731
+    pools = lambda shape: tuple(torch.zeros(shape, dtype=element, device="cpu") for _ in range(config.num_layers))  # noqa: E731
     made = KVCache(pools(k), pools(v))
     for pool in (*made.k, *made.v):
         torch.ops.tandem.huge(pool)
@@ -85,7 +85,7 @@ def make_cache(config: ModelConfig, pages: int, page_size: int, dtype: str) -> K
 def layer(config: ModelConfig, weights: Weights, number: int, step: Tensor, pools: Any, x_TD: Tensor) -> tuple[Any, Tensor]:
     """One layer in one operator: its pools (keys, values) and the residual stream as they are afterwards."""
     k, v = pools
-    q_TNH = torch.empty((x_TD.shape[0], config.num_heads, config.head_dim), dtype=k.dtype)
+    q_TNH = torch.empty((x_TD.shape[0], config.num_heads, config.head_dim), dtype=k.dtype, device="cpu")
     rope = weights.ropes[config.layer_rope[number]]
     torch.ops.tandem.layer.default(step, weights.layers[number], rope, k, v, q_TNH, x_TD)
     return pools, x_TD
@@ -96,7 +96,7 @@ def layer_in_parts(
 ) -> tuple[Any, Tensor]:
     """As `layer`, the same bits, in three operators: for those who want to change what is between."""
     ops, packed, (k, v) = torch.ops.tandem, weights.layers[number], pools
-    q_TNH = torch.empty((x_TD.shape[0], config.num_heads, config.head_dim), dtype=k.dtype)
+    q_TNH = torch.empty((x_TD.shape[0], config.num_heads, config.head_dim), dtype=k.dtype, device="cpu")
     ops.project.default(step, packed, weights.ropes[config.layer_rope[number]], x_TD, k, v, q_TNH)
     ops.attend.default(step, packed, k, v, q_TNH)
     ops.combine.default(step, packed, q_TNH, x_TD)
@@ -108,18 +108,18 @@ def forward(
 ) -> tuple[Tensor, State]:
     """Logits float32[rows, V] of a packed step of `tokens` tokens; its keys and values go into the state's pages."""
     ops, (k, v) = torch.ops.tandem, state.cache
-    x_TD = torch.empty((tokens, config.hidden_size))
+    x_TD = torch.empty((tokens, config.hidden_size), dtype=torch.float32, device="cpu")
     ops.embed.default(step, weights.head, state.last_tokens, x_TD)
     for number in range(config.num_layers):
         _, x_TD = layer(config, weights, number, step, (k[number], v[number]), x_TD)
-    logits_RV = torch.empty((rows, config.vocab_size))
+    logits_RV = torch.empty((rows, config.vocab_size), dtype=torch.float32, device="cpu")
     ops.head.default(step, weights.head, x_TD, logits_RV)
     return logits_RV, state
 
 
 def sample(state: State, step: Tensor, logits_RV: Tensor) -> tuple[Tensor, State]:
     """int32[R, SAMPLED]: tokens and what was asked about them; the state remembers each row's token."""
-    sampled = torch.empty((logits_RV.shape[0], SAMPLED), dtype=torch.int32)
+    sampled = torch.empty((logits_RV.shape[0], SAMPLED), dtype=torch.int32, device="cpu")
     torch.ops.tandem.sample.default(step, logits_RV, state.last_tokens, sampled)
     return sampled, state
 
@@ -144,7 +144,7 @@ class Step:
         """Empty pages and rows."""
         config = self.config
         cache = make_cache(self.model_config, num_pages, config.block_size, config.dtype)
-        return State(cache, torch.zeros(config.max_num_seqs, dtype=torch.int32))
+        return State(cache, torch.zeros(config.max_num_seqs, dtype=torch.int32, device="cpu"))
 
     def warmup(self, state: State, progress: Progress | None = None) -> State:
         """Nothing is compiled: one step wakes the threads and brings the weights to memory."""

@@ -33,7 +33,8 @@ def build(
     flags = [*OPTIONS, *options, *os.environ.get("TANDEM_CXXFLAGS", "").split(), *(f"-I{folder}" for folder in include)]
     command = [compiler, *flags, str(FOLDER / f"{name}.cc"), *linked]
     target = cache_directory() / "kernels" / f"{name}-{_digest([*command, version])}.so"
-    if not target.exists():
+    whole = target.with_suffix(".digest")
+    if not (target.exists() and whole.exists() and whole.read_text() == _file_digest(target)):
         target.parent.mkdir(parents=True, exist_ok=True)
         log.info("compiling %s.cc", name)
         # Under a name of its own first: two processes may build at once, and neither may load half a file.
@@ -42,8 +43,15 @@ def build(
             done = subprocess.run([*command, "-o", str(half)], capture_output=True, text=True, errors="replace")
             if done.returncode:
                 raise BackendError(f"{compiler} could not compile {name}.cc:\n{done.stderr[-2000:]}")
+            # A library that was cut short would take the process down with it: its digest tells.
+            (half.parent / "digest").write_text(_file_digest(half))
             os.replace(half, target)
+            os.replace(half.parent / "digest", whole)
     return target
+
+
+def _file_digest(path: Path) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
 
 
 def _digest(command: Sequence[str]) -> str:

@@ -33,8 +33,17 @@ inline const char* check(const View& step, const View& weights) {
   const int64_t n = words(step);
   if (!n || step.size() < n) return "step is not what step.py packs";
   const auto* w = (const Weights*)weights.data;
-  if (weights.itemsize != 1 || weights.size() < int64_t(sizeof(Weights)) || w->magic != Weights::MAGIC)
+  if (weights.itemsize != 1 || weights.size() < int64_t(sizeof(Weights)) || w->magic != Weights::MAGIC || w->bytes != weights.size())
     return "weights are not what pack.py packs";
+  const Step s((const int32_t*)step.data);
+  if (s.query_starts[0] != 0 || s.query_starts[s.seqs] != s.tokens) return "the sequences of the step do not cover its tokens";
+  for (int i = 0; i < s.seqs; ++i) {
+    const int first = s.query_starts[i], stop = s.query_starts[i + 1];
+    if (first >= stop || stop > s.tokens) return "the sequences of the step are out of order";
+    if (s.positions[first] < 0 || s.positions[stop - 1] >= s.kv_lengths[i]) return "a position lies outside its sequence";
+  }
+  for (int r = 0; r < s.rows; ++r)
+    if (s.logit_rows[r] < 0 || s.logit_rows[r] >= s.tokens) return "a logit row lies outside the step";
   return nullptr;
 }
 
@@ -46,6 +55,7 @@ inline void typed(const Weights& w, F&& f) {
 
 // K as [K, pages, H / PAIR, B, PAIR], V as [K, pages, B / PAIR, H', PAIR].
 inline const char* check_pages(const Weights& w, const View& k, const View& v) {
+  if (!w.qkv) return "weights are the head's, and a layer's were expected";
   const int64_t G = 4 / w.itemsize;
   if (k.rank != 5 || v.rank != 5 || k.itemsize != w.itemsize || v.itemsize != w.itemsize) return "pages have the wrong type or rank";
   const int64_t B = k.dims[3];
@@ -66,6 +76,15 @@ inline const char* embed(const View& step, const View& weights, const View& last
   const Step s((const int32_t*)step.data);
   const Weights& w = *(const Weights*)weights.data;
   if (last_tokens.itemsize != 4 || !x.holds(4, int64_t(s.tokens) * w.inputs)) return "last_tokens or x has the wrong type or size";
+  if (!w.head) return "weights are a layer's, and the head's were expected";
+  for (int t = 0; t < s.tokens; ++t)
+    if (s.token_ids[t] < 0 || s.token_ids[t] >= w.vocab) return "a token id lies outside the vocabulary";
+  for (int i = 0; i < s.fills; ++i) {
+    if (s.fill_at[i] < 0 || s.fill_at[i] >= s.tokens || s.fill_row[i] < 0 || s.fill_row[i] >= last_tokens.size())
+      return "a token to fill in lies outside the step, or its row outside last_tokens";
+    const int32_t token = ((const int32_t*)last_tokens.data)[s.fill_row[i]];
+    if (token < 0 || token >= w.vocab) return "a last token lies outside the vocabulary";
+  }
   typed(w, [&](auto e) { embed<decltype(e)>(s, w, (const int32_t*)last_tokens.data, (float*)x.data); });
   return nullptr;
 }
@@ -138,6 +157,7 @@ inline const char* combine(const View& step, const View& weights, const View& at
   const Step s((const int32_t*)step.data);
   const Weights& w = *(const Weights*)weights.data;
   if (!x.holds(4, int64_t(s.tokens) * w.inputs)) return "x has the wrong type or size";
+  if (!w.qkv) return "weights are the head's, and a layer's were expected";
   if (!attended.holds(w.itemsize, int64_t(s.tokens) * w.heads * w.head_dim)) return "attended has the wrong type or size";
   typed(w, [&](auto e) {
     using E = decltype(e);
@@ -150,11 +170,10 @@ inline const char* head(const View& step, const View& weights, const View& x, co
   if (const char* wrong = check(step, weights)) return wrong;
   const Step s((const int32_t*)step.data);
   const Weights& w = *(const Weights*)weights.data;
+  if (!w.head) return "weights are a layer's, and the head's were expected";
   if (!x.holds(4, int64_t(s.tokens) * w.inputs)) return "x has the wrong type or size";
   if (logits.rank != 2 || logits.dims[1] != w.vocab || !logits.holds(4, int64_t(s.rows) * w.vocab))
     return "logits have the wrong type or shape";
-  for (int r = 0; r < s.rows; ++r)
-    if (s.logit_rows[r] < 0 || s.logit_rows[r] >= s.tokens) return "a logit row lies outside the step";
   typed(w, [&](auto e) { head<decltype(e)>(s, w, (const float*)x.data, (float*)logits.data); });
   return nullptr;
 }
@@ -164,7 +183,10 @@ inline const char* sample(const View& step, const View& logits, const View& last
   const int64_t n = words(step);
   if (!n || step.size() < n) return "step is not what step.py packs";
   const Step s((const int32_t*)step.data);
-  if (logits.rank != 2 || logits.itemsize != 4 || logits.dims[0] < s.rows) return "logits have the wrong type or shape";
+  if (logits.rank != 2 || logits.itemsize != 4 || logits.dims[0] < s.rows || logits.dims[1] < 1) return "logits have the wrong type or shape";
+  if (last_tokens.itemsize != 4) return "last_tokens have the wrong type";
+  for (int r = 0; r < s.rows; ++r)
+    if (s.logit_rows[r] < 0 || s.logit_rows[r] >= s.tokens) return "a logit row lies outside the step";
   if (!sampled.holds(4, int64_t(s.rows) * int64_t(sizeof(Sampled) / 4))) return "sampled has the wrong type or size";
   for (int r = 0; r < s.rows; ++r)
     if (s.row[r] < 0 || s.row[r] >= last_tokens.size()) return "a permanent row lies outside last_tokens";

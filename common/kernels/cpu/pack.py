@@ -26,7 +26,7 @@ PARTS = (
 HEADER = np.dtype(
     [(name, "<i4") for name in ("inputs", "heads", "kv_heads", "head_dim", "hidden", "vocab", "window", "gelu")]
     + [(name, "<f4") for name in ("eps", "attention_scale", "embedding_scale")]
-    + [("magic", "<i4"), ("itemsize", "<i4"), ("reserved", "<i4", 3)]
+    + [("magic", "<i4"), ("itemsize", "<i4"), ("reserved", "<i4"), ("bytes", "<i8")]
     + [(name, "<i8") for name in PARTS]
 )
 MAX_HEAD_DIM = 512
@@ -109,6 +109,7 @@ def _buffer(config: ModelConfig, dtype: Dtype, window: int, parts: Mapping[str, 
     for name, part in parts.items():
         header[name] = end = -(-end // ALIGN) * ALIGN
         end += part.nbytes
+    header["bytes"] = end
     buffer = aligned(end)
     buffer[: HEADER.itemsize] = np.frombuffer(header.tobytes(), np.uint8)
     for name, part in parts.items():

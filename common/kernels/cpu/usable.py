@@ -21,7 +21,7 @@ def usable(config: EngineConfig, model: ModelConfig, device: str, open_library: 
         if reason := against(config, model, device):
             raise ConfigError(f"kernels=native cannot be used here: {reason}. Use kernels=auto or kernels=framework.")
         open_library()
-    except (ConfigError, BackendError) as error:
+    except (ConfigError, BackendError, OSError) as error:  # OSError: no place to keep a library, or none to load one from
         if config.kernels == "native":
             raise
         log.info("kernels=auto: using framework (%s)", str(error).splitlines()[0])
