@@ -21,7 +21,7 @@ from tests.backends import BACKENDS, Packer, checkpoint, device, native_logits, 
 from tests.families import BOUND, FAMILIES
 from tests.test_model import PROMPTS, STEPS
 
-BF16_BOUND = 0.15
+BF16_BOUND = 0.11
 """How far bfloat16 logits of a tiny model may be from the float64 judge's, in standard deviations of the logits."""
 Steps = Sequence[Sequence[tuple[int, int, int]]]
 

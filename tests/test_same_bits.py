@@ -12,7 +12,7 @@ import pytest
 
 from common.config import EngineConfig
 from common.engine import Engine
-from common.interface import ModelRunner, Pending, Result, load_backend
+from common.interface import ModelRunner, Pending, load_backend
 from common.request import Request, SamplingParams
 from common.schedule.batch import Batch
 from tests.backends import BACKENDS, checkpoint
@@ -120,7 +120,3 @@ def test_company_changes_no_byte(model: str, dtype: str) -> None:
         assert engine.stats()["prefix_cache_hits"] > 0
         assert (engine.stats()["num_preemptions"] > 0) == (num_pages == 60)
     runner.close()
-
-
-def test_a_result_without_native_kernels_has_no_digest() -> None:
-    assert Result(tokens=np.zeros(0), token_starts=np.zeros(1), finite=np.zeros(0)).digests is None
