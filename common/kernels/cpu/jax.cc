@@ -64,5 +64,5 @@ TANDEM_HANDLER(combine)
 TANDEM_HANDLER(head)
 TANDEM_HANDLER(sample)
 
-TANDEM_EXPORT void tandem_threads(int threads) { tandem::Pool::get().resize(threads); }
+TANDEM_EXPORT void tandem_threads(int threads) { tandem::threads(threads); }
 TANDEM_EXPORT void tandem_huge(void* data, size_t size) { tandem::huge(data, size); }

@@ -28,9 +28,11 @@ class Scratch {
     Buffer& buffer = buffers_[which];
     if (buffer.size < n * sizeof(T)) {
       std::free(buffer.data);
-      buffer.size = (n * sizeof(T) + 63) / 64 * 64;
-      buffer.data = std::aligned_alloc(64, buffer.size);
+      buffer = {};
+      const size_t size = (n * sizeof(T) + 63) / 64 * 64;
+      buffer.data = std::aligned_alloc(64, size);
       if (!buffer.data) throw std::bad_alloc();
+      buffer.size = size;
     }
     return (T*)buffer.data;
   }

@@ -47,6 +47,12 @@ inline const char* check(const View& step, const View& weights) {
   return nullptr;
 }
 
+// How many threads compute from the next operator on. Not while one runs: it has sized its scratch by their number.
+inline void threads(int count) {
+  std::lock_guard<std::mutex> lock(Scratch::get().lock);
+  Pool::get().resize(count);
+}
+
 template <class F>
 inline void typed(const Weights& w, F&& f) {
   if (w.itemsize == 2) f(BF16{});
@@ -106,8 +112,10 @@ inline const char* check_project(const Step& s, const Weights& w, const View& ro
 inline const char* check_attend(const Step& s, const Weights& w, const View& k, const View& v, const View& q) {
   if (const char* wrong = check_pages(w, k, v)) return wrong;
   if (!q.holds(w.itemsize, int64_t(s.tokens) * w.heads * w.head_dim)) return "q has the wrong type or size";
-  for (int i = 0; i < s.seqs * s.pages; ++i)
-    if (s.page_table[i] < 0 || s.page_table[i] >= k.dims[1]) return "a page of the table lies outside the pool";
+  // Every layer looks at the whole table: no branch in the loop, so that it is a few hundred instructions.
+  uint32_t most = 0;
+  for (int i = 0; i < s.seqs * s.pages; ++i) most = uint32_t(s.page_table[i]) > most ? uint32_t(s.page_table[i]) : most;
+  if (int64_t(most) >= k.dims[1]) return "a page of the table lies outside the pool";
   for (int i = 0; i < s.seqs; ++i)
     if (s.kv_lengths[i] > int64_t(s.pages) * k.dims[3]) return "a sequence is longer than its row of the page table";
   return nullptr;

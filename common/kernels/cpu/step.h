@@ -32,9 +32,7 @@ struct Step {
     top_p = (const float*)take(filtered ? rows : 0);
     min_p = (const float*)take(filtered ? rows : 0);
     top_k = take(filtered ? rows : 0);
-    words = p;
   }
-  const int32_t* words;  // behind the last
 };
 
 // Header of a packed buffer of weights; offsets in bytes from its start, 0 where a part is absent. Mirrors `pack.py`.

@@ -49,7 +49,7 @@ void sample(const Tensor& step, const Tensor& logits, const Tensor& last_tokens,
 
 void huge(const Tensor& t) { tandem::huge(t.data_ptr(), t.nbytes()); }
 
-void threads(int64_t count) { tandem::Pool::get().resize(int(count)); }
+void threads(int64_t count) { tandem::threads(int(count)); }
 
 }  // namespace
 
