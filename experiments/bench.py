@@ -11,9 +11,10 @@ from omegaconf import DictConfig
 from experiments import kernels
 from experiments.cli import launch
 from experiments.config import engine_spec, runs_folder
+from experiments.console import Narrator, print_json, print_table
 from experiments.measure import make_plan, measure, measure_config, setting
-from experiments.report import Narrator, print_json, print_table
-from experiments.rundir import finished, run_directory, write_json, write_rows, write_setup
+from experiments.records import write_rows
+from experiments.rundir import finished, run_directory, write_json, write_setup
 
 
 def run(config: DictConfig) -> None:

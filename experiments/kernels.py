@@ -31,10 +31,10 @@ from common.schedule.rows import Rows
 from common.weights import zoo
 from common.weights.checkpoint import expected_shapes, open_checkpoint
 from experiments.config import EngineSpec, MeasureConfig, resolved, runs_folder
+from experiments.console import Narrator, number, print_json, wide_console
 from experiments.isolate import IsolatedEngine
 from experiments.measure import machine_limits
 from experiments.metrics import BUSY
-from experiments.report import Narrator, number, print_json, wide_console
 from experiments.roofline import ITEMSIZES, Limits, Work, better, limit_seconds, seen
 from experiments.rundir import finished, run_directory, write_json, write_setup
 

@@ -15,10 +15,10 @@ from common.config import expect
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from experiments.config import EngineSpec, MeasureConfig, resolved
+from experiments.console import Narrator
 from experiments.drive import Window
 from experiments.isolate import IsolatedEngine
 from experiments.metrics import contaminations, summarize
-from experiments.report import Narrator
 from experiments.roofline import Limits, bandwidth_probe, better, efficiency, measure_limits, weights_bytes
 from experiments.workload import Workload, WorkloadConfig, draw, known_options
 

@@ -44,10 +44,10 @@ from common.errors import BackendError
 from common.kernels.cpu.build import build
 from common.platform import cores, memory_available
 from common.weights.checkpoint import expected_shapes
+from experiments.console import number, print_json, wide_console
 from experiments.drive import Window
 from experiments.isolate import thread_settings
 from experiments.metrics import LIMITED, rate
-from experiments.report import number, print_json, wide_console
 
 READ = "read"
 ITEMSIZES: Mapping[Dtype, int] = {"float32": 4, "bfloat16": 2}

@@ -9,8 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -21,7 +20,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from common.errors import ConfigError, TandemError
 from common.platform import cores, cpu_name
-from experiments.drive import Window
 
 PARTIAL = ".partial"
 PACKAGES = ("tandem-infer", "jax", "jaxlib", "flax", "torch", "transformers", "numpy", "ml_dtypes", "gguf", "tokenizers")
@@ -60,15 +58,6 @@ def write_setup(directory: Path, config: DictConfig) -> None:
     """The resolved configuration and the machine, written before anything runs."""
     (directory / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
     write_json(directory / "environment.json", environment())
-
-
-def write_rows(directory: Path, windows: Mapping[str, Sequence[Window]]) -> None:
-    """One line for each request of each window: `requests.jsonl`."""
-    with (directory / "requests.jsonl").open("w") as file:
-        for engine, blocks in windows.items():
-            for block, window in enumerate(blocks):
-                for row in window.rows:
-                    file.write(json.dumps({"engine": engine, "block": block} | asdict(row)) + "\n")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

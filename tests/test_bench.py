@@ -23,10 +23,10 @@ from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
 from experiments import bench
 from experiments.config import EngineSpec
+from experiments.console import number
 from experiments.drive import Row, Window, drive
 from experiments.isolate import EngineFailure, IsolatedEngine, busy_seconds, read_frame, thread_settings, write_frame
 from experiments.metrics import contaminations, summarize
-from experiments.report import number
 from experiments.rundir import environment, run_directory
 from experiments.workload import Item, WorkloadConfig, draw
 from tests.history_backend import VOCABULARY, command, history, last_line

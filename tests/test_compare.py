@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from experiments import compare
-from experiments.compare import ratios, tokens_equal_share, verdict
+from experiments.agreement import tokens_equal_share, verdict
+from experiments.compare import ratios
 from experiments.config import MeasureConfig
 from experiments.correctness import Agreement, Divergence
 from experiments.drive import Row, Window
