@@ -150,8 +150,8 @@ def student_p(logs: np.ndarray) -> float:
 
 
 def sign_flip_p(logs: np.ndarray, seed: int) -> float:
-    """Two-sided permutation test that the logarithms lie evenly around 0: the share of ways to choose their signs that bring the
-    mean at least so far from 0. Exact up to `EXACT_BLOCKS`, else by random signs. The least p of n blocks is 2^(1 - n)."""
+    """Two-sided permutation test that the logarithms lie evenly around 0: the share of ways to choose their signs which bring
+    the mean at least so far from 0. Exact up to `EXACT_BLOCKS`, else by random signs. The least p of n blocks is 2^(1 - n)."""
     size = len(logs)
     if size <= EXACT_BLOCKS:
         signs = 1 - 2 * (np.arange(1 << size)[:, None] >> np.arange(size) & 1)
@@ -168,8 +168,8 @@ def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
 
 
 def verdict(ratio: float | None, low: float | None, high: float | None, equivalence: float) -> Verdict:
-    """`equivalent` where the whole interval lies in the band [1 / (1 + equivalence), 1 + equivalence]. `faster` and `slower` need
-    two keys: the interval excludes 1, and the ratio is outside the band: a difference that is sure, and one that matters."""
+    """`equivalent` where the whole interval lies in the band [1 / (1 + equivalence), 1 + equivalence]. `faster` and `slower`
+    need two keys: the interval excludes 1, and the ratio is outside the band. That is, a difference is sure, and matters."""
     if ratio is None or low is None or high is None:
         return "undecided"
     least, most = 1 / (1 + equivalence), 1 + equivalence
