@@ -29,8 +29,8 @@ class EngineSpec:
     """One engine of a run."""
 
     label: str
-    """What it is called in results and files: its name, then the options in which it differs from the defaults of that name, and
-    a number if it is not the first so called."""
+    """What it is called in results and files: its name, then the options that differ from the defaults of that name, and a
+    number if it is not the first so called."""
     name: str
     config: EngineConfig
 

@@ -363,7 +363,7 @@ def serve() -> None:
         message = commands.get()
         try:
             answer = worker.answer(message)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             answer = {"error": {"kind": type(error).__name__, "message": str(error), "trace": traceback.format_exc()}}
         write_frame(output, answer)
 
