@@ -155,6 +155,10 @@ class MeasureConfig:
             isinstance(self.timeout_s, (int, float)) and 0 < self.timeout_s <= threading.TIMEOUT_MAX,
             f"measure.timeout_s must be a number of seconds > 0, got {self.timeout_s!r}.",
         )
+        expect(
+            self.max_blocks >= self.blocks,
+            f"measure.max_blocks={self.max_blocks} contradicts measure.blocks={self.blocks}: so many run at least. Set both.",
+        )
         self.criteria  # noqa: B018 - checked as it is built
 
     @property
@@ -164,7 +168,7 @@ class MeasureConfig:
     @property
     def most_blocks(self) -> int:
         """Where the blocks end, however wide the interval."""
-        return self.blocks if self.blocks < ADAPTIVE_BLOCKS else max(self.blocks, self.max_blocks)
+        return self.blocks if self.blocks < ADAPTIVE_BLOCKS else self.max_blocks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,7 +60,7 @@ def test_blocks_go_on_by_pairs_until_the_interval_is_narrow_or_there_are_enough(
     assert count(config(7), width=0.03)[0] == 8
     assert count(config(6, max_blocks=12)) == (12, "all 12 blocks were run")
     assert count(config(6, max_blocks=9))[0] == 9
-    assert count(config(30))[0] == 30  # what was asked for is no less for the limit of what was not
+    assert count(config(30, max_blocks=30))[0] == 30
 
 
 def test_without_anything_to_compare_or_with_too_few_blocks_for_it_they_are_as_many_as_asked_for() -> None:
@@ -204,6 +204,7 @@ def test_an_engine_that_samples_wrongly_is_found_out(
         ("measure.confidence=95", "measure.confidence"),
         ("measure.equivalence=0", "measure.equivalence"),
         ("measure.max_blocks=0", "measure.max_blocks"),
+        ("measure.max_blocks=5", "measure.max_blocks=5 contradicts measure.blocks=6"),
         ('fail_if=["ratios.histroy < 1"]', "Engines: history, history-2"),
         ("engines=[]", "engines must be a list"),
         ("engines=history", "engines must be a list"),
