@@ -107,6 +107,7 @@ class Narrator:
     def end_blocks(self, reason: str) -> None:
         if "blocks" in self._tasks:
             self._bars.remove_task(self._tasks.pop("blocks"))
+            self._bars.refresh()
         self.say(f"stopped: {reason}")
 
     def progress(self, label: str) -> Callback:

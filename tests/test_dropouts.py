@@ -195,8 +195,8 @@ def test_a_failure_outranks_a_gate_and_both_are_told(
 
 
 class Impatience:
-    """A `threading.Timer` that goes off, once for each log, when an engine writes there that it goes wrong: not by the clock, so
-    that a busy machine is never taken for an engine that hangs."""
+    """A `threading.Timer` that goes off, once for each log, when an engine writes there that it goes wrong. It does not go by
+    the clock, so that a busy machine is never taken for an engine that hangs."""
 
     heard: ClassVar[set[Path]] = set()
 
