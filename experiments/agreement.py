@@ -31,7 +31,7 @@ def agree(plan: Plan, config: CorrectnessConfig, directory: Path, narrator: Narr
         tokens = max(seqs, min(spec.config.max_num_batched_tokens, 256))
         small = replace(spec.config, dtype="float32", max_num_seqs=seqs, max_num_batched_tokens=tokens)
         exact = replace(spec, config=small)
-        with IsolatedEngine(exact, directory / f"{spec.label}-float32.log") as engine:
+        with IsolatedEngine(exact, directory / f"{spec.label}-float32.log", plan.measure.timeout_s) as engine:
             engine.load(plan.checkpoint.path, narrator.progress(spec.label))
             outputs[spec.label] = engine.run(share, logprobs=TOP_LOGPROBS)
     reference = float64_reference(plan.checkpoint)

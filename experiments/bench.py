@@ -2,6 +2,7 @@
 With `measure=kernels` no workload: its native kernels, one by one (`experiments.kernels`).
 
 The last line of standard output is one JSON object; its keys are those of `vllm bench serve` and a few more.
+The exit code is 1 if the engine failed, 2 for a mistake in what was asked, 3 if a condition of `fail_if` holds.
 """
 
 from __future__ import annotations
@@ -9,12 +10,15 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from experiments import kernels
-from experiments.cli import launch
-from experiments.config import engine_spec, runs_folder
-from experiments.console import Narrator, print_json, print_table
-from experiments.measure import make_plan, measure, measure_config, setting
+from experiments.cli import conclude, launch
+from experiments.config import engine_spec, resolved, runs_folder
+from experiments.console import Narrator, print_failures, print_json, print_table
+from experiments.fail_if import check_keys, parse_conditions
+from experiments.measure import figure_names, make_plan, measure, measure_config, setting
 from experiments.records import write_rows
 from experiments.rundir import finished, run_directory, write_json, write_setup
+
+RESULTS = ("run", "failures", "stopped")
 
 
 def run(config: DictConfig) -> None:
@@ -22,15 +26,21 @@ def run(config: DictConfig) -> None:
     if how.kernel_passes:
         kernels.run(config, spec, how)
         return
+    conditions = parse_conditions(resolved(config)["fail_if"])
     plan = make_plan(config, [spec])
+    check_keys(conditions, ["engine", *setting(config, plan), *RESULTS, *figure_names(plan)], [spec.label], {})
     with run_directory(runs_folder(config), f"bench-{spec.label}-{plan.workload.name}") as directory, Narrator() as narrator:
         write_setup(directory, config)
-        figures, windows = measure(plan, directory, narrator)
-        result = {"engine": spec.label} | setting(config, plan) | {"run": str(finished(directory))} | figures[spec.label]
-        write_rows(directory, windows)
+        outcome = measure(plan, directory, narrator)
+        result = {"engine": spec.label} | setting(config, plan)
+        result |= {"run": str(finished(directory)), "failures": outcome.failures, "stopped": outcome.stopped}
+        result |= outcome.figures.get(spec.label, {})
+        write_rows(directory, outcome.windows)
         write_json(directory / "results.json", result)
-    print_table(f"{plan.model}, {config.dtype}, workload {plan.workload.name}", figures)
+    print_table(f"{plan.model}, {config.dtype}, workload {plan.workload.name}", outcome.figures)
+    print_failures(outcome.failures)
     print_json(result)
+    conclude(conditions, result)
 
 
 def main() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra.errors import HydraException, MissingConfigException
@@ -15,12 +15,14 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from common.errors import TandemError, nearest_hint
+from experiments.fail_if import Condition, violations
 from experiments.isolate import EngineFailure
 
 FAILURE = 1
 USER_ERROR = 2
+GATE = 3
 INTERRUPTED = 130
-ROOT_OPTIONS = ("engine", "engines", "peers", "model", "workload", "kernels", "dtype", "seed", "device")
+ROOT_OPTIONS = ("engine", "engines", "peers", "model", "workload", "kernels", "dtype", "seed", "device", "fail_if")
 """Overrides at the root that stay as they are from version to version."""
 
 
@@ -57,6 +59,16 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
 def fail(message: str, code: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+def conclude(conditions: Sequence[Condition], result: Mapping[str, Any]) -> None:
+    """End the process with the exit code that a result deserves, once it is written and printed."""
+    held = violations(conditions, result)
+    if failures := result["failures"]:
+        told = [str(EngineFailure(failure["message"], log=failure["log"])) for failure in failures.values()]
+        fail("\n".join(told + held), FAILURE)
+    if held:
+        fail("\n".join(held), GATE)
 
 
 def spell_out_model(argument: str) -> list[str]:

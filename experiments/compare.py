@@ -1,54 +1,94 @@
 """The main job: two engines or more, how fast, and whether they compute the same thing.
 
 `python -m experiments.compare engines=[jax,torch]`. The last line of standard output is one JSON object.
+The exit code is 1 if an engine failed, 2 for a mistake in what was asked, 3 if a condition of `fail_if` holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from common.config import expect
 from experiments.agreement import agree, tokens_equal_share, verdict
-from experiments.cli import launch
+from experiments.cli import conclude, launch
 from experiments.config import CorrectnessConfig, engine_specs, resolved, runs_folder
-from experiments.console import Narrator, print_json, print_table, print_verdict
-from experiments.measure import make_plan, measure, setting
+from experiments.console import Narrator, print_comparison, print_json
+from experiments.correctness import Agreement
+from experiments.fail_if import check_keys, parse_conditions
+from experiments.isolate import EngineFailure
+from experiments.measure import Outcome, Plan, figure_names, make_plan, measure, setting
 from experiments.records import write_rows
 from experiments.rundir import finished, run_directory, write_json, write_setup
+from experiments.statistics import Comparison
 from experiments.workload import known_options
+
+RESULTS = ("run", "engines", "ratios", "comparisons", "failures", "order", "stopped")
+AGREEMENT = ("tokens_equal_share", *verdict({}), "compared_tokens", "agreement", "perplexity")
+NAME_LENGTH = 100
+"""Of the labels in the name of a run directory."""
 
 
 def run(config: DictConfig) -> None:
     specs = engine_specs(config)
     expect(len(specs) >= 2, "compare needs two engines or more, as in engines=[jax,torch]; for one there is experiments.bench.")
     correctness = CorrectnessConfig(**known_options(CorrectnessConfig, "correctness", resolved(config.correctness)))
+    conditions = parse_conditions(resolved(config)["fail_if"])
     plan = make_plan(config, specs)
     labels = [spec.label for spec in specs]
-    with run_directory(runs_folder(config), f"compare-{'-'.join(labels)}-{plan.workload.name}") as directory:
+    named: dict[str, Collection[str]] = {
+        "engines": figure_names(plan),
+        "comparisons": [field.name for field in fields(Comparison)],
+    }
+    check_keys(conditions, [*setting(config, plan), *RESULTS, *AGREEMENT], labels, named)
+    with run_directory(runs_folder(config), f"compare-{'-'.join(labels)[:NAME_LENGTH]}-{plan.workload.name}") as directory:
         write_setup(directory, config)
         with Narrator() as narrator:
-            figures, windows = measure(plan, directory, narrator)
-            agreements = agree(plan, correctness, directory, narrator)
+            outcome = measure(plan, directory, narrator)
+            agreements = agree_among_survivors(outcome, plan, correctness, directory, narrator)
+        compared = {label: windows[0] for label, windows in outcome.windows.items() if label in outcome.figures}
         result = setting(config, plan) | {
             "run": str(finished(directory)),
-            "engines": figures,
-            "ratios": ratios(figures),
-            "tokens_equal_share": tokens_equal_share({label: blocks[0] for label, blocks in windows.items()}),
+            "engines": outcome.figures,
+            "ratios": ratios(outcome.figures),
+            "comparisons": {label: asdict(comparison) for label, comparison in outcome.comparisons.items()},
+            "failures": outcome.failures,
+            "order": outcome.order,
+            "stopped": outcome.stopped,
+            "tokens_equal_share": tokens_equal_share(compared) if len(compared) > 1 else None,
             **verdict(agreements),
         }
-        write_rows(directory, windows)
+        write_rows(directory, outcome.windows)
         write_json(directory / "results.json", result)
-    print_table(f"{plan.model}, {config.dtype}, workload {plan.workload.name}", figures, result["ratios"])
-    print_verdict(result)
+    print_comparison(f"{plan.model}, {config.dtype}, workload {plan.workload.name}", result)
     print_json(result)
+    conclude(conditions, result)
+
+
+def agree_among_survivors(
+    outcome: Outcome, plan: Plan, correctness: CorrectnessConfig, directory: Path, narrator: Narrator
+) -> dict[str, list[Agreement]]:
+    """The float32 pass over the engines that have not failed. One that fails in it is added to the failures, its timed figures
+    stay, and the pass begins again without it."""
+    while len(outcome.survivors) > 1:
+        alive = tuple(spec for spec in plan.engines if spec.label in outcome.survivors)
+        try:
+            return agree(replace(plan, engines=alive), correctness, directory, narrator)
+        except EngineFailure as failure:
+            if failure.label not in outcome.survivors:
+                raise
+            narrator.alarm(failure.message)
+            outcome.failures[failure.label] = failure.record()
+    return {}
 
 
 def ratios(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
     """Output throughput of each engine over that of the first."""
-    base = next(iter(figures.values()))["output_throughput"]
+    base = next((mine["output_throughput"] for mine in figures.values()), None)
     return {label: mine["output_throughput"] / base if base else None for label, mine in figures.items()}
 
 

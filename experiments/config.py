@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from common.config import EngineConfig, expect
 from common.errors import ConfigError, nearest_hint
-from experiments.isolate import interpreter
+from experiments.isolate import PEERS, interpreter
+from experiments.statistics import Criteria
+
+ADAPTIVE_BLOCKS = 6
+"""Fewer are too few for an interval to stop by: they run as they are."""
+LABEL_LENGTH = 80
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +29,8 @@ class EngineSpec:
     """One engine of a run."""
 
     label: str
-    """What it is called in results: its name, or `name-2` for the second of that name."""
+    """What it is called in results and files: its name, then the options that differ from the defaults of that name, and a
+    number if it is not the first so called."""
     name: str
     config: EngineConfig
 
@@ -31,8 +39,14 @@ def engine_spec(options: DictConfig, label: str | None = None) -> EngineSpec:
     """Check the composed group `engine`."""
     values: dict[str, Any] = dict(resolved(options))
     name = values.pop("name")
-    expect(isinstance(name, str), f"engine.name must be a name, got {name!r}.")
-    return EngineSpec(label=label or name, name=name, config=EngineConfig.of(**values))
+    expect(isinstance(name, str) and name != "base", f"engine.name must be the name of an engine, such as jax, got {name!r}.")
+    engine = EngineConfig.of(**values)
+    expect(
+        not (engine.compile and engine.kernels == "native") or name in PEERS,  # a peer has kernels of its own
+        f"Engine {label or name} has kernels=native and compile=true, but native kernels leave a compiler nothing to compile. "
+        "Use kernels=framework, or compile=false.",
+    )
+    return EngineSpec(label=label or name, name=name, config=engine)
 
 
 def engine_specs(config: DictConfig) -> list[EngineSpec]:
@@ -43,6 +57,7 @@ def engine_specs(config: DictConfig) -> list[EngineSpec]:
     expect(isinstance(engines, list) and len(engines) >= 1, f"engines must be a list such as [jax,torch], got {engines!r}.")
     expect(isinstance(peers, list), f"peers must be a list such as [vllm,llamacpp], or [] for none, got {peers!r}.")
     specs: list[EngineSpec] = []
+    labels: list[str] = []
     for entry in engines + peers:
         options = {"name": entry} if isinstance(entry, str) else entry
         expect(
@@ -50,16 +65,38 @@ def engine_specs(config: DictConfig) -> list[EngineSpec]:
             f"An entry of engines is a name, or a mapping with a name such as {{name:torch,compile:true}}; got {entry!r}.",
         )
         name = options["name"]
-        count = sum(spec.name == name for spec in specs)
+        expect(
+            name != "base", "base holds the defaults of every engine and is none itself. Name engines such as jax and torch."
+        )
         composed = compose_group(config, "engine", name)
         known = [str(key) for key in composed]
         for key in options:
             hint = nearest_hint(str(key), known)
             expect(key in known, f"Unknown option {key!r} of engine {name}.{hint} Known: {', '.join(known)}.")
+        label = engine_label(name, options, resolved(composed))
         composed.merge_with(options)
-        specs.append(engine_spec(composed, f"{name}-{count + 1}" if count else name))
+        count = 1 + labels.count(label)
+        labels.append(label)
+        specs.append(engine_spec(composed, f"{label}-{count}" if count > 1 else label))
         interpreter(name)
     return specs
+
+
+def engine_label(name: str, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """`torch`, `torch-compile`, `torch-kernels=framework`: what tells an entry of `engines` from the defaults of its name, in
+    characters that a file name may have."""
+    differing = {key: value for key, value in options.items() if key != "name" and value != defaults[key]}
+    parts = [f"-{key}" if value is True else f"-{key}={value}" for key, value in flat(differing)]
+    return name + re.sub(r"[^\w.+=-]+", "_", "".join(parts))[: LABEL_LENGTH - len(name)]
+
+
+def flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every option with its value; those of a mapping by dotted key."""
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def compose_group(config: DictConfig, group: str, name: str) -> DictConfig:
@@ -97,18 +134,41 @@ class MeasureConfig:
     warmup_requests: int
     warmup_output_len: int
     limits_s: float
+    max_blocks: int = 24
+    precision: float = 0.04
+    """Width of the interval of a ratio that is narrow enough."""
+    confidence: float = Criteria.confidence
+    equivalence: float = Criteria.equivalence
+    timeout_s: float = 1800.0
+    """For one command to an engine: to load, or to run a window."""
     kernel_passes: int = 0
 
     def __post_init__(self) -> None:
-        check_integers("measure", self, blocks=1, warmup_requests=0, warmup_output_len=1, kernel_passes=0)
+        check_integers("measure", self, blocks=1, max_blocks=1, warmup_requests=0, warmup_output_len=1, kernel_passes=0)
+        for name, high in (("budget_s", float("inf")), ("limits_s", 60), ("precision", 10)):
+            value = getattr(self, name)
+            expect(
+                isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= high,
+                f"measure.{name} must be a number in [0, {high:g}], got {value!r}.",
+            )
         expect(
-            isinstance(self.budget_s, (int, float)) and self.budget_s >= 0,
-            f"measure.budget_s must be a number of seconds ≥ 0, got {self.budget_s!r}.",
+            isinstance(self.timeout_s, (int, float)) and 0 < self.timeout_s <= threading.TIMEOUT_MAX,
+            f"measure.timeout_s must be a number of seconds > 0, got {self.timeout_s!r}.",
         )
         expect(
-            isinstance(self.limits_s, (int, float)) and 0 <= self.limits_s <= 60,
-            f"measure.limits_s must be a number of seconds in [0, 60], got {self.limits_s!r}.",
+            self.max_blocks >= self.blocks,
+            f"measure.max_blocks={self.max_blocks} contradicts measure.blocks={self.blocks}: so many run at least. Set both.",
         )
+        self.criteria  # noqa: B018 - checked as it is built
+
+    @property
+    def criteria(self) -> Criteria:
+        return Criteria(confidence=self.confidence, equivalence=self.equivalence)
+
+    @property
+    def most_blocks(self) -> int:
+        """Where the blocks end, however wide the interval."""
+        return self.blocks if self.blocks < ADAPTIVE_BLOCKS else self.max_blocks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,22 +9,28 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from common.interface import Progress as Callback
 
 LINE_PERIOD_S = 10.0
+COLOURS = {"faster": "bold cyan", "slower": "bold magenta", "equivalent": "bold green", "undecided": "bold yellow"}
 FIGURES = (
     ("output_throughput", "output tokens/s"),
     ("total_token_throughput", "total tokens/s"),
     ("request_throughput", "requests/s"),
+    ("steady_output_throughput", "output tokens/s, steady"),
+    ("decode_throughput", "output tokens/s, decode steps"),
+    ("goodput", "requests/s within their limits"),
     ("roofline", "roofline: least time / time"),
     ("mbu", "memory bandwidth used (MBU)"),
     ("mfu", "matmul peak used (MFU)"),
     ("decode_roofline", "roofline, decode steps"),
     ("decode_mbu", "MBU, decode steps"),
     ("prefill_mfu", "MFU, steps with prompts"),
+    ("mean_queue_ms", "queue mean, ms"),
     ("mean_ttft_ms", "TTFT mean, ms"),
     ("median_ttft_ms", "TTFT median, ms"),
     ("p99_ttft_ms", "TTFT p99, ms"),
@@ -43,6 +49,8 @@ FIGURES = (
     ("prefix_cache_hit_rate", "prefix cache hit rate"),
     ("compilations_in_window", "compilations in window"),
     ("foreign_cpu_share", "other programs' CPU share"),
+    ("harness_overhead_share", "harness's share of timed"),
+    ("joules", "energy, J"),
     ("load_s", "load, s"),
     ("warmup_s", "warm-up, s"),
     ("weights_mb", "weights in this dtype, MB"),
@@ -84,12 +92,30 @@ class Narrator:
     def say(self, text: str) -> None:
         self._console.print(text, style="dim", highlight=False)
 
+    def alarm(self, text: str) -> None:
+        self._console.print(text, style="bold red", highlight=False)
+
+    def block(self, done: int, planned: int, label: str, block_s: float) -> None:
+        """Say which window comes next. `block_s` is how long a block takes, 0 if that is not known yet."""
+        left = f", about {block_s * (planned - done):.0f} s left" if block_s and done < planned else ""
+        text = f"block {done + 1}{f' of {planned}' if done < planned else ''}: {label}{left}"
+        if self._console.is_terminal:
+            self._draw("blocks", done, max(planned, done + 1), text)
+        else:
+            self.say(text)
+
+    def end_blocks(self, reason: str) -> None:
+        if "blocks" in self._tasks:
+            self._bars.remove_task(self._tasks.pop("blocks"))
+            self._bars.refresh()
+        self.say(f"stopped: {reason}")
+
     def progress(self, label: str) -> Callback:
         """A callback for an engine's long work."""
 
         def report(done: int, total: int, what: str) -> None:
             if self._console.is_terminal:
-                self._draw(label, done, total, what)
+                self._draw(label, done, total, f"{label}: {what}")
             elif done == total or time.monotonic() - self._last_line > LINE_PERIOD_S:
                 self._last_line = time.monotonic()
                 self.say(f"{label}: {what} ({done}/{total})")
@@ -99,28 +125,60 @@ class Narrator:
     def _draw(self, label: str, done: int, total: int, what: str) -> None:
         if label not in self._tasks:
             self._tasks[label] = self._bars.add_task(label, total=total)
-        self._bars.update(self._tasks[label], description=f"{label}: {what}", completed=done, total=total)
+        self._bars.update(self._tasks[label], description=what, completed=done, total=total)
         if done == total:
             self._bars.remove_task(self._tasks.pop(label))
         self._bars.refresh()
 
 
-def print_table(title: str, engines: Mapping[str, Mapping[str, Any]], ratios: Mapping[str, float] | None = None) -> None:
-    """One column for each engine, one row for each figure."""
+def print_comparison(title: str, result: Mapping[str, Any]) -> None:
+    """The verdicts, then the figures, then what went wrong."""
+    console = wide_console()
+    for comparison in result["comparisons"].values():
+        console.print(f"[{COLOURS[comparison['verdict']]}]{escape(comparison['said'])}.[/]", highlight=False)
+    print_verdict(result)
+    console.print(f"[dim]Stopped: {result['stopped']}.[/]", highlight=False)
+    print_table(title, result["engines"], result["comparisons"])
+    print_failures(result["failures"])
+
+
+def print_table(
+    title: str, engines: Mapping[str, Mapping[str, Any]], comparisons: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """One column for each engine, one row for each figure that any of them has."""
+    if not engines:
+        return
     table = Table()
     table.add_column("")
     for label in engines:
-        table.add_column(label, justify="right")
+        table.add_column(escape(label), justify="right")
     for key, name in FIGURES:
-        table.add_row(name, *(number(figures.get(key)) for figures in engines.values()))
-        if key == "output_throughput" and ratios:
-            table.add_row(f"× {next(iter(engines))}", *(number(ratios[label]) for label in engines), style="bold")
+        if any(figures.get(key) is not None for figures in engines.values()):
+            table.add_row(name, *(number(figures.get(key)) for figures in engines.values()))
+        if key == "output_throughput" and comparisons:
+            against = next(iter(comparisons.values()))["against"]
+            table.add_row(f"× {escape(against)}", *(times(comparisons.get(label)) for label in engines), style="bold")
     console = wide_console()
     console.print(title, style="bold", highlight=False)
     console.print(table)
     for label, figures in engines.items():
         for reason in figures["contaminated"]:
-            console.print(f"[bold red]contaminated[/] {label}: {reason}.", highlight=False)
+            console.print(f"[bold red]contaminated[/] {escape(label)}: {escape(reason)}.", highlight=False)
+
+
+def times(comparison: Mapping[str, Any] | None) -> str:
+    """The ratio of a comparison and its interval; 1 for the engine that the others are compared with."""
+    if comparison is None:
+        return "1"
+    ratio, low, high = comparison["ratio"], comparison["low"], comparison["high"]
+    return number(ratio) if low is None else f"{ratio:.3f} ({low:.3f}–{high:.3f})"
+
+
+def print_failures(failures: Mapping[str, Mapping[str, str]]) -> None:
+    """Engines that did not come through, and where to read why."""
+    for label, failure in failures.items():
+        console = wide_console()
+        console.print(f"[bold red]failed[/] {escape(label)} ({failure['kind']}): {escape(failure['message'])}", highlight=False)
 
 
 def wide_console() -> Console:
@@ -162,6 +220,6 @@ def print_verdict(result: Mapping[str, Any]) -> None:
             "  {engine}, request {request}, output token {position}: chose {tokens[1]} for {tokens[0]}, ".format(**divergence)
             + f"margin {number(divergence['margin'])}, error {number(divergence['error'])}."
         )
-    share = result["tokens_equal_share"]
-    lines.append(f"{result['dtype']}: {share:.1%} of timed output tokens come before their request's first difference.")
+    if (share := result["tokens_equal_share"]) is not None:
+        lines.append(f"{result['dtype']}: {share:.1%} of timed output tokens come before their request's first difference.")
     wide_console().print("\n".join(lines), highlight=False)

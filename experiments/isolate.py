@@ -1,8 +1,9 @@
 """An engine in a process of its own: `IsolatedEngine` here, `python -m experiments.isolate` there.
 
 Each process imports one framework, with its threads settled in the environment before the import, so that two engines can be
-alive at once and compute in turn. They speak JSON in frames (four bytes of length, little-endian, then UTF-8) over the child's
-standard input and output. The child sleeps on a read while it is idle, and ends when that pipe does: it cannot outlive us.
+alive at once and compute in turn. They speak JSON in frames (`MAGIC`, four bytes of length, little-endian, then UTF-8) over the
+child's standard input and output. The child sleeps on a read while it is idle, and ends when that pipe does: it cannot outlive
+us.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module, util
 from pathlib import Path
@@ -44,6 +45,8 @@ PEERS: Mapping[str, Callable[[Checkpoint, str], Path]] = {"llamacpp": gguf_file,
 checkpoint in the form, and in the dtype, that it reads."""
 
 Message = dict[str, Any]
+MAGIC = b"TNDM"
+"""Starts every frame: what else gets onto a pipe is taken for no length."""
 MAX_FRAME = 1 << 30
 TAIL_LINES = 15
 PROGRESS_PERIOD_S = 0.1
@@ -52,23 +55,46 @@ PROGRESS_PERIOD_S = 0.1
 class EngineFailure(RuntimeError):
     """An engine's process died, or failed in a way its user did not cause."""
 
+    def __init__(self, message: str, *, kind: str = "error", label: str = "", log: str = "") -> None:
+        """`kind`: `died`, `killed`, `timeout`, `garbage` (no frame came) or `error` (it said so). `log`: the end of it."""
+        super().__init__(message)
+        self.message, self.kind, self.label, self.log = message, kind, label, log
+
+    def __str__(self) -> str:
+        indented = "".join(f"\n  {line}" for line in self.log.splitlines())
+        return f"{self.message}\nThe end of its log:{indented}" if indented else self.message
+
+    def record(self) -> dict[str, str]:
+        """For the results."""
+        return {"kind": self.kind, "message": self.message, "log": self.log}
+
 
 def write_frame(stream: IO[bytes], message: Message) -> None:
     data = json.dumps(message, separators=(",", ":"), default=lambda array: array.tolist()).encode()
-    stream.write(struct.pack("<I", len(data)) + data)
+    stream.write(MAGIC + struct.pack("<I", len(data)) + data)
     stream.flush()
 
 
 def read_frame(stream: IO[bytes]) -> Message | None:
-    """The next message; None where the stream ends, be it in the middle of a frame."""
-    head = stream.read(4)
-    if len(head) < 4:
+    """The next message; None where the stream ends, be it in the middle of a frame. Raises `EngineFailure` for what is none."""
+    head = stream.read(len(MAGIC) + 4)
+    if head[: len(MAGIC)] != MAGIC[: len(head)]:
+        raise EngineFailure(f"expected a frame, got {head!r}", kind="garbage")
+    if len(head) < len(MAGIC) + 4:
         return None
-    (length,) = struct.unpack("<I", head)
+    (length,) = struct.unpack("<I", head[len(MAGIC) :])
     if length > MAX_FRAME:
-        raise EngineFailure(f"A frame of {length} bytes came from an engine's process; at most {MAX_FRAME} are expected.")
+        raise EngineFailure(f"got a frame of {length} bytes, at most {MAX_FRAME} are expected", kind="garbage")
     data = stream.read(length)
-    return json.loads(data) if len(data) == length else None
+    if len(data) < length:
+        return None
+    try:
+        message = json.loads(data)
+    except ValueError as error:
+        raise EngineFailure(f"got a frame that is no JSON: {error}", kind="garbage") from error
+    if not isinstance(message, dict):
+        raise EngineFailure(f"got a frame with {message!r:.80}", kind="garbage")
+    return message
 
 
 def interpreter(name: str) -> Path:
@@ -88,10 +114,12 @@ def interpreter(name: str) -> Path:
 class IsolatedEngine:
     """The parent's handle on one engine's process. Use as a context manager."""
 
-    def __init__(self, spec: EngineSpec, log: Path) -> None:
-        """Start the process; its standard error goes to `log`."""
+    def __init__(self, spec: EngineSpec, log: Path, timeout_s: float = 1800.0) -> None:
+        """Start the process; its standard error goes to `log`. A command that takes longer than `timeout_s` ends it."""
         self.spec = spec
         self._log = log
+        self._timeout_s = timeout_s
+        self._expired = False
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(
                 [interpreter(spec.name), "-m", "experiments.isolate"],
@@ -99,6 +127,7 @@ class IsolatedEngine:
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 env=os.environ | thread_settings(spec.config.threads or cores()) | module_settings(spec.name),
+                process_group=0,  # so that it can be ended with the processes that it started
             )
 
     def load(self, model: Path, progress: Progress | None = None) -> Message:
@@ -131,7 +160,7 @@ class IsolatedEngine:
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._kill()
             self._process.wait()
         if self._process.stdout:
             self._process.stdout.close()
@@ -145,31 +174,72 @@ class IsolatedEngine:
     def _call(self, command: str, progress: Progress | None = None, **arguments: Any) -> Message:
         """Send a command and wait for its answer. Raises what the child raised if it is the user's, else `EngineFailure`."""
         assert self._process.stdin and self._process.stdout
+        with self._deadline():
+            try:
+                write_frame(self._process.stdin, {"command": command} | arguments)
+                while (answer := self._read(command)) is not None:
+                    if "progress" in answer:
+                        if progress:
+                            progress(*answer["progress"])
+                    elif "error" in answer:
+                        raise self._error(**answer["error"])
+                    else:
+                        return answer
+            except BrokenPipeError:
+                pass
+            code = self._process.wait()
+        if self._expired:
+            raise self._failure(
+                "timeout", f"did not answer {command!r} within measure.timeout_s={self._timeout_s:g}: it was ended"
+            )
+        if code >= 0:
+            raise self._failure("died", f"ended with exit code {code} during {command!r}")
+        name = signal.Signals(-code).name
+        hint = ". So Linux ends a process when memory runs out; smaller num_blocks, max_num_seqs and max_model_len need less"
+        raise self._failure("killed", f"was killed by {name} during {command!r}{hint if name == 'SIGKILL' else ''}")
+
+    @contextlib.contextmanager
+    def _deadline(self) -> Iterator[None]:
+        """Ends the process if the block takes longer than `timeout_s`; reads and writes then end too."""
+
+        def expire() -> None:
+            self._expired = True
+            self._kill()
+
+        timer = threading.Timer(self._timeout_s, expire)
+        timer.daemon = True
+        timer.start()
         try:
-            write_frame(self._process.stdin, {"command": command} | arguments)
-            while (answer := read_frame(self._process.stdout)) is not None:
-                if "progress" in answer:
-                    if progress:
-                        progress(*answer["progress"])
-                elif "error" in answer:
-                    raise self._error(**answer["error"])
-                else:
-                    return answer
-        except BrokenPipeError:
-            pass
-        code = self._process.wait()
-        cause = f"was killed by signal {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        raise EngineFailure(f"The process of engine {self.spec.label!r} {cause} during {command!r}.{self._tail()}")
+            yield
+        finally:
+            timer.cancel()
+
+    def _kill(self) -> None:
+        """End the process and those that it started, which may hold its end of the pipe."""
+        if self._process.returncode is None:  # not waited for, so that its group is still its own
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _read(self, command: str) -> Message | None:
+        assert self._process.stdout
+        try:
+            return read_frame(self._process.stdout)
+        except EngineFailure as error:
+            self._kill()
+            raise self._failure(error.kind, f"wrote something else than an answer to {command!r}: {error.message}") from None
 
     def _error(self, kind: str, message: str, trace: str) -> Exception:
         known = getattr(errors, kind, None)
         if isinstance(known, type) and issubclass(known, errors.TandemError):
             return known(message)
-        return EngineFailure(f"Engine {self.spec.label!r} failed: {kind}: {message}\n{trace}")
+        failure = self._failure("error", f"raised {kind}: {message}")
+        failure.log = f"{failure.log}\n{trace}".strip()
+        return failure
 
-    def _tail(self) -> str:
+    def _failure(self, kind: str, what: str) -> EngineFailure:
         lines = self._log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
-        return "\nThe end of its log:\n" + "\n".join(f"  {line}" for line in lines) if lines else " Its log is empty."
+        message = f"The process of engine {self.spec.label!r} {what}."
+        return EngineFailure(message, kind=kind, label=self.spec.label, log="\n".join(lines))
 
 
 def thread_settings(threads: int) -> dict[str, str]:
@@ -293,7 +363,7 @@ def serve() -> None:
         message = commands.get()
         try:
             answer = worker.answer(message)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             answer = {"error": {"kind": type(error).__name__, "message": str(error), "trace": traceback.format_exc()}}
         write_frame(output, answer)
 

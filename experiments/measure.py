@@ -1,28 +1,32 @@
-"""The timed part of a run: engines alive side by side, computing in turn on the same requests."""
+"""The timed part of a run: engines alive side by side, computing in turn on the same requests. One that fails drops out."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from omegaconf import DictConfig
 
 from common.config import expect
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
+from experiments.blocks import block_order, reason_to_stop
 from experiments.config import EngineSpec, MeasureConfig, resolved
 from experiments.console import Narrator
 from experiments.drive import Window
-from experiments.isolate import IsolatedEngine
-from experiments.metrics import contaminations, summarize
+from experiments.isolate import EngineFailure, IsolatedEngine
+from experiments.metrics import contaminations, rate, summarize
 from experiments.roofline import Limits, bandwidth_probe, better, efficiency, measure_limits, weights_bytes
+from experiments.statistics import Comparison, compare_all
 from experiments.workload import Workload, WorkloadConfig, draw, known_options
 
-Engine = TypeVar("Engine")
+LOADED = ("rss_mb", "peak_load_mb", "kv_pool_mb")
+"""Figures that an engine's process tells when it has loaded."""
+Probe = Callable[[], float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,8 @@ class Plan:
     workload: Workload
     shares_prefixes: bool
     measure: MeasureConfig
+    seed: int = 0
+    """Draws the order of the blocks."""
 
 
 def measure_config(config: DictConfig) -> MeasureConfig:
@@ -66,6 +72,7 @@ def make_plan(config: DictConfig, engines: Sequence[EngineSpec]) -> Plan:
         workload=workload,
         shares_prefixes=wanted.prefix_len > 0,
         measure=how,
+        seed=config.seed,
     )
 
 
@@ -81,33 +88,128 @@ def vocabulary(checkpoint: Checkpoint) -> tuple[int, frozenset[int]]:
     return min(config.vocab_size, tokenizer.vocab_size), tokenizer.special_ids | named
 
 
-def measure(plan: Plan, directory: Path, narrator: Narrator) -> tuple[dict[str, dict[str, Any]], dict[str, list[Window]]]:
-    """Run the plan's blocks. Returns the figures and the windows of each engine, by label."""
+@dataclass
+class Outcome:
+    """What the timed part brought."""
+
+    windows: dict[str, list[Window]]
+    """Of each engine, also of one that failed later, by label and block."""
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of each engine that did not fail."""
+    failures: dict[str, dict[str, str]] = field(default_factory=dict)
+    throughputs: dict[str, list[float | None]] = field(default_factory=dict)
+    """Output tokens a second, by label and block."""
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
+    """Of each but the first that did not fail with that one."""
+    order: list[list[str]] = field(default_factory=list)
+    """Labels as they ran, by block."""
+    stopped: str = "no engine was left"
+    """Why no further block ran."""
+
+    @property
+    def survivors(self) -> list[str]:
+        """Engines that have not failed, in the order in which they were named."""
+        return [label for label in self.windows if label not in self.failures]
+
+    @contextlib.contextmanager
+    def row_of(self, engine: IsolatedEngine, narrator: Narrator) -> Iterator[None]:
+        """An engine that fails within the block loses its own row, and the run goes on."""
+        try:
+            yield
+        except EngineFailure as failure:
+            self.failures[engine.spec.label] = failure.record()
+            self.figures.pop(engine.spec.label, None)
+            narrator.alarm(failure.message)
+            engine.close()
+
+    def add(self, label: str, window: Window) -> None:
+        self.windows[label].append(window)
+        self.throughputs.setdefault(label, []).append(summarize([window])["output_throughput"])
+
+    def compare(self, plan: Plan) -> None:
+        """Judge what has been measured so far."""
+        measured = {label: self.throughputs[label] for label in self.survivors if label in self.throughputs}
+        self.comparisons = compare_all(measured, plan.measure.criteria, plan.seed) if measured else {}
+
+
+def measure(plan: Plan, directory: Path, narrator: Narrator) -> Outcome:
+    """Load the plan's engines and run its blocks. Raises what is the user's to mend; an engine that fails is in the outcome."""
+    outcome = Outcome({spec.label: [] for spec in plan.engines})
     with contextlib.ExitStack() as stack:
-        engines = [stack.enter_context(IsolatedEngine(spec, directory / f"{spec.label}.log")) for spec in plan.engines]
-        figures = {engine.spec.label: prepare(engine, plan, narrator) for engine in engines}
-        windows: dict[str, list[Window]] = {engine.spec.label: [] for engine in engines}
+        engines = {
+            spec.label: stack.enter_context(IsolatedEngine(spec, directory / f"{spec.label}.log", plan.measure.timeout_s))
+            for spec in plan.engines
+        }
+        for label, engine in engines.items():
+            with outcome.row_of(engine, narrator):
+                outcome.figures[label] = prepare(engine, plan, narrator)
         before = machine_limits(plan.measure, narrator)
-        probe = bandwidth_probe(plan.measure.limits_s / 2) if plan.measure.limits_s else lambda: None
-        bandwidth = probe()
-        for number, order in blocks(engines, plan.measure):
-            for engine in order:
-                narrator.say(f"block {number + 1} of {plan.measure.blocks}: {engine.spec.label}")
-                window, last = engine.run(plan.workload), bandwidth
-                bandwidth = probe()
-                beside = max(last, bandwidth) if last and bandwidth else None
-                windows[engine.spec.label].append(replace(window, bandwidth=beside))
+        run_blocks(outcome, engines, plan, narrator)
         after = machine_limits(plan.measure, narrator)
         limits = better(before, after) if before and after else None
-        for engine in engines:
-            label, mine = engine.spec.label, windows[engine.spec.label]
-            figures[label] |= summarize(mine) | {"peak_rss_mb": engine.peak_rss_mb()}
-            here = limits if figures[label]["device"] == "cpu" else None  # another device has limits of its own
-            figures[label] |= efficiency(mine, plan.checkpoint.config, engine.spec.config.dtype, here)
-            figures[label]["block_read_bytes_per_s"] = [window.bandwidth for window in mine]
-            figures[label]["limits"] = before and after and {"before": before.summary(), "after": after.summary()}
-            figures[label]["contaminated"] = contaminations(figures[label], plan.shares_prefixes)
-    return figures, windows
+        for label in outcome.survivors:
+            engine, figures = engines[label], outcome.figures[label]
+            with outcome.row_of(engine, narrator):
+                figures["peak_rss_mb"] = engine.peak_rss_mb()
+            here = limits if figures["device"] == "cpu" else None  # another device has limits of its own
+            figures |= window_figures(outcome.windows[label], plan, engine.spec, here)
+            figures["limits"] = before and after and {"before": before.summary(), "after": after.summary()}
+            figures["contaminated"] = contaminations(figures, plan.shares_prefixes)
+    outcome.compare(plan)
+    return outcome
+
+
+def run_blocks(outcome: Outcome, engines: Mapping[str, IsolatedEngine], plan: Plan, narrator: Narrator) -> None:
+    """Run blocks until there is a reason to stop. Nothing is computed or drawn while a window runs."""
+    config = plan.measure
+    probe: Probe = bandwidth_probe(config.limits_s / 2) if config.limits_s else lambda: None
+    bandwidth = probe()
+    begin, longest = time.perf_counter(), 0.0
+    while outcome.survivors:
+        done, start = len(outcome.order), time.perf_counter()
+        width = max((comparison.width for comparison in outcome.comparisons.values()), default=None)
+        if stopped := reason_to_stop(config, done, start - begin, longest, width):
+            outcome.stopped = stopped
+            break
+        order = [label for label in block_order(list(engines), done, plan.seed) if label in outcome.survivors]
+        outcome.order.append(order)
+        for label in order:
+            narrator.block(done, config.blocks, label, longest)
+            with outcome.row_of(engines[label], narrator):
+                window, last = served(label, engines[label].run(plan.workload)), bandwidth
+                bandwidth = probe()
+                beside = max(last, bandwidth) if last and bandwidth else None
+                outcome.add(label, replace(window, bandwidth=beside))
+        longest = max(longest, time.perf_counter() - start)
+        outcome.compare(plan)
+    narrator.end_blocks(outcome.stopped)
+
+
+def served(label: str, window: Window) -> Window:
+    """The window, if any of its requests came through; otherwise the engine has failed, whatever it says itself."""
+    if not any(row.ok for row in window.rows):
+        error = next((row.error for row in window.rows if row.error), "it gave fewer tokens than were asked for")
+        message = f"None of the {len(window.rows)} requests to engine {label!r} came through; of the first it said: {error}"
+        raise EngineFailure(message, label=label)
+    return window
+
+
+def window_figures(windows: Sequence[Window], plan: Plan, spec: EngineSpec, limits: Limits | None) -> dict[str, Any]:
+    """What an engine's windows say."""
+    driver = [window.stats.get("driver_seconds") for window in windows]
+    duration = sum(window.duration for window in windows)
+    return {
+        **summarize(windows),
+        **efficiency(windows, plan.checkpoint.config, spec.config.dtype, limits),
+        "block_read_bytes_per_s": [window.bandwidth for window in windows],
+        "harness_overhead_share": rate(sum(x for x in driver if x), duration) if None not in driver else None,
+    }
+
+
+def figure_names(plan: Plan) -> list[str]:
+    """Every figure that a row can have, known before anything runs."""
+    named = window_figures([], plan, plan.engines[0], None)
+    return [*named, "device", "load_s", "warmup_s", *LOADED, "weights_mb", "peak_rss_mb", "limits", "contaminated"]
 
 
 def machine_limits(config: MeasureConfig, narrator: Narrator) -> Limits | None:
@@ -126,26 +228,9 @@ def prepare(engine: IsolatedEngine, plan: Plan, narrator: Narrator) -> dict[str,
         narrator.say(f"warming up {engine.spec.label}")
         engine.run(plan.workload.share(plan.measure.warmup_requests, plan.measure.warmup_output_len))
     warmup = loaded["warmup_s"] + time.perf_counter() - start
-    memory = {name: loaded[name] for name in ("rss_mb", "peak_load_mb", "kv_pool_mb")}
+    memory = {name: loaded[name] for name in LOADED}
     memory["weights_mb"] = weights_bytes(plan.checkpoint.config, engine.spec.config.dtype) / 2**20
     return {"device": loaded["caps"]["device"], "load_s": loaded["load_s"], "warmup_s": warmup} | memory
-
-
-def blocks(
-    engines: Sequence[Engine], config: MeasureConfig, clock: Callable[[], float] = time.perf_counter
-) -> Iterator[tuple[int, Sequence[Engine]]]:
-    """Rounds in which each engine runs once: A B, B A, A B, … so that a machine that drifts wrongs neither.
-
-    No round starts that would, going by the longest so far, end after the budget.
-    """
-    begin = clock()
-    longest = 0.0
-    for number in range(config.blocks):
-        start = clock()
-        if number and start - begin + longest > config.budget_s:
-            return
-        yield number, engines if number % 2 == 0 else engines[::-1]
-        longest = max(longest, clock() - start)
 
 
 def setting(config: DictConfig, plan: Plan) -> dict[str, Any]:

@@ -473,15 +473,18 @@ def test_a_mistake_is_told_in_one_message_with_exit_code_2_and_no_run_directory(
     assert not (history / "runs").exists() and not (history / "multirun").exists()
 
 
-def test_an_engine_that_dies_ends_the_command_with_1_and_an_unfinished_run(
+def test_an_engine_that_dies_ends_the_command_with_1_and_its_failure_in_the_results(
     history: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HISTORY_DIES", "1")
     with pytest.raises(SystemExit) as exit:
         command(monkeypatch, bench.main, *SMALL)
     assert exit.value.code == 1
-    assert "ended with exit code 7" in capfd.readouterr().err
-    assert [path.suffix for path in (history / "runs").iterdir()] == [".partial"]
+    out, err = capfd.readouterr()
+    assert "ended with exit code 7" in err
+    result = last_line(out)
+    assert result["failures"]["history"]["kind"] == "died" and "output_throughput" not in result
+    assert json.loads((Path(result["run"]) / "results.json").read_text()) == result
 
 
 def test_a_sweep_runs_each_job(history: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

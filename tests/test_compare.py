@@ -2,16 +2,18 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from experiments import compare
 from experiments.agreement import tokens_equal_share, verdict
+from experiments.blocks import block_order, reason_to_stop
 from experiments.compare import ratios
 from experiments.config import MeasureConfig
 from experiments.correctness import Agreement, Divergence
 from experiments.drive import Row, Window
-from experiments.measure import blocks
+from experiments.measure import window_figures
 from tests.history_backend import ROOT, command, history, last_line
 
 __all__ = ["history"]
@@ -25,28 +27,58 @@ SMALL = (
 )
 
 
-def order(count: int, budget_s: float = 60.0, cost_s: float = 0.0) -> str:
-    """Which engine runs when, on a clock that a round advances by `cost_s`."""
-    config = MeasureConfig(blocks=count, budget_s=budget_s, warmup_requests=0, warmup_output_len=1, limits_s=0.0)
-    run: list[str] = []
-    for _, engines in blocks(["A", "B"], config, lambda: len(run) / 2 * cost_s):
-        run.extend(engines)
-    return "".join(run)
+def config(blocks: int, **more: float) -> MeasureConfig:
+    fixed = {"budget_s": 100.0, "warmup_requests": 0, "warmup_output_len": 1, "limits_s": 0.0}
+    return MeasureConfig(**{"blocks": blocks} | fixed | more)  # type: ignore[arg-type]
 
 
-def test_blocks_alternate_so_that_drift_wrongs_neither() -> None:
-    assert order(1) == "AB"
-    assert order(2) == "ABBA"
-    assert order(5) == "ABBAABBAAB"
+def count(config: MeasureConfig, block_s: float = 1.0, width: float | None = 1.0) -> tuple[int, str]:
+    """How many blocks of `block_s` seconds run, and why no more, where the interval stays `width` wide."""
+    done = 0
+    while (reason := reason_to_stop(config, done, done * block_s, block_s if done else 0.0, width)) is None:
+        done += 1
+    return done, reason
 
 
-def test_no_round_starts_that_would_end_after_the_budget_and_the_first_always_runs() -> None:
-    assert order(9, budget_s=35.0, cost_s=10.0) == "ABBAAB"
-    assert order(9, budget_s=0.0, cost_s=10.0) == "AB"
+def test_each_block_runs_every_engine_once_and_every_other_mirrors_the_one_before() -> None:
+    labels = ["a", "b", "c"]
+    orders = [block_order(labels, number, seed=4) for number in range(40)]
+    assert all(sorted(order) == labels for order in orders)
+    assert all(orders[i + 1] == orders[i][::-1] for i in range(0, 40, 2))
+    assert len({tuple(order) for order in orders}) == 6  # every order comes up
+    assert orders == [block_order(labels, number, seed=4) for number in range(40)]
+    assert orders != [block_order(labels, number, seed=5) for number in range(40)]
+
+
+def test_two_engines_lead_about_equally_often_over_the_seeds() -> None:
+    first = [block_order(["a", "b"], 0, seed)[0] for seed in range(200)]
+    assert 70 <= first.count("a") <= 130
+
+
+def test_blocks_go_on_by_pairs_until_the_interval_is_narrow_or_there_are_enough() -> None:
+    assert count(config(6), width=0.03) == (6, "after 6 blocks every interval of a ratio was narrower than 0.04")
+    assert count(config(7), width=0.03)[0] == 8
+    assert count(config(6, max_blocks=12)) == (12, "all 12 blocks were run")
+    assert count(config(6, max_blocks=9))[0] == 9
+    assert count(config(30, max_blocks=30))[0] == 30
+
+
+def test_without_anything_to_compare_or_with_too_few_blocks_for_it_they_are_as_many_as_asked_for() -> None:
+    assert count(config(6), width=None) == (6, "all 6 blocks were run")
+    assert count(config(1))[0] == 1 and count(config(5))[0] == 5
+
+
+def test_no_block_starts_that_would_end_after_the_budget_and_the_first_two_always_run() -> None:
+    assert count(config(6, budget_s=35.0), block_s=10.0) == (3, "the budget of 35 s was used up after 3 blocks")
+    assert count(config(6, budget_s=75.0), block_s=10.0)[0] == 6  # a pair more would have ended at 80
+    assert count(config(6, budget_s=85.0), block_s=10.0)[0] == 8
+    assert count(config(6, budget_s=0.0), block_s=10.0)[0] == 2
+    assert count(config(1, budget_s=0.0), block_s=10.0)[0] == 1
 
 
 def test_ratios_are_over_the_first_named() -> None:
     assert ratios({"jax": {"output_throughput": 50.0}, "hf": {"output_throughput": 10.0}}) == {"jax": 1.0, "hf": 0.2}
+    assert ratios({}) == {}
     assert ratios({"jax": {"output_throughput": None}, "hf": {"output_throughput": 10.0}}) == {"jax": None, "hf": None}
 
 
@@ -92,19 +124,41 @@ def test_a_verdict_without_a_pass_claims_nothing() -> None:
 def test_compare_runs_both_engines_and_finds_them_equal(
     history: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command(monkeypatch, compare.main, *SMALL, "engines=[history,{name:history,block_size:8}]", "measure.blocks=2")
-    result = last_line(capsys.readouterr().out)
-    assert set(result["engines"]) == set(result["ratios"]) == {"history", "history-2"}
-    assert result["ratios"]["history"] == 1.0
+    command(monkeypatch, compare.main, *SMALL, "engines=[history,{name:history,block_size:8}]", "measure.blocks=4")
+    out = capsys.readouterr().out
+    result = last_line(out)
+    one, other = "history", "history-block_size=8"
+    assert set(result["engines"]) == set(result["ratios"]) == {one, other} and result["failures"] == {}
+    assert result["ratios"][one] == 1.0
     for figures in result["engines"].values():
-        assert figures["completed"] == 6 and len(figures["block_output_throughput"]) == 2 and figures["contaminated"] == []
+        assert figures["completed"] == 12 and len(figures["block_output_throughput"]) == 4 and figures["contaminated"] == []
     throughputs = [figures["output_throughput"] for figures in result["engines"].values()]
-    assert result["ratios"]["history-2"] == pytest.approx(throughputs[1] / throughputs[0])
+    assert result["ratios"][other] == pytest.approx(throughputs[1] / throughputs[0])
     assert (result["tokens_equal"], result["unjustified_divergences"], result["tokens_equal_share"]) == (True, 0, 1.0)
     assert result["compared_tokens"] == 3 * 4
+    assert [sorted(order) for order in result["order"]] == [[one, other]] * 4 and result["order"][1] == result["order"][0][::-1]
+    assert result["stopped"] == "all 4 blocks were run"
+
+    (comparison,) = result["comparisons"].values()
+    blocks = [figures["block_output_throughput"] for figures in result["engines"].values()]
+    assert comparison["block_ratios"] == pytest.approx([b / a for a, b in zip(*blocks, strict=True)])
+    assert comparison["low"] < comparison["ratio"] < comparison["high"] and comparison["interval"] == "t"
+    assert out.startswith(comparison["said"]) and comparison["against"] == one
     directory = Path(result["run"])
     assert json.loads((directory / "results.json").read_text()) == result
-    assert len((directory / "requests.jsonl").read_text().splitlines()) == 2 * 2 * 3
+    assert len((directory / "requests.jsonl").read_text().splitlines()) == 2 * 4 * 3
+
+
+def test_the_harness_tells_its_own_share_of_the_windows() -> None:
+    plan = SimpleNamespace(checkpoint=SimpleNamespace(config=None))
+    spec = SimpleNamespace(config=SimpleNamespace(dtype="float32"))
+
+    def share(*stats: dict[str, float]) -> float | None:
+        windows = [Window((), 2.0, each) for each in stats]
+        return window_figures(windows, plan, spec, None)["harness_overhead_share"]  # type: ignore[arg-type]
+
+    assert share({"driver_seconds": 0.01}, {"driver_seconds": 0.03}) == pytest.approx(0.04 / 4)
+    assert share({"driver_seconds": 0.01}, {}) is None and share() is None
 
 
 def test_the_float32_pass_can_be_left_out(
@@ -143,6 +197,15 @@ def test_an_engine_that_samples_wrongly_is_found_out(
         ("engines=[history,{name:history,compiel:true}]", "Did you mean 'compile'?"),
         ("engines=[history,{compile:true}]", "a mapping with a name"),
         ("engines=[history]", "two engines"),
+        ("engines=[history,base]", "base holds the defaults"),
+        ("engines=[history,{name:history,kernels:native,compile:true}]", "leave a compiler nothing"),
+        ("measure.precision=-1", "measure.precision"),
+        ("measure.timeout_s=0", "measure.timeout_s"),
+        ("measure.confidence=95", "measure.confidence"),
+        ("measure.equivalence=0", "measure.equivalence"),
+        ("measure.max_blocks=0", "measure.max_blocks"),
+        ("measure.max_blocks=5", "measure.max_blocks=5 contradicts measure.blocks=6"),
+        ('fail_if=["ratios.histroy < 1"]', "Engines: history, history-2"),
         ("engines=[]", "engines must be a list"),
         ("engines=history", "engines must be a list"),
         ("engine=history", "Did you mean 'engines'?"),

@@ -13,7 +13,7 @@ import configs
 from common.config import EngineConfig
 from common.weights import zoo
 from experiments.cli import group_options, spell_out_model
-from experiments.config import CorrectnessConfig, MeasureConfig, engine_spec, engine_specs, resolved
+from experiments.config import CorrectnessConfig, MeasureConfig, engine_label, engine_spec, engine_specs, resolved
 from experiments.workload import Lengths, WorkloadConfig
 
 FOLDER = Path(configs.__file__).parent
@@ -117,10 +117,34 @@ def test_root_options_reach_every_engine_of_a_comparison() -> None:
     config = composed("compare", "engines=[jax,{name:torch,compile:true},torch,hf]", "dtype=float32", "seed=3", "device=cpu")
     with hydra_initialized():
         specs = engine_specs(config)
-    assert [spec.label for spec in specs] == ["jax", "torch", "torch-2", "hf"]
+    assert [spec.label for spec in specs] == ["jax", "torch-compile", "torch", "hf"]
     assert [spec.config.compile for spec in specs] == [False, True, False, False]
     assert {(spec.config.dtype, spec.config.seed, spec.config.device) for spec in specs} == {("float32", 3, "cpu")}
     assert specs[3].config.max_num_seqs == 16
+
+
+@pytest.mark.parametrize(
+    ("engines", "labels"),
+    [
+        ("[torch,torch,torch]", ["torch", "torch-2", "torch-3"]),
+        ("[torch,{name:torch,kernels:framework}]", ["torch", "torch-kernels=framework"]),
+        ("[{name:torch,compile:true,block_size:8},{name:torch,compile:true}]", ["torch-compile-block_size=8", "torch-compile"]),
+        ("[{name:torch,compile:true},{name:torch,compile:true}]", ["torch-compile", "torch-compile-2"]),
+        ("[torch,{name:torch,block_size:16}]", ["torch", "torch-2"]),  # the default, spelt out
+        ("[jax,{name:hf,device:'a/b c'}]", ["jax", "hf-device=a_b_c"]),  # a log file is called so
+    ],
+)
+def test_labels_say_what_differs(engines: str, labels: list[str]) -> None:
+    config = composed("compare", f"engines={engines}")
+    with hydra_initialized():
+        assert [spec.label for spec in engine_specs(config)] == labels
+
+
+def test_options_that_are_mappings_or_lists_have_labels_too() -> None:
+    options = {"environment": {"A": 1, "B": {"C": "x y"}}, "arguments": ["-a", "b"], "same": 3}
+    defaults = {"environment": {}, "arguments": [], "same": 3}
+    assert engine_label("server", options, defaults) == "server-environment.A=1-environment.B.C=x_y-arguments=_-a_b_"
+    assert len(engine_label("server", {"a": "x" * 500}, {"a": None})) == 80
 
 
 def test_no_configuration_names_python_code() -> None:

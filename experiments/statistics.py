@@ -1,0 +1,205 @@
+"""From the throughputs of paired blocks to a ratio with an interval, and a verdict. Pure functions; the randomness is seeded.
+
+The unit of replication is the block, in which every engine ran once: its requests and tokens are no independent samples. Within
+a block the logarithm of the ratio is taken, so that it makes no difference which of two engines was named first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+
+from common.config import expect
+
+LEAST_BLOCKS = 3
+"""Fewer give no interval."""
+BOOTSTRAP_BLOCKS = 8
+"""From so many on the interval is bootstrapped; fewer have too few distinct resamples."""
+EXACT_BLOCKS = 12
+"""Up to so many the permutation test goes through all signs."""
+RESAMPLES = 9999
+
+Verdict = Literal["faster", "slower", "equivalent", "undecided"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Criteria:
+    """What a verdict demands. Also `measure.confidence` and `measure.equivalence`."""
+
+    confidence: float = 0.95
+    equivalence: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name, high in (("confidence", 1), ("equivalence", 10)):
+            value = getattr(self, name)
+            expect(
+                isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < high,
+                f"measure.{name} must be a number in (0, {high}), got {value!r}.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One engine against another."""
+
+    against: str
+    ratio: float | None
+    """Geometric mean over blocks of the engine's output throughput over the other's; None if no block has both."""
+    low: float | None
+    high: float | None
+    """The interval of the ratio; None below `LEAST_BLOCKS`."""
+    confidence: float
+    """Of the interval. Above the one asked for where several engines are compared."""
+    p_value: float | None
+    """Of the sign-flip permutation test that the ratio is 1."""
+    p_adjusted: float | None
+    """The same, after Benjamini and Hochberg over all comparisons of the run."""
+    verdict: Verdict
+    blocks: int
+    interval: Literal["t", "bca"] | None
+    block_ratios: tuple[float, ...]
+    said: str
+    """All this in a sentence."""
+
+    @property
+    def width(self) -> float:
+        """Of the interval; infinite without one."""
+        return math.inf if self.low is None or self.high is None else self.high - self.low
+
+
+def compare_all(throughputs: Mapping[str, Sequence[float | None]], criteria: Criteria, seed: int) -> dict[str, Comparison]:
+    """Each engine but the first against the first. `throughputs` by label and block; a block in which either has none is left
+    out. With several comparisons the intervals are widened by `shared_confidence`."""
+    first, *others = throughputs
+    logs = {label: log_ratios(throughputs[label], throughputs[first]) for label in others}
+    usable = [label for label in others if len(logs[label]) >= LEAST_BLOCKS]
+    confidence = shared_confidence([logs[label] for label in usable], criteria.confidence)
+    p_values = {label: sign_flip_p(logs[label], seed) for label in usable}
+    adjusted = dict(zip(usable, benjamini_hochberg(list(p_values.values())), strict=True))
+    answer = {}
+    for label in others:
+        mine = logs[label]
+        ratio = float(np.exp(mine.mean())) if len(mine) else None
+        low, high, kind = interval(mine, confidence, seed) if label in usable else (None, None, None)
+        called = verdict(ratio, low, high, criteria.equivalence)
+        answer[label] = Comparison(
+            against=first,
+            ratio=ratio,
+            low=low,
+            high=high,
+            confidence=confidence,
+            p_value=p_values.get(label),
+            p_adjusted=adjusted.get(label),
+            verdict=called,
+            blocks=len(mine),
+            interval=kind,
+            block_ratios=tuple(np.exp(mine).tolist()),
+            said=sentence(label, first, called, ratio, low, high, len(mine), criteria.equivalence),
+        )
+    return answer
+
+
+def log_ratios(mine: Sequence[float | None], others: Sequence[float | None]) -> np.ndarray:
+    """float64[blocks that have both]: the logarithm of each block's ratio."""
+    pairs = [(a, b) for a, b in zip(mine, others, strict=True) if a and b]
+    return np.array([math.log(a / b) for a, b in pairs])
+
+
+def interval(logs: np.ndarray, confidence: float, seed: int) -> tuple[float, float, Literal["t", "bca"]]:
+    """Of the geometric mean ratio: Student's below `BOOTSTRAP_BLOCKS`, else bootstrapped, bias-corrected and accelerated (Efron
+    1987), at tails widened as Hesterberg (2015, arXiv:1411.5279) does for small samples: a resample of n varies by (n - 1) / n
+    too little, and its quantiles are a normal's where Student's are due."""
+    size, mean = len(logs), float(logs.mean())
+    reach = float(stats.t.ppf((1 + confidence) / 2, size - 1))
+    error = float(logs.std(ddof=1)) / math.sqrt(size)
+    if size < BOOTSTRAP_BLOCKS or error <= 1e-12:  # blocks that are all alike have no distribution to resample
+        return math.exp(mean - reach * error), math.exp(mean + reach * error), "t"
+    tail = float(stats.norm.cdf(-reach * math.sqrt(size / (size - 1))))
+    bounds = stats.bootstrap(
+        (logs,),
+        np.mean,
+        confidence_level=1 - 2 * tail,
+        method="BCa",
+        n_resamples=RESAMPLES,
+        random_state=np.random.default_rng(seed),
+    ).confidence_interval
+    return math.exp(bounds.low), math.exp(bounds.high), "bca"
+
+
+def shared_confidence(samples: Sequence[np.ndarray], confidence: float) -> float:
+    """The confidence that each of several intervals needs, so that of those which exclude 1 at most 1 - `confidence` do so
+    wrongly, on average: 1 - R (1 - confidence) / m, where Benjamini and Hochberg's procedure selects R ≥ 1 of m (Benjamini and
+    Yekutieli 2005). One comparison keeps its own."""
+    if not samples:
+        return confidence
+    selected = sum(p <= 1 - confidence for p in benjamini_hochberg([student_p(logs) for logs in samples]))
+    return 1 - (1 - confidence) * max(selected, 1) / len(samples)
+
+
+def student_p(logs: np.ndarray) -> float:
+    """Two-sided, that the mean is 0."""
+    error = float(logs.std(ddof=1)) / math.sqrt(len(logs))
+    if error <= 1e-12:
+        return 0.0 if abs(logs.mean()) > 1e-12 else 1.0
+    return float(2 * stats.t.sf(abs(logs.mean()) / error, len(logs) - 1))
+
+
+def sign_flip_p(logs: np.ndarray, seed: int) -> float:
+    """Two-sided permutation test that the logarithms lie evenly around 0: the share of ways to choose their signs which bring
+    the mean at least so far from 0. Exact up to `EXACT_BLOCKS`, else by random signs. The least p of n blocks is 2^(1 - n)."""
+    size = len(logs)
+    if size <= EXACT_BLOCKS:
+        signs = 1 - 2 * (np.arange(1 << size)[:, None] >> np.arange(size) & 1)
+    else:
+        drawn = np.random.default_rng(seed).choice((-1, 1), (RESAMPLES, size))
+        signs = np.vstack([np.ones((1, size), np.int64), drawn])  # as it came is one of the ways
+    sums = np.abs(signs @ logs)
+    return float(np.mean(sums >= sums[0] - 1e-9 * np.abs(logs).sum()))
+
+
+def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p: to call all below q keeps the false among the calls at q, on average (Benjamini and Hochberg 1995)."""
+    return stats.false_discovery_control(p_values).tolist() if p_values else []
+
+
+def verdict(ratio: float | None, low: float | None, high: float | None, equivalence: float) -> Verdict:
+    """`equivalent` where the whole interval lies in the band [1 / (1 + equivalence), 1 + equivalence]. `faster` and `slower`
+    need two keys: the interval excludes 1, and the ratio is outside the band. That is, a difference is sure, and matters."""
+    if ratio is None or low is None or high is None:
+        return "undecided"
+    least, most = 1 / (1 + equivalence), 1 + equivalence
+    if least <= low and high <= most:
+        return "equivalent"
+    if low > 1 and ratio > most:
+        return "faster"
+    if high < 1 and ratio < least:
+        return "slower"
+    return "undecided"
+
+
+def sentence(
+    label: str,
+    first: str,
+    called: Verdict,
+    ratio: float | None,
+    low: float | None,
+    high: float | None,
+    blocks: int,
+    band: float,
+) -> str:
+    """`torch is 5.8 % slower than jax (ratio 0.942, 0.917–0.967, 6 blocks)`."""
+    if ratio is None:
+        return f"{label} against {first}: undecided, no block has a throughput of both"
+    bounds = f", {low:.3f}–{high:.3f}" if low is not None and high is not None else ""
+    evidence = f"(ratio {ratio:.3f}{bounds}, {blocks} block{'s' * (blocks != 1)})"
+    if called in ("faster", "slower"):
+        return f"{label} is {abs(ratio - 1):.1%} {called} than {first} {evidence}".replace("%", " %", 1)
+    if called == "equivalent":
+        return f"{label} is as fast as {first}, within {100 * band:g} % {evidence}"
+    reason = "" if bounds else f": {LEAST_BLOCKS} blocks are the fewest that give an interval"
+    return f"{label} against {first}: undecided {evidence}{reason}"

@@ -1,0 +1,124 @@
+"""Verdicts of whole comparisons against a known truth: an engine against itself, and against itself a tenth slower.
+
+Real engines in real processes, timed: under `accept` as often as it takes to count, on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from common.config import EngineConfig
+from common.weights import zoo
+from common.weights.checkpoint import open_checkpoint
+from experiments.config import EngineSpec, MeasureConfig
+from experiments.console import Narrator
+from experiments.isolate import IsolatedEngine
+from experiments.measure import Outcome, Plan, prepare, run_blocks, vocabulary
+from experiments.statistics import Comparison
+from experiments.workload import WorkloadConfig, draw
+from tests.history_backend import ROOT
+
+SLOWED = """
+import time
+from common.engine import Engine
+from torchinfer import ModelRunner
+
+step = Engine.step
+
+def slowed(self, timeout=None):
+    "A step takes a ninth longer, so that the engine has nine tenths of its throughput."
+    start = time.perf_counter()
+    events = step(self, timeout)
+    end = time.perf_counter()
+    while time.perf_counter() < end + (end - start) / 9:
+        pass
+    return events
+
+Engine.step = slowed
+"""
+
+
+def make_plan(names: tuple[str, str], *, num_requests: int, output_len: int, blocks: int) -> Plan:
+    checkpoint = open_checkpoint(zoo.resolve("tiny-llama"))
+    config = EngineConfig(max_num_seqs=32, max_num_batched_tokens=256, max_model_len=256)
+    wanted = WorkloadConfig(name="fixed", num_requests=num_requests, prompt_len=64, output_len=output_len)
+    return Plan(
+        model="tiny-llama",
+        checkpoint=checkpoint,
+        engines=tuple(EngineSpec(label=f"{name}-{i}", name=name, config=config) for i, name in enumerate(names)),
+        workload=draw(wanted, 0, *vocabulary(checkpoint)),
+        shares_prefixes=False,
+        measure=MeasureConfig(blocks=blocks, budget_s=600, warmup_requests=32, warmup_output_len=16, limits_s=0),
+    )
+
+
+@contextmanager
+def alive(plan: Plan, folder: Path) -> Iterator[dict[str, IsolatedEngine]]:
+    """Both engines, loaded and warm. They stay so over all runs, to spend the time on what is measured."""
+    one, other = plan.engines
+    with (
+        Narrator() as narrator,
+        IsolatedEngine(one, folder / "one.log") as first,
+        IsolatedEngine(other, folder / "other.log") as second,
+    ):
+        engines = {one.label: first, other.label: second}
+        for engine in engines.values():
+            prepare(engine, plan, narrator)
+        yield engines
+
+
+def compared(plan: Plan, engines: dict[str, IsolatedEngine], seed: int) -> Comparison:
+    """One run: blocks, drawn from its own seed, until the interval is narrow; and the verdict on the second engine."""
+    outcome = Outcome({label: [] for label in engines})
+    with Narrator() as narrator:
+        run_blocks(outcome, engines, replace(plan, seed=seed), narrator)
+    assert not outcome.failures
+    (comparison,) = outcome.comparisons.values()
+    print(comparison.said, flush=True)
+    return comparison
+
+
+@pytest.fixture
+def slowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of an engine that is `torch` a tenth slower."""
+    (tmp_path / "packages" / "slowedinfer").mkdir(parents=True)
+    (tmp_path / "packages" / "slowedinfer" / "__init__.py").write_text(SLOWED)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'packages'}:{ROOT}")
+    return "slowed"
+
+
+RUNS = 20
+SHORT = {"num_requests": 256, "output_len": 64, "blocks": 6}
+
+
+def test_a_run_of_the_proof_compares_both_engines(slowed: str, tmp_path: Path) -> None:
+    """The machinery of the two below, on windows too short to say anything about speed."""
+    plan = make_plan(("torch", slowed), num_requests=2, output_len=4, blocks=3)
+    with alive(plan, tmp_path) as engines:
+        comparison = compared(plan, engines, seed=0)
+    assert (comparison.against, comparison.blocks) == ("torch-0", 3) and comparison.interval == "t"
+
+
+@pytest.mark.accept
+def test_an_engine_against_itself_is_equivalent_and_never_faster_or_slower(tmp_path: Path) -> None:
+    plan = make_plan(("torch", "torch"), **SHORT)
+    with alive(plan, tmp_path) as engines:
+        verdicts = Counter(compared(plan, engines, seed).verdict for seed in range(RUNS))
+    assert verdicts["equivalent"] >= 0.9 * RUNS and not verdicts["faster"] and not verdicts["slower"], verdicts
+
+
+@pytest.mark.accept
+def test_an_engine_slowed_by_a_tenth_is_called_slower(slowed: str, tmp_path: Path) -> None:
+    plan = make_plan(("torch", slowed), **SHORT)
+    with alive(plan, tmp_path) as engines:
+        runs = [compared(plan, engines, seed) for seed in range(RUNS)]
+    verdicts = Counter(run.verdict for run in runs)
+    assert verdicts["slower"] >= 0.9 * RUNS, verdicts
+    ratios = [run.ratio for run in runs if run.ratio]
+    assert min(ratios) >= 0.88 and max(ratios) <= 0.92, ratios

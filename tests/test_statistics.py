@@ -1,0 +1,206 @@
+"""`experiments.statistics`: known values, and how often intervals and verdicts are right in simulated runs of fixed seeds."""
+
+import math
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from common.errors import ConfigError
+from experiments import statistics
+from experiments.statistics import (
+    Comparison,
+    Criteria,
+    compare_all,
+    interval,
+    log_ratios,
+    sentence,
+    shared_confidence,
+    sign_flip_p,
+    student_p,
+    verdict,
+)
+
+CRITERIA = Criteria()
+
+
+def runs(effect: float, blocks: int, sims: int, noise: float = 0.02, seed: int = 1) -> list[dict[str, list[float]]]:
+    """Throughputs of two engines whose true ratio is `effect`; both share what a block does to the machine."""
+    rng = np.random.default_rng([seed, blocks])
+    drift = 100 * np.exp(rng.normal(0, 0.1, (sims, blocks)))
+    first, second = drift * np.exp(rng.normal(0, noise, (2, sims, blocks)))
+    return [{"a": a.tolist(), "b": (effect * b).tolist()} for a, b in zip(first, second, strict=True)]
+
+
+def judged(throughputs: dict[str, list[float]], **criteria: float) -> Comparison:
+    return compare_all(throughputs, Criteria(**criteria), seed=3)["b"]
+
+
+def test_the_ratio_is_the_geometric_mean_over_blocks() -> None:
+    outcome = judged({"a": [10, 20, 40], "b": [20, 20, 20]})
+    assert outcome.ratio == pytest.approx(1.0) and outcome.block_ratios == pytest.approx((2, 1, 0.5))
+    assert (outcome.against, outcome.blocks, outcome.interval) == ("a", 3, "t")
+
+
+def test_naming_the_engines_the_other_way_round_turns_the_verdict_round() -> None:
+    for throughputs in runs(0.9, 6, 20):
+        here = judged(throughputs)
+        there = compare_all({"b": throughputs["b"], "a": throughputs["a"]}, CRITERIA, seed=3)["a"]
+        assert here.ratio and here.low and there.ratio and there.high
+        assert here.ratio * there.ratio == pytest.approx(1) and here.low * there.high == pytest.approx(1)
+        assert {here.verdict, there.verdict} in ({"slower", "faster"}, {"undecided"})
+
+
+def test_a_block_without_a_throughput_of_both_is_left_out() -> None:
+    assert log_ratios([1.0, None, 0.0, 4.0], [1.0, 1.0, 1.0, 2.0]).tolist() == [0.0, math.log(2)]
+    nothing = judged({"a": [None, None], "b": [1, 2]})  # type: ignore[list-item]
+    assert (nothing.ratio, nothing.verdict, nothing.blocks) == (None, "undecided", 0)
+    assert "no block" in nothing.said
+
+
+def test_fewer_than_three_blocks_give_a_ratio_and_nothing_else() -> None:
+    outcome = judged({"a": [100, 100], "b": [50, 50]})
+    assert outcome.ratio == pytest.approx(0.5)
+    assert (outcome.low, outcome.high, outcome.p_value, outcome.interval) == (None, None, None, None)
+    assert outcome.verdict == "undecided" and outcome.width == math.inf and "fewest" in outcome.said
+
+
+def test_below_eight_blocks_the_interval_is_students() -> None:
+    logs = np.log([0.93, 0.95, 0.94, 0.96, 0.92, 0.94])
+    low, high, kind = interval(logs, 0.95, seed=0)
+    known = stats.t.interval(0.95, 5, logs.mean(), stats.sem(logs))
+    assert kind == "t" and (low, high) == pytest.approx(tuple(np.exp(known)))
+
+
+def test_from_eight_blocks_it_is_bootstrapped_from_the_seed_and_no_narrower_than_a_plain_bootstrap() -> None:
+    logs = np.random.default_rng(5).normal(-0.05, 0.02, 8)
+    low, high, kind = interval(logs, 0.95, seed=7)
+    assert kind == "bca" and interval(logs, 0.95, seed=7) == (low, high, kind) != interval(logs, 0.95, seed=8)
+    plain = stats.bootstrap((logs,), np.mean, method="BCa", random_state=np.random.default_rng(7)).confidence_interval
+    assert low < math.exp(plain.low) and math.exp(plain.high) < high
+
+
+@pytest.mark.parametrize("blocks", [3, 8])
+def test_blocks_all_alike_have_an_interval_without_width(blocks: int) -> None:
+    outcome = judged({"a": [100.0] * blocks, "b": [90.0] * blocks})
+    assert (outcome.low, outcome.high) == pytest.approx((0.9, 0.9)) and outcome.verdict == "slower"
+    assert judged({"a": [100.0] * blocks, "b": [100.0] * blocks}).verdict == "equivalent"
+
+
+def test_the_permutation_test_counts_all_signs() -> None:
+    logs = np.random.default_rng(2).normal(0.01, 0.02, 7)
+    ways = [abs(np.dot(signs, logs)) for signs in product((-1, 1), repeat=7)]
+    assert sign_flip_p(logs, 0) == np.mean(np.array(ways) >= abs(logs.sum()) - 1e-12)
+    assert sign_flip_p(np.full(6, 0.1), 0) == 2 / 64  # the least that six blocks can give
+    assert sign_flip_p(np.zeros(6), 0) == 1.0
+
+
+def test_with_many_blocks_random_signs_come_near_the_exact_p(monkeypatch: pytest.MonkeyPatch) -> None:
+    logs = np.random.default_rng(4).normal(0.012, 0.02, 12)
+    exact = sign_flip_p(logs, 0)
+    monkeypatch.setattr(statistics, "EXACT_BLOCKS", 11)
+    assert sign_flip_p(logs, 0) == pytest.approx(exact, abs=0.01) and sign_flip_p(logs, 0) == sign_flip_p(logs, 0)
+    assert sign_flip_p(np.full(20, 0.1), 0) > 0  # never 0: the signs as they came are counted
+
+
+@pytest.mark.parametrize(
+    ("ratio", "low", "high", "said"),
+    [
+        (1.0, 0.97, 1.03, "equivalent"),
+        (1.02, 1.01, 1.03, "equivalent"),  # sure, but too small to matter
+        (0.9, 0.88, 0.92, "slower"),
+        (1.1, 1.02, 1.19, "faster"),
+        (0.9, 0.80, 1.01, "undecided"),  # large, but not sure
+        (0.96, 0.93, 0.99, "undecided"),  # sure, but maybe within the band
+        (1.0, 0.90, 1.10, "undecided"),
+        (1.06, 1.051, 1.07, "faster"),
+        (None, None, None, "undecided"),
+        (0.5, None, None, "undecided"),
+    ],
+)
+def test_a_verdict_needs_a_difference_that_is_sure_and_one_that_matters(
+    ratio: float | None, low: float | None, high: float | None, said: str
+) -> None:
+    assert verdict(ratio, low, high, 0.05) == said
+
+
+def test_the_band_is_the_users() -> None:
+    throughputs = {"a": [100.0, 101, 99, 100, 100, 101], "b": [98.0, 99, 97, 98, 98, 98]}
+    assert judged(throughputs).verdict == "equivalent"
+    assert judged(throughputs, equivalence=0.01).verdict == "slower"
+
+
+@pytest.mark.parametrize("wrong", [{"confidence": 1.0}, {"confidence": 0}, {"equivalence": -0.1}, {"equivalence": "5 %"}])
+def test_criteria_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"measure.{next(iter(wrong))}"):
+        Criteria(**wrong)
+
+
+def test_the_sentence_says_it_in_words() -> None:
+    assert sentence("torch", "jax", "slower", 0.942, 0.917, 0.967, 6, 0.05) == (
+        "torch is 5.8 % slower than jax (ratio 0.942, 0.917–0.967, 6 blocks)"
+    )
+    assert (
+        sentence("t", "j", "faster", 1.062, 1.03, 1.1, 1, 0.05)
+        == "t is 6.2 % faster than j (ratio 1.062, 1.030–1.100, 1 block)"
+    )
+    assert "as fast as j, within 2.5 %" in sentence("t", "j", "equivalent", 1.0, 0.99, 1.01, 6, 0.025)
+
+
+def test_several_engines_widen_each_others_intervals_unless_all_differ() -> None:
+    null = np.array([[0.01, -0.01, 0.02, -0.02, 0.01, -0.01]] * 3)
+    real = null - 0.3
+    assert shared_confidence([null[0]], 0.95) == shared_confidence([], 0.95) == 0.95
+    assert shared_confidence(list(null), 0.95) == pytest.approx(1 - 0.05 / 3)
+    assert shared_confidence([real[0], null[1], null[2]], 0.95) == pytest.approx(1 - 0.05 / 3)
+    assert shared_confidence([real[0], real[1], null[2]], 0.95) == pytest.approx(1 - 0.1 / 3)
+    assert shared_confidence(list(real), 0.95) == pytest.approx(0.95)
+
+
+def test_an_interval_excludes_one_exactly_where_benjamini_and_hochberg_select() -> None:
+    rng = np.random.default_rng(9)
+    for _ in range(50):
+        samples = list(rng.normal(rng.choice([0, 0.02, 0.05], (4, 1)), 0.02, (4, 6)))
+        selected = [p <= 0.05 for p in statistics.benjamini_hochberg([student_p(logs) for logs in samples])]
+        confidence = shared_confidence(samples, 0.95)
+        bounds = [interval(logs, confidence, 0) for logs in samples]
+        excluded = [low > 1 or high < 1 for low, high, _ in bounds]
+        assert excluded == selected
+
+
+def test_one_slow_engine_of_three_is_called_and_p_values_are_adjusted() -> None:
+    rng = np.random.default_rng(3)
+    engines = {name: (speed * np.exp(rng.normal(0, 0.005, 6))).tolist() for name, speed in (("a", 100), ("b", 70), ("c", 100))}
+    outcome = compare_all(engines, CRITERIA, seed=0)
+    assert (outcome["b"].verdict, outcome["c"].verdict) == ("slower", "equivalent")
+    assert outcome["b"].p_value == 2 / 64 and outcome["b"].p_adjusted == 4 / 64
+    assert outcome["b"].confidence == outcome["c"].confidence == pytest.approx(0.975)
+
+
+# How often it is right. The seeds are fixed: the counts below do not change from run to run.
+
+
+@pytest.mark.parametrize("blocks", [3, 6, 8, 16])
+def test_intervals_hold_the_truth_as_often_as_they_say(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "RESAMPLES", 1999)
+    outcomes = [judged(run) for run in runs(0.9, blocks, 300)]
+    held = np.mean([outcome.low <= 0.9 <= outcome.high for outcome in outcomes if outcome.low and outcome.high])
+    assert 0.92 <= held <= 0.985
+
+
+@pytest.mark.parametrize("blocks", [6, 8, 14])
+@pytest.mark.parametrize("noise", [0.005, 0.02])
+def test_engines_that_do_not_differ_are_never_called_faster_or_slower(
+    blocks: int, noise: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statistics, "RESAMPLES", 1999)
+    verdicts = [judged(run).verdict for run in runs(1.0, blocks, 200, noise)]
+    assert set(verdicts) <= {"equivalent", "undecided"}
+    assert noise > 0.01 or verdicts.count("equivalent") >= 198
+
+
+def test_a_tenth_slower_is_called_so() -> None:
+    verdicts = [judged(run).verdict for run in runs(0.9, 6, 200, noise=0.01)]
+    assert verdicts.count("slower") >= 190 and set(verdicts) <= {"slower", "undecided"}
