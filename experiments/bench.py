@@ -13,7 +13,7 @@ from experiments.cli import launch
 from experiments.config import engine_spec, runs_folder
 from experiments.console import Narrator, print_json, print_table
 from experiments.measure import make_plan, measure, measure_config, setting
-from experiments.records import write_rows
+from experiments.records import write_rows, write_steps
 from experiments.rundir import finished, run_directory, write_json, write_setup
 
 
@@ -28,6 +28,7 @@ def run(config: DictConfig) -> None:
         figures, windows = measure(plan, directory, narrator)
         result = {"engine": spec.label} | setting(config, plan) | {"run": str(finished(directory))} | figures[spec.label]
         write_rows(directory, windows)
+        write_steps(directory, windows)
         write_json(directory / "results.json", result)
     print_table(f"{plan.model}, {config.dtype}, workload {plan.workload.name}", figures)
     print_json(result)

@@ -16,7 +16,7 @@ from experiments.cli import launch
 from experiments.config import CorrectnessConfig, engine_specs, resolved, runs_folder
 from experiments.console import Narrator, print_json, print_table, print_verdict
 from experiments.measure import make_plan, measure, setting
-from experiments.records import write_rows
+from experiments.records import write_rows, write_steps
 from experiments.rundir import finished, run_directory, write_json, write_setup
 from experiments.workload import known_options
 
@@ -40,6 +40,7 @@ def run(config: DictConfig) -> None:
             **verdict(agreements),
         }
         write_rows(directory, windows)
+        write_steps(directory, windows)
         write_json(directory / "results.json", result)
     print_table(f"{plan.model}, {config.dtype}, workload {plan.workload.name}", figures, result["ratios"])
     print_verdict(result)

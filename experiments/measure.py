@@ -64,7 +64,7 @@ def make_plan(config: DictConfig, engines: Sequence[EngineSpec]) -> Plan:
         checkpoint=checkpoint,
         engines=tuple(engines),
         workload=workload,
-        shares_prefixes=wanted.prefix_len > 0,
+        shares_prefixes=workload.shares_prefixes,
         measure=how,
     )
 
@@ -101,7 +101,8 @@ def measure(plan: Plan, directory: Path, narrator: Narrator) -> tuple[dict[str, 
         limits = better(before, after) if before and after else None
         for engine in engines:
             label, mine = engine.spec.label, windows[engine.spec.label]
-            figures[label] |= summarize(mine) | {"peak_rss_mb": engine.peak_rss_mb()}
+            figures[label] |= summarize(mine, plan.workload.slo, plan.workload.concurrency)
+            figures[label]["peak_rss_mb"] = engine.peak_rss_mb()
             here = limits if figures[label]["device"] == "cpu" else None  # another device has limits of its own
             figures[label] |= efficiency(mine, plan.checkpoint.config, engine.spec.config.dtype, here)
             figures[label]["block_read_bytes_per_s"] = [window.bandwidth for window in mine]

@@ -25,7 +25,8 @@ from experiments import bench
 from experiments.config import EngineSpec
 from experiments.console import number
 from experiments.drive import Row, Window, drive
-from experiments.isolate import EngineFailure, IsolatedEngine, busy_seconds, read_frame, thread_settings, write_frame
+from experiments.isolate import EngineFailure, IsolatedEngine, read_frame, thread_settings, write_frame
+from experiments.machine import busy_seconds
 from experiments.metrics import contaminations, summarize
 from experiments.rundir import environment, run_directory
 from experiments.workload import Item, WorkloadConfig, draw

@@ -22,6 +22,7 @@ from common.weights.checkpoint import expected_shapes, open_checkpoint
 from experiments import bench, roofline
 from experiments.drive import Window, drive
 from experiments.metrics import LIMITED, contaminations, summarize
+from experiments.phases import step_seconds
 from experiments.roofline import (
     NATIVE_READS,
     READ,
@@ -35,7 +36,6 @@ from experiments.roofline import (
     limits_of,
     native_read,
     read_ways,
-    step_seconds,
 )
 from experiments.workload import Item
 from tests.history_backend import command, history, last_line
