@@ -42,6 +42,19 @@ class StepRecord(NamedTuple):
     """int32[S]: keys of each sequence once the step has run."""
     shared: np.ndarray
     """int32[S]: how many keys at its start lie in pages that a later sequence of the step has too."""
+    prompt_tokens: int | None = None
+    """Of `counts`, those of sequences that have more than one or are in their prompt; with none the step only decodes. This and
+    what follows is the engine's to tell: a batch alone does not."""
+    running: int | None = None
+    """Requests that hold pages and a row."""
+    waiting: int | None = None
+    """Requests that do not, the preempted among them."""
+    pages_used: int | None = None
+    pages_total: int | None = None
+    pages_empty: int | None = None
+    """Held by running requests, but without a token in them even when this step has run."""
+    started: tuple[str, ...] = ()
+    """The ids of the requests for which this is the first step."""
 
 
 class Engine(InferenceEngine):
@@ -67,7 +80,8 @@ class Engine(InferenceEngine):
             seed=config.seed,
         )
         self._caps = replace(runner.caps, max_model_len=limit, max_seqs=self.scheduler.max_num_seqs)
-        self._in_flight: deque[tuple[Step, Pending, float]] = deque()  # with when it was submitted
+        self._in_flight: deque[tuple[Step, Pending, StepRecord | None]] = deque()
+        self._unstarted: set[str] = set()  # requests that no step has run yet
         self._events: list[TokenEvent] = []  # ends that no step brought: they go out with the next one
         self._counters = dict.fromkeys(
             ("steps", "num_resets", "prompt_tokens", "generation_tokens", "scheduled_tokens", "padded_tokens"), 0
@@ -89,6 +103,7 @@ class Engine(InferenceEngine):
             if bad is not None:
                 expect(False, f"Request {name!r}: {what}[{bad}] must be an integer in [0, {vocab}), got {ids[bad]!r}.")
         self.scheduler.add(request)
+        self._unstarted.add(name)
         self._counters["prompt_tokens"] += len(request.prompt_token_ids)
 
     def step(self, timeout: float | None = None) -> list[TokenEvent]:
@@ -113,18 +128,21 @@ class Engine(InferenceEngine):
         begin = perf_counter()
         try:
             pending = self.runner.submit(step.batch)
+            returned = perf_counter()
+            record = self._record(step, begin)
         except BaseException as error:
+            self._device_seconds += perf_counter() - begin
             self._recover(step, error)
         else:
-            self._in_flight.append((step, pending, begin))
-        self._device_seconds += perf_counter() - begin
+            self._device_seconds += returned - begin
+            self._in_flight.append((step, pending, record))
         self._counters["steps"] += 1
         self._counters["scheduled_tokens"] += step.batch.num_tokens
         chunked = step.batch.num_tokens > int(step.batch.num_decodes[0])
         self._counters["padded_tokens"] += self.caps.bucket(step.batch.num_tokens, chunked) - step.batch.num_tokens
 
     def _land(self) -> None:
-        step, pending, submitted = self._in_flight.popleft()
+        step, pending, record = self._in_flight.popleft()
         begin = perf_counter()
         try:
             result = pending.result()
@@ -133,11 +151,34 @@ class Engine(InferenceEngine):
             return
         now = perf_counter()
         self._device_seconds += now - begin
-        if self.step_log is not None:
-            self.step_log.append(record_step(step.batch, self.config.block_size, submitted, now))
+        if self.step_log is not None and record is not None:
+            self.step_log.append(record._replace(landed=now))
         events = self.scheduler.update(step, result, now)
         self._counters["generation_tokens"] += sum(event.token_id is not None for event in events)
         self._events += events
+
+    def _record(self, step: Step, submitted: float) -> StepRecord | None:
+        """What is to be logged of a step that was just submitted; None where nobody keeps a log."""
+        started: tuple[str, ...] = ()
+        if self._unstarted:
+            started = tuple(name for seq in step.seqs if (name := seq.request.request_id) in self._unstarted)
+            self._unstarted.difference_update(started)
+        if self.step_log is None:
+            return None
+        scheduler, size = self.scheduler, self.config.block_size
+        record = record_step(step.batch, size, submitted, submitted)
+        prompts = np.fromiter((len(seq.request.prompt_token_ids) for seq in step.seqs), np.int32, len(step.seqs))
+        prefills = (record.counts > 1) | (record.kv_lengths - record.counts < prompts)
+        total = scheduler.pool.num_pages - 1
+        return record._replace(
+            prompt_tokens=int(record.counts[prefills].sum()),
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting) + len(scheduler.preempted),
+            pages_used=total - scheduler.pool.num_free,
+            pages_total=total,
+            pages_empty=sum(len(seq.pages) - -(-seq.computed // size) for seq in scheduler.running),
+            started=started,
+        )
 
     def _start_over(self, suspects: list[Sequence]) -> list[str]:
         """Everyone waits again and keeps the emitted tokens; returns the ids of suspects that end instead."""
@@ -150,6 +191,7 @@ class Engine(InferenceEngine):
     def _recover(self, step: Step, error: BaseException) -> None:
         """A step raised: the runner's pages and rows are undefined. Start over with every request, all tokens kept."""
         failed = self._start_over(step.seqs if isinstance(error, Exception) else [])
+        self._unstarted.difference_update(failed)
         now = perf_counter()
         message = f"The steps of this request keep raising: {type(error).__name__}: {error}"
         self._events += [TokenEvent(name, None, now, finish=Status.FINISHED_ERROR, error=message) for name in failed]
@@ -166,6 +208,7 @@ class Engine(InferenceEngine):
 
     def _end(self, request_id: str, status: Status, stop_reason: str | None) -> bool:
         live = self.scheduler.end(request_id, status)
+        self._unstarted.discard(request_id)
         if live:
             self._events.append(TokenEvent(request_id, None, perf_counter(), finish=status, stop_reason=stop_reason))
         return live

@@ -63,8 +63,8 @@ def _sentence(reasons: Mapping[str, str]) -> str:
 def cores() -> int:
     """Cores this process may use: its affinity mask, cut by the CPU quota of its cgroup where there is one; at least 1."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quotas = [tuple(text.split()) for (text,) in _cgroup_files("", "cpu.max")]
-    quotas += _cgroup_files("cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us")
+    quotas = [tuple(text.split()) for (text,) in cgroup_files("", "cpu.max")]
+    quotas += cgroup_files("cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us")
     for quota, period in quotas:
         if quota not in ("max", "-1"):
             count = min(count, max(1, int(quota) // int(period)))
@@ -74,8 +74,8 @@ def cores() -> int:
 def memory_available() -> int:
     """Bytes that can be allocated without swapping, within the memory limit of this process's cgroup."""
     available = psutil.virtual_memory().available
-    groups = _cgroup_files("", "memory.max", "memory.current", "memory.stat")
-    groups += _cgroup_files("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
+    groups = cgroup_files("", "memory.max", "memory.current", "memory.stat")
+    groups += cgroup_files("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
     for limit, used, stat in groups:
         if limit != "max":
             reclaimable = dict(line.split() for line in stat.splitlines()).get("inactive_file", 0)
@@ -83,7 +83,7 @@ def memory_available() -> int:
     return available
 
 
-def _cgroup_files(controller: str, *names: str) -> list[tuple[str, ...]]:
+def cgroup_files(controller: str, *names: str) -> list[tuple[str, ...]]:
     """The contents of control files in this process's group and in each above it that has them all, innermost first.
 
     `controller` is empty for the one hierarchy of cgroup v2, else names a hierarchy of v1.

@@ -15,7 +15,7 @@ from experiments.config import engine_spec, resolved, runs_folder
 from experiments.console import Narrator, print_failures, print_json, print_table
 from experiments.fail_if import check_keys, parse_conditions
 from experiments.measure import figure_names, make_plan, measure, measure_config, setting
-from experiments.records import write_rows
+from experiments.records import write_rows, write_steps
 from experiments.rundir import finished, run_directory, write_json, write_setup
 
 RESULTS = ("run", "failures", "stopped")
@@ -36,6 +36,7 @@ def run(config: DictConfig) -> None:
         result |= {"run": str(finished(directory)), "failures": outcome.failures, "stopped": outcome.stopped}
         result |= outcome.figures.get(spec.label, {})
         write_rows(directory, outcome.windows)
+        write_steps(directory, outcome.windows)
         write_json(directory / "results.json", result)
     print_table(f"{plan.model}, {config.dtype}, workload {plan.workload.name}", outcome.figures)
     print_failures(outcome.failures)

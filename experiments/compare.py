@@ -22,7 +22,7 @@ from experiments.correctness import Agreement
 from experiments.fail_if import check_keys, parse_conditions
 from experiments.isolate import EngineFailure
 from experiments.measure import Outcome, Plan, figure_names, make_plan, measure, setting
-from experiments.records import write_rows
+from experiments.records import write_rows, write_steps
 from experiments.rundir import finished, run_directory, write_json, write_setup
 from experiments.statistics import Comparison
 from experiments.workload import known_options
@@ -63,6 +63,7 @@ def run(config: DictConfig) -> None:
             **verdict(agreements),
         }
         write_rows(directory, outcome.windows)
+        write_steps(directory, outcome.windows)
         write_json(directory / "results.json", result)
     print_comparison(f"{plan.model}, {config.dtype}, workload {plan.workload.name}", result)
     print_json(result)

@@ -16,6 +16,7 @@ from common.engine import Engine, StepRecord
 from common.errors import RequestError
 from common.interface import InferenceEngine
 from common.request import Logprobs, Request, SamplingParams, TokenEvent
+from experiments.agenda import Agenda
 from experiments.workload import Item
 
 
@@ -28,9 +29,11 @@ class Row:
     output_len: int
     """Tokens asked for."""
     scheduled: float
-    """When the workload wanted it sent."""
+    """When it was due: it arrived, its conversation had come to it, or a user of a closed loop was free."""
     sent: float
-    """When it was handed to the engine."""
+    """When the engine was handed it: never before, and later by what the step at hand still took."""
+    started: float | None = None
+    """When its first step began; None of an engine that does not tell."""
     times: tuple[float, ...] = ()
     """When the host saw each output token."""
     tokens: tuple[int, ...] = ()
@@ -45,9 +48,13 @@ class Row:
         """Whether the request gave every token it was asked for."""
         return self.error is None and len(self.tokens) == self.output_len
 
+    def record(self) -> dict[str, Any]:
+        """What JSON can hold, not copied any deeper than it must be: there may be millions of tokens."""
+        return vars(self) | {"logprobs": [vars(entry) for entry in self.logprobs]}
+
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Self:
-        """The inverse of `dataclasses.asdict` and a trip through JSON."""
+        """The inverse of `record` and a trip through JSON."""
         values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
         values["logprobs"] = tuple(Logprobs(**entry) for entry in record["logprobs"])
         return cls(**values)
@@ -61,23 +68,41 @@ class Window:
     duration: float
     """Seconds from the start to the last event."""
     stats: Mapping[str, float] = field(default_factory=dict)
-    """By how much each counter of the engine rose."""
+    """By how much each counter of the engine rose, and of the machine where somebody watched it. `driver_seconds` were spent
+    here, outside of the engine and awake. What is not told is not there."""
     steps: tuple[StepRecord, ...] | None = None
-    """What the engine did, step by step; None of an engine that does not tell."""
+    """What the engine did, step by step, with times since the start of the window; None of an engine that does not tell."""
     bandwidth: float | None = None
     """Bytes of memory that the machine could read in a second beside this window; None if that was not measured."""
 
+    def record(self) -> dict[str, Any]:
+        """What JSON can hold, but for the arrays in `steps`."""
+        return vars(self) | {"rows": [row.record() for row in self.rows]}
+
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Self:
-        """The inverse of `dataclasses.asdict` and a trip through JSON."""
-        rows, steps = tuple(map(Row.of, record["rows"])), record["steps"]
-        if steps is not None:
-            steps = tuple(StepRecord(*step[:3], *(np.array(by_seq, np.int32) for by_seq in step[3:])) for step in steps)
-        return cls(rows, record["duration"], record["stats"], steps)
+        """The inverse of `record` and a trip through JSON."""
+        steps = record["steps"]
+        return cls(
+            rows=tuple(map(Row.of, record["rows"])),
+            duration=record["duration"],
+            stats=record["stats"],
+            steps=None if steps is None else tuple(map(step_of, steps)),
+            bandwidth=record["bandwidth"],
+        )
 
 
-def drive(engine: InferenceEngine, items: Sequence[Item], logprobs: int | None = None) -> Window:
-    """Send each request at its arrival, greedy and deaf to EOS, and step until all have ended.
+def step_of(values: Sequence[Any]) -> StepRecord:
+    """A step after its trip through JSON, in which arrays and tuples became lists."""
+    step = StepRecord(*values)
+    counts, kv_lengths, shared = (np.array(by_seq, np.int32) for by_seq in (step.counts, step.kv_lengths, step.shared))
+    return step._replace(counts=counts, kv_lengths=kv_lengths, shared=shared, started=tuple(step.started))
+
+
+def drive(
+    engine: InferenceEngine, items: Sequence[Item], logprobs: int | None = None, concurrency: int | None = None
+) -> Window:
+    """Send each request when it is due (see `Agenda`), greedy and deaf to EOS, and step until all have ended.
 
     Raises `RequestError` if the engine refuses one, after it has aborted the others.
     """
@@ -91,27 +116,47 @@ def drive(engine: InferenceEngine, items: Sequence[Item], logprobs: int | None =
         )
         for number, item in enumerate(items)
     ]
-    sent: list[float] = []
-    events: list[list[TokenEvent]] = [[] for _ in items]
+    agenda = Agenda(items, concurrency)
+    sent: dict[int, tuple[float, float]] = {}  # when it was due, and when it was sent
+    events: list[TokenEvent] = []
+    clock = time.perf_counter
     gc.collect()  # garbage of the last window is not this one's to pay for
     before = numbers(engine.stats())
     with step_log(engine) as log:
-        start = end = time.perf_counter()
-        while len(sent) < len(items) or engine.has_work:
-            now = time.perf_counter() - start
-            while len(sent) < len(items) and items[len(sent)].arrival <= now:
-                add_or_abort(engine, requests, len(sent))
-                sent.append(time.perf_counter() - start)
-            if not engine.has_work:
-                time.sleep(max(0.0, items[len(sent)].arrival - (time.perf_counter() - start)))
-                continue
-            for event in engine.step():
-                events[int(event.request_id)].append(event)
-                end = event.time
+        away = 0.0  # seconds in the engine, or asleep
+        start = clock()
+        while agenda.left or engine.has_work:
+            while due := agenda.take(clock() - start):
+                number, when = due
+                begin = clock()
+                sent[number] = when, begin - start
+                add_or_abort(engine, requests, number)
+                away += clock() - begin
+            begin = clock()
+            wait = None if agenda.next_due is None else max(0.0, agenda.next_due - (begin - start))
+            if engine.has_work:
+                seen = engine.step(wait)
+                away += clock() - begin
+                events += seen
+                if agenda.listens:
+                    for event in seen:
+                        if event.finish:
+                            agenda.ended(int(event.request_id), event.time - start)
+            elif wait is None:
+                raise RuntimeError(f"The engine is idle, and {agenda.left} requests wait for the end of others; this is a bug.")
+            else:
+                time.sleep(wait)
+                away += clock() - begin
+        driver = clock() - start - away
     after = numbers(engine.stats())
-    rows = tuple(row(number, item, sent[number], events[number], start) for number, item in enumerate(items))
-    counters = {name: value - before.get(name, 0) for name, value in after.items()}
-    return Window(rows, end - start, counters, None if log is None else tuple(log))
+    counters = {name: value - before.get(name, 0) for name, value in after.items()} | {"driver_seconds": driver}
+    duration = events[-1].time - start if events else 0.0
+    steps = None if log is None else tuple(since(start, step) for step in log)
+    return Window(rows(items, sent, events, start, steps or ()), duration, counters, steps)
+
+
+def since(start: float, step: StepRecord) -> StepRecord:
+    return step._replace(submitted=step.submitted - start, landed=step.landed - start)
 
 
 @contextlib.contextmanager
@@ -133,7 +178,7 @@ def add_or_abort(engine: InferenceEngine, requests: Sequence[Request], number: i
     try:
         engine.add(requests[number])
     except RequestError:
-        for request in requests[:number]:
+        for request in requests:
             engine.abort(request.request_id)
         while engine.has_work:
             engine.step()
@@ -145,7 +190,27 @@ def numbers(stats: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in stats.items() if isinstance(value, Real) and not isinstance(value, bool)}
 
 
-def row(number: int, item: Item, sent: float, events: Sequence[TokenEvent], start: float) -> Row:
+def rows(
+    items: Sequence[Item],
+    sent: Mapping[int, tuple[float, float]],
+    events: Sequence[TokenEvent],
+    start: float,
+    steps: Sequence[StepRecord],
+) -> tuple[Row, ...]:
+    """Sort what was seen by request."""
+    of_request: list[list[TokenEvent]] = [[] for _ in items]
+    for event in events:
+        of_request[int(event.request_id)].append(event)
+    started = {name: step.submitted for step in reversed(steps) for name in step.started}
+    return tuple(
+        row(number, item, *sent[number], started.get(f"{number}"), of_request[number], start)
+        for number, item in enumerate(items)
+    )
+
+
+def row(
+    number: int, item: Item, due: float, sent: float, started: float | None, events: Sequence[TokenEvent], start: float
+) -> Row:
     """Collect one request's events. A terminal event may bring a token or not."""
     tokens = [event for event in events if event.token_id is not None]
     finish = next((event.finish for event in events if event.finish), None)
@@ -153,8 +218,9 @@ def row(number: int, item: Item, sent: float, events: Sequence[TokenEvent], star
         request_id=f"{number}",
         prompt_len=len(item.prompt),
         output_len=item.output_len,
-        scheduled=item.arrival,
+        scheduled=due,
         sent=sent,
+        started=started,
         times=tuple(event.time - start for event in tokens),
         tokens=tuple(event.token_id for event in tokens if event.token_id is not None),
         finish=finish.value if finish else None,

@@ -20,12 +20,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import import_module, util
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
-
-import psutil
 
 from common import errors
 from common.config import EngineConfig
@@ -34,6 +32,7 @@ from common.platform import cores, peak_rss, rss
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from experiments.convert import gguf_file, hugging_face_directory
 from experiments.drive import Window, drive
+from experiments.machine import Watch
 from experiments.workload import Item, Workload
 
 if TYPE_CHECKING:
@@ -140,7 +139,8 @@ class IsolatedEngine:
 
     def run(self, workload: Workload, logprobs: int | None = None) -> Window:
         """One window, from an empty prefix cache."""
-        return Window.of(self._call("run", items=[asdict(item) for item in workload.items], logprobs=logprobs))
+        items = [vars(item) for item in workload.items]
+        return Window.of(self._call("run", items=items, logprobs=logprobs, concurrency=workload.concurrency))
 
     def time_kernels(
         self, model: Path, shapes: Sequence[Sequence[Any]], passes: int, progress: Progress | None = None
@@ -308,15 +308,13 @@ class Worker:
             "caps": asdict(self._engine.caps),
         }
 
-    def on_run(self, items: list[Message], logprobs: int | None) -> Message:
+    def on_run(self, items: list[Message], logprobs: int | None, concurrency: int | None) -> Message:
         assert self._engine, "run before load"
         self._engine.reset_prefix_cache()
         requests = [Item(**item | {"prompt": tuple(item["prompt"])}) for item in items]
-        machine, own = busy_seconds(), time.process_time()
-        answer = asdict(drive(self._engine, requests, logprobs))
-        own = time.process_time() - own
-        answer["stats"]["foreign_cpu_seconds"] = max(0.0, busy_seconds() - machine - own)
-        return answer
+        watch = Watch(self._engine.caps.device)
+        window = drive(self._engine, requests, logprobs, concurrency)
+        return replace(window, stats={**window.stats, **watch.rise()}).record()
 
     def on_time_kernels(
         self, name: str, model: str, config: Mapping[str, Any], shapes: list[list[Any]], passes: int
@@ -336,13 +334,6 @@ class Worker:
         if done == total or now - self._last_progress >= PROGRESS_PERIOD_S:
             self._last_progress = now
             write_frame(self._output, {"progress": [done, total, what]})
-
-
-def busy_seconds() -> float:
-    """Seconds that all processors of this machine have worked, or were taken away, since it started."""
-    times = psutil.cpu_times()._asdict()
-    idle = ("idle", "iowait", "guest", "guest_nice")  # guests are counted as user time already
-    return float(sum(seconds for name, seconds in times.items() if name not in idle))
 
 
 def serve() -> None:

@@ -19,7 +19,7 @@ from experiments.config import EngineSpec, MeasureConfig, resolved
 from experiments.console import Narrator
 from experiments.drive import Window
 from experiments.isolate import EngineFailure, IsolatedEngine
-from experiments.metrics import contaminations, rate, summarize
+from experiments.metrics import contaminations, summarize
 from experiments.roofline import Limits, bandwidth_probe, better, efficiency, measure_limits, weights_bytes
 from experiments.statistics import Comparison, compare_all
 from experiments.workload import Workload, WorkloadConfig, draw, known_options
@@ -70,7 +70,7 @@ def make_plan(config: DictConfig, engines: Sequence[EngineSpec]) -> Plan:
         checkpoint=checkpoint,
         engines=tuple(engines),
         workload=workload,
-        shares_prefixes=wanted.prefix_len > 0,
+        shares_prefixes=workload.shares_prefixes,
         measure=how,
         seed=config.seed,
     )
@@ -196,13 +196,10 @@ def served(label: str, window: Window) -> Window:
 
 def window_figures(windows: Sequence[Window], plan: Plan, spec: EngineSpec, limits: Limits | None) -> dict[str, Any]:
     """What an engine's windows say."""
-    driver = [window.stats.get("driver_seconds") for window in windows]
-    duration = sum(window.duration for window in windows)
     return {
-        **summarize(windows),
+        **summarize(windows, plan.workload.slo, plan.workload.concurrency),
         **efficiency(windows, plan.checkpoint.config, spec.config.dtype, limits),
         "block_read_bytes_per_s": [window.bandwidth for window in windows],
-        "harness_overhead_share": rate(sum(x for x in driver if x), duration) if None not in driver else None,
     }
 
 

@@ -1,33 +1,51 @@
 """From rows to figures, named and defined as `vllm bench serve` has them, with inter-token times by token, not by chunk.
 
-For a request sent at s whose tokens were seen at t[0..n-1]:
-ttft = t[0] - s · tpot = (t[n-1] - t[0]) / (n - 1), n ≥ 2 · itl = t[i] - t[i-1], pooled over requests · e2el = t[n-1] - s.
-Throughputs are over the whole window, from its start to the last event. A figure without a sample is None.
+For a request due at d, sent at s, whose first step began at b and whose tokens were seen at t[0..n-1]:
+ttft = t[0] - s · tpot = (t[n-1] - t[0]) / (n - 1), n ≥ 2 · itl = t[i] - t[i-1], pooled over requests · e2el = t[n-1] - s ·
+queue = s - d · admission = b - s · ttft_from_schedule = t[0] - d · e2el_from_schedule = t[n-1] - d.
+The last two also count what a request waited because the driver was inside a step when it was due.
+
+Throughputs are over the whole window, from its start to the last event. A figure without a sample, or of something that neither
+the engine nor the machine tells, is None. Of a run that an `Slo` was stated for, `goodput` is the requests a second that meet
+all of it, from when they were due.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from experiments.drive import Row, Window
+from experiments.phases import of_steps, rate, steady
+from experiments.workload import NO_SLO, Slo
 
-BUSY = 0.05
-"""Share of the processors' time above which other programs spoil a measurement: compute threads wait for each other."""
 LIMITED = ("roofline", "mbu", "mfu", "decode_roofline", "decode_mbu", "prefill_mfu")
 """Figures that cannot be above 1 (see `experiments.roofline`)."""
+PERCENTILES = (50, 90, 99)
+BUSY = 0.05
+"""Share of the processors' time above which other programs spoil a measurement: compute threads wait for each other."""
+COARSE_S = 1.0
+"""Seconds below which processor time, which is counted in ticks, tells too little."""
+COLD = 0.01
+"""Share of prompt tokens that may come from a cache that should have been empty."""
+FAULTS = 100
+"""Pages read from disk; a few belong to a library that is used for the first time."""
+HELD_BACK = 0.01
+"""Share of the time that a CPU quota may hold a process back."""
 
 
-def summarize(windows: Sequence[Window]) -> dict[str, Any]:
-    """Figures of one engine over its windows: latencies pooled, throughputs as total tokens by total time."""
+def summarize(windows: Sequence[Window], slo: Slo = NO_SLO, concurrency: int | None = None) -> dict[str, Any]:
+    """Figures of one engine over its windows: latencies pooled, throughputs as total tokens by total time. `concurrency` is
+    that of a closed loop."""
     rows = [row for window in windows for row in window.rows]
     done = [row for row in rows if row.ok]
     duration = sum(window.duration for window in windows)
     inputs, outputs = sum(row.prompt_len for row in done), sum(len(row.tokens) for row in done)
-    figures = {
+    figures: dict[str, Any] = {
         "duration": duration,
         "completed": len(done),
         "failed": len(rows) - len(done),
@@ -39,75 +57,138 @@ def summarize(windows: Sequence[Window]) -> dict[str, Any]:
         "block_output_throughput": [
             rate(sum(len(row.tokens) for row in window.rows if row.ok), window.duration) for window in windows
         ],
+        "goodput": rate(sum(meets(row, slo) for row in done), duration) if slo != NO_SLO else None,
+        "slo": {name: limit for name, limit in vars(slo).items() if limit is not None} or None,
     }
-    for name, samples in latencies(done).items():
-        figures |= distribution(name, samples)
-    figures |= counters([window.stats for window in windows])
-    foreign = sum(window.stats.get("foreign_cpu_seconds", 0.0) for window in windows)
-    return figures | {"foreign_cpu_share": rate(foreign, duration * (os.cpu_count() or 1)) or 0.0}
+    samples = latencies(done)
+    for name, seconds in samples.items():
+        figures |= distribution(name, seconds)
+    figures["unsupported"] = unsupported({name: len(seconds) for name, seconds in samples.items()})
+    figures |= steady(windows, concurrency) | of_steps(windows)
+    return figures | counters([window.stats for window in windows], duration, outputs)
+
+
+# Requests.
 
 
 def latencies(rows: Sequence[Row]) -> dict[str, np.ndarray]:
     """Samples in seconds, by metric."""
     return {
         "ttft": np.array([row.times[0] - row.sent for row in rows]),
-        "tpot": np.array([(row.times[-1] - row.times[0]) / (len(row.times) - 1) for row in rows if len(row.times) > 1]),
+        "tpot": np.array([tpot(row) for row in rows if len(row.times) > 1]),
         "itl": np.concatenate([np.diff(row.times) for row in rows]) if rows else np.array([]),
         "e2el": np.array([row.times[-1] - row.sent for row in rows]),
+        "queue": np.array([row.sent - row.scheduled for row in rows]),
+        "admission": np.array([row.started - row.sent for row in rows if row.started is not None]),
+        "ttft_from_schedule": np.array([row.times[0] - row.scheduled for row in rows]),
+        "e2el_from_schedule": np.array([row.times[-1] - row.scheduled for row in rows]),
     }
+
+
+def tpot(row: Row) -> float:
+    return (row.times[-1] - row.times[0]) / (len(row.times) - 1)
+
+
+def meets(row: Row, slo: Slo) -> bool:
+    """Whether a request that went well did so within the limits."""
+    reached = (
+        (row.times[0] - row.scheduled, slo.ttft_ms),
+        (tpot(row) if len(row.times) > 1 else 0.0, slo.tpot_ms),
+        (row.times[-1] - row.scheduled, slo.e2el_ms),
+    )
+    return all(limit is None or seconds * 1e3 <= limit for seconds, limit in reached)
 
 
 def distribution(name: str, seconds: np.ndarray) -> dict[str, float | None]:
-    """mean, median, population standard deviation, p90 and p99 (linear interpolation), in ms."""
+    """mean, median, population standard deviation and percentiles (linear interpolation), in ms."""
     ms = seconds * 1e3
-    some = len(ms) > 0
+    keys = [f"{what}_{name}_ms" for what in ("mean", "median", "std", *(f"p{percent}" for percent in PERCENTILES))]
+    if not len(ms):
+        return dict.fromkeys(keys)
+    values = [np.mean(ms), np.median(ms), np.std(ms), *np.percentile(ms, PERCENTILES)]
+    return {key: float(value) for key, value in zip(keys, values, strict=True)}
+
+
+def needed(percent: int) -> int:
+    """Samples without which a percentile is no more than the greatest of them: one of so many lies beyond it."""
+    return math.ceil(100 / (100 - percent))
+
+
+def unsupported(counts: Mapping[str, int]) -> list[str]:
+    """The percentiles that are given for fewer samples than they need, by how many samples each metric has."""
+    return [f"p{percent}_{name}_ms" for name, count in counts.items() for percent in PERCENTILES if 0 < count < needed(percent)]
+
+
+# Counters.
+
+
+def counters(stats: Sequence[Mapping[str, float]], duration: float, outputs: int) -> dict[str, Any]:
+    """What the counters of the engine, of the driver and of the machine say about windows that lasted `duration` seconds in
+    sum and gave `outputs` tokens. One that is not told of every window is not told of their sum."""
+    names = set.intersection(*map(set, stats)) if stats else set()
+    total = {name: sum(window[name] for window in stats) for name in names}
+    whole = lambda name: int(total[name]) if name in total else None  # noqa: E731
+    share = lambda name, by: rate(total[name], by) if name in total else None  # noqa: E731
+    foreign = share("foreign_cpu_seconds", duration * (os.cpu_count() or 1))
     return {
-        f"mean_{name}_ms": float(np.mean(ms)) if some else None,
-        f"median_{name}_ms": float(np.median(ms)) if some else None,
-        f"std_{name}_ms": float(np.std(ms)) if some else None,
-        f"p90_{name}_ms": float(np.percentile(ms, 90)) if some else None,
-        f"p99_{name}_ms": float(np.percentile(ms, 99)) if some else None,
+        "num_steps": whole("steps"),
+        "num_preemptions": whole("num_preemptions"),
+        "num_resets": whole("num_resets"),
+        "compilations_in_window": whole("compilations"),
+        "prefix_cache_hit_rate": share("prefix_cache_hits", total.get("prefix_cache_queries", 0)),
+        "padded_tokens_share": share("padded_tokens", total.get("padded_tokens", 0) + total.get("scheduled_tokens", 0)),
+        "host_ms_per_step": rate(total["host_seconds"] * 1e3, total.get("steps", 0)) if "host_seconds" in total else None,
+        "harness_overhead_share": share("driver_seconds", duration),
+        # Processor time is counted in ticks of a hundredth of a second, so a short window may seem to have had more than all.
+        "foreign_cpu_share": None if foreign is None else min(foreign, 1.0),
+        "major_faults": whole("major_faults"),
+        "swapped_out_mb": share("swapped_out_bytes", 2**20),
+        "throttled_share": share("throttled_seconds", duration),
+        "thermal_throttles": whole("thermal_throttles"),
+        "clock_limit_drop_mhz": total.get("clock_limit_drop_mhz"),
+        "joules": total.get("joules"),
+        "joules_cpu": total.get("joules_cpu"),
+        "joules_gpu": total.get("joules_gpu"),
+        "joules_per_token": share("joules", outputs),
     }
 
 
-def counters(stats: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """What the engine's own counters say about the windows."""
-    total: dict[str, float] = {}
-    for window in stats:
-        for name, value in window.items():
-            total[name] = total.get(name, 0) + value
-    steps = total.get("steps", 0)
-    return {
-        "num_steps": int(steps),
-        "num_preemptions": int(total.get("num_preemptions", 0)),
-        "num_resets": int(total.get("num_resets", 0)),
-        "compilations_in_window": int(total.get("compilations", 0)),
-        "prefix_cache_hit_rate": rate(total.get("prefix_cache_hits", 0), total.get("prefix_cache_queries", 0)) or 0.0,
-        "padded_tokens_share": rate(
-            total.get("padded_tokens", 0), total.get("padded_tokens", 0) + total.get("scheduled_tokens", 0)
-        ),
-        "host_ms_per_step": rate(total["host_seconds"] * 1e3, steps) if "host_seconds" in total else None,
-    }
+# Guards.
 
 
-def contaminations(figures: Mapping[str, Any], shares_prefixes: bool) -> list[str]:
-    """Why the figures of an engine do not stand for its steady state; empty if they do."""
+def contaminations(figures: Mapping[str, Any], shares_prefixes: bool, relied_on: Collection[str] = ()) -> list[str]:
+    """Why the figures of an engine do not stand for its steady state; empty if they do. `shares_prefixes` tells that hits of
+    the prefix cache are wanted; `relied_on` names figures that somebody decides by, which must rest on enough samples."""
+
+    def above(name: str, limit: float) -> bool:
+        return (figures.get(name) or 0) > limit
+
     reasons = []
-    if figures["compilations_in_window"]:
+    if above("compilations_in_window", 0):
         reasons.append(f"{figures['compilations_in_window']} compilations inside the timed windows")
-    if figures["num_resets"]:
+    if above("num_resets", 0):
         reasons.append(f"{figures['num_resets']} steps raised and were run again")
-    if figures["failed"]:
+    if above("failed", 0):
         reasons.append(f"{figures['failed']} requests failed")
-    if figures["foreign_cpu_share"] > BUSY and figures["duration"] > 1.0:  # the clock of this figure is coarse
+    if above("foreign_cpu_share", BUSY) and above("duration", COARSE_S):
         reasons.append(f"other programs used {figures['foreign_cpu_share']:.0%} of the processors")
+    if above("swapped_out_mb", 0):
+        reasons.append(f"{figures['swapped_out_mb']:.1f} MB of the engine's memory were swapped out")
+    if above("major_faults", FAULTS):
+        reasons.append(f"{figures['major_faults']} pages were read from disk")
+    if above("throttled_share", HELD_BACK):
+        reasons.append(f"a CPU quota held the engine back for {figures['throttled_share']:.0%} of the time")
+    if above("thermal_throttles", 0):
+        reasons.append(f"the processors were slowed down {figures['thermal_throttles']} times because they were too hot")
+    if above("clock_limit_drop_mhz", 0):
+        reasons.append(f"the highest clock of the processors was lowered by {figures['clock_limit_drop_mhz']:.0f} MHz")
     for name in LIMITED:
-        if (share := figures.get(name) or 0.0) > 1:
-            reasons.append(f"invalid: {name} is {share:.2f}, above what the machine was measured to be capable of")
-    if figures["prefix_cache_hit_rate"] > 0.01 and not shares_prefixes:
+        if above(name, 1):
+            reasons.append(f"invalid: {name} is {figures[name]:.2f}, above what the machine was measured to be capable of")
+    if above("prefix_cache_hit_rate", COLD) and not shares_prefixes:
         reasons.append(f"{figures['prefix_cache_hit_rate']:.0%} of prompt tokens came from a cache that should be cold")
+    for name in figures.get("unsupported") or ():
+        if name in relied_on:
+            percent = int(name[1:].partition("_")[0])
+            reasons.append(f"{name} rests on fewer than the {needed(percent)} samples that it needs")
     return reasons
-
-
-def rate(amount: float, by: float) -> float | None:
-    return amount / by if by > 0 else None

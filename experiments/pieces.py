@@ -24,8 +24,8 @@ from common.platform import memory_available
 from common.schedule.batch import Batch
 from common.weights.checkpoint import Checkpoint
 from common.weights.parameters import NUMPY_DTYPES
-from experiments.isolate import busy_seconds
 from experiments.kernels import Shape, make_batch
+from experiments.machine import busy_seconds
 from experiments.roofline import timed
 
 Held = dict[str, Any]

@@ -1,19 +1,89 @@
-"""The raw rows of a run, as files in its directory: one line of JSON for each request of each window."""
+"""The raw rows of a run, as files in its directory: a line of JSON for each request and for each step of each window."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from experiments.drive import Window
+import pandas as pd
+
+from common.engine import StepRecord
+from common.errors import ConfigError
+from experiments.drive import Row, Window
+
+ROWS, STEPS = "requests.jsonl", "steps.jsonl"
+STEP_COLUMNS = ("submitted", "landed", "tokens", "prompt_tokens", "num_seqs", "logit_rows", "kv_tokens")
+LOAD_COLUMNS = ("running", "waiting", "pages_used", "pages_total", "pages_empty")
 
 
 def write_rows(directory: Path, windows: Mapping[str, Sequence[Window]]) -> None:
-    """One line for each request of each window: `requests.jsonl`."""
-    with (directory / "requests.jsonl").open("w") as file:
-        for engine, blocks in windows.items():
-            for block, window in enumerate(blocks):
-                for row in window.rows:
-                    file.write(json.dumps({"engine": engine, "block": block} | asdict(row)) + "\n")
+    """One line for each request of each window: `requests.jsonl`. Its keys are `engine`, `block`, and the fields of `Row`."""
+    write_lines(
+        directory / ROWS,
+        (
+            {"engine": engine, "block": block} | row.record()
+            for engine, blocks in windows.items()
+            for block, window in enumerate(blocks)
+            for row in window.rows
+        ),
+    )
+
+
+def write_steps(directory: Path, windows: Mapping[str, Sequence[Window]]) -> None:
+    """One line for each step of each window of the engines that tell their steps: `steps.jsonl`."""
+    write_lines(
+        directory / STEPS,
+        (
+            {"engine": engine, "block": block} | step_record(step)
+            for engine, blocks in windows.items()
+            for block, window in enumerate(blocks)
+            for step in window.steps or ()
+        ),
+    )
+
+
+def step_record(step: StepRecord) -> dict[str, Any]:
+    """A step in numbers: its sequences in sum."""
+    return {
+        "submitted": step.submitted,
+        "landed": step.landed,
+        "tokens": int(step.counts.sum()),
+        "prompt_tokens": step.prompt_tokens,
+        "num_seqs": len(step.counts),
+        "logit_rows": step.logit_rows,
+        "kv_tokens": int(step.kv_lengths.sum(dtype="int64")),
+    } | {name: getattr(step, name) for name in LOAD_COLUMNS}
+
+
+def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, separators=(",", ":")) + "\n" for record in records)
+
+
+def read_rows(directory: Path) -> pd.DataFrame:
+    """`requests.jsonl` of a run: a row for each request, with lists in `times`, `tokens` and `logprobs`.
+
+    Raises `ConfigError` where the file is missing, or a line of it is cut short.
+    """
+    return read_lines(directory / ROWS, ("engine", "block", *Row.__dataclass_fields__))
+
+
+def read_steps(directory: Path) -> pd.DataFrame:
+    """`steps.jsonl` of a run: a row for each step; none of an engine that does not tell. Raises as `read_rows` does."""
+    return read_lines(directory / STEPS, ("engine", "block", *STEP_COLUMNS, *LOAD_COLUMNS))
+
+
+def read_lines(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error}. Name the directory of a finished run.") from error
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ConfigError(f"{path}, line {number}: expected a JSON object, got {line[:80]!r} ({error}).") from error
+    return pd.DataFrame.from_records(records, columns=list(columns))

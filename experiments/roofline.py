@@ -47,7 +47,8 @@ from common.weights.checkpoint import expected_shapes
 from experiments.console import number, print_json, wide_console
 from experiments.drive import Window
 from experiments.isolate import thread_settings
-from experiments.metrics import LIMITED, rate
+from experiments.metrics import LIMITED
+from experiments.phases import rate, step_seconds
 
 READ = "read"
 ITEMSIZES: Mapping[Dtype, int] = {"float32": 4, "bfloat16": 2}
@@ -345,12 +346,6 @@ def visible(queries: np.ndarray, window: int) -> np.ndarray:
 def limit_seconds(work: Work, bandwidth: np.ndarray | float, peak: float) -> np.ndarray:
     """The least time that each step could take on this machine: float64[n]."""
     return np.maximum(work.bytes / bandwidth, work.flops / peak)
-
-
-def step_seconds(steps: Sequence[StepRecord]) -> np.ndarray:
-    """How long each step had the device: from when it was submitted, or the one before it had landed, until it landed."""
-    submitted, landed = np.array([(step.submitted, step.landed) for step in steps]).reshape(-1, 2).T
-    return landed - np.maximum(submitted, np.concatenate([[-np.inf], landed[:-1]]))
 
 
 # The join.

@@ -1,4 +1,4 @@
-"""The driver, the figures, the isolated process, the run directory and `experiments.bench` as a whole."""
+"""The isolated process, the run directory and `experiments.bench` as a whole."""
 
 import io
 import json
@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -17,196 +16,22 @@ import pytest
 
 from common.config import EngineConfig
 from common.errors import CheckpointError, ConfigError, RequestError
-from common.interface import Caps, InferenceEngine
-from common.request import Request, SamplingParams, Status, TokenEvent
+from common.request import Request, SamplingParams
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
 from experiments import bench
 from experiments.config import EngineSpec
 from experiments.console import number
-from experiments.drive import Row, Window, drive
-from experiments.isolate import EngineFailure, IsolatedEngine, busy_seconds, read_frame, thread_settings, write_frame
-from experiments.metrics import contaminations, summarize
+from experiments.isolate import EngineFailure, IsolatedEngine, read_frame, thread_settings, write_frame
 from experiments.rundir import environment, run_directory
-from experiments.workload import Item, WorkloadConfig, draw
+from experiments.workload import WorkloadConfig, draw
 from tests.history_backend import VOCABULARY, command, history, last_line
 from tests.history_runner import expected
 
 __all__ = ["history"]
 
 
-class Counting(InferenceEngine):
-    """A live request gets 100, 101, … one a step; a prompt that starts with 13 is refused, one with 66 fails at its third."""
-
-    def __init__(self) -> None:
-        self.live: dict[str, tuple[Request, int]] = {}
-        self.ended: list[TokenEvent] = []
-        self.steps = 0
-        self.most = 0
-
-    @property
-    def caps(self) -> Caps:
-        return Caps(backend="counting", device="none", dtypes=(), kernels=())
-
-    def add(self, request: Request) -> None:
-        if request.prompt_token_ids[0] == 13:
-            raise RequestError("13 is unlucky")
-        self.live[request.request_id] = (request, 0)
-
-    def step(self, timeout: float | None = None) -> list[TokenEvent]:
-        self.steps += 1
-        self.most = max(self.most, len(self.live))
-        events, self.ended = self.ended, []
-        for name, (request, done) in list(self.live.items()):
-            if request.prompt_token_ids[0] == 66 and done == 2:
-                events.append(TokenEvent(name, None, time.perf_counter(), finish=Status.FINISHED_ERROR, error="broke"))
-                del self.live[name]
-                continue
-            last = done + 1 == request.params.max_tokens
-            events.append(TokenEvent(name, 100 + done, time.perf_counter(), finish=Status.FINISHED_LENGTH if last else None))
-            self.live[name] = (request, done + 1)
-            if last:
-                del self.live[name]
-        return events
-
-    def abort(self, request_id: str) -> bool:
-        if request_id not in self.live:
-            return False
-        del self.live[request_id]
-        self.ended.append(TokenEvent(request_id, None, time.perf_counter(), finish=Status.FINISHED_ABORT))
-        return True
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self.live or self.ended)
-
-    def stats(self) -> dict[str, Any]:
-        return {"steps": np.int64(self.steps), "name": "counting", "busy": True}
-
-    def reset_prefix_cache(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        pass
-
-
-# The driver.
-
-
-def test_every_request_gets_its_tokens_in_order_of_time() -> None:
-    window = drive(Counting(), [Item(0.0, (1, 2), 3), Item(0.0, (1,), 1)])
-    assert [row.tokens for row in window.rows] == [(100, 101, 102), (100,)]
-    assert [row.prompt_len for row in window.rows] == [2, 1]
-    assert all(row.ok and row.finish == "length" for row in window.rows)
-    assert all(row.sent <= row.times[0] and list(row.times) == sorted(row.times) for row in window.rows)
-    assert window.duration == max(row.times[-1] for row in window.rows)
-
-
-def test_counters_are_those_of_the_window_alone() -> None:
-    engine = Counting()
-    drive(engine, [Item(0.0, (1,), 5)])
-    assert drive(engine, [Item(0.0, (1,), 3)]).stats == {"steps": 3}
-
-
-def test_requests_that_arrive_at_once_run_together_and_later_ones_wait_for_their_time() -> None:
-    engine = Counting()
-    drive(engine, [Item(0.0, (1,), 2)] * 3)
-    assert engine.most == 3
-    window = drive(engine, [Item(0.0, (1,), 1), Item(0.05, (1,), 1)])
-    assert window.rows[1].sent >= window.rows[1].scheduled == 0.05
-    assert engine.steps == 2 + 2  # it slept between the two: it did not step an idle engine
-
-
-def test_a_refused_request_leaves_the_engine_idle() -> None:
-    engine = Counting()
-    with pytest.raises(RequestError, match="unlucky"):
-        drive(engine, [Item(0.0, (1,), 9), Item(0.0, (13,), 1)])
-    assert not engine.has_work
-    assert drive(engine, [Item(0.0, (1,), 1)]).rows[0].ok
-
-
-def test_a_request_that_ends_in_error_is_failed_and_the_others_are_not() -> None:
-    failed, fine = drive(Counting(), [Item(0.0, (66,), 5), Item(0.0, (1,), 5)]).rows
-    assert (failed.ok, failed.finish, failed.error, len(failed.tokens)) == (False, "error", "broke", 2)
-    assert fine.ok
-
-
-# The figures.
-
-
-def row(sent: float, times: tuple[float, ...], asked: int | None = None) -> Row:
-    return Row(
-        request_id="0",
-        prompt_len=10,
-        output_len=asked or len(times),
-        scheduled=0.0,
-        sent=sent,
-        times=times,
-        tokens=tuple(range(len(times))),
-    )
-
-
-def test_figures_follow_their_definitions() -> None:
-    windows = [Window((row(0.1, (0.3, 0.4, 0.8)), row(0.0, (0.5,))), 1.0), Window((row(0.0, (0.2, 0.6)),), 3.0)]
-    figures = summarize(windows)
-    assert figures["duration"] == 4.0
-    assert (figures["completed"], figures["failed"]) == (3, 0)
-    assert (figures["total_input_tokens"], figures["total_output_tokens"]) == (30, 6)
-    assert figures["output_throughput"] == 6 / 4
-    assert figures["total_token_throughput"] == 36 / 4
-    assert figures["request_throughput"] == 3 / 4
-    assert figures["block_output_throughput"] == [4 / 1, 2 / 3]
-    assert figures["mean_ttft_ms"] == pytest.approx(1e3 * (0.2 + 0.5 + 0.2) / 3)
-    assert figures["median_ttft_ms"] == pytest.approx(200)
-    assert figures["mean_tpot_ms"] == pytest.approx(1e3 * (0.25 + 0.4) / 2)  # a request of one token has none
-    assert figures["mean_itl_ms"] == pytest.approx(1e3 * (0.1 + 0.4 + 0.4) / 3)
-    assert figures["p99_itl_ms"] == pytest.approx(np.percentile([100, 400, 400], 99))
-    assert figures["std_e2el_ms"] == pytest.approx(np.std([700, 500, 600]))
-
-
-def test_failed_requests_are_counted_and_left_out_of_the_rest() -> None:
-    figures = summarize([Window((row(0.0, (0.1, 0.2)), row(0.0, (0.1,), asked=9)), 1.0)])
-    assert (figures["completed"], figures["failed"], figures["output_throughput"]) == (1, 1, 2.0)
-
-
-def test_a_figure_without_a_sample_is_none() -> None:
-    figures = summarize([Window((row(0.0, (0.1,)),), 1.0)])
-    assert figures["mean_tpot_ms"] is None and figures["p99_itl_ms"] is None
-    assert summarize([Window((), 0.0)])["output_throughput"] is None
-
-
-def test_counters_become_rates() -> None:
-    stats = {"steps": 4, "host_seconds": 0.002, "prefix_cache_queries": 10, "prefix_cache_hits": 5, "compilations": 1}
-    figures = summarize([Window((), 1.0, stats), Window((), 1.0, stats | {"prefix_cache_hits": 0})])
-    assert figures["num_steps"] == 8
-    assert figures["host_ms_per_step"] == pytest.approx(0.5)
-    assert figures["prefix_cache_hit_rate"] == 0.25
-    assert figures["compilations_in_window"] == 2
-
-
-def test_what_spoils_a_measurement_is_named() -> None:
-    clean = summarize([Window((row(0.0, (0.1,)),), 1.0)])
-    assert contaminations(clean, shares_prefixes=False) == []
-    spoilt = clean | {"compilations_in_window": 3, "prefix_cache_hit_rate": 0.5, "num_resets": 1, "failed": 2}
-    assert len(contaminations(spoilt, shares_prefixes=False)) == 4
-    assert len(contaminations(spoilt, shares_prefixes=True)) == 3
-
-
-def test_a_busy_machine_is_noticed() -> None:
-    def figures(foreign: float) -> dict[str, Any]:
-        return summarize([Window((row(0.0, (0.1,)),), 10.0, {"foreign_cpu_seconds": foreign})])
-
-    processors = os.cpu_count() or 1
-    assert figures(2.0)["foreign_cpu_share"] == pytest.approx(2.0 / 10 / processors)
-    assert contaminations(figures(0.04 * 10 * processors), shares_prefixes=False) == []
-    assert "other programs used 50%" in contaminations(figures(0.5 * 10 * processors), shares_prefixes=False)[0]
-
-
-def test_the_work_of_others_is_counted_and_that_of_this_process_is_in_it_too() -> None:
-    machine, own = busy_seconds(), time.process_time()
-    while time.process_time() - own < 0.2:
-        pass
-    assert busy_seconds() - machine >= 0.2 - 0.03  # it counts in ticks
+# The console.
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,113 @@
+"""Requests from a file: one JSON object a line, with when it arrives, what it asks and how many tokens it gets.
+
+`{"arrival": 0.25, "prompt_len": 128, "output_len": 64}`, or with `prompt_token_ids` for `prompt_len`: seconds after the start,
+token ids, numbers of tokens. Other keys are passed over, empty lines too. The order of the lines does not matter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.config import expect
+from common.errors import ConfigError, nearest_hint
+
+KEYS = ("arrival", "prompt_token_ids", "prompt_len", "output_len")
+EXAMPLE = '{"arrival": 0.25, "prompt_len": 128, "output_len": 64}'
+LONGEST_S = 7 * 24 * 3600.0
+"""No arrival lies further from the start: what does is a date."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a trace."""
+
+    arrival: float
+    prompt: tuple[int, ...]
+    """Token ids; empty where the trace gives only their number."""
+    prompt_len: int
+    output_len: int
+
+
+def read_trace(path: Path, vocab_size: int, limit: int | None = None) -> list[Entry]:
+    """The entries of a trace in order of arrival, the first `limit` of them where one is given.
+
+    Raises `ConfigError` for a file that cannot be read, and for the first line that is no entry, by its number.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"The trace {path} cannot be read: {error}. Set workload.trace to a file with one JSON object a line."
+        ) from error
+    entries = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                entries.append(parse_entry(line, vocab_size))
+            except ConfigError as error:
+                raise ConfigError(f"{path}, line {number}: {error}") from error
+    expect(bool(entries), f"The trace {path} holds no request; give it a line such as {EXAMPLE}.")
+    expect(
+        limit is None or limit <= len(entries),
+        f"workload.num_requests={limit}, but the trace {path} holds {len(entries)}; lower it, or set it to null for all.",
+    )
+    return sorted(entries, key=lambda entry: entry.arrival)[:limit]
+
+
+def parse_entry(line: str, vocab_size: int) -> Entry:
+    """One line. Raises `ConfigError` which says what was expected and what came."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"expected a JSON object such as {EXAMPLE}, got {shown(line)} ({error}).") from error
+    expect(isinstance(record, dict), f"expected a JSON object such as {EXAMPLE}, got {shown(line)}.")
+    arrival = value_of(record, "arrival")
+    expect(
+        isinstance(arrival, (int, float)) and not isinstance(arrival, bool) and math.isfinite(arrival),
+        f"arrival must be a number of seconds, got {shown(arrival)}.",
+    )
+    expect(
+        0 <= arrival <= LONGEST_S,
+        f"arrival must be seconds after the start, in [0, {LONGEST_S:.0f}], got {shown(arrival)}; subtract the first date.",
+    )
+    output_len = count_of(record, "output_len")
+    if "prompt_token_ids" not in record:
+        return Entry(float(arrival), (), count_of(record, "prompt_len", " (or prompt_token_ids)"), output_len)
+    ids = record["prompt_token_ids"]
+    expect(isinstance(ids, list) and bool(ids), f"prompt_token_ids must be a list of one id or more, got {shown(ids)}.")
+    bad = next((i for i, token in enumerate(ids) if not is_whole(token) or not 0 <= token < vocab_size), None)
+    expect(bad is None, f"prompt_token_ids[{bad}] must be an integer in [0, {vocab_size}), got {shown(ids[bad or 0])}.")
+    told = record.get("prompt_len", len(ids))
+    expect(
+        told == len(ids), f"prompt_len is {shown(told)}, but there are {len(ids)} prompt_token_ids; leave out one of the two."
+    )
+    return Entry(float(arrival), tuple(ids), len(ids), output_len)
+
+
+def value_of(record: Mapping[str, Any], key: str, instead: str = "") -> Any:
+    if key not in record:
+        unknown = [name for name in record if name not in KEYS]
+        raise ConfigError(f"{key}{instead} is missing.{nearest_hint(key, unknown)} A line is such as {EXAMPLE}.")
+    return record[key]
+
+
+def count_of(record: Mapping[str, Any], key: str, instead: str = "") -> int:
+    """The number of tokens under `key`; `instead` says what a line may have in its place."""
+    value = value_of(record, key, instead)
+    expect(is_whole(value) and value >= 1, f"{key} must be an integer ≥ 1, got {shown(value)}.")
+    return int(value)
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def shown(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
