@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from importlib import import_module, util
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from common.config import EngineConfig, expect
 from common.errors import ConfigError, nearest_hint
 from experiments.isolate import interpreter
+from experiments.workload import known_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,8 @@ class EngineSpec:
     """What it is called in results: its name, or `name-2` for the second of that name."""
     name: str
     config: EngineConfig
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What the engine has beside `EngineConfig`, as plain Python: the fields of `Options` in `experiments.baselines.<name>`."""
 
 
 def engine_spec(options: DictConfig, label: str | None = None) -> EngineSpec:
@@ -32,7 +36,23 @@ def engine_spec(options: DictConfig, label: str | None = None) -> EngineSpec:
     values: dict[str, Any] = dict(resolved(options))
     name = values.pop("name")
     expect(isinstance(name, str), f"engine.name must be a name, got {name!r}.")
-    return EngineSpec(label=label or name, name=name, config=EngineConfig.of(**values))
+    own = own_options(name, values)
+    common = {key: value for key, value in values.items() if key not in own}
+    return EngineSpec(label=label or name, name=name, config=EngineConfig.of(**common), options=own)
+
+
+def own_options(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `values` that only an outside engine has, checked. Its module is imported only where there are any."""
+    known = {each.name for each in fields(EngineConfig)}
+    own = {key: value for key, value in values.items() if key not in known}
+    module = f"experiments.baselines.{name}"
+    if not own or not name.isidentifier() or not util.find_spec(module):
+        return {}
+    declared = getattr(import_module(module), "Options", None)
+    if declared is None:
+        return {}
+    declared(**known_options(declared, f"engine={name}:", own))
+    return own
 
 
 def engine_specs(config: DictConfig) -> list[EngineSpec]:
