@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from common.errors import ConfigError, nearest_hint
 
 Dtype = Literal["float32", "bfloat16"]
 Kernels = Literal["auto", "native", "framework"]
+Schedule = Literal["continuous", "static"]
+Cache = Literal["paged", "dense"]
 
 
 def expect(condition: bool, message: str) -> None:
@@ -165,12 +167,23 @@ class EngineConfig:
     """Longest prompt + output; None takes the model's own limit, capped at 4,096."""
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
+    schedule: Schedule = "continuous"
+    """`continuous`: a request joins as soon as there is room. `static`: once all of the batch before it have ended."""
+    cache: Cache = "paged"
+    """`paged`: a request takes pages as it grows. `dense`: at its start all it can ever need, as a contiguous cache would."""
     enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    """false: a prompt is computed in one step, and one that is longer than max_num_batched_tokens is refused."""
     threads: int | None = None
     """Compute threads of the framework; None takes the cores this process may use."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("dtype", ("float32", "bfloat16")), ("kernels", ("auto", "native", "framework"))):
+        for name, allowed in (
+            ("dtype", get_args(Dtype)),
+            ("kernels", get_args(Kernels)),
+            ("schedule", get_args(Schedule)),
+            ("cache", get_args(Cache)),
+        ):
             value = getattr(self, name)
             expect(
                 value in allowed,
@@ -192,9 +205,14 @@ class EngineConfig:
                 value is None or (isinstance(value, int) and not isinstance(value, bool) and low <= value <= high),
                 f"{name} must be an integer in [{low}, {high}], or null, got {value!r}.",
             )
-        for name in ("compile", "enable_prefix_caching"):
+        for name in ("compile", "enable_prefix_caching", "enable_chunked_prefill"):
             value = getattr(self, name)
             expect(isinstance(value, bool), f"{name} must be true or false, got {value!r}.")
+        expect(
+            self.cache == "paged" or not self.enable_prefix_caching,
+            "cache=dense keeps each request's keys and values to itself, so that no prefix can be shared; set "
+            "enable_prefix_caching=false with it.",
+        )
         expect(isinstance(self.device, str), f"device must be a name such as auto, cpu or cuda, got {self.device!r}.")
         expect(
             self.block_size & (self.block_size - 1) == 0,

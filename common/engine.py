@@ -76,7 +76,10 @@ class Engine(InferenceEngine):
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=limit,
             groups=len(runner.kv_groups()),
+            schedule=config.schedule,
+            cache=config.cache,
             prefix_caching=config.enable_prefix_caching,
+            chunked_prefill=config.enable_chunked_prefill,
             seed=config.seed,
         )
         self._caps = replace(runner.caps, max_model_len=limit, max_seqs=self.scheduler.max_num_seqs)

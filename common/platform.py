@@ -121,20 +121,25 @@ def cpu_features() -> str:
     return ""
 
 
-def rss() -> int:
-    """Bytes of memory this process holds."""
-    return int(psutil.Process().memory_info().rss)
+def rss(pid: int | None = None) -> int:
+    """Bytes of memory this process holds, or another; 0 if that has ended."""
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.NoSuchProcess:
+        return 0
 
 
-def peak_rss() -> int:
-    """The most bytes of memory this process has held at once."""
+def peak_rss(pid: int | None = None) -> int:
+    """The most bytes of memory this process has held at once, or another: of that, where Linux does not tell, what it holds."""
     try:
         # Not getrusage: on Linux its peak survives exec, so a child would report its parent's.
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path(f"/proc/{pid or 'self'}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
+    if pid is not None:
+        return rss(pid)
     import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from importlib import import_module, util
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from common.config import EngineConfig, expect
 from common.errors import ConfigError, nearest_hint
 from experiments.isolate import PEERS, interpreter
 from experiments.statistics import Criteria
+from experiments.workload import known_options
 
 ADAPTIVE_BLOCKS = 6
 """Fewer are too few for an interval to stop by: they run as they are."""
@@ -33,6 +35,8 @@ class EngineSpec:
     number if it is not the first so called."""
     name: str
     config: EngineConfig
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What the engine has beside `EngineConfig`, as plain Python: the fields of `Options` in `experiments.baselines.<name>`."""
 
 
 def engine_spec(options: DictConfig, label: str | None = None) -> EngineSpec:
@@ -40,13 +44,28 @@ def engine_spec(options: DictConfig, label: str | None = None) -> EngineSpec:
     values: dict[str, Any] = dict(resolved(options))
     name = values.pop("name")
     expect(isinstance(name, str) and name != "base", f"engine.name must be the name of an engine, such as jax, got {name!r}.")
-    engine = EngineConfig.of(**values)
+    own = own_options(name, values)
+    engine = EngineConfig.of(**{key: value for key, value in values.items() if key not in own})
     expect(
         not (engine.compile and engine.kernels == "native") or name in PEERS,  # a peer has kernels of its own
         f"Engine {label or name} has kernels=native and compile=true, but native kernels leave a compiler nothing to compile. "
         "Use kernels=framework, or compile=false.",
     )
-    return EngineSpec(label=label or name, name=name, config=engine)
+    return EngineSpec(label=label or name, name=name, config=engine, options=own)
+
+
+def own_options(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `values` that only an outside engine has, checked. Its module is imported only where there are any."""
+    known = {each.name for each in fields(EngineConfig)}
+    own = {key: value for key, value in values.items() if key not in known}
+    module = f"experiments.baselines.{name}"
+    if not own or not name.isidentifier() or not util.find_spec(module):
+        return {}
+    declared = getattr(import_module(module), "Options", None)
+    if declared is None:
+        return {}
+    declared(**known_options(declared, f"engine={name}:", own))
+    return own
 
 
 def engine_specs(config: DictConfig) -> list[EngineSpec]:

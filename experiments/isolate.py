@@ -135,7 +135,8 @@ class IsolatedEngine:
         converted here, once, so that neither its times nor its memory include that."""
         if self.spec.name in PEERS:
             model = PEERS[self.spec.name](open_checkpoint(model), self.spec.config.dtype)
-        return self._call("load", progress, name=self.spec.name, model=str(model), config=asdict(self.spec.config))
+        config, options = asdict(self.spec.config), dict(self.spec.options)
+        return self._call("load", progress, name=self.spec.name, model=str(model), config=config, options=options)
 
     def run(self, workload: Workload, logprobs: int | None = None) -> Window:
         """One window, from an empty prefix cache."""
@@ -262,12 +263,17 @@ def module_settings(name: str) -> dict[str, str]:
 # The child.
 
 
-def build(name: str, model: str, config: EngineConfig, progress: Progress) -> InferenceEngine:
-    """The engine `name`: another people's from `experiments.baselines`, else ours over the backend of that name."""
+def build(
+    name: str, model: str, config: EngineConfig, progress: Progress, options: Mapping[str, Any] | None = None
+) -> InferenceEngine:
+    """The engine `name`: another people's from `experiments.baselines`, with `options` of its own if it has any, else ours over
+    the backend of that name."""
     checkpoint = open_checkpoint(model)
     if name.isidentifier() and util.find_spec(f"experiments.baselines.{name}"):
         try:
-            engine: InferenceEngine = import_module(f"experiments.baselines.{name}").build_engine(checkpoint, config, progress)
+            module = import_module(f"experiments.baselines.{name}")
+            own = {"options": module.Options(**options)} if options else {}
+            engine: InferenceEngine = module.build_engine(checkpoint, config, progress, **own)
         except ModuleNotFoundError as error:
             remedy = "make peers" if name in PEERS else "pip install -e '.[baselines]'"
             raise errors.BackendError(
@@ -293,17 +299,18 @@ class Worker:
         command = getattr(self, f"on_{message.pop('command')}")
         return command(**message)
 
-    def on_load(self, name: str, model: str, config: Mapping[str, Any]) -> Message:
+    def on_load(self, name: str, model: str, config: Mapping[str, Any], options: Mapping[str, Any]) -> Message:
         start = time.perf_counter()
-        self._engine = build(name, model, EngineConfig(**config), self.progress)
+        self._engine = build(name, model, EngineConfig(**config), self.progress, options)
         end = time.perf_counter()
         loaded = self._stage_ended or end
-        pool = self._engine.stats().get("kv_pool_bytes")
+        stats = self._engine.stats()
+        pool = stats.get("kv_pool_bytes")
         return {
             "load_s": loaded - start,
             "warmup_s": end - loaded,
-            "rss_mb": rss() / 2**20,
-            "peak_load_mb": peak_rss() / 2**20,
+            "rss_mb": (rss() + stats.get("server_rss_bytes", 0)) / 2**20,
+            "peak_load_mb": (peak_rss() + stats.get("server_peak_rss_bytes", 0)) / 2**20,
             "kv_pool_mb": None if pool is None else pool / 2**20,
             "caps": asdict(self._engine.caps),
         }
@@ -325,7 +332,8 @@ class Worker:
         return pieces.time_kernels(name, open_checkpoint(model), EngineConfig(**config), steps, passes, self.progress)
 
     def on_peak_rss_mb(self) -> Message:
-        return {"value": peak_rss() / 2**20}
+        server = self._engine.stats().get("server_peak_rss_bytes", 0) if self._engine else 0
+        return {"value": (peak_rss() + server) / 2**20}
 
     def progress(self, done: int, total: int, what: str) -> None:
         now = time.perf_counter()

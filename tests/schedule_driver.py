@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from common.config import EngineConfig
+from common.config import Cache, EngineConfig
 from common.engine import Engine
 from common.errors import RequestError
 from common.request import Request, SamplingParams, Status, TokenEvent
-from common.schedule.scheduler import Scheduler, mix64
+from common.schedule.batch import Batch
+from common.schedule.scheduler import Scheduler, Sequence, mix64
 from tests.history_runner import Expected, HistoryRunner, expected
 
 VOCAB = 32
@@ -77,7 +79,9 @@ def check_sequences(scheduler: Scheduler) -> None:
     for seq in scheduler.running:
         total, count = seq.known + seq.pending, len(seq.pages)
         require(seq.status is Status.RUNNING and seq.computed < total, "a running request has nothing left to compute")
-        require((count - 1) * size < total and seq.computed <= count * size, "a request has too many or too few pages")
+        most = len(seq.request.prompt_token_ids) + seq.max_tokens - 1 if scheduler.dense else total
+        require((count - 1) * size < most and seq.computed <= count * size, "a request has too many or too few pages")
+        require(not scheduler.dense or count * size >= most, "a request of a dense cache lacks pages that it may need")
         require(seq.known == len(seq.request.prompt_token_ids) + len(seq.output), "the count of known tokens is wrong")
         require(rows.pages[seq.row, :count].tolist() == seq.pages, "the page table differs from the pages held")
         require(not rows.pages[seq.row, count:].any(), "a page table is not padded with the null page")
@@ -93,6 +97,15 @@ def check_sequences(scheduler: Scheduler) -> None:
     require(
         live == {*numbers, *scheduler.preempted, *scheduler.waiting}, "a live request is in no queue, or a dead one in some"
     )
+
+
+def check_whole(scheduler: Scheduler, batches: Iterable[Batch]) -> None:
+    """Without chunked prefill every sequence of a step comes to its end in it, but for one that is longer than any step."""
+    known = {seq.row: seq.known for seq in (*scheduler.running, *scheduler.leaving)}
+    for batch in batches:
+        inside = set(range(batch.num_seqs)) - set(batch.logit_owner.tolist())
+        long = [known.get(int(batch.rows[i]), 1 << 30) > scheduler.budget for i in inside]  # no row: the step raised
+        require(all(long), "a prompt was computed in parts")
 
 
 def check_in_flight(engine: Engine) -> None:
@@ -120,6 +133,8 @@ class Episode:
     depth: int
     finished: Counter = field(default_factory=Counter)
     steps: int = 0
+    batches: list[Batch] = field(default_factory=list)
+    """Every step that was submitted."""
 
     def __post_init__(self) -> None:
         rng = self.rng = random.Random(self.seed)
@@ -140,16 +155,23 @@ class Episode:
             groups=rng.choice((1, 1, 2)),
             nan_token=rng.choice((None, None, 7)),
         )
+        cache: Cache = rng.choice(("paged", "paged", "paged", "paged", "dense"))
+        self.chunked = rng.random() < 0.8
         config = EngineConfig(
             block_size=self.block_size,
             max_num_seqs=max_seqs,
             max_num_batched_tokens=budget,
             max_model_len=self.max_model_len,
-            enable_prefix_caching=rng.random() < 0.85,
+            schedule=rng.choice(("continuous", "continuous", "continuous", "static")),
+            cache=cache,
+            enable_prefix_caching=cache == "paged" and rng.random() < 0.9,
+            enable_chunked_prefill=self.chunked,
             seed=self.seed,
         )
         self.engine = Engine(self.runner, config, num_pages=num_pages)
         self.evictions = 0
+        self.may_join: set[Sequence] = set()
+        """Of a static batch, who waited when it began; nobody once pages have run out."""
         self.stems = [[rng.randrange(VOCAB) for _ in range(self.max_model_len)] for _ in range(3)]
         self.requests: dict[str, tuple[Request, int]] = {}  # live ones, with their arrival numbers
         self.tokens: dict[str, list[TokenEvent]] = {}
@@ -220,7 +242,8 @@ class Episode:
         except RequestError:
             prompt_len, cap = len(prompt), cap or 1
             limit = min(self.max_model_len, (self.runner.num_pages - 1) * self.block_size + 1)
-            require(not prompt or prompt_len + cap > limit, "a request was refused that fits")
+            whole = self.chunked or prompt_len <= self.engine.scheduler.budget
+            require(not prompt or prompt_len + cap > limit or not whole, "a request was refused that fits")
             return
         self.requests[name], self.tokens[name] = (request, number), []
         self.added += 1
@@ -238,12 +261,24 @@ class Episode:
 
     def step(self) -> None:
         pool, cached = self.engine.scheduler.pool, [key is not None for key in self.engine.scheduler.pool.keys]
+        scheduler, preemptions = self.engine.scheduler, self.engine.scheduler.num_preemptions
+        waiting = list(scheduler.waiting.values())
+        if not (scheduler.running or scheduler.preempted or scheduler.leaving):
+            self.may_join = set(waiting)
+        self.runner.batches = []
         events = self.engine.step()
+        self.batches += self.runner.batches
+        if scheduler.static:
+            joined = {seq for seq in waiting if seq.admissions}
+            require(joined <= self.may_join, "a request joined a batch that had begun")
+            if scheduler.num_preemptions > preemptions:
+                self.may_join = set()
+        if not scheduler.chunked_prefill:
+            check_whole(scheduler, self.runner.batches)
         self.evictions += sum(before and pool.keys[page] is None for page, before in enumerate(cached))
         self.steps += 1
         require(self.engine.stats()["num_resets"] == self.runner.faults, "the runner raised of itself")
         require(not self.runner.violations, f"the runner saw {self.runner.violations[:1]}")
-        scheduler = self.engine.scheduler
         check_pages(scheduler)
         check_sequences(scheduler)
         check_in_flight(self.engine)

@@ -34,6 +34,10 @@ YARN = {"scaling": "yarn", "factor": 4.0, "original_max_position": 32}
         ("compile", "yes"),
         ("enable_prefix_caching", "no"),
         ("enable_prefix_caching", 1),
+        ("enable_chunked_prefill", "off"),
+        ("schedule", "statik"),
+        ("cache", None),
+        ("cache", "dense"),  # with prefix caching, which is on
         ("seed", -1),
         ("seed", 2**64),
         ("seed", True),

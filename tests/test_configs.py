@@ -86,6 +86,8 @@ def test_every_experiment_states_its_purpose_and_composes(name: str) -> None:
     text = (FOLDER / "experiment" / f"{name}.yaml").read_text()
     assert all(word in text for word in ("# Purpose: ", "# Command: ", "# Expect: "))
     config = composed("compare", f"experiment={name}")
+    given = OmegaConf.load(FOLDER / "experiment" / f"{name}.yaml").get("engines")
+    assert config.engines == (given or ["jax", "torch"])
     with hydra_initialized():
         assert len(engine_specs(config)) >= 2
     CorrectnessConfig(**resolved(config.correctness))

@@ -27,13 +27,16 @@ def run_episodes(seeds: Iterable[int], depth: int) -> Counter:
             episode.run(STEPS)
         except Exception as error:
             raise AssertionError(f"Episode(seed={seed}, depth={depth}) at step {episode.steps}: {error}") from error
-        stats = episode.engine.stats()
+        stats, scheduler = episode.engine.stats(), episode.engine.scheduler
         totals += episode.finished + Counter(
             steps=episode.steps,
             preemptions=stats["num_preemptions"],
             hits=stats["prefix_cache_hits"],
             resets=stats["num_resets"],
             evictions=episode.evictions,
+            static=scheduler.static,
+            dense=scheduler.dense,
+            whole=not scheduler.chunked_prefill,
         )
     return totals
 
@@ -43,7 +46,8 @@ def test_random_work_leaves_every_invariant_standing_and_every_output_right(dept
     totals = run_episodes(range(depth * 1000, depth * 1000 + 160), depth)
     assert totals["steps"] > 34_000
     # The work was worth judging: everything that can happen did, and often.
-    for what, least in {"preemptions": 300, "hits": 2000, "resets": 100, "evictions": 1000}.items():
+    often = {"preemptions": 300, "hits": 2000, "resets": 100, "evictions": 1000, "static": 20, "dense": 20, "whole": 20}
+    for what, least in often.items():
         assert totals[what] > least, totals
     for status in (Status.FINISHED_STOP, Status.FINISHED_LENGTH, Status.FINISHED_ABORT, Status.FINISHED_ERROR):
         assert totals[status] > 50, totals
@@ -59,9 +63,8 @@ def test_a_million_steps_of_random_work(depth: int) -> None:
 def trajectory(seed: int, depth: int) -> str:
     """A hash of every batch that an episode submits: tokens, pages, rows, order, all of it."""
     episode = Episode(seed, depth)
-    episode.runner.batches = []
     episode.run(STEPS)
-    return hashlib.sha256(b"".join(batch.buffer.tobytes() for batch in episode.runner.batches)).hexdigest()
+    return hashlib.sha256(b"".join(batch.buffer.tobytes() for batch in episode.batches)).hexdigest()
 
 
 def test_the_same_work_takes_the_same_course_in_every_process() -> None:

@@ -187,6 +187,24 @@ def test_a_schedule_changes_nothing(backend: str, schedule: Schedule) -> None:
         check(request, yardstick(backend)[request.request_id], events[request.request_id])
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"schedule": "static"},
+        {"cache": "dense", "enable_prefix_caching": False},
+        {"enable_chunked_prefill": False, "max_num_batched_tokens": 100},
+    ],
+    ids=lambda policy: next(iter(policy)),
+)
+def test_an_idea_left_out_changes_nothing(backend: str, policy: dict[str, Any]) -> None:
+    config = engine_config(max_num_batched_tokens=WHOLE, max_model_len=128, block_size=16)
+    one = make_engine(backend, MODEL, config, pages=PAGES, few=FEW[16], **policy)
+    events = one.run(requests())
+    assert one.stats()["num_resets"] == 0
+    for request in requests():
+        check(request, yardstick(backend)[request.request_id], events[request.request_id])
+
+
 def test_every_possible_pair_of_conditions_is_covered() -> None:
     chosen = covering()
     assert len(ALL) == 3 * 3 * 3 * 2 * 2 - 3 * 3 * 2 and len(chosen) < 14

@@ -315,7 +315,7 @@ def an_abort_ends_every_request_whose_id_starts_alike(patch: Patch, ran: Ran) ->
 
     def end(self: Scheduler, request_id: str, status: Status) -> bool:
         alike = [name for name in self.live if name.startswith(request_id)]
-        ran.extend([1] if len(alike) > 1 else [])
+        ran.extend([1] if set(alike) - {request_id} else [])
         for name in alike:
             original(self, name, status)
         return bool(alike)
@@ -402,6 +402,49 @@ def a_resumed_request_samples_with_another_seed(patch: Patch, ran: Ran) -> None:
         ran.append(1)
 
     patch.setattr(Scheduler, "_preempt", preempt)
+
+
+# ── ideas left out ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@mutant
+def a_static_batch_takes_in_who_comes_later(patch: Patch, ran: Ran) -> None:
+    def form(self: Scheduler) -> None:
+        ran.extend([1] if self.running and self.batch_end < self.num_requests else [])
+        self.batch_end = self.num_requests
+
+    patch.setattr(Scheduler, "_form_batch", form)
+
+
+@mutant
+def a_static_batch_stays_open_when_pages_have_run_out(patch: Patch, ran: Ran) -> None:
+    def close(self: Scheduler) -> None:
+        ran.extend([1] if self.static and next(iter(self.waiting), self.batch_end) < self.batch_end else [])
+
+    patch.setattr(Scheduler, "_close_batch", close)
+
+
+@mutant
+def a_dense_cache_takes_pages_for_the_prompt_only(patch: Patch, ran: Ran) -> None:
+    original = Scheduler._pages_to_start
+
+    def pages(self: Scheduler, seq: Sequence) -> int:
+        fewer = -(-seq.known // self.block_size)
+        ran.extend([1] if fewer < original(self, seq) else [])
+        return fewer
+
+    patch.setattr(Scheduler, "_pages_to_start", pages)
+
+
+@mutant
+def a_prompt_is_split_although_it_must_not_be(patch: Patch, ran: Ran) -> None:
+    original = Scheduler._may_split
+
+    def may_split(self: Scheduler, seq: Sequence) -> bool:
+        ran.extend([] if original(self, seq) else [1])
+        return True
+
+    patch.setattr(Scheduler, "_may_split", may_split)
 
 
 @pytest.mark.parametrize("name", MUTANTS)

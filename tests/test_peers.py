@@ -436,7 +436,7 @@ def test_a_peer_answers_as_our_engine_does(name: str, model: str, dtype: Dtype, 
     except BackendError as error:
         pytest.skip(str(error))
     source = installed(model).path
-    theirs = outputs(name, source, tmp_path, dtype, **({"block_size": 32} if name == "vllm" else {}))
+    theirs = outputs(name, source, tmp_path, dtype, **({"block_size": 32} if name == "vllm" else {"cache": "dense"}))
     ours = outputs("torch", source, tmp_path, dtype)
     if dtype == "float32":
         assert theirs == ours

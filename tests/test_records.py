@@ -69,7 +69,7 @@ def test_a_line_cut_short_is_refused_with_its_number_and_a_missing_file_by_its_n
     write_rows(tmp_path, {"a": [window()]})
     path = tmp_path / "requests.jsonl"
     path.write_text(path.read_text()[:-20])
-    with pytest.raises(ConfigError, match="requests.jsonl, line 2: expected a JSON object"):
+    with pytest.raises(ConfigError, match=r"requests.jsonl, line 2: expected a JSON object"):
         read_rows(tmp_path)
     with pytest.raises(ConfigError, match=r"steps.jsonl cannot be read: .*a finished run"):
         read_steps(tmp_path)

@@ -232,12 +232,12 @@ def test_check_12_concurrent_partial_requests() -> None:
     assert steps == [{"a": 400, "b": 400, "c": 224}, {"a": 400, "b": 400, "c": 224}, {"a": 1, "b": 1, "c": 352}]
 
 
-def test_check_13_order_of_arrival_is_kept() -> None:
-    """The check's second half, without chunked prefill, does not apply: DESIGN.md chunks always."""
-    scheduler = make_scheduler()
+@pytest.mark.parametrize(("chunked", "first"), [(True, {"a": 800, "b": 224}), (False, {"a": 800})])
+def test_check_13_order_of_arrival_is_kept(chunked: bool, first: dict[str, int]) -> None:
+    scheduler = make_scheduler(chunked_prefill=chunked)
     for name, length in zip("abcd", (800, 800, 10, 10), strict=True):
         scheduler.add(request(name, length))
-    assert scheduled(scheduler.schedule()) == {"a": 800, "b": 224}
+    assert scheduled(scheduler.schedule()) == first
 
 
 def test_check_14_preemption_of_a_request_with_a_step_in_flight_keeps_that_steps_token() -> None:

@@ -65,7 +65,7 @@ def test_a_bad_line_is_refused_with_its_number(line: Any, said: str, tmp_path: P
 def test_a_file_without_a_request_or_with_too_few_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no request"):
         read_trace(trace(tmp_path, "", " "), 10)
-    with pytest.raises(ConfigError, match="num_requests=3, but the trace .* holds 2"):
+    with pytest.raises(ConfigError, match=r"num_requests=3, but the trace .* holds 2"):
         read_trace(trace(tmp_path, GOOD, GOOD), 10, limit=3)
 
 

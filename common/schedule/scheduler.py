@@ -6,6 +6,14 @@ takes running requests first, one-token ones before chunks, then waiting ones in
 
 Progress never stops: a request is refused at the door unless the pool can hold it alone; the victim of a preemption is always
 the youngest, so the oldest runs through; and a request is admitted only with pages for all its tokens, so a chunk never waits.
+
+Three of these ideas can be left out, to measure what each is worth; no output depends on them. What takes an idea's place is
+the mildest form of doing without it, so that its worth is not overstated:
+- `static`: those who wait form a batch, and nobody joins before all of it have ended (`_form_batch`). The place of a request
+  that has ended stays idle, but it is not computed and its pages are free; a padded batch, as in `engine=hf`, pays for both.
+- `dense`: a request takes all pages it can ever need as it is admitted (`_pages_to_start`), as a contiguous cache must. It is
+  believed its `max_tokens`; a server that cannot know them reserves the whole context (Kwon et al., section 6.1).
+- without `chunked_prefill` a prompt is computed in one step, or waits for one with room for all of it (`_may_split`).
 """
 
 from __future__ import annotations
@@ -13,10 +21,11 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 
 import numpy as np
 
+from common.config import Cache, Schedule
 from common.errors import BackendError
 from common.interface import Caps, Result
 from common.request import Logprobs, Request, Status, TokenEvent, expect
@@ -80,7 +89,8 @@ class Step:
 class Scheduler:
     """Requests in, steps out, results in, events out. Holds every request from `add` to its end. Knows no backend.
 
-    `chunk` bounds the tokens of one request in a step (default: the whole budget).
+    `chunk` bounds the tokens of one request in a step (default: the whole budget). `schedule`, `cache` and `chunked_prefill`
+    are those of `EngineConfig`.
     """
 
     def __init__(
@@ -93,7 +103,10 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         groups: int = 1,
+        schedule: Schedule = "continuous",
+        cache: Cache = "paged",
         prefix_caching: bool = True,
+        chunked_prefill: bool = True,
         chunk: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -102,6 +115,9 @@ class Scheduler:
         self.budget = min(max_num_batched_tokens, caps.max_tokens)
         self.max_num_seqs = min(max_num_seqs, caps.max_seqs, self.budget)
         self.chunk = chunk or self.budget
+        self.static, self.dense, self.chunked_prefill = schedule == "static", cache == "dense", chunked_prefill
+        self.batch_end = 0
+        """Of a static batch: the number of the first request that does not belong to it."""
         self.pool = PagePool(num_pages)
         self.rows = Rows(self.max_num_seqs, max_model_len, block_size, groups)
         self.live: dict[str, Sequence] = {}
@@ -124,6 +140,11 @@ class Scheduler:
             prompt_len < self.max_model_len,
             f"Request {name!r}: a prompt of {prompt_len} tokens leaves no room for output in a context of {self.max_model_len} "
             f"(max_model_len); shorten it to at most {self.max_model_len - 1}.",
+        )
+        expect(
+            self.chunked_prefill or prompt_len <= self.budget,
+            f"Request {name!r}: a prompt of {prompt_len} tokens does not fit a step of {self.budget} (max_num_batched_tokens), "
+            "and enable_chunked_prefill=false computes it in one; shorten it, raise max_num_batched_tokens, or allow chunks.",
         )
         room = (self.pool.num_pages - 1) * self.block_size  # the last output token needs no KV: nothing follows it
         expect(
@@ -234,6 +255,8 @@ class Scheduler:
 
         One that still has a step in flight is passed over and keeps its place: its next tokens depend on that step's result.
         """
+        if self.static:
+            self._form_batch()
         chunks: list[tuple[Sequence, int]] = []
         for seq in self._queue(len(self.rows.free)):
             if budget == 0 or not self.rows.free:
@@ -241,8 +264,11 @@ class Scheduler:
             if seq.in_flight:
                 continue
             hits = self._lookup(seq)
-            pages = self.pool.allocate(-(-seq.known // self.block_size) - len(hits), hits)
+            if seq.known - len(hits) * self.block_size > budget and not self._may_split(seq):
+                break
+            pages = self.pool.allocate(self._pages_to_start(seq) - len(hits), hits)
             if pages is None:
+                self._close_batch()
                 break
             seq.pages, seq.published, seq.computed = pages, len(hits), len(hits) * self.block_size
             seq.row = self.rows.take(seq.tokens(), pages, seq.request.params, seq.seed)
@@ -260,7 +286,32 @@ class Scheduler:
 
     def _queue(self, limit: int) -> Iterator[Sequence]:
         """Who may be admitted, oldest first, `limit` of those that never ran. Whoever was preempted is older than they."""
-        return iter([*sorted(self.preempted.values(), key=lambda s: s.number), *islice(self.waiting.values(), limit)])
+        new: Iterator[Sequence] = islice(self.waiting.values(), limit)
+        if self.static:
+            new = takewhile(lambda seq: seq.number < self.batch_end, new)
+        return iter([*sorted(self.preempted.values(), key=lambda s: s.number), *new])
+
+    def _form_batch(self) -> None:
+        """Once all of a static batch have ended, the next is the first `max_num_seqs` of those that wait by then. Its members
+        enter in as many steps as their prompts take."""
+        oldest = next(iter(self.live.values()), None)
+        if oldest is not None and oldest.number >= self.batch_end and not self.leaving:
+            *_, last = islice(self.waiting, self.max_num_seqs)
+            self.batch_end = last + 1
+
+    def _close_batch(self) -> None:
+        """Pages have run out: members of a static batch that have not entered yet are left to the next."""
+        self.batch_end = min(self.batch_end, next(iter(self.waiting), self.batch_end))
+
+    def _pages_to_start(self, seq: Sequence) -> int:
+        """Pages without which a request is not admitted: for the tokens it has, or, if dense, for all it may come to have."""
+        tokens = len(seq.request.prompt_token_ids) + seq.max_tokens - 1 if self.dense else seq.known
+        return -(-tokens // self.block_size)
+
+    def _may_split(self, seq: Sequence) -> bool:
+        """Whether a step may compute a part of its prompt. Without chunked prefill only where no step could hold all of it:
+        where a request was preempted after its output had made it that long."""
+        return self.chunked_prefill or seq.known > self.budget
 
     def _lookup(self, seq: Sequence) -> list[int]:
         """Cached pages of its prefix, looked up anew at every attempt. The last token is always left to compute."""
@@ -278,7 +329,7 @@ class Scheduler:
         total = num_decodes + sum(count for _, count in chunks)
         lower = max((size for size in self.caps.token_buckets if size <= total), default=total)
         rest = total - lower
-        if not chunks or not rest or chunks[-1][1] <= rest:
+        if not chunks or not rest or chunks[-1][1] <= rest or not self._may_split(chunks[-1][0]):
             return
         beside = num_decodes + len(chunks) - 1  # about as many run one token each in the next step anyway
         extra = self.caps.bucket(beside + rest, rest > 1) - (self.caps.bucket(beside, False) if beside else 0)
@@ -373,6 +424,7 @@ class Scheduler:
     def _preempt(self, seq: Sequence) -> None:
         """Send a running sequence back to waiting. Its pages go, its tokens stay: they will be computed anew as a prompt."""
         self.num_preemptions += 1
+        self._close_batch()
         self.running.remove(seq)
         seq.status = Status.PREEMPTED
         self.preempted[seq.number] = seq

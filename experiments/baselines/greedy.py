@@ -1,11 +1,21 @@
-"""What every outside engine here takes: greedy requests of a fixed length, as token ids."""
+"""What outside engines have in common: which requests they take, and that they refuse settings they would ignore."""
 
 from __future__ import annotations
 
 from collections.abc import Container
+from typing import Any
 
+from common.config import EngineConfig
+from common.config import expect as expect_config
 from common.interface import Caps
 from common.request import Request, expect
+
+
+def check_policies(name: str, config: EngineConfig, **policies: Any) -> None:
+    """Raise `ConfigError` unless `config` has the `policies` that engine `name` cannot do without."""
+    for option, value in policies.items():
+        given = getattr(config, option)
+        expect_config(given == value, f"engine={name} has {option}={value} and nothing else; got {given!r}.")
 
 
 def check_request(request: Request, caps: Caps, live: Container[str], advice: str = "") -> int:

@@ -22,7 +22,7 @@ from common.errors import CheckpointError
 from common.interface import Caps, InferenceEngine, Progress
 from common.platform import choose, cores
 from common.request import Logprobs, Request, Status, TokenEvent
-from experiments.baselines.greedy import check_request
+from experiments.baselines.greedy import check_policies, check_request
 
 if TYPE_CHECKING:
     from common.weights.checkpoint import Checkpoint
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 def build_engine(checkpoint: Checkpoint, config: EngineConfig, progress: Progress | None = None) -> HuggingFaceEngine:
     """Load the model in `config.dtype`; `config.max_num_seqs` is the batch size."""
     expect(not config.compile, "engine=hf runs transformers as it is; compile=true is not among its options.")
+    check_policies("hf", config, schedule="static", cache="dense")
     torch.set_num_threads(config.threads or cores())
     device = choose(config.device, {"cuda": probe_cuda, "cpu": lambda: None}).platform
     if progress:
