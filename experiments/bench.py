@@ -12,6 +12,7 @@ from experiments import kernels
 from experiments.cli import launch
 from experiments.config import engine_spec, runs_folder
 from experiments.console import Narrator, print_json, print_table
+from experiments.job import job_directory
 from experiments.measure import make_plan, measure, measure_config, setting
 from experiments.records import write_rows
 from experiments.rundir import finished, run_directory, write_json, write_setup
@@ -23,7 +24,8 @@ def run(config: DictConfig) -> None:
         kernels.run(config, spec, how)
         return
     plan = make_plan(config, [spec])
-    with run_directory(runs_folder(config), f"bench-{spec.label}-{plan.workload.name}") as directory, Narrator() as narrator:
+    what = f"bench-{spec.label}-{plan.workload.name}"
+    with run_directory(runs_folder(config), what, job_directory(config)) as directory, Narrator() as narrator:
         write_setup(directory, config)
         figures, windows = measure(plan, directory, narrator)
         result = {"engine": spec.label} | setting(config, plan) | {"run": str(finished(directory))} | figures[spec.label]

@@ -15,6 +15,7 @@ from experiments.agreement import agree, tokens_equal_share, verdict
 from experiments.cli import launch
 from experiments.config import CorrectnessConfig, engine_specs, resolved, runs_folder
 from experiments.console import Narrator, print_json, print_table, print_verdict
+from experiments.job import job_directory
 from experiments.measure import make_plan, measure, setting
 from experiments.records import write_rows
 from experiments.rundir import finished, run_directory, write_json, write_setup
@@ -27,7 +28,8 @@ def run(config: DictConfig) -> None:
     correctness = CorrectnessConfig(**known_options(CorrectnessConfig, "correctness", resolved(config.correctness)))
     plan = make_plan(config, specs)
     labels = [spec.label for spec in specs]
-    with run_directory(runs_folder(config), f"compare-{'-'.join(labels)}-{plan.workload.name}") as directory:
+    what = f"compare-{'-'.join(labels)}-{plan.workload.name}"
+    with run_directory(runs_folder(config), what, job_directory(config)) as directory:
         write_setup(directory, config)
         with Narrator() as narrator:
             figures, windows = measure(plan, directory, narrator)
