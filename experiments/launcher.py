@@ -37,13 +37,13 @@ class ProcessLauncher(Launcher):
     """`hydra/launcher=process`."""
 
     def __init__(self, timeout_s: float | None = None) -> None:
-        expect(
-            timeout_s is None or (isinstance(timeout_s, (int, float)) and timeout_s > 0),
-            f"hydra.launcher.timeout_s must be a number of seconds > 0, or null, got {timeout_s!r}.",
-        )
         self._timeout_s = timeout_s
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        expect(
+            self._timeout_s is None or (isinstance(self._timeout_s, (int, float)) and self._timeout_s > 0),
+            f"hydra.launcher.timeout_s must be a number of seconds > 0, or null, got {self._timeout_s!r}.",
+        )
         self._context = hydra_context
         self._config = config
 
@@ -104,14 +104,13 @@ class ProcessLauncher(Launcher):
 
 def expect_distinct(jobs: Sequence[tuple[str, tuple[str, ...]]]) -> None:
     """Raises `ConfigError` for two jobs that ask for the same."""
-    seen: dict[str, tuple[str, ...]] = {}
+    seen: set[str] = set()
     for key, overrides in jobs:
         expect(
             key not in seen,
-            f"Two jobs of this sweep are the same run: {' '.join(seen.get(key, ()))} and {' '.join(overrides)}. "
-            "To repeat a run, sweep over the seed: 'seed=range(3)'.",
+            f"Two jobs of this sweep are the same run: {' '.join(overrides)}. To repeat a run, sweep over seed=0,1,2.",
         )
-        seen[key] = overrides
+        seen.add(key)
 
 
 @contextlib.contextmanager

@@ -15,13 +15,21 @@ from rich.table import Table
 
 from common.config import expect
 from common.errors import TandemError
-from experiments.console import FIGURES, number, print_json, wide_console
+from experiments.console import number, print_json, wide_console
 from experiments.results import sweep_table
 
 FAILURE = 1
 USER_ERROR = 2
-SHOWN = ("output_throughput", "total_token_throughput", "median_ttft_ms", "median_tpot_ms", "p99_e2el_ms", "peak_rss_mb")
-"""Figures of the table that is printed; the files have all."""
+SHOWN = {
+    "output_throughput": "tokens/s",
+    "ratio": "× first",
+    "verdict": "verdict",
+    "median_ttft_ms": "TTFT, ms",
+    "median_tpot_ms": "TPOT, ms",
+    "p99_e2el_ms": "p99 E2E, ms",
+    "peak_rss_mb": "peak, MB",
+}
+"""Columns of the table that is printed, and their headings; the files have all."""
 
 
 def finish(folder: Path) -> bool:
@@ -76,13 +84,19 @@ def print_sweep(title: str, table: pd.DataFrame) -> None:
     figures = [name for name in SHOWN if name in table]
     view = Table(title=title, title_justify="left")
     for name in told:
-        view.add_column(name.rpartition(".")[2], overflow="fold")
+        heading = name.rpartition(".")[2]
+        view.add_column(heading, overflow="fold", min_width=len(heading))
     for name in figures:
-        view.add_column(dict(FIGURES).get(name, name), justify="right")
+        view.add_column(SHOWN[name], justify="right")
     for row in table.to_dict("records"):
-        numbers = (None if pd.isna(row[name]) else row[name] for name in figures)
-        view.add_row(*("–" if pd.isna(row[name]) else str(row[name]) for name in told), *map(number, numbers))
+        view.add_row(*(cell(row[name]) for name in (*told, *figures)))
     wide_console().print(view)
+
+
+def cell(value: object) -> str:
+    if pd.isna(value):
+        return "–"
+    return number(value) if isinstance(value, float) else str(value)
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from common.weights.checkpoint import Checkpoint, open_checkpoint
 from experiments.config import CorrectnessConfig, EngineSpec, engine_spec, engine_specs, resolved
 from experiments.job import task_config
 from experiments.measure import measure_config
+from experiments.progress import told_apart
 from experiments.workload import WorkloadConfig, draw, known_options
 
 
@@ -39,12 +40,12 @@ class CheckedSweeper(Sweeper):
         parser = OverridesParser.create(config_loader=self._context.config_loader)
         jobs = combinations(parser.parse_overrides(arguments))
         checkpoints: dict[str, Checkpoint] = {}
-        for overrides in jobs:
+        for overrides, name in zip(jobs, told_apart(jobs), strict=True):
             config = self._context.config_loader.load_sweep_config(self._config, overrides)
             try:
                 check(task_config(config), checkpoints)
             except TandemError as error:
-                raise type(error)(f"{error} This is of the job {' '.join(overrides)}; no job was run.") from error
+                raise type(error)(f"{error} (Of the job {name}. No job was run.)") from None
         returns = self._launcher.launch(jobs, initial_job_idx=0)
         from experiments.sweep import finish  # with pandas, which no single run needs
 
