@@ -9,13 +9,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pandas as pd
-import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from common.config import expect
 from common.errors import ConfigError
 from experiments.job import JOBS, VOLATILE, Job, is_whole, read_jobs
 from experiments.rundir import PARTIAL
 
+FIRST = ("job", "run", "status", "failure", "engine")
+"""Columns of a sweep's table that are always there."""
 SCALARS = (int, float, str, bool, type(None))
 
 
@@ -52,9 +58,9 @@ def open_run(directory: Path | str) -> RunFiles:
     expect((directory / "results.json").exists(), f"{directory} is no directory of a run: it holds no results.json.")
     try:
         results = json.loads((directory / "results.json").read_text())
-        config = yaml.safe_load((directory / "config.yaml").read_text())
+        config: Any = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
         environment = json.loads((directory / "environment.json").read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"{directory} is no directory of a run: {error}") from error
     ours = isinstance(results, dict) and isinstance(config, dict) and ("engine" in results or "engines" in results)
     expect(ours, f"{directory} is no directory of a run: its results.json names no engine.")
@@ -95,7 +101,7 @@ def sweep_table(folder: Path | str) -> pd.DataFrame:
         row = {"job": number_of(name), "run": f"{JOBS}/{name}"}
         rows += [row | rest for rest in (rows_of_run(run, job, overrides) if run else [row_without_run(job, overrides)])]
         options.append(overrides)
-    table = pd.DataFrame(rows, columns=list(dict.fromkeys(key for row in rows for key in row)))
+    table = pd.DataFrame(rows, columns=list(dict.fromkeys([*FIRST, *(key for row in rows for key in row)])))
     for name, column in table.items():
         kinds = {type(value) for value in column if not pd.isna(value)}
         if len(kinds) > 1 and kinds != {int, float}:  # a file has one type to a column
@@ -121,7 +127,7 @@ def number_of(name: str) -> int | None:
 
 def row_without_run(job: Job | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Of a job that has not ended well."""
-    failure = job and job.failure
+    failure = job.failure if job else None
     return {"status": "failed" if failure else "waiting", "failure": said(failure), "engine": None, **overrides}
 
 
@@ -131,7 +137,7 @@ def rows_of_run(run: RunFiles, job: Job | None, overrides: Mapping[str, Any]) ->
     failures = run.results.get("failures") or {}
     rows = []
     for label in dict.fromkeys((*run.engines, *failures)):
-        failure = failures.get(label) or (job and job.failure)
+        failure = failures.get(label) or (job.failure if job else None)
         figures = shared | scalars(run.engines.get(label, {})) | against(run.results, label)
         figures = {name: value for name, value in figures.items() if name not in ("run", "engine")}
         status = {"status": "failed" if failure else "ok", "failure": said(failure), "engine": label}
@@ -159,15 +165,16 @@ def said(failure: Mapping[str, Any] | None) -> str | None:
 
 
 def values(overrides: Sequence[str]) -> dict[str, Any]:
-    """Overrides as columns: `workload.num_requests=8` is 8 under `workload.num_requests`."""
-    pairs = (word.lstrip("+~").partition("=") for word in overrides)
-    return {name: scalar(text) for name, _, text in pairs if name not in VOLATILE}
-
-
-def scalar(text: str) -> Any:
-    """The value that a word on the command line stands for if that is a number or one of true, false, null; else the word."""
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    return value if isinstance(value, (int, float, bool, type(None))) else text
+    """Overrides as columns: `workload.num_requests=8` is 8 under `workload.num_requests`. What is no number, word, true, false
+    or null stays as it was written."""
+    parser = OverridesParser.create()
+    columns = {}
+    for word in overrides:
+        name, _, text = word.lstrip("+~").partition("=")
+        try:
+            value: Any = parser.parse_override(word).value()
+        except HydraException:
+            value = text
+        if name not in VOLATILE:
+            columns[name] = value if isinstance(value, SCALARS) else text
+    return columns

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from importlib import util
+from importlib import import_module, util
 from pathlib import Path
 
 import pandas as pd
@@ -69,10 +69,8 @@ def make_report(folder: Path) -> tuple[Path | None, bool]:
     """The sweep's report, and whether it could be made. If not the traceback is printed: the table is worth having without."""
     if util.find_spec("experiments.report") is None:
         return None, True
-    from experiments.report import write_report
-
     try:
-        return write_report(folder), True
+        return import_module("experiments.report").write_report(folder), True
     except Exception:
         traceback.print_exc()
         return None, False
