@@ -14,6 +14,7 @@ from experiments.cli import conclude, launch
 from experiments.config import engine_spec, resolved, runs_folder
 from experiments.console import Narrator, print_failures, print_json, print_table
 from experiments.fail_if import check_keys, parse_conditions
+from experiments.job import job_directory
 from experiments.measure import figure_names, make_plan, measure, measure_config, setting
 from experiments.records import write_rows, write_steps
 from experiments.rundir import finished, run_directory, write_json, write_setup
@@ -29,7 +30,8 @@ def run(config: DictConfig) -> None:
     conditions = parse_conditions(resolved(config)["fail_if"])
     plan = make_plan(config, [spec])
     check_keys(conditions, ["engine", *setting(config, plan), *RESULTS, *figure_names(plan)], [spec.label], {})
-    with run_directory(runs_folder(config), f"bench-{spec.label}-{plan.workload.name}") as directory, Narrator() as narrator:
+    what = f"bench-{spec.label}-{plan.workload.name}"
+    with run_directory(runs_folder(config), what, job_directory(config)) as directory, Narrator() as narrator:
         write_setup(directory, config)
         outcome = measure(plan, directory, narrator)
         result = {"engine": spec.label} | setting(config, plan)

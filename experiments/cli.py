@@ -10,6 +10,7 @@ from importlib import resources
 from typing import Any, NoReturn
 
 import hydra
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -17,6 +18,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from common.errors import TandemError, nearest_hint
 from experiments.fail_if import Condition, violations
 from experiments.isolate import EngineFailure
+from experiments.job import is_whole, job_directory
+from experiments.launcher import ProcessLauncher
+from experiments.sweeper import CheckedSweeper
 
 FAILURE = 1
 USER_ERROR = 2
@@ -32,6 +36,8 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
     What the user can mend ends the process with one message on stderr and exit code 2; a defect of ours with its traceback.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, where it would print and exit with 1
+    for plugin in (CheckedSweeper, ProcessLauncher):  # under the one package that Hydra takes plugins from
+        Plugins.instance().class_name_to_class[f"hydra_plugins.tandem.{plugin.__name__}"] = plugin
     sys.argv[1:] = [piece for argument in sys.argv[1:] for piece in spell_out_model(argument)]
 
     composed = False
@@ -40,6 +46,8 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
         nonlocal composed
         composed = True
         try:
+            if (job := job_directory(config)) and is_whole(job):
+                return  # of a sweep that another launcher goes on with
             task(config)
         except (TandemError, OmegaConfBaseException) as error:
             fail(explain(error), USER_ERROR)  # here, since Hydra would first print a message of its own
@@ -48,7 +56,7 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
 
     try:
         hydra.main(version_base="1.3", config_path="pkg://configs", config_name=config_name)(run)()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, TandemError, ValueError) as error:
         if composed and isinstance(error, ValueError):
             raise
         fail(explain(error), USER_ERROR)

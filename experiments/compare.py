@@ -21,6 +21,7 @@ from experiments.console import Narrator, print_comparison, print_json
 from experiments.correctness import Agreement
 from experiments.fail_if import check_keys, parse_conditions
 from experiments.isolate import EngineFailure
+from experiments.job import job_directory
 from experiments.measure import Outcome, Plan, figure_names, make_plan, measure, setting
 from experiments.records import write_rows, write_steps
 from experiments.rundir import finished, run_directory, write_json, write_setup
@@ -45,7 +46,8 @@ def run(config: DictConfig) -> None:
         "comparisons": [field.name for field in fields(Comparison)],
     }
     check_keys(conditions, [*setting(config, plan), *RESULTS, *AGREEMENT], labels, named)
-    with run_directory(runs_folder(config), f"compare-{'-'.join(labels)[:NAME_LENGTH]}-{plan.workload.name}") as directory:
+    what = f"compare-{'-'.join(labels)[:NAME_LENGTH]}-{plan.workload.name}"
+    with run_directory(runs_folder(config), what, job_directory(config)) as directory:
         write_setup(directory, config)
         with Narrator() as narrator:
             outcome = measure(plan, directory, narrator)

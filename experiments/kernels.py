@@ -33,6 +33,7 @@ from common.weights.checkpoint import expected_shapes, open_checkpoint
 from experiments.config import EngineSpec, MeasureConfig, resolved, runs_folder
 from experiments.console import Narrator, number, print_json, wide_console
 from experiments.isolate import IsolatedEngine
+from experiments.job import job_directory
 from experiments.measure import machine_limits
 from experiments.metrics import BUSY
 from experiments.roofline import ITEMSIZES, Limits, Work, better, limit_seconds, seen
@@ -119,7 +120,10 @@ def run(config: DictConfig, spec: EngineSpec, measure: MeasureConfig) -> None:
     expect_native(spec)
     name = str(resolved(config.model)["name"])
     checkpoint = open_checkpoint(zoo.resolve(name))
-    with run_directory(runs_folder(config), f"kernels-{spec.label}") as directory, Narrator() as narrator:
+    with (
+        run_directory(runs_folder(config), f"kernels-{spec.label}", job_directory(config)) as directory,
+        Narrator() as narrator,
+    ):
         write_setup(directory, config)
         before = machine_limits(measure, narrator)
         with IsolatedEngine(spec, directory / f"{spec.label}.log") as engine:

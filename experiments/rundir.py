@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from common.errors import ConfigError, TandemError
@@ -26,16 +29,18 @@ PACKAGES = ("tandem-infer", "jax", "jaxlib", "flax", "torch", "transformers", "n
 
 
 @contextlib.contextmanager
-def run_directory(root: Path, what: str) -> Iterator[Path]:
+def run_directory(root: Path, what: str, directory: Path | None = None) -> Iterator[Path]:
     """A new directory `root/<date-time>-<what>`, which ends in `.partial` until the block has ended well.
 
-    A `TandemError` removes it, since nothing was run; after a crash or a kill it stays as `.partial`, with its logs.
+    `directory` names it instead: a job's of a sweep (`experiments.job.job_directory`), which replaces what an attempt that was
+    cut short has left there. A `TandemError` removes it, since nothing was run; after a crash or a kill it stays as `.partial`,
+    with its logs.
     """
-    stem = f"{datetime.now():%Y%m%d-%H%M%S}-{what}"
-    names = (stem if number == 1 else f"{stem}-{number}" for number in range(1, 1000))
-    name = next(name for name in names if not (root / name).exists() and not (root / (name + PARTIAL)).exists())
-    partial = root / (name + PARTIAL)
+    if directory is None:
+        directory = new_directory(root, f"{datetime.now():%Y%m%d-%H%M%S}-{what}")
+    partial = directory.with_name(directory.name + PARTIAL)
     try:
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     except OSError as error:
         raise ConfigError(f"The run directory {partial} cannot be made: {error}. Set runs to a folder that can.") from error
@@ -44,9 +49,15 @@ def run_directory(root: Path, what: str) -> Iterator[Path]:
     except TandemError:
         shutil.rmtree(partial)
         with contextlib.suppress(OSError):
-            root.rmdir()  # if it was made for this run, it is empty now
+            partial.parent.rmdir()  # if it was made for this run, it is empty now
         raise
-    partial.rename(root / name)
+    partial.rename(directory)
+
+
+def new_directory(root: Path, stem: str) -> Path:
+    """The first of `stem`, `stem-2`, `stem-3`, … that no run in `root` has taken."""
+    names = (stem if number == 1 else f"{stem}-{number}" for number in range(1, 1000))
+    return next(root / name for name in names if not (root / name).exists() and not (root / (name + PARTIAL)).exists())
 
 
 def finished(partial: Path) -> Path:
@@ -61,17 +72,52 @@ def write_setup(directory: Path, config: DictConfig) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n")
+    """The file is there whole or as it was before, whatever ends this process or the machine."""
+    write_whole(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """As `write_json` does, any text."""
+    beside = path.with_name(path.name + ".new")
+    with beside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def rerun_command() -> list[str]:
+    """The words of the command line that runs this again, without those of a launcher."""
+    if not HydraConfig.initialized():
+        return sys.orig_argv
+    hydra = HydraConfig.get()
+    folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    options = [word for folder in folders for word in ("--config-dir", folder)]
+    wanted = [
+        word
+        for word in hydra.overrides.hydra
+        if not word.startswith(("hydra.mode=", "hydra.sweep.", "hydra.launcher", "hydra/"))
+    ]
+    wanted += [word for word in hydra.overrides.task if not word.startswith("sweep=")]
+    return ["python", "-m", f"experiments.{hydra.job.config_name}", *options, *wanted]
 
 
 def environment() -> dict[str, Any]:
     """What a number measured here depends on, as far as the machine tells."""
+    memory, swap = psutil.virtual_memory(), psutil.swap_memory()
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": shlex.join(rerun_command()),
+        "overrides": list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else [],
         "argv": sys.orig_argv,
         "cpu": cpu_name(),
         "cores": cores(),
-        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
+        "governor": governors(),
+        "frequency_mhz": frequency(),
+        "memory_gb": round(memory.total / 2**30, 1),
+        "memory_available_gb": round(memory.available / 2**30, 1),
+        "swap_used_gb": round(swap.used / 2**30, 1),
+        "hugepages": hugepages(),
         "gpus": lines_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"),
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -79,6 +125,36 @@ def environment() -> dict[str, Any]:
         "variables": {name: os.environ[name] for name in ("XLA_FLAGS", "OMP_NUM_THREADS", "PJRT_NPROC") if name in os.environ},
         "commit": next(iter(lines_of("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD")), None),
     }
+
+
+def governors() -> list[str]:
+    """How the processors choose their clock, each name once; empty where the machine does not tell."""
+    files = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_governor")
+    return sorted({text for file in files if (text := text_of(file))})
+
+
+def frequency() -> dict[str, float] | None:
+    """The processors' clock in MHz: its mean now, and its bounds where the machine tells them; None where it tells nothing."""
+    try:
+        clock = psutil.cpu_freq()
+    except (OSError, NotImplementedError, ValueError):
+        return None
+    return {name: value for name, value in clock._asdict().items() if value} or None if clock else None
+
+
+def hugepages() -> dict[str, Any]:
+    """Whether memory comes in large pages: the mode of transparent ones, and how many are set aside; None: not told."""
+    mode = re.search(r"\[(\w+)\]", text_of(Path("/sys/kernel/mm/transparent_hugepage/enabled")))
+    count = re.search(r"HugePages_Total:\s*(\d+)", text_of(Path("/proc/meminfo")))
+    return {"transparent": mode[1] if mode else None, "reserved": int(count[1]) if count else None}
+
+
+def text_of(file: Path) -> str:
+    """What stands in a file of the system's; nothing where there is none to read."""
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return ""
 
 
 def installed_version(package: str) -> str | None:

@@ -1,0 +1,159 @@
+"""Results as the tools around `vllm bench` read them: `python -m experiments.export RUN_OR_SWEEP`.
+
+Of a run, `vllm/<engine>.json`: every key that `vllm bench serve --save-result --save-detailed` writes, by its name and in its
+unit, and all figures of ours. Of a sweep, for each job `vllm/<job>/run=N.json`, N counting its engines, and `summary.json`, and
+over all `vllm/summary.csv`: what `vllm bench sweep serve` leaves, and `vllm bench sweep plot` and `plot_pareto` look for.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from common.config import expect
+from common.errors import TandemError
+from experiments.results import RunFiles, is_sweep, open_run, sweep_table
+from experiments.rundir import write_json
+
+FOLDER = "vllm"
+USER_ERROR = 2
+
+Record = dict[str, Any]
+
+
+def export(folder: Path | str) -> list[Path]:
+    """Write the files of a run or a sweep into its folder. Returns them. Raises `ConfigError` for a folder that is neither."""
+    folder = Path(folder)
+    return export_sweep(folder) if is_sweep(folder) else export_run(open_run(folder))
+
+
+def export_run(run: RunFiles) -> list[Path]:
+    expect(run.kind != "kernels", f"{run.directory} timed kernels, not requests: there is nothing to export.")
+    return [write(run.directory / FOLDER / f"{label}.json", whole(run, label)) for label in run.engines]
+
+
+def export_sweep(folder: Path) -> list[Path]:
+    table = sweep_table(folder)
+    done = table[table["status"] == "ok"]
+    expect(not done.empty, f"No job of the sweep {folder} is done, so there is nothing to export.")
+    swept = [name for name in table.attrs["swept"] if name != "engine"]
+    files, summary = [], []
+    for name, rows in done.groupby("run", sort=False):
+        run, directory = open_run(folder / str(name)), folder / FOLDER / Path(str(name)).name
+        mine = []
+        for number, row in enumerate(rows.to_dict("records")):
+            options = {option: None if pd.isna(row[option]) else row[option] for option in swept} | {"run_number": number}
+            files.append(write(directory / f"run={number}.json", whole(run, row["engine"]) | options))
+            mine.append(brief(run, row["engine"]) | options)
+        files.append(write(directory / "summary.json", mine))
+        summary += mine
+    pd.DataFrame.from_records(summary).to_csv(folder / FOLDER / "summary.csv")
+    return [*files, folder / FOLDER / "summary.csv"]
+
+
+def write(path: Path, value: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, value)
+    return path
+
+
+def whole(run: RunFiles, label: str) -> Record:
+    """What `--save-detailed` adds, too."""
+    return brief(run, label) | details(requests(run, label))
+
+
+def brief(run: RunFiles, label: str) -> Record:
+    """One engine of a run, in the order of keys that `vllm bench serve` writes; then whatever else is known of it."""
+    figures, workload = run.engines[label], run.config["workload"]
+    rows = requests(run, label)
+    model = run.results.get("model")
+    setting = {
+        "date": f"{datetime.fromisoformat(run.environment['date']):%Y%m%d-%H%M%S}",
+        "endpoint_type": label,
+        "backend": label,
+        "label": label,
+        "model_id": model,
+        "tokenizer_id": model,
+        "num_prompts": len(rows),
+        "request_rate": workload.get("request_rate") or "inf",
+        "burstiness": workload.get("burstiness") or 1.0,
+        "max_concurrency": workload.get("concurrency"),
+    }
+    theirs = {
+        "request_goodput": figures.get("goodput"),
+        **peaks(rows),
+        "rtfx": 0.0,  # seconds of sound by second: theirs for models that hear
+        "latencies": [row["times"][-1] - row["sent"] if row["times"] else 0.0 for row in rows],
+        "queue_times": [row["sent"] - row["scheduled"] for row in rows],
+    }
+    shared = run.results if run.kind == "compare" else {}
+    known = {key: value for key, value in shared.items() if isinstance(value, (int, float, str))} | figures
+    return setting | theirs | {key: value for key, value in known.items() if key not in setting}
+
+
+def requests(run: RunFiles, label: str) -> list[Record]:
+    """The rows of one engine, block by block; their times are those since the start of the first block, as if no time had
+    passed between two."""
+    with (run.directory / "requests.jsonl").open() as file:
+        rows = [row for row in map(json.loads, file) if row["engine"] == label]
+    start, moved = 0.0, []
+    for block in sorted({row["block"] for row in rows}):
+        mine = [row for row in rows if row["block"] == block]
+        for row in mine:
+            times = {name: row[name] + start for name in ("sent", "scheduled")}
+            moved.append(row | times | {"times": [time + start for time in row["times"]]})
+        start = max((time for row in moved for time in (row["sent"], *row["times"])), default=start)
+    return moved
+
+
+def details(rows: Sequence[Record]) -> Record:
+    """One entry for each request. We hand token ids to engines and take token ids: there is no text."""
+    return {
+        "input_lens": [row["prompt_len"] for row in rows],
+        "output_lens": [len(row["tokens"]) for row in rows],
+        "ttfts": [row["times"][0] - row["sent"] if row["times"] else 0.0 for row in rows],
+        "itls": [np.diff(row["times"]).tolist() for row in rows],
+        "start_times": [row["sent"] for row in rows],
+        "generated_texts": ["" for _ in rows],
+        "generated_ids": [row["tokens"] for row in rows],
+        "errors": [row["error"] or "" for row in rows],
+    }
+
+
+def peaks(rows: Sequence[Record]) -> Record:
+    """The most output tokens in one second, and the most requests that were under way in one, be it for a part of it."""
+    done = [row for row in rows if row["times"] and not row["error"]]
+    if not done:
+        return {"max_output_tokens_per_s": 0.0, "max_concurrent_requests": 0}
+    start = min(row["sent"] for row in done)
+    tokens = np.concatenate([row["times"] for row in done]) - start
+    first = np.array([row["sent"] for row in done]) - start
+    last = np.array([row["times"][-1] for row in done]) - start
+    seconds = np.arange(int(last.max()) + 1)
+    under_way = (first.astype(int)[:, None] <= seconds) & (seconds <= last.astype(int)[:, None])
+    return {
+        "max_output_tokens_per_s": float(np.bincount(tokens.astype(int)).max()),
+        "max_concurrent_requests": int(under_way.sum(axis=0).max()),
+    }
+
+
+def main() -> None:
+    """`python -m experiments.export RUN_OR_SWEEP`: prints the files that it wrote."""
+    try:
+        expect(len(sys.argv) == 2, "Give one run or sweep: python -m experiments.export runs/sweeps/NAME")
+        files = export(sys.argv[1])
+    except TandemError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+    print("\n".join(map(str, files)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""One job of a sweep: what tells it from others, the list of all, and its process, `python -m experiments.job`.
+
+A job is known by the hash of its configuration and kept as `jobs/<number>-<hash>/` of the sweep's folder, a run directory. The
+list `jobs.json` says what was asked and what failed; that a job is done, its directory alone says.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, open_dict
+
+from common.errors import ConfigError
+from experiments.config import resolved
+from experiments.rundir import PARTIAL, write_json
+
+JOBS = "jobs"
+MANIFEST = "jobs.json"
+VOLATILE = ("runs", "sweep")
+"""Options that say where results go, not what they are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One line of a sweep's list."""
+
+    number: int
+    digest: str
+    overrides: tuple[str, ...]
+    """Of the command line that runs this job alone."""
+    seconds: float | None = None
+    """How long its last attempt took; None before that ended."""
+    failure: Mapping[str, Any] | None = None
+    """`kind`, `message` and `log` of its last attempt; None if that did not fail, or has not ended."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.number:03}-{self.digest}"
+
+
+def digest(config: DictConfig) -> str:
+    """Twelve hexadecimal digits, equal for configurations that ask for the same run. Raises `ConfigError` for a lack."""
+    values = resolved(task_config(config))
+    wanted = {key: value for key, value in values.items() if key not in VOLATILE}
+    return xxhash.xxh3_128_hexdigest(json.dumps(wanted, sort_keys=True).encode())[:12]
+
+
+def task_config(config: DictConfig) -> DictConfig:
+    """A copy of `config` without Hydra's own part, as a task is given it."""
+    copy = config.copy()
+    with open_dict(copy):
+        copy.pop("hydra", None)
+    return copy
+
+
+def read_jobs(folder: Path) -> list[Job]:
+    """The list of a sweep, empty if it has none. Raises `ConfigError` for a file that is no such list."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return []
+    try:
+        entries = json.loads(path.read_text())["jobs"]
+        return [Job(**entry | {"overrides": tuple(entry["overrides"])}) for entry in entries]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is not the list of a sweep's jobs ({error!r}). Choose another name with sweep=NAME."
+        ) from error
+
+
+def write_jobs(folder: Path, jobs: Sequence[Job]) -> None:
+    write_json(folder / MANIFEST, {"jobs": [asdict(job) for job in jobs]})
+
+
+def merged(known: Sequence[Job], wanted: Sequence[tuple[str, tuple[str, ...]]]) -> list[Job]:
+    """The list with `wanted`, pairs of digest and overrides: a job that is known keeps its number, a new one gets the next."""
+    jobs = {job.digest: job for job in known}
+    number = max((job.number for job in known), default=-1)
+    for key, overrides in wanted:
+        if key in jobs:
+            jobs[key] = replace(jobs[key], overrides=overrides)
+        else:
+            number += 1
+            jobs[key] = Job(number=number, digest=key, overrides=overrides)
+    return list(jobs.values())
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether a run has ended well and has all its files here."""
+    return not directory.name.endswith(PARTIAL) and (directory / "results.json").exists()
+
+
+def is_done(folder: Path, job: Job) -> bool:
+    """Whether a job need not run again: it is whole, it did not fail, and none of its engines did."""
+    directory = folder / JOBS / job.name
+    return (
+        job.failure is None and is_whole(directory) and not json.loads((directory / "results.json").read_text()).get("failures")
+    )
+
+
+def job_directory(config: DictConfig) -> Path | None:
+    """Where the run that goes on in this process is kept if it is a job of a sweep, else None."""
+    if not HydraConfig.initialized():
+        return None
+    hydra = HydraConfig.get()
+    if hydra.sweep.subdir != ".":  # our launcher named it
+        return Path(hydra.sweep.dir) / str(hydra.sweep.subdir)
+    if hydra.mode != RunMode.MULTIRUN:
+        return None
+    job = Job(number=hydra.job.num, digest=digest(config), overrides=())  # another launcher's
+    return Path(hydra.sweep.dir) / JOBS / job.name
+
+
+def end_with_launcher() -> None:
+    """End this process and all that it has started as soon as the launcher is gone: then its end of our input is closed."""
+    while os.read(0, 1):
+        pass
+    os.killpg(0, signal.SIGKILL)
+
+
+def main() -> None:
+    """`python -m experiments.job COMMAND DIRECTORY OVERRIDES…`: the run that COMMAND makes of OVERRIDES, kept as DIRECTORY.
+
+    Of one sweep no two compute at once, be it that a launcher was killed and the next is quick: each waits for the last to end.
+    """
+    threading.Thread(target=end_with_launcher, daemon=True).start()
+    command, directory, overrides = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with (directory.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        sys.argv = [command, *overrides]
+        import_module(f"experiments.{command}").main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""The launcher behind `-m`: each job of a sweep in a fresh process, one after another.
+
+So no job inherits memory, threads or caches from the last, none is timed beside another, and none takes the others with it.
+What a killed launcher leaves behind is always whole: its job ends with it, and the next launcher goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from common.config import expect
+from experiments.job import JOBS, Job, digest, is_done, is_whole, merged, read_jobs, write_jobs
+from experiments.progress import Board, told_apart
+
+POLL_S = 0.1
+TAIL_LINES = 15
+
+
+class ProcessLauncher(Launcher):
+    """`hydra/launcher=process`."""
+
+    def __init__(self, timeout_s: float | None = None) -> None:
+        self._timeout_s = timeout_s
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        expect(
+            self._timeout_s is None or (isinstance(self._timeout_s, (int, float)) and self._timeout_s > 0),
+            f"hydra.launcher.timeout_s must be a number of seconds > 0, or null, got {self._timeout_s!r}.",
+        )
+        self._context = hydra_context
+        self._config = config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run the jobs that are not done. A job that fails is recorded and raises nothing; its return value is its failure."""
+        folder = Path(self._config.hydra.sweep.dir)
+        wanted = [(digest(self._compose(overrides)), tuple(overrides)) for overrides in job_overrides]
+        expect_distinct(wanted)
+        folder.mkdir(parents=True, exist_ok=True)
+        with only_launcher(folder):
+            jobs = {job.digest: job for job in merged(read_jobs(folder), wanted)}
+            write_jobs(folder, list(jobs.values()))
+            mine = [jobs[key] for key, _ in wanted]
+            with Board(told_apart([job.overrides for job in mine])) as board:
+                for number, job in enumerate(mine):
+                    if is_done(folder, job):
+                        board.skipped()
+                        continue
+                    board.started(number)
+                    try:
+                        jobs[job.digest] = self._attempt(folder, job, board)
+                    except KeyboardInterrupt:
+                        board.say(
+                            f"Interrupted: {board.done} of {len(mine)} jobs are done. Go on with:\n  {resume_command(folder)}"
+                        )
+                        raise
+                    write_jobs(folder, list(jobs.values()))
+                    board.ended(jobs[job.digest].seconds, jobs[job.digest].failure)
+        return [returned(jobs[key]) for key, _ in wanted]
+
+    def _compose(self, overrides: Sequence[str]) -> DictConfig:
+        return self._context.config_loader.load_sweep_config(self._config, list(overrides))
+
+    def _attempt(self, folder: Path, job: Job, board: Board) -> Job:
+        """Run one job to its end. Returns it with what became of it."""
+        directory, log = folder / JOBS / job.name, folder / JOBS / f"{job.name}.log"
+        if is_whole(directory):  # but it failed
+            shutil.rmtree(directory)
+        log.parent.mkdir(exist_ok=True)
+        start = time.monotonic()
+        code = run_process(self._command(directory, job), log, self._timeout_s, lambda: board.working(log))
+        seconds = time.monotonic() - start
+        failure = None if code == 0 and is_whole(directory) else describe(code, self._timeout_s, log)
+        return replace(job, seconds=seconds, failure=failure)
+
+    def _command(self, directory: Path, job: Job) -> list[str]:
+        hydra = self._config.hydra
+        given = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+        mine = [f"hydra.sweep.dir={quoted(str(directory.parent.parent))}", f"hydra.sweep.subdir={JOBS}/{job.name}"]
+        return [
+            *(sys.executable, "-m", "experiments.job", hydra.job.config_name, str(directory)),
+            *(word for folder in given for word in ("--config-dir", folder)),
+            *(word for word in hydra.overrides.hydra if not word.startswith(("hydra.mode=", "hydra.sweep."))),
+            *job.overrides,
+            *mine,
+        ]
+
+
+def expect_distinct(jobs: Sequence[tuple[str, tuple[str, ...]]]) -> None:
+    """Raises `ConfigError` for two jobs that ask for the same."""
+    seen: set[str] = set()
+    for key, overrides in jobs:
+        expect(
+            key not in seen,
+            f"Two jobs of this sweep are the same run: {' '.join(overrides)}. To repeat a run, sweep over seed=0,1,2.",
+        )
+        seen.add(key)
+
+
+@contextlib.contextmanager
+def only_launcher(folder: Path) -> Iterator[None]:
+    """Raises `ConfigError` if another launcher, that is alive, works on this sweep."""
+    with (folder / "lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            expect(
+                False, f"The sweep {folder} is being run by process {lock.read() or 'of another user'}. Wait for it, or end it."
+            )
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def run_process(command: Sequence[str], log: Path, timeout_s: float | None, tell: Callable[[], None]) -> int | None:
+    """Run `command` with its output in `log`; `tell` is called while it runs.
+
+    Returns its exit code, the negative number of the signal that ended it, or None if its time ran out. Nothing of it survives:
+    it leads a process group of its own, which is ended after it, and, should this process be killed, ends itself (`job`).
+    """
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    assert process.stdin
+    start = time.monotonic()
+    late = False
+    try:
+        while not late and os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            tell()
+            time.sleep(POLL_S)
+            late = timeout_s is not None and time.monotonic() - start > timeout_s
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # its leader is not reaped yet, so the number is still its own
+        process.wait()
+        process.stdin.close()
+    return None if late else process.returncode
+
+
+def describe(code: int | None, timeout_s: float | None, log: Path) -> dict[str, Any]:
+    """Why a job failed, for its row: what ended it, and the end of its log."""
+    if code is None:
+        kind = f"took longer than {timeout_s:g} s"
+    elif code < 0:
+        kind = f"killed by {signal.Signals(-code).name}"
+    else:
+        kind = f"exit code {code}"
+    lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+    return {"kind": kind, "message": "\n".join(lines), "log": str(log)}
+
+
+def returned(job: Job) -> JobReturn:
+    return JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED, _return_value=job.failure)
+
+
+def quoted(text: str) -> str:
+    """A string for Hydra's grammar, whatever signs are in it."""
+    return "'" + text.replace("'", "\\'") + "'"
+
+
+def resume_command(folder: Path) -> str:
+    """The command line of this process, told which sweep to go on with."""
+    words = [*sys.orig_argv]
+    named = any(word.startswith(("sweep=", "hydra.sweep.dir=")) for word in words)
+    return shlex.join(words if named else [*words, f"sweep={folder.name}"])

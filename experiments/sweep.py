@@ -1,0 +1,112 @@
+"""A sweep: `python -m experiments.bench -m engine=jax,torch workload.num_requests=8,16`, and its table and report.
+
+`python -m experiments.sweep FOLDER` makes table and report of what is there, of a sweep that was cut short or ran elsewhere.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from importlib import import_module, util
+from pathlib import Path
+
+import pandas as pd
+from rich.table import Table
+
+from common.config import expect
+from common.errors import TandemError
+from experiments.console import number, print_json, wide_console
+from experiments.results import sweep_table
+
+FAILURE = 1
+USER_ERROR = 2
+SHOWN = {
+    "output_throughput": "tokens/s",
+    "ratio": "× first",
+    "verdict": "verdict",
+    "median_ttft_ms": "TTFT, ms",
+    "median_tpot_ms": "TPOT, ms",
+    "p99_e2el_ms": "p99 E2E, ms",
+    "peak_rss_mb": "peak, MB",
+}
+"""Columns of the table that is printed, and their headings; the files have all."""
+
+
+def finish(folder: Path) -> bool:
+    """Write `sweep.parquet`, `sweep.csv` and the report, print the table and, last, one line of JSON.
+
+    Returns whether all went well: no job failed, and the report could be made.
+    """
+    table = sweep_table(folder)
+    write_table(folder, table)
+    report, reported = make_report(folder)
+    print_sweep(str(folder), table)
+    failed, waiting = (table[table["status"] == status].drop_duplicates("job") for status in ("failed", "waiting"))
+    jobs = table["run"].nunique()
+    result = {
+        "sweep": str(folder),
+        "jobs": jobs,
+        "ok": jobs - len(failed) - len(waiting),
+        "failed": len(failed),
+        "waiting": len(waiting),
+        "failures": dict(zip(failed["run"], failed["failure"], strict=True)),
+        "table": str(folder / "sweep.parquet"),
+        "report": report and str(report),
+    }
+    print_json(result)
+    return reported and failed.empty
+
+
+def write_table(folder: Path, table: pd.DataFrame) -> None:
+    """Both files, each whole or as it was."""
+    for name, write in (("sweep.parquet", table.to_parquet), ("sweep.csv", table.to_csv)):
+        beside = folder / (name + ".new")
+        write(beside, index=False)
+        beside.replace(folder / name)
+
+
+def make_report(folder: Path) -> tuple[Path | None, bool]:
+    """The sweep's report, and whether it could be made. If not the traceback is printed: the table is worth having without."""
+    if util.find_spec("experiments.report") is None:
+        return None, True
+    try:
+        return import_module("experiments.report").write_report(folder), True
+    except Exception:
+        traceback.print_exc()
+        return None, False
+
+
+def print_sweep(title: str, table: pd.DataFrame) -> None:
+    """A row for each job and engine: what tells it from the others, and a few figures."""
+    told = ["job", "engine", *(name for name in table.attrs["swept"] if name != "engine"), "status"]
+    figures = [name for name in SHOWN if name in table]
+    view = Table(title=title, title_justify="left")
+    for name in told:
+        heading = name.rpartition(".")[2]
+        view.add_column(heading, overflow="fold", min_width=len(heading))
+    for name in figures:
+        view.add_column(SHOWN[name], justify="right")
+    for row in table.to_dict("records"):
+        view.add_row(*(cell(row[name]) for name in (*told, *figures)))
+    wide_console().print(view)
+
+
+def cell(value: object) -> str:
+    if pd.isna(value):
+        return "–"
+    return number(value) if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    """`python -m experiments.sweep FOLDER`."""
+    try:
+        expect(len(sys.argv) == 2, "Give the folder of one sweep: python -m experiments.sweep runs/sweeps/NAME")
+        well = finish(Path(sys.argv[1]))
+    except TandemError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+    sys.exit(0 if well else FAILURE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Run directories: whole or partial, and what they say of the machine."""
+
+import json
+import shlex
+from pathlib import Path
+
+import hydra
+import pytest
+
+from common.errors import ConfigError
+from experiments import rundir
+from experiments.rundir import environment, run_directory, write_json
+
+
+def test_a_named_directory_replaces_what_an_attempt_left_there(tmp_path: Path) -> None:
+    named = tmp_path / "jobs" / "000-aa"
+    with pytest.raises(RuntimeError), run_directory(tmp_path, "unused", named) as partial:
+        (partial / "half").touch()
+        raise RuntimeError
+    assert (tmp_path / "jobs" / "000-aa.partial" / "half").exists()
+    with run_directory(tmp_path, "unused", named) as partial:
+        assert not any(partial.iterdir())
+        (partial / "whole").touch()
+    assert [path.name for path in (tmp_path / "jobs").iterdir()] == ["000-aa"] and (named / "whole").exists()
+
+
+def test_a_mistake_leaves_nothing_of_a_named_directory_and_all_of_its_neighbours(tmp_path: Path) -> None:
+    (tmp_path / "jobs" / "neighbour").mkdir(parents=True)
+    with pytest.raises(ConfigError), run_directory(tmp_path, "unused", tmp_path / "jobs" / "000-aa"):
+        raise ConfigError("no")
+    assert [path.name for path in (tmp_path / "jobs").iterdir()] == ["neighbour"]
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "results.json"
+    write_json(path, {"a": 1})
+    monkeypatch.setattr(rundir.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk is full")))
+    with pytest.raises(OSError, match="full"):
+        write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_the_environment_tells_the_machine_as_far_as_it_tells_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = json.loads(json.dumps(environment()))
+    assert told["memory_gb"] >= told["memory_available_gb"] > 0 and isinstance(told["governor"], list)
+    assert {"transparent", "reserved"} == set(told["hugepages"])
+    monkeypatch.setattr(rundir, "text_of", lambda _: "")
+    monkeypatch.setattr(rundir.psutil, "cpu_freq", lambda: None)
+    told = environment()
+    assert (told["governor"], told["frequency_mhz"]) == ([], None)
+    assert told["hugepages"] == {"transparent": None, "reserved": None}
+
+
+def test_without_hydra_the_command_is_that_of_the_process() -> None:
+    assert shlex.split(environment()["command"]) == rundir.sys.orig_argv
+
+
+def test_a_file_that_the_system_has_not_is_empty(tmp_path: Path) -> None:
+    assert rundir.text_of(tmp_path / "governor") == ""
+
+
+def test_the_configuration_of_every_command_says_where_a_sweep_goes() -> None:
+    with hydra.initialize_config_module("configs", version_base="1.3"):
+        for name in ("bench", "compare"):
+            config = hydra.compose(name, ["sweep=x", "runs=y"], return_hydra_config=True)
+            assert config.hydra.sweep.dir == "y/sweeps/x"
