@@ -138,7 +138,7 @@ def counters(stats: Sequence[Mapping[str, float]], duration: float, outputs: int
         "prefix_cache_hit_rate": share("prefix_cache_hits", total.get("prefix_cache_queries", 0)),
         "padded_tokens_share": share("padded_tokens", total.get("padded_tokens", 0) + total.get("scheduled_tokens", 0)),
         "host_ms_per_step": rate(total["host_seconds"] * 1e3, total.get("steps", 0)) if "host_seconds" in total else None,
-        "driver_share": share("driver_seconds", duration),
+        "harness_overhead_share": share("driver_seconds", duration),
         # Processor time is counted in ticks of a hundredth of a second, so a short window may seem to have had more than all.
         "foreign_cpu_share": None if foreign is None else min(foreign, 1.0),
         "major_faults": whole("major_faults"),

@@ -109,7 +109,7 @@ def test_the_judge_finds_the_figures_of_a_whole_run(
     assert (mine["goodput"] is None) == (result["slo"] is None)
     assert {name: value for name, value in mine.items() if judge_figures.distance(value, result[name]) > 1e-9} == {}
     assert len(mine) == 9 + 8 * 6
-    assert 0 < result["driver_share"] < 1 and result["decode_throughput"] > 0 and result["peak_running"] >= 1
+    assert 0 < result["harness_overhead_share"] < 1 and result["decode_throughput"] > 0 and result["peak_running"] >= 1
 
 
 def test_the_judge_notices_a_figure_that_is_off() -> None:
