@@ -1,4 +1,4 @@
-"""Run a workload on an engine and write down when each token was seen. Knows no framework, process or statistic."""
+"""Run a workload on an engine and write down when each token was seen. Knows no framework and no statistic."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from common.errors import RequestError
 from common.interface import InferenceEngine
 from common.request import Logprobs, Request, SamplingParams, TokenEvent
 from experiments.agenda import Agenda
+from experiments.machine import Watch
 from experiments.workload import Item
 
 
@@ -68,8 +69,8 @@ class Window:
     duration: float
     """Seconds from the start to the last event."""
     stats: Mapping[str, float] = field(default_factory=dict)
-    """By how much each counter of the engine rose, and of the machine where somebody watched it. `driver_seconds` were spent
-    here, outside of the engine and awake. What is not told is not there."""
+    """By how much each counter of the engine and of the machine rose (see `Watch`). `driver_seconds` were spent here, outside
+    of the engine and awake. What is not told is not there."""
     steps: tuple[StepRecord, ...] | None = None
     """What the engine did, step by step, with times since the start of the window; None of an engine that does not tell."""
     bandwidth: float | None = None
@@ -122,6 +123,7 @@ def drive(
     clock = time.perf_counter
     gc.collect()  # garbage of the last window is not this one's to pay for
     before = numbers(engine.stats())
+    watch = Watch(engine.caps.device)
     with step_log(engine) as log:
         away = 0.0  # seconds in the engine, or asleep
         start = clock()
@@ -148,8 +150,9 @@ def drive(
                 time.sleep(wait)
                 away += clock() - begin
         driver = clock() - start - away
+    machine = watch.rise()
     after = numbers(engine.stats())
-    counters = {name: value - before.get(name, 0) for name, value in after.items()} | {"driver_seconds": driver}
+    counters = {name: value - before.get(name, 0) for name, value in after.items()} | {"driver_seconds": driver} | machine
     duration = events[-1].time - start if events else 0.0
     steps = None if log is None else tuple(since(start, step) for step in log)
     return Window(rows(items, sent, events, start, steps or ()), duration, counters, steps)

@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib import import_module, util
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -32,7 +32,6 @@ from common.platform import cores, peak_rss, rss
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from experiments.convert import gguf_file, hugging_face_directory
 from experiments.drive import Window, drive
-from experiments.machine import Watch
 from experiments.workload import Item, Workload
 
 if TYPE_CHECKING:
@@ -319,9 +318,7 @@ class Worker:
         assert self._engine, "run before load"
         self._engine.reset_prefix_cache()
         requests = [Item(**item | {"prompt": tuple(item["prompt"])}) for item in items]
-        watch = Watch(self._engine.caps.device)
-        window = drive(self._engine, requests, logprobs, concurrency)
-        return replace(window, stats={**window.stats, **watch.rise()}).record()
+        return drive(self._engine, requests, logprobs, concurrency).record()
 
     def on_time_kernels(
         self, name: str, model: str, config: Mapping[str, Any], shapes: list[list[Any]], passes: int

@@ -5,6 +5,7 @@ went. Counters are read before and after; one that the machine does not tell is 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from importlib import import_module
@@ -28,19 +29,22 @@ class Watch:
     def __init__(self, device: str = "cpu") -> None:
         self._device = device
         self._before = read(device)
+        self._begin = time.perf_counter()
 
     def rise(self) -> dict[str, float]:
         """Since the start, in the units that the names say:
 
+        `watched_seconds` that passed, which the others are to be held against: a window that is watched is a little shorter;
         `foreign_cpu_seconds` of processors that other programs had or that were taken away, `major_faults` (pages read from
         disk) and `swapped_out_bytes` of these processes, `throttled_seconds` held back by a CPU quota, `thermal_throttles`
         (times that a core was too hot), `clock_limit_drop_mhz` (by which the highest allowed clock fell), `joules` and of those
         `joules_cpu`, `joules_gpu` (processor packages with their memory; the GPU that the engine is on).
         """
+        watched = time.perf_counter() - self._begin
         after = read(self._device)
         rise = {name: after[name] - value for name, value in self._before.items() if name in after}
         same: tuple[str, ...] = ("major_faults", "throttled_seconds", "thermal_throttles")
-        told = {name: rise[name] for name in same if name in rise}
+        told = {"watched_seconds": watched} | {name: rise[name] for name in same if name in rise}
         if "busy_seconds" in rise and "own_seconds" in rise:
             told["foreign_cpu_seconds"] = max(0.0, rise["busy_seconds"] - rise["own_seconds"])
         if "swapped_bytes" in rise:

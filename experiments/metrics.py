@@ -129,7 +129,8 @@ def counters(stats: Sequence[Mapping[str, float]], duration: float, outputs: int
     total = {name: sum(window[name] for window in stats) for name in names}
     whole = lambda name: int(total[name]) if name in total else None  # noqa: E731
     share = lambda name, by: rate(total[name], by) if name in total else None  # noqa: E731
-    foreign = share("foreign_cpu_seconds", duration * (os.cpu_count() or 1))
+    watched = total.get("watched_seconds", 0.0)
+    foreign = share("foreign_cpu_seconds", watched * (os.cpu_count() or 1))
     return {
         "num_steps": whole("steps"),
         "num_preemptions": whole("num_preemptions"),
@@ -143,7 +144,7 @@ def counters(stats: Sequence[Mapping[str, float]], duration: float, outputs: int
         "foreign_cpu_share": None if foreign is None else min(foreign, 1.0),
         "major_faults": whole("major_faults"),
         "swapped_out_mb": share("swapped_out_bytes", 2**20),
-        "throttled_share": share("throttled_seconds", duration),
+        "throttled_share": share("throttled_seconds", watched),
         "thermal_throttles": whole("thermal_throttles"),
         "clock_limit_drop_mhz": total.get("clock_limit_drop_mhz"),
         "joules": total.get("joules"),

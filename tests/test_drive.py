@@ -264,6 +264,34 @@ def test_a_row_tells_when_its_first_step_began() -> None:
     assert drive(Counting(), [Item(0.0, (1,), 1)]).rows[0].started is None
 
 
+def test_a_step_tells_the_load_around_it() -> None:
+    items = [Item(0.0, tuple(range(start, start + 30)), 40) for start in range(6)]
+    engine = history_engine(num_pages=14, max_num_seqs=4, max_num_batched_tokens=32, enable_prefix_caching=False)
+    window = drive(engine, items)
+    steps = window.steps or ()
+    assert window.stats["num_preemptions"] > 0  # so that someone waits again
+    for step in steps:
+        assert step.running is not None and step.waiting is not None and 1 <= step.running <= 4
+        assert step.pages_used is not None and step.pages_empty is not None and step.pages_total == 13
+        assert 0 <= step.pages_empty <= step.pages_used <= 13
+        assert step.pages_used - step.pages_empty >= sum(-(-int(length) // 16) for length in step.kv_lengths)
+        assert step.prompt_tokens == sum(int(count) for count in step.counts if count > 1)
+    assert steps[0].running == 2 and steps[0].waiting == 4  # two prompts into a budget of 32 tokens
+    assert steps[0].started == ("0", "1") and sorted(name for step in steps for name in step.started) == list("012345")
+    assert sum(step.prompt_tokens or 0 for step in steps) > 6 * 30  # the preempted were computed again
+
+
+def test_a_prompt_of_one_token_is_a_prompt_all_the_same() -> None:
+    first, *others = drive(history_engine(), [Item(0.0, (7,), 3)]).steps or ()
+    assert first.prompt_tokens == 1 and [step.prompt_tokens for step in others] == [0, 0]
+
+
+def test_pages_for_a_prompt_that_is_still_to_be_computed_are_empty() -> None:
+    engine = history_engine(max_num_seqs=4, max_num_batched_tokens=16)
+    steps = drive(engine, [Item(0.0, tuple(range(64)), 1)]).steps or ()
+    assert [(step.pages_used, step.pages_empty) for step in steps] == [(4, 3), (4, 2), (4, 1), (4, 0)]
+
+
 def test_times_of_steps_and_rows_are_on_one_clock() -> None:
     window = drive(history_engine(), [Item(0.0, tuple(range(20)), 4), Item(0.01, (1, 2), 4)])
     landed = [step.landed for step in window.steps or ()]

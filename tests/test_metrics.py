@@ -74,7 +74,7 @@ def test_what_spoils_a_measurement_is_named() -> None:
 
 def test_a_busy_machine_is_noticed() -> None:
     def figures(foreign: float) -> dict[str, Any]:
-        return summarize([Window((row(0.0, (0.1,)),), 10.0, {"foreign_cpu_seconds": foreign})])
+        return summarize([Window((row(0.0, (0.1,)),), 10.0, {"foreign_cpu_seconds": foreign, "watched_seconds": 10.0})])
 
     processors = os.cpu_count() or 1
     assert figures(2.0)["foreign_cpu_share"] == pytest.approx(2.0 / 10 / processors)
@@ -234,7 +234,7 @@ def test_energy_by_token() -> None:
 
 
 def test_the_share_of_others_is_never_above_all_there_is() -> None:
-    foreign = {"foreign_cpu_seconds": 0.02 * (os.cpu_count() or 1)}  # two ticks in half a tick
+    foreign = {"foreign_cpu_seconds": 0.02 * (os.cpu_count() or 1), "watched_seconds": 0.005}  # two ticks in half a tick
     assert summarize([Window((), 0.005, foreign)])["foreign_cpu_share"] == 1.0
 
 
