@@ -160,8 +160,7 @@ class Server:
         with output:
             for line in output:
                 self._tail.append(line.decode(errors="replace").rstrip())
-                sys.stderr.buffer.write(line)
-                sys.stderr.buffer.flush()
+                os.write(2, line)
 
 
 # The supervisor.
