@@ -307,6 +307,7 @@ def test_a_job_is_done_if_its_run_is_whole_and_nothing_failed(tmp_path: Path) ->
         assert not is_done(tmp_path, job)
     assert is_done(tmp_path, job)
     assert not is_done(tmp_path, Job(number=0, digest="a", overrides=(), failure={"kind": "exit code 1"}))
+    assert is_done(tmp_path, Job(number=0, digest="a", overrides=(), failure={"kind": "exit code 3", "final": True}))
     (directory / "results.json").write_text('{"failures": {"torch": {"kind": "died"}}}')
     assert not is_done(tmp_path, job)
 
