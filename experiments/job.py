@@ -44,7 +44,8 @@ class Job:
     seconds: float | None = None
     """How long its last attempt took; None before that ended."""
     failure: Mapping[str, Any] | None = None
-    """`kind`, `message` and `log` of its last attempt; None if that did not fail, or has not ended."""
+    """`kind`, `message` and `log` of its last attempt, and `final` if another would be no better: its figures failed, not it.
+    None if it did not fail, or has not ended."""
 
     @property
     def name(self) -> str:
@@ -105,9 +106,9 @@ def is_whole(directory: Path) -> bool:
 def is_done(folder: Path, job: Job) -> bool:
     """Whether a job need not run again: it is whole, it did not fail, and none of its engines did."""
     directory = folder / JOBS / job.name
-    return (
-        job.failure is None and is_whole(directory) and not json.loads((directory / "results.json").read_text()).get("failures")
-    )
+    if not is_whole(directory) or (job.failure and not job.failure.get("final")):
+        return False
+    return not json.loads((directory / "results.json").read_text()).get("failures")
 
 
 def job_directory(config: DictConfig) -> Path | None:

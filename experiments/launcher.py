@@ -29,6 +29,8 @@ from common.config import expect
 from experiments.job import JOBS, Job, digest, is_done, is_whole, merged, read_jobs, write_jobs
 from experiments.progress import Board, told_apart
 
+GATE = 3
+"""Exit code of a run that is whole, and of which a condition of `fail_if` holds."""
 POLL_S = 0.1
 TAIL_LINES = 15
 
@@ -62,6 +64,10 @@ class ProcessLauncher(Launcher):
                     if is_done(folder, job):
                         board.skipped()
                         continue
+                    if is_whole(folder / JOBS / job.name):  # but it failed
+                        shutil.rmtree(folder / JOBS / job.name)
+                    jobs[job.digest] = replace(job, failure=None)  # if this attempt is cut short, its directory alone counts
+                    write_jobs(folder, list(jobs.values()))
                     board.started(number)
                     try:
                         jobs[job.digest] = self._attempt(folder, job, board)
@@ -80,13 +86,12 @@ class ProcessLauncher(Launcher):
     def _attempt(self, folder: Path, job: Job, board: Board) -> Job:
         """Run one job to its end. Returns it with what became of it."""
         directory, log = folder / JOBS / job.name, folder / JOBS / f"{job.name}.log"
-        if is_whole(directory):  # but it failed
-            shutil.rmtree(directory)
         log.parent.mkdir(exist_ok=True)
         start = time.monotonic()
         code = run_process(self._command(directory, job), log, self._timeout_s, lambda: board.working(log))
         seconds = time.monotonic() - start
-        failure = None if code == 0 and is_whole(directory) else describe(code, self._timeout_s, log)
+        whole = is_whole(directory)
+        failure = None if code == 0 and whole else describe(code, self._timeout_s, log) | {"final": code == GATE and whole}
         return replace(job, seconds=seconds, failure=failure)
 
     def _command(self, directory: Path, job: Job) -> list[str]:

@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 REFRESH_S = 1.0
+TAKEN = 50
+"""Columns of a terminal's line that the bar, the numbers and the time take, with room to spare."""
 
 
 def told_apart(jobs: Sequence[Sequence[str]]) -> list[str]:
@@ -27,13 +29,11 @@ class Board:
         self._names = names
         self.done = 0
         self._failed = 0
-        self._skipped = 0
         self._seconds: list[float] = []
-        self._now = ""
         self._drawn = 0.0
         self._console = Console(stderr=True)
         self._bar = Progress(
-            BarColumn(),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.description}"),
@@ -58,11 +58,9 @@ class Board:
     def skipped(self) -> None:
         """The next job is done already."""
         self.done += 1
-        self._skipped += 1
 
     def started(self, number: int) -> None:
-        self._now = self._names[number]
-        self.say(f"job {number + 1} of {len(self._names)}: {self._now}")
+        self.say(f"job {number + 1} of {len(self._names)}: {self._names[number]}")
         self._draw("")
 
     def working(self, log: Path) -> None:
@@ -75,18 +73,19 @@ class Board:
         self.done += failure is None
         self._failed += failure is not None
         how = f"failed, {failure['kind']}; its log is {failure['log']}" if failure else "ok"
-        self.say(f"  {how}, {seconds or 0:.1f} s{self._left()}")
+        self.say("; ".join(filter(None, [f"  {how}, {seconds or 0:.1f} s", self._left()])))
 
     def _left(self) -> str:
         left = len(self._names) - self.done - self._failed
         if not left or not self._seconds:
             return ""
-        return f"; {left} left, about {duration(left * sum(self._seconds) / len(self._seconds))}"
+        return f"{left} left, about {duration(left * sum(self._seconds) / len(self._seconds))}"
 
     def _draw(self, line: str) -> None:
         self._drawn = time.monotonic()
-        failed = f"[red]{self._failed} failed[/] " if self._failed else ""
-        text = f"{failed}{escape(self._now)} [dim]{escape(line)}[/]{self._left()}"
+        counts = ", ".join(filter(None, [f"{self._failed} failed" if self._failed else "", self._left()]))
+        room = max(0, self._console.width - len(counts) - TAKEN)
+        text = f"{counts} [dim]{escape(line[:room])}[/]"
         self._bar.update(self._task, completed=self.done + self._failed, description=text)
         if self._console.is_terminal:
             self._bar.refresh()

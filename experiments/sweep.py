@@ -29,7 +29,8 @@ SHOWN = {
     "p99_e2el_ms": "p99 E2E, ms",
     "peak_rss_mb": "peak, MB",
 }
-"""Columns of the table that is printed, and their headings; the files have all."""
+"""Figures of the table that is printed, and their headings; the files have all."""
+BORDER = 3
 
 
 def finish(folder: Path) -> bool:
@@ -77,18 +78,20 @@ def make_report(folder: Path) -> tuple[Path | None, bool]:
 
 
 def print_sweep(title: str, table: pd.DataFrame) -> None:
-    """A row for each job and engine: what tells it from the others, and a few figures."""
+    """A row for each job and engine: what tells it from the others, and of a few figures as many as there is room for."""
     told = ["job", "engine", *(name for name in table.attrs["swept"] if name != "engine"), "status"]
-    figures = [name for name in SHOWN if name in table]
+    headings = {name: name.rpartition(".")[2] for name in told} | {name: SHOWN[name] for name in SHOWN if name in table}
+    rows = [{name: cell(row[name]) for name in headings} for row in table.to_dict("records")]
+    console, used = wide_console(), 1
     view = Table(title=title, title_justify="left")
-    for name in told:
-        heading = name.rpartition(".")[2]
-        view.add_column(heading, overflow="fold", min_width=len(heading))
-    for name in figures:
-        view.add_column(SHOWN[name], justify="right")
-    for row in table.to_dict("records"):
-        view.add_row(*(cell(row[name]) for name in (*told, *figures)))
-    wide_console().print(view)
+    for name, heading in headings.items():
+        width = max(map(len, (heading, *(row[name] for row in rows))))
+        used += width + BORDER
+        if name in told or used <= console.width:
+            view.add_column(heading, justify="left" if name in told else "right")
+    for row in rows:
+        view.add_row(*list(row.values())[: len(view.columns)])
+    console.print(view)
 
 
 def cell(value: object) -> str:

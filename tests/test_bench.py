@@ -312,13 +312,6 @@ def test_an_engine_that_dies_ends_the_command_with_1_and_its_failure_in_the_resu
     assert json.loads((Path(result["run"]) / "results.json").read_text()) == result
 
 
-def test_a_sweep_runs_each_job(history: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    command(monkeypatch, bench.main, "--multirun", *SMALL, "seed=1,2")
-    results = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    assert [result["seed"] for result in results] == [1, 2]
-    assert results[0]["workload_hash"] != results[1]["workload_hash"]
-
-
 def test_the_shell_can_complete_what_is_typed(
     history: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

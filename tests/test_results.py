@@ -38,10 +38,10 @@ def test_what_is_no_finished_run_is_refused_with_the_reason(tmp_path: Path) -> N
     assert "no directory of a run" in refusal(run)
     (run / "results.json").write_text('{"foreign": 1}')
     assert "names no engine" in refusal(run)
-    (run / "config.yaml").write_text("a: [")
-    assert "no directory of a run" in refusal(run)
     (run / "environment.json").unlink()
     assert "environment.json" in refusal(run)
+    (run / "config.yaml").write_text("a: [")
+    assert "config.yaml" in refusal(run)
 
 
 def test_all_runs_below_a_folder_are_found_and_nothing_else(tmp_path: Path) -> None:

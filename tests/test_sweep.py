@@ -203,10 +203,13 @@ def test_killed_at_any_moment_no_job_is_lost_or_done_twice(folder: Path) -> None
         launcher = launch("sweep=killed", *axes)
         with contextlib.suppress(subprocess.TimeoutExpired):
             launcher.wait(rng.uniform(0.5, 12))
-        with contextlib.suppress(ProcessLookupError):
-            if rng.random() < 0.3:  # the job alone
-                psutil.Process(launcher.pid).children()[0].kill()
+        if rng.random() < 0.3:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for job in psutil.Process(launcher.pid).children():
+                    job.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 launcher.wait(rng.uniform(0.1, 3))
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(launcher.pid, signal.SIGKILL)
         launcher.communicate()
         if Path("runs/sweeps/killed/jobs.json").exists():
@@ -304,6 +307,7 @@ def test_a_job_is_done_if_its_run_is_whole_and_nothing_failed(tmp_path: Path) ->
         assert not is_done(tmp_path, job)
     assert is_done(tmp_path, job)
     assert not is_done(tmp_path, Job(number=0, digest="a", overrides=(), failure={"kind": "exit code 1"}))
+    assert is_done(tmp_path, Job(number=0, digest="a", overrides=(), failure={"kind": "exit code 3", "final": True}))
     (directory / "results.json").write_text('{"failures": {"torch": {"kind": "died"}}}')
     assert not is_done(tmp_path, job)
 
