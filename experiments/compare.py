@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from common.config import expect
-from experiments.agreement import agree, tokens_equal_share, verdict
+from experiments.agreement import agree, tokens_equal_share
 from experiments.cli import launch
 from experiments.config import CorrectnessConfig, engine_specs, resolved, runs_folder
 from experiments.console import Narrator, print_json, print_table, print_verdict
@@ -31,13 +31,13 @@ def run(config: DictConfig) -> None:
         write_setup(directory, config)
         with Narrator() as narrator:
             figures, windows = measure(plan, directory, narrator)
-            agreements = agree(plan, correctness, directory, narrator)
+            found = agree(plan, correctness, directory, narrator)
         result = setting(config, plan) | {
             "run": str(finished(directory)),
             "engines": figures,
             "ratios": ratios(figures),
             "tokens_equal_share": tokens_equal_share({label: blocks[0] for label, blocks in windows.items()}),
-            **verdict(agreements),
+            **found,
         }
         write_rows(directory, windows)
         write_json(directory / "results.json", result)
