@@ -2,8 +2,8 @@
 
 Four rungs: the same tokens; tokens that part only at ties (`experiments.correctness`); log-probabilities and KL divergence at
 each position; perplexity on a text. For the third the first engine's steps are repeated on every other one that shows its
-steps, on the first one's tokens, and whole rows of logits are compared. Of an engine that does not, the likeliest tokens it reports
-and the rest as one are compared, up to the first divergence: a lower bound of the divergence, and marked as such.
+steps, on the first one's tokens, and whole rows of logits are compared. Of an engine that does not, the likeliest tokens it
+reports and the rest as one are compared, up to the first divergence: a lower bound of the divergence, and marked as such.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Both computed the same step on the same tokens and showed what they computed on the way. Sound engines differ by rounding, which
 grows from layer to layer and with the dtype; so how far apart they may be is measured, not set: a tensor parts where the
-engines are farther from each other than `SURE` times the distance of the nearer one from float64, and than a floor that rounding
-may reach anywhere.
+engines are farther from each other than `SURE` times the distance of the nearer one from float64, and than a floor that
+rounding may reach anywhere.
 """
 
 from __future__ import annotations
