@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,21 +17,26 @@ from experiments.reference import NumpyModel
 from tests.backends import Packer, checkpoint
 from tests.history_runner import HistoryRunner
 
+Case = tuple[str, str, str]
+"""Backend, kernels, dtype."""
 MODEL, PAGES = "tiny-llama", 16
 PROMPTS = [list(range(40, 60)), list(range(7, 18)), [3]]
 BOUND = {"float32": 2e-5, "bfloat16": 0.2}
 """How far a tensor may be from float64, of its root mean square; the largest of two layers was 3e-6 and 0.1."""
-CASES = [("jax", "framework", "float32")] + [
+CASES = [
     (backend, kernels, dtype)
     for backend, kernels in (("jax", "native"), ("torch", "framework"), ("torch", "native"))
     for dtype in ("float32", "bfloat16")
 ]
+COMPILED = ("jax", "framework", "float32")
+"""XLA takes seconds for each program of this one."""
 SHOWN = {
     "framework": ["attn_norm", "q", "k", "v", "attention", "attn_residual", "mlp", "residual"],
     "native": ["q", "attention", "residual"],
 }
 
 
+@cache
 def make_runner(backend: str, kernels: str, dtype: str) -> ModelRunner:
     options: dict[str, Any] = {"kernels": kernels, "dtype": dtype, "device": "cpu", "threads": 1}
     runner = load_backend(
@@ -41,18 +47,14 @@ def make_runner(backend: str, kernels: str, dtype: str) -> ModelRunner:
     return runner
 
 
-@pytest.fixture(scope="module", params=CASES, ids="-".join)
-def case(request: pytest.FixtureRequest) -> tuple[ModelRunner, str, str]:
-    return make_runner(*request.param), request.param[1], request.param[2]
-
-
-def test_what_is_shown_is_what_float64_computes_in_order(case: tuple[ModelRunner, str, str]) -> None:
-    runner, kernels, dtype = case
+@pytest.mark.parametrize("case", [COMPILED, *CASES], ids="-".join)
+def test_what_is_shown_is_what_float64_computes_in_order(case: Case) -> None:
+    runner, (_, kernels, dtype) = make_runner(*case), case
     runner.reset()
     packer = Packer(PAGES, 16, num_rows=4, max_len=64)
     rows = [packer.add(prompt) for prompt in PROMPTS]
     # The first prompt in two pieces, so that there is a past.
-    runner.observe(packer.step([(rows[0], 0, 12)], samples=[]), names=())
+    runner.observe(packer.step([(rows[0], 0, 12)], samples=[]))
     batch = packer.step([(rows[2], 0, 1), (rows[0], 12, 8), (rows[1], 0, 11)])
     taps = runner.observe(batch)
     layers = [f"layers.{layer}.{tensor}" for layer in range(2) for tensor in SHOWN[kernels]]
@@ -78,8 +80,9 @@ def test_what_is_shown_is_what_float64_computes_in_order(case: tuple[ModelRunner
     assert (taps["tokens"] == taps["logits"].argmax(1)).all()
 
 
-def test_an_observed_step_leaves_the_pages_that_a_served_one_leaves(case: tuple[ModelRunner, str, str]) -> None:
-    runner, kernels, dtype = case
+@pytest.mark.parametrize("case", [pytest.param(COMPILED, marks=pytest.mark.accept), *CASES], ids="-".join)
+def test_an_observed_step_leaves_the_pages_that_a_served_one_leaves(case: Case) -> None:
+    runner, (_, kernels, dtype) = make_runner(*case), case
     left = []
     for observe in (False, True):
         runner.reset()
@@ -100,10 +103,11 @@ def test_an_observed_step_leaves_the_pages_that_a_served_one_leaves(case: tuple[
     )
 
 
-def test_a_row_of_logits_for_every_token_can_be_asked_for(case: tuple[ModelRunner, str, str]) -> None:
+@pytest.mark.parametrize("case", [pytest.param(COMPILED, marks=pytest.mark.accept), *CASES], ids="-".join)
+def test_a_row_of_logits_for_every_token_can_be_asked_for(case: Case) -> None:
     from experiments.perplexity import every_row
 
-    runner, *_ = case
+    runner = make_runner(*case)
     runner.reset()
     packer = Packer(PAGES, 16, num_rows=4, max_len=64)
     batch = every_row(packer.step([(packer.add(PROMPTS[0]), 0, 20)]))
