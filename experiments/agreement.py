@@ -109,8 +109,9 @@ class Rounds:
         self._first = self._first or spec
         positions = None
         if first and observes:
-            rows, self._requests = record(engine, self._share, self._trace)
+            rows, requests = record(engine, self._share, self._trace)
             engine.observe("keep_logits", progress, trace=self._trace, file=self._logits)
+            self._requests = requests
         else:
             rows = engine.run(self._share, logprobs=TOP_LOGPROBS).rows
             if observes and self._requests and alike(self._first, spec):

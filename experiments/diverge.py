@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,112 +22,21 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from common.config import Dtype, expect
-from common.schedule.batch import Batch
-from common.schedule.trace import Kind, read_frames, unpack_arrays
 from experiments.agreement import SHAPE, record, small
 from experiments.cli import launch
 from experiments.config import EngineSpec, engine_specs, resolved
 from experiments.console import Narrator, number, print_json, wide_console
-from experiments.correctness import Divergence, weigh
 from experiments.isolate import IsolatedEngine
-from experiments.localise import Finding, Ledger, locate
+from experiments.localise import Finding
 from experiments.measure import Plan, make_plan
-from experiments.observe import Compared, log_softmax
+from experiments.observe import Compared
 from experiments.reference import NumpyModel
 from experiments.rundir import write_json
+from experiments.search import LOGITS, Search, Trace
 from experiments.workload import Workload
 
-LOGITS: Mapping[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.5}
-"""How far apart two rows of logits may be, in their standard deviations, before a step is looked into."""
-LOOKS = 3
-"""Steps that are looked into at most, if none of them shows where it comes from."""
 SHOWN = 5
 """Differing choices that are printed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """Where the engines chose differently on the same history, with logits that agree."""
-
-    step: int
-    request: int
-    divergence: Divergence
-
-
-class Trace:
-    """The recorded steps, with the history of each of their sequences."""
-
-    def __init__(self, path: str, requests: Sequence[Sequence[int]], block_size: int) -> None:
-        frames = list(read_frames(path))
-        landed = {step for kind, step, _ in frames if kind is Kind.RESULT}
-        ledger = Ledger(block_size)
-        self.steps: list[tuple[int, Batch, Sequence[int]]] = []
-        """Number in the trace, batch, and whose sequences it has, of each step that had a result."""
-        self.histories: list[list[list[tuple[int, int]]]] = []
-        """Of each: for each sequence, every token and the step that wrote it."""
-        for kind, step, payload in frames:
-            if kind is Kind.SUBMIT and step in landed:
-                batch = Batch.from_bytes(payload)
-                ledger.write(len(self.steps), batch)
-                self.steps.append((step, batch, requests[step]))
-                self.histories.append(ledger.history(batch))
-
-    def tokens(self, index: int, seq: int) -> list[int]:
-        return [token for token, _ in self.histories[index][seq]]
-
-
-class Search:
-    """Two engines alive side by side over one trace."""
-
-    def __init__(self, pair: Sequence[IsolatedEngine], trace: str, steps: Trace, model: NumpyModel, dtype: Dtype) -> None:
-        self._pair, self._path, self._trace, self._model, self._dtype = pair, trace, steps, model, dtype
-
-    def first(self, rows: Sequence[Compared], scratch: Path, narrator: Narrator) -> Finding | None:
-        """Look into the first steps whose logits part."""
-        suspects: dict[int, list[int]] = {}
-        for row in rows:
-            if not row.error <= LOGITS[self._dtype]:
-                suspects.setdefault(row.step, []).append(row.seq)
-        for index in sorted(suspects)[:LOOKS]:
-            found = self._look(index, suspects[index], scratch, narrator)
-            if found:
-                return found
-        return None
-
-    def _look(self, index: int, seqs: list[int], scratch: Path, narrator: Narrator) -> Finding | None:
-        """What parts first in a step; if that is a key or value which an earlier step wrote, then in that step."""
-        number, batch, requests = self._trace.steps[index]
-        taps = []
-        for engine in self._pair:
-            file = scratch / f"{engine.spec.label}-{number}"
-            narrator.say(f"{engine.spec.label}: step {index}, its insides shown")
-            if not file.exists():
-                progress = narrator.progress(engine.spec.label)
-                engine.observe("taps", progress, trace=self._path, step=number, file=str(file))
-            taps.append(unpack_arrays(file.read_bytes()))
-        narrator.say(f"float64: {len(seqs)} sequence{'s' * (len(seqs) > 1)} of step {index}")
-        histories = [self._trace.tokens(index, seq) for seq in range(batch.num_seqs)]
-        found = locate(batch, index, requests, histories, (taps[0], taps[1]), self._model, self._dtype, seqs)
-        if found is None or found.tensor not in ("keys", "values"):
-            return found
-        seq = list(requests).index(found.request)
-        writer = self._trace.histories[index][seq][found.position][1]
-        if writer == index:
-            return found
-        owners = self._trace.steps[writer][2]
-        earlier = [i for i, owner in enumerate(owners) if owner == found.request] or list(range(len(owners)))
-        return self._look(writer, earlier, scratch, narrator) or found
-
-    def choices(self, rows: Sequence[Compared], tolerance: float) -> list[Choice]:
-        """Every differing choice, with its float64 margin, in order."""
-        found = []
-        for row in rows:
-            if row.tokens[0] != row.tokens[1]:
-                exact = log_softmax(self._model.logits(self._trace.tokens(row.step, row.seq))[-1])
-                reported = [dict(zip(row.tokens, logprobs, strict=True)) for logprobs in row.logprobs]
-                divergence = weigh(row.position, row.tokens, reported, exact, tolerance)
-                found.append(Choice(step=row.step, request=self._trace.steps[row.step][2][row.seq], divergence=divergence))
-        return found
 
 
 def run(config: DictConfig) -> None:
@@ -221,8 +130,7 @@ def examine(
     steps = Trace(trace, requests, first.config.block_size)
     finder = Search(pair, trace, steps, NumpyModel(plan.checkpoint), dtype)
     found = finder.first(rows, scratch, narrator)
-    tolerance = 1e-3 if dtype == "float32" else 0.5
-    choices = [] if found else finder.choices(rows, tolerance)
+    choices = [] if found else finder.choices(rows, narrator)
     labels = (first.label, second.label)
     beyond = [row.error for row in rows if not row.error <= LOGITS[dtype]]
     unjust = [choice for choice in choices if not choice.divergence.justified]
@@ -285,7 +193,9 @@ def sentence(result: Mapping[str, Any]) -> str:
     largest = result["max_logit_error"]
     same = "the same bits" if largest == 0 else f"apart by at most {largest:.1e} standard deviations"
     if result["verdict"] == "tie":
-        return f"No defect: {alike}, {same}. The engines chose differently {len(result['choices'])} times, each time at a tie."
+        times, judged = result["differing_choices"], len(result["choices"])
+        which = "each time at a tie" if times == judged else f"the first {judged} of them at ties; the others were not judged"
+        return f"No defect: {alike}, {same}. The engines chose differently {times} times, {which}."
     return f"No difference: {alike}, {same}, every choice alike."
 
 

@@ -8,7 +8,7 @@ rounding may reach anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -125,30 +125,3 @@ def rows_of(batch: Batch, seq: int, tensor: str, tap: np.ndarray | None = None) 
         rows = np.arange(batch.query_starts[seq], batch.query_starts[seq + 1])
         positions = batch.positions[rows]
     return rows if tap is None else tap[rows], positions
-
-
-class Ledger:
-    """Which token lies in which slot, and since which step, as a trace goes by: how the history of a sequence is known."""
-
-    def __init__(self, block_size: int) -> None:
-        self._block_size = block_size
-        self._tokens: dict[int, tuple[int, int]] = {}
-
-    def write(self, step: int, batch: Batch) -> None:
-        """A step's page copies, then its tokens."""
-        size = self._block_size
-        for source, target in batch.copies[0].tolist():
-            moved = {target * size + i: self._tokens.get(source * size + i) for i in range(size)}
-            self._tokens |= {slot: held for slot, held in moved.items() if held is not None}
-        self._tokens |= {
-            slot: (token, step) for slot, token in zip(batch.slots[0].tolist(), batch.token_ids.tolist(), strict=True)
-        }
-
-    def history(self, batch: Batch) -> list[list[tuple[int, int]]]:
-        """For each sequence of a step that was written: (token, step that wrote it) of every position."""
-        return [list(self._read(batch.page_table[0][seq], int(length))) for seq, length in enumerate(batch.kv_lengths)]
-
-    def _read(self, table: np.ndarray, length: int) -> Iterator[tuple[int, int]]:
-        size = self._block_size
-        for position in range(length):
-            yield self._tokens[int(table[position // size]) * size + position % size]

@@ -29,6 +29,7 @@ class Compared:
     """One logit row of a step as two engines computed it."""
 
     step: int
+    """Of those that had a result, from 0."""
     seq: int
     """The sequence's place in the step."""
     position: int
@@ -65,7 +66,8 @@ class Roll(Recorder):
 
 
 def on_record(engine: Engine, progress: Progress, items: list[Message], trace: str, logprobs: int | None) -> Message:
-    """Run requests as `drive` does, and record the trace. Returns `rows`, and `requests`: whose sequences each step had."""
+    """Run requests as `drive` does, and record the trace. Returns `rows`, and `requests`: whose sequences each step had, of
+    those that had a result."""
     clear(engine)
     roll = Roll(engine, Path(trace))
     engine.runner = roll
@@ -73,7 +75,8 @@ def on_record(engine: Engine, progress: Progress, items: list[Message], trace: s
         window = drive(engine, [Item(**item | {"prompt": tuple(item["prompt"])}) for item in items], logprobs)
     finally:
         engine.runner = roll.stop()
-    return {"rows": [asdict(row) for row in window.rows], "requests": roll.requests}
+    landed = [step for kind, step, _ in read_frames(trace) if kind is Kind.RESULT]
+    return {"rows": [asdict(row) for row in window.rows], "requests": [roll.requests[step] for step in landed]}
 
 
 def on_keep_logits(engine: Engine, progress: Progress, trace: str, file: str) -> Message:

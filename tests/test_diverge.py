@@ -83,6 +83,7 @@ def test_an_engine_that_shows_nothing_is_refused_by_name(
         ("compare", ["engines=[history,history]", "dtype=float16"], "dtype must be"),
         ("compare", ["engins=[history,history]"], "engins"),
         ("bench", [], "a run of one engine"),
+        ("bench", ["engines=[history,histroy]"], "Did you mean 'history'?"),
         ("", [], "no run directory"),
     ],
 )
@@ -126,8 +127,9 @@ def result(**fields: Any) -> Mapping[str, Any]:
 def test_what_was_found_is_said_in_words() -> None:
     assert "No difference: 9 rows of logits in 4 steps, apart by at most 2.0e-06" in sentence(result())
     assert "the same bits" in sentence(result(max_logit_error=0.0))
-    tie = sentence(result(verdict="tie", choices=[CHOICE | {"justified": True}]))
-    assert "No defect" in tie and "at a tie" in tie
+    tie = {"verdict": "tie", "choices": [CHOICE | {"justified": True}]}
+    assert "chose differently 1 times, each time at a tie" in sentence(result(**tie, differing_choices=1))
+    assert "the first 1 of them at ties; the others were not judged" in sentence(result(**tie, differing_choices=7))
     chosen = sentence(result(verdict="defect", choices=[CHOICE | {"justified": False}]))
     assert "step 2, request 1, position 9: jax took 4 and torch 5" in chosen
     nowhere = sentence(result(verdict="defect"))

@@ -19,7 +19,8 @@ from experiments import observe
 from experiments.config import EngineSpec
 from experiments.console import Narrator
 from experiments.diverge import examine
-from experiments.localise import Ledger, part
+from experiments.localise import part
+from experiments.search import Ledger
 from experiments.workload import Item, Workload
 from tests.backends import THREADS, Packer
 from tests.backends import part as module
