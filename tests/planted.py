@@ -1,10 +1,11 @@
-"""Engines with a defect planted in them, for tests of what finds defects. A subclass of a real runner, told by name what to do.
+"""Engines with a defect planted in them, for tests of what finds defects: subclasses of a real runner, told by name what to do.
 
 Steps are counted from the last reset, so that a recording and each repetition of it meet the defect at the same place.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,16 +15,23 @@ from typing import Any
 
 import numpy as np
 
-from common.config import ModelConfig
+from common.config import EngineConfig, ModelConfig
+from common.engine import Engine
 from common.interface import ModelRunner, Pending, Progress, Result
 from common.schedule.batch import VIEWS, Batch
-from common.weights.checkpoint import Checkpoint
+from common.weights.checkpoint import Checkpoint, open_checkpoint
 from common.weights.tiny import RECIPES, _write
+from experiments import observe
+from experiments.config import EngineSpec
+from experiments.drive import Window, drive
+from experiments.workload import Workload
 
 LAYER = 7
 """Where defects of one layer are."""
 STEP = 5
 """When defects of one step happen: all requests of the tests decode then."""
+PAGES = 24
+"""Of an engine in this process, the null page included."""
 
 
 def deep_model(directory: Path) -> Path:
@@ -105,7 +113,7 @@ def planted(base: type[ModelRunner], defect: str) -> type[ModelRunner]:
         def submit(self, batch: Batch) -> Pending:
             with self._defect(batch) as batch:
                 pending = super().submit(batch)
-                return Sampled(pending, batch) if defect == "sampler" else pending
+                return Sampled(pending) if defect == "sampler" else pending
 
         def observe(self, batch: Batch, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
             with self._defect(batch) as batch:
@@ -153,9 +161,40 @@ def shifted_mask(attention: Any) -> Iterator[None]:
 class Sampled(Pending):
     """A step whose tokens are not the likeliest."""
 
-    def __init__(self, pending: Pending, batch: Batch) -> None:
+    def __init__(self, pending: Pending) -> None:
         self._pending = pending
 
     def result(self) -> Result:
         result = self._pending.result()
         return replace(result, tokens=result.tokens ^ 1)
+
+
+class Local:
+    """An engine in this process, with the commands of one in its own."""
+
+    def __init__(self, label: str, runner: ModelRunner, config: EngineConfig, path: Path) -> None:
+        runner.load(open_checkpoint(path))
+        runner.allocate([PAGES])
+        self.spec = EngineSpec(label=label, name=label, config=config)
+        self._engine = Engine(runner, config, num_pages=PAGES)
+
+    def observe(self, what: str, progress: Any = None, **arguments: Any) -> Any:
+        answer = getattr(observe, f"on_{what}")(self._engine, progress or (lambda *_: None), **arguments)
+        return json.loads(json.dumps(answer, default=lambda array: array.tolist()))
+
+    def run(self, workload: Workload, logprobs: int | None = None) -> Window:
+        return drive(self._engine, workload.items, logprobs)
+
+
+def make_local(label: str, backend: str, kernels: str, path: Path, defect: str = "", dtype: str = "float32") -> Local:
+    config = EngineConfig(
+        dtype=dtype,  # type: ignore[arg-type]
+        kernels=kernels,  # type: ignore[arg-type]
+        device="cpu",
+        threads=1,
+        max_num_seqs=4,
+        max_num_batched_tokens=96,
+        max_model_len=64,
+    )
+    kind = import_module(f"{backend}infer").ModelRunner
+    return Local(label, (planted(kind, defect) if defect else kind)(config), config, path)

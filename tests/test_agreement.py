@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from common.config import EngineConfig
 from common.request import Logprobs
+from common.weights import zoo
+from common.weights.checkpoint import open_checkpoint
 from experiments import compare
-from experiments.agreement import Position, alike, at_positions, coarse_kld, reported, small, summarise
-from experiments.config import EngineSpec
+from experiments.agreement import Position, Rounds, alike, at_positions, coarse_kld, reported, small, summarise
+from experiments.agreement import compare as compare_all
+from experiments.config import CorrectnessConfig, EngineSpec
+from experiments.console import Narrator
 from experiments.drive import Row
 from experiments.observe import Compared
+from experiments.perplexity import TEXT, tokenize
 from experiments.workload import Item, Workload
-from tests.history_backend import ROOT, command, history, last_line
+from tests.history_backend import command, history, last_line
+from tests.planted import make_local
 
 __all__ = ["history"]
 SMALL = ("model=tiny-llama", "workload=fixed", "workload.num_requests=3", "workload.output_len=5", "measure.limits_s=0")
@@ -100,25 +108,34 @@ def test_only_engines_of_one_shape_repeat_each_others_steps() -> None:
     assert alike(small(spec(), 4, "float32"), small(spec(max_num_seqs=32), 4, "float32"))
 
 
-def test_a_comparison_climbs_the_whole_ladder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "configs").mkdir()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    text = tmp_path / "text.txt"
-    text.write_text("It was a bright cold day, and the clocks of the town had all stopped at noon. " * 3)
-    shape = "max_num_seqs:4,max_num_batched_tokens:64,max_model_len:256"
-    engines = f"engines=[{{name:torch,kernels:native,{shape}}},{{name:torch,kernels:framework,{shape}}}]"
-    command(monkeypatch, compare.main, *SMALL, engines, "measure=quick", f"correctness.perplexity_text={text}")
-    result = last_line(capsys.readouterr().out)
-    found = result["agreement"]["torch-2"]
-    assert (found["num_positions"], found["num_nonfinite"], found["kld_from"]) == (15, 0, "logits")
-    assert found["top1_agreement"] == 1.0 and 0 <= found["mean_kld"] <= found["max_kld"] < 1e-9
-    assert 0 < found["max_abs_logprob_diff"] < 1e-4
+def test_engines_pass_one_after_the_other_and_the_first_leaves_its_steps(tmp_path: Path) -> None:
+    model = zoo.resolve("tiny-llama")
+    rng = np.random.default_rng(0)
+    share = Workload("w", tuple(Item(0.0, tuple(rng.integers(0, 250, n).tolist()), 5) for n in (9, 20, 33)))
+    text = tokenize(open_checkpoint(model), TEXT)[:150]
+    rounds = Rounds(share, text, tmp_path)
+    with Narrator() as narrator:
+        first, second = (
+            rounds.run(make_local(kernels, "torch", kernels, model), True, narrator)  # type: ignore[arg-type]
+            for kernels in ("native", "framework")
+        )
+        blind = rounds.run(make_local("blind", "torch", "native", model), False, narrator)  # type: ignore[arg-type]
+    assert first.positions is None and second.positions is not None
+    found = summarise(second.positions)
+    assert (found["num_positions"], found["num_nonfinite"], found["top1_agreement"]) == (15, 0, 1.0)
+    assert 0 <= found["mean_kld"] <= found["max_kld"] < 1e-9 and 0 < found["max_abs_logprob_diff"] < 1e-4
     assert [entry["position"] for entry in found["by_position"]] == [0, 1, 2, 3, 4]
-    assert result["perplexity"]["torch"] == pytest.approx(result["perplexity"]["torch-2"], rel=1e-5)
-    assert not list(Path(result["run"]).glob("float32-*"))  # the trace and the logits are gone
+    assert first.perplexity == pytest.approx(second.perplexity, rel=1e-5)
+    assert blind.positions is None and blind.perplexity is None
+    plan: Any = SimpleNamespace(checkpoint=open_checkpoint(model))
+    config = CorrectnessConfig(num_requests=3, output_len=5, tolerance=1e-3)
+    result = compare_all({"a": first, "b": second, "c": blind}, "a", share, plan, config)
+    assert result["unjustified_divergences"] == 0 and set(result["perplexity"]) == {"a", "b"}
+    assert {label: found["kld_from"] for label, found in result["agreement"].items()} == {
+        "b": "logits",
+        "c": "top 5 and rest",
+    }
+    assert compare_all({"b": second}, "a", share, plan, config)["tokens_equal"] is None  # the first failed: nothing is claimed
 
 
 def test_an_engine_that_dies_in_the_float32_pass_fails_alone(

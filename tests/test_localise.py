@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,22 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.config import EngineConfig
-from common.engine import Engine
-from common.interface import ModelRunner
 from common.weights.checkpoint import open_checkpoint
-from experiments import observe
-from experiments.config import EngineSpec
 from experiments.console import Narrator
 from experiments.diverge import examine
 from experiments.localise import part
 from experiments.search import Ledger
 from experiments.workload import Item, Workload
-from tests.backends import THREADS, Packer
-from tests.backends import part as module
-from tests.planted import LAYER, STEP, deep_model, planted
+from tests.backends import Packer
+from tests.planted import LAYER, STEP, Local, deep_model, make_local
 
-PAGES = 24
 LENGTHS = (18, 21, 37)
 """Of the prompts: all longer than the window of 16."""
 SECOND = LENGTHS[1] + STEP - 1
@@ -45,34 +37,6 @@ FOUND = {
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return deep_model(tmp_path_factory.mktemp("deep") / "model")
-
-
-class Local:
-    """An engine in this process, with the commands of one in its own."""
-
-    def __init__(self, label: str, runner: ModelRunner, config: EngineConfig, path: Path) -> None:
-        runner.load(open_checkpoint(path))
-        runner.allocate([PAGES])
-        self.spec = EngineSpec(label=label, name=label, config=config)
-        self._engine = Engine(runner, config, num_pages=PAGES)
-
-    def observe(self, what: str, progress: Any = None, **arguments: Any) -> Any:
-        answer = getattr(observe, f"on_{what}")(self._engine, progress or (lambda *_: None), **arguments)
-        return json.loads(json.dumps(answer, default=lambda array: array.tolist()))
-
-
-def engine(label: str, backend: str, kernels: str, path: Path, defect: str = "", dtype: str = "float32") -> Local:
-    config = EngineConfig(
-        dtype=dtype,  # type: ignore[arg-type]
-        kernels=kernels,  # type: ignore[arg-type]
-        device="cpu",
-        threads=THREADS,
-        max_num_seqs=4,
-        max_num_batched_tokens=96,
-        max_model_len=64,
-    )
-    kind = module(backend, "runner").ModelRunner
-    return Local(label, (planted(kind, defect) if defect else kind)(config), config, path)
 
 
 def share() -> Workload:
@@ -94,7 +58,7 @@ def place(result: Mapping[str, Any]) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("defect", FOUND)
 def test_a_planted_defect_is_named_by_step_request_position_layer_and_tensor(defect: str, deep: Path, tmp_path: Path) -> None:
-    sound, wrong = engine("sound", "torch", "framework", deep), engine("wrong", "torch", "framework", deep, defect)
+    sound, wrong = make_local("sound", "torch", "framework", deep), make_local("wrong", "torch", "framework", deep, defect)
     result = search(sound, wrong, deep, tmp_path)
     assert place(result) == FOUND[defect]
     assert result["verdict"] == "defect" and result["finding"]["wrong"] == ["wrong"]
@@ -103,14 +67,14 @@ def test_a_planted_defect_is_named_by_step_request_position_layer_and_tensor(def
 
 def test_which_of_the_two_is_wrong_does_not_depend_on_their_order(deep: Path, tmp_path: Path) -> None:
     result = search(
-        engine("wrong", "torch", "native", deep, "rope"), engine("sound", "torch", "framework", deep), deep, tmp_path
+        make_local("wrong", "torch", "native", deep, "rope"), make_local("sound", "torch", "framework", deep), deep, tmp_path
     )
     assert place(result) == FOUND["rope"] and result["finding"]["wrong"] == ["wrong"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_sound_engines_that_round_differently_have_no_defect(dtype: str, deep: Path, tmp_path: Path) -> None:
-    pair = [engine(kernels, "torch", kernels, deep, dtype=dtype) for kernels in ("framework", "native")]
+    pair = [make_local(kernels, "torch", kernels, deep, dtype=dtype) for kernels in ("framework", "native")]
     result = search(*pair, deep, tmp_path, dtype)
     assert result["verdict"] != "defect", result["said"]
     assert result["max_logit_error"] > 0
@@ -118,20 +82,22 @@ def test_sound_engines_that_round_differently_have_no_defect(dtype: str, deep: P
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_an_engine_agrees_with_itself_to_the_last_bit(backend: str, deep: Path, tmp_path: Path) -> None:
-    pair = [engine(label, backend, "native", deep) for label in ("a", "b")]
+    pair = [make_local(label, backend, "native", deep) for label in ("a", "b")]
     result = search(*pair, deep, tmp_path)
     assert (result["verdict"], result["max_logit_error"], result["num_positions"]) == ("equal", 0.0, 27)
 
 
 def test_logits_that_are_not_finite_are_a_defect(deep: Path, tmp_path: Path) -> None:
-    result = search(engine("sound", "torch", "native", deep), engine("wrong", "torch", "native", deep, "nan"), deep, tmp_path)
+    result = search(
+        make_local("sound", "torch", "native", deep), make_local("wrong", "torch", "native", deep, "nan"), deep, tmp_path
+    )
     assert place(result) == (STEP, 1, SECOND, None, "logits") and result["finding"]["wrong"] == ["wrong"]
     assert result["max_logit_error"] is None and result["finding"]["errors"]["wrong"] is None
 
 
 def test_a_wrong_choice_from_right_logits_is_a_defect_of_choosing(deep: Path, tmp_path: Path) -> None:
     result = search(
-        engine("sound", "torch", "native", deep), engine("wrong", "torch", "native", deep, "sampler"), deep, tmp_path
+        make_local("sound", "torch", "native", deep), make_local("wrong", "torch", "native", deep, "sampler"), deep, tmp_path
     )
     assert (result["verdict"], result["finding"]) == ("defect", None)
     assert "how a token is chosen: step 0, request 0" in result["said"]
@@ -144,7 +110,7 @@ def test_every_defect_is_named_in_every_engine(backend: str, kernels: str, defec
     if kernels == "native" and defect == "mask":
         pytest.skip("the native mask is inside a kernel; a wrong window reaches it through the configuration")
     other = "torch" if backend == "jax" else "jax"
-    sound, wrong = engine("sound", other, "native", deep), engine("wrong", backend, kernels, deep, defect)
+    sound, wrong = make_local("sound", other, "native", deep), make_local("wrong", backend, kernels, deep, defect)
     result = search(sound, wrong, deep, tmp_path)
     assert place(result) == FOUND[defect]
     assert result["finding"]["wrong"] == ["wrong"]
