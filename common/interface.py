@@ -7,7 +7,7 @@ A request never knows its backend; a backend never sees a request, text, or a po
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module, util
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,8 @@ class Caps:
     vocab_size: int = 1 << 30
     depth: int = 0
     """Steps that may be in flight beside the one being built."""
+    observes: bool = False
+    """Whether the runner has `ModelRunner.observe`."""
 
     def bucket(self, tokens: int, chunked: bool) -> int:
         """The padded size of a step of `tokens` tokens, where any sequence has more than one (`chunked`) or none."""
@@ -186,6 +188,16 @@ class ModelRunner(ABC):
     @abstractmethod
     def submit(self, batch: Batch) -> Pending:
         """Start one step. It runs after every earlier one."""
+
+    def observe(self, batch: Batch, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+        """Run one step as `submit` does, and return what it computes on the way, by name, in the order of computation, float32.
+
+        `embedding` [T, D]; of layer l, with `layers.l.` before it, `attn_norm` [T, D], `q` [T, N, H], `k` and `v` [T, K, H],
+        `attention` [T, N, H], `attn_residual` [T, D], `mlp` [T, D] as it is added, `residual` [T, D]; then `final_norm` [T, D],
+        `logits` [R, V] and `tokens` int32[R]. What lies inside one kernel does not show. `names` limits what is brought to the
+        host. Programs are compiled at the first call. Raises `BackendError` where `caps.observes` is False.
+        """
+        raise BackendError(f"The {self.caps.backend} engine does not show what is inside its steps.")
 
     @abstractmethod
     def read_pages(self, group: int, pages: Sequence[int]) -> dict[str, np.ndarray]:

@@ -1,52 +1,244 @@
-"""The correctness half of a comparison: a pass in float32 over a share of the requests, and what it says."""
+"""The correctness half of a comparison: a pass in float32 over a share of the requests, and what it says.
+
+Four rungs: the same tokens; tokens that part only at ties (`experiments.correctness`); log-probabilities and KL divergence at
+each position; perplexity on a text. For the third the first engine's steps are repeated on every other one that shows its
+steps, on the first one's tokens, and whole rows of logits are compared. Of an engine that does not, the likeliest tokens it
+reports and the rest as one are compared, up to the first divergence: a lower bound of the divergence, and marked as such.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from experiments.config import CorrectnessConfig
+import numpy as np
+
+from common.config import Dtype
+from common.errors import CheckpointError
+from experiments.config import CorrectnessConfig, EngineSpec
 from experiments.console import Narrator
-from experiments.correctness import Agreement, common_prefix, float64_reference, judge
-from experiments.drive import Window
-from experiments.isolate import IsolatedEngine
+from experiments.correctness import Agreement, common_prefix, float64_reference, judge, table
+from experiments.drive import Row, Window
+from experiments.isolate import EngineFailure, IsolatedEngine
 from experiments.measure import Plan
+from experiments.observe import Compared
+from experiments.perplexity import CONTEXT, perplexity, read_text, tokenize
+from experiments.workload import Workload
 
 TOP_LOGPROBS = 5
 """Reported by each engine at each position, so that both choices of a divergence are among them."""
+SHAPE = ("block_size", "num_blocks", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
+"""What two engines must have alike for one to repeat the other's steps."""
 
 
-def agree(plan: Plan, config: CorrectnessConfig, directory: Path, narrator: Narrator) -> dict[str, list[Agreement]]:
-    """Run a share of the requests in float32 on each engine and judge all against the first: label → one for each request."""
-    if config.num_requests == 0:
-        return {}
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Two engines at one output position of one request, on the same history."""
+
+    position: int
+    """Of the output token, from 0."""
+    kld: float
+    """Nats; inf where logits are not finite."""
+    logprob_diff: float
+    """Absolute, of the token that the first engine chose."""
+    same: bool
+    """Whether both hold the same token for the likeliest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passed:
+    """What the pass brought of one engine."""
+
+    spec: EngineSpec
+    rows: tuple[Row, ...]
+    positions: list[Position] | None = None
+    """Against the first engine, from whole rows of logits; None where that was not possible."""
+    perplexity: float | None = None
+
+
+def small(spec: EngineSpec, requests: int, dtype: Dtype) -> EngineSpec:
+    """The engine sized for a few requests: one that compiles a program for each size of step need not compile them all."""
+    seqs = min(spec.config.max_num_seqs, requests)
+    tokens = max(seqs, min(spec.config.max_num_batched_tokens, 256))
+    return replace(spec, config=replace(spec.config, dtype=dtype, max_num_seqs=seqs, max_num_batched_tokens=tokens))
+
+
+def agree(
+    plan: Plan, config: CorrectnessConfig, directory: Path, narrator: Narrator
+) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
+    """Run a share of the requests in float32 on each engine and hold all against the first. Returns what `results.json` has of
+    it, and the engines that failed on the way, which the others are compared without."""
+    if config.num_requests == 0 or len(plan.engines) < 2:
+        return verdict({}) | {"agreement": {}, "perplexity": {}}, {}
     share = plan.workload.share(config.num_requests, config.output_len)
-    outputs: dict[str, Window] = {}
-    for spec in plan.engines:
-        narrator.say(f"float32 pass: {spec.label}")
-        # Sized for the share: an engine that compiles a program for each size of step need not compile them all.
-        seqs = min(spec.config.max_num_seqs, config.num_requests)
-        tokens = max(seqs, min(spec.config.max_num_batched_tokens, 256))
-        small = replace(spec.config, dtype="float32", max_num_seqs=seqs, max_num_batched_tokens=tokens)
-        exact = replace(spec, config=small)
-        with IsolatedEngine(exact, directory / f"{spec.label}-float32.log", plan.measure.timeout_s) as engine:
-            engine.load(plan.checkpoint.path, narrator.progress(spec.label))
-            outputs[spec.label] = engine.run(share, logprobs=TOP_LOGPROBS)
+    text = text_tokens(plan, config, narrator)
+    done: dict[str, Passed] = {}
+    failures: dict[str, dict[str, str]] = {}
+    with TemporaryDirectory(prefix="float32-", dir=directory) as scratch:
+        rounds = Rounds(share, text, Path(scratch))
+        for spec in plan.engines:
+            narrator.say(f"float32 pass: {spec.label}")
+            log, exact = directory / f"{spec.label}-float32.log", small(spec, config.num_requests, "float32")
+            try:
+                with IsolatedEngine(exact, log, plan.measure.timeout_s) as engine:
+                    observes = engine.load(plan.checkpoint.path, narrator.progress(spec.label))["caps"].get("observes", False)
+                    done[spec.label] = rounds.run(engine, observes, narrator)
+            except EngineFailure as failure:
+                failures[spec.label] = failure.record()
+                narrator.alarm(failure.message)
+    return compare(done, share, plan, config), failures
+
+
+class Rounds:
+    """One engine after the other through the pass. The first leaves its trace and its logits for the others."""
+
+    def __init__(self, share: Workload, text: Sequence[int], scratch: Path) -> None:
+        self._share, self._text = share, text
+        self._trace, self._logits = str(scratch / "trace"), str(scratch / "logits")
+        self._first: EngineSpec | None = None
+        self._requests: list[list[int]] | None = None
+
+    def run(self, engine: IsolatedEngine, observes: bool, narrator: Narrator) -> Passed:
+        progress, spec = narrator.progress(engine.spec.label), engine.spec
+        positions = None
+        if self._first is None and observes:
+            rows, requests = record(engine, self._share, self._trace)
+            engine.observe("keep_logits", progress, trace=self._trace, file=self._logits)
+            self._requests = requests
+        else:
+            rows = engine.run(self._share, logprobs=TOP_LOGPROBS).rows
+            if self._first and observes and self._requests and alike(self._first, spec):
+                answer = engine.observe("compare_logits", progress, trace=self._trace, file=self._logits)
+                compared = [Compared.of(row) for row in answer["rows"]]
+                positions = at_positions(compared, self._requests, self._share)
+        value = None
+        if self._text and observes:
+            context = min(CONTEXT, spec.config.max_model_len or CONTEXT)
+            value = perplexity(engine.observe("perplexity", progress, tokens=self._text, context=context))
+        self._first = self._first or spec
+        return Passed(spec=spec, rows=rows, positions=positions, perplexity=value)
+
+
+def record(engine: IsolatedEngine, share: Workload, trace: str) -> tuple[tuple[Row, ...], list[list[int]]]:
+    """Run the share and record its trace; what came out, and whose sequences each step had."""
+    items = [asdict(item) for item in share.items]
+    answer = engine.observe("record", items=items, trace=trace, logprobs=TOP_LOGPROBS)
+    return tuple(map(Row.of, answer["rows"])), answer["requests"]
+
+
+def alike(first: EngineSpec, other: EngineSpec) -> bool:
+    return all(getattr(first.config, name) == getattr(other.config, name) for name in SHAPE)
+
+
+def text_tokens(plan: Plan, config: CorrectnessConfig, narrator: Narrator) -> list[int]:
+    """The text of the fourth rung; nothing where it is not wanted or cannot be."""
+    if not (config.perplexity or config.perplexity_text):
+        return []
+    try:
+        return tokenize(plan.checkpoint, read_text(config.perplexity_text))
+    except CheckpointError as error:
+        narrator.say(f"no perplexity: {error}")
+        return []
+
+
+def at_positions(rows: Sequence[Compared], requests: Sequence[Sequence[int]], share: Workload) -> list[Position]:
+    """What was compared of each step, by output position."""
+    return [
+        Position(
+            position=row.position - len(share.items[requests[row.step][row.seq]].prompt),
+            kld=row.kld,
+            logprob_diff=abs(row.logprobs[0][0] - row.logprobs[1][0]),
+            same=row.tokens[0] == row.tokens[1] and bool(np.isfinite(row.kld)),
+        )
+        for row in rows
+    ]
+
+
+def reported(a: Row, b: Row) -> list[Position]:
+    """The same from the likeliest tokens that two engines report, where both read the same history."""
+    end = common_prefix(a.tokens, b.tokens) + 1
+    found = []
+    for position, (mine, other) in enumerate(zip(a.logprobs[:end], b.logprobs[:end], strict=False)):
+        p, q = table(mine), table(other)
+        if not p or not q:
+            continue
+        token = a.tokens[position]
+        diff = abs(p[token] - q[token]) if token in p and token in q else np.nan
+        same = mine.top_ids[0] == other.top_ids[0] and bool(np.isfinite([*p.values(), *q.values()]).all())
+        found.append(Position(position=position, kld=coarse_kld(p, q), logprob_diff=diff, same=same))
+    return found
+
+
+def coarse_kld(p: Mapping[int, float], q: Mapping[int, float]) -> float:
+    """The divergence of two distributions of which only some log-probabilities are known, all other tokens taken as one: never
+    more than the whole divergence. inf where one is not finite."""
+    both = sorted(p.keys() & q.keys())
+    logs = np.array([[x[token] for token in both] for x in (p, q)]).reshape(2, -1)
+    if not np.isfinite(logs).all():
+        return float("inf")
+    rest = np.maximum(1 - np.exp(logs).sum(axis=1, keepdims=True), 1e-12)
+    known, other = np.concatenate([np.exp(logs), rest], axis=1)
+    return max(0.0, float((known * np.log(known / other)).sum()))
+
+
+def compare(done: Mapping[str, Passed], share: Workload, plan: Plan, config: CorrectnessConfig) -> dict[str, Any]:
+    """All rungs of all engines against the first."""
+    first, base = next(iter(done.items()), (None, None))
+    agreements, figures = {}, {}
     reference = float64_reference(plan.checkpoint)
-    first, *others = outputs
-    return {
-        label: [
-            judge(item.prompt, a.tokens, b.tokens, a.logprobs, b.logprobs, reference, config.tolerance)
-            for item, a, b in zip(share.items, outputs[first].rows, outputs[label].rows, strict=True)
+    for label, other in done.items():
+        if base is None or label == first:
+            continue
+        agreements[label] = [
+            judge(item.prompt, a.tokens, b.tokens, a.logprobs, b.logprobs, reference, config.tolerance, item.output_len)
+            for item, a, b in zip(share.items, base.rows, other.rows, strict=True)
         ]
-        for label in others
+        positions = other.positions
+        coarse = positions is None
+        if positions is None:
+            positions = [position for a, b in zip(base.rows, other.rows, strict=True) for position in reported(a, b)]
+        figures[label] = summarise(positions) | {"kld_from": f"top {TOP_LOGPROBS} and rest" if coarse else "logits"}
+    values = {label: passed.perplexity for label, passed in done.items() if passed.perplexity is not None}
+    return verdict(agreements) | {"agreement": figures, "perplexity": values}
+
+
+def summarise(positions: Sequence[Position]) -> dict[str, Any]:
+    """One engine against the first, over all positions and by position. Where logits are not finite nothing agrees: such
+    positions are counted apart (`num_nonfinite`), and figures of size are of the others, None where there are none."""
+    finite = [position for position in positions if np.isfinite(position.kld)]
+    klds, diffs = ([getattr(p, name) for p in finite] for name in ("kld", "logprob_diff"))
+    known = [diff for diff in diffs if np.isfinite(diff)]
+    of: Callable[[Any, list[float]], float | None] = lambda figure, values: float(figure(values)) if values else None  # noqa: E731
+    by_position = []
+    for number in sorted({position.position for position in positions}):
+        mine = [position for position in positions if position.position == number]
+        sound = [position for position in mine if np.isfinite(position.kld)]
+        by_position.append(
+            {
+                "position": number,
+                "mean_abs_logprob_diff": of(np.mean, [p.logprob_diff for p in sound if np.isfinite(p.logprob_diff)]),
+                "kld": of(np.mean, [p.kld for p in sound]),
+                "same_share": sum(p.same for p in mine) / len(mine),
+            }
+        )
+    return {
+        "num_positions": len(positions),
+        "num_nonfinite": len(positions) - len(finite),
+        "mean_kld": of(np.mean, klds),
+        "p99_kld": of(lambda values: np.percentile(values, 99), klds),
+        "max_kld": of(np.max, klds),
+        "top1_agreement": sum(p.same for p in positions) / len(positions) if positions else None,
+        "mean_abs_logprob_diff": of(np.mean, known),
+        "max_abs_logprob_diff": of(np.max, known),
+        "by_position": by_position,
     }
 
 
 def verdict(agreements: Mapping[str, Sequence[Agreement]]) -> dict[str, Any]:
-    """The whole float32 pass in a few figures; None where it was left out."""
+    """The tokens of the float32 pass in a few figures; None where it was left out."""
     if not agreements:
         return dict.fromkeys(("unjustified_divergences", "tokens_equal", "max_abs_logprob_diff", "first_divergence"))
     divergences = [

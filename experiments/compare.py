@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -18,11 +17,9 @@ from experiments.agreement import agree, tokens_equal_share, verdict
 from experiments.cli import conclude, launch
 from experiments.config import CorrectnessConfig, engine_specs, resolved, runs_folder
 from experiments.console import Narrator, print_comparison, print_json
-from experiments.correctness import Agreement
 from experiments.fail_if import check_keys, parse_conditions
-from experiments.isolate import EngineFailure
 from experiments.job import job_directory
-from experiments.measure import Outcome, Plan, figure_names, make_plan, measure, setting
+from experiments.measure import figure_names, make_plan, measure, setting
 from experiments.records import write_rows, write_steps
 from experiments.rundir import finished, run_directory, write_json, write_setup
 from experiments.statistics import Comparison
@@ -51,7 +48,9 @@ def run(config: DictConfig) -> None:
         write_setup(directory, config)
         with Narrator() as narrator:
             outcome = measure(plan, directory, narrator)
-            agreements = agree_among_survivors(outcome, plan, correctness, directory, narrator)
+            alive = tuple(spec for spec in plan.engines if spec.label in outcome.survivors)
+            found, failed = agree(replace(plan, engines=alive), correctness, directory, narrator)
+        outcome.failures |= failed
         compared = {label: windows[0] for label, windows in outcome.windows.items() if label in outcome.figures}
         result = setting(config, plan) | {
             "run": str(finished(directory)),
@@ -62,7 +61,7 @@ def run(config: DictConfig) -> None:
             "order": outcome.order,
             "stopped": outcome.stopped,
             "tokens_equal_share": tokens_equal_share(compared) if len(compared) > 1 else None,
-            **verdict(agreements),
+            **found,
         }
         write_rows(directory, outcome.windows)
         write_steps(directory, outcome.windows)
@@ -70,23 +69,6 @@ def run(config: DictConfig) -> None:
     print_comparison(f"{plan.model}, {config.dtype}, workload {plan.workload.name}", result)
     print_json(result)
     conclude(conditions, result)
-
-
-def agree_among_survivors(
-    outcome: Outcome, plan: Plan, correctness: CorrectnessConfig, directory: Path, narrator: Narrator
-) -> dict[str, list[Agreement]]:
-    """The float32 pass over the engines that have not failed. One that fails in it is added to the failures, its timed figures
-    stay, and the pass begins again without it."""
-    while len(outcome.survivors) > 1:
-        alive = tuple(spec for spec in plan.engines if spec.label in outcome.survivors)
-        try:
-            return agree(replace(plan, engines=alive), correctness, directory, narrator)
-        except EngineFailure as failure:
-            if failure.label not in outcome.survivors:
-                raise
-            narrator.alarm(failure.message)
-            outcome.failures[failure.label] = failure.record()
-    return {}
 
 
 def ratios(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:

@@ -197,12 +197,20 @@ class CorrectnessConfig:
     num_requests: int
     output_len: int
     tolerance: float
+    perplexity: bool = False
+    perplexity_text: str | None = None
 
     def __post_init__(self) -> None:
         check_integers("correctness", self, num_requests=0, output_len=1)
         expect(
             isinstance(self.tolerance, (int, float)) and self.tolerance > 0,
             f"correctness.tolerance must be a number > 0, got {self.tolerance!r}.",
+        )
+        expect(isinstance(self.perplexity, bool), f"correctness.perplexity must be true or false, got {self.perplexity!r}.")
+        text = self.perplexity_text
+        expect(
+            text is None or (isinstance(text, str) and Path(text).is_file()),
+            f"correctness.perplexity_text must be the path of a text, or null, got {text!r}.",
         )
 
 

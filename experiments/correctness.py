@@ -3,12 +3,14 @@
 Two engines that round differently will now and then choose differently between two tokens that are almost equally likely. Such
 a divergence is justified if the float64 margin between the choices is below twice the error measured at that position, and if
 that error is no larger than rounding explains: a defect widens both. After it the two runs have different histories and are not
-compared.
+compared. Where a log-probability is NaN or infinite nothing agrees, and two engines that both fall short of the tokens that
+were asked for do not agree by that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,7 +34,7 @@ class Divergence:
     tokens: tuple[int | None, int | None]
     """The two choices; None for an engine that had ended."""
     margin: float | None
-    """Float64 distance of their log-probabilities; None where an engine had ended."""
+    """Float64 distance of their log-probabilities; None where an engine had ended, or was not finite."""
     error: float | None
     """The largest error of the two engines' log-probabilities of the two choices."""
     justified: bool
@@ -59,22 +61,25 @@ def judge(
     logprobs_b: Sequence[Logprobs],
     reference: Reference,
     tolerance: float,
+    num_asked: int = 0,
 ) -> Agreement:
     """Compare two greedy outputs of one prompt. `reference` is asked only where they differ.
 
-    `tolerance` is the largest error of a log-probability that rounding explains.
+    `tolerance` is the largest error of a log-probability that rounding explains; `num_asked` tokens were asked of each.
     """
     num_equal = common_prefix(tokens_a, tokens_b)
     num_tokens = max(len(tokens_a), len(tokens_b))
     tables = [(table(a), table(b)) for a, b in zip(logprobs_a, logprobs_b, strict=False)][: num_equal + 1]
     diffs = [a[token] - b[token] for a, b in tables for token in a.keys() & b.keys()]
     divergence = None
-    if num_equal < min(len(tokens_a), len(tokens_b)):
+    if (broken := next((i for i, pair in enumerate(tables) if not finite(pair)), None)) is not None:
+        divergence = unjust(broken, tokens_a, tokens_b)
+    elif num_equal < min(len(tokens_a), len(tokens_b)):
         exact = reference([*prompt, *tokens_a[:num_equal]])
         choices = (tokens_a[num_equal], tokens_b[num_equal])
         divergence = weigh(num_equal, choices, (table(logprobs_a[num_equal]), table(logprobs_b[num_equal])), exact, tolerance)
-    elif num_equal < num_tokens:
-        divergence = ended_early(num_equal, tokens_a, tokens_b)
+    elif num_equal < max(num_tokens, num_asked):
+        divergence = unjust(num_equal, tokens_a, tokens_b)  # ended early: no rounding does that
     return Agreement(
         num_tokens=num_tokens,
         num_equal=num_equal,
@@ -99,8 +104,12 @@ def weigh(
     )
 
 
-def ended_early(position: int, tokens_a: Sequence[int], tokens_b: Sequence[int]) -> Divergence:
-    """One engine stopped where the other went on: no rounding does that."""
+def finite(tables: Sequence[Mapping[int, float]]) -> bool:
+    return all(math.isfinite(logprob) for logprobs in tables for logprob in logprobs.values())
+
+
+def unjust(position: int, tokens_a: Sequence[int], tokens_b: Sequence[int]) -> Divergence:
+    """A divergence that needs no float64 to be judged."""
     a, b = (tokens[position] if position < len(tokens) else None for tokens in (tokens_a, tokens_b))
     return Divergence(position=position, tokens=(a, b), margin=None, error=None, justified=False)
 

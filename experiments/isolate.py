@@ -149,6 +149,10 @@ class IsolatedEngine:
         arguments = {"name": self.spec.name, "model": str(model), "config": asdict(self.spec.config)}
         return self._call("time_kernels", progress, **arguments, shapes=shapes, passes=passes)
 
+    def observe(self, what: str, progress: Progress | None = None, **arguments: Any) -> Message:
+        """What `experiments.observe.on_<what>` returns of this engine, once it is loaded."""
+        return self._call("observe", progress, what=what, **arguments)
+
     def peak_rss_mb(self) -> float:
         return float(self._call("peak_rss_mb")["value"])
 
@@ -327,6 +331,13 @@ class Worker:
 
         steps = [kernels.Shape(*shape) for shape in shapes]
         return pieces.time_kernels(name, open_checkpoint(model), EngineConfig(**config), steps, passes, self.progress)
+
+    def on_observe(self, what: str, **arguments: Any) -> Message:
+        from experiments import observe  # not in a peer's environment
+
+        assert self._engine, "observe before load"
+        answer: Message = getattr(observe, f"on_{what}")(self._engine, self.progress, **arguments)
+        return answer
 
     def on_peak_rss_mb(self) -> Message:
         server = self._engine.stats().get("server_peak_rss_bytes", 0) if self._engine else 0

@@ -9,13 +9,16 @@ Shape letters: DESIGN §7.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from common.config import ModelConfig, Rope
 from common.weights.checkpoint import Checkpoint
+
+Keep = Callable[[str, np.ndarray], None]
+"""Called with the name and the value of what was just computed, as `common.interface.ModelRunner.observe` names them."""
 
 _VOCAB_BLOCK = 1 << 15
 """Rows of the output head that are widened at a time: Gemma's in float64 would be 1.3 GB at once."""
@@ -36,26 +39,38 @@ class NumpyModel:
         other.weights = self.weights
         return other
 
-    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Logits after each token of one sequence that starts at position 0: [T] → [T, V]."""
+    def logits(self, token_ids: Sequence[int], keep: Keep = lambda name, x: None) -> np.ndarray:
+        """Logits after each token of one sequence that starts at position 0: [T] → [T, V]. What is computed on the way goes
+        to `keep`, for every token."""
         c = self.config
         x_TD = self._stored("model.embed_tokens.weight")[np.asarray(token_ids)].astype(self.dtype) * c.embedding_scale
+        keep("embedding", x_TD)
         for layer in range(c.num_layers):
             prefix = f"model.layers.{layer}"
-            a_TD = self._attention(layer, self._norm(f"{prefix}.input_layernorm", x_TD))
+            here: Keep = lambda name, x, layer=layer: keep(f"layers.{layer}.{name}", x)  # type: ignore[misc]  # noqa: E731
+            n_TD = self._norm(f"{prefix}.input_layernorm", x_TD)
+            here("attn_norm", n_TD)
+            a_TD = self._attention(layer, n_TD, here)
             if c.sandwich_norms:
                 x_TD = x_TD + self._norm(f"{prefix}.post_attention_layernorm", a_TD)
                 m_TD = self._mlp(prefix, self._norm(f"{prefix}.pre_feedforward_layernorm", x_TD))
-                x_TD = x_TD + self._norm(f"{prefix}.post_feedforward_layernorm", m_TD)
+                m_TD = self._norm(f"{prefix}.post_feedforward_layernorm", m_TD)
             else:
                 x_TD = x_TD + a_TD
-                x_TD = x_TD + self._mlp(prefix, self._norm(f"{prefix}.post_attention_layernorm", x_TD))
+                m_TD = self._mlp(prefix, self._norm(f"{prefix}.post_attention_layernorm", x_TD))
+            here("attn_residual", x_TD)
+            here("mlp", m_TD)
+            x_TD = x_TD + m_TD
+            here("residual", x_TD)
         x_TD = self._norm("model.norm", x_TD)
+        keep("final_norm", x_TD)
         head_VD = self._stored("model.embed_tokens.weight" if c.tie_embeddings else "lm_head.weight")
         blocks = [head_VD[v : v + _VOCAB_BLOCK].astype(self.dtype) for v in range(0, c.vocab_size, _VOCAB_BLOCK)]
-        return np.concatenate([x_TD @ block.T for block in blocks], axis=1)
+        logits_TV = np.concatenate([x_TD @ block.T for block in blocks], axis=1)
+        keep("logits", logits_TV)
+        return logits_TV
 
-    def _attention(self, layer: int, x_TD: np.ndarray) -> np.ndarray:
+    def _attention(self, layer: int, x_TD: np.ndarray, keep: Keep) -> np.ndarray:
         c, prefix = self.config, f"model.layers.{layer}.self_attn"
         T = len(x_TD)
         q_TNH = self._linear(f"{prefix}.q_proj", x_TD, c.qkv_bias).reshape(T, c.num_heads, c.head_dim)
@@ -65,6 +80,8 @@ class NumpyModel:
             q_TNH, k_TKH = self._norm(f"{prefix}.q_norm", q_TNH), self._norm(f"{prefix}.k_norm", k_TKH)
         turn_TH = rotations(c.ropes[c.layer_rope[layer]], c.head_dim, T).astype(np.result_type(self.dtype, np.complex64))
         q_TNH, k_TKH = _rotate(q_TNH, turn_TH), _rotate(k_TKH, turn_TH)
+        for name, x in (("q", q_TNH), ("k", k_TKH), ("v", v_TKH)):
+            keep(name, x)
         query, key = np.arange(T)[:, None], np.arange(T)[None, :]
         visible = key <= query
         if window := c.layer_window[layer]:
@@ -75,6 +92,7 @@ class NumpyModel:
             scores = np.where(visible, q_TNH[:, head] @ k_TKH[:, shared].T * c.attention_scale, -np.inf)
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))
             out_TNH[:, head] = weights / weights.sum(axis=1, keepdims=True) @ v_TKH[:, shared]
+        keep("attention", out_TNH)
         return self._linear(f"{prefix}.o_proj", out_TNH.reshape(T, -1), c.output_bias)
 
     def _mlp(self, prefix: str, x_TD: np.ndarray) -> np.ndarray:

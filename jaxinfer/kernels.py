@@ -93,13 +93,16 @@ def layer(config: ModelConfig, weights: Weights, number: int, step: Array, pools
 
 
 def layer_in_parts(
-    config: ModelConfig, weights: Weights, number: int, step: Array, pools: Any, x_TD: Array
+    config: ModelConfig, weights: Weights, number: int, step: Array, pools: Any, x_TD: Array, keep: Any = lambda name, x: None
 ) -> tuple[Any, Array]:
-    """As `layer`, the same bits, in three operators: for those who want to change what is between."""
+    """As `layer`, the same bits, in three operators: for those who want to change what is between, or to see it: `keep` is
+    called with "q" and "attention" and their values, which later operators may overwrite."""
     packed, rope = weights.layers[number], weights.ropes[config.layer_rope[number]]
     q = _shape((x_TD.shape[0], config.num_heads, config.head_dim), pools[0].dtype)
     q_TNH, *pools = _call("project", (q, *pools), step, packed, rope, x_TD, *pools, aliases={4: 1, 5: 2})
+    keep("q", q_TNH)
     out_TNH = _call("attend", q, step, packed, *pools, q_TNH, aliases={4: 0})
+    keep("attention", out_TNH)
     return tuple(pools), _call("combine", x_TD, step, packed, out_TNH, x_TD, aliases={3: 0})
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from jaxinfer import kernels
 from jaxinfer.arrays import to_device
 from jaxinfer.cache import copy_pages
 from jaxinfer.device import describe, open_device
+from jaxinfer.observe import Observer
 from jaxinfer.step import Step
 
 _COPIES = 16
@@ -32,6 +33,7 @@ class ModelRunner(interface.ModelRunner):
         self.device = open_device(config.device, config.threads)
         self.state: Any = None  # a State once allocated
         self._step: Any = None  # a step.Step or a kernels.Step once loaded
+        self._observer: Any = None
         self._caps: Any = None
         self._compilations = _count_compilations()
 
@@ -45,7 +47,7 @@ class ModelRunner(interface.ModelRunner):
         native = kernels.usable(self.config, checkpoint.config, self.device)
         step = (kernels.Step if native else Step)(self.config, self.device)
         step.load(checkpoint, positions, progress)
-        self._step = step
+        self._step, self._observer = step, Observer(step)
         self._caps = Caps(
             backend="jax",
             device=describe(self.device),
@@ -57,6 +59,7 @@ class ModelRunner(interface.ModelRunner):
             max_seqs=self.config.max_num_seqs,
             max_model_len=positions,
             vocab_size=self.model_config.vocab_size,
+            observes=True,
         )
 
     def kv_groups(self) -> tuple[KVGroup, ...]:
@@ -81,10 +84,15 @@ class ModelRunner(interface.ModelRunner):
 
     def submit(self, batch: Batch) -> interface.Pending:
         self._expect_open()
-        if batch.copies.shape[1]:
-            self._copy_pages(batch.copies[0])
+        self._copy(batch)
         self.state, fetch = self._step.run(self.state, batch)
         return interface.Fetched(batch, fetch)
+
+    def observe(self, batch: Batch, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+        self._expect_open()
+        self._copy(batch)
+        self.state, taps = self._observer.run(self.state, batch, names)
+        return taps
 
     def read_pages(self, group: int, pages: Sequence[int]) -> dict[str, np.ndarray]:
         return self._step.read_pages(self.state, pages)
@@ -93,11 +101,15 @@ class ModelRunner(interface.ModelRunner):
         self.state = self._step.write_pages(self.state, pages, arrays)
 
     def close(self) -> None:
-        self._step, self.state = None, None
+        self._step, self._observer, self.state = None, None, None
 
     def _expect_open(self) -> None:
         if self._step is None:
             raise BackendError("This runner has no weights: load a checkpoint, or, if it is closed, make a new one.")
+
+    def _copy(self, batch: Batch) -> None:
+        if batch.copies.shape[1]:
+            self._copy_pages(batch.copies[0])
 
     def _copy_pages(self, pairs: np.ndarray) -> None:
         for at in range(0, max(len(pairs), 1), _COPIES):

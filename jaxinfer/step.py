@@ -158,7 +158,15 @@ class Step:
                 view[tuple(slice(size) for size in value.shape)] = value
         return packed
 
-    def _step(self, bucket: _Bucket, weights: tuple[Array, ...], state: State, packed: Array) -> tuple[State, sampling.Sampled]:
+    def _step(
+        self,
+        bucket: _Bucket,
+        weights: tuple[Array, ...],
+        state: State,
+        packed: Array,
+        forward: Any = forward,
+        logits: Any = logits,
+    ) -> tuple[State, sampling.Sampled]:
         """The pure function that is compiled."""
 
         def unpack(entry: tuple[int, tuple[int, ...], Any]) -> Array:

@@ -95,3 +95,16 @@ def test_an_output_that_ends_early_is_not_justified(a: list[int], b: list[int]) 
     divergence = verdict(a, b, [near(0)] * len(a), [near(0)] * len(b)).divergence
     assert divergence is not None and not divergence.justified
     assert divergence.position == 1 and None in divergence.tokens
+
+
+def test_two_engines_that_both_fall_short_do_not_agree_by_that() -> None:
+    agreement = judge([5], [0], [0], [near(0)], [near(0)], lambda ids: EXACT, TOLERANCE, 3)
+    assert agreement.divergence is not None and not agreement.divergence.justified
+    assert (agreement.divergence.position, agreement.divergence.tokens) == (1, (None, None))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_equal_tokens_from_logits_that_are_not_finite_do_not_agree(value: float) -> None:
+    agreement = verdict([0, 0], [0, 0], [near(0), near(value)], [near(0), near(value)])
+    assert agreement.divergence is not None and not agreement.divergence.justified
+    assert agreement.divergence.position == 1

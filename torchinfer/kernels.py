@@ -92,13 +92,16 @@ def layer(config: ModelConfig, weights: Weights, number: int, step: Tensor, pool
 
 
 def layer_in_parts(
-    config: ModelConfig, weights: Weights, number: int, step: Tensor, pools: Any, x_TD: Tensor
+    config: ModelConfig, weights: Weights, number: int, step: Tensor, pools: Any, x_TD: Tensor, keep: Any = lambda name, x: None
 ) -> tuple[Any, Tensor]:
-    """As `layer`, the same bits, in three operators: for those who want to change what is between."""
+    """As `layer`, the same bits, in three operators: for those who want to change what is between, or to see it: `keep` is
+    called with "q" and "attention" and their values, which later operators may overwrite."""
     ops, packed, (k, v) = torch.ops.tandem, weights.layers[number], pools
     q_TNH = torch.empty((x_TD.shape[0], config.num_heads, config.head_dim), dtype=k.dtype, device="cpu")
     ops.project.default(step, packed, weights.ropes[config.layer_rope[number]], x_TD, k, v, q_TNH)
+    keep("q", q_TNH)
     ops.attend.default(step, packed, k, v, q_TNH)
+    keep("attention", q_TNH)
     ops.combine.default(step, packed, q_TNH, x_TD)
     return pools, x_TD
 

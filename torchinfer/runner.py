@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from torchinfer import kernels
 from torchinfer.arrays import to_device
 from torchinfer.cache import copy_pages
 from torchinfer.device import describe, open_device
+from torchinfer.observe import Observer
 from torchinfer.step import Step
 
 
@@ -30,6 +31,7 @@ class ModelRunner(interface.ModelRunner):
         self.device = open_device(config.device, config.threads)
         self.state: Any = None  # a State once allocated
         self._step: Any = None  # a step.Step or a kernels.Step once loaded
+        self._observer: Any = None
         self._caps: Any = None
 
     @property
@@ -42,7 +44,7 @@ class ModelRunner(interface.ModelRunner):
         native = kernels.usable(self.config, checkpoint.config, self.device)
         step = (kernels.Step if native else Step)(self.config, self.device)
         step.load(checkpoint, positions, progress)
-        self._step = step
+        self._step, self._observer = step, Observer(step)
         self._caps = Caps(
             backend="torch",
             device=describe(self.device),
@@ -54,6 +56,7 @@ class ModelRunner(interface.ModelRunner):
             max_seqs=self.config.max_num_seqs,
             max_model_len=positions,
             vocab_size=self.model_config.vocab_size,
+            observes=True,
         )
 
     def kv_groups(self) -> tuple[KVGroup, ...]:
@@ -77,11 +80,15 @@ class ModelRunner(interface.ModelRunner):
 
     def submit(self, batch: Batch) -> interface.Pending:
         self._expect_open()
-        if batch.copies.shape[1]:
-            with torch.inference_mode():
-                copy_pages(self.state.cache, to_device(batch.copies[0].astype(np.int64), self.device))
+        self._copy(batch)
         self.state, fetch = self._step.run(self.state, batch)
         return interface.Fetched(batch, fetch)
+
+    def observe(self, batch: Batch, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+        self._expect_open()
+        self._copy(batch)
+        self.state, taps = self._observer.run(self.state, batch, names)
+        return taps
 
     def read_pages(self, group: int, pages: Sequence[int]) -> dict[str, np.ndarray]:
         return self._step.read_pages(self.state, pages)
@@ -90,7 +97,12 @@ class ModelRunner(interface.ModelRunner):
         self.state = self._step.write_pages(self.state, pages, arrays)
 
     def close(self) -> None:
-        self._step, self.state = None, None
+        self._step, self._observer, self.state = None, None, None
+
+    def _copy(self, batch: Batch) -> None:
+        if batch.copies.shape[1]:
+            with torch.inference_mode():
+                copy_pages(self.state.cache, to_device(batch.copies[0].astype(np.int64), self.device))
 
     def _expect_open(self) -> None:
         if self._step is None:

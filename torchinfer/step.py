@@ -135,7 +135,7 @@ class Step:
             make_plan(batch, self.model_config, self.config.block_size),
         )
 
-    def _step(self, state: State, x: Inputs) -> tuple[State, sampling.Sampled]:
+    def _step(self, state: State, x: Inputs, forward: Any = forward, logits: Any = logits) -> tuple[State, sampling.Sampled]:
         x.token_ids.index_copy_(0, x.fill_at, state.last_tokens[x.fill_row])
         attend = paged_attention(self.model_config, x.plan)
         hidden_TD, cache = forward(self._model, x.token_ids, x.positions, attend, state.cache)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from enum import IntEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -27,6 +27,8 @@ from common.schedule.batch import Batch
 
 if TYPE_CHECKING:
     from common.weights.checkpoint import Checkpoint
+
+T = TypeVar("T")
 
 MAGIC = b"TandemT1"
 FRAME = struct.Struct("<BQQI")
@@ -49,9 +51,9 @@ class Kind(IntEnum):
     RESET = 5
 
 
-def record(runner: ModelRunner, path: Path | str) -> ModelRunner:
+def record(runner: ModelRunner, path: Path | str) -> Recorder:
     """A runner that does what `runner` does and writes every call that changes its state to a new file at `path`."""
-    return _Recorder(runner, Path(path))
+    return Recorder(runner, Path(path))
 
 
 def replay(path: Path | str, runner: ModelRunner) -> Iterator[tuple[int, Batch, Result, Result]]:
@@ -60,19 +62,25 @@ def replay(path: Path | str, runner: ModelRunner) -> Iterator[tuple[int, Batch, 
     The trace allocates the runner's pages if the recording began before that. Steps that raised when they were recorded are
     run, and undone by the reset that follows them, without being yielded. Raises `TraceError` on damage.
     """
-    running: dict[int, tuple[Batch, Pending]] = {}
+    for step, batch, recorded, pending in retrace(path, runner, lambda _, batch: runner.submit(batch)):
+        yield step, batch, recorded, pending.result()
+
+
+def retrace(path: Path | str, runner: ModelRunner, run: Callable[[int, Batch], T]) -> Iterator[tuple[int, Batch, Result, T]]:
+    """As `replay`, with each step done by `run(step, batch)`, which may observe it; yields what that returned."""
+    running: dict[int, tuple[Batch, T]] = {}
     for kind, step, payload in read_frames(path):
         match kind:
             case Kind.ALLOCATE:
                 runner.allocate(_take_pages(unpack_arrays(payload)))
             case Kind.SUBMIT:
                 batch = Batch.from_bytes(payload)
-                running[step] = batch, runner.submit(batch)
+                running[step] = batch, run(step, batch)
             case Kind.RESULT:
                 if step not in running:
                     raise TraceError(f"{path} has a result of step {step}, but no such step before it.")
-                batch, pending = running.pop(step)
-                yield step, batch, _unpack_result(payload), pending.result()
+                batch, done = running.pop(step)
+                yield step, batch, _unpack_result(payload), done
             case Kind.WRITE_PAGES:
                 arrays = unpack_arrays(payload)
                 runner.write_pages(step, _take_pages(arrays), arrays)
@@ -151,8 +159,9 @@ def _unpack_result(payload: bytes) -> Result:
     return Result(**arrays)
 
 
-class _Recorder(ModelRunner):
-    """Passes every call on. A call is written down once it has returned: one that raised never happened, but for its reset."""
+class Recorder(ModelRunner):
+    """Passes every call on. A call is written down once it has returned: one that raised never happened, but for its reset.
+    Steps are not observed while they are recorded."""
 
     def __init__(self, runner: ModelRunner, path: Path) -> None:
         self._runner = runner
@@ -206,9 +215,13 @@ class _Recorder(ModelRunner):
         self._runner.reset()
         self._write(Kind.RESET, 0, b"")
 
-    def close(self) -> None:
+    def stop(self) -> ModelRunner:
+        """End the recording; the runner that was recorded goes on without it."""
         self._file.close()
-        self._runner.close()
+        return self._runner
+
+    def close(self) -> None:
+        self.stop().close()
 
 
 class _Recorded(Pending):

@@ -1,0 +1,244 @@
+"""Why do two engines differ? Their first step, request, position, layer and tensor that part, and which of the two is wrong.
+
+`python -m experiments.diverge RUN`, where RUN is the directory of a comparison. The first engine runs a share of the run's
+requests and its steps are recorded; both repeat them, on the first one's tokens, and whole rows of logits are compared. The
+first step whose logits are farther apart than rounding explains is repeated with its insides shown, and held against float64. A
+choice that differs where nothing exceeds the tolerance is a tie if the float64 margin is within the measured error. Both work
+with the first one's pages and budgets. The last line of standard output is one JSON object, kept as `diverge.json` in RUN.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+from rich.table import Table
+
+from common.config import Dtype, expect
+from experiments.agreement import SHAPE, record, small
+from experiments.cli import launch
+from experiments.config import EngineSpec, engine_specs, resolved
+from experiments.console import Narrator, number, print_json, wide_console
+from experiments.isolate import IsolatedEngine
+from experiments.localise import Finding
+from experiments.measure import Plan, make_plan
+from experiments.observe import Compared
+from experiments.reference import NumpyModel
+from experiments.rundir import write_json
+from experiments.search import LOGITS, Search, Trace
+from experiments.workload import Workload
+
+SHOWN = 5
+"""Differing choices that are printed."""
+
+
+def run(config: DictConfig) -> None:
+    directory = Path(str(config.run))
+    recorded, specs = recorded_run(directory, config)
+    plan = make_plan(recorded, specs)
+    asked = share_of(recorded, config)
+    dtype: Dtype = config.dtype
+    expect(dtype in LOGITS, f"dtype must be float32 or bfloat16, got {dtype!r}.")
+    with Narrator() as narrator, TemporaryDirectory(prefix="diverge-", dir=directory) as scratch:
+        result = search(plan, specs, asked, dtype, directory, Path(scratch), narrator)
+    write_json(directory / "diverge.json", result)
+    print_finding(result)
+    print_json(result)
+
+
+def recorded_run(directory: Path, config: DictConfig) -> tuple[DictConfig, list[EngineSpec]]:
+    """The configuration of a run, and the two engines that are wanted. Raises `ConfigError` for a folder that is no run."""
+    file = directory / "config.yaml"
+    expect(file.is_file(), f"{directory} is no run directory: it has no config.yaml. Give one that compare has made.")
+    recorded = OmegaConf.load(file)
+    assert isinstance(recorded, DictConfig)
+    of_bench = "engines" not in recorded
+    wanted = resolved(config)["engines"]
+    expect(not of_bench or wanted is not None, f"{directory} is a run of one engine; name two, as in engines=[jax,torch].")
+    expect(
+        wanted is None or (isinstance(wanted, list) and len(wanted) == 2),
+        f"engines must name two engines, as in engines=[jax,torch], got {wanted!r}.",
+    )
+    OmegaConf.set_struct(recorded, False)
+    recorded.peers = recorded.get("peers") or []
+    known = {} if of_bench else {spec.label: spec for spec in engine_specs(recorded)}
+    if wanted is None:
+        expect(len(known) >= 2, f"{directory} has {len(known)} engine; name two, as in engines=[jax,torch].")
+        return recorded, list(known.values())[:2]
+    if all(isinstance(label, str) and label in known for label in wanted) and wanted[0] != wanted[1]:
+        return recorded, [known[label] for label in wanted]
+    recorded.engines, recorded.peers = wanted, []
+    return recorded, engine_specs(recorded)
+
+
+def share_of(recorded: DictConfig, config: DictConfig) -> tuple[int, int]:
+    """How many requests of the run's workload, and how many tokens of each."""
+    passed = recorded.get("correctness") or {}
+    asked = []
+    for name, default in (("num_requests", 8), ("output_len", 64)):
+        value = config[name] if config[name] is not None else passed.get(name) or default
+        expect(
+            isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+            f"{name} must be an integer ≥ 1, got {value!r}.",
+        )
+        asked.append(value)
+    return asked[0], asked[1]
+
+
+def search(
+    plan: Plan,
+    specs: Sequence[EngineSpec],
+    asked: tuple[int, int],
+    dtype: Dtype,
+    directory: Path,
+    scratch: Path,
+    narrator: Narrator,
+) -> dict[str, Any]:
+    """The whole of it: both engines in processes of their own; what `diverge.json` holds."""
+    share = plan.workload.share(*asked)
+    first, second = (small(spec, len(share.items), dtype) for spec in specs)
+    second = replace(second, config=replace(second.config, **{name: getattr(first.config, name) for name in SHAPE}))
+    with ExitStack() as stack:
+        pair = []
+        for spec in (first, second):
+            engine = stack.enter_context(IsolatedEngine(spec, directory / f"diverge-{spec.label}.log"))
+            caps = engine.load(plan.checkpoint.path, narrator.progress(spec.label))["caps"]
+            shows = caps.get("observes", False)
+            expect(shows, f"Engine {spec.label} does not show its steps; name two that do, as in engines=[jax,torch].")
+            pair.append(engine)
+        return examine(pair, share, plan, dtype, scratch, narrator)
+
+
+def examine(
+    pair: Sequence[IsolatedEngine], share: Workload, plan: Plan, dtype: Dtype, scratch: Path, narrator: Narrator
+) -> dict[str, Any]:
+    """Record the share on the first engine, repeat it on both, and look for where they part."""
+    first, second = (engine.spec for engine in pair)
+    trace, logits = str(scratch / "trace"), str(scratch / "logits")
+    narrator.say(f"{first.label}: {len(share.items)} requests, recorded")
+    output, requests = record(pair[0], share, trace)
+    pair[0].observe("keep_logits", narrator.progress(first.label), trace=trace, file=logits)
+    answer = pair[1].observe("compare_logits", narrator.progress(second.label), trace=trace, file=logits)
+    rows = [Compared.of(row) for row in answer["rows"]]
+    steps = Trace(trace, requests, first.config.block_size)
+    finder = Search(pair, trace, steps, NumpyModel(plan.checkpoint), dtype)
+    found = finder.first(rows, scratch, narrator)
+    choices = [] if found else finder.choices(rows, narrator)
+    labels = (first.label, second.label)
+    beyond = [row.error for row in rows if not row.error <= LOGITS[dtype]]
+    unjust = [choice for choice in choices if not choice.divergence.justified]
+    verdict = "defect" if found or unjust or beyond else "tie" if choices else "equal"
+    result = {
+        "engines": list(labels),
+        "model": plan.model,
+        "dtype": dtype,
+        "kernels": [spec.config.kernels for spec in (first, second)],
+        "num_requests": len(share.items),
+        "num_tokens": sum(len(row.tokens) for row in output),
+        "num_steps": len(steps.steps),
+        "num_positions": len(rows),
+        "max_logit_error": plain(max((row.error for row in rows), default=0.0)),
+        "max_kld": plain(max((row.kld for row in rows), default=0.0)),
+        "differing_choices": sum(row.tokens[0] != row.tokens[1] for row in rows),
+        "verdict": verdict,
+        "finding": finding_of(found, labels),
+        "choices": [{"step": c.step, "request": c.request} | asdict(c.divergence) for c in choices],
+    }
+    return result | {"said": sentence(result)}
+
+
+def finding_of(found: Finding | None, labels: tuple[str, str]) -> dict[str, Any] | None:
+    """What was found, in plain values; `wrong` names the engine that departs, or both."""
+    if found is None:
+        return None
+    named = asdict(found) | {
+        "difference": plain(found.difference),
+        "errors": dict(zip(labels, map(plain, found.errors), strict=True)),
+    }
+    return named | {"wrong": [label for label, wrong in zip(labels, found.wrong, strict=True) if wrong]}
+
+
+def plain(value: float) -> float | None:
+    """JSON knows no infinity: None is a figure that is not finite."""
+    return float(value) if np.isfinite(value) else None
+
+
+def sentence(result: Mapping[str, Any]) -> str:
+    """The finding in words."""
+    first, second = result["engines"]
+    alike = f"{result['num_positions']} rows of logits in {result['num_steps']} steps"
+    if found := result["finding"]:
+        where = f"layer {found['layer']}, {found['tensor']}" if found["layer"] is not None else found["tensor"]
+        errors = ", ".join(f"{label} by {shown(error)}" for label, error in found["errors"].items())
+        return (
+            f"A defect in {' and '.join(found['wrong'])}: first seen in step {found['step']}, request {found['request']}, "
+            f"position {found['position']}, {where}. There float64 is missed by, in root mean squares: {errors}."
+        )
+    if result["verdict"] == "defect":
+        bad = next((c for c in result["choices"] if not c["justified"]), None)
+        if bad is None:
+            return f"The logits of {first} and {second} part by more than rounding explains, and no tensor shows where."
+        return (
+            f"A defect in how a token is chosen: step {bad['step']}, request {bad['request']}, position {bad['position']}: "
+            f"{first} took {bad['tokens'][0]} and {second} {bad['tokens'][1]}, margin {number(bad['margin'])}, error "
+            f"{number(bad['error'])}; the logits agree."
+        )
+    largest = result["max_logit_error"]
+    same = "the same bits" if largest == 0 else f"apart by at most {largest:.1e} standard deviations"
+    if result["verdict"] == "tie":
+        times, judged = result["differing_choices"], len(result["choices"])
+        which = "each time at a tie" if times == judged else f"the first {judged} of them at ties; the others were not judged"
+        return f"No defect: {alike}, {same}. The engines chose differently {times} times, {which}."
+    return f"No difference: {alike}, {same}, every choice alike."
+
+
+def shown(value: float | None) -> str:
+    return "a value that is not finite" if value is None else f"{value:.1e}"
+
+
+def print_finding(result: Mapping[str, Any]) -> None:
+    console = wide_console()
+    colour = "red" if result["verdict"] == "defect" else "green"
+    console.print(f"[bold {colour}]{result['verdict']}[/]: {result['said']}", highlight=False)
+    table = Table()
+    if found := result["finding"]:
+        headings = ("step", "request", "position", "layer", "tensor", *result["engines"], "apart")
+        cells = [str(found[name]) if found[name] is not None else "–" for name in headings[:5]]
+        cells += [shown(error) for error in (*found["errors"].values(), found["difference"])]
+        for heading in headings:
+            table.add_column(heading, justify="right")
+        table.add_row(*cells)
+    elif result["choices"]:
+        for heading in ("step", "request", "position", *result["engines"], "margin", "error", ""):
+            table.add_column(heading, justify="right")
+        for choice in result["choices"][:SHOWN]:
+            cells = [str(choice[name]) for name in ("step", "request", "position")] + [str(token) for token in choice["tokens"]]
+            cells += [f"{choice[name]:.1e}" for name in ("margin", "error")]
+            table.add_row(*cells, "tie" if choice["justified"] else "defect")
+    if table.columns:
+        console.print(table)
+
+
+def main() -> None:
+    sys.argv[1:] = positional(sys.argv[1:])
+    launch(run, "diverge")
+
+
+def positional(arguments: Sequence[str]) -> list[str]:
+    """A first argument that is no override and no option is the run."""
+    before = ["", *arguments]  # what follows an option is its value
+    bare = lambda i, a: not a.startswith("-") and not before[i].startswith("--config") and ("=" not in a or Path(a).is_dir())  # noqa: E731
+    place = next((i for i, argument in enumerate(arguments) if bare(i, argument)), None)
+    quoted = lambda path: "run='" + path.replace("\\", "\\\\").replace("'", "\\'") + "'"  # noqa: E731
+    return [quoted(argument) if i == place else argument for i, argument in enumerate(arguments)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Where do two engines part: the first request, position, layer and tensor of a step, and which of the two is wrong.
+
+Both computed the same step on the same tokens and showed what they computed on the way. Sound engines differ by rounding, which
+grows from layer to layer and with the dtype; so how far apart they may be is measured, not set: a tensor parts where the
+engines are farther from each other than `SURE` times the distance of the nearer one from float64, and than a floor that
+rounding may reach anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from common.config import Dtype
+from common.schedule.batch import Batch
+from experiments.reference import NumpyModel
+
+Taps = Mapping[str, np.ndarray]
+"""What a step computed, by the names of `ModelRunner.observe` and `experiments.observe.with_context`."""
+
+PER_LAYER = ("attn_norm", "q", "k", "v", "keys", "values", "attention", "attn_residual", "mlp", "residual")
+"""In the order of computation."""
+CONTEXT = {"keys": "k", "values": "v"}
+"""What lies in pages, and what was to be put there."""
+SURE = 8.0
+"""How many times the error of the nearer engine, the largest within the tensor, no rounding makes the other's."""
+FLOOR: Mapping[Dtype, float] = {"float32": 1e-4, "bfloat16": 0.1}
+"""Of a tensor's root mean square: what rounding may reach anywhere."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """The first tensor in which two engines part."""
+
+    step: int
+    request: int
+    position: int
+    """In the request's tokens, prompt first, from 0; of `keys` and `values`, that of the key."""
+    layer: int | None
+    tensor: str
+    difference: float
+    """Of the two engines, the largest within the position, in root mean squares of the tensor; inf where one is not finite."""
+    errors: tuple[float, float]
+    """Of each from float64, likewise."""
+
+    @property
+    def wrong(self) -> tuple[bool, bool]:
+        """Which of the two departs: the one that is farther from float64, or both if they are alike."""
+        first, second = self.errors
+        return not first * 4 < second, not second * 4 < first
+
+
+def names(taps_a: Taps, taps_b: Taps, layers: int) -> list[tuple[int | None, str, str]]:
+    """(layer, tensor, name) of all that both show, in the order of computation."""
+    order: list[tuple[int | None, str, str]] = [(None, "embedding", "embedding")]
+    order += [(layer, tensor, f"layers.{layer}.{tensor}") for layer in range(layers) for tensor in PER_LAYER]
+    order += [(None, tensor, tensor) for tensor in ("final_norm", "logits")]
+    return [entry for entry in order if entry[2] in taps_a and entry[2] in taps_b]
+
+
+def locate(
+    batch: Batch,
+    step: int,
+    requests: Sequence[int],
+    histories: Sequence[Sequence[int]],
+    taps: tuple[Taps, Taps],
+    model: NumpyModel,
+    dtype: Dtype,
+    suspects: Sequence[int] | None = None,
+) -> Finding | None:
+    """The first tensor of a step in which the engines part, over the sequences `suspects` of the batch (default: all).
+
+    `requests` names whose sequence each is, `histories` holds the tokens of each up to the end of this step.
+    """
+    found: list[tuple[int, Finding]] = []
+    for seq in range(batch.num_seqs) if suspects is None else suspects:
+        exact: dict[str, np.ndarray] = {}
+        model.logits(histories[seq], exact.__setitem__)
+        for place, (layer, tensor, name) in enumerate(names(*taps, model.config.num_layers)):
+            truth = exact[name.replace(tensor, CONTEXT.get(tensor, tensor))]
+            a, b, positions = (*(rows_of(batch, seq, tensor, tap[name])[0] for tap in taps), rows_of(batch, seq, tensor)[1])
+            if not len(positions):
+                continue
+            if (parted := part(a, b, truth[positions], FLOOR[dtype])) is None:
+                continue
+            row, difference, errors = parted
+            where = {"step": step, "request": requests[seq], "position": int(positions[row]), "layer": layer, "tensor": tensor}
+            found.append((place, Finding(**where, difference=difference, errors=errors)))  # type: ignore[arg-type]
+            break
+    return min(found, key=lambda entry: entry[0])[1] if found else None
+
+
+def part(a: np.ndarray, b: np.ndarray, exact: np.ndarray, floor: float) -> tuple[int, float, tuple[float, float]] | None:
+    """The first row in which two engines part, of arrays [n, …] whose rows are positions: its number, their difference, and the
+    error of each. None if they do not."""
+    scale = float(np.sqrt(np.mean(exact * exact))) or 1.0
+    differences, *errors = (distances(*pair, scale) for pair in ((a, b), (a, exact), (b, exact)))
+    limit = max(floor, SURE * min(error.max() for error in errors))
+    apart = np.flatnonzero(~(differences <= (limit if np.isfinite(limit) else floor)))
+    if not len(apart):
+        return None
+    row = int(apart[0])
+    return row, float(differences[row]), (float(errors[0][row]), float(errors[1][row]))
+
+
+def distances(a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
+    """float64[n]: how far apart two rows are at most, over `scale`; inf where one is not finite."""
+    with np.errstate(invalid="ignore"):
+        apart = np.abs(a.astype(np.float64) - b).reshape(len(a), -1).max(axis=1) / scale
+    return np.where(np.isfinite(apart), apart, np.inf)
+
+
+def rows_of(batch: Batch, seq: int, tensor: str, tap: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of a tensor that belong to one sequence, and the position of each in its request's tokens."""
+    if tensor in CONTEXT:
+        first = int(batch.kv_lengths[:seq].sum())
+        positions = np.arange(batch.kv_lengths[seq])
+        rows = first + positions
+    elif tensor in ("logits", "tokens"):
+        rows = np.flatnonzero(batch.logit_owner == seq)
+        positions = batch.positions[batch.logit_rows[rows]]
+    else:
+        rows = np.arange(batch.query_starts[seq], batch.query_starts[seq + 1])
+        positions = batch.positions[rows]
+    return rows if tap is None else tap[rows], positions

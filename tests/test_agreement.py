@@ -1,0 +1,162 @@
+"""The third rung of the ladder: how far apart at each position, from whole rows of logits or from what is reported."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.config import EngineConfig
+from common.request import Logprobs
+from common.weights import zoo
+from common.weights.checkpoint import open_checkpoint
+from experiments import compare
+from experiments.agreement import Position, Rounds, alike, at_positions, coarse_kld, reported, small, summarise
+from experiments.agreement import compare as compare_all
+from experiments.config import CorrectnessConfig, EngineSpec
+from experiments.console import Narrator
+from experiments.drive import Row
+from experiments.observe import Compared
+from experiments.perplexity import TEXT, tokenize
+from experiments.workload import Item, Workload
+from tests.history_backend import command, history, last_line
+from tests.planted import make_local
+
+__all__ = ["history"]
+SMALL = ("model=tiny-llama", "workload=fixed", "workload.num_requests=3", "workload.output_len=5", "measure.limits_s=0")
+
+
+def position(number: int, kld: float, diff: float = 0.0, same: bool = True) -> Position:
+    return Position(position=number, kld=kld, logprob_diff=diff, same=same)
+
+
+def test_positions_are_summed_up_as_a_perplexity_tool_does() -> None:
+    klds = [0.001 * i for i in range(100)]
+    found = summarise([position(i % 2, kld, diff=2 * kld, same=i != 99) for i, kld in enumerate(klds)])
+    assert (found["num_positions"], found["num_nonfinite"], found["top1_agreement"]) == (100, 0, 0.99)
+    assert found["mean_kld"] == pytest.approx(np.mean(klds)) and found["max_kld"] == pytest.approx(0.099)
+    assert found["p99_kld"] == pytest.approx(np.percentile(klds, 99))
+    assert found["mean_abs_logprob_diff"] == pytest.approx(2 * np.mean(klds))
+    assert found["max_abs_logprob_diff"] == pytest.approx(0.198)
+    even, odd = found["by_position"]
+    assert (even["position"], even["same_share"], odd["same_share"]) == (0, 1.0, 0.98)
+    assert even["kld"] == pytest.approx(np.mean(klds[::2])) and odd["kld"] == pytest.approx(np.mean(klds[1::2]))
+
+
+def test_a_position_that_is_not_finite_never_agrees_and_hides_in_no_mean() -> None:
+    found = summarise([position(0, 0.5), position(1, math.inf, math.nan, same=False)])
+    assert (found["num_nonfinite"], found["top1_agreement"], found["mean_kld"]) == (1, 0.5, 0.5)
+    assert found["by_position"][1] == {"position": 1, "mean_abs_logprob_diff": None, "kld": None, "same_share": 0.0}
+    every = summarise([position(0, math.inf, math.nan, same=False)])
+    assert (every["mean_kld"], every["max_kld"], every["top1_agreement"]) == (None, None, 0.0)
+    assert summarise([])["top1_agreement"] is None
+
+
+def compared(step: int, seq: int, at: int, tokens: tuple[int, int], kld: float = 0.0) -> Compared:
+    logprobs = ((-1.0, -2.0), (-1.5, -1.2))
+    return Compared(step=step, seq=seq, position=at, tokens=tokens, logprobs=logprobs, error=0.0, kld=kld)
+
+
+def test_rows_of_steps_become_output_positions_of_requests() -> None:
+    share = Workload("w", (Item(0.0, (1, 2, 3), 4), Item(0.0, (1,), 4)))
+    rows = [compared(0, 0, 3, (5, 5)), compared(1, 1, 4, (5, 6)), compared(1, 0, 1, (7, 7), math.inf)]
+    found = at_positions(rows, [[0], [1, 0]], share)
+    assert [p.position for p in found] == [0, 1, 0]
+    assert [p.same for p in found] == [True, False, False]
+    assert found[0].logprob_diff == pytest.approx(0.5)
+
+
+def test_reported_tokens_bound_the_divergence_from_below() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        logits = rng.standard_normal((2, 50)) * [[2.0], [1.8]] + rng.standard_normal(50)
+        logp = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        whole = float((np.exp(logp[0]) * (logp[0] - logp[1])).sum())
+        tops = [{int(i): float(row[i]) for i in np.argsort(-row)[:5]} for row in logp]
+        assert 0 <= coarse_kld(*tops) <= whole + 1e-12
+    assert coarse_kld({1: -1.0}, {1: -1.0}) == 0.0
+    assert coarse_kld({1: -0.1}, {1: -2.0}) > 0.5
+    assert coarse_kld({1: -1.0}, {2: -1.0}) == 0.0  # nothing known of the same token: nothing claimed
+    assert coarse_kld({1: math.nan}, {1: -1.0}) == math.inf
+
+
+def output(*tops: dict[int, float]) -> Row:
+    logprobs = tuple(Logprobs(next(iter(top.values())), 1, list(top), list(top.values())) for top in tops)
+    tokens = tuple(next(iter(top)) for top in tops)
+    return Row(request_id="0", prompt_len=1, output_len=len(tops), scheduled=0, sent=0, tokens=tokens, logprobs=logprobs)
+
+
+def test_reported_positions_end_at_the_first_divergence() -> None:
+    a = output({1: -0.5, 2: -1.0}, {3: -0.5, 4: -1.0}, {5: -0.5, 6: -1.0})
+    b = output({1: -0.6, 2: -1.0}, {4: -0.5, 3: -0.7}, {5: -0.5, 6: -1.0})
+    found = reported(a, b)
+    assert [(p.position, p.same) for p in found] == [(0, True), (1, False)]
+    assert [p.logprob_diff for p in found] == pytest.approx([0.1, 0.2])
+
+
+def spec(**options: int) -> EngineSpec:
+    return EngineSpec(label="x", name="x", config=EngineConfig(**options))  # type: ignore[arg-type]
+
+
+def test_only_engines_of_one_shape_repeat_each_others_steps() -> None:
+    assert alike(spec(), spec(threads=1))
+    assert not alike(spec(), spec(block_size=32)) and not alike(spec(), spec(num_blocks=99))
+    assert alike(small(spec(), 4, "float32"), small(spec(max_num_seqs=32), 4, "float32"))
+
+
+def test_engines_pass_one_after_the_other_and_the_first_leaves_its_steps(tmp_path: Path) -> None:
+    model = zoo.resolve("tiny-llama")
+    rng = np.random.default_rng(0)
+    share = Workload("w", tuple(Item(0.0, tuple(rng.integers(0, 250, n).tolist()), 5) for n in (9, 20, 33)))
+    text = tokenize(open_checkpoint(model), TEXT)[:150]
+    rounds = Rounds(share, text, tmp_path)
+    with Narrator() as narrator:
+        first, second = (
+            rounds.run(make_local(kernels, "torch", kernels, model), True, narrator)  # type: ignore[arg-type]
+            for kernels in ("native", "framework")
+        )
+        blind = rounds.run(make_local("blind", "torch", "native", model), False, narrator)  # type: ignore[arg-type]
+    assert first.positions is None and second.positions is not None
+    found = summarise(second.positions)
+    assert (found["num_positions"], found["num_nonfinite"], found["top1_agreement"]) == (15, 0, 1.0)
+    assert 0 <= found["mean_kld"] <= found["max_kld"] < 1e-9 and 0 < found["max_abs_logprob_diff"] < 1e-4
+    assert [entry["position"] for entry in found["by_position"]] == [0, 1, 2, 3, 4]
+    assert first.perplexity == pytest.approx(second.perplexity, rel=1e-5)
+    assert blind.positions is None and blind.perplexity is None
+    plan: Any = SimpleNamespace(checkpoint=open_checkpoint(model))
+    config = CorrectnessConfig(num_requests=3, output_len=5, tolerance=1e-3)
+    result = compare_all({"a": first, "b": second, "c": blind}, share, plan, config)
+    assert result["unjustified_divergences"] == 0 and set(result["perplexity"]) == {"a", "b"}
+    assert {label: found["kld_from"] for label, found in result["agreement"].items()} == {
+        "b": "logits",
+        "c": "top 5 and rest",
+    }
+    assert compare_all({"b": second}, share, plan, config)["tokens_equal"] is None  # all others failed: nothing is claimed
+
+
+def test_an_engine_that_dies_in_the_float32_pass_fails_alone(
+    history: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = history / "packages" / "frailinfer"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "import os, historyinfer\n"
+        "class ModelRunner(historyinfer.ModelRunner):\n"
+        "    def __init__(self, config):\n"
+        "        if config.dtype == 'float32': os._exit(3)\n"
+        "        super().__init__(config)\n"
+    )
+    (history / "configs" / "engine" / "frail.yaml").write_text("defaults: [history, _self_]\nname: frail\n")
+    with pytest.raises(SystemExit) as exit:
+        command(monkeypatch, compare.main, *SMALL, "engines=[history,frail,history]", "measure=quick")
+    assert exit.value.code == 1
+    result = last_line(capsys.readouterr().out)
+    failure = result["failures"]["frail"]
+    assert failure["kind"] == "died" and "exit code 3" in failure["message"]
+    assert set(result["agreement"]) == {"history-2"} and result["tokens_equal"] is True
+    assert result["agreement"]["history-2"]["kld_from"] == "top 5 and rest"
+    assert result["engines"]["frail"]["completed"] == 3

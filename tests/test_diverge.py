@@ -1,0 +1,144 @@
+"""`experiments.diverge`: from a run directory to a finding, in real processes; its sentences and its refusals."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from experiments import diverge
+from experiments.diverge import positional, sentence
+from experiments.localise import Finding
+from tests.history_backend import history, last_line
+from tests.planted import LAYER, deep_model
+
+__all__ = ["history"]
+SMALL = "kernels:native,max_num_seqs:4,max_num_batched_tokens:64,max_model_len:128,threads:1"
+
+
+def write_run(directory: Path, *overrides: str, command: str = "compare") -> Path:
+    """The directory of a run, as far as it is read: its configuration."""
+    directory.mkdir(parents=True)
+    small = ("workload=fixed", "workload.num_requests=3", "workload.prompt_len=20", "workload.output_len=6", "dtype=float32")
+    with initialize_config_module("configs", version_base="1.3"):
+        config = compose(command, [*small, *overrides])
+    (directory / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+    return directory
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["diverge", "--config-dir", "configs", *arguments])
+    diverge.main()
+
+
+def test_a_defect_in_a_third_backend_is_named_from_a_run_directory(
+    history: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = history / "packages" / "wronginfer"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "import torchinfer\nfrom tests.planted import planted\nModelRunner = planted(torchinfer.ModelRunner, 'rope')\n"
+    )
+    (history / "configs" / "engine" / "wrong.yaml").write_text("defaults: [base, _self_]\nname: wrong\n")
+    model = deep_model(history / "deep")
+    run = write_run(history / "runs" / "a run", "model=path", f"model.name={model}")
+    command(monkeypatch, str(run), f"engines=[{{name:torch,{SMALL}}},{{name:wrong,{SMALL}}}]")
+    printed = capsys.readouterr().out
+    result = last_line(printed)
+    found = result["finding"]
+    assert (found["step"], found["request"], found["position"], found["layer"], found["tensor"]) == (0, 0, 1, LAYER, "q")
+    assert found["wrong"] == ["wrong"] and result["verdict"] == "defect"
+    assert f"layer {LAYER}, q" in result["said"] and "defect" in printed
+    assert json.loads((run / "diverge.json").read_text()) == result
+    assert sorted(path.name for path in run.iterdir()) == [
+        "config.yaml",
+        "diverge-torch.log",
+        "diverge-wrong.log",
+        "diverge.json",
+    ]
+
+
+def test_an_engine_that_shows_nothing_is_refused_by_name(
+    history: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(history / "run", "model=tiny-llama")
+    with pytest.raises(SystemExit) as exit:
+        command(monkeypatch, str(run), "engines=[history,history]")
+    assert exit.value.code == 2
+    assert "history does not show its steps" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("made_by", "arguments", "said"),
+    [
+        ("compare", ["engines=[history]"], "two engines"),
+        ("compare", ["engines=[history,histroy]"], "Did you mean 'history'?"),
+        ("compare", ["engines=[history,history]", "output_len=0"], "output_len must be"),
+        ("compare", ["engines=[history,history]", "dtype=float16"], "dtype must be"),
+        ("compare", ["engins=[history,history]"], "engins"),
+        ("bench", [], "a run of one engine"),
+        ("bench", ["engines=[history,histroy]"], "Did you mean 'history'?"),
+        ("", [], "no run directory"),
+    ],
+)
+def test_a_mistake_is_told_in_one_message_with_exit_code_2(
+    made_by: str,
+    arguments: list[str],
+    said: str,
+    history: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    run = write_run(history / "run", "model=tiny-llama", command=made_by) if made_by else history / "nothing"
+    with pytest.raises(SystemExit) as exit:
+        command(monkeypatch, str(run), *arguments)
+    assert exit.value.code == 2
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1 and said in told[0]
+
+
+def test_the_run_stands_anywhere_among_the_overrides(tmp_path: Path) -> None:
+    odd = tmp_path / "a=b's run"
+    odd.mkdir()
+    assert positional(["--config-dir", "configs", "runs/one", "dtype=float32"]) == [
+        "--config-dir",
+        "configs",
+        "run='runs/one'",
+        "dtype=float32",
+    ]
+    assert positional(["dtype=float32", str(odd)])[1] == "run='" + str(odd).replace("'", "\\'") + "'"
+    assert positional(["run=x", "dtype=float32"]) == ["run=x", "dtype=float32"]
+
+
+CHOICE = {"step": 2, "request": 1, "position": 9, "tokens": (4, 5), "margin": 1e-7, "error": 1e-6}
+
+
+def result(**fields: Any) -> Mapping[str, Any]:
+    base = {"engines": ["jax", "torch"], "num_positions": 9, "num_steps": 4, "max_logit_error": 2e-6, "finding": None}
+    return base | {"choices": [], "verdict": "equal"} | fields
+
+
+def test_what_was_found_is_said_in_words() -> None:
+    assert "No difference: 9 rows of logits in 4 steps, apart by at most 2.0e-06" in sentence(result())
+    assert "the same bits" in sentence(result(max_logit_error=0.0))
+    tie = {"verdict": "tie", "choices": [CHOICE | {"justified": True}]}
+    assert "chose differently 1 times, each time at a tie" in sentence(result(**tie, differing_choices=1))
+    assert "the first 1 of them at ties; the others were not judged" in sentence(result(**tie, differing_choices=7))
+    chosen = sentence(result(verdict="defect", choices=[CHOICE | {"justified": False}]))
+    assert "step 2, request 1, position 9: jax took 4 and torch 5" in chosen
+    nowhere = sentence(result(verdict="defect"))
+    assert "no tensor shows where" in nowhere
+
+
+@pytest.mark.parametrize(
+    ("errors", "wrong"), [((1e-6, 0.5), (False, True)), ((float("inf"), 1e-6), (True, False)), ((0.3, 0.4), (True, True))]
+)
+def test_the_engine_far_from_float64_is_the_wrong_one(errors: tuple[float, float], wrong: tuple[bool, bool]) -> None:
+    found = Finding(step=0, request=0, position=0, layer=0, tensor="q", difference=0.5, errors=errors)
+    assert found.wrong == wrong
