@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +12,6 @@ from experiments.compare import ratios
 from experiments.config import MeasureConfig
 from experiments.correctness import Agreement, Divergence
 from experiments.drive import Row, Window
-from experiments.measure import window_figures
 from tests.history_backend import ROOT, command, history, last_line
 
 __all__ = ["history"]
@@ -147,18 +145,6 @@ def test_compare_runs_both_engines_and_finds_them_equal(
     directory = Path(result["run"])
     assert json.loads((directory / "results.json").read_text()) == result
     assert len((directory / "requests.jsonl").read_text().splitlines()) == 2 * 4 * 3
-
-
-def test_the_harness_tells_its_own_share_of_the_windows() -> None:
-    plan = SimpleNamespace(checkpoint=SimpleNamespace(config=None))
-    spec = SimpleNamespace(config=SimpleNamespace(dtype="float32"))
-
-    def share(*stats: dict[str, float]) -> float | None:
-        windows = [Window((), 2.0, each) for each in stats]
-        return window_figures(windows, plan, spec, None)["harness_overhead_share"]  # type: ignore[arg-type]
-
-    assert share({"driver_seconds": 0.01}, {"driver_seconds": 0.03}) == pytest.approx(0.04 / 4)
-    assert share({"driver_seconds": 0.01}, {}) is None and share() is None
 
 
 def test_the_float32_pass_can_be_left_out(
