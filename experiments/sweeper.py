@@ -20,6 +20,7 @@ from common.errors import TandemError
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from experiments.config import CorrectnessConfig, EngineSpec, engine_spec, engine_specs, resolved
+from experiments.fail_if import parse_conditions
 from experiments.job import task_config
 from experiments.measure import measure_config
 from experiments.progress import told_apart
@@ -74,6 +75,7 @@ def check(config: DictConfig, checkpoints: dict[str, Checkpoint]) -> None:
     """Raises a `TandemError` for a configuration whose run would be refused, as far as that can be told without loading an
     engine. Checkpoints that are opened, which reads no weights, are added to `checkpoints` by name."""
     specs = engine_specs(config) if "engines" in config else [engine_spec(config.engine)]
+    parse_conditions(resolved(config)["fail_if"])
     if "correctness" in config:
         CorrectnessConfig(**known_options(CorrectnessConfig, "correctness", resolved(config.correctness)))
     name = str(resolved(config.model)["name"])

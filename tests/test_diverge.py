@@ -53,13 +53,14 @@ def test_a_defect_in_a_third_backend_is_named_from_a_run_directory(
     result = last_line(printed)
     found = result["finding"]
     assert (found["step"], found["request"], found["position"], found["layer"], found["tensor"]) == (0, 0, 1, LAYER, "q")
-    assert found["wrong"] == ["wrong"] and result["verdict"] == "defect"
+    right, wrong = result["engines"]
+    assert wrong.startswith("wrong-") and found["wrong"] == [wrong] and result["verdict"] == "defect"
     assert f"layer {LAYER}, q" in result["said"] and "defect" in printed
     assert json.loads((run / "diverge.json").read_text()) == result
     assert sorted(path.name for path in run.iterdir()) == [
         "config.yaml",
-        "diverge-torch.log",
-        "diverge-wrong.log",
+        f"diverge-{right}.log",
+        f"diverge-{wrong}.log",
         "diverge.json",
     ]
 
