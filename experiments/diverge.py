@@ -32,7 +32,7 @@ from experiments.measure import Plan, make_plan
 from experiments.observe import Compared
 from experiments.reference import NumpyModel
 from experiments.rundir import write_json
-from experiments.search import LOGITS, Search, Trace
+from experiments.search import LOGITS, LOOKS, Search, Trace
 from experiments.workload import Workload
 
 SHOWN = 5
@@ -132,9 +132,9 @@ def examine(
     found = finder.first(rows, scratch, narrator)
     choices = [] if found else finder.choices(rows, narrator)
     labels = (first.label, second.label)
-    beyond = [row.error for row in rows if not row.error <= LOGITS[dtype]]
+    beyond = {row.step for row in rows if not row.error <= LOGITS[dtype]}
     unjust = [choice for choice in choices if not choice.divergence.justified]
-    verdict = "defect" if found or unjust or beyond else "tie" if choices else "equal"
+    judged = "undecided" if len(beyond) > LOOKS else "tie" if choices else "equal"
     result = {
         "engines": list(labels),
         "model": plan.model,
@@ -147,7 +147,8 @@ def examine(
         "max_logit_error": plain(max((row.error for row in rows), default=0.0)),
         "max_kld": plain(max((row.kld for row in rows), default=0.0)),
         "differing_choices": sum(row.tokens[0] != row.tokens[1] for row in rows),
-        "verdict": verdict,
+        "looked_into": min(len(beyond), 1 if found else LOOKS),
+        "verdict": "defect" if found or unjust else judged,
         "finding": finding_of(found, labels),
         "choices": [{"step": c.step, "request": c.request} | asdict(c.divergence) for c in choices],
     }
@@ -182,16 +183,18 @@ def sentence(result: Mapping[str, Any]) -> str:
             f"position {found['position']}, {where}. There float64 is missed by, in root mean squares: {errors}."
         )
     if result["verdict"] == "defect":
-        bad = next((c for c in result["choices"] if not c["justified"]), None)
-        if bad is None:
-            return f"The logits of {first} and {second} part by more than rounding explains, and no tensor shows where."
+        bad = next(choice for choice in result["choices"] if not choice["justified"])
         return (
             f"A defect in how a token is chosen: step {bad['step']}, request {bad['request']}, position {bad['position']}: "
             f"{first} took {bad['tokens'][0]} and {second} {bad['tokens'][1]}, margin {number(bad['margin'])}, error "
             f"{number(bad['error'])}; the logits agree."
         )
     largest = result["max_logit_error"]
-    same = "the same bits" if largest == 0 else f"apart by at most {largest:.1e} standard deviations"
+    same = "the same bits" if largest == 0 else f"apart by at most {shown(largest)} standard deviations"
+    if looked := result["looked_into"]:
+        same += f", no tensor of the {looked} steps looked into farther from float64 than rounding takes it"
+    if result["verdict"] == "undecided":
+        return f"Undecided: {alike}, {same}; there are more such steps than are looked into."
     if result["verdict"] == "tie":
         times, judged = result["differing_choices"], len(result["choices"])
         which = "each time at a tie" if times == judged else f"the first {judged} of them at ties; the others were not judged"
@@ -205,7 +208,7 @@ def shown(value: float | None) -> str:
 
 def print_finding(result: Mapping[str, Any]) -> None:
     console = wide_console()
-    colour = "red" if result["verdict"] == "defect" else "green"
+    colour = {"defect": "red", "undecided": "yellow"}.get(result["verdict"], "green")
     console.print(f"[bold {colour}]{result['verdict']}[/]: {result['said']}", highlight=False)
     table = Table()
     if found := result["finding"]:

@@ -122,6 +122,7 @@ CHOICE = {"step": 2, "request": 1, "position": 9, "tokens": (4, 5), "margin": 1e
 
 def result(**fields: Any) -> Mapping[str, Any]:
     base = {"engines": ["jax", "torch"], "num_positions": 9, "num_steps": 4, "max_logit_error": 2e-6, "finding": None}
+    base |= {"looked_into": 0}
     return base | {"choices": [], "verdict": "equal"} | fields
 
 
@@ -133,8 +134,9 @@ def test_what_was_found_is_said_in_words() -> None:
     assert "the first 1 of them at ties; the others were not judged" in sentence(result(**tie, differing_choices=7))
     chosen = sentence(result(verdict="defect", choices=[CHOICE | {"justified": False}]))
     assert "step 2, request 1, position 9: jax took 4 and torch 5" in chosen
-    nowhere = sentence(result(verdict="defect"))
-    assert "no tensor shows where" in nowhere
+    noisy = sentence(result(max_logit_error=0.6, looked_into=2))
+    assert "No difference" in noisy and "farther from float64 than rounding takes it" in noisy
+    assert sentence(result(verdict="undecided", max_logit_error=0.6, looked_into=3)).startswith("Undecided")
 
 
 @pytest.mark.parametrize(

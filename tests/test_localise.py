@@ -14,7 +14,7 @@ from common.weights.checkpoint import open_checkpoint
 from experiments.console import Narrator
 from experiments.diverge import examine
 from experiments.localise import part
-from experiments.search import Ledger
+from experiments.search import LOGITS, Ledger
 from experiments.workload import Item, Workload
 from tests.backends import Packer
 from tests.planted import LAYER, STEP, Local, deep_model, make_local
@@ -149,3 +149,14 @@ def test_a_ledger_knows_each_sequences_history_and_who_wrote_it() -> None:
     copied = packer.step([(row, 5, 1)], **views)  # a copy of the second page, and its second token once more
     ledger.write(2, copied)
     assert [writer for _, writer in ledger.history(copied)[0]] == [0, 0, 0, 0, 1, 2]
+
+
+def test_logits_far_apart_that_rounding_explains_are_no_defect(
+    deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a threshold below the rounding of bfloat16 steps are looked into, and nothing is found in them."""
+    monkeypatch.setitem(LOGITS, "bfloat16", 0.05)  # type: ignore[misc]
+    pair = [make_local(kernels, "torch", kernels, deep, dtype="bfloat16") for kernels in ("framework", "native")]
+    result = search(*pair, deep, tmp_path, "bfloat16")
+    assert result["looked_into"] > 0 and result["finding"] is None
+    assert result["verdict"] in ("equal", "tie", "undecided")
