@@ -12,14 +12,17 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from html import escape
+from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.typing import LineStyleType
 
 from experiments.page import Drawing, Table
 
@@ -35,13 +38,13 @@ DARK = {
 """Colour on light paper → on dark."""
 VARIABLES = {colour: f"--{name}" for colour, name in zip(DARK, ("ink", "muted", "grid", "paper", *"abcdefg"), strict=True)}
 """Colour → the variable that takes its place in an SVG."""
-DASHES = ("solid", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
+DASHES: Sequence[LineStyleType] = ("solid", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 MARKERS = "osD^vPX"
 SIZE = (5.3, 3.3)
 """Inches: 382 points wide, so that 9-point text is still read on a screen of 390 pixels."""
 LETTERS = 64
 """Of a legend's labels that one line has room for, 8 of which each key takes."""
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.edgecolor": MUTED,
     "axes.facecolor": "none",
     "axes.grid": True,
@@ -77,7 +80,7 @@ def colour(number: int) -> str:
     return ENGINES[number % len(ENGINES)]
 
 
-def dash(number: int) -> str | tuple[int, tuple[float, ...]]:
+def dash(number: int) -> LineStyleType:
     return DASHES[number % len(DASHES)]
 
 
@@ -92,8 +95,9 @@ def mark(number: int) -> str:
 
 def key(number: int, label: str, line: bool = True) -> Line2D:
     """An engine in a legend."""
-    style = {"linestyle": dash(number)} if line else {"linestyle": "none", "marker": marker(number)}
-    return Line2D([], [], color=colour(number), label=shorten(label), **style)
+    if line:
+        return Line2D([], [], color=colour(number), label=shorten(label), linestyle=dash(number))
+    return Line2D([], [], color=colour(number), label=shorten(label), linestyle="none", marker=marker(number))
 
 
 def draw(
@@ -166,10 +170,10 @@ def theme(selector: str) -> str:
     return f"{selector}{{{light}}}@media (prefers-color-scheme:dark){{{selector}{{{dark}}}}}"
 
 
-def stretch(values: Sequence[float]) -> bool:
-    """Whether positive values span so much that they want a logarithmic axis."""
-    positive = [value for value in values if value > 0]
-    return len(positive) == len(values) > 0 and max(positive) > 25 * min(positive)
+def stretch(values: Sequence[float] | np.ndarray) -> bool:
+    """Whether values are positive and span so much that they want a logarithmic axis."""
+    values = np.asarray(values)
+    return bool(len(values) and values.min() > 0 and values.max() > 25 * values.min())
 
 
 def logarithmic(axes: Axes, which: str) -> None:

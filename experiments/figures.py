@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.typing import FillStyleType
 
 from experiments.canvas import GRID, INK, MUTED, PAPER, colour, dash, draw, key, logarithmic, mark, marker, shorten, stretch
 from experiments.console import number
@@ -121,27 +122,27 @@ def scatter(
     name: str, title: str, points: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x: str, y: str, each: str
 ) -> Drawing | None:
     """Two figures of each `each`, as "block", one mark each; engine → (x, y). None without a point."""
-    points = {label: clean(*pair) for label, pair in points.items()}
-    if not any(len(xs) for xs, _ in points.values()):
+    shown = {label: clean(*pair) for label, pair in points.items()}
+    if not any(len(xs) for xs, _ in shown.values()):
         return None
 
     def paint(axes: Axes) -> None:
-        for i, (xs, ys) in enumerate(points.values()):
+        for i, (xs, ys) in enumerate(shown.values()):
             axes.plot(xs, ys, marker(i), color=colour(i), markersize=6, markeredgecolor=PAPER, gid=mark(i), linestyle="none")
         axes.grid(visible=True, axis="x")
         axes.margins(0.12)
         for which, side in (("x", 0), ("y", 1)):
-            if stretch(np.concatenate([pair[side] for pair in points.values()])):
+            if stretch(np.concatenate([pair[side] for pair in shown.values()])):
                 logarithmic(axes, which)
 
     rows = [
         (label, str(n + 1), number(float(a)), number(float(b)))
-        for label, pair in points.items()
+        for label, pair in shown.items()
         for n, (a, b) in enumerate(zip(*pair, strict=True))
     ]
     middles = "; ".join(
         f"{label}: {number(float(np.median(xs)))} {x} at {number(float(np.median(ys)))} {y}"
-        for label, (xs, ys) in points.items()
+        for label, (xs, ys) in shown.items()
         if len(xs)
     )
     return draw(
@@ -151,7 +152,7 @@ def scatter(
         paint,
         x=x,
         y=y,
-        keys=[key(i, label, line=False) for i, label in enumerate(points)],
+        keys=[key(i, label, line=False) for i, label in enumerate(shown)],
         table=Table(("engine", each, x, y), rows[: 4 * BARS], title),
     )
 
@@ -185,7 +186,7 @@ def roofline(figures: Mapping[str, Mapping[str, Any]], dtype: str) -> Drawing | 
     if not found:
         return None
     knee = peak / bandwidth
-    fills = {"whole run": "full", "decode steps": "none", "steps with prompts": "top"}
+    fills: dict[str, FillStyleType] = {"whole run": "full", "decode steps": "none", "steps with prompts": "top"}
 
     def paint(axes: Axes) -> None:
         at = np.array([*(point[3] for point in found), knee])
@@ -193,8 +194,16 @@ def roofline(figures: Mapping[str, Mapping[str, Any]], dtype: str) -> Drawing | 
         axes.plot(x, np.minimum(x * bandwidth, peak), color=INK, linewidth=1.6)
         axes.axvline(knee, color=GRID, linewidth=1)
         for i, _, phase, intensity, speed in found:
-            style = {"fillstyle": fills[phase], "markerfacecoloralt": PAPER}
-            axes.plot([intensity], [speed], marker(i), color=colour(i), markersize=8, gid=mark(i), **style)
+            axes.plot(
+                [intensity],
+                [speed],
+                marker(i),
+                color=colour(i),
+                markersize=8,
+                gid=mark(i),
+                fillstyle=fills[phase],
+                markerfacecoloralt=PAPER,
+            )
         axes.set_xlim(x[0], x[-1])
         axes.set_ylim(min(point[4] for point in found) / 3, peak * 3)
         logarithmic(axes, "x")

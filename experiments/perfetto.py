@@ -47,7 +47,7 @@ def starts(
     for label, block, sent, times in zip(rows["engine"], rows["block"], rows["sent"], rows["times"], strict=True):
         ends[label, block] = max(ends.get((label, block), 0.0), times[-1] if len(times) else sent)
     if "landed" in steps:
-        for (label, block), end in steps.groupby(["engine", "block"])["landed"].max().items():  # type: ignore[misc]
+        for (label, block), end in steps.groupby(["engine", "block"])["landed"].max().items():
             ends[label, block] = max(ends.get((label, block), 0.0), end)
     begins, now = {}, 0.0
     for block in sorted({block for _, block in ends}):

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.typing import LineStyleType
 
 from experiments.canvas import colour, dash, draw, logarithmic, mark, marker, shorten, stretch
 from experiments.console import number
@@ -58,18 +59,22 @@ def value(cell: Any) -> str:
     return f"{cell:g}" if isinstance(cell, (float, np.floating)) else str(cell)
 
 
+def is_number(cell: Any) -> bool:
+    return isinstance(cell, (int, float, np.number)) and not isinstance(cell, (bool, np.bool_))
+
+
 def over_axis(
     table: pd.DataFrame, engines: Sequence[str], swept: Sequence[str], axis: str, figure: str, title: str, unit: str
 ) -> Drawing | None:
     """`figure` over the values of the option `axis`. None where fewer than two values have it."""
     table = table[table[axis].notna()]
-    numeric = bool(len(table)) and all(isinstance(v, (int, float, np.number)) and not isinstance(v, bool) for v in table[axis])
-    values = sorted(set(table[axis])) if numeric else list(dict.fromkeys(map(value, table[axis])))
+    numbers = sorted(set(map(float, table[axis]))) if all(map(is_number, table[axis])) else []
+    words = list(dict.fromkeys(map(value, table[axis])))
     lines = []
     for one in series(table, engines, [name for name in swept if name not in (axis, "engine")]):
         points = one.points[one.points[figure].notna()]
-        x = points[axis].astype(float) if numeric else points[axis].map(lambda v: values.index(value(v)))
-        middle = pd.Series(points[figure].to_numpy(float), x.to_numpy(float)).groupby(level=0).median()
+        x = [float(v) if numbers else float(words.index(value(v))) for v in points[axis]]
+        middle = pd.Series(points[figure].to_numpy(float), x).groupby(level=0).median()
         if len(middle):
             lines.append((one, middle))
     if len({x for _, middle in lines for x in middle.index}) < 2:
@@ -77,26 +82,21 @@ def over_axis(
 
     def paint(axes: Axes) -> None:
         for n, (one, middle) in enumerate(lines):
-            axes.plot(
-                middle.index,
-                middle.to_numpy(),
-                color=colour(one.engine),
-                linestyle=dash(n) if numeric else "none",
-                marker=marker(one.engine),
-                markersize=5,
-                gid=mark(one.engine),
-            )
-        axes.set_ylim(bottom=0)
-        if not numeric:
-            axes.set_xticks(range(len(values)), [shorten(v, 12) for v in values])
+            line = axes.plot(middle.index, middle.to_numpy(), marker(one.engine), markersize=5, gid=mark(one.engine))[0]
+            line.set_color(colour(one.engine))
+            line.set_linestyle(dash(n) if numbers else "none")
+        axes.set_ylim(0, 1.1 * max(middle.max() for _, middle in lines) or 1.0)
+        if not numbers:
+            axes.set_xticks(range(len(words)), [shorten(word, max(3, 48 // len(words))) for word in words])
             axes.margins(x=0.2)
-        elif stretch(values):
+        elif stretch(numbers):
             logarithmic(axes, "x")
-            if len(values) <= 8:
-                axes.set_xticks(values, [value(v) for v in values])
+            gaps = np.diff(np.log(numbers))
+            if gaps.min() > gaps.sum() / 9:
+                axes.set_xticks(numbers)
 
     rows = [
-        (named(one, engines), values[int(x)] if not numeric else value(x), number(float(y)))
+        (named(one, engines), value(x) if numbers else words[int(x)], number(float(y)))
         for one, middle in lines
         for x, y in middle.items()
     ]
@@ -109,7 +109,7 @@ def over_axis(
         paint,
         x=axis,
         y=unit,
-        keys=[key_of(n, one, engines, numeric) for n, (one, _) in enumerate(lines)],
+        keys=[key_of(n, one, engines, bool(numbers)) for n, (one, _) in enumerate(lines)],
         table=Table(("engine", last(axis), unit), rows, f"{title} over {axis}"),
     )
 
@@ -119,7 +119,7 @@ def named(one: Series, engines: Sequence[str]) -> str:
 
 
 def key_of(n: int, one: Series, engines: Sequence[str], line: bool) -> Line2D:
-    style = dash(n) if line else "none"
+    style: LineStyleType = dash(n) if line else "none"
     return Line2D(
         [],
         [],

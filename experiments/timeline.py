@@ -36,7 +36,7 @@ def timeline(rows: pd.DataFrame, i: int, label: str, until: float) -> Drawing | 
         base = np.zeros(POINTS)
         for _, strength, start, end in spans:
             if single:
-                axes.add_collection(PolyCollection(boxes(start, end), facecolors=colour(i), alpha=strength, linewidths=0))
+                axes.add_collection(PolyCollection(list(boxes(start, end)), facecolors=colour(i), alpha=strength, linewidths=0))
             else:
                 at, counts = alive(start, end, until)
                 axes.fill_between(at, base, base + counts, color=colour(i), alpha=strength, linewidth=0, step="mid")
