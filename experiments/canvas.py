@@ -27,13 +27,13 @@ from matplotlib.typing import LineStyleType
 from experiments.page import Drawing, Table
 
 INK, MUTED, GRID, PAPER = "#1f2430", "#5c6575", "#dfe3ea", "#fefefe"
-ENGINES = ("#1f6fb4", "#d4700f", "#16896a", "#9a4f97", "#a07d08", "#c23f5d", "#58737f")
+ENGINES = ("#1f6fb4", "#d4700f", "#16896a", "#5a2bd0", "#7d1128", "#545006", "#888c96")
 DARK = {
     INK: "#e7e9ee",
     MUTED: "#a2abba",
     GRID: "#343b48",
     PAPER: "#191d25",
-    **dict(zip(ENGINES, ("#6bb1f2", "#f3a354", "#50cfa5", "#d79cd5", "#dfc24d", "#f58da1", "#a3bcc7"), strict=True)),
+    **dict(zip(ENGINES, ("#6bb1f2", "#f3a354", "#50cfa5", "#8a66f2", "#e0486a", "#e8e24c", "#d5d9e2"), strict=True)),
 }
 """Colour on light paper → on dark."""
 VARIABLES = {colour: f"--{name}" for colour, name in zip(DARK, ("ink", "muted", "grid", "paper", *"abcdefg"), strict=True)}
@@ -177,12 +177,13 @@ def stretch(values: Sequence[float] | np.ndarray) -> bool:
 
 
 def logarithmic(axes: Axes, which: str) -> None:
-    """Make axis `x` or `y` logarithmic, with ticks at 1, 2 and 5 where there is room."""
+    """Make axis `x` or `y` logarithmic, with ticks between the powers of ten where there is room."""
     getattr(axes, f"set_{which}scale")("log")
     axis = getattr(axes, f"{which}axis")
     low, high = sorted(axis.get_view_interval())
     decades = math.log10(high / low) if low > 0 else 6.0
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.2 else (1.0,), numticks=8))
+    between = (1.0, 2.0, 5.0) if decades < 2 else (1.0, 3.0) if decades < 3.5 else (1.0,)
+    axis.set_major_locator(LogLocator(subs=between, numticks=8))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(tick))
 

@@ -29,7 +29,7 @@ def speed(results: Mapping[str, Any], engines: Mapping[str, Mapping[str, Any]]) 
     for label in list(engines)[1:]:
         found = comparisons.get(label) or {}
         ratio = found.get("ratio") or (results.get("ratios") or {}).get(label)
-        word = str(found.get("verdict") or "no interval")
+        word = str(found.get("verdict") or f"against {next(iter(engines))}")
         said = found.get("said") or f"{label} gave {number(ratio)} times the output throughput of {next(iter(engines))}."
         yield Verdict(TONES.get(word, "calm"), f"{ratio:.2f}×" if ratio else "–", f"{label} {word}", str(said))
 
@@ -44,7 +44,13 @@ def correctness(results: Mapping[str, Any]) -> Iterator[Verdict]:
         return
     worst = results.get("max_abs_logprob_diff")
     said = f"In float32 {number(results.get('compared_tokens'))} tokens are alike"
-    said += f", log-probabilities within {worst:.1e}." if worst is not None else "."
+    said += (
+        "."
+        if worst is None
+        else f", log-probabilities within {worst:.1e}."
+        if worst
+        else ", log-probabilities to the last bit."
+    )
     if found := results.get("first_divergence"):
         said += (
             f" First difference: {found.get('engine')}, request {found.get('request')}, output token {found.get('position')}, "

@@ -47,10 +47,10 @@ def run_page(run: RunFiles) -> tuple[Page, pd.DataFrame, pd.DataFrame]:
     rows, steps = rows_of(run.directory), steps_of(run.directory)
     engines = list(run.engines)
     until = max((times[-1] for times in window_of(rows, None)["times"] if len(times)), default=1.0)
+    few = any(mine.get("unsupported") for mine in run.engines.values())
+    brackets = "In brackets: a percentile of fewer samples than it needs." if few else ""
     sections = [
-        Section(
-            "Figures", "In brackets: a percentile of fewer samples than it needs.", tables=[figures_table(run.engines, FIGURES)]
-        ),
+        Section("Figures", brackets, tables=[figures_table(run.engines, FIGURES)]),
         kernels_section(run),
         Section(
             "Ratio",

@@ -7,10 +7,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from experiments.canvas import MUTED, colour, draw, shorten
 from experiments.console import number
-from experiments.figures import BARS, POINTS, thinned
+from experiments.figures import BARS, POINTS
 from experiments.page import Drawing, Table
 
 PHASES = (("queue", 0.16), ("admission", 0.3), ("prompt", 0.55), ("decode", 1.0))
@@ -42,6 +43,7 @@ def timeline(rows: pd.DataFrame, i: int, label: str, until: float) -> Drawing | 
                 axes.fill_between(at, base, base + counts, color=colour(i), alpha=strength, linewidth=0, step="mid")
                 base = base + counts
         axes.set_xlim(0, until)
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         if single:
             axes.set_ylim(len(rows), 0)
 
@@ -74,31 +76,27 @@ def alive(start: np.ndarray, end: np.ndarray, until: float) -> tuple[np.ndarray,
 
 
 def batch(steps: pd.DataFrame, i: int, label: str, until: float) -> Drawing | None:
-    """Requests running and waiting, step by step. None where the engine does not tell."""
+    """Requests running and waiting over time. None where the engine does not tell."""
     if not told(steps, "running"):
         return None
-    time = steps["landed"].to_numpy(float)
-    running = steps["running"].to_numpy(float)
-    waiting = steps["waiting"].to_numpy(float) if told(steps, "waiting") else np.zeros(len(steps))
+    edges, running = over_time(steps, "running", until)
+    waiting = over_time(steps, "waiting", until)[1] if told(steps, "waiting") else np.zeros(POINTS)
 
     def paint(axes: Axes) -> None:
-        at, values = thinned(time, running)
-        axes.fill_between(at, 0, values, color=colour(i), alpha=0.3, linewidth=0, step="pre")
-        axes.step(at, values, where="pre", color=colour(i))
-        axes.step(*thinned(time, waiting), where="pre", color=MUTED, linestyle="dashed", linewidth=1.4)
+        axes.stairs(running, edges, fill=True, color=colour(i), alpha=0.3, linewidth=0)
+        axes.stairs(running, edges, baseline=None, color=colour(i), linewidth=1.6)
+        axes.stairs(waiting, edges, baseline=None, color=MUTED, linestyle="dashed", linewidth=1.4)
         axes.set_xlim(0, until)
         axes.set_ylim(0, 1.1 * max(running.max(), waiting.max(), 1))
 
-    totals = [
-        (name, number(float(values.mean())), number(int(values.max())))
-        for name, values in (("running", running), ("waiting", waiting))
-    ]
-    tokens = steps["tokens"].to_numpy(float)
+    most = {name: int(steps[name].max()) if told(steps, name) else 0 for name in ("running", "waiting")}
+    means = {"running": float(running.mean()), "waiting": float(waiting.mean())}
+    rows = [(name, number(means[name]), number(most[name])) for name in means]
     return draw(
         f"batch-{i}",
         f"Batch: {shorten(label)}",
-        f"{len(steps)} steps of {number(float(tokens.mean()))} tokens on average; "
-        + ", ".join(f"{mean} {name} on average, {most} at most" for name, mean, most in totals)
+        f"{len(steps)} steps of {number(float(steps['tokens'].mean()))} tokens on average; over the window "
+        + ", ".join(f"{mean} requests {name} on average, {top} at most" for name, mean, top in rows)
         + ".",
         paint,
         x="s from the start of the window",
@@ -107,43 +105,59 @@ def batch(steps: pd.DataFrame, i: int, label: str, until: float) -> Drawing | No
             Line2D([], [], color=colour(i), label="running"),
             Line2D([], [], color=MUTED, linestyle="dashed", label="waiting"),
         ],
-        table=Table(("requests", "mean", "most"), totals, f"Batch of {label}, one window"),
+        table=Table(("requests", "mean", "most"), rows, f"Batch of {label}, one window"),
     )
 
 
 def occupancy(steps: pd.DataFrame, i: int, label: str, until: float) -> Drawing | None:
-    """The share of pages in use, step by step, and of those that hold no token yet. None where the engine does not tell."""
+    """The share of pages in use over time, and of those that hold no token yet. None where the engine does not tell."""
     if not told(steps, "pages_used") or not told(steps, "pages_total"):
         return None
-    time = steps["landed"].to_numpy(float)
-    total = np.maximum(steps["pages_total"].to_numpy(float), 1)
-    used = steps["pages_used"].to_numpy(float) / total
-    empty = steps["pages_empty"].to_numpy(float) / total if told(steps, "pages_empty") else np.zeros(len(steps))
+    pages = max(int(steps["pages_total"].max()), 1)
+    edges, used = over_time(steps, "pages_used", until)
+    empty = over_time(steps, "pages_empty", until)[1] if told(steps, "pages_empty") else np.zeros(POINTS)
+    used, empty = 100 * used / pages, 100 * empty / pages
 
     def paint(axes: Axes) -> None:
-        at, values = thinned(time, used)
-        _, held = thinned(time, empty)
-        axes.fill_between(at, 0, 100 * (values - held), color=colour(i), alpha=0.55, linewidth=0, step="pre")
-        axes.fill_between(at, 100 * (values - held), 100 * values, color=colour(i), alpha=0.2, linewidth=0, step="pre")
-        axes.step(at, 100 * values, where="pre", color=colour(i))
+        axes.stairs(used - empty, edges, fill=True, color=colour(i), alpha=0.55, linewidth=0)
+        axes.stairs(used, edges, baseline=used - empty, fill=True, color=colour(i), alpha=0.2, linewidth=0)
+        axes.stairs(used, edges, baseline=None, color=colour(i), linewidth=1.6)
         axes.set_xlim(0, until)
-        axes.set_ylim(0, max(1.0, min(100.0, 115 * used.max())))
+        axes.set_ylim(0, min(102.0, 1.15 * used.max()) or 1.0)
 
-    pages = number(int(total.max()))
-    rows = [(name, f"{v.mean():.1%}", f"{v.max():.1%}") for name, v in (("in use", used), ("held, still empty", empty))]
+    top = [float(steps[name].max()) / pages if told(steps, name) else 0.0 for name in ("pages_used", "pages_empty")]
+    rows = [
+        (name, f"{values.mean():.1f}%", f"{most:.1%}")
+        for name, values, most in zip(("in use", "held, still empty"), (used, empty), top, strict=True)
+    ]
     return draw(
         f"pages-{i}",
         f"Pages in use: {shorten(label)}",
-        f"Of {pages} pages {rows[0][1]} are in use on average, {rows[0][2]} at most; {rows[1][1]} are held and still empty.",
+        f"Of {pages:,} pages {rows[0][1]} are in use on average, {rows[0][2]} at most; {rows[1][1]} are held and still empty.",
         paint,
         x="s from the start of the window",
-        y=f"% of {pages} pages",
+        y=f"% of {pages:,} pages",
         keys=[
             Line2D([], [], color=colour(i), alpha=0.55, linewidth=6, label="with tokens"),
             Line2D([], [], color=colour(i), alpha=0.2, linewidth=6, label="held, still empty"),
         ],
         table=Table(("pages", "mean", "most"), rows, f"Pages of {label}, one window"),
     )
+
+
+def over_time(steps: pd.DataFrame, column: str, until: float) -> tuple[np.ndarray, np.ndarray]:
+    """Edges of `POINTS` equal spans of [0, until], and the mean of a step's figure over the time in each.
+
+    A step's figure holds from the landing of the one before it until its own; if that one landed more than a span before this
+    one was submitted, the engine was idle in between, and the figure is 0.
+    """
+    submitted, landed = steps["submitted"].to_numpy(float), steps["landed"].to_numpy(float)
+    before = np.concatenate([submitted[:1], landed[:-1]])
+    begin = np.where(submitted - before > until / POINTS, submitted, before)
+    area = np.cumsum(steps[column].to_numpy(float) * (landed - begin))
+    times, areas = np.stack([begin, landed], 1).ravel(), np.stack([np.concatenate([[0.0], area[:-1]]), area], 1).ravel()
+    edges = np.linspace(0, until, POINTS + 1)
+    return edges, np.diff(np.interp(edges, times, areas)) * POINTS / until
 
 
 def told(frame: pd.DataFrame, column: str, every: bool = True) -> bool:

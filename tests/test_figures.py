@@ -25,16 +25,37 @@ def a_drawing(title: str = "A title", name: str = "one") -> Drawing:
     return canvas.draw(name, title, "What is to be seen", lambda axes: axes.plot([0, 1], [2, 3]), x="x", y="y")
 
 
+def linear(colour: str) -> np.ndarray:
+    """Linear sRGB, float64[3]."""
+    channels = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+
+
+PROTANOPE = [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+DEUTERANOPE = [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+"""How they see linear sRGB: Machado, Oliveira & Fernandes 2009, doi:10.1109/TVCG.2009.113."""
+XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+
+
+def lab(rgb: np.ndarray) -> np.ndarray:
+    """CIE L*a*b* of linear sRGB."""
+    x, y, z = np.cbrt(XYZ @ np.clip(rgb, 1e-6, 1) / XYZ.sum(1))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize(
+    "sight", [np.eye(3), np.array(PROTANOPE), np.array(DEUTERANOPE)], ids=["all", "protanope", "deuteranope"]
+)
+def test_the_colours_of_engines_are_told_apart_by_the_colour_blind(sight: np.ndarray) -> None:
+    for colours in (canvas.ENGINES, [canvas.DARK[engine] for engine in canvas.ENGINES]):
+        seen = [lab(sight @ linear(colour)) for colour in colours]
+        assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 12  # about 2 can just be noticed
+
+
 def contrast(one: str, other: str) -> float:
     """Of WCAG 2: the ratio of relative luminances."""
 
-    def luminance(colour: str) -> float:
-        channels = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
-        return float(
-            np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
-        )
-
-    low, high = sorted((luminance(one), luminance(other)))
+    low, high = sorted(float(XYZ[1] @ linear(colour)) for colour in (one, other))
     return (high + 0.05) / (low + 0.05)
 
 
@@ -130,6 +151,15 @@ def test_a_figure_of_ten_thousand_requests_is_no_larger_than_one_of_few() -> Non
         assert drawing is not None and len(drawing.svg) < 150_000
 
 
+def test_what_steps_tell_is_averaged_over_time_and_nothing_runs_where_there_are_none() -> None:
+    steps = pd.DataFrame({"submitted": [0.0, 1.001, 6.0], "landed": [1.0, 3.0, 7.5], "running": [2, 4, 6]})
+    edges, values = timeline.over_time(steps, "running", 9.0)
+    assert len(edges) == len(values) + 1 == timeline.POINTS + 1
+    at = lambda t: values[np.searchsorted(edges, t) - 1]  # noqa: E731
+    assert [at(t) for t in (0.5, 2.5, 4.5, 7.0, 8.5)] == pytest.approx([2, 4, 0, 6, 0])
+    assert values.mean() * 9 == pytest.approx(2 * 1 + 4 * 2 + 6 * 1.5)  # no time is lost, however wide the spans
+
+
 def test_requests_are_bars_until_there_are_too_many() -> None:
     rows, _ = simulate(np.random.default_rng(0), figures.BARS + 1, 1.0, 5)
     few, many = (timeline.timeline(frame(rows[:count]), 2, "jax", 1.0) for count in (10, figures.BARS + 1))
@@ -138,7 +168,9 @@ def test_requests_are_bars_until_there_are_too_many() -> None:
 
 
 def test_an_engine_that_does_not_tell_has_no_figure_of_its_steps() -> None:
-    steps = pd.DataFrame({"landed": [0.1, 0.2], "tokens": [3, 4], "running": [None, None], "pages_used": [1, 2]})
+    steps = pd.DataFrame(
+        {"submitted": [0.0, 0.1], "landed": [0.1, 0.2], "tokens": [3, 4], "running": [None, None], "pages_used": [1, 2]}
+    )
     assert timeline.batch(steps, 0, "hf", 1.0) is None and timeline.occupancy(steps, 0, "hf", 1.0) is None
     assert timeline.batch(pd.DataFrame(columns=["landed", "running"]), 0, "hf", 1.0) is None
     assert timeline.timeline(frame([{"sent": 0.0, "scheduled": 0.0, "times": []}]), 0, "hf", 1.0) is None
