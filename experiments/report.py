@@ -1,0 +1,80 @@
+"""A report of a run or a sweep: `python -m experiments.report RUN_OR_SWEEP`.
+
+Into its directory go `report.html` (one file, for any browser), `report.md` (for a pull request), `figures/` and, of a run,
+`trace.perfetto.json`. All of it is made before any of it is put in place: a crash leaves the report that was there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from common.config import expect
+from common.errors import TandemError
+from experiments import canvas, page, perfetto
+from experiments.cli import USER_ERROR, fail
+from experiments.results import is_sweep, open_run
+from experiments.run_report import run_page
+from experiments.sweep_report import sweep_page
+
+HTML = "report.html"
+
+
+def write_report(directory: Path) -> Path:
+    """Write the report of a run, or of a sweep, into its directory. Returns the path of the page.
+
+    Raises `ConfigError` for a folder that is neither."""
+    expect(directory.is_dir(), f"A report needs the folder of a run or of a sweep; {directory} is none.")
+    files: dict[str, bytes] = {}
+    if is_sweep(directory):
+        made = sweep_page(directory)
+    else:
+        run = open_run(directory)
+        made, rows, steps = run_page(run)
+        trace = perfetto.trace(rows, steps, list(run.engines), run.results.get("order") or ())
+        files["trace.perfetto.json"] = json.dumps(trace, separators=(",", ":")).encode()
+    for drawing in made.drawings:
+        files[f"figures/{drawing.name}.svg"] = canvas.standalone(drawing.svg).encode()
+        files[f"figures/{drawing.name}.png"] = drawing.png
+    files["report.md"] = page.markdown(made).encode()
+    colours = [f"var({canvas.VARIABLES[canvas.colour(i)]})" for i in range(len(made.engines))]
+    files[HTML] = page.html(made, canvas.theme(":root"), colours).encode()
+    put(directory, files)
+    return directory / HTML
+
+
+def put(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Put all files in place, each whole; figures of an older report that are no longer made go. The page comes last."""
+    scratch = Path(tempfile.mkdtemp(prefix=".report-", dir=directory))
+    try:
+        for name, data in files.items():
+            (scratch / name).parent.mkdir(exist_ok=True)
+            (scratch / name).write_bytes(data)
+        for name in files:
+            (directory / name).parent.mkdir(exist_ok=True)
+            os.replace(scratch / name, directory / name)
+        for old in (directory / "figures").glob("*"):
+            if f"figures/{old.name}" not in files:
+                old.unlink()
+    finally:
+        shutil.rmtree(scratch)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="experiments.report", description="Write the report of a run or of a sweep.")
+    parser.add_argument(
+        "directory", type=Path, help="the folder of a run (it holds results.json) or of a sweep (it holds jobs)"
+    )
+    try:
+        print(write_report(parser.parse_args().directory))
+    except TandemError as error:
+        fail(str(error), USER_ERROR)
+
+
+if __name__ == "__main__":
+    main()

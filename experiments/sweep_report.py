@@ -1,0 +1,190 @@
+"""The report of a sweep: what is done and what failed, every cell, and lines over the options that were swept."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from experiments.console import number
+from experiments.figures import scatter
+from experiments.findings import log_end
+from experiments.glossary import GLOSSARY
+from experiments.job import Job, read_jobs
+from experiments.page import Drawing, Notice, Page, Section, Table, Verdict
+from experiments.results import open_run, sweep_table
+from experiments.run_report import command, environment_table, some
+from experiments.sweep_figures import last, over_axis, value
+
+COLUMNS = (
+    ("output_throughput", "output tokens/s"),
+    ("ratio", "× first"),
+    ("verdict", "verdict"),
+    ("median_ttft_ms", "TTFT median, ms"),
+    ("median_tpot_ms", "TPOT median, ms"),
+    ("p99_e2el_ms", "end to end p99, ms"),
+    ("roofline", "roofline"),
+    ("peak_rss_mb", "peak memory, MB"),
+)
+"""What the table of all cells shows, where any cell has it."""
+AXES = 4
+"""Options that get figures of their own, at most."""
+OVER = (
+    ("output_throughput", "Output throughput", "tokens/s"),
+    ("median_ttft_ms", "Time to first token, median", "ms"),
+    ("median_tpot_ms", "Time per output token, median", "ms"),
+)
+"""Figure, title, unit."""
+
+
+def sweep_page(folder: Path) -> Page:
+    """The page of the sweep in `folder`. Raises `ConfigError` for a folder that is none."""
+    table = sweep_table(folder)
+    jobs = {job.name: job for job in read_jobs(folder)}
+    swept = [str(name) for name in table.attrs["swept"]]
+    done = table[table["status"] == "ok"] if len(table) else table
+    engines = [str(label) for label in dict.fromkeys(done["engine"])] if len(done) else []
+    cells = cells_table(table, swept)
+    environment = environment_of(folder, table)
+    sections = [
+        Section("Cells", "Every job and engine of the sweep.", tables=[cells]),
+        Section("Over the swept options", "", some(*over(table, engines, swept))),
+        Section(
+            "Throughput against latency", "Up and to the left is worse: the same work, later.", some(clouds(done, engines))
+        ),
+        Section("Environment", "Of the first job that ended well.", tables=[environment_table(environment)]),
+    ]
+    return Page(
+        kind="sweep",
+        title=folder.resolve().name,
+        facts=facts(table, environment),
+        verdicts=list(verdicts(table, swept)),
+        notices=list(notices(folder, table, jobs)),
+        summary=cells,
+        sections=[section for section in sections if section.drawings or any(table.rows for table in section.tables)],
+        glossary=GLOSSARY,
+        command=sweep_command(folder, list(jobs.values()), command(environment)),
+        engines=engines,
+    )
+
+
+def environment_of(folder: Path, table: pd.DataFrame) -> dict[str, Any]:
+    whole = [run for run in dict.fromkeys(table["run"]) if (folder / run / "results.json").exists()] if len(table) else []
+    return open_run(folder / whole[0]).environment if whole else {}
+
+
+def cells_table(table: pd.DataFrame, swept: Sequence[str]) -> Table:
+    told = [name for name in swept if name != "engine"]
+    shown = [(key, name) for key, name in COLUMNS if key in table and table[key].notna().any()]
+    rows = [
+        (
+            value(row["job"]),
+            value(row["engine"]),
+            *(value(row[name]) for name in told),
+            str(row["status"]),
+            *(cell(row[key]) for key, _ in shown),
+        )
+        for row in table.to_dict("records")
+    ]
+    return Table(("job", "engine", *map(last, told), "status", *(name for _, name in shown)), rows)
+
+
+def cell(figure: Any) -> str:
+    if isinstance(figure, str):
+        return figure
+    return "–" if figure is None or pd.isna(figure) else number(float(figure))
+
+
+def facts(table: pd.DataFrame, environment: dict[str, Any]) -> list[str]:
+    said = [f"{table['run'].nunique()} jobs"] if len(table) else ["no jobs"]
+    for name in ("model", "dtype", "workload"):
+        if name in table and len(values := table[name].dropna().unique()) == 1:
+            said.append(f"{name} {values[0]}")
+    return said + [str(environment[name]) for name in ("date", "cpu") if environment.get(name)]
+
+
+def verdicts(table: pd.DataFrame, swept: Sequence[str]) -> Iterator[Verdict]:
+    """How much is done, and which cell gave the most."""
+    by_job = (
+        table.groupby("run")["status"].agg(lambda s: "failed" if "failed" in set(s) else s.iloc[0])
+        if len(table)
+        else pd.Series()
+    )
+    counts = {status: int((by_job == status).sum()) for status in ("ok", "failed", "waiting")}
+    said = ", ".join(f"{count} {status}" for status, count in counts.items() if count) or "nothing has run"
+    tone = "bad" if counts["failed"] else "warn" if counts["waiting"] or not counts["ok"] else "good"
+    yield Verdict(tone, f"{counts['ok']}/{len(by_job)}", "jobs went well", f"{said}.")  # type: ignore[arg-type]
+    best = table[table["status"] == "ok"] if len(table) else table
+    if "output_throughput" in best and best["output_throughput"].notna().any():
+        row = best.loc[best["output_throughput"].idxmax()]
+        where = ", ".join(f"{last(name)}={value(row[name])}" for name in swept if name != "engine")
+        at = f"{row['engine']}{' at ' if where else ''}{where}"
+        yield Verdict(
+            "calm", number(float(row["output_throughput"])), "output tokens/s, the most", f"{at} (job {value(row['job'])})."
+        )
+
+
+def notices(folder: Path, table: pd.DataFrame, jobs: dict[str, Job]) -> Iterator[Notice]:
+    """Each failure with the end of its log."""
+    for row in table.to_dict("records"):
+        if row["status"] != "failed":
+            continue
+        job = jobs.get(Path(row["run"]).name)
+        failure = (job and job.failure) or {}
+        log = str(failure.get("log") or "")
+        where = [Path(log).parent if log else folder, folder / row["run"], folder]
+        text = next((end for directory in where if (end := log_end(directory, Path(log).name or f"{row['engine']}.log"))), "")
+        yield Notice(
+            "bad", f"Job {value(row['job'])} failed", str(row["failure"] or ""), text or str(failure.get("message") or "")
+        )
+
+
+def over(table: pd.DataFrame, engines: Sequence[str], swept: Sequence[str]) -> Iterator[Drawing | None]:
+    for axis in [name for name in swept if name != "engine"][:AXES]:
+        for figure, title, unit in OVER:
+            if figure in table:
+                yield over_axis(table, engines, swept, axis, figure, title, unit)
+
+
+def clouds(done: pd.DataFrame, engines: Sequence[str]) -> Drawing | None:
+    """Throughput and latency of each cell."""
+    latency = next((name for name in ("median_e2el_ms", "mean_e2el_ms") if name in done), None)
+    if latency is None or "output_throughput" not in done:
+        return None
+    mine = {label: done[done["engine"] == label] for label in engines}
+    points = {
+        label: (list(part["output_throughput"].fillna(math.nan)), list(part[latency].fillna(math.nan)))
+        for label, part in mine.items()
+    }
+    return scatter(
+        "throughput-latency",
+        "Throughput and latency of each cell",
+        points,
+        x="output tokens/s",
+        y=f"{latency.partition('_')[0]} end to end, ms",
+        each="cell",
+    )
+
+
+def sweep_command(folder: Path, jobs: Sequence[Job], first: str) -> str:
+    """One command line for the whole sweep if its jobs are all combinations of some values; else one for each job.
+
+    `first` is the command line of one job: it names the module and the options before the overrides."""
+    if not jobs or not first:
+        return ""
+    words = [
+        word for word in shlex.split(first) if word not in jobs[0].overrides and not any(word in job.overrides for job in jobs)
+    ]
+    choices: dict[str, dict[str, None]] = {}
+    for job in jobs:
+        for override in job.overrides:
+            name, _, chosen = override.partition("=")
+            choices.setdefault(name, {})[chosen] = None
+    if math.prod(len(values) for values in choices.values()) == len(jobs):
+        swept = [f"{name}={','.join(values)}" for name, values in choices.items()]
+        return shlex.join([*words, "-m", *swept, f"sweep={folder.resolve().name}"])
+    return "\n".join(shlex.join([*words, *job.overrides]) for job in jobs)

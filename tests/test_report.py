@@ -1,0 +1,246 @@
+"""`experiments.report`: what a report says, of whole runs and of such with holes; that it is written whole or not at all."""
+
+import json
+import re
+import sys
+import time
+import xml.etree.ElementTree as xml
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.errors import ConfigError
+from experiments import page, report
+from experiments.findings import log_end
+from experiments.job import Job
+from experiments.report import write_report
+from experiments.run_report import command
+from experiments.sweep_report import sweep_command
+from tests.synthetic_run import HOSTILE, write_run, write_sweep
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison of three engines with its report, and a fourth engine that failed."""
+    directory = tmp_path_factory.mktemp("runs") / "run"
+    failures = {"vllm": {"kind": "died", "message": "The process ended with signal 9.", "log": "vllm.log"}}
+    write_run(directory, ("jax", "torch", "hf"), blocks=6, count=12, output_len=6, failures=failures)
+    (directory / "vllm.log").write_text("\n".join(f"line {number}" for number in range(99)))
+    results = json.loads((directory / "results.json").read_text())
+    results["engines"]["hf"]["contaminated"] = ["3 compilations inside the timed windows"]
+    (directory / "results.json").write_text(json.dumps(results))
+    assert write_report(directory) == directory / "report.html"
+    return directory
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one engine, one of whose requests failed, with a report over an older one's."""
+    directory = write_run(tmp_path_factory.mktemp("runs") / "small", ("jax",), blocks=1, count=5, output_len=4)
+    lines = [json.loads(line) for line in (directory / "requests.jsonl").read_text().splitlines()]
+    lines[0] |= {"error": "out of pages", "finish": "error", "times": [], "tokens": []}
+    (directory / "requests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (directory / "figures").mkdir()
+    (directory / "figures" / "old.svg").write_text("")
+    write_report(directory)
+    return directory
+
+
+class Outline(HTMLParser):
+    """Tags in order, and the text between them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_verdict_stands_first(run: Path) -> None:
+    text = Outline((run / "report.html").read_text()).text
+    places = [
+        text.index(words)
+        for words in ("torch is slower than jax", "every token", "vllm failed", "hf is contaminated", "Glossary")
+    ]
+    assert places == sorted(places)
+
+
+def test_every_part_is_there(run: Path) -> None:
+    outline = Outline((run / "report.html").read_text())
+    anchors = {attrs["id"] for tag, attrs in outline.tags if tag == "section"}
+    wanted = {
+        "figures", "ratio", "latency", "throughput-against-latency", "roofline", "continuous-batch", "pages", "agreement",
+        "environment", "glossary", "again",
+    }  # fmt: skip
+    assert anchors == wanted
+    assert {attrs["href"] for tag, attrs in outline.tags if tag == "a"} == {f"#{anchor}" for anchor in wanted}
+    assert "python -m experiments.compare 'engines=[jax,torch]'" in outline.text
+    assert "line 98" in outline.text and "line 1\n" not in outline.text  # the end of the log
+    assert "3 compilations inside the timed windows" in outline.text
+
+
+def test_the_page_asks_for_nothing_from_outside(run: Path) -> None:
+    text = (run / "report.html").read_text()
+    outline = Outline(text)
+    for tag, attrs in outline.tags:
+        for name in ("src", "href", "xlink:href", "srcset", "data"):
+            value = attrs.get(name) or "#"
+            assert value.startswith("#") or value == "data:,", (tag, name, value)
+    assert not re.search(r"@import|url\((?!#)", text)
+
+
+def test_figures_are_files_too_and_every_one_has_words(run: Path) -> None:
+    outline = Outline((run / "report.html").read_text())
+    drawn = [attrs for tag, attrs in outline.tags if tag == "svg"]
+    files = {file.stem for file in (run / "figures").glob("*.svg")}
+    assert files == {file.stem for file in (run / "figures").glob("*.png")} and len(files) == len(drawn)
+    assert {"ratio", "ttft", "itl", "throughput-latency", "roofline", "timeline-2", "pages-1", "agreement-kld"} <= files
+    for file in (run / "figures").glob("*.svg"):
+        assert len(xml.parse(file).getroot().findtext("{http://www.w3.org/2000/svg}desc") or "") > 20
+    ids = [attrs["id"] for _, attrs in outline.tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+
+
+def test_the_summary_for_a_pull_request_has_verdict_table_and_contaminations(run: Path) -> None:
+    text = (run / "report.md").read_text()
+    assert "torch slower" in text and "**hf is contaminated**: 3 compilations" in text and "engines=[jax,torch]" in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert table[0] == "|  | jax | torch | hf |" and len({line.count("|") for line in table}) == 1
+    assert any(line.startswith("| output tokens/s |") for line in table)
+
+
+def test_what_comes_from_outside_is_text(tmp_path: Path) -> None:
+    failures = {HOSTILE: {"kind": HOSTILE, "message": HOSTILE, "log": HOSTILE}}
+    directory = write_run(tmp_path / "run", (HOSTILE, "$x_1$"), 2, 6, 4, model=HOSTILE, failures=failures)
+    (directory / "config.yaml").write_text(f"model: '{HOSTILE}'\n")
+    text = write_report(directory).read_text()
+    assert HOSTILE not in text and "<img" not in text and text.count("</script>") == 1
+    assert Outline(text).text.count(HOSTILE) > 5
+    assert "<img" not in (directory / "report.md").read_text().replace("\\<", "").replace("      </script><img", "")
+    for file in (directory / "figures").glob("*.svg"):
+        xml.parse(file)
+
+
+def test_a_run_of_one_engine_is_reported(small: Path) -> None:
+    text = Outline((small / "report.html").read_text()).text
+    assert "of the roofline" in text and "times the output" not in text
+
+
+def test_a_run_that_told_little_is_reported_without_what_it_did_not_tell(tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "run", ("jax", "torch"), blocks=1, count=5, output_len=4)
+    results = json.loads((directory / "results.json").read_text())
+    kept = {key: results[key] for key in ("model", "dtype", "workload", "run")}
+    figures: dict[str, dict[str, Any]] = {label: {"output_throughput": 10.0} for label in results["engines"]}
+    (directory / "results.json").write_text(json.dumps(kept | {"engines": figures, "ratios": {"jax": 1.0, "torch": 0.5}}))
+    (directory / "requests.jsonl").unlink()
+    (directory / "steps.jsonl").unlink()
+    outline = Outline(write_report(directory).read_text())
+    assert "torch gave 0.5000 times the output throughput of jax" in outline.text
+    assert not [tag for tag, _ in outline.tags if tag == "svg"]
+
+
+def test_a_run_of_which_every_engine_failed_is_reported(tmp_path: Path) -> None:
+    failures = {"jax": {"kind": "died", "message": "gone", "log": "jax.log"}}
+    directory = write_run(
+        tmp_path / "run", ("jax", "torch"), 1, 5, 4, engines={}, comparisons={}, ratios={}, agreement={}, failures=failures
+    )
+    (directory / "requests.jsonl").write_text("")
+    assert "jax failed: died" in Outline(write_report(directory).read_text()).text
+
+
+def test_a_failed_request_is_in_no_latency(small: Path) -> None:
+    text = Outline((small / "report.html").read_text()).text
+    assert re.search(r"Time to first token\s*enginesamples.*?jax4", text, re.DOTALL)
+
+
+def test_a_crash_leaves_the_report_that_was_there(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path: path.read_bytes() for path in small.rglob("*") if path.is_file()}
+
+    def crash(*_: object) -> str:
+        raise RuntimeError("out of ink")
+
+    for broken in ((page, "html"), (Path, "write_bytes")):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of ink"):
+            patch.setattr(*broken, crash)
+            write_report(small)
+    assert {path: path.read_bytes() for path in small.rglob("*") if path.is_file()} == before
+    assert not list(small.glob(".report-*"))
+
+
+def test_figures_of_an_older_report_go(small: Path) -> None:
+    assert not (small / "figures" / "old.svg").exists() and (small / "figures" / "ttft.svg").exists()
+
+
+def test_a_folder_that_is_no_run_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match=r"results\.json"):
+        write_report(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit) as end:
+        report.main()
+    assert end.value.code == 2 and "needs the folder" in capsys.readouterr().err
+
+
+def test_the_command_is_what_was_typed() -> None:
+    assert (
+        command({"argv": ["/a/python3", "-m", "experiments.bench", "engine=jax", "x=a b"]})
+        == "python -m experiments.bench engine=jax 'x=a b'"
+    )
+    assert command({"argv": ["/a/python3", "/a/bin/tandem-bench", "engine=jax"]}) == "tandem-bench engine=jax"
+    assert command({"argv": ["/a/python3"], "command": "python -m experiments.bench"}) == "python -m experiments.bench"
+    assert command({}) == ""
+
+
+def test_a_log_is_a_file_of_the_run_or_the_text_itself(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "jax.log").write_text("inside\n")
+    (tmp_path / "other.log").write_text("outside\n")
+    assert log_end(tmp_path / "run", "/somewhere/else/jax.log") == "inside"
+    assert log_end(tmp_path / "run", "../other.log") == ""
+    assert log_end(tmp_path / "run", "Traceback\nlast line") == "Traceback\nlast line"
+
+
+def test_a_sweep_shows_every_cell_and_what_failed(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "sweep")
+    outline = Outline(write_report(folder).read_text())
+    assert "5/6" in outline.text and "Job 5 failed" in outline.text and HOSTILE in outline.text
+    assert "workload.num_requests=4,8,16" in outline.text
+    files = {file.stem for file in (folder / "figures").glob("*.svg")}
+    assert {"output-throughput-over-workload-num_requests", "throughput-latency"} <= files
+    rows = [line for line in (folder / "report.md").read_text().splitlines() if re.match(r"\| \d", line)]
+    assert len(rows) == 6 and "1,600" in rows[2] and "failed" in rows[5]
+
+
+def test_an_empty_sweep_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "jobs").mkdir()
+    assert "0/0" in Outline(write_report(tmp_path).read_text()).text
+
+
+def test_a_sweep_of_all_combinations_is_one_command() -> None:
+    jobs = [
+        Job(number=n, digest="", overrides=(f"engine={e}", f"seed={s}"))
+        for n, (e, s) in enumerate([("a", 1), ("a", 2), ("b", 1), ("b", 2)])
+    ]
+    first = "python -m experiments.bench --config-dir c engine=a seed=1"
+    assert sweep_command(Path("s"), jobs, first) == "python -m experiments.bench --config-dir c -m engine=a,b seed=1,2 sweep=s"
+    assert sweep_command(Path("s"), jobs[:3], first).count("\n") == 2
+    assert sweep_command(Path("s"), [], first) == ""
+
+
+@pytest.mark.accept
+def test_ten_thousand_requests_are_reported_within_ten_seconds(tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "run", ("jax", "torch"), blocks=1, count=5_000, output_len=64)
+    begin = time.perf_counter()
+    size = write_report(directory).stat().st_size
+    seconds = time.perf_counter() - begin
+    print(f"{seconds:.1f} s, {size / 1e6:.2f} MB")
+    assert seconds <= 10 and size < 2_000_000
