@@ -62,7 +62,9 @@ class Passed:
 def small(spec: EngineSpec, requests: int, dtype: Dtype) -> EngineSpec:
     """The engine sized for a few requests: one that compiles a program for each size of step need not compile them all."""
     seqs = min(spec.config.max_num_seqs, requests)
-    tokens = max(seqs, min(spec.config.max_num_batched_tokens, 256))
+    tokens = spec.config.max_num_batched_tokens
+    if spec.config.enable_chunked_prefill:  # else a prompt has to fit a step
+        tokens = max(seqs, min(tokens, 256))
     return replace(spec, config=replace(spec.config, dtype=dtype, max_num_seqs=seqs, max_num_batched_tokens=tokens))
 
 
@@ -257,9 +259,13 @@ def verdict(agreements: Mapping[str, Sequence[Agreement]]) -> dict[str, Any]:
     }
 
 
-def tokens_equal_share(windows: Mapping[str, Window]) -> float:
-    """The share of timed output tokens before their request's first difference from the first engine; the least of all."""
-    first, *others = windows.values()
+def tokens_equal_share(windows: Mapping[str, Window]) -> float | None:
+    """The share of timed output tokens before their request's first difference from the first engine; the least of all that
+    tell which tokens they gave (a server may not), None if no two do."""
+    told = [window for window in windows.values() if all(token >= 0 for row in window.rows for token in row.tokens)]
+    if len(told) < 2:
+        return None
+    first, *others = told
     total = sum(len(row.tokens) for row in first.rows)
     equal = (sum(common_prefix(a.tokens, b.tokens) for a, b in zip(first.rows, w.rows, strict=True)) for w in others)
     return min(equal) / total if total else 1.0

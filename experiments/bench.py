@@ -10,7 +10,7 @@ from __future__ import annotations
 from omegaconf import DictConfig
 
 from experiments import kernels
-from experiments.cli import conclude, launch
+from experiments.cli import conclude, launch, report_on
 from experiments.config import engine_spec, resolved, runs_folder
 from experiments.console import Narrator, print_failures, print_json, print_table
 from experiments.fail_if import check_keys, parse_conditions
@@ -42,8 +42,9 @@ def run(config: DictConfig) -> None:
         write_json(directory / "results.json", result)
     print_table(f"{plan.model}, {config.dtype}, workload {plan.workload.name}", outcome.figures)
     print_failures(outcome.failures)
+    reported = report_on(config, result)
     print_json(result)
-    conclude(conditions, result)
+    conclude(conditions, result, reported)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
@@ -69,7 +70,19 @@ def fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def conclude(conditions: Sequence[Condition], result: Mapping[str, Any]) -> None:
+def report_on(config: DictConfig, result: Mapping[str, Any]) -> bool:
+    """Write the report of a run, if it is wanted, and say where. Returns False if it is wanted and cannot be made."""
+    if not config.report:
+        return True
+    from experiments.report import make_report  # matplotlib, for which nobody else should wait
+
+    page = make_report(Path(result["run"]))
+    if page:
+        print(f"Report: {page}")
+    return page is not None
+
+
+def conclude(conditions: Sequence[Condition], result: Mapping[str, Any], reported: bool) -> None:
     """End the process with the exit code that a result deserves, once it is written and printed."""
     held = violations(conditions, result)
     if failures := result["failures"]:
@@ -77,6 +90,9 @@ def conclude(conditions: Sequence[Condition], result: Mapping[str, Any]) -> None
         fail("\n".join(told + held), FAILURE)
     if held:
         fail("\n".join(held), GATE)
+    if not reported:
+        again = f"python -m experiments.report {result['run']}"
+        fail(f"The report could not be made; all else is there. Try again: {again}", FAILURE)
 
 
 def spell_out_model(argument: str) -> list[str]:

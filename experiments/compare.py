@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from common.config import expect
 from experiments.agreement import agree, tokens_equal_share, verdict
-from experiments.cli import conclude, launch
+from experiments.cli import conclude, launch, report_on
 from experiments.config import CorrectnessConfig, engine_specs, resolved, runs_folder
 from experiments.console import Narrator, print_comparison, print_json
 from experiments.fail_if import check_keys, parse_conditions
@@ -60,15 +60,16 @@ def run(config: DictConfig) -> None:
             "failures": outcome.failures,
             "order": outcome.order,
             "stopped": outcome.stopped,
-            "tokens_equal_share": tokens_equal_share(compared) if len(compared) > 1 else None,
+            "tokens_equal_share": tokens_equal_share(compared),
             **found,
         }
         write_rows(directory, outcome.windows)
         write_steps(directory, outcome.windows)
         write_json(directory / "results.json", result)
     print_comparison(f"{plan.model}, {config.dtype}, workload {plan.workload.name}", result)
+    reported = report_on(config, result)
     print_json(result)
-    conclude(conditions, result)
+    conclude(conditions, result, reported)
 
 
 def ratios(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:

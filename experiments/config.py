@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import import_module, util
 from pathlib import Path
@@ -71,18 +71,14 @@ def own_options(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
 def engine_specs(config: DictConfig) -> list[EngineSpec]:
     """Expand `engines`, then `peers`: lists of names or of mappings with a name. Each takes its group's defaults, then its own
     options. Raises `BackendError` for one that has no interpreter to run it."""
-    options = resolved(config)
-    engines, peers = options["engines"], options["peers"]
+    values = resolved(config)
+    engines, peers = values["engines"], values["peers"]
     expect(isinstance(engines, list) and len(engines) >= 1, f"engines must be a list such as [jax,torch], got {engines!r}.")
     expect(isinstance(peers, list), f"peers must be a list such as [vllm,llamacpp], or [] for none, got {peers!r}.")
+    entries = [checked_entry(entry) for entry in engines + peers]
     specs: list[EngineSpec] = []
     labels: list[str] = []
-    for entry in engines + peers:
-        options = {"name": entry} if isinstance(entry, str) else entry
-        expect(
-            isinstance(options, Mapping) and isinstance(options.get("name"), str),
-            f"An entry of engines is a name, or a mapping with a name such as {{name:torch,compile:true}}; got {entry!r}.",
-        )
+    for options in entries:
         name = options["name"]
         expect(
             name != "base", "base holds the defaults of every engine and is none itself. Name engines such as jax and torch."
@@ -92,7 +88,7 @@ def engine_specs(config: DictConfig) -> list[EngineSpec]:
         for key in options:
             hint = nearest_hint(str(key), known)
             expect(key in known, f"Unknown option {key!r} of engine {name}.{hint} Known: {', '.join(known)}.")
-        label = engine_label(name, options, resolved(composed))
+        label = engine_label(told_apart(options, entries), resolved(composed))
         composed.merge_with(options)
         count = 1 + labels.count(label)
         labels.append(label)
@@ -101,9 +97,27 @@ def engine_specs(config: DictConfig) -> list[EngineSpec]:
     return specs
 
 
-def engine_label(name: str, options: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+def checked_entry(entry: Any) -> Mapping[str, Any]:
+    """An entry of `engines` as a mapping with a name."""
+    options = {"name": entry} if isinstance(entry, str) else entry
+    expect(
+        isinstance(options, Mapping) and isinstance(options.get("name"), str),
+        f"An entry of engines is a name, or a mapping with a name such as {{name:torch,compile:true}}; got {entry!r}.",
+    )
+    return options
+
+
+def told_apart(options: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """An entry without the options that all entries of its name have alike, if there are others of that name."""
+    others = [other for other in entries if other["name"] == options["name"] and other is not options]
+    alike = [key for key in options if others and all(key in other and other[key] == options[key] for other in others)]
+    return {key: value for key, value in options.items() if key == "name" or key not in alike}
+
+
+def engine_label(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
     """`torch`, `torch-compile`, `torch-kernels=framework`: what tells an entry of `engines` from the defaults of its name, in
     characters that a file name may have."""
+    name = options["name"]
     differing = {key: value for key, value in options.items() if key != "name" and value != defaults[key]}
     parts = [f"-{key}" if value is True else f"-{key}={value}" for key, value in flat(differing)]
     return name + re.sub(r"[^\w.+=-]+", "_", "".join(parts))[: LABEL_LENGTH - len(name)]

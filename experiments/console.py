@@ -215,6 +215,14 @@ def print_verdict(result: Mapping[str, Any]) -> None:
     lines = [f"float32: {said}"]
     if unjustified is not None:
         lines[0] += f"; {result['compared_tokens']} tokens alike, log-probabilities within {worst:.1e}."
+    for label, found in (result.get("agreement") or {}).items():
+        if found["mean_kld"] is not None:
+            lines.append(
+                f"  {label}: KL divergence {found['mean_kld']:.1e} in the mean and {found['max_kld']:.1e} at most, from "
+                f"{found['kld_from']} at {found['num_positions']} positions; likeliest token alike at {found['top1_agreement']:.2%}."
+            )
+    if perplexity := result.get("perplexity"):
+        lines.append("  perplexity: " + ", ".join(f"{label} {value:.5g}" for label, value in perplexity.items()) + ".")
     if divergence := result["first_divergence"]:
         lines.append(
             "  {engine}, request {request}, output token {position}: chose {tokens[1]} for {tokens[0]}, ".format(**divergence)

@@ -29,7 +29,7 @@ from experiments.rundir import PARTIAL, write_json
 
 JOBS = "jobs"
 MANIFEST = "jobs.json"
-VOLATILE = ("runs", "sweep")
+VOLATILE = ("runs", "sweep", "report")
 """Options that say where results go, not what they are."""
 
 

@@ -23,7 +23,7 @@ from experiments.drive import Row, Window
 from experiments.phases import of_steps, rate, steady
 from experiments.workload import NO_SLO, Slo
 
-LIMITED = ("roofline", "mbu", "mfu", "decode_roofline", "decode_mbu", "prefill_mfu")
+LIMITED = ("roofline", "mbu", "mfu", "decode_roofline", "decode_mbu", "decode_mfu", "prefill_mbu", "prefill_mfu")
 """Figures that cannot be above 1 (see `experiments.roofline`)."""
 PERCENTILES = (50, 90, 99)
 BUSY = 0.05

@@ -10,19 +10,21 @@ import argparse
 import json
 import os
 import shutil
+import sys
 import tempfile
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
 from common.config import expect
 from common.errors import TandemError
 from experiments import canvas, page, perfetto
-from experiments.cli import USER_ERROR, fail
 from experiments.results import is_sweep, open_run
 from experiments.run_report import run_page
 from experiments.sweep_report import sweep_page
 
 HTML = "report.html"
+USER_ERROR = 2
 
 
 def write_report(directory: Path) -> Path:
@@ -46,6 +48,15 @@ def write_report(directory: Path) -> Path:
     files[HTML] = page.html(made, canvas.theme(":root"), colours).encode()
     put(directory, files)
     return directory / HTML
+
+
+def make_report(directory: Path) -> Path | None:
+    """`write_report`; if it cannot be made, None, and the traceback is printed: results are worth having without."""
+    try:
+        return write_report(directory)
+    except Exception:
+        traceback.print_exc()
+        return None
 
 
 def put(directory: Path, files: Mapping[str, bytes]) -> None:
@@ -73,7 +84,8 @@ def main() -> None:
     try:
         print(write_report(parser.parse_args().directory))
     except TandemError as error:
-        fail(str(error), USER_ERROR)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
 
 
 if __name__ == "__main__":

@@ -378,6 +378,8 @@ def efficiency(windows: Iterable[Window], model: ModelConfig, dtype: Dtype, limi
         "mfu": share(work.flops.sum(), duration * peak),
         "decode_roofline": share(least[decode].sum(), busy[decode].sum()),
         "decode_mbu": share(reading[decode].sum(), busy[decode].sum()),
+        "decode_mfu": share(work.flops[decode].sum(), busy[decode].sum() * peak),
+        "prefill_mbu": share(reading[~decode].sum(), busy[~decode].sum()),
         "prefill_mfu": share(work.flops[~decode].sum(), busy[~decode].sum() * peak),
     }
 

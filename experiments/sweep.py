@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import sys
-import traceback
-from importlib import import_module, util
 from pathlib import Path
 
 import pandas as pd
@@ -40,7 +38,9 @@ def finish(folder: Path) -> bool:
     """
     table = sweep_table(folder)
     write_table(folder, table)
-    report, reported = make_report(folder)
+    from experiments.report import make_report  # matplotlib, for which nobody else should wait
+
+    report = make_report(folder)
     print_sweep(str(folder), table)
     failed, waiting = (table[table["status"] == status].drop_duplicates("job") for status in ("failed", "waiting"))
     jobs = table["run"].nunique()
@@ -55,7 +55,7 @@ def finish(folder: Path) -> bool:
         "report": report and str(report),
     }
     print_json(result)
-    return reported and failed.empty
+    return report is not None and failed.empty
 
 
 def write_table(folder: Path, table: pd.DataFrame) -> None:
@@ -64,17 +64,6 @@ def write_table(folder: Path, table: pd.DataFrame) -> None:
         beside = folder / (name + ".new")
         write(beside, index=False)
         beside.replace(folder / name)
-
-
-def make_report(folder: Path) -> tuple[Path | None, bool]:
-    """The sweep's report, and whether it could be made. If not the traceback is printed: the table is worth having without."""
-    if util.find_spec("experiments.report") is None:
-        return None, True
-    try:
-        return import_module("experiments.report").write_report(folder), True
-    except Exception:
-        traceback.print_exc()
-        return None, False
 
 
 def print_sweep(title: str, table: pd.DataFrame) -> None:

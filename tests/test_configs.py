@@ -145,8 +145,8 @@ def test_labels_say_what_differs(engines: str, labels: list[str]) -> None:
 def test_options_that_are_mappings_or_lists_have_labels_too() -> None:
     options = {"environment": {"A": 1, "B": {"C": "x y"}}, "arguments": ["-a", "b"], "same": 3}
     defaults = {"environment": {}, "arguments": [], "same": 3}
-    assert engine_label("server", options, defaults) == "server-environment.A=1-environment.B.C=x_y-arguments=_-a_b_"
-    assert len(engine_label("server", {"a": "x" * 500}, {"a": None})) == 80
+    assert engine_label({"name": "server"} | options, defaults) == "server-environment.A=1-environment.B.C=x_y-arguments=_-a_b_"
+    assert len(engine_label({"name": "server", "a": "x" * 500}, {"a": None})) == 80
 
 
 def test_no_configuration_names_python_code() -> None:
