@@ -24,6 +24,8 @@ from experiments.workload import known_options
 ADAPTIVE_BLOCKS = 6
 """Fewer are too few for an interval to stop by: they run as they are."""
 LABEL_LENGTH = 80
+READABLE = 40
+"""A longer label leaves out what all engines of its name have alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,10 @@ def engine_specs(config: DictConfig) -> list[EngineSpec]:
         for key in options:
             hint = nearest_hint(str(key), known)
             expect(key in known, f"Unknown option {key!r} of engine {name}.{hint} Known: {', '.join(known)}.")
-        label = engine_label(told_apart(options, entries), resolved(composed))
+        defaults = resolved(composed)
+        label = engine_label(options, defaults)
+        if len(label) > READABLE:
+            label = engine_label(told_apart(options, entries), defaults)
         composed.merge_with(options)
         count = 1 + labels.count(label)
         labels.append(label)

@@ -219,7 +219,7 @@ def print_verdict(result: Mapping[str, Any]) -> None:
         if found["mean_kld"] is not None:
             lines.append(
                 f"  {label}: KL divergence {found['mean_kld']:.1e} in the mean and {found['max_kld']:.1e} at most, from "
-                f"{found['kld_from']} at {found['num_positions']} positions; likeliest token alike at {found['top1_agreement']:.2%}."
+                f"{found['kld_from']} at {found['num_positions']} positions; top-1 agreement {found['top1_agreement']:.2%}."
             )
     if perplexity := result.get("perplexity"):
         lines.append("  perplexity: " + ", ".join(f"{label} {value:.5g}" for label, value in perplexity.items()) + ".")

@@ -51,7 +51,7 @@ def history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def command(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], *overrides: str) -> None:
     """Call a command's entry point as its command line would, without a report unless one is asked for."""
     quick = [] if any(override.startswith("report=") for override in overrides) else ["report=false"]
-    monkeypatch.setattr(sys, "argv", ["command", "--config-dir", "configs", *overrides, *quick])
+    monkeypatch.setattr(sys, "argv", ["command", "--config-dir", "configs", *quick, *overrides])
     main()
 
 

@@ -133,6 +133,10 @@ def test_root_options_reach_every_engine_of_a_comparison() -> None:
         ("[{name:torch,compile:true,block_size:8},{name:torch,compile:true}]", ["torch-compile-block_size=8", "torch-compile"]),
         ("[{name:torch,compile:true},{name:torch,compile:true}]", ["torch-compile", "torch-compile-2"]),
         ("[torch,{name:torch,block_size:16}]", ["torch", "torch-2"]),  # the default, spelt out
+        (
+            "[{name:torch,num_blocks:100,max_num_seqs:8,block_size:8},{name:torch,num_blocks:100,max_num_seqs:8,block_size:32}]",
+            ["torch-block_size=8", "torch-block_size=32"],  # long otherwise
+        ),
         ("[jax,{name:hf,device:'a/b c'}]", ["jax", "hf-device=a_b_c"]),  # a log file is called so
     ],
 )
