@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal, Self
 import hydra
 import pandas as pd
 from hydra.errors import HydraException
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -24,14 +25,14 @@ from common.config import expect
 from common.engine import Engine, build_engine
 from common.errors import ConfigError
 from common.weights import zoo
-from common.weights.checkpoint import open_checkpoint
+from common.weights.checkpoint import Checkpoint, open_checkpoint
 from experiments.cli import USER_ERROR, explain, spell_out_model
 from experiments.config import engine_spec, resolved
 from experiments.console import FIGURES, number
 from experiments.isolate import EngineFailure
 from experiments.records import read_rows, read_steps
 from experiments.results import RunFiles, open_run
-from experiments.views import Shown
+from experiments.views import Shown, plot_run
 
 Command = Literal["bench", "compare"]
 TAIL_LINES = 15
@@ -49,11 +50,16 @@ def compose(*overrides: str, command: Command = "compare") -> DictConfig:
         raise ConfigError(explain(error)) from None
 
 
+def checkpoint(model: str) -> Checkpoint:
+    """The model that `model=<model>` names: a name, a path or a hub id."""
+    return open_checkpoint(zoo.resolve(model))
+
+
 def load(*overrides: str) -> Engine:
     """The engine that `bench` would time, here in this process, with its scheduler and runner to look at. `close` it."""
     config = compose(*overrides, command="bench")
     spec = engine_spec(config.engine)
-    return build_engine(spec.name, open_checkpoint(zoo.resolve(str(resolved(config.model)["name"]))), spec.config)
+    return build_engine(spec.name, checkpoint(str(resolved(config.model)["name"])), spec.config)
 
 
 def bench(*overrides: str) -> Run:
@@ -77,7 +83,8 @@ def _command(command: Command, overrides: tuple[str, ...]) -> Path:
             try:
                 for line in process.stderr:
                     said.append(line)
-                    print(line, end="", flush=True)
+                    if line.strip():
+                        print(line, end="", flush=True)
             except BaseException:  # Ctrl-C above all: engines end with the process, the run stays `.partial`
                 process.terminate()
                 raise
@@ -162,6 +169,11 @@ class Run:
         table = pd.concat([mine, theirs], axis=1, keys=["this", "other"])
         table.columns = ["this", "other"]
         return table.assign(ratio=table["other"] / table["this"])
+
+    def plot(self) -> Figure:
+        """Throughput by block, and the distributions of TTFT and ITL."""
+        blocks = {label: figures.get("block_output_throughput") or () for label, figures in self.files.engines.items()}
+        return plot_run(blocks, self.requests)
 
     def table(self) -> Shown:
         """Title, sentences and figures, as they are shown."""

@@ -189,6 +189,27 @@ def plot_batch(watched: pd.DataFrame, num_pages: int | None = None, title: str =
     return figure
 
 
+def plot_run(blocks: Mapping[str, Sequence[float | None]], requests: pd.DataFrame) -> Figure:
+    """Output throughput of each engine, a dot for each block, and how its TTFT and ITL are distributed (shares of requests, and
+    of tokens, at or below x). `requests` has the columns `engine`, `sent` and `times`, in seconds."""
+    figure, (speed, first, between) = pyplot.subplots(1, 3, figsize=(9, 2.6), layout="constrained")
+    pyplot.close(figure)
+    for place, (label, values) in enumerate(blocks.items()):
+        colour = f"C{place}"
+        known = [value for value in values if value is not None]
+        speed.plot(np.full(len(known), place), known, "o", color=colour, alpha=0.6)
+        mine = requests[requests["engine"] == label]
+        done = [(sent, np.array(times)) for sent, times in zip(mine["sent"], mine["times"], strict=True) if len(times)]
+        first.ecdf([1e3 * (times[0] - sent) for sent, times in done] or [np.nan], color=colour, label=label)
+        between.ecdf(np.concatenate([1e3 * np.diff(times) for _, times in done] or [[]]), color=colour)
+    speed.set(xticks=range(len(blocks)), xticklabels=blocks, xlim=(-0.6, len(blocks) - 0.4), ylim=(0, None))
+    speed.set_title("output tokens/s, by block", fontsize="medium")
+    first.set_title("time to first token, ms", fontsize="medium")
+    between.set_title("time between tokens, ms", fontsize="medium")
+    first.legend(frameon=False, fontsize="small")
+    return figure
+
+
 @dataclass(frozen=True)
 class Beside:
     """Two sources next to each other; lines that both have are dimmed."""
