@@ -28,6 +28,8 @@ STATES = {"waiting": "#dddddd", "prompt": "#2f6db3", "decode": "#9cc9f0", "preem
 """What a request does in a step, and its colour."""
 PALETTE = ("#9cc9f0", "#f5c78e", "#a9d9a0", "#f0a8b4", "#c9b6e8", "#e6dd8a", "#9fdcd6", "#d3bfa9")
 PAGES_A_LINE = 32
+DPI = 72
+"""Of figures: a notebook holds them as they are."""
 NULL, FREE, CACHED, SHARED = "×", "·", "+", "#"
 
 
@@ -168,14 +170,14 @@ def plot_batch(watched: pd.DataFrame, num_pages: int | None = None, title: str =
     grid = np.full((len(names), steps), np.nan)
     place = {name: i for i, name in enumerate(names)}, {state: i for i, state in enumerate(STATES)}
     grid[watched["request"].map(place[0]), watched["step"]] = watched["state"].map(place[1])
-    figure, (top, bottom) = pyplot.subplots(
-        2, 1, sharex=True, figsize=(8, 1.6 + 0.22 * len(names)), height_ratios=(max(len(names), 3), 3), layout="constrained"
-    )
+    sizes = {"figsize": (9, 1.8 + 0.25 * len(names)), "height_ratios": (max(len(names), 3), 3), "dpi": DPI}
+    figure, (top, bottom) = pyplot.subplots(2, 1, sharex=True, layout="constrained", **sizes)
     pyplot.close(figure)  # it is returned, and would be shown twice
     top.pcolormesh(
         grid, cmap=ListedColormap(list(STATES.values())), vmin=-0.5, vmax=len(STATES) - 0.5, edgecolors="white", lw=0.4
     )
-    top.set(yticks=np.arange(len(names)) + 0.5, yticklabels=names, ylabel="request", title=title)
+    top.set(yticks=np.arange(len(names)) + 0.5, yticklabels=names, ylabel="request")
+    top.set_title(title, loc="right", fontsize="medium")
     top.invert_yaxis()
     top.legend(
         handles=[Patch(color=colour, label=state) for state, colour in STATES.items()], ncols=4, fontsize="small",
@@ -192,7 +194,7 @@ def plot_batch(watched: pd.DataFrame, num_pages: int | None = None, title: str =
 def plot_run(blocks: Mapping[str, Sequence[float | None]], requests: pd.DataFrame) -> Figure:
     """Output throughput of each engine, a dot for each block, and how its TTFT and ITL are distributed (shares of requests, and
     of tokens, at or below x). `requests` has the columns `engine`, `sent` and `times`, in seconds."""
-    figure, (speed, first, between) = pyplot.subplots(1, 3, figsize=(9, 2.6), layout="constrained")
+    figure, (speed, first, between) = pyplot.subplots(1, 3, figsize=(10, 2.8), dpi=DPI, layout="constrained")
     pyplot.close(figure)
     for place, (label, values) in enumerate(blocks.items()):
         colour = f"C{place}"
