@@ -35,7 +35,7 @@ from experiments.results import RunFiles, open_run
 from experiments.views import Shown, plot_run
 
 Command = Literal["bench", "compare"]
-TAIL_LINES = 15
+TAIL_LINES = 40
 
 
 def compose(*overrides: str, command: Command = "compare") -> DictConfig:
@@ -76,24 +76,30 @@ def _command(command: Command, overrides: tuple[str, ...]) -> Path:
     """Run a command to its end; returns its run directory. Raises `ConfigError` for what the user can mend."""
     compose(*overrides, command=command)  # a misspelt override is told before a process starts
     arguments = [sys.executable, "-m", f"experiments.{command}", *overrides]
+    said: deque[str] = deque(maxlen=TAIL_LINES)
     with tempfile.TemporaryFile("w+") as output:
         with subprocess.Popen(arguments, stdout=output, stderr=subprocess.PIPE, text=True, errors="replace") as process:
             assert process.stderr
-            said: deque[str] = deque(maxlen=TAIL_LINES)
             try:
-                for line in process.stderr:
+                for line in filter(str.strip, process.stderr):
                     said.append(line)
-                    if line.strip():
-                        print(line, end="", flush=True)
+                    print(line, end="", flush=True)
             except BaseException:  # Ctrl-C above all: engines end with the process, the run stays `.partial`
                 process.terminate()
                 raise
-        if process.returncode:
-            _, marked, message = "".join(said).rpartition("error: ")
-            kind = ConfigError if process.returncode == USER_ERROR else EngineFailure
-            raise kind(message.strip() if marked else f"experiments.{command} ended with exit code {process.returncode}.")
         output.seek(0)
-        return Path(json.loads(output.read().rstrip("\n").rpartition("\n")[2])["run"])
+        return _run_directory(process.returncode, output.read(), "".join(said))
+
+
+def _run_directory(code: int, output: str, said: str) -> Path:
+    """The run that a command names in the last line of its output. It may have ended with an exit code above 0: an engine among
+    several failed, or a condition of `fail_if` holds; the run says so itself."""
+    _, _, last = output.rstrip("\n").rpartition("\n")
+    if last.startswith("{"):
+        return Path(json.loads(last)["run"])
+    _, marked, message = said.rpartition("error: ")
+    kind = ConfigError if code == USER_ERROR else EngineFailure
+    raise kind(message.strip() if marked else f"The command ended with exit code {code}, and named no run.")
 
 
 @dataclass(frozen=True, repr=False)

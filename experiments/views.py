@@ -144,9 +144,9 @@ def watch(engine: Engine, requests: Sequence[Request], arrivals: Sequence[int] =
     )
     expect(engine.caps.depth == 0, f"watch takes one step at a time; this engine keeps {engine.caps.depth} in flight.")
     coming = deque(sorted(zip(arrivals or [0] * len(requests), requests, strict=True), key=lambda pair: pair[0]))
-    scheduler, rows, number = engine.scheduler, [], 0
+    scheduler, rows, now = engine.scheduler, [], 0
     while coming or scheduler.live:
-        while coming and coming[0][0] <= number:
+        while coming and coming[0][0] <= now:
             engine.add(coming.popleft()[1])
         step = scheduler.schedule()
         counts = dict(zip(map(id, step.seqs), np.diff(step.batch.query_starts).tolist(), strict=True)) if step else {}
@@ -155,10 +155,10 @@ def watch(engine: Engine, requests: Sequence[Request], arrivals: Sequence[int] =
             tokens = counts.get(id(seq), 0)
             busy = "decode" if tokens == 1 and seq.output else "prompt"
             state = "preempted" if seq.status is Status.PREEMPTED else busy if tokens else "waiting"
-            rows.append((number, seq.request.request_id, state, tokens, len(seq.pages), held))
+            rows.append((now, seq.request.request_id, state, tokens, len(seq.pages), held))
         if step:
             scheduler.update(step, engine.runner.submit(step.batch).result(), perf_counter())
-        number += 1
+        now += 1
     return pd.DataFrame(rows, columns=["step", "request", "state", "tokens", "pages", "held"])
 
 
@@ -168,9 +168,8 @@ def plot_batch(watched: pd.DataFrame, num_pages: int | None = None, title: str =
     names = list(dict.fromkeys(watched["request"]))
     steps = int(watched["step"].max()) + 1
     grid = np.full((len(names), steps), np.nan)
-    place = {name: i for i, name in enumerate(names)}, {state: i for i, state in enumerate(STATES)}
-    grid[watched["request"].map(place[0]), watched["step"]] = watched["state"].map(place[1])
-    sizes = {"figsize": (9, 1.8 + 0.25 * len(names)), "height_ratios": (max(len(names), 3), 3), "dpi": DPI}
+    grid[watched["request"].map(names.index), watched["step"]] = watched["state"].map(list(STATES).index)
+    sizes: dict[str, Any] = {"figsize": (9, 1.8 + 0.25 * len(names)), "height_ratios": (max(len(names), 3), 3), "dpi": DPI}
     figure, (top, bottom) = pyplot.subplots(2, 1, sharex=True, layout="constrained", **sizes)
     pyplot.close(figure)  # it is returned, and would be shown twice
     top.pcolormesh(
@@ -202,13 +201,16 @@ def plot_run(blocks: Mapping[str, Sequence[float | None]], requests: pd.DataFram
         speed.plot(np.full(len(known), place), known, "o", color=colour, alpha=0.6)
         mine = requests[requests["engine"] == label]
         done = [(sent, np.array(times)) for sent, times in zip(mine["sent"], mine["times"], strict=True) if len(times)]
-        first.ecdf([1e3 * (times[0] - sent) for sent, times in done] or [np.nan], color=colour, label=label)
-        between.ecdf(np.concatenate([1e3 * np.diff(times) for _, times in done] or [[]]), color=colour)
+        between_ms = [1e3 * gap for _, times in done for gap in np.diff(times)]
+        for axes, samples in ((first, [1e3 * (times[0] - sent) for sent, times in done]), (between, between_ms)):
+            if len(samples):
+                axes.ecdf(samples, color=colour, label=label)
     speed.set(xticks=range(len(blocks)), xticklabels=blocks, xlim=(-0.6, len(blocks) - 0.4), ylim=(0, None))
     speed.set_title("output tokens/s, by block", fontsize="medium")
     first.set_title("time to first token, ms", fontsize="medium")
     between.set_title("time between tokens, ms", fontsize="medium")
-    first.legend(frameon=False, fontsize="small")
+    if first.lines:
+        first.legend(frameon=False, fontsize="small")
     return figure
 
 

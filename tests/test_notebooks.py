@@ -23,12 +23,13 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from PIL import Image
 
-from tests.backends import BACKENDS
+from experiments import lab
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 ONCE = ("04_two_engines", "05_results")
 """Of both backends, or of none: they run once."""
+RESULTS = ROOT / "notebooks" / "05_results.ipynb"
 MAX_BYTES = 60_000
 PATIENCE_S = 1800
 
@@ -74,7 +75,7 @@ def texts(notebook: Any) -> Iterator[str]:
             yield from (text for kind, text in output.get("data", {}).items() if not kind.startswith("image/png"))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ("jax", "torch"))
 @pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem not in ONCE], ids=lambda path: path.stem)
 def test_a_notebook_runs_on_either_backend(path: Path, backend: str) -> None:
     execute(path, {"TANDEM_BACKEND": backend})
@@ -82,6 +83,19 @@ def test_a_notebook_runs_on_either_backend(path: Path, backend: str) -> None:
 
 def test_the_notebook_of_two_engines_runs() -> None:
     execute(ROOT / "notebooks" / "04_two_engines.ipynb", {})
+
+
+def test_the_notebook_of_results_reads_what_the_lab_has_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    comparison = lab.compare("engines=[torch,torch]", "experiment=smoke", "correctness.num_requests=0", "measure.limits_s=0")
+    assert type(comparison) is lab.Comparison and comparison.directory.parent == Path("runs")
+    assert comparison.figures.loc["total_output_tokens"].nunique() == 1
+    said = "".join(texts(execute(RESULTS, {"TANDEM_RUNS": str(tmp_path / "runs")})))
+    assert "Finished runs: 1" in said and repr(comparison) in said
+
+
+def test_the_notebook_of_results_runs_where_there_are_none(tmp_path: Path) -> None:
+    assert "Make one" in "".join(texts(execute(RESULTS, {"TANDEM_RUNS": str(tmp_path)})))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -106,13 +120,24 @@ def main() -> None:
     for path in NOTEBOOKS:
         if path.name.startswith(wanted):
             print(path.name, flush=True)
-            notebook = execute(path, {})
+            with tempfile.TemporaryDirectory() as runs:
+                if path == RESULTS:
+                    make_examples(f"runs={runs}")
+                notebook = execute(path, {"TANDEM_RUNS": runs})
             for cell in notebook.cells:
                 cell.metadata = {}
                 for output in cell.get("outputs", ()):
                     if "image/png" in output.get("data", {}):
                         output.data["image/png"] = smaller(output.data["image/png"])
             nbformat.write(notebook, path)
+
+
+def make_examples(*overrides: str) -> None:
+    """Runs to be looked at: one engine against itself, since what is committed shall claim nothing about speed."""
+    tiny = ("experiment=smoke", "workload.num_requests=32", "workload.output_len=48", *overrides)
+    lab.compare("engines=[torch,torch]", "measure.blocks=6", *tiny)
+    for engine in ("jax", "torch"):
+        lab.bench(f"engine={engine}", *tiny)
 
 
 def smaller(png: str) -> str:
