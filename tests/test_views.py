@@ -90,6 +90,10 @@ def test_watching_changes_no_token_and_ends_with_an_idle_engine() -> None:
     )
 
 
+def test_a_prompt_of_one_token_is_a_prompt() -> None:
+    assert states(views.watch(make_engine(), [request("a", 1, 3)]), "a") == "pr de de"
+
+
 def test_a_preempted_request_is_seen_to_wait_and_to_start_over() -> None:
     engine = make_engine(num_pages=8)
     watched = views.watch(engine, [request("old", 8, 12), request("young", 8, 12, first=30)])
@@ -122,7 +126,7 @@ def test_the_drawn_batch_has_a_row_for_each_request_and_a_column_for_each_step()
     order = list(views.STATES)
     np.testing.assert_array_equal(grid, [[order.index("prompt"), order.index("decode"), order.index("decode")],
                                          [np.nan, order.index("prompt"), np.nan]])  # fmt: skip
-    assert [label.get_text() for label in top.get_yticklabels()] == ["a", "b"]
+    assert [label.get_text() for label in top.get_yticklabels()] == ["a", "b"] and top.yaxis_inverted()  # the first is on top
     assert bottom.patches[0].get_data().values.tolist() == watched.groupby("step")["held"].first().tolist()
     assert bottom.lines[0].get_ydata()[0] == 39
 
@@ -139,10 +143,10 @@ def test_counters_show_what_was_done_and_not_how_fast() -> None:
 
 
 def test_a_table_reads_well_in_each_form() -> None:
-    table = views.Shown(title="T", sentences=("said & done.",), header=("", "jax"), rows=(("a|b", "1"), ("long name", "1,234")))
-    assert repr(table).splitlines() == ["T", "said & done.", "             jax", "a|b            1", "long name  1,234"]
+    table = views.Shown(title="T", sentences=("said & done.",), header=("", "jax"), rows=(("a|b", "1"), ("long <i>", "1,234")))
+    assert repr(table).splitlines() == ["T", "said & done.", "            jax", "a|b           1", "long <i>  1,234"]
     assert "| a\\|b | 1 |" in table._repr_markdown_()
-    assert "said &amp; done." in table._repr_html_()
+    assert "said &amp; done." in table._repr_html_() and "long &lt;i&gt;" in table._repr_html_()
 
 
 def left(x: int) -> int:
