@@ -49,9 +49,10 @@ def history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def command(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], *overrides: str) -> None:
-    """Call a command's entry point as its command line would, without a report unless one is asked for."""
-    quick = [] if any(override.startswith("report=") for override in overrides) else ["report=false"]
-    monkeypatch.setattr(sys, "argv", ["command", "--config-dir", "configs", *quick, *overrides])
+    """Call a command's entry point as its command line would, without a report unless one is asked for (`report=true`)."""
+    options = [word for word in overrides if "=" not in word]
+    words = ["report=false", *(word for word in overrides if "=" in word)]
+    monkeypatch.setattr(sys, "argv", ["command", "--config-dir", "configs", *options, *words])
     main()
 
 
