@@ -29,7 +29,7 @@ SMALL = ("model=tiny-llama", "workload=fixed", "workload.num_requests=3", "workl
 def test_a_notebook_composes_what_the_command_line_runs_with(
     history: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    overrides = ("engine=torch", *SMALL, "engine.max_num_seqs=3", "experiment=smoke")
+    overrides = ("engine=torch", *SMALL, "engine.max_num_seqs=3", "experiment=smoke", "report=false")
     command(monkeypatch, bench.main, *overrides, "--cfg", "job")
     printed = OmegaConf.create(capsys.readouterr().out)
     assert lab.compose(*overrides, command="bench") == printed
