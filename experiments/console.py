@@ -192,12 +192,14 @@ def wide_console() -> Console:
 
 
 def number(value: float | int | None) -> str:
-    """Four significant digits at most, without exponents."""
+    """Four significant digits at most; an exponent only for what would be a row of zeros."""
     if value is None:
         return "–"
     if isinstance(value, int) or value == 0:
         return f"{value:,.0f}"
-    return f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}" if math.isfinite(value) else str(value)
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:.1e}" if abs(value) < 1e-4 else f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
 
 
 def print_json(result: Mapping[str, Any]) -> None:
