@@ -232,7 +232,8 @@ class Beside:
         return out
 
     def _repr_html_(self) -> str:
-        cell = '<td style="text-align:left"><pre style="margin:0;background:none;white-space:pre-wrap">{}</pre></td>'
+        pre = "margin:0;background:none;white-space:pre-wrap;font-family:monospace"
+        cell = f'<td style="text-align:left;padding:0 6px"><pre style="{pre}">{{}}</pre></td>'
         rows = "".join(
             f"<tr{' style=opacity:.5' if same else ''}>{cell.format(escape(x))}{cell.format(escape(y))}</tr>"
             for x, y, same in self.pairs()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from experiments.isolate import EngineFailure
 from experiments.metrics import summarize
 from experiments.records import write_rows
 from experiments.rundir import write_json
-from tests.history_backend import command, history
+from tests.history_backend import history
 
 __all__ = ["history"]
 SMALL = ("model=tiny-llama", "workload=fixed", "workload.num_requests=3", "workload.output_len=5", "measure.limits_s=0")
@@ -27,10 +28,12 @@ SMALL = ("model=tiny-llama", "workload=fixed", "workload.num_requests=3", "workl
 
 
 def test_a_notebook_composes_what_the_command_line_runs_with(
-    history: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    overrides = ("engine=torch", *SMALL, "engine.max_num_seqs=3", "experiment=smoke", "report=false")
-    command(monkeypatch, bench.main, *overrides, "--cfg", "job")
+    overrides = ("engine=torch", *SMALL, "engine.max_num_seqs=3", "experiment=smoke")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bench", *overrides, "--cfg", "job"])
+    bench.main()
     printed = OmegaConf.create(capsys.readouterr().out)
     assert lab.compose(*overrides, command="bench") == printed
     assert engine_spec(lab.compose(*overrides, command="bench").engine).config.max_num_seqs == 3

@@ -135,7 +135,7 @@ def main() -> None:
 def make_examples(*overrides: str) -> None:
     """Runs to be looked at: one engine against itself, since what is committed shall claim nothing about speed."""
     tiny = ("experiment=smoke", "workload.num_requests=32", "workload.output_len=48", *overrides)
-    lab.compare("engines=[torch,torch]", "measure.blocks=6", *tiny)
+    lab.compare("engines=[torch,torch]", "measure.blocks=6", "measure.max_blocks=6", *tiny)
     for engine in ("jax", "torch"):
         lab.bench(f"engine={engine}", *tiny)
 
