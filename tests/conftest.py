@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 
 
 @pytest.fixture(scope="session", params=("jax", "torch"))
@@ -20,3 +22,10 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
     root = tmp_path_factory.mktemp("families")
     return {name: save_family(name, root / name) for name in FAMILIES}
+
+
+@pytest.fixture(autouse=True)
+def no_command_line_is_left() -> Iterator[None]:
+    """A command that ran in this process leaves its configuration with Hydra, which the next test should not find."""
+    yield
+    HydraConfig.instance().cfg = None
