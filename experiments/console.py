@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from common.interface import Progress as Callback
+from experiments.metrics import BUSY, COARSE_S
 
 LINE_PERIOD_S = 10.0
 COLOURS = {"faster": "bold cyan", "slower": "bold magenta", "equivalent": "bold green", "undecided": "bold yellow"}
@@ -23,7 +24,7 @@ FIGURES = (
     ("request_throughput", "requests/s"),
     ("steady_output_throughput", "output tokens/s, steady"),
     ("decode_throughput", "output tokens/s, decode steps"),
-    ("goodput", "requests/s within their limits"),
+    ("goodput", "goodput: requests/s within limits"),
     ("roofline", "roofline: least time / time"),
     ("mbu", "memory bandwidth used (MBU)"),
     ("mfu", "matmul peak used (MFU)"),
@@ -158,7 +159,7 @@ def print_table(
         table.add_column(escape(label), justify="right")
     for key, name in FIGURES:
         if any(figures.get(key) is not None for figures in engines.values()):
-            table.add_row(name, *(number(figures.get(key)) for figures in engines.values()))
+            table.add_row(name, *(figure(key, figures) for figures in engines.values()))
         if key == "output_throughput" and comparisons:
             against = next(iter(comparisons.values()))["against"]
             table.add_row(f"× {escape(against)}", *(times(comparisons.get(label)) for label in engines), style="bold")
@@ -168,6 +169,17 @@ def print_table(
     for label, figures in engines.items():
         for reason in figures["contaminated"]:
             console.print(f"[bold red]contaminated[/] {escape(label)}: {escape(reason)}.", highlight=False)
+        if (share := figures.get("foreign_cpu_share") or 0) > BUSY and (figures.get("duration") or 0) <= COARSE_S:
+            console.print(
+                f"{escape(label)}: {share:.0%} of the processors for others, but too short a time to judge by.", style="dim"
+            )
+
+
+def figure(key: str, figures: Mapping[str, Any]) -> str:
+    """A figure of an engine: a share in per cent, a percentile in brackets if it has fewer samples than it needs."""
+    value = figures.get(key)
+    text = f"{value:.2%}" if value is not None and key.endswith(("_share", "_rate")) else number(value)
+    return f"({text})" if key in (figures.get("unsupported") or ()) else text
 
 
 def times(comparison: Mapping[str, Any] | None) -> str:
@@ -203,7 +215,10 @@ def number(value: float | int | None) -> str:
 
 
 def print_json(result: Mapping[str, Any]) -> None:
-    """The last line of standard output."""
+    """The last line of standard output. What is told of every position is left to `results.json`."""
+    if result.get("agreement"):
+        brief = {label: {k: v for k, v in found.items() if k != "by_position"} for label, found in result["agreement"].items()}
+        result = {**result, "agreement": brief}
     print(json.dumps(result, separators=(",", ":")), flush=True)
 
 

@@ -143,7 +143,9 @@ def test_compare_runs_both_engines_and_finds_them_equal(
     assert comparison["low"] < comparison["ratio"] < comparison["high"] and comparison["interval"] == "t"
     assert out.startswith(comparison["said"]) and comparison["against"] == one
     directory = Path(result["run"])
-    assert json.loads((directory / "results.json").read_text()) == result
+    written = json.loads((directory / "results.json").read_text())
+    assert all(found.pop("by_position") for found in written["agreement"].values())  # too long for a terminal
+    assert written == result
     assert len((directory / "requests.jsonl").read_text().splitlines()) == 2 * 4 * 3
 
 
