@@ -120,7 +120,8 @@ def step_events(
 
 
 def kernel_events(kernels: Sequence[Mapping[str, Any]], pid: int, begin: float) -> Iterator[dict[str, Any]]:
-    """Kernels as slices, one track for each thread. Both ends are rounded alike, so that what nests still does."""
+    """Kernels as slices, one track for each thread. All are whole nanoseconds, so that what nests still does."""
+    begin = round(begin, 9)
     tracks = {thread: STEPS + i for i, thread in enumerate(dict.fromkeys(kernel["thread"] for kernel in kernels), 1)}
     for thread, tid in tracks.items():
         yield {"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": f"kernels: {thread}"}}

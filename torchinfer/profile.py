@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity
 
@@ -26,13 +25,16 @@ def profile(run: Callable[[], object]) -> list[KernelEvent]:
     found = profiler.events() or []
     mark = next(event for event in found if event.name == _WINDOW)
     operators = [event for event in found if event.name != _WINDOW and not event.is_user_annotation]
-    on_device = [event for event in operators if event.device_type != DeviceType.CPU]
+    on_device = [event for event in operators if not _on_host(event)]
     return [_event(event, began - mark.time_range.start * 1e-6) for event in on_device or operators]
 
 
 def _event(event: FunctionEvent, shift: float) -> KernelEvent:
     """`shift`: seconds from the profiler's clock, which is in microseconds, to ours."""
-    on_host = event.device_type == DeviceType.CPU
-    thread = f"thread {event.thread}" if on_host else f"stream {event.device_resource_id}"
+    thread = f"thread {event.thread}" if _on_host(event) else f"stream {event.device_resource_id}"
     time_range = event.time_range
     return KernelEvent(event.name, shift + time_range.start * 1e-6, (time_range.end - time_range.start) * 1e-6, thread)
+
+
+def _on_host(event: FunctionEvent) -> bool:
+    return event.device_type.name == "CPU"
