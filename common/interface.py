@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module, util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -151,6 +151,18 @@ class Fetched(Pending):
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what) during long work."""
+
+
+class KernelEvent(NamedTuple):
+    """One kernel or operator that a backend's `profile.profile` saw run."""
+
+    name: str
+    start: float
+    """On the clock of `perf_counter`."""
+    duration: float
+    """In seconds, with what it called."""
+    thread: str
+    """Where it ran: a thread of the host or a stream of the device."""
 
 
 class ModelRunner(ABC):

@@ -16,7 +16,7 @@ from experiments.console import Narrator, print_failures, print_json, print_tabl
 from experiments.fail_if import check_keys, parse_conditions
 from experiments.job import job_directory
 from experiments.measure import figure_names, make_plan, measure, measure_config, setting
-from experiments.records import write_rows, write_steps
+from experiments.records import write_profiles, write_rows, write_steps
 from experiments.rundir import finished, run_directory, write_json, write_setup
 
 RESULTS = ("run", "failures", "stopped")
@@ -39,6 +39,7 @@ def run(config: DictConfig) -> None:
         result |= outcome.figures.get(spec.label, {})
         write_rows(directory, outcome.windows)
         write_steps(directory, outcome.windows)
+        write_profiles(directory, outcome.profiles)
         write_json(directory / "results.json", result)
     print_table(f"{plan.model}, {config.dtype}, workload {plan.workload.name}", outcome.figures)
     print_failures(outcome.failures)

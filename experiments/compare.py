@@ -20,7 +20,7 @@ from experiments.console import Narrator, print_comparison, print_json
 from experiments.fail_if import check_keys, parse_conditions
 from experiments.job import job_directory
 from experiments.measure import figure_names, make_plan, measure, setting
-from experiments.records import write_rows, write_steps
+from experiments.records import write_profiles, write_rows, write_steps
 from experiments.rundir import finished, run_directory, write_json, write_setup
 from experiments.statistics import Comparison
 from experiments.workload import known_options
@@ -65,6 +65,7 @@ def run(config: DictConfig) -> None:
         }
         write_rows(directory, outcome.windows)
         write_steps(directory, outcome.windows)
+        write_profiles(directory, outcome.profiles)
         write_json(directory / "results.json", result)
     print_comparison(f"{plan.model}, {config.dtype}, workload {plan.workload.name}", result)
     reported = report_on(config, result)

@@ -180,6 +180,8 @@ class MeasureConfig:
     timeout_s: float = 1800.0
     """For one command to an engine: to load, or to run a window."""
     kernel_passes: int = 0
+    profile: bool = False
+    """Whether each engine runs one more window, uncounted, under its framework's profiler."""
 
     def __post_init__(self) -> None:
         check_integers("measure", self, blocks=1, max_blocks=1, warmup_requests=0, warmup_output_len=1, kernel_passes=0)
@@ -197,6 +199,7 @@ class MeasureConfig:
             self.max_blocks >= self.blocks,
             f"measure.max_blocks={self.max_blocks} contradicts measure.blocks={self.blocks}: so many run at least. Set both.",
         )
+        expect(isinstance(self.profile, bool), f"measure.profile must be true or false, got {self.profile!r}.")
         self.criteria  # noqa: B018 - checked as it is built
 
     @property

@@ -75,6 +75,8 @@ class Window:
     """What the engine did, step by step, with times since the start of the window; None of an engine that does not tell."""
     bandwidth: float | None = None
     """Bytes of memory that the machine could read in a second beside this window; None if that was not measured."""
+    began: float = 0.0
+    """When it started, on the clock of `perf_counter` of the process that ran it."""
 
     def record(self) -> dict[str, Any]:
         """What JSON can hold, but for the arrays in `steps`."""
@@ -90,6 +92,7 @@ class Window:
             stats=record["stats"],
             steps=None if steps is None else tuple(map(step_of, steps)),
             bandwidth=record["bandwidth"],
+            began=record["began"],
         )
 
 
@@ -155,7 +158,7 @@ def drive(
     counters = {name: value - before.get(name, 0) for name, value in after.items()} | {"driver_seconds": driver} | machine
     duration = events[-1].time - start if events else 0.0
     steps = None if log is None else tuple(since(start, step) for step in log)
-    return Window(rows(items, sent, events, start, steps or ()), duration, counters, steps)
+    return Window(rows(items, sent, events, start, steps or ()), duration, counters, steps, began=start)
 
 
 def since(start: float, step: StepRecord) -> StepRecord:

@@ -32,6 +32,7 @@ from common.platform import cores, peak_rss, rss
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from experiments.convert import gguf_file, hugging_face_directory
 from experiments.drive import Window, drive
+from experiments.profiled import Profile, profiled
 from experiments.workload import Item, Workload
 
 if TYPE_CHECKING:
@@ -141,6 +142,11 @@ class IsolatedEngine:
         """One window, from an empty prefix cache."""
         items = [vars(item) for item in workload.items]
         return Window.of(self._call("run", items=items, logprobs=logprobs, concurrency=workload.concurrency))
+
+    def profile(self, workload: Workload) -> Profile | None:
+        """One window as `run`, under the framework's profiler; None of an engine that has none."""
+        answer = self._call("profile", name=self.spec.name, items=[vars(item) for item in workload.items])
+        return Profile.of(answer) if answer else None
 
     def time_kernels(
         self, model: Path, shapes: Sequence[Sequence[Any]], passes: int, progress: Progress | None = None
@@ -288,6 +294,10 @@ def build(
     return build_engine(name, checkpoint, config, progress)
 
 
+def items_of(records: Sequence[Message]) -> list[Item]:
+    return [Item(**record | {"prompt": tuple(record["prompt"])}) for record in records]
+
+
 class Worker:
     """The child's end: one engine and the commands on it."""
 
@@ -321,8 +331,13 @@ class Worker:
     def on_run(self, items: list[Message], logprobs: int | None, concurrency: int | None) -> Message:
         assert self._engine, "run before load"
         self._engine.reset_prefix_cache()
-        requests = [Item(**item | {"prompt": tuple(item["prompt"])}) for item in items]
-        return drive(self._engine, requests, logprobs, concurrency).record()
+        return drive(self._engine, items_of(items), logprobs, concurrency).record()
+
+    def on_profile(self, name: str, items: list[Message]) -> Message:
+        assert self._engine, "profile before load"
+        self._engine.reset_prefix_cache()
+        profile = profiled(name, self._engine, items_of(items))
+        return profile.record() if profile else {}
 
     def on_time_kernels(
         self, name: str, model: str, config: Mapping[str, Any], shapes: list[list[Any]], passes: int

@@ -20,12 +20,15 @@ from experiments.console import Narrator
 from experiments.drive import Window
 from experiments.isolate import EngineFailure, IsolatedEngine
 from experiments.metrics import contaminations, summarize
+from experiments.profiled import Profile
 from experiments.roofline import Limits, bandwidth_probe, better, efficiency, measure_limits, weights_bytes
 from experiments.statistics import Comparison, compare_all
 from experiments.workload import Workload, WorkloadConfig, draw, known_options
 
 LOADED = ("rss_mb", "peak_load_mb", "kv_pool_mb")
 """Figures that an engine's process tells when it has loaded."""
+PROFILED_REQUESTS, PROFILED_OUTPUT_LEN = 8, 16
+"""Of the window under a profiler, at most."""
 Probe = Callable[[], float | None]
 
 
@@ -105,6 +108,8 @@ class Outcome:
     """Labels as they ran, by block."""
     stopped: str = "no engine was left"
     """Why no further block ran."""
+    profiles: dict[str, Profile] = field(default_factory=dict)
+    """Of each engine that was asked for one and could give it."""
 
     @property
     def survivors(self) -> list[str]:
@@ -155,6 +160,8 @@ def measure(plan: Plan, directory: Path, narrator: Narrator) -> Outcome:
             figures |= window_figures(outcome.windows[label], plan, engine.spec, here)
             figures["limits"] = before and after and {"before": before.summary(), "after": after.summary()}
             figures["contaminated"] = contaminations(figures, plan.shares_prefixes)
+        if plan.measure.profile:
+            profile_engines(outcome, engines, plan, narrator)
     outcome.compare(plan)
     return outcome
 
@@ -183,6 +190,26 @@ def run_blocks(outcome: Outcome, engines: Mapping[str, IsolatedEngine], plan: Pl
         longest = max(longest, time.perf_counter() - start)
         outcome.compare(plan)
     narrator.end_blocks(outcome.stopped)
+
+
+def profile_engines(outcome: Outcome, engines: Mapping[str, IsolatedEngine], plan: Plan, narrator: Narrator) -> None:
+    """One more window of each engine that can, under its framework's profiler, when all that counts has been measured.
+
+    What fails here costs the engine its profile and nothing else."""
+    workload = plan.workload.share(PROFILED_REQUESTS, PROFILED_OUTPUT_LEN)
+    for label in outcome.survivors:
+        narrator.say(f"profiling {label}")
+        try:
+            profile = engines[label].profile(workload)
+        except EngineFailure as failure:
+            narrator.alarm(f"No kernels of {label}: {failure.message}")
+            continue
+        if profile is None:
+            narrator.say(f"{label} has no profiler here: its kernels are left out")
+            continue
+        outcome.profiles[label] = profile
+        if profile.left_out:
+            narrator.say(f"{label}: {len(profile.kernels)} kernels are kept, and {profile.left_out} after them left out")
 
 
 def served(label: str, window: Window) -> Window:

@@ -1,7 +1,7 @@
-"""A run for ui.perfetto.dev: each engine a process, with its requests, the steps of its scheduler, and counters.
+"""A run for ui.perfetto.dev: each engine a process, with its requests, the steps of its scheduler, kernels, and counters.
 
 The form is Chrome's JSON trace. Windows ran one after another, so they follow one another here, in the order in which they ran;
-the gaps between them are not to scale.
+the gaps between them are not to scale. Those under a profiler, which alone have kernels, come last.
 """
 
 from __future__ import annotations
@@ -18,9 +18,15 @@ STEPS = 1
 """The thread of a process on which its steps are drawn."""
 
 
-def trace(rows: pd.DataFrame, steps: pd.DataFrame, engines: Sequence[str], order: Sequence[Sequence[str]]) -> dict[str, Any]:
+def trace(
+    rows: pd.DataFrame,
+    steps: pd.DataFrame,
+    engines: Sequence[str],
+    order: Sequence[Sequence[str]],
+    kernels: pd.DataFrame | None = None,
+) -> dict[str, Any]:
     """The whole trace, to be written as JSON. `order` gives the labels of each block as they ran; where it tells nothing they
-    are taken to have alternated."""
+    are taken to have alternated. `kernels` are of windows in the last block."""
     begins = starts(rows, steps, engines, order)
     events: list[dict[str, Any]] = []
     for pid, label in enumerate(engines, 1):
@@ -32,6 +38,8 @@ def trace(rows: pd.DataFrame, steps: pd.DataFrame, engines: Sequence[str], order
         for row in records(rows, label):
             events += request_events(row, pid, begins[label, row["block"]])
         events += step_events(records(steps, label), pid, label, begins)
+        if kernels is not None and len(kernels):
+            events += kernel_events(records(kernels, label), pid, begins.get((label, rows["block"].max()), 0.0))
     return {"displayTimeUnit": "ms", "traceEvents": events}
 
 
@@ -109,6 +117,18 @@ def step_events(
             if told(step, counter):
                 yield {"ph": "C", "name": title, "pid": pid, "ts": us(begin + end), "args": {counter: step[counter]}}
         landed = end
+
+
+def kernel_events(kernels: Sequence[Mapping[str, Any]], pid: int, begin: float) -> Iterator[dict[str, Any]]:
+    """Kernels as slices, one track for each thread. All are whole nanoseconds, so that what nests still does."""
+    begin = round(begin, 9)
+    tracks = {thread: STEPS + i for i, thread in enumerate(dict.fromkeys(kernel["thread"] for kernel in kernels), 1)}
+    for thread, tid in tracks.items():
+        yield {"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": f"kernels: {thread}"}}
+    for kernel in kernels:
+        start, end = (round(1e9 * (begin + at)) for at in (kernel["start"], kernel["start"] + kernel["duration"]))
+        place = {"pid": pid, "tid": tracks[kernel["thread"]], "ts": start / 1e3}
+        yield {"ph": "X", "cat": "kernel", "name": kernel["name"], "dur": (end - start) / 1e3, **place}
 
 
 def told(step: Mapping[str, Any], name: str) -> bool:

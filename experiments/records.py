@@ -1,4 +1,6 @@
-"""The raw rows of a run, as files in its directory: a line of JSON for each request and for each step of each window."""
+"""The raw rows of a run, as files in its directory: a line of JSON for each request and for each step of each window.
+
+Windows under a profiler are kept apart, so that nobody counts them: in `profiled/`, and their kernels in `kernels.jsonl`."""
 
 from __future__ import annotations
 
@@ -11,9 +13,13 @@ import pandas as pd
 
 from common.engine import StepRecord
 from common.errors import ConfigError
+from common.interface import KernelEvent
 from experiments.drive import Row, Window
+from experiments.profiled import Profile
 
-ROWS, STEPS = "requests.jsonl", "steps.jsonl"
+ROWS, STEPS, KERNELS = "requests.jsonl", "steps.jsonl", "kernels.jsonl"
+PROFILED = "profiled"
+"""The folder for requests and steps of the windows under a profiler."""
 STEP_COLUMNS = ("submitted", "landed", "tokens", "prompt_tokens", "num_seqs", "logit_rows", "kv_tokens")
 LOAD_COLUMNS = ("running", "waiting", "pages_used", "pages_total", "pages_empty")
 
@@ -40,6 +46,29 @@ def write_steps(directory: Path, windows: Mapping[str, Sequence[Window]]) -> Non
             for engine, blocks in windows.items()
             for block, window in enumerate(blocks)
             for step in window.steps or ()
+        ),
+    )
+
+
+def write_profiles(directory: Path, profiles: Mapping[str, Profile]) -> None:
+    """The window of each engine under its profiler, and its kernels; nothing where there was none."""
+    if not profiles:
+        return
+    write_kernels(directory, {label: profile.kernels for label, profile in profiles.items()})
+    (directory / PROFILED).mkdir()
+    windows = {label: [profile.window] for label, profile in profiles.items()}
+    write_rows(directory / PROFILED, windows)
+    write_steps(directory / PROFILED, windows)
+
+
+def write_kernels(directory: Path, kernels: Mapping[str, Sequence[KernelEvent]]) -> None:
+    """One line for each kernel of each engine, times since its window's start, to the nanosecond: `kernels.jsonl`."""
+    write_lines(
+        directory / KERNELS,
+        (
+            {"engine": engine} | kernel._replace(start=round(kernel.start, 9), duration=round(kernel.duration, 9))._asdict()
+            for engine, events in kernels.items()
+            for kernel in events
         ),
     )
 
@@ -73,6 +102,12 @@ def read_rows(directory: Path) -> pd.DataFrame:
 def read_steps(directory: Path) -> pd.DataFrame:
     """`steps.jsonl` of a run: a row for each step; none of an engine that does not tell. Raises as `read_rows` does."""
     return read_lines(directory / STEPS, ("engine", "block", *STEP_COLUMNS, *LOAD_COLUMNS))
+
+
+def read_kernels(directory: Path) -> pd.DataFrame:
+    """`kernels.jsonl` of a run: a row for each kernel; none of a run without profiles. Raises as `read_rows` does."""
+    columns = ("engine", *KernelEvent._fields)
+    return read_lines(directory / KERNELS, columns) if (directory / KERNELS).exists() else pd.DataFrame(columns=list(columns))
 
 
 def read_lines(path: Path, columns: Sequence[str]) -> pd.DataFrame:

@@ -16,11 +16,14 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
+import pandas as pd
+
 from common.config import expect
 from common.errors import TandemError
 from experiments import canvas, page, perfetto
+from experiments.records import PROFILED, read_kernels
 from experiments.results import is_sweep, open_run
-from experiments.run_report import run_page
+from experiments.run_report import rows_of, run_page, steps_of
 from experiments.sweep_report import sweep_page
 
 HTML = "report.html"
@@ -38,7 +41,9 @@ def write_report(directory: Path) -> Path:
     else:
         run = open_run(directory)
         made, rows, steps = run_page(run)
-        trace = perfetto.trace(rows, steps, list(run.engines), run.results.get("order") or ())
+        rows, steps = with_profiled(directory, rows, steps)
+        order = run.results.get("order") or ()
+        trace = perfetto.trace(rows, steps, list(run.engines), order, read_kernels(directory))
         files["trace.perfetto.json"] = json.dumps(trace, separators=(",", ":")).encode()
     for drawing in made.drawings:
         files[f"figures/{drawing.name}.svg"] = canvas.standalone(drawing.svg).encode()
@@ -48,6 +53,17 @@ def write_report(directory: Path) -> Path:
     files[HTML] = page.html(made, canvas.theme(":root"), colours).encode()
     put(directory, files)
     return directory / HTML
+
+
+def with_profiled(directory: Path, rows: pd.DataFrame, steps: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """With the windows under a profiler, if there were any, as one block more."""
+    if not (directory / PROFILED).exists():
+        return rows, steps
+    last = 1 + rows["block"].max()
+    more_rows, more_steps = (
+        frame.assign(block=last) for frame in (rows_of(directory / PROFILED), steps_of(directory / PROFILED))
+    )
+    return pd.concat([rows, more_rows]), pd.concat([steps, more_steps])
 
 
 def make_report(directory: Path) -> Path | None:

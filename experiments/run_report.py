@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from common.interface import KernelEvent
 from experiments import figures as draw
 from experiments import timeline
 from experiments.console import FIGURES, number
 from experiments.findings import correctness, notices, speed, text_of
 from experiments.glossary import GLOSSARY
 from experiments.page import Drawing, Page, Section, Table, known
-from experiments.records import read_rows, read_steps
+from experiments.profiled import own_seconds
+from experiments.records import read_kernels, read_rows, read_steps
 from experiments.results import RunFiles
 
 SUMMARY = (
@@ -34,6 +36,8 @@ SUMMARY = (
 GIVEN = ("tokens", "output_len", "times")
 NEEDED = ("engine", "block", "request_id", "prompt_len", "scheduled", "sent", "finish", "error", *GIVEN)
 """Columns of the rows."""
+LONGEST, NAME_LENGTH = 10, 80
+"""Of kernels in the report, and of a name there."""
 LATENCIES = (
     ("ttft", "Time to first token"),
     ("tpot", "Time per output token"),
@@ -100,6 +104,7 @@ def run_page(run: RunFiles) -> tuple[Page, pd.DataFrame, pd.DataFrame]:
             "The KV cache in the same window.",
             some(*(timeline.occupancy(window_of(steps, label), i, label, until) for i, label in enumerate(engines))),
         ),
+        profile_section(read_kernels(run.directory), engines),
         agreement_section(run.results, engines),
         Section(
             "Environment",
@@ -203,6 +208,21 @@ def kernels_section(run: RunFiles) -> Section:
         if operators
     ]
     return Section("Kernels", "Each native kernel alone, by the shape of the step.", tables=tables)
+
+
+def profile_section(kernels: pd.DataFrame, engines: Sequence[str]) -> Section:
+    """Of `measure.profile=true`: the kernels that took most."""
+    tables = []
+    for label, mine in kernels.groupby("engine"):
+        events = (KernelEvent(*values) for values in mine[list(KernelEvent._fields)].itertuples(index=False))
+        spent = own_seconds(events)
+        whole = sum(seconds for _, seconds in spent.values()) or 1.0
+        top = list(spent.items())[:LONGEST]
+        rows = [(name[:NAME_LENGTH], str(count), small(1e3 * s), f"{s / whole:.1%}") for name, (count, s) in top]
+        if label in engines:
+            tables.append(Table((str(label), "times", "ms", "share"), rows))
+    about = "The kernels that took most, each without those within it, in one more window that is counted nowhere else."
+    return Section("Where the time goes", about, tables=tables)
 
 
 def interval(found: Mapping[str, Any]) -> str:

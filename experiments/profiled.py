@@ -1,0 +1,74 @@
+"""A window under an engine's own profiler: which kernels ran, when, and where the time went. Counted in no figure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module, util
+from typing import Any, Self
+
+from common.interface import InferenceEngine, KernelEvent
+from experiments.drive import Window, drive
+from experiments.workload import Item
+
+MOST_KERNELS = 200_000
+"""Of one engine: more make a file that no viewer opens."""
+HALF_NS = 5e-10
+"""Times are whole nanoseconds, but for what floats lose."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """One window under the profiler."""
+
+    window: Window
+    kernels: tuple[KernelEvent, ...]
+    """By start, in seconds since the window's; those of a thread may nest."""
+    left_out: int = 0
+    """How many came after the last of `kernels`."""
+
+    def record(self) -> dict[str, Any]:
+        """What JSON can hold, but for the arrays in the window."""
+        return vars(self) | {"window": self.window.record()}
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Self:
+        """The inverse of `record` and a trip through JSON."""
+        kernels = tuple(KernelEvent(*values) for values in record["kernels"])
+        return cls(window=Window.of(record["window"]), kernels=kernels, left_out=record["left_out"])
+
+
+def profiled(name: str, engine: InferenceEngine, items: Sequence[Item], most: int = MOST_KERNELS) -> Profile | None:
+    """Drive the engine `name` under its profiler, in its process, and keep at most so many kernels; None if it has none."""
+    if not (name.isidentifier() and util.find_spec(f"{name}infer") and util.find_spec(f"{name}infer.profile")):
+        return None
+    windows: list[Window] = []
+    kernels = import_module(f"{name}infer.profile").profile(lambda: windows.append(drive(engine, items)))
+    (window,) = windows
+    ordered = sorted(kernels, key=outer_first)
+    since = tuple(kernel._replace(start=kernel.start - window.began) for kernel in ordered[:most])
+    return Profile(window=window, kernels=since, left_out=len(ordered) - len(since))
+
+
+def outer_first(kernel: KernelEvent) -> tuple[float, float]:
+    return kernel.start, -kernel.duration
+
+
+def own_seconds(kernels: Iterable[KernelEvent]) -> dict[str, tuple[int, float]]:
+    """Name → how often it ran, and how long in all, without what ran within it; the longest first."""
+    found: dict[str, tuple[int, float]] = {}
+
+    def add(name: str, times: int, seconds: float) -> None:
+        count, total = found.get(name, (0, 0.0))
+        found[name] = count + times, total + seconds
+
+    within: dict[str, list[KernelEvent]] = {}
+    for kernel in sorted(kernels, key=outer_first):
+        outer = within.setdefault(kernel.thread, [])
+        while outer and outer[-1].start + outer[-1].duration < kernel.start + HALF_NS:
+            outer.pop()
+        add(kernel.name, 1, kernel.duration)
+        if outer:
+            add(outer[-1].name, 0, -kernel.duration)
+        outer.append(kernel)
+    return dict(sorted(found.items(), key=lambda item: -item[1][1]))
