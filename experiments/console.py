@@ -94,10 +94,10 @@ class Narrator:
         self._bars.stop()
 
     def say(self, text: str) -> None:
-        self._console.print(text, style="dim", highlight=False)
+        self._console.print(text, style="dim", highlight=False, markup=False)
 
     def alarm(self, text: str) -> None:
-        self._console.print(text, style="bold red", highlight=False)
+        self._console.print(text, style="bold red", highlight=False, markup=False)
 
     def block(self, done: int, planned: int, label: str, block_s: float) -> None:
         """Say which window comes next. `block_s` is how long a block takes, 0 if that is not known yet."""
@@ -163,7 +163,7 @@ def print_table(
             against = next(iter(comparisons.values()))["against"]
             table.add_row(f"× {escape(against)}", *(times(comparisons.get(label)) for label in engines), style="bold")
     console = wide_console()
-    console.print(title, style="bold", highlight=False)
+    console.print(title, style="bold", highlight=False, markup=False)
     console.print(table)
     for label, figures in engines.items():
         for reason in figures["contaminated"]:
