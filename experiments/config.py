@@ -94,7 +94,8 @@ def engine_specs(config: DictConfig) -> list[EngineSpec]:
         label = engine_label(options, defaults)
         if len(label) > READABLE:
             label = engine_label(told_apart(options, entries), defaults)
-        composed.merge_with(options)
+        with open_dict(composed):  # its own options are checked: this is for those that are mappings of anything
+            composed.merge_with(options)
         count = 1 + labels.count(label)
         labels.append(label)
         specs.append(engine_spec(composed, f"{label}-{count}" if count > 1 else label))
