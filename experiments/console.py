@@ -220,7 +220,8 @@ def print_verdict(result: Mapping[str, Any]) -> None:
         said = f"[bold red]{unjustified} divergences are not explained by rounding[/]"
     lines = [f"float32: {said}"]
     if unjustified is not None:
-        lines[0] += f"; {result['compared_tokens']} tokens alike, log-probabilities within {worst:.1e}."
+        apart = "not all finite" if worst is None else f"within {worst:.1e}"
+        lines[0] += f"; {result['compared_tokens']} tokens alike, log-probabilities {apart}."
     for label, found in (result.get("agreement") or {}).items():
         if found["mean_kld"] is not None:
             lines.append(

@@ -1,6 +1,7 @@
 """`experiments.compare`: order of blocks, ratios, agreement, labels and messages, and a whole run in real processes."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,11 @@ def test_the_verdict_counts_what_rounding_does_not_explain_and_shows_it_first() 
     assert bad["unjustified_divergences"] == 2
     first = bad["first_divergence"]
     assert (first["engine"], first["request"], first["position"]) == ("hf", 1, 2)
+
+
+@pytest.mark.parametrize("diffs", [(0.1, math.nan), (math.nan, 0.1)])
+def test_a_difference_that_is_not_finite_is_no_figure_and_no_other_stands_for_it(diffs: tuple[float, float]) -> None:
+    assert verdict({"torch": [agreement(diff=diff) for diff in diffs]})["max_abs_logprob_diff"] is None
 
 
 def test_a_verdict_without_a_pass_claims_nothing() -> None:

@@ -507,6 +507,19 @@ def test_a_server_of_the_run_is_compared_with_an_engine(
     assert "a server that prints" in log.read_text()
 
 
+def test_a_server_that_tells_no_log_probabilities_is_not_called_wrong(
+    server: Server, history: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = f"name:openai_http,base_url:'{server.url}',max_model_len:512,extra_body:{{manner:bursts}}"
+    with pytest.raises(SystemExit) as exit:
+        command(monkeypatch, compare.main, *SMALL, f"engines=[history,{{{options}}}]")
+    assert exit.value.code == 1
+    result = last_line(capsys.readouterr().out)
+    (failure,) = result["failures"].values()
+    assert "correctness.num_requests=0 asks for none" in failure["message"]
+    assert result["unjustified_divergences"] is None and len(result["engines"]) == 2
+
+
 def test_a_server_that_runs_already_is_timed(
     server: Server, history: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
