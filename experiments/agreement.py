@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from common.config import Dtype
-from common.errors import CheckpointError
+from common.errors import CheckpointError, TandemError
 from experiments.config import CorrectnessConfig, EngineSpec
 from experiments.console import Narrator
 from experiments.correctness import Agreement, common_prefix, float64_reference, judge, table
@@ -90,7 +90,8 @@ def agree(
                     passed = rounds.run(engine, observes, narrator)
                 expect_answers(spec.label, passed.rows)
                 done[spec.label] = passed
-            except EngineFailure as failure:
+            except (EngineFailure, TandemError) as error:  # too late to be the user's to mend: the timed part is worth keeping
+                failure = error if isinstance(error, EngineFailure) else EngineFailure(str(error), label=spec.label)
                 failures[spec.label] = failure.record()
                 narrator.alarm(failure.message)
     return compare(done, share, plan, config), failures
