@@ -100,7 +100,9 @@ def agree(
 def expect_answers(label: str, rows: Sequence[Row]) -> None:
     """Raises `EngineFailure` if every request ended in an error: then there is no output that could be right or wrong."""
     if rows and all(row.error for row in rows):
-        message = f"None of the {len(rows)} requests of the float32 pass to engine {label!r} came through; of the first it said: "
+        message = (
+            f"None of the {len(rows)} requests of the float32 pass to engine {label!r} came through; of the first it said: "
+        )
         raise EngineFailure(message + str(rows[0].error), label=label)
 
 

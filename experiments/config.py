@@ -234,6 +234,13 @@ class CorrectnessConfig:
         )
 
 
+def correctness_config(config: DictConfig) -> CorrectnessConfig:
+    """The checked group `correctness`."""
+    given = config.correctness
+    expect(isinstance(given, DictConfig), f"correctness holds options such as correctness.num_requests=0, got {given!r}.")
+    return CorrectnessConfig(**known_options(CorrectnessConfig, "correctness", resolved(given)))
+
+
 def check_integers(where: str, config: object, **least: int) -> None:
     for name, low in least.items():
         value = getattr(config, name)

@@ -203,6 +203,13 @@ def test_an_engine_that_samples_wrongly_is_found_out(
         ("engine=history", "Did you mean 'engines'?"),
         ("correctness.num_requests=-1", "correctness.num_requests"),
         ("correctness.tolerance=0", "correctness.tolerance"),
+        ("correctness=null", "correctness.num_requests=0, got None"),
+        ("report=no", "report must be true or false, got 'no'"),
+        ("engines=[history,{name:history,num_blocks:2}]", "history-num_blocks=2 has pages for 16"),
+        (
+            "engines=[history,{name:history,max_num_seqs:4,max_num_batched_tokens:4,enable_chunked_prefill:false}]",
+            "has a prompt of 128 tokens, and engine history-",
+        ),
         ("engines=[history,{name:history,block_size:7}]", "block_size"),
         ("engines=[history,{name:history,dtype:bf16}]", "Did you mean 'bfloat16'?"),
     ],
