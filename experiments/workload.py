@@ -18,7 +18,7 @@ import xxhash
 
 from common.config import expect
 from common.errors import nearest_hint
-from experiments.trace_file import LONGEST_S, read_trace
+from experiments.trace_file import LONGEST_S, MOST_TOKENS, read_trace
 
 SHARED = 8
 """Tokens: two prompts of a vocabulary that begin with so many in common have a prefix in common, and not by chance."""
@@ -123,6 +123,10 @@ class WorkloadConfig:
                 isinstance(value, Lengths) or (_whole(value) and value >= 1),
                 f"workload.{name} must be an integer ≥ 1 or a distribution (mu, sigma, low, high), got {value!r}.",
             )
+        for name in ("prefix_len", "prompt_len", "output_len"):
+            value = getattr(self, name)
+            most = value.high if isinstance(value, Lengths) else value or 0
+            expect(most <= MOST_TOKENS, f"workload.{name} must be at most {MOST_TOKENS} tokens, got {most}.")
         rate = self.request_rate
         expect(
             rate is None or (_real(rate) and rate > 0),

@@ -182,6 +182,8 @@ def test_a_share_is_the_first_requests_cut_short() -> None:
         ({"num_requests": True}, "num_requests"),
         ({"prompt_len": 0}, "prompt_len"),
         ({"output_len": 2.5}, "output_len"),
+        ({"prompt_len": 10**12}, "workload.prompt_len must be at most 16777216 tokens"),
+        ({"output_len": {"mu": 1.0, "sigma": 1.0, "low": 8, "high": 10**12}}, "workload.output_len must be at most"),
         ({"output_len": {"mu": 1.0, "sigma": 1.0, "low": 8, "high": 4}}, "low=8 and high=4"),
         ({"output_len": {"mu": float("nan"), "sigma": 1.0, "low": 1, "high": 4}}, "mu must be a finite"),
         ({"output_len": {"mu": 1.0, "sigma": 1.0, "low": 1}}, "lacks high"),
