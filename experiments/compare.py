@@ -62,9 +62,9 @@ def run(config: DictConfig) -> None:
             "tokens_equal_share": tokens_equal_share(compared),
             **found,
         }
+        write_json(directory / "results.json", result)  # first: where the disk is full, the figures are there
         write_rows(directory, outcome.windows)
         write_steps(directory, outcome.windows)
-        write_json(directory / "results.json", result)
     print_comparison(f"{plan.model}, {config.dtype}, workload {plan.workload.name}", result)
     reported = report_on(config, result)
     print_json(result)

@@ -153,6 +153,18 @@ def test_compare_runs_both_engines_and_finds_them_equal(
     assert len((directory / "requests.jsonl").read_text().splitlines()) == 2 * 4 * 3
 
 
+def test_a_disk_that_is_full_of_rows_leaves_the_figures(history: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(compare, "write_rows", full)
+    with pytest.raises(OSError, match="No space left"):
+        command(monkeypatch, compare.main, *SMALL, "engines=[history,history]", "measure=quick", "correctness.num_requests=0")
+    (partial,) = (history / "runs").iterdir()
+    assert partial.suffix == ".partial"
+    assert len(json.loads((partial / "results.json").read_text())["engines"]) == 2
+
+
 def test_the_float32_pass_can_be_left_out(
     history: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
