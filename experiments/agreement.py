@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from common.config import Dtype
-from common.errors import CheckpointError
+from common.errors import CheckpointError, TandemError
 from experiments.config import CorrectnessConfig, EngineSpec
 from experiments.console import Narrator
 from experiments.correctness import Agreement, common_prefix, float64_reference, judge, table
@@ -87,11 +87,23 @@ def agree(
             try:
                 with IsolatedEngine(exact, log, plan.measure.timeout_s) as engine:
                     observes = engine.load(plan.checkpoint.path, narrator.progress(spec.label))["caps"].get("observes", False)
-                    done[spec.label] = rounds.run(engine, observes, narrator)
-            except EngineFailure as failure:
+                    passed = rounds.run(engine, observes, narrator)
+                expect_answers(spec.label, passed.rows)
+                done[spec.label] = passed
+            except (EngineFailure, TandemError) as error:  # too late to be the user's to mend: the timed part is worth keeping
+                failure = error if isinstance(error, EngineFailure) else EngineFailure(str(error), label=spec.label)
                 failures[spec.label] = failure.record()
                 narrator.alarm(failure.message)
     return compare(done, share, plan, config), failures
+
+
+def expect_answers(label: str, rows: Sequence[Row]) -> None:
+    """Raises `EngineFailure` if every request ended in an error: then there is no output that could be right or wrong."""
+    if rows and all(row.error for row in rows):
+        message = (
+            f"None of the {len(rows)} requests of the float32 pass to engine {label!r} came through; of the first it said: "
+        )
+        raise EngineFailure(message + str(rows[0].error), label=label)
 
 
 class Rounds:
@@ -250,10 +262,11 @@ def verdict(agreements: Mapping[str, Sequence[Agreement]]) -> dict[str, Any]:
         if agreement.divergence
     ]
     every = [agreement for results in agreements.values() for agreement in results]
+    worst = float(np.max([agreement.max_abs_logprob_diff for agreement in every]))
     return {
         "unjustified_divergences": sum(not divergence["justified"] for divergence in divergences),
         "tokens_equal": not divergences,
-        "max_abs_logprob_diff": max(agreement.max_abs_logprob_diff for agreement in every),
+        "max_abs_logprob_diff": worst if np.isfinite(worst) else None,
         "first_divergence": min(divergences, key=lambda d: (d["justified"], d["request"], d["position"]), default=None),
         "compared_tokens": sum(agreement.num_equal for agreement in every),
     }

@@ -37,10 +37,10 @@ def run(config: DictConfig) -> None:
         result = {"engine": spec.label} | setting(config, plan)
         result |= {"run": str(finished(directory)), "failures": outcome.failures, "stopped": outcome.stopped}
         result |= outcome.figures.get(spec.label, {})
+        write_json(directory / "results.json", result)  # first: where the disk is full, the figures are there
         write_rows(directory, outcome.windows)
         write_steps(directory, outcome.windows)
         write_profiles(directory, outcome.profiles)
-        write_json(directory / "results.json", result)
     print_table(f"{plan.model}, {config.dtype}, workload {plan.workload.name}", outcome.figures)
     print_failures(outcome.failures)
     reported = report_on(config, result)

@@ -16,6 +16,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from common.config import expect
 from common.errors import TandemError, nearest_hint
 from experiments.fail_if import Condition, violations
 from experiments.isolate import EngineFailure
@@ -49,6 +50,8 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
         try:
             if (job := job_directory(config)) and is_whole(job):
                 return  # of a sweep that another launcher goes on with
+            wanted = config.get("report", True)
+            expect(isinstance(wanted, bool), f"report must be true or false, got {wanted!r}.")
             task(config)
         except (TandemError, OmegaConfBaseException) as error:
             fail(explain(error), USER_ERROR)  # here, since Hydra would first print a message of its own

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from common.config import expect
 from experiments.agreement import agree, tokens_equal_share, verdict
 from experiments.cli import conclude, launch, report_on
-from experiments.config import CorrectnessConfig, engine_specs, resolved, runs_folder
+from experiments.config import correctness_config, engine_specs, resolved, runs_folder
 from experiments.console import Narrator, print_comparison, print_json
 from experiments.fail_if import check_keys, parse_conditions
 from experiments.job import job_directory
@@ -23,7 +23,6 @@ from experiments.measure import figure_names, make_plan, measure, setting
 from experiments.records import write_profiles, write_rows, write_steps
 from experiments.rundir import finished, run_directory, write_json, write_setup
 from experiments.statistics import Comparison
-from experiments.workload import known_options
 
 RESULTS = ("run", "engines", "ratios", "comparisons", "failures", "order", "stopped")
 AGREEMENT = ("tokens_equal_share", *verdict({}), "compared_tokens", "agreement", "perplexity")
@@ -34,7 +33,7 @@ NAME_LENGTH = 100
 def run(config: DictConfig) -> None:
     specs = engine_specs(config)
     expect(len(specs) >= 2, "compare needs two engines or more, as in engines=[jax,torch]; for one there is experiments.bench.")
-    correctness = CorrectnessConfig(**known_options(CorrectnessConfig, "correctness", resolved(config.correctness)))
+    correctness = correctness_config(config)
     conditions = parse_conditions(resolved(config)["fail_if"])
     plan = make_plan(config, specs)
     labels = [spec.label for spec in specs]
@@ -63,10 +62,10 @@ def run(config: DictConfig) -> None:
             "tokens_equal_share": tokens_equal_share(compared),
             **found,
         }
+        write_json(directory / "results.json", result)  # first: where the disk is full, the figures are there
         write_rows(directory, outcome.windows)
         write_steps(directory, outcome.windows)
         write_profiles(directory, outcome.profiles)
-        write_json(directory / "results.json", result)
     print_comparison(f"{plan.model}, {config.dtype}, workload {plan.workload.name}", result)
     reported = report_on(config, result)
     print_json(result)

@@ -14,6 +14,7 @@ import contextlib
 import http.client
 import io
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,7 +121,7 @@ class EventStream:
             headers = http.client.parse_headers(io.BytesIO(rest))
             self._chunked = "chunked" in (headers.get("Transfer-Encoding") or "").lower()
             length = headers.get("Content-Length")
-            self._left = int(length) if length is not None and not self._chunked else None
+            self._left = natural(length) if length is not None and not self._chunked else None
         except (http.client.HTTPException, ValueError) as error:
             raise WireError(f"bad HTTP headers: {error}") from error
         self.status = int(status[:3])
@@ -133,7 +134,7 @@ class EventStream:
             if end < 0:
                 return
             try:
-                size = int(bytes(self._bytes[:end]).partition(b";")[0], 16)
+                size = natural(bytes(self._bytes[:end]).partition(b";")[0].decode(), 16)
             except ValueError:
                 raise WireError(f"bad chunk size {bytes(self._bytes[:end])[:EXCERPT]!r}") from None
             if size == 0:
@@ -178,10 +179,11 @@ class Chunk:
     finish: Status | None = None
 
 
-def read_chunk(data: str, seen: int, wanted: int | None) -> Chunk:
-    """Read an event after which `seen` tokens had come before it, of a request for `wanted` log-probabilities (None: none).
+def read_chunk(data: str, seen: int, wanted: int | None, most: int = sys.maxsize) -> Chunk:
+    """Read an event before which `seen` tokens had come, of a request for `most` tokens and `wanted` log-probabilities (None:
+    none).
 
-    Raises `WireError` for an error, or for what is no completion.
+    Raises `WireError` for an error, for what is no completion, and for more tokens than were asked for.
     """
     try:
         message = json.loads(data)
@@ -196,10 +198,12 @@ def read_chunk(data: str, seen: int, wanted: int | None) -> Chunk:
         else:
             tokens = [UNNAMED] * bool(choice.get("text"))
         told = (message.get("usage") or {}).get("completion_tokens") or 0
+        if seen + len(tokens) > most or int(told) > most:
+            raise WireError(f"it gives more than the {most} tokens that were asked for")
         tokens += [UNNAMED] * (int(told) - seen - len(tokens))
         reason = choice.get("finish_reason")
         finish = FINISH.get(reason, Status.FINISHED_ERROR) if reason is not None else None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise WireError(f"an event that is no completion ({error!r}): {data[:EXCERPT]}") from error
     logprobs = None
     if wanted is not None and len(entries) == len(tokens):
@@ -237,6 +241,14 @@ def rank(token: int, own: float, top: Mapping[int, float], wanted: int) -> Logpr
     known = {token: own} | {other: value for other, value in top.items() if other != UNNAMED}
     order = sorted(known, key=lambda other: (-known[other], other))[:wanted]
     return Logprobs(own, 1 + sum(value > own for value in known.values()), order, [known[other] for other in order])
+
+
+def natural(text: str, base: int = 10) -> int:
+    """The number that `text` is. Raises `ValueError` for a negative one too: a stream that went back would never end."""
+    value = int(text, base)
+    if value < 0:
+        raise ValueError(f"{text} is negative")
+    return value
 
 
 def error_message(message: Any) -> str | None:

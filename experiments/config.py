@@ -94,7 +94,8 @@ def engine_specs(config: DictConfig) -> list[EngineSpec]:
         label = engine_label(options, defaults)
         if len(label) > READABLE:
             label = engine_label(told_apart(options, entries), defaults)
-        composed.merge_with(options)
+        with open_dict(composed):  # its own options are checked: this is for those that are mappings of anything
+            composed.merge_with(options)
         count = 1 + labels.count(label)
         labels.append(label)
         specs.append(engine_spec(composed, f"{label}-{count}" if count > 1 else label))
@@ -234,6 +235,13 @@ class CorrectnessConfig:
             text is None or (isinstance(text, str) and Path(text).is_file()),
             f"correctness.perplexity_text must be the path of a text, or null, got {text!r}.",
         )
+
+
+def correctness_config(config: DictConfig) -> CorrectnessConfig:
+    """The checked group `correctness`."""
+    given = config.correctness
+    expect(isinstance(given, DictConfig), f"correctness holds options such as correctness.num_requests=0, got {given!r}.")
+    return CorrectnessConfig(**known_options(CorrectnessConfig, "correctness", resolved(given)))
 
 
 def check_integers(where: str, config: object, **least: int) -> None:

@@ -95,10 +95,10 @@ class Narrator:
         self._bars.stop()
 
     def say(self, text: str) -> None:
-        self._console.print(text, style="dim", highlight=False)
+        self._console.print(text, style="dim", highlight=False, markup=False)
 
     def alarm(self, text: str) -> None:
-        self._console.print(text, style="bold red", highlight=False)
+        self._console.print(text, style="bold red", highlight=False, markup=False)
 
     def block(self, done: int, planned: int, label: str, block_s: float) -> None:
         """Say which window comes next. `block_s` is how long a block takes, 0 if that is not known yet."""
@@ -164,7 +164,7 @@ def print_table(
             against = next(iter(comparisons.values()))["against"]
             table.add_row(f"× {escape(against)}", *(times(comparisons.get(label)) for label in engines), style="bold")
     console = wide_console()
-    console.print(title, style="bold", highlight=False)
+    console.print(title, style="bold", highlight=False, markup=False)
     console.print(table)
     for label, figures in engines.items():
         for reason in figures["contaminated"]:
@@ -235,7 +235,8 @@ def print_verdict(result: Mapping[str, Any]) -> None:
         said = f"[bold red]{unjustified} divergences are not explained by rounding[/]"
     lines = [f"float32: {said}"]
     if unjustified is not None:
-        lines[0] += f"; {result['compared_tokens']} tokens alike, log-probabilities within {worst:.1e}."
+        apart = "not all finite" if worst is None else f"within {worst:.1e}"
+        lines[0] += f"; {result['compared_tokens']} tokens alike, log-probabilities {apart}."
     for label, found in (result.get("agreement") or {}).items():
         if found["mean_kld"] is not None:
             lines.append(

@@ -36,7 +36,7 @@ class Divergence:
     margin: float | None
     """Float64 distance of their log-probabilities; None where an engine had ended, or was not finite."""
     error: float | None
-    """The largest error of the two engines' log-probabilities of the two choices."""
+    """The largest error of the two engines' log-probabilities of the two choices; None where neither reported any."""
     justified: bool
 
 
@@ -94,6 +94,8 @@ def weigh(
     """Is the distance of two choices within the error that was measured? NaN anywhere justifies nothing."""
     margin = float(abs(exact[tokens[0]] - exact[tokens[1]]))
     errors = [abs(logprobs[token] - exact[token]) for logprobs in reported for token in tokens if token in logprobs]
+    if not errors:  # neither engine holds its own choice for likely: there is nothing to measure an error by
+        return Divergence(position=position, tokens=tokens, margin=margin, error=None, justified=False)
     error = float(np.max(errors))
     return Divergence(
         position=position,

@@ -108,7 +108,7 @@ def violations(conditions: Sequence[Condition], result: Mapping[str, Any]) -> li
     said = []
     for condition in conditions:
         value = look_up(result, condition.key)
-        if value is None:
+        if value is None or value != value:  # NaN
             said.append(f"fail_if {str(condition)!r}: {condition.key} was not measured.")
         elif isinstance(condition.bound, float) and not isinstance(value, (int, float)):
             said.append(f"fail_if {str(condition)!r}: {condition.key} is no number but {short(value)}.")

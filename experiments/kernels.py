@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from omegaconf import DictConfig
+from rich.markup import escape
 from rich.table import Table
 
 from common.config import Dtype, ModelConfig, expect
@@ -169,7 +170,8 @@ def expect_native(spec: EngineSpec) -> None:
 def print_tables(result: Mapping[str, Any]) -> None:
     console = wide_console()
     for shape, operators in result["shapes"].items():
-        table = Table(title=f"{result['engine']}, {result['model']}, {result['dtype']}, {shape}", title_justify="left")
+        title = f"{result['engine']}, {result['model']}, {result['dtype']}, {shape}"
+        table = Table(title=escape(title), title_justify="left")
         table.add_column("all layers")
         for heading in ("ms", "MB", "GFLOP", "GB/s", "GFLOP/s", "limit, ms", "of limit", "framework, ms", "× framework"):
             table.add_column(heading, justify="right")

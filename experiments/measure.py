@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -62,12 +63,7 @@ def make_plan(config: DictConfig, engines: Sequence[EngineSpec]) -> Plan:
     vocab_size, special_ids = vocabulary(checkpoint)
     workload = draw(wanted, config.seed, vocab_size, special_ids)
     for spec in engines:
-        limit = spec.config.model_len(checkpoint.config)
-        expect(
-            workload.longest <= limit,
-            f"Workload {workload.name} has a request of {workload.longest} tokens, prompt and output together; engine "
-            f"{spec.label} serves {limit}. Shorten workload.prompt_len or workload.output_len, or raise max_model_len.",
-        )
+        expect_fits(workload, spec, checkpoint)
     return Plan(
         model=str(model),
         checkpoint=checkpoint,
@@ -76,6 +72,29 @@ def make_plan(config: DictConfig, engines: Sequence[EngineSpec]) -> Plan:
         shares_prefixes=workload.shares_prefixes,
         measure=how,
         seed=config.seed,
+    )
+
+
+def expect_fits(workload: Workload, spec: EngineSpec, checkpoint: Checkpoint) -> None:
+    """Raises `ConfigError` if an engine would refuse a request of the workload once it is loaded."""
+    config, limit = spec.config, spec.config.model_len(checkpoint.config)
+    has = f"Workload {workload.name} has a request of {workload.longest} tokens, prompt and output together"
+    expect(
+        workload.longest <= limit,
+        f"{has}; engine {spec.label} serves {limit}. "
+        "Shorten workload.prompt_len or workload.output_len, or raise max_model_len.",
+    )
+    room = math.inf if config.num_blocks is None else (config.num_blocks - 1) * config.block_size
+    expect(
+        workload.longest - 1 <= room,  # nothing follows the last token, so that it needs no page
+        f"{has}; engine {spec.label} has pages for {room}. "
+        f"Shorten workload.prompt_len or workload.output_len, or raise num_blocks={config.num_blocks}.",
+    )
+    prompt, step = max(len(item.prompt) for item in workload.items), config.max_num_batched_tokens
+    expect(
+        config.enable_chunked_prefill or prompt <= step,
+        f"Workload {workload.name} has a prompt of {prompt} tokens, and engine {spec.label} computes it in one step, of "
+        f"max_num_batched_tokens={step}. Shorten it, raise that, or set enable_chunked_prefill=true.",
     )
 
 

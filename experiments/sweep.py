@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+from rich.markup import escape
 from rich.table import Table
 
 from common.config import expect
@@ -72,14 +73,14 @@ def print_sweep(title: str, table: pd.DataFrame) -> None:
     headings = {name: name.rpartition(".")[2] for name in told} | {name: SHOWN[name] for name in SHOWN if name in table}
     rows = [{name: cell(row[name]) for name in headings} for row in table.to_dict("records")]
     console, used = wide_console(), 1
-    view = Table(title=title, title_justify="left")
+    view = Table(title=escape(title), title_justify="left")
     for name, heading in headings.items():
         width = max(map(len, (heading, *(row[name] for row in rows))))
         used += width + BORDER
         if name in told or used <= console.width:
             view.add_column(heading, justify="left" if name in told else "right")
     for row in rows:
-        view.add_row(*list(row.values())[: len(view.columns)])
+        view.add_row(*map(escape, list(row.values())[: len(view.columns)]))
     console.print(view)
 
 

@@ -19,12 +19,12 @@ from common.config import expect
 from common.errors import TandemError
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
-from experiments.config import CorrectnessConfig, EngineSpec, engine_spec, engine_specs, resolved
+from experiments.config import correctness_config, engine_spec, engine_specs, resolved
 from experiments.fail_if import parse_conditions
 from experiments.job import task_config
-from experiments.measure import measure_config
+from experiments.measure import expect_fits, measure_config
 from experiments.progress import told_apart
-from experiments.workload import WorkloadConfig, draw, known_options
+from experiments.workload import WorkloadConfig, draw
 
 
 class CheckedSweeper(Sweeper):
@@ -77,20 +77,12 @@ def check(config: DictConfig, checkpoints: dict[str, Checkpoint]) -> None:
     specs = engine_specs(config) if "engines" in config else [engine_spec(config.engine)]
     parse_conditions(resolved(config)["fail_if"])
     if "correctness" in config:
-        CorrectnessConfig(**known_options(CorrectnessConfig, "correctness", resolved(config.correctness)))
+        correctness_config(config)
     name = str(resolved(config.model)["name"])
     if name not in checkpoints:
         checkpoints[name] = open_checkpoint(zoo.resolve(name))
     if measure_config(config).kernel_passes == 0:
-        expect_fits(specs, checkpoints[name], config)
-
-
-def expect_fits(specs: Sequence[EngineSpec], checkpoint: Checkpoint, config: DictConfig) -> None:
-    """Raises `ConfigError` if an engine cannot serve the longest request. Lengths do not depend on the vocabulary."""
-    workload = draw(WorkloadConfig.of(resolved(config.workload)), config.seed, checkpoint.config.vocab_size)
-    for spec in specs:
-        limit = spec.config.model_len(checkpoint.config)
-        expect(
-            workload.longest <= limit,
-            f"Workload {workload.name} has a request of {workload.longest} tokens, engine {spec.label} serves {limit}.",
-        )
+        # Lengths do not depend on the vocabulary.
+        workload = draw(WorkloadConfig.of(resolved(config.workload)), config.seed, checkpoints[name].config.vocab_size)
+        for spec in specs:
+            expect_fits(workload, spec, checkpoints[name])

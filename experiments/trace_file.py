@@ -20,6 +20,8 @@ KEYS = ("arrival", "prompt_token_ids", "prompt_len", "output_len")
 EXAMPLE = '{"arrival": 0.25, "prompt_len": 128, "output_len": 64}'
 LONGEST_S = 7 * 24 * 3600.0
 """No arrival lies further from the start: what does is a date."""
+MOST_TOKENS = 1 << 24
+"""No request has more: what does would take all memory before it is refused."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def read_trace(path: Path, vocab_size: int, limit: int | None = None) -> list[En
     Raises `ConfigError` for a file that cannot be read, and for the first line that is no entry, by its number.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"The trace {path} cannot be read: {error}. Set workload.trace to a file with one JSON object a line."
@@ -63,12 +65,12 @@ def parse_entry(line: str, vocab_size: int) -> Entry:
     """One line. Raises `ConfigError` which says what was expected and what came."""
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"expected a JSON object such as {EXAMPLE}, got {shown(line)} ({error}).") from error
     expect(isinstance(record, dict), f"expected a JSON object such as {EXAMPLE}, got {shown(line)}.")
     arrival = value_of(record, "arrival")
     expect(
-        isinstance(arrival, (int, float)) and not isinstance(arrival, bool) and math.isfinite(arrival),
+        is_whole(arrival) or (isinstance(arrival, float) and math.isfinite(arrival)),
         f"arrival must be a number of seconds, got {shown(arrival)}.",
     )
     expect(
@@ -100,6 +102,7 @@ def count_of(record: Mapping[str, Any], key: str, instead: str = "") -> int:
     """The number of tokens under `key`; `instead` says what a line may have in its place."""
     value = value_of(record, key, instead)
     expect(is_whole(value) and value >= 1, f"{key} must be an integer ≥ 1, got {shown(value)}.")
+    expect(value <= MOST_TOKENS, f"{key} must be at most {MOST_TOKENS}, got {shown(value)}.")
     return int(value)
 
 

@@ -18,7 +18,7 @@ import xxhash
 
 from common.config import expect
 from common.errors import nearest_hint
-from experiments.trace_file import read_trace
+from experiments.trace_file import LONGEST_S, MOST_TOKENS, read_trace
 
 SHARED = 8
 """Tokens: two prompts of a vocabulary that begin with so many in common have a prefix in common, and not by chance."""
@@ -123,6 +123,10 @@ class WorkloadConfig:
                 isinstance(value, Lengths) or (_whole(value) and value >= 1),
                 f"workload.{name} must be an integer ≥ 1 or a distribution (mu, sigma, low, high), got {value!r}.",
             )
+        for name in ("prefix_len", "prompt_len", "output_len"):
+            value = getattr(self, name)
+            most = value.high if isinstance(value, Lengths) else value or 0
+            expect(most <= MOST_TOKENS, f"workload.{name} must be at most {MOST_TOKENS} tokens, got {most}.")
         rate = self.request_rate
         expect(
             rate is None or (_real(rate) and rate > 0),
@@ -134,6 +138,10 @@ class WorkloadConfig:
         )
         expect(
             _real(self.think_s) and self.think_s >= 0, f"workload.think_s must be a finite number ≥ 0, got {self.think_s!r}."
+        )
+        expect(
+            isinstance(self.slo, Slo),
+            f"workload.slo must be limits such as {{ttft_ms: 500}}, each of which may be null, got {self.slo!r}.",
         )
         self._refuse_contradictions()
 
@@ -281,6 +289,13 @@ def draw(config: WorkloadConfig, seed: int, vocab_size: int, special_ids: Collec
         items = [Item(entry.arrival, prompt, entry.output_len) for entry, prompt in zip(entries, prompts, strict=True)]
     else:
         items = _draw_items(config, seed, vocabulary)
+        latest, pause = max(item.arrival for item in items), max(item.think for item in items)
+        expect(
+            latest <= LONGEST_S,
+            f"The last of {len(items)} requests would arrive after {latest:g} s, at most {LONGEST_S:.0f} are allowed; raise "
+            "workload.request_rate.",
+        )
+        expect(pause <= LONGEST_S, f"A pause of {pause:g} s is longer than {LONGEST_S:.0f} s; lower workload.think_s.")
     return Workload(config.name, tuple(items), config.concurrency, config.slo)
 
 

@@ -74,6 +74,17 @@ def stream(manner: str, body: dict[str, Any], gate: threading.Semaphore) -> Iter
         for i, token in enumerate(tokens):
             gate.acquire()
             yield choice("x", "length" if i == count - 1 else None, token_ids=[token])
+    elif manner == "unnamed":
+        for _ in range(count):
+            yield choice("x", logprobs={"tokens": ["x"], "token_logprobs": [-1.0], "top_logprobs": [{"x": -1.0}]})
+        yield choice("", "length")
+    elif manner == "strange":
+        yield choice("x", token_ids=[VOCABULARY])
+    elif manner == "endless":
+        while True:
+            yield choice("x", token_ids=tokens[:1])
+    elif manner == "miscounted":
+        yield event(choices=[], usage={"completion_tokens": 1 << 60})
     elif manner == "early":
         yield choice("x", "stop", token_ids=tokens[:1])
     else:

@@ -138,16 +138,21 @@ def test_engines_pass_one_after_the_other_and_the_first_leaves_its_steps(tmp_pat
     assert compare_all({"b": second}, share, plan, config)["tokens_equal"] is None  # all others failed: nothing is claimed
 
 
-def test_an_engine_that_dies_in_the_float32_pass_fails_alone(
-    history: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("ends", "kind", "said"),
+    [("os._exit(3)", "died", "exit code 3"), ("raise BackendError('pages of float32 do not fit')", "error", "do not fit")],
+)
+def test_an_engine_that_fails_in_the_float32_pass_fails_alone(
+    ends: str, kind: str, said: str, history: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     package = history / "packages" / "frailinfer"
     package.mkdir()
     (package / "__init__.py").write_text(
         "import os, historyinfer\n"
+        "from common.errors import BackendError\n"
         "class ModelRunner(historyinfer.ModelRunner):\n"
         "    def __init__(self, config):\n"
-        "        if config.dtype == 'float32': os._exit(3)\n"
+        f"        if config.dtype == 'float32': {ends}\n"
         "        super().__init__(config)\n"
     )
     (history / "configs" / "engine" / "frail.yaml").write_text("defaults: [history, _self_]\nname: frail\n")
@@ -156,7 +161,7 @@ def test_an_engine_that_dies_in_the_float32_pass_fails_alone(
     assert exit.value.code == 1
     result = last_line(capsys.readouterr().out)
     failure = result["failures"]["frail"]
-    assert failure["kind"] == "died" and "exit code 3" in failure["message"]
+    assert failure["kind"] == kind and said in failure["message"]
     assert set(result["agreement"]) == {"history-2"} and result["tokens_equal"] is True
     assert result["agreement"]["history-2"]["kld_from"] == "top 5 and rest"
     assert result["engines"]["frail"]["completed"] == 3

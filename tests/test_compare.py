@@ -1,6 +1,7 @@
 """`experiments.compare`: order of blocks, ratios, agreement, labels and messages, and a whole run in real processes."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,11 @@ def test_the_verdict_counts_what_rounding_does_not_explain_and_shows_it_first() 
     assert (first["engine"], first["request"], first["position"]) == ("hf", 1, 2)
 
 
+@pytest.mark.parametrize("diffs", [(0.1, math.nan), (math.nan, 0.1)])
+def test_a_difference_that_is_not_finite_is_no_figure_and_no_other_stands_for_it(diffs: tuple[float, float]) -> None:
+    assert verdict({"torch": [agreement(diff=diff) for diff in diffs]})["max_abs_logprob_diff"] is None
+
+
 def test_a_verdict_without_a_pass_claims_nothing() -> None:
     assert set(verdict({}).values()) == {None}
 
@@ -147,6 +153,18 @@ def test_compare_runs_both_engines_and_finds_them_equal(
     assert all(found.pop("by_position") for found in written["agreement"].values())  # too long for a terminal
     assert written == result
     assert len((directory / "requests.jsonl").read_text().splitlines()) == 2 * 4 * 3
+
+
+def test_a_disk_that_is_full_of_rows_leaves_the_figures(history: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(compare, "write_rows", full)
+    with pytest.raises(OSError, match="No space left"):
+        command(monkeypatch, compare.main, *SMALL, "engines=[history,history]", "measure=quick", "correctness.num_requests=0")
+    (partial,) = (history / "runs").iterdir()
+    assert partial.suffix == ".partial"
+    assert len(json.loads((partial / "results.json").read_text())["engines"]) == 2
 
 
 def test_the_float32_pass_can_be_left_out(
@@ -199,6 +217,13 @@ def test_an_engine_that_samples_wrongly_is_found_out(
         ("engine=history", "Did you mean 'engines'?"),
         ("correctness.num_requests=-1", "correctness.num_requests"),
         ("correctness.tolerance=0", "correctness.tolerance"),
+        ("correctness=null", "correctness.num_requests=0, got None"),
+        ("report=no", "report must be true or false, got 'no'"),
+        ("engines=[history,{name:history,num_blocks:2}]", "history-num_blocks=2 has pages for 16"),
+        (
+            "engines=[history,{name:history,max_num_seqs:4,max_num_batched_tokens:4,enable_chunked_prefill:false}]",
+            "has a prompt of 128 tokens, and engine history-",
+        ),
         ("engines=[history,{name:history,block_size:7}]", "block_size"),
         ("engines=[history,{name:history,dtype:bf16}]", "Did you mean 'bfloat16'?"),
     ],

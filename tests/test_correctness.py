@@ -77,6 +77,11 @@ def test_a_choice_that_the_other_did_not_report_is_judged_by_what_is_known() -> 
     assert agreement.divergence is not None and not agreement.divergence.justified
 
 
+def test_a_choice_that_neither_reported_is_not_justified() -> None:
+    agreement = verdict([0], [1], [row({2: -3.0})], [row({3: -9.0})])
+    assert agreement.divergence is not None and not agreement.divergence.justified and agreement.divergence.error is None
+
+
 def test_nan_is_never_justified_and_shows_in_the_difference() -> None:
     agreement = verdict([0], [1], [near(0)], [near(math.nan)])
     assert agreement.divergence is not None and not agreement.divergence.justified

@@ -116,6 +116,11 @@ def test_a_condition_that_holds_is_told_with_its_value(text: str, said: str | No
     assert len(told) == (said is not None) and (said is None or (said in told[0] and text in told[0]))
 
 
+def test_what_is_no_number_does_not_pass() -> None:
+    (told,) = violations([parse("max_abs_logprob_diff > 0.1")], {"max_abs_logprob_diff": float("nan")})
+    assert "was not measured" in told
+
+
 SMALL = ("model=tiny-llama", "workload=fixed", "workload.num_requests=2", "workload.output_len=4", "measure.limits_s=0")
 
 

@@ -75,6 +75,8 @@ def test_events_are_read_in_whatever_pieces_they_come(framing: str, size: int) -
         (b"SSH-2.0-OpenSSH\r\n\r\n", "no HTTP"),
         (HEAD + b"Content-Length: many\r\n\r\n", "headers"),
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", "chunk size"),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n-10\r\nabc", "chunk size"),
+        (HEAD + b"Content-Length: -5\r\n\r\n", "headers"),
         (HEAD + b"Transfer-Encoding: chunked\r\n\r\n5\r\nda", "before the answer was complete"),
         (HEAD + b"Content-Length: 99\r\n\r\ndata: x\n\n", "before the answer was complete"),
         (HEAD, "before the answer was complete"),
@@ -132,7 +134,19 @@ def test_log_probabilities_are_read_in_both_forms() -> None:
     assert read_chunk(message(text="x"), 0, 2).logprobs is None
 
 
-@pytest.mark.parametrize("data", ["{", "[]", '{"choices": [7]}', '{"choices": [{"token_ids": ["x"]}]}', '{"error": "no"}'])
+@pytest.mark.parametrize(
+    "data",
+    [
+        "{",
+        "[]",
+        "[" * 100_000,
+        '{"choices": [7]}',
+        '{"choices": [{"token_ids": ["x"]}]}',
+        '{"choices": [{"token_ids": [1e999]}]}',
+        '{"usage": {"completion_tokens": 1e999}}',
+        '{"error": "no"}',
+    ],
+)
 def test_an_event_that_is_no_completion_is_an_error(data: str) -> None:
     with pytest.raises(WireError):
         read_chunk(data, 0, None)
@@ -257,11 +271,15 @@ def test_log_probabilities_are_those_of_the_server(manner: str, k: int, engine: 
         ("disconnect", 1, "before the answer was complete"),
         ("unfinished", 1, "without a finish_reason"),
         ("bursts", 0, "no tokens with their log-probabilities"),
+        ("unnamed", 0, "no tokens with their log-probabilities"),
+        ("strange", 0, "token 320, which the model does not have"),
+        ("endless", 7, "more than the 7 tokens"),
+        ("miscounted", 0, "more than the 7 tokens"),
     ],
 )
 def test_a_request_that_fails_ends_alone(manner: str, count: int, said: str, engine: Callable[..., CompletionsEngine]) -> None:
     good, bad = engine(), engine(manner)
-    bad.add(greedy("bad", [1, 2], logprobs=3 if manner == "bursts" else None))
+    bad.add(greedy("bad", [1, 2], logprobs=3 if manner in ("bursts", "unnamed") else None))
     good._extra = {}
     good.add(greedy("good", [3, 4]))
     events = []
@@ -487,6 +505,19 @@ def test_a_server_of_the_run_is_compared_with_an_engine(
     assert (result["tokens_equal"], result["tokens_equal_share"]) == (True, 1.0)
     log = next(Path(result["run"]).glob("openai_http*.log"))
     assert "a server that prints" in log.read_text()
+
+
+def test_a_server_that_tells_no_log_probabilities_is_not_called_wrong(
+    server: Server, history: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = f"name:openai_http,base_url:'{server.url}',max_model_len:512,extra_body:{{manner:bursts}}"
+    with pytest.raises(SystemExit) as exit:
+        command(monkeypatch, compare.main, *SMALL, f"engines=[history,{{{options}}}]")
+    assert exit.value.code == 1
+    result = last_line(capsys.readouterr().out)
+    (failure,) = result["failures"].values()
+    assert "correctness.num_requests=0 asks for none" in failure["message"]
+    assert result["unjustified_divergences"] is None and len(result["engines"]) == 2
 
 
 def test_a_server_that_runs_already_is_timed(

@@ -29,6 +29,8 @@ def test_a_line_gives_ids_or_their_number_and_may_say_more(tmp_path: Path) -> No
     )
     assert read_trace(path, 10) == [Entry(0.5, (), 4, 2), Entry(2.0, (5, 6, 7), 3, 1), Entry(3.0, (8, 9), 2, 9)]
     assert read_trace(path, 10, limit=2) == read_trace(path, 10)[:2]
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))  # as Windows writes it
+    assert len(read_trace(path, 10)) == 3
 
 
 @pytest.mark.parametrize(
@@ -36,6 +38,9 @@ def test_a_line_gives_ids_or_their_number_and_may_say_more(tmp_path: Path) -> No
     [
         ("{", r"expected a JSON object such as .*, got \{"),
         ("[1, 2]", "expected a JSON object"),
+        ("[" * 100_000, "expected a JSON object"),
+        (GOOD | {"arrival": 10**400}, "subtract the first date"),
+        (GOOD | {"prompt_len": 10**12}, "prompt_len must be at most 16777216"),
         ({"prompt_len": 4, "output_len": 2}, "arrival is missing"),
         ({"arival": 1.0, "prompt_len": 4, "output_len": 2}, "Did you mean 'arival'"),
         ({"arrival": 1.0, "output_len": 2}, r"prompt_len \(or prompt_token_ids\) is missing"),

@@ -182,6 +182,8 @@ def test_a_share_is_the_first_requests_cut_short() -> None:
         ({"num_requests": True}, "num_requests"),
         ({"prompt_len": 0}, "prompt_len"),
         ({"output_len": 2.5}, "output_len"),
+        ({"prompt_len": 10**12}, "workload.prompt_len must be at most 16777216 tokens"),
+        ({"output_len": {"mu": 1.0, "sigma": 1.0, "low": 8, "high": 10**12}}, "workload.output_len must be at most"),
         ({"output_len": {"mu": 1.0, "sigma": 1.0, "low": 8, "high": 4}}, "low=8 and high=4"),
         ({"output_len": {"mu": float("nan"), "sigma": 1.0, "low": 1, "high": 4}}, "mu must be a finite"),
         ({"output_len": {"mu": 1.0, "sigma": 1.0, "low": 1}}, "lacks high"),
@@ -198,6 +200,8 @@ def test_a_share_is_the_first_requests_cut_short() -> None:
         ({"concurrency": 0}, "concurrency must be an integer ≥ 1 or null"),
         ({"trace": ""}, "trace must be a path"),
         ({"slo": {"ttft_ms": 0}}, "slo.ttft_ms must be a number of milliseconds > 0"),
+        ({"slo": None}, "workload.slo must be limits such as {ttft_ms: 500}.*got None"),
+        ({"slo": [5]}, "workload.slo must be limits"),
         ({"slo": {"tttf_ms": 9}}, "Did you mean 'ttft_ms'"),
         # contradictions
         ({"request_rate": 2.0, "concurrency": 4}, "request_rate=2.0 .* workload.concurrency=4 .* set one of them to null"),
@@ -211,6 +215,16 @@ def test_a_share_is_the_first_requests_cut_short() -> None:
 def test_what_cannot_be_drawn_is_refused(options: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         WorkloadConfig.of({"name": "w", "num_requests": 2, "prompt_len": 8, "output_len": 8} | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"request_rate": 1e-300}, "raise workload.request_rate"), ({"turns": 2, "think_s": 1e300}, "lower workload.think_s")],
+)
+def test_what_would_come_after_weeks_is_refused(options: dict[str, object], said: str) -> None:
+    config = WorkloadConfig.of({"name": "w", "num_requests": 2, "prompt_len": 8, "output_len": 8} | options)
+    with pytest.raises(ConfigError, match=said):
+        draw(config, 0, 100)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, "0", 0.5])

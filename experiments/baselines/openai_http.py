@@ -22,7 +22,7 @@ from common.interface import Caps, InferenceEngine, Progress
 from common.platform import cores
 from common.request import Request, Status, TokenEvent
 from experiments.baselines.greedy import check_request
-from experiments.completions import DONE, EventStream, WireError, http_request, read_chunk
+from experiments.completions import DONE, UNNAMED, EventStream, WireError, http_request, read_chunk
 from experiments.server import Server, free_port, models, parse_url
 
 if TYPE_CHECKING:
@@ -217,8 +217,10 @@ class CompletionsEngine(InferenceEngine):
     def _tokens(self, exchange: _Exchange, message: str, now: float) -> list[TokenEvent]:
         request = exchange.request
         wanted = request.params.logprobs
-        chunk = read_chunk(message, exchange.seen, wanted)
-        if wanted is not None and chunk.tokens and chunk.logprobs is None:
+        chunk = read_chunk(message, exchange.seen, wanted, request.params.max_tokens or 0)
+        if strange := [token for token in chunk.tokens if token != UNNAMED and not 0 <= token < self.caps.vocab_size]:
+            raise WireError(f"it gives token {strange[0]}, which the model does not have")
+        if wanted is not None and chunk.tokens and (chunk.logprobs is None or UNNAMED in chunk.tokens):
             raise WireError("it names no tokens with their log-probabilities; correctness.num_requests=0 asks for none")
         exchange.seen += len(chunk.tokens)
         exchange.finish = chunk.finish or exchange.finish
