@@ -13,10 +13,10 @@ import pytest
 
 from common.errors import ConfigError
 from experiments import page, report
-from experiments.findings import log_end
+from experiments.findings import log_end, open_loop
 from experiments.job import Job
 from experiments.report import write_report
-from experiments.run_report import command
+from experiments.run_report import command, figures_table
 from experiments.sweep_report import sweep_command
 from tests.synthetic_run import HOSTILE, write_run, write_sweep
 
@@ -68,7 +68,14 @@ def test_the_verdict_stands_first(run: Path) -> None:
     text = Outline((run / "report.html").read_text()).text
     places = [
         text.index(words)
-        for words in ("torch is slower than jax", "every token", "vllm failed", "hf is contaminated", "Glossary")
+        for words in (
+            "jax is faster",
+            "torch is slower than jax",
+            "Same in float32",
+            "vllm failed",
+            "hf is contaminated",
+            "Glossary",
+        )
     ]
     assert places == sorted(places)
 
@@ -111,7 +118,11 @@ def test_figures_are_files_too_and_every_one_has_words(run: Path) -> None:
 
 def test_the_summary_for_a_pull_request_has_verdict_table_and_contaminations(run: Path) -> None:
     text = (run / "report.md").read_text()
-    assert "torch slower" in text and "**hf is contaminated**: 3 compilations" in text and "engines=[jax,torch]" in text
+    assert (
+        re.search(r"\*\*jax is faster · torch gives \d\.\d+×", text)
+        and "**hf is contaminated**: 3 compilations" in text
+        and "engines=[jax,torch]" in text
+    )
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert table[0] == "|  | jax | torch | hf |" and len({line.count("|") for line in table}) == 1
     assert any(line.startswith("| output tokens/s |") for line in table)
@@ -154,6 +165,62 @@ def test_a_run_of_which_every_engine_failed_is_reported(tmp_path: Path) -> None:
     )
     (directory / "requests.jsonl").write_text("")
     assert "jax failed: died" in Outline(write_report(directory).read_text()).text
+
+
+def results_of(directory: Path, **changed: Any) -> str:
+    """The text of the report of a run whose results are changed."""
+    file = directory / "results.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    return Outline(write_report(directory).read_text()).text
+
+
+def test_a_difference_in_the_dtype_that_was_timed_is_not_hidden_by_sameness_in_float32(tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "run", blocks=1, count=5, output_len=4)
+    text = results_of(directory, dtype="bfloat16", tokens_equal_share=0.4545)
+    assert "Same in float32" in text and "45.4 % alike in bfloat16" in text
+    line = f"python -m experiments.diverge {directory} dtype=bfloat16"
+    assert line in text and f"      {line}\n" in (directory / "report.md").read_text()
+    assert "99.9 % alike" in results_of(directory, tokens_equal_share=0.99999)
+    assert "alike in" not in results_of(directory, tokens_equal_share=1.0)
+
+
+def test_a_verdict_that_rests_on_too_little_says_what_to_do(tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "run", blocks=1, count=5, output_len=4)
+    results = json.loads((directory / "results.json").read_text())
+    found = results["comparisons"]["torch"] | {"verdict": "undecided", "low": None, "high": None, "ratio": 0.9, "blocks": 1}
+    engines = results["engines"] | {"jax": results["engines"]["jax"] | {"contaminated": ["2 requests failed"]}}
+    text = results_of(directory, comparisons={"torch": found}, engines=engines)
+    assert "Undecided" in text and "0.900× the output tokens/s of jax, no interval, 1 block, contaminated" in text
+    assert "measure.blocks=6 or more" in text and " · 1 block · " in (directory / "report.md").read_text()
+    text = results_of(directory, comparisons={"torch": found | {"low": 0.8, "high": 1.1, "blocks": 8}})
+    assert "0.800–1.100, 8 blocks" in text and "measure.blocks" not in text.partition("Figures")[0]
+
+
+def test_where_arrivals_set_the_pace_latency_leads(tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "run", blocks=1, count=5, output_len=4)
+    before = results_of(directory)
+    (directory / "config.yaml").write_text("workload: {request_rate: 2.0}\n")
+    after = results_of(directory)
+    assert "Arrivals set the pace" not in before and before.index("each block gives one ratio") < before.index(
+        "over all blocks"
+    )
+    assert after.index("Arrivals set the pace") < after.index("jax is faster")
+    assert after.index("over all blocks") < after.index("each block gives one ratio")
+    assert open_loop({"trace": "t.jsonl"}, [0.0, 1.0]) and not open_loop({"trace": "t.jsonl"}, [0.0, 0.0])
+
+
+def test_goodput_shows_its_limits() -> None:
+    engines = {"jax": {"goodput": 2.0, "slo": {"ttft_ms": 500.0, "tpot_ms": 50}}}
+    rows = figures_table(engines, [("goodput", "requests/s within their limits")]).rows
+    assert rows == [("goodput: requests/s with TTFT ≤ 500 ms, TPOT ≤ 50 ms", "2.000")]
+
+
+def test_what_is_equal_everywhere_is_a_sentence_and_no_figure(tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "run", blocks=1, count=5, output_len=4)
+    at = [{"position": p, "mean_abs_logprob_diff": 0.0, "kld": 0.0, "same_share": 1.0} for p in range(4)]
+    text = results_of(directory, agreement={"torch": {"num_positions": 4, "by_position": at}})
+    assert "At every position the log-probabilities are equal, the distributions are equal, the tokens are the same." in text
+    assert not list((directory / "figures").glob("agreement-*"))
 
 
 def test_a_failed_request_is_in_no_latency(small: Path) -> None:
@@ -213,7 +280,8 @@ def test_a_sweep_shows_every_cell_and_what_failed(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "sweep")
     outline = Outline(write_report(folder).read_text())
     assert "5/6" in outline.text and "Job 5 failed" in outline.text and HOSTILE in outline.text
-    assert "workload.num_requests=4,8,16" in outline.text
+    assert "workload.num_requests=4,8,16" in outline.text and "In the middle" not in outline.text
+    assert "2026-01-02T03:04:05" not in outline.text.partition("Cells")[0]  # each job has a date of its own
     files = {file.stem for file in (folder / "figures").glob("*.svg")}
     assert {"output-throughput-over-workload-num_requests", "throughput-latency"} <= files
     rows = [line for line in (folder / "report.md").read_text().splitlines() if re.match(r"\| \d", line)]
@@ -232,7 +300,9 @@ def test_a_sweep_of_all_combinations_is_one_command() -> None:
     ]
     first = "python -m experiments.bench --config-dir c engine=a seed=1"
     assert sweep_command(Path("s"), jobs, first) == "python -m experiments.bench --config-dir c -m engine=a,b seed=1,2 sweep=s"
+    assert sweep_command(Path("s"), jobs, f"{first} sweep=s").count("sweep=") == 1
     assert sweep_command(Path("s"), jobs[:3], first).count("\n") == 2
+    assert "sweep=" not in sweep_command(Path("s"), jobs[:3], f"{first} sweep=s")
     assert sweep_command(Path("s"), [], first) == ""
 
 
