@@ -204,7 +204,7 @@ def figures_table(
 
 def goodput(engines: Mapping[str, Mapping[str, Any]]) -> str:
     """Its name with the limits that were stated; empty without."""
-    slo = next((mine["slo"] for mine in engines.values() if mine.get("slo")), {})
+    slo: Mapping[str, float] = next((mine["slo"] for mine in engines.values() if mine.get("slo")), {})
     limits = [f"{LIMITS.get(name, name)} ≤ {limit:g} ms" for name, limit in slo.items()]
     return f"goodput: requests/s with {', '.join(limits)}" if limits else ""
 

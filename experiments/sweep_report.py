@@ -84,12 +84,12 @@ def cells_table(table: pd.DataFrame, swept: Sequence[str]) -> Table:
             value(row["job"]),
             value(row["engine"]),
             *(value(row[name]) for name in told),
-            str(row["status"]),
             *(cell(row[key]) for key, _ in shown),
+            str(row["status"]),
         )
         for row in table.to_dict("records")
     ]
-    return Table(("job", "engine", *map(last, told), "status", *(name for _, name in shown)), rows)
+    return Table(("job", "engine", *map(last, told), *(name for _, name in shown), "status"), rows)
 
 
 def cell(figure: Any) -> str:
