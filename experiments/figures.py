@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -100,12 +101,15 @@ def ratio(comparisons: Mapping[str, Mapping[str, Any]], engines: Sequence[str]) 
         )
         for label, found in shown.items()
     ]
-    said = "; ".join(f"{row[0]} {row[1]} with interval {row[2]} to {row[3]}" for row in rows)
+    said = "; ".join(
+        f"{row[0]} {row[1]}, " + ("no interval" if found.get("low") is None else f"interval {row[2]} to {row[3]}")
+        for row, found in zip(rows, shown.values(), strict=True)
+    )
     against = next(iter(shown.values())).get("against", engines[0])
     return draw(
         "ratio",
         f"Output throughput over {shorten(str(against))}'s",
-        f"One mark for each block, and at the right the ratio of all with its interval: {said}.",
+        f"One mark for each block, and at the right the ratio of all: {said}.",
         paint,
         x="block",
         y=f"ratio; the band is 1 ± {EQUIVALENT:.0%}",
@@ -119,9 +123,18 @@ def p_and_verdict(found: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def scatter(
-    name: str, title: str, points: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x: str, y: str, each: str
+    name: str,
+    title: str,
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    x: str,
+    y: str,
+    each: str,
+    names: Mapping[str, Sequence[str]] | None = None,
 ) -> Drawing | None:
-    """Two figures of each `each`, as "block", one mark each; engine → (x, y). None without a point."""
+    """Two figures of each `each`, as "block", one mark each; engine → (x, y). None without a point.
+
+    `names` of the points, by engine, are given where these are of different settings, whose middle would say nothing."""
     shown = {label: clean(*pair) for label, pair in points.items()}
     if not any(len(xs) for xs, _ in shown.values()):
         return None
@@ -136,19 +149,21 @@ def scatter(
                 logarithmic(axes, which)
 
     rows = [
-        (label, str(n + 1), number(float(a)), number(float(b)))
-        for label, pair in shown.items()
+        (label, names[label][n] if names else str(n + 1), number(float(a)), number(float(b)))
+        for label, pair in points.items()
         for n, (a, b) in enumerate(zip(*pair, strict=True))
+        if math.isfinite(a) and math.isfinite(b)
     ]
     middles = "; ".join(
         f"{label}: {number(float(np.median(xs)))} {x} at {number(float(np.median(ys)))} {y}"
         for label, (xs, ys) in shown.items()
         if len(xs)
     )
+    said = f"One mark for each {each}." + ("" if names else f" In the middle, {middles}.")
     return draw(
         name,
         title,
-        f"One mark for each {each}. In the middle, {middles}.",
+        said,
         paint,
         x=x,
         y=y,
@@ -264,6 +279,12 @@ def by_position(
         keys=[key(engines.index(label), label) for label in lines],
         table=Table(("engine", "positions", "mean", "least", "most"), rows, title),
     )
+
+
+def constant(agreement: Mapping[str, Mapping[str, Any]], what: str) -> float | None:
+    """The value of a figure of the agreement, if it is the same at all positions of all engines."""
+    values = {at[what] for found in agreement.values() for at in found.get("by_position") or () if at.get(what) is not None}
+    return values.pop() if len(values) == 1 else None
 
 
 def thinned(xs: np.ndarray, ys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

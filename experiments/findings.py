@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+import shlex
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.config import ADAPTIVE_BLOCKS
 from experiments.console import number
 from experiments.page import Notice, Tone, Verdict
 from experiments.results import RunFiles
@@ -14,9 +17,12 @@ TONES: Mapping[str, Tone] = {"faster": "good", "slower": "warn", "equivalent": "
 LOG_LINES = 30
 
 
-def speed(results: Mapping[str, Any], engines: Mapping[str, Mapping[str, Any]]) -> Iterator[Verdict]:
-    """One finding for each engine after the first; of a run of one, what it reached."""
-    comparisons = results.get("comparisons") or {}
+def speed(run: RunFiles, paced: bool) -> Iterator[Verdict]:
+    """One finding for each engine after the first; of a run of one, what it reached. Where arrivals set the pace, the latencies
+    come before them."""
+    results, engines = run.results, run.engines
+    if paced and engines:
+        yield latency(engines)
     if len(engines) == 1:
         (mine,) = engines.values()
         if mine.get("output_throughput") is not None:
@@ -27,21 +33,87 @@ def speed(results: Mapping[str, Any], engines: Mapping[str, Mapping[str, Any]]) 
             said = "The least time in which this machine could have done the same steps, over the time they took."
             yield Verdict("calm", f"{mine['roofline']:.0%}", "of the roofline", said)
     for label in list(engines)[1:]:
-        found = comparisons.get(label) or {}
-        ratio = found.get("ratio") or (results.get("ratios") or {}).get(label)
-        word = str(found.get("verdict") or f"against {next(iter(engines))}")
-        said = found.get("said") or f"{label} gave {number(ratio)} times the output throughput of {next(iter(engines))}."
-        yield Verdict(TONES.get(word, "calm"), f"{ratio:.2f}×" if ratio else "–", f"{label} {word}", str(said))
+        yield throughput(label, results, engines, paced)
 
 
-def correctness(results: Mapping[str, Any]) -> Iterator[Verdict]:
-    """Whether the engines compute the same thing, as far as a comparison looked."""
+def latency(engines: Mapping[str, Mapping[str, Any]]) -> Verdict:
+    """Of an open loop: what tells engines apart that all keep up."""
+    shown = (
+        ("Time to first token, median", "median_ttft_ms"),
+        ("Time per output token, median", "median_tpot_ms"),
+        ("End to end, mean", "mean_e2el_ms"),
+    )
+    told = [
+        f"{name}: " + ", ".join(f"{label} {number(mine.get(key))} ms" for label, mine in engines.items())
+        for name, key in shown
+        if any(mine.get(key) is not None for mine in engines.values())
+    ]
+    said = "Requests come when the workload says, so tokens/s is what was asked for as long as an engine keeps up. "
+    said += "".join(f"{line}. " for line in told)
+    return Verdict("calm", "Arrivals set the pace", "so look at latency, not at throughput", said.rstrip())
+
+
+def throughput(label: str, results: Mapping[str, Any], engines: Mapping[str, Mapping[str, Any]], paced: bool) -> Verdict:
+    """The verdict in a word, below it the ratio that it rests on, and what would make more of it."""
+    first = next(iter(engines))
+    found = (results.get("comparisons") or {}).get(label) or {}
+    ratio = found.get("ratio") or (results.get("ratios") or {}).get(label)
+    word, blocks = found.get("verdict"), found.get("blocks") or 0
+    value = f"{label} is {word}" if word in ("faster", "slower") else str(word or "no verdict").capitalize()
+    if word == "slower":
+        value = f"{first} is faster"
+    evidence = [f"{label} gives {ratio:.3f}× the output tokens/s of {first}" if ratio else f"{label} against {first}"]
+    bounds = found.get("low") is not None and found.get("high") is not None
+    evidence.append(f"{found['low']:.3f}–{found['high']:.3f}" if bounds else "no interval")
+    if blocks:
+        evidence.append(plural(blocks, "block"))
+    told = [str(found.get("said") or f"{label} gave {number(ratio)} times the output throughput of {first}").rstrip(".")]
+    if word == "undecided" and ratio:
+        why = "The blocks neither show a difference nor exclude one" if bounds else "Too few blocks for an interval"
+        more = (
+            f"run with measure.blocks={ADAPTIVE_BLOCKS} or more"
+            if blocks < ADAPTIVE_BLOCKS
+            else "more of them narrow the interval"
+        )
+        told = [f"{why}: {more}"]
+    if paced:
+        told.append("The arrivals set this ratio as long as both engines keep up")
+    spoilt = [name for name in (first, label) if engines[name].get("contaminated")]
+    if spoilt:
+        evidence.append("contaminated")
+        told.append(f"Contaminated: {' and '.join(spoilt)}, see below")
+    tone = "warn" if spoilt else "calm" if paced else TONES.get(str(word), "calm")
+    return Verdict(tone, value, ", ".join(evidence), ". ".join(told) + ".")
+
+
+def open_loop(workload: Mapping[str, Any], scheduled: Collection[float]) -> bool:
+    """Whether requests come at times of their own: at a rate, or as a trace that spreads them tells."""
+    return workload.get("request_rate") is not None or (workload.get("trace") is not None and len(set(scheduled)) > 1)
+
+
+def correctness(run: RunFiles) -> Iterator[Verdict]:
+    """Whether the engines compute the same thing: in float32, as far as a comparison looked, and in the dtype timed."""
+    results = run.results
     if "unjustified_divergences" not in results:
         return
+    share, dtype = results.get("tokens_equal_share"), results.get("dtype")
+    if share is None:
+        yield in_float32(results)
+    elif share >= 1:
+        yield in_float32(results, f" In {dtype}, the dtype timed, every token is the same too.")
+    else:
+        yield in_float32(results)
+        part = f"{math.floor(1000 * share) / 10} %"  # never rounded up to all
+        said = f"In {dtype}, the dtype timed, {part} of tokens come before their request's first difference. Where and why:"
+        line = shlex.join(["python", "-m", "experiments.diverge", str(run.directory), f"dtype={dtype}"])
+        yield Verdict("warn", f"{part} alike in {dtype}", "up to the first difference of each request", said, line)
+
+
+def in_float32(results: Mapping[str, Any], more: str = "") -> Verdict:
     wrong = results["unjustified_divergences"]
     if wrong is None:
-        yield Verdict("calm", "–", "outputs not checked", "The pass in float32 was left out (correctness.num_requests=0).")
-        return
+        said = "The pass in float32 was left out (correctness.num_requests=0)."
+        return Verdict("calm", "Not checked in float32", "outputs", said + more)
     worst = results.get("max_abs_logprob_diff")
     said = f"In float32 {number(results.get('compared_tokens'))} tokens are alike"
     said += (
@@ -57,11 +129,14 @@ def correctness(results: Mapping[str, Any]) -> Iterator[Verdict]:
             f"margin {number(found.get('margin'))}, error {number(found.get('error'))}."
         )
     if results.get("tokens_equal"):
-        yield Verdict("good", "Same", "every token", said)
-    elif wrong == 0:
-        yield Verdict("good", "Same", "up to ties that rounding decides", said)
-    else:
-        yield Verdict("bad", str(wrong), "divergences that rounding does not explain", said)
+        return Verdict("good", "Same in float32", "every token", said + more)
+    if wrong == 0:
+        return Verdict("good", "Same in float32", "up to ties that rounding decides", said + more)
+    return Verdict("bad", str(wrong), "divergences that rounding does not explain", said + more)
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def notices(run: RunFiles) -> Iterator[Notice]:

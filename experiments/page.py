@@ -52,6 +52,8 @@ class Verdict:
     value: str
     word: str
     said: str
+    command: str = ""
+    """What to run to know more."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,9 @@ def html(page: Page, css: str, colours: Sequence[str]) -> str:
 def markdown(page: Page) -> str:
     """Verdict, table, what spoils it, and the command."""
     lines = [f"## {plain(page.title)}", "", " · ".join(map(plain, page.facts)), ""]
-    lines += [f"- **{plain(verdict.value)} {plain(verdict.word)}**: {plain(verdict.said)}" for verdict in page.verdicts]
+    for verdict in page.verdicts:
+        lines += [f"- **{plain(verdict.value)} · {plain(verdict.word)}**: {plain(verdict.said)}"]
+        lines += ["", f"      {verdict.command}", ""] if verdict.command else []
     lines += ["", *markdown_table(page.summary), ""]
     for notice in page.notices:
         lines += [f"- **{plain(notice.title)}**: {plain(notice.text)}"]

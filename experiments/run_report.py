@@ -14,7 +14,7 @@ from common.interface import KernelEvent
 from experiments import figures as draw
 from experiments import timeline
 from experiments.console import FIGURES, number
-from experiments.findings import correctness, notices, speed, text_of
+from experiments.findings import correctness, notices, open_loop, plural, speed, text_of
 from experiments.glossary import GLOSSARY
 from experiments.page import Drawing, Page, Section, Table, known
 from experiments.profiled import own_seconds
@@ -38,12 +38,20 @@ NEEDED = ("engine", "block", "request_id", "prompt_len", "scheduled", "sent", "f
 """Columns of the rows."""
 LONGEST, NAME_LENGTH = 10, 80
 """Of kernels in the report, and of a name there."""
+LIMITS = {"ttft_ms": "TTFT", "tpot_ms": "TPOT", "e2el_ms": "end to end"}
 LATENCIES = (
     ("ttft", "Time to first token"),
     ("tpot", "Time per output token"),
     ("itl", "Inter-token latency"),
     ("e2el", "End to end"),
 )
+
+POSITIONS = (
+    ("mean_abs_logprob_diff", "Log-probability difference", "mean |Δ log p|", 0.0, "the log-probabilities are equal"),
+    ("kld", "KL divergence", "nats", 0.0, "the distributions are equal"),
+    ("same_share", "Same token", "share of requests", 1.0, "the tokens are the same"),
+)
+"""Of the agreement by position: figure, title, unit, its value where engines are equal, and what to say then."""
 
 
 def run_page(run: RunFiles) -> tuple[Page, pd.DataFrame, pd.DataFrame]:
@@ -53,9 +61,7 @@ def run_page(run: RunFiles) -> tuple[Page, pd.DataFrame, pd.DataFrame]:
     until = max((times[-1] for times in window_of(rows, None)["times"] if len(times)), default=1.0)
     few = any(mine.get("unsupported") for mine in run.engines.values())
     brackets = "In brackets: a percentile of fewer samples than it needs." if few else ""
-    sections = [
-        Section("Figures", brackets, tables=[figures_table(run.engines, FIGURES)]),
-        kernels_section(run),
+    compared = [
         Section(
             "Ratio",
             "Engines take turns on the same requests; each block gives one ratio, and the interval is of the blocks.",
@@ -66,6 +72,12 @@ def run_page(run: RunFiles) -> tuple[Page, pd.DataFrame, pd.DataFrame]:
             "Of requests that went well, over all blocks.",
             some(*(draw.distribution(name, title, draw.samples_ms(rows, engines, name)) for name, title in LATENCIES)),
         ),
+    ]
+    paced = open_loop(run.config.get("workload") or {}, rows["scheduled"])
+    sections = [
+        Section("Figures", brackets, tables=[figures_table(run.engines, FIGURES)]),
+        kernels_section(run),
+        *(compared[::-1] if paced else compared),
         Section(
             "Throughput against latency",
             "Up and to the left is worse: the same work, later.",
@@ -94,7 +106,7 @@ def run_page(run: RunFiles) -> tuple[Page, pd.DataFrame, pd.DataFrame]:
                     for i, label in enumerate(engines)
                     for drawing in (
                         timeline.timeline(window_of(rows, label), i, label, until),
-                        timeline.batch(window_of(steps, label), i, label, until),
+                        timeline.batch(window_of(steps, label), window_of(rows, label), i, label, until),
                     )
                 )
             ),
@@ -102,7 +114,12 @@ def run_page(run: RunFiles) -> tuple[Page, pd.DataFrame, pd.DataFrame]:
         Section(
             "Pages",
             "The KV cache in the same window.",
-            some(*(timeline.occupancy(window_of(steps, label), i, label, until) for i, label in enumerate(engines))),
+            some(
+                *(
+                    timeline.occupancy(window_of(steps, label), window_of(rows, label), i, label, until)
+                    for i, label in enumerate(engines)
+                )
+            ),
         ),
         profile_section(read_kernels(run.directory), engines),
         agreement_section(run.results, engines),
@@ -117,7 +134,7 @@ def run_page(run: RunFiles) -> tuple[Page, pd.DataFrame, pd.DataFrame]:
         kind="comparison" if len(engines) > 1 else "run",
         title=title(run.results, engines),
         facts=facts(run),
-        verdicts=[*speed(run.results, run.engines), *correctness(run.results)],
+        verdicts=[*speed(run, paced), *correctness(run)],
         notices=list(notices(run)),
         summary=figures_table(run.engines, [row for row in FIGURES if row[0] in SUMMARY], run.results.get("comparisons")),
         sections=[section for section in sections if section.drawings or any(table.rows for table in section.tables)],
@@ -177,7 +194,7 @@ def figures_table(
     A percentile of fewer samples than it needs is put in brackets."""
     rows = [
         (
-            name,
+            goodput(engines) or name if key == "goodput" else name,
             *(told(mine, key) for mine in engines.values()),
         )
         for key, name in figures
@@ -188,6 +205,13 @@ def figures_table(
         rows.append(("× the first", *(f"{number(f.get('ratio'))}{interval(f)}" if f else "1" for f in found)))
         rows.append(("verdict", *(str(f.get("verdict") or "–") for f in found)))
     return Table(("", *engines), rows)
+
+
+def goodput(engines: Mapping[str, Mapping[str, Any]]) -> str:
+    """Its name with the limits that were stated; empty without."""
+    slo: Mapping[str, float] = next((mine["slo"] for mine in engines.values() if mine.get("slo")), {})
+    limits = [f"{LIMITS.get(name, name)} ≤ {limit:g} ms" for name, limit in slo.items()]
+    return f"goodput: requests/s with {', '.join(limits)}" if limits else ""
 
 
 def told(mine: Mapping[str, Any], key: str) -> str:
@@ -242,7 +266,7 @@ def facts(run: RunFiles) -> list[str]:
         "{} kernels": results.get("kernels"),
         "workload {}": results.get("workload"),
         "{} requests": results.get("num_prompts"),
-        "{} blocks": blocks or None,
+        "{}   ": plural(blocks, "block") if blocks else None,
         "seed {}": results.get("seed"),
         "{}  ": run.environment.get("date"),
         "on {}": run.environment.get("cpu"),
@@ -271,18 +295,19 @@ def agreement_section(results: Mapping[str, Any], engines: Sequence[str]) -> Sec
         columns = [*columns, *(label for label in perplexity if label not in columns)]
         rows = [(*row, *["–"] * (len(columns) + 1 - len(row))) for row in rows]
         rows.append(("perplexity", *(number(perplexity.get(label)) for label in columns)))
+    flat = [said for key, *_, same, said in POSITIONS if draw.constant(agreement, key) == same]
     drawings = some(
-        draw.by_position(agreement, engines, "mean_abs_logprob_diff", "Log-probability difference", "mean |Δ log p|"),
-        draw.by_position(agreement, engines, "kld", "KL divergence", "nats"),
-        draw.by_position(agreement, engines, "same_share", "Same token", "share of requests"),
+        *(
+            draw.by_position(agreement, engines, key, name, unit)
+            for key, name, unit, same, _ in POSITIONS
+            if draw.constant(agreement, key) != same
+        )
     )
     tables = [Table(("", *columns), rows)] if rows else []
-    return Section(
-        "Agreement",
-        f"How far each engine is from {engines[0]} at each position of the output." if engines else "",
-        drawings,
-        tables,
-    )
+    intro = f"How far each engine is from {engines[0]} at each position of the output." if engines else ""
+    if flat:
+        intro += f" At every position {', '.join(flat)}."
+    return Section("Agreement", intro, drawings, tables)
 
 
 def small(value: float | int | None) -> str:

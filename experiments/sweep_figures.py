@@ -89,11 +89,14 @@ def over_axis(
         if not numbers:
             axes.set_xticks(range(len(words)), [shorten(word, max(3, 48 // len(words))) for word in words])
             axes.margins(x=0.2)
-        elif stretch(numbers):
+            return
+        scaled = np.array(numbers)
+        if stretch(numbers):
             logarithmic(axes, "x")
-            gaps = np.diff(np.log(numbers))
-            if gaps.min() > gaps.sum() / 9:
-                axes.set_xticks(numbers)
+            scaled = np.log(scaled)
+        gaps = np.diff(scaled)
+        if gaps.min() > gaps.sum() / 9:  # there is room for each of their labels
+            axes.set_xticks(numbers)
 
     rows = [
         (named(one, engines), value(x) if numbers else words[int(x)], number(float(y)))

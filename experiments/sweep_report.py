@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pandas as pd
 
 from experiments.console import number
 from experiments.figures import scatter
-from experiments.findings import log_end
+from experiments.findings import log_end, plural
 from experiments.glossary import GLOSSARY
 from experiments.job import Job, read_jobs
 from experiments.page import Drawing, Notice, Page, Section, Table, Verdict
@@ -49,19 +49,23 @@ def sweep_page(folder: Path) -> Page:
     done = table[table["status"] == "ok"] if len(table) else table
     engines = [str(label) for label in dict.fromkeys(done["engine"])] if len(done) else []
     cells = cells_table(table, swept)
-    environment = environment_of(folder, table)
+    whole = [run for run in dict.fromkeys(table["run"]) if (folder / run / "results.json").exists()] if len(table) else []
+    environments = [open_run(folder / run).environment for run in whole]
+    environment = environments[0] if environments else {}
     sections = [
         Section("Cells", "Every job and engine of the sweep.", tables=[cells]),
         Section("Over the swept options", "", some(*over(table, engines, swept))),
         Section(
-            "Throughput against latency", "Up and to the left is worse: the same work, later.", some(clouds(done, engines))
+            "Throughput against latency",
+            "Up and to the left is worse: the same work, later.",
+            some(clouds(done, engines, swept)),
         ),
         Section("Environment", "Of the first job that ended well.", tables=[environment_table(environment)]),
     ]
     return Page(
         kind="sweep",
         title=folder.resolve().name,
-        facts=facts(table, environment),
+        facts=facts(table, environments),
         verdicts=list(verdicts(table, swept)),
         notices=list(notices(folder, table, jobs)),
         summary=cells,
@@ -72,11 +76,6 @@ def sweep_page(folder: Path) -> Page:
     )
 
 
-def environment_of(folder: Path, table: pd.DataFrame) -> dict[str, Any]:
-    whole = [run for run in dict.fromkeys(table["run"]) if (folder / run / "results.json").exists()] if len(table) else []
-    return open_run(folder / whole[0]).environment if whole else {}
-
-
 def cells_table(table: pd.DataFrame, swept: Sequence[str]) -> Table:
     told = [name for name in swept if name != "engine"]
     shown = [(key, name) for key, name in COLUMNS if key in table and table[key].notna().any()]
@@ -85,12 +84,12 @@ def cells_table(table: pd.DataFrame, swept: Sequence[str]) -> Table:
             value(row["job"]),
             value(row["engine"]),
             *(value(row[name]) for name in told),
-            str(row["status"]),
             *(cell(row[key]) for key, _ in shown),
+            str(row["status"]),
         )
         for row in table.to_dict("records")
     ]
-    return Table(("job", "engine", *map(last, told), "status", *(name for _, name in shown)), rows)
+    return Table(("job", "engine", *map(last, told), *(name for _, name in shown), "status"), rows)
 
 
 def cell(figure: Any) -> str:
@@ -99,12 +98,14 @@ def cell(figure: Any) -> str:
     return "–" if figure is None or pd.isna(figure) else number(float(figure))
 
 
-def facts(table: pd.DataFrame, environment: dict[str, Any]) -> list[str]:
-    said = [f"{table['run'].nunique()} jobs"] if len(table) else ["no jobs"]
+def facts(table: pd.DataFrame, environments: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What all jobs share."""
+    said = [plural(table["run"].nunique(), "job")] if len(table) else ["no jobs"]
     for name in ("model", "dtype", "workload"):
         if name in table and len(values := table[name].dropna().unique()) == 1:
             said.append(f"{name} {values[0]}")
-    return said + [str(environment[name]) for name in ("date", "cpu") if environment.get(name)]
+    cpus = {environment.get("cpu") for environment in environments}
+    return said + [f"on {cpu}" for cpu in cpus if cpu and len(cpus) == 1]
 
 
 def verdicts(table: pd.DataFrame, swept: Sequence[str]) -> Iterator[Verdict]:
@@ -150,11 +151,12 @@ def over(table: pd.DataFrame, engines: Sequence[str], swept: Sequence[str]) -> I
                 yield over_axis(table, engines, swept, axis, figure, title, unit)
 
 
-def clouds(done: pd.DataFrame, engines: Sequence[str]) -> Drawing | None:
+def clouds(done: pd.DataFrame, engines: Sequence[str], swept: Sequence[str]) -> Drawing | None:
     """Throughput and latency of each cell."""
     latency = next((name for name in ("median_e2el_ms", "mean_e2el_ms") if name in done), None)
     if latency is None or "output_throughput" not in done:
         return None
+    told = [name for name in swept if name != "engine"]
     mine = {label: done[done["engine"] == label] for label in engines}
     points = {
         label: (list(part["output_throughput"].fillna(math.nan)), list(part[latency].fillna(math.nan)))
@@ -166,8 +168,14 @@ def clouds(done: pd.DataFrame, engines: Sequence[str]) -> Drawing | None:
         points,
         x="output tokens/s",
         y=f"{latency.partition('_')[0]} end to end, ms",
-        each="cell",
+        each=", ".join(map(last, told)) or "job",
+        names={label: [setting(row, told) for row in part.to_dict("records")] for label, part in mine.items()},
     )
+
+
+def setting(row: Mapping[Any, Any], told: Sequence[str]) -> str:
+    """The swept values of one cell, or its job if nothing but the engine was swept."""
+    return ", ".join(value(row[name]) for name in told) or value(row["job"])
 
 
 def sweep_command(folder: Path, jobs: Sequence[Job], first: str) -> str:
@@ -177,14 +185,17 @@ def sweep_command(folder: Path, jobs: Sequence[Job], first: str) -> str:
     if not jobs or not first:
         return ""
     words = [
-        word for word in shlex.split(first) if word not in jobs[0].overrides and not any(word in job.overrides for job in jobs)
+        word
+        for word in shlex.split(first)
+        if not any(word in job.overrides for job in jobs) and not word.lstrip("+").startswith("sweep=")
     ]
     choices: dict[str, dict[str, None]] = {}
-    for job in jobs:
-        for override in job.overrides:
+    settings = [[word for word in job.overrides if not word.lstrip("+").startswith("sweep=")] for job in jobs]
+    for overrides in settings:
+        for override in overrides:
             name, _, chosen = override.partition("=")
             choices.setdefault(name, {})[chosen] = None
     if math.prod(len(values) for values in choices.values()) == len(jobs):
         swept = [f"{name}={','.join(values)}" for name, values in choices.items()]
         return shlex.join([*words, "-m", *swept, f"sweep={folder.resolve().name}"])
-    return "\n".join(shlex.join([*words, *job.overrides]) for job in jobs)
+    return "\n".join(shlex.join([*words, *overrides]) for overrides in settings)

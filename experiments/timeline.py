@@ -75,12 +75,12 @@ def alive(start: np.ndarray, end: np.ndarray, until: float) -> tuple[np.ndarray,
     return at, np.searchsorted(np.sort(start), at, "right") - np.searchsorted(np.sort(end), at, "right")
 
 
-def batch(steps: pd.DataFrame, i: int, label: str, until: float) -> Drawing | None:
+def batch(steps: pd.DataFrame, rows: pd.DataFrame, i: int, label: str, until: float) -> Drawing | None:
     """Requests running and waiting over time. None where the engine does not tell."""
     if not told(steps, "running"):
         return None
-    edges, running = over_time(steps, "running", until)
-    waiting = over_time(steps, "waiting", until)[1] if told(steps, "waiting") else np.zeros(POINTS)
+    edges, running = over_time(steps, rows, "running", until)
+    waiting = over_time(steps, rows, "waiting", until)[1] if told(steps, "waiting") else np.zeros(POINTS)
 
     def paint(axes: Axes) -> None:
         axes.stairs(running, edges, fill=True, color=colour(i), alpha=0.3, linewidth=0)
@@ -91,12 +91,12 @@ def batch(steps: pd.DataFrame, i: int, label: str, until: float) -> Drawing | No
 
     most = {name: int(steps[name].max()) if told(steps, name) else 0 for name in ("running", "waiting")}
     means = {"running": float(running.mean()), "waiting": float(waiting.mean())}
-    rows = [(name, number(means[name]), number(most[name])) for name in means]
+    table = [(name, number(means[name]), number(most[name])) for name in means]
     return draw(
         f"batch-{i}",
         f"Batch: {shorten(label)}",
-        f"{len(steps)} steps of {number(float(steps['tokens'].mean()))} tokens on average; over the window "
-        + ", ".join(f"{mean} requests {name} on average, {top} at most" for name, mean, top in rows)
+        f"{len(steps)} steps of {number(float(steps['tokens'].mean()))} tokens on average; over the window, its pauses too, "
+        + ", ".join(f"{mean} requests {name} on average, {top} at most" for name, mean, top in table)
         + ".",
         paint,
         x="s from the start of the window",
@@ -105,17 +105,17 @@ def batch(steps: pd.DataFrame, i: int, label: str, until: float) -> Drawing | No
             Line2D([], [], color=colour(i), label="running"),
             Line2D([], [], color=MUTED, linestyle="dashed", label="waiting"),
         ],
-        table=Table(("requests", "mean", "most"), rows, f"Batch of {label}, one window"),
+        table=Table(("requests", "mean over the window", "most"), table, f"Batch of {label}, one window"),
     )
 
 
-def occupancy(steps: pd.DataFrame, i: int, label: str, until: float) -> Drawing | None:
+def occupancy(steps: pd.DataFrame, rows: pd.DataFrame, i: int, label: str, until: float) -> Drawing | None:
     """The share of pages in use over time, and of those that hold no token yet. None where the engine does not tell."""
     if not told(steps, "pages_used") or not told(steps, "pages_total"):
         return None
     pages = max(int(steps["pages_total"].max()), 1)
-    edges, used = over_time(steps, "pages_used", until)
-    empty = over_time(steps, "pages_empty", until)[1] if told(steps, "pages_empty") else np.zeros(POINTS)
+    edges, used = over_time(steps, rows, "pages_used", until)
+    empty = over_time(steps, rows, "pages_empty", until)[1] if told(steps, "pages_empty") else np.zeros(POINTS)
     used, empty = 100 * used / pages, 100 * empty / pages
 
     def paint(axes: Axes) -> None:
@@ -126,14 +126,15 @@ def occupancy(steps: pd.DataFrame, i: int, label: str, until: float) -> Drawing 
         axes.set_ylim(0, min(102.0, 1.15 * used.max()) or 1.0)
 
     top = [float(steps[name].max()) / pages if told(steps, name) else 0.0 for name in ("pages_used", "pages_empty")]
-    rows = [
+    table = [
         (name, f"{values.mean():.1f}%", f"{most:.1%}")
         for name, values, most in zip(("in use", "held, still empty"), (used, empty), top, strict=True)
     ]
     return draw(
         f"pages-{i}",
         f"Pages in use: {shorten(label)}",
-        f"Of {pages:,} pages {rows[0][1]} are in use on average, {rows[0][2]} at most; {rows[1][1]} are held and still empty.",
+        f"Of {pages:,} pages {table[0][1]} are in use on average over the window, its pauses too, and {table[0][2]} at most; "
+        f"{table[1][1]} are held and still empty.",
         paint,
         x="s from the start of the window",
         y=f"% of {pages:,} pages",
@@ -141,23 +142,28 @@ def occupancy(steps: pd.DataFrame, i: int, label: str, until: float) -> Drawing 
             Line2D([], [], color=colour(i), alpha=0.55, linewidth=6, label="with tokens"),
             Line2D([], [], color=colour(i), alpha=0.2, linewidth=6, label="held, still empty"),
         ],
-        table=Table(("pages", "mean", "most"), rows, f"Pages of {label}, one window"),
+        table=Table(("pages", "mean over the window", "most"), table, f"Pages of {label}, one window"),
     )
 
 
-def over_time(steps: pd.DataFrame, column: str, until: float) -> tuple[np.ndarray, np.ndarray]:
+def over_time(steps: pd.DataFrame, rows: pd.DataFrame, column: str, until: float) -> tuple[np.ndarray, np.ndarray]:
     """Edges of `POINTS` equal spans of [0, until], and the mean of a step's figure over the time in each.
 
-    A step's figure holds from the landing of the one before it until its own; if that one landed more than a span before this
-    one was submitted, the engine was idle in between, and the figure is 0.
+    A step's figure holds from when it had the device until the next one has it. While no request of `rows` is in flight, from
+    when it was sent to its last token, and no step either, the figure is 0.
     """
-    submitted, landed = steps["submitted"].to_numpy(float), steps["landed"].to_numpy(float)
-    before = np.concatenate([submitted[:1], landed[:-1]])
-    begin = np.where(submitted - before > until / POINTS, submitted, before)
-    area = np.cumsum(steps[column].to_numpy(float) * (landed - begin))
-    times, areas = np.stack([begin, landed], 1).ravel(), np.stack([np.concatenate([[0.0], area[:-1]]), area], 1).ravel()
+    landed = steps["landed"].to_numpy(float)
+    begin = np.maximum(steps["submitted"].to_numpy(float), np.concatenate([[-np.inf], landed[:-1]]))
+    ran = rows[[len(times) > 0 for times in rows["times"]]]
+    starts = np.sort(np.concatenate([begin, ran["sent"].to_numpy(float)]))
+    ends = np.sort(np.concatenate([landed, np.array([times[-1] for times in ran["times"]], float)]))
+    moments = np.unique(np.concatenate([starts, ends]))
+    busy = np.searchsorted(starts, moments, "right") > np.searchsorted(ends, moments, "right")
+    last = np.searchsorted(begin, moments, "right") - 1
+    values = np.where(busy & (last >= 0), steps[column].to_numpy(float)[last], 0.0)
+    areas = np.concatenate([[0.0], np.cumsum(values[:-1] * np.diff(moments))])
     edges = np.linspace(0, until, POINTS + 1)
-    return edges, np.diff(np.interp(edges, times, areas)) * POINTS / until
+    return edges, np.diff(np.interp(edges, moments, areas)) * POINTS / until
 
 
 def told(frame: pd.DataFrame, column: str, every: bool = True) -> bool:

@@ -1,6 +1,7 @@
 """`experiments.figures`, `timeline` and `canvas`: the numbers that are drawn, their bounds, and what every figure keeps to."""
 
 import itertools
+import math
 import re
 import xml.etree.ElementTree as xml
 from typing import Any
@@ -131,6 +132,28 @@ def test_alive_counts_the_intervals_that_hold_each_time() -> None:
     assert list(counts) == [int(((start <= t) & (t < end)).sum()) for t in at]
 
 
+def test_a_ratio_without_an_interval_says_so() -> None:
+    found: dict[str, Any] = {"ratio": 1.1, "low": None, "high": None, "block_ratios": [1.1], "verdict": "undecided"}
+    alts = [
+        drawing.alt
+        for drawing in (
+            figures.ratio({"torch": found}, ["jax", "torch"]),
+            figures.ratio({"torch": found | {"low": 1.0, "high": 1.2}}, ["jax", "torch"]),
+        )
+        if drawing
+    ]
+    assert "torch 1.100, no interval" in alts[0] and "torch 1.100, interval 1.000 to 1.200" in alts[1]
+
+
+def test_points_of_different_settings_are_named_and_have_no_middle() -> None:
+    points = {"jax": ([1.0, math.nan, 3.0], [4.0, 5.0, 6.0])}
+    named = figures.scatter("a", "A", points, x="x", y="y", each="size", names={"jax": ["8", "16", "32"]})
+    blocks = figures.scatter("a", "A", points, x="x", y="y", each="block")
+    assert named is not None and named.table is not None and blocks is not None
+    assert [row[:2] for row in named.table.rows] == [("jax", "8"), ("jax", "32")] and named.table.columns[1] == "size"
+    assert "middle" not in named.alt and "In the middle, jax: 2.000 x at 5.000 y" in blocks.alt
+
+
 def test_thinning_keeps_the_mean_and_bounds_the_points() -> None:
     xs = np.arange(90_000.0)
     thin_xs, thin_ys = figures.thinned(xs, np.sin(xs) + 5)
@@ -143,21 +166,24 @@ def test_a_figure_of_ten_thousand_requests_is_no_larger_than_one_of_few() -> Non
     table, until = frame(rows), rows[-1]["times"][-1]
     drawings = [
         timeline.timeline(table, 0, "jax", until),
-        timeline.batch(pd.DataFrame(steps), 0, "jax", until),
-        timeline.occupancy(pd.DataFrame(steps), 0, "jax", until),
+        timeline.batch(pd.DataFrame(steps), table, 0, "jax", until),
+        timeline.occupancy(pd.DataFrame(steps), table, 0, "jax", until),
         figures.distribution("itl", "ITL", figures.samples_ms(table, ["jax"], "itl")),
     ]
     for drawing in drawings:
         assert drawing is not None and len(drawing.svg) < 150_000
 
 
-def test_what_steps_tell_is_averaged_over_time_and_nothing_runs_where_there_are_none() -> None:
+def test_what_steps_tell_is_averaged_over_time_and_holds_while_any_request_is_in_flight() -> None:
     steps = pd.DataFrame({"submitted": [0.0, 1.001, 6.0], "landed": [1.0, 3.0, 7.5], "running": [2, 4, 6]})
-    edges, values = timeline.over_time(steps, "running", 9.0)
+    rows = frame([{"sent": 0.0, "times": [1.0, 3.0]}, {"sent": 0.5, "times": [4.0]}, {"sent": 6.0, "times": [7.5]}])
+    edges, values = timeline.over_time(steps, rows, "running", 9.0)
     assert len(edges) == len(values) + 1 == timeline.POINTS + 1
     at = lambda t: values[np.searchsorted(edges, t) - 1]  # noqa: E731
-    assert [at(t) for t in (0.5, 2.5, 4.5, 7.0, 8.5)] == pytest.approx([2, 4, 0, 6, 0])
-    assert values.mean() * 9 == pytest.approx(2 * 1 + 4 * 2 + 6 * 1.5)  # no time is lost, however wide the spans
+    assert [at(t) for t in (0.5, 2.5, 3.5, 4.5, 7.0, 8.5)] == pytest.approx([2, 4, 4, 0, 6, 0])
+    assert values.mean() * 9 == pytest.approx(2 * 1.001 + 4 * 2.999 + 6 * 1.5)  # no time is lost, however wide the spans
+    alone = timeline.over_time(steps, frame([{"sent": 0.0, "times": []}]), "running", 9.0)[1]
+    assert alone.mean() * 9 == pytest.approx(2 * 1 + 4 * 1.999 + 6 * 1.5)  # where no request tells, in steps
 
 
 def test_requests_are_bars_until_there_are_too_many() -> None:
@@ -171,8 +197,9 @@ def test_an_engine_that_does_not_tell_has_no_figure_of_its_steps() -> None:
     steps = pd.DataFrame(
         {"submitted": [0.0, 0.1], "landed": [0.1, 0.2], "tokens": [3, 4], "running": [None, None], "pages_used": [1, 2]}
     )
-    assert timeline.batch(steps, 0, "hf", 1.0) is None and timeline.occupancy(steps, 0, "hf", 1.0) is None
-    assert timeline.batch(pd.DataFrame(columns=["landed", "running"]), 0, "hf", 1.0) is None
+    rows = frame([{"sent": 0.0, "times": [0.1]}])
+    assert timeline.batch(steps, rows, 0, "hf", 1.0) is None and timeline.occupancy(steps, rows, 0, "hf", 1.0) is None
+    assert timeline.batch(pd.DataFrame(columns=["landed", "running"]), rows, 0, "hf", 1.0) is None
     assert timeline.timeline(frame([{"sent": 0.0, "scheduled": 0.0, "times": []}]), 0, "hf", 1.0) is None
 
 

@@ -13,10 +13,11 @@ import pytest
 
 from common.errors import ConfigError
 from experiments import page, report
-from experiments.findings import log_end
+from experiments.findings import correctness, log_end, open_loop, speed
 from experiments.job import Job
 from experiments.report import write_report
-from experiments.run_report import command
+from experiments.results import RunFiles, open_run
+from experiments.run_report import agreement_section, command, figures_table, run_page
 from experiments.sweep_report import sweep_command
 from tests.synthetic_run import HOSTILE, write_run, write_sweep
 
@@ -68,7 +69,14 @@ def test_the_verdict_stands_first(run: Path) -> None:
     text = Outline((run / "report.html").read_text()).text
     places = [
         text.index(words)
-        for words in ("torch is slower than jax", "every token", "vllm failed", "hf is contaminated", "Glossary")
+        for words in (
+            "jax is faster",
+            "torch is slower than jax",
+            "Same in float32",
+            "vllm failed",
+            "hf is contaminated",
+            "Glossary",
+        )
     ]
     assert places == sorted(places)
 
@@ -111,7 +119,11 @@ def test_figures_are_files_too_and_every_one_has_words(run: Path) -> None:
 
 def test_the_summary_for_a_pull_request_has_verdict_table_and_contaminations(run: Path) -> None:
     text = (run / "report.md").read_text()
-    assert "torch slower" in text and "**hf is contaminated**: 3 compilations" in text and "engines=[jax,torch]" in text
+    assert (
+        re.search(r"\*\*jax is faster · torch gives \d\.\d+×", text)
+        and "**hf is contaminated**: 3 compilations" in text
+        and "engines=[jax,torch]" in text
+    )
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert table[0] == "|  | jax | torch | hf |" and len({line.count("|") for line in table}) == 1
     assert any(line.startswith("| output tokens/s |") for line in table)
@@ -154,6 +166,79 @@ def test_a_run_of_which_every_engine_failed_is_reported(tmp_path: Path) -> None:
     )
     (directory / "requests.jsonl").write_text("")
     assert "jax failed: died" in Outline(write_report(directory).read_text()).text
+
+
+def compared(**changed: Any) -> RunFiles:
+    """A comparison of two engines of which one block tells nothing sure."""
+    found = {"against": "jax", "ratio": 0.9, "low": None, "high": None, "verdict": "undecided", "blocks": 1}
+    engines: dict[str, Any] = {"jax": {"median_ttft_ms": 10.0}, "torch": {"median_ttft_ms": 12.0}}
+    results: dict[str, Any] = {
+        "engines": engines,
+        "comparisons": {"torch": found | changed.pop("found", {})},
+        "dtype": "bfloat16",
+        "unjustified_divergences": 0,
+        "tokens_equal": True,
+        "compared_tokens": 9,
+    }
+    return RunFiles(Path("runs/a b"), {}, {}, results | changed)
+
+
+def test_a_difference_in_the_dtype_that_was_timed_is_not_hidden_by_sameness_in_float32() -> None:
+    first, second = correctness(compared(tokens_equal_share=0.4545))
+    assert (first.tone, first.value) == ("good", "Same in float32")
+    assert (second.tone, second.value) == ("warn", "45.4 % alike in bfloat16")
+    assert second.command == "python -m experiments.diverge 'runs/a b' dtype=bfloat16"
+    *_, last = correctness(compared(tokens_equal_share=0.99999))
+    assert last.value == "99.9 % alike in bfloat16"
+    (both,) = correctness(compared(tokens_equal_share=1.0))
+    assert both.tone == "good" and "In bfloat16, the dtype timed, every token is the same too." in both.said
+
+
+def test_the_command_of_a_verdict_is_on_the_page_and_in_the_summary() -> None:
+    verdict = page.Verdict("warn", "45 %", "alike", "Where:", "python -m x 'a b' y_z")
+    made = page.Page("run", "a", [], [verdict], [], page.Table(("",), []), [], [], "")
+    assert "\n      python -m x 'a b' y_z\n" in page.markdown(made)
+    assert "python -m x 'a b' y_z" in Outline(page.html(made, "", [])).text
+
+
+def test_a_verdict_that_rests_on_too_little_says_what_to_do() -> None:
+    (few,) = speed(compared(), paced=False)
+    assert (few.tone, few.value) == ("calm", "Undecided") and "measure.blocks=6 or more" in few.said
+    assert few.word == "torch gives 0.900× the output tokens/s of jax, no interval, 1 block"
+    (many,) = speed(compared(found={"low": 0.8, "high": 1.1, "blocks": 8}), paced=False)
+    assert many.word.endswith("of jax, 0.800–1.100, 8 blocks") and "measure.blocks" not in many.said
+
+
+def test_a_verdict_on_contaminated_engines_says_so() -> None:
+    engines = {"jax": {"contaminated": ["2 requests failed"]}, "torch": {}}
+    (spoilt,) = speed(compared(engines=engines, found={"verdict": "slower"}), paced=False)
+    assert (spoilt.tone, spoilt.value) == ("warn", "jax is faster") and spoilt.word.endswith("contaminated")
+    assert "Contaminated: jax" in spoilt.said
+
+
+def test_where_arrivals_set_the_pace_latency_leads(tmp_path: Path) -> None:
+    assert open_loop({"request_rate": 2.0}, [0.0]) and not open_loop({"concurrency": 8}, [0.0, 1.0])
+    assert open_loop({"trace": "t.jsonl"}, [0.0, 1.0]) and not open_loop({"trace": "t.jsonl"}, [0.0, 0.0])
+    first, second = speed(compared(), paced=True)
+    assert first.value == "Arrivals set the pace" and "median: jax 10.00 ms, torch 12.00 ms." in first.said
+    assert "The arrivals set this ratio" in second.said
+    directory = write_run(tmp_path / "run", blocks=1, count=5, output_len=4)
+    (directory / "config.yaml").write_text("workload: {request_rate: 2.0}\n")
+    sections = [section.title for section in run_page(open_run(directory))[0].sections]
+    assert sections.index("Latency") < sections.index("Ratio")
+
+
+def test_goodput_shows_its_limits() -> None:
+    engines = {"jax": {"goodput": 2.0, "slo": {"ttft_ms": 500.0, "tpot_ms": 50}}}
+    rows = figures_table(engines, [("goodput", "requests/s within their limits")]).rows
+    assert rows == [("goodput: requests/s with TTFT ≤ 500 ms, TPOT ≤ 50 ms", "2.000")]
+
+
+def test_what_is_equal_everywhere_is_a_sentence_and_no_figure() -> None:
+    at = [{"position": p, "mean_abs_logprob_diff": 0.0, "kld": 0.1 * p, "same_share": 1.0} for p in range(4)]
+    section = agreement_section({"agreement": {"torch": {"num_positions": 4, "by_position": at}}}, ["jax", "torch"])
+    assert section.intro.endswith("At every position the log-probabilities are equal, the tokens are the same.")
+    assert [drawing.name for drawing in section.drawings] == ["agreement-kld"]
 
 
 def test_a_failed_request_is_in_no_latency(small: Path) -> None:
@@ -213,7 +298,8 @@ def test_a_sweep_shows_every_cell_and_what_failed(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "sweep")
     outline = Outline(write_report(folder).read_text())
     assert "5/6" in outline.text and "Job 5 failed" in outline.text and HOSTILE in outline.text
-    assert "workload.num_requests=4,8,16" in outline.text
+    assert "workload.num_requests=4,8,16" in outline.text and "In the middle" not in outline.text
+    assert "2026-01-02T03:04:05" not in outline.text.partition("Cells")[0]  # each job has a date of its own
     files = {file.stem for file in (folder / "figures").glob("*.svg")}
     assert {"output-throughput-over-workload-num_requests", "throughput-latency"} <= files
     rows = [line for line in (folder / "report.md").read_text().splitlines() if re.match(r"\| \d", line)]
@@ -232,7 +318,9 @@ def test_a_sweep_of_all_combinations_is_one_command() -> None:
     ]
     first = "python -m experiments.bench --config-dir c engine=a seed=1"
     assert sweep_command(Path("s"), jobs, first) == "python -m experiments.bench --config-dir c -m engine=a,b seed=1,2 sweep=s"
+    assert sweep_command(Path("s"), jobs, f"{first} sweep=s").count("sweep=") == 1
     assert sweep_command(Path("s"), jobs[:3], first).count("\n") == 2
+    assert "sweep=" not in sweep_command(Path("s"), jobs[:3], f"{first} sweep=s")
     assert sweep_command(Path("s"), [], first) == ""
 
 
