@@ -25,7 +25,7 @@ from rich.table import Table
 
 from common.config import Dtype, expect
 from experiments.agreement import SHAPE, record, small
-from experiments.cli import launch
+from experiments.cli import launch, torn
 from experiments.config import EngineSpec, engine_specs, resolved
 from experiments.console import Narrator, number, print_json, wide_console
 from experiments.isolate import IsolatedEngine
@@ -264,6 +264,8 @@ def main() -> None:
 
 def positional(arguments: Sequence[str]) -> list[str]:
     """A first argument that is no override and no option is the run."""
+    if torn(arguments):
+        return list(arguments)  # `launch` refuses them
     before = ["", *arguments]  # what follows an option is its value
     bare = lambda i, a: not a.startswith("-") and not before[i].startswith("--config") and ("=" not in a or Path(a).is_dir())  # noqa: E731
     place = next((i for i, argument in enumerate(arguments) if bare(i, argument)), None)
