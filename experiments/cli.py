@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
@@ -28,6 +30,7 @@ FAILURE = 1
 USER_ERROR = 2
 GATE = 3
 INTERRUPTED = 130
+READER_GONE = 128 + signal.SIGPIPE
 ROOT_OPTIONS = ("engine", "engines", "peers", "model", "workload", "kernels", "dtype", "seed", "device", "fail_if")
 """Overrides at the root that stay as they are from version to version."""
 
@@ -40,6 +43,8 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, where it would print and exit with 1
     for plugin in (CheckedSweeper, ProcessLauncher):  # under the one package that Hydra takes plugins from
         Plugins.instance().class_name_to_class[f"hydra_plugins.tandem.{plugin.__name__}"] = plugin
+    if value := torn(sys.argv[1:]):
+        fail(f"No spaces inside […], or quote the word: {shlex.quote(value)}", USER_ERROR)
     sys.argv[1:] = [piece for argument in sys.argv[1:] for piece in spell_out_model(argument)]
 
     composed = False
@@ -59,11 +64,20 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
             fail(str(error), FAILURE)  # a defect, whose traceback is the other process's
 
     try:
-        hydra.main(version_base="1.3", config_path="pkg://configs", config_name=config_name)(run)()
+        try:
+            hydra.main(version_base="1.3", config_path="pkg://configs", config_name=config_name)(run)()
+        finally:
+            if not composed:  # it was Hydra that printed, as of --help
+                sys.stdout.flush()
     except (HydraException, OmegaConfBaseException, TandemError, ValueError) as error:
         if composed and isinstance(error, ValueError):
             raise
         fail(explain(error), USER_ERROR)
+    except BrokenPipeError:
+        if composed:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to print, at exit too
+        sys.exit(READER_GONE)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
 
@@ -98,6 +112,21 @@ def conclude(conditions: Sequence[Condition], result: Mapping[str, Any], reporte
         fail(f"The report could not be made; all else is there. Try again: {again}", FAILURE)
 
 
+def torn(words: Sequence[str]) -> str | None:
+    """The override with spaces in its brackets that a shell has made several words of, as one again; None if there is none."""
+    for start, word in enumerate(words):
+        if "=" in word and left_open(word) > 0:
+            for end in range(start + 2, len(words) + 1):
+                if left_open(value := " ".join(words[start:end])) == 0:
+                    return value
+    return None
+
+
+def left_open(text: str) -> int:
+    """How many brackets that are opened in `text` are not closed in it."""
+    return sum((sign in "[{(") - (sign in "]})") for sign in text)
+
+
 def spell_out_model(argument: str) -> list[str]:
     """`model=X`, where X is no name of the group `model`, means the checkpoint at X."""
     match = re.fullmatch(r"model=(?P<name>[^,\[\]{}=]+)", argument)
@@ -120,13 +149,25 @@ def explain(error: BaseException) -> str:
     for cause in chain:
         if isinstance(cause, MissingConfigException) and cause.options and cause.missing_cfg_file:
             group, _, name = cause.missing_cfg_file.rpartition("/")
-            return f"Unknown {group} {name!r}.{nearest_hint(name, cause.options)} Known: {', '.join(cause.options)}."
+            options = [option for option in cause.options if option != "base"]  # what engines have in common, and none itself
+            return f"Unknown {group} {name!r}.{nearest_hint(name, options)} Known: {', '.join(options)}."
         if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and isinstance(cause.parent_node, DictConfig):
             known = [str(key) for key in cause.parent_node if key != "hydra"]
             name = str(cause.key)
-            return f"Unknown option {cause.full_key!r}.{nearest_hint(name, known)} Known here: {', '.join(known)}."
+            hint = level_hint(name, cause.parent_node) or nearest_hint(name, known)
+            return f"Unknown option {cause.full_key!r}.{hint} Known here: {', '.join(known)}."
+        if several := re.match(r"Ambiguous value for argument '(?P<key>[^=]+)=(?P<values>.*)'$", str(cause), re.MULTILINE):
+            key, values = several["key"], several["values"]
+            return f"{key}={values} gives several values: for a list, write {key}=[{values}]; for a run of each, add -m."
         if misplaced := re.match(r"Could not override '(\w+)'\.\s*No match in the defaults list", str(cause)):
             others = [option for option in ROOT_OPTIONS if option != misplaced[1]]
             return f"This command has no option {misplaced[1]!r}.{nearest_hint(misplaced[1], others)}"
     texts = (str(cause).split("\n    full_key:")[0] for cause in chain)
     return " ".join(dict.fromkeys(" ".join(text.split()) for text in texts if text))
+
+
+def level_hint(name: str, node: DictConfig) -> str:
+    """A sentence for an option that is given one level too high, or the empty string."""
+    below = {str(key): child for key, child in node.items_ex(resolve=False) if isinstance(child, DictConfig) and key != "hydra"}
+    places = [f"{key}.{name}" for key, child in below.items() if name in child]
+    return f" Did you mean {' or '.join(places)}?" if places else ""

@@ -140,7 +140,7 @@ def flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def compose_group(config: DictConfig, group: str, name: str) -> DictConfig:
     """The node `group=name` would have put into `config`, its interpolations pointing there."""
-    known = GlobalHydra.instance().config_loader().get_group_options(group)
+    known = [option for option in GlobalHydra.instance().config_loader().get_group_options(group) if option != "base"]
     if name not in known:
         raise ConfigError(f"Unknown {group} {name!r}.{nearest_hint(name, known)} Known: {', '.join(known)}.")
     whole = config.copy()

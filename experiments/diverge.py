@@ -9,6 +9,8 @@ with the first one's pages and budgets. The last line of standard output is one 
 
 from __future__ import annotations
 
+import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -23,10 +25,11 @@ from rich.table import Table
 
 from common.config import Dtype, expect
 from experiments.agreement import SHAPE, record, small
-from experiments.cli import launch
+from experiments.cli import launch, torn
 from experiments.config import EngineSpec, engine_specs, resolved
 from experiments.console import Narrator, number, print_json, wide_console
 from experiments.isolate import IsolatedEngine
+from experiments.job import is_whole
 from experiments.localise import Finding
 from experiments.measure import Plan, make_plan
 from experiments.observe import Compared
@@ -40,6 +43,7 @@ SHOWN = 5
 
 
 def run(config: DictConfig) -> None:
+    expect(not OmegaConf.is_missing(config, "run"), f"Give a run directory: python -m experiments.diverge {newest_run()}")
     directory = Path(str(config.run))
     recorded, specs = recorded_run(directory, config)
     plan = make_plan(recorded, specs)
@@ -48,9 +52,16 @@ def run(config: DictConfig) -> None:
     expect(dtype in LOGITS, f"dtype must be float32 or bfloat16, got {dtype!r}.")
     with Narrator() as narrator, TemporaryDirectory(prefix="diverge-", dir=directory) as scratch:
         result = search(plan, specs, asked, dtype, directory, Path(scratch), narrator)
+    result["said"] = " ".join(filter(None, [sentence(result), windows_of(recorded, directory, dtype)]))
     write_json(directory / "diverge.json", result)
     print_finding(result)
     print_json(result)
+
+
+def newest_run() -> str:
+    """The latest comparison in `runs`, or how one is called."""
+    found = [run for run in Path("runs").glob("*-compare-*") if is_whole(run)]
+    return shlex.quote(str(max(found))) if found else "runs/…-compare-…"
 
 
 def recorded_run(directory: Path, config: DictConfig) -> tuple[DictConfig, list[EngineSpec]]:
@@ -78,6 +89,16 @@ def recorded_run(directory: Path, config: DictConfig) -> tuple[DictConfig, list[
     return recorded, engine_specs(recorded)
 
 
+def windows_of(recorded: DictConfig, directory: Path, dtype: Dtype) -> str:
+    """A sentence where the run's timed outputs part in another dtype than is looked at here; else none."""
+    file = directory / "results.json"
+    share = json.loads(file.read_text()).get("tokens_equal_share") if file.exists() else None
+    if share is None or share >= 1 or recorded.dtype == dtype:
+        return ""
+    alike = f"where {100 * share:.1f} % of tokens come before their request's first difference"
+    return f"The run's windows were {recorded.dtype}, {alike}; to look there, add dtype={recorded.dtype}."
+
+
 def share_of(recorded: DictConfig, config: DictConfig) -> tuple[int, int]:
     """How many requests of the run's workload, and how many tokens of each."""
     passed = recorded.get("correctness") or {}
@@ -101,7 +122,7 @@ def search(
     scratch: Path,
     narrator: Narrator,
 ) -> dict[str, Any]:
-    """The whole of it: both engines in processes of their own; what `diverge.json` holds."""
+    """The whole of it: both engines in processes of their own; what `diverge.json` holds, but for the sentence."""
     share = plan.workload.share(*asked)
     first, second = (small(spec, len(share.items), dtype) for spec in specs)
     second = replace(second, config=replace(second.config, **{name: getattr(first.config, name) for name in SHAPE}))
@@ -135,7 +156,7 @@ def examine(
     beyond = {row.step for row in rows if not row.error <= LOGITS[dtype]}
     unjust = [choice for choice in choices if not choice.divergence.justified]
     judged = "undecided" if len(beyond) > LOOKS else "tie" if choices else "equal"
-    result = {
+    return {
         "engines": list(labels),
         "model": plan.model,
         "dtype": dtype,
@@ -152,7 +173,6 @@ def examine(
         "finding": finding_of(found, labels),
         "choices": [{"step": c.step, "request": c.request} | asdict(c.divergence) for c in choices],
     }
-    return result | {"said": sentence(result)}
 
 
 def finding_of(found: Finding | None, labels: tuple[str, str]) -> dict[str, Any] | None:
@@ -173,33 +193,39 @@ def plain(value: float) -> float | None:
 
 def sentence(result: Mapping[str, Any]) -> str:
     """The finding in words."""
+    return f"In {result['dtype']} {finding_in_words(result)}"
+
+
+def finding_in_words(result: Mapping[str, Any]) -> str:
     first, second = result["engines"]
     alike = f"{result['num_positions']} rows of logits in {result['num_steps']} steps"
     if found := result["finding"]:
         where = f"layer {found['layer']}, {found['tensor']}" if found["layer"] is not None else found["tensor"]
         errors = ", ".join(f"{label} by {shown(error)}" for label, error in found["errors"].items())
         return (
-            f"A defect in {' and '.join(found['wrong'])}: first seen in step {found['step']}, request {found['request']}, "
+            f"a defect in {' and '.join(found['wrong'])}: first seen in step {found['step']}, request {found['request']}, "
             f"position {found['position']}, {where}. There float64 is missed by, in root mean squares: {errors}."
         )
     if result["verdict"] == "defect":
         bad = next(choice for choice in result["choices"] if not choice["justified"])
         return (
-            f"A defect in how a token is chosen: step {bad['step']}, request {bad['request']}, position {bad['position']}: "
+            f"a defect in how a token is chosen: step {bad['step']}, request {bad['request']}, position {bad['position']}: "
             f"{first} took {bad['tokens'][0]} and {second} {bad['tokens'][1]}, margin {number(bad['margin'])}, error "
             f"{number(bad['error'])}; the logits agree."
         )
     largest = result["max_logit_error"]
-    same = "the same bits" if largest == 0 else f"apart by at most {shown(largest)} standard deviations"
+    same = "the same bits" if largest == 0 else f"apart by at most {shown(largest)} standard deviations of a row's logits"
     if looked := result["looked_into"]:
         same += f", no tensor of the {looked} steps looked into farther from float64 than rounding takes it"
     if result["verdict"] == "undecided":
-        return f"Undecided: {alike}, {same}; there are more such steps than are looked into."
+        return f"undecided: {alike}, {same}; there are more such steps than are looked into."
     if result["verdict"] == "tie":
         times, judged = result["differing_choices"], len(result["choices"])
+        among = "" if times == judged else f" among the {judged} judged of {times} choices"
         which = "each time at a tie" if times == judged else f"the first {judged} of them at ties; the others were not judged"
-        return f"No defect: {alike}, {same}. The engines chose differently {times} times, {which}."
-    return f"No difference: {alike}, {same}, every choice alike."
+        often = f"{times} time{'s' * (times != 1)}"
+        return f"no defect{among}: {alike}, {same}. The engines chose differently {often}, {which}."
+    return f"no difference: {alike}, {same}, every choice alike."
 
 
 def shown(value: float | None) -> str:
@@ -219,7 +245,7 @@ def print_finding(result: Mapping[str, Any]) -> None:
             table.add_column(heading, justify="right")
         table.add_row(*cells)
     elif result["choices"]:
-        for heading in ("step", "request", "position", *result["engines"], "margin", "error", ""):
+        for heading in ("step", "request", "position", *result["engines"], "margin", "error", "judged"):
             table.add_column(heading, justify="right")
         for choice in result["choices"][:SHOWN]:
             cells = [str(choice[name]) for name in ("step", "request", "position")] + [str(token) for token in choice["tokens"]]
@@ -227,6 +253,8 @@ def print_finding(result: Mapping[str, Any]) -> None:
             table.add_row(*cells, "tie" if choice["justified"] else "defect")
     if table.columns:
         console.print(table)
+    if (judged := len(result["choices"])) > SHOWN:
+        console.print(f"[dim]The first {SHOWN} of the {judged} judged; all {judged} are in diverge.json.[/]", highlight=False)
 
 
 def main() -> None:
@@ -236,6 +264,8 @@ def main() -> None:
 
 def positional(arguments: Sequence[str]) -> list[str]:
     """A first argument that is no override and no option is the run."""
+    if torn(arguments):
+        return list(arguments)  # `launch` refuses them
     before = ["", *arguments]  # what follows an option is its value
     bare = lambda i, a: not a.startswith("-") and not before[i].startswith("--config") and ("=" not in a or Path(a).is_dir())  # noqa: E731
     place = next((i for i, argument in enumerate(arguments) if bare(i, argument)), None)

@@ -56,10 +56,13 @@ class ProcessLauncher(Launcher):
         expect_distinct(wanted)
         folder.mkdir(parents=True, exist_ok=True)
         with only_launcher(folder):
-            jobs = {job.digest: job for job in merged(read_jobs(folder), wanted)}
+            known = read_jobs(folder)
+            jobs = {job.digest: job for job in merged(known, wanted)}
             write_jobs(folder, list(jobs.values()))
             mine = [jobs[key] for key, _ in wanted]
             with Board(told_apart([job.overrides for job in mine])) as board:
+                for line in found_there(folder, known, mine):
+                    board.say(line)
                 for number, job in enumerate(mine):
                     if is_done(folder, job):
                         board.skipped()
@@ -73,7 +76,8 @@ class ProcessLauncher(Launcher):
                         jobs[job.digest] = self._attempt(folder, job, board)
                     except KeyboardInterrupt:
                         board.say(
-                            f"Interrupted: {board.done} of {len(mine)} jobs are done. Go on with:\n  {resume_command(folder)}"
+                            f"Interrupted: {board.done} of {len(mine)} jobs are done. Go on with:\n  {resume_command(folder)}\n"
+                            f"Table and report of what is done:\n  {finish_command(folder)}"
                         )
                         raise
                     write_jobs(folder, list(jobs.values()))
@@ -116,6 +120,25 @@ def expect_distinct(jobs: Sequence[tuple[str, tuple[str, ...]]]) -> None:
             f"Two jobs of this sweep are the same run: {' '.join(overrides)}. To repeat a run, sweep over seed=0,1,2.",
         )
         seen.add(key)
+
+
+def found_there(folder: Path, known: Sequence[Job], wanted: Sequence[Job]) -> list[str]:
+    """What a sweep's folder holds before its jobs run, in sentences: others that the wanted come beside, and wanted ones that
+    are done. `known` is its list until now."""
+    said = []
+    digests = {job.digest for job in known}
+    others = len(digests - {job.digest for job in wanted})
+    added = sum(job.digest not in digests for job in wanted)
+    if others and added:
+        beside = f"{folder} holds {jobs_of(others)} of other settings, {added} added"
+        said.append(f"{beside}; give another sweep= to keep them apart.")
+    if done := sum(is_done(folder, job) for job in wanted):
+        said.append(f"{done} of {jobs_of(len(wanted))} done before, skipped.")
+    return said
+
+
+def jobs_of(count: int) -> str:
+    return f"{count} job{'s' * (count != 1)}"
 
 
 @contextlib.contextmanager
@@ -186,3 +209,8 @@ def resume_command(folder: Path) -> str:
     words = [*sys.orig_argv]
     named = any(word.startswith(("sweep=", "hydra.sweep.dir=")) for word in words)
     return shlex.join(words if named else [*words, f"sweep={folder.name}"])
+
+
+def finish_command(folder: Path) -> str:
+    """The command line that makes table and report of a sweep as far as it is done."""
+    return shlex.join(["python", "-m", "experiments.sweep", str(folder)])

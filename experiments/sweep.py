@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from pathlib import Path
 
 import pandas as pd
@@ -14,21 +15,16 @@ from rich.table import Table
 
 from common.config import expect
 from common.errors import TandemError
-from experiments.console import number, print_json, wide_console
+from experiments.console import FIGURES, number, print_json, wide_console
 from experiments.results import sweep_table
 
 FAILURE = 1
 USER_ERROR = 2
-SHOWN = {
-    "output_throughput": "tokens/s",
-    "ratio": "× first",
-    "verdict": "verdict",
-    "median_ttft_ms": "TTFT, ms",
-    "median_tpot_ms": "TPOT, ms",
-    "p99_e2el_ms": "p99 E2E, ms",
-    "peak_rss_mb": "peak, MB",
-}
-"""Figures of the table that is printed, and their headings; the files have all."""
+SHOWN = ("output_throughput", "ratio", "verdict", "median_ttft_ms", "median_tpot_ms", "p99_e2el_ms", "peak_rss_mb")
+"""Figures of the table that is printed; the files have all."""
+HEADINGS = dict(FIGURES) | {"ratio": "× first", "verdict": "verdict", "p99_e2el_ms": "end to end p99, ms"}
+HEADING = 12
+"""Columns of a heading's line."""
 BORDER = 3
 
 
@@ -70,12 +66,13 @@ def write_table(folder: Path, table: pd.DataFrame) -> None:
 def print_sweep(title: str, table: pd.DataFrame) -> None:
     """A row for each job and engine: what tells it from the others, and of a few figures as many as there is room for."""
     told = ["job", "engine", *(name for name in table.attrs["swept"] if name != "engine"), "status"]
-    headings = {name: name.rpartition(".")[2] for name in told} | {name: SHOWN[name] for name in SHOWN if name in table}
+    headings = {name: name.rpartition(".")[2] for name in told}
+    headings |= {name: textwrap.fill(HEADINGS[name], HEADING) for name in SHOWN if name in table}
     rows = [{name: cell(row[name]) for name in headings} for row in table.to_dict("records")]
     console, used = wide_console(), 1
     view = Table(title=escape(title), title_justify="left")
     for name, heading in headings.items():
-        width = max(map(len, (heading, *(row[name] for row in rows))))
+        width = max(map(len, (*heading.splitlines(), *(row[name] for row in rows))))
         used += width + BORDER
         if name in told or used <= console.width:
             view.add_column(heading, justify="left" if name in told else "right")

@@ -19,7 +19,8 @@ from common.errors import CheckpointError, ConfigError, RequestError
 from common.request import Request, SamplingParams
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
-from experiments import bench
+from experiments import bench, compare, diverge
+from experiments.cli import torn
 from experiments.config import EngineSpec
 from experiments.console import number
 from experiments.isolate import EngineFailure, IsolatedEngine, read_frame, thread_settings, write_frame
@@ -283,6 +284,8 @@ def test_bench_takes_a_path_for_a_model(
         ("workload.name=a/b", "workload.name must be letters"),
         ("runs=null", "runs must be the path of a folder"),
         ("engines=[jax,torch]", "Did you mean 'engine'?"),
+        ("max_num_seqs=8", "Did you mean engine.max_num_seqs?"),
+        ("engine=jax,torch", "for a list, write engine=[jax,torch]; for a run of each, add -m"),
     ],
 )
 def test_a_mistake_is_told_in_one_message_with_exit_code_2_and_no_run_directory(
@@ -296,6 +299,41 @@ def test_a_mistake_is_told_in_one_message_with_exit_code_2_and_no_run_directory(
     assert len(told) == 1 and said in told[0]
     assert out == "" and "Traceback" not in err
     assert not (history / "runs").exists() and not (history / "multirun").exists()
+
+
+def test_a_value_that_a_shell_tore_at_its_spaces_is_shown_whole() -> None:
+    assert torn(["dtype=float32", "engines=[{name:", "torch},", "jax]", "seed=1"]) == "engines=[{name: torch}, jax]"
+    assert torn(["--config-dir", "a]", "engines=[jax, torch]", "seed=[", "threads=1"]) is None
+
+
+def test_a_torn_value_is_refused_with_how_to_write_it(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for main, run in ((compare.main, []), (diverge.main, ["runs/one"])):
+        monkeypatch.setattr(sys, "argv", ["command", *run, "engines=[jax,", "torch]"])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        assert exit.value.code == 2
+        assert capfd.readouterr().err == "error: No spaces inside […], or quote the word: 'engines=[jax, torch]'\n"
+
+
+def test_what_no_engine_is_is_not_named_as_one(
+    history: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for main, word in ((bench.main, "engine=histroy"), (compare.main, "engines=[histroy]")):
+        with pytest.raises(SystemExit):
+            command(monkeypatch, main, word)
+        err = capfd.readouterr().err
+        assert "history" in err and "jax" in err and "base" not in err
+
+
+def test_help_ends_without_a_traceback_when_its_reader_leaves() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-m", "experiments.bench", "--help"]
+    ended = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (141, b"")  # 128 + SIGPIPE
 
 
 def test_an_engine_that_dies_ends_the_command_with_1_and_its_failure_in_the_results(

@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from experiments import diverge
-from experiments.diverge import positional, sentence
+from experiments.diverge import positional, print_finding, sentence, windows_of
 from experiments.localise import Finding
 from tests.history_backend import history, last_line
 from tests.planted import LAYER, deep_model
@@ -86,19 +86,23 @@ def test_an_engine_that_shows_nothing_is_refused_by_name(
         ("bench", [], "a run of one engine"),
         ("bench", ["engines=[history,histroy]"], "Did you mean 'history'?"),
         ("", [], "no run directory"),
+        (None, [], "Give a run directory: python -m experiments.diverge runs/2-compare-a"),
     ],
 )
 def test_a_mistake_is_told_in_one_message_with_exit_code_2(
-    made_by: str,
+    made_by: str | None,
     arguments: list[str],
     said: str,
     history: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
+    for name in ("1-compare-b", "2-compare-a", "3-compare-c.partial", "4-bench-d"):
+        (history / "runs" / name).mkdir(parents=True)
+        (history / "runs" / name / "results.json").write_text("{}")
     run = write_run(history / "run", "model=tiny-llama", command=made_by) if made_by else history / "nothing"
     with pytest.raises(SystemExit) as exit:
-        command(monkeypatch, str(run), *arguments)
+        command(monkeypatch, *([] if made_by is None else [str(run)]), *arguments)
     assert exit.value.code == 2
     told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(told) == 1 and said in told[0]
@@ -122,21 +126,45 @@ CHOICE = {"step": 2, "request": 1, "position": 9, "tokens": (4, 5), "margin": 1e
 
 def result(**fields: Any) -> Mapping[str, Any]:
     base = {"engines": ["jax", "torch"], "num_positions": 9, "num_steps": 4, "max_logit_error": 2e-6, "finding": None}
-    base |= {"looked_into": 0}
+    base |= {"looked_into": 0, "dtype": "float32"}
     return base | {"choices": [], "verdict": "equal"} | fields
 
 
 def test_what_was_found_is_said_in_words() -> None:
-    assert "No difference: 9 rows of logits in 4 steps, apart by at most 2.0e-06" in sentence(result())
+    same = sentence(result())
+    assert same.startswith("In float32 no difference: 9 rows of logits in 4 steps, apart by at most 2.0e-06 standard dev")
     assert "the same bits" in sentence(result(max_logit_error=0.0))
     tie = {"verdict": "tie", "choices": [CHOICE | {"justified": True}]}
-    assert "chose differently 1 times, each time at a tie" in sentence(result(**tie, differing_choices=1))
-    assert "the first 1 of them at ties; the others were not judged" in sentence(result(**tie, differing_choices=7))
+    every = sentence(result(**tie, differing_choices=1, dtype="bfloat16"))
+    assert every.startswith("In bfloat16 no defect: ") and "chose differently 1 time, each time at a tie" in every
+    some = sentence(result(**tie, differing_choices=7))
+    assert some.startswith("In float32 no defect among the 1 judged of 7 choices: ")
+    assert "chose differently 7 times, the first 1 of them at ties; the others were not judged" in some
     chosen = sentence(result(verdict="defect", choices=[CHOICE | {"justified": False}]))
     assert "step 2, request 1, position 9: jax took 4 and torch 5" in chosen
     noisy = sentence(result(max_logit_error=0.6, looked_into=2))
-    assert "No difference" in noisy and "farther from float64 than rounding takes it" in noisy
-    assert sentence(result(verdict="undecided", max_logit_error=0.6, looked_into=3)).startswith("Undecided")
+    assert "no difference" in noisy and "farther from float64 than rounding takes it" in noisy
+    assert sentence(result(verdict="undecided", max_logit_error=0.6, looked_into=3)).startswith("In float32 undecided")
+
+
+def test_a_run_whose_timed_tokens_part_in_another_dtype_says_where_to_look(tmp_path: Path) -> None:
+    recorded = OmegaConf.create({"dtype": "bfloat16"})
+    assert windows_of(recorded, tmp_path, "float32") == ""  # a run that was cut short
+    (tmp_path / "results.json").write_text('{"tokens_equal_share": 0.454}')
+    said = windows_of(recorded, tmp_path, "float32")
+    assert said.startswith("The run's windows were bfloat16, where 45.4 % of tokens") and said.endswith("add dtype=bfloat16.")
+    assert windows_of(recorded, tmp_path, "bfloat16") == ""
+    for share in ("1.0", "null"):
+        (tmp_path / "results.json").write_text(f'{{"tokens_equal_share": {share}}}')
+        assert windows_of(recorded, tmp_path, "float32") == ""
+
+
+@pytest.mark.parametrize(("judged", "cut"), [(5, False), (6, True)])
+def test_a_table_that_is_cut_says_where_the_rest_is(judged: int, cut: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    print_finding(result(verdict="tie", choices=[CHOICE | {"justified": True}] * judged, said="…"))
+    printed = capsys.readouterr().out
+    assert printed.count("tie │") == 5 and "judged ┃" in printed
+    assert ("The first 5 of the 6 judged; all 6 are in diverge.json." in printed) is cut
 
 
 @pytest.mark.parametrize(

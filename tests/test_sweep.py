@@ -21,10 +21,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from common.errors import ConfigError
 from experiments import bench, compare
 from experiments.job import Job, digest, is_done, merged, read_jobs, write_jobs
-from experiments.launcher import describe, only_launcher, quoted, run_process
+from experiments.launcher import describe, found_there, only_launcher, quoted, run_process
 from experiments.progress import duration, told_apart
 from experiments.results import sweep_table
 from experiments.rundir import run_directory
+from experiments.sweep import print_sweep
 from experiments.sweeper import combinations
 from tests.history_backend import command, last_line
 from tests.sweep_backend import OVERRIDES, folder, starts
@@ -113,8 +114,10 @@ def test_a_sweep_runs_every_combination_alone_and_once_and_ends_in_one_table(
     assert "workload.num_requests=2" in command_line and "sweep=" not in command_line
 
     assert sweep(monkeypatch, "sweep=s", "engine.max_num_seqs=4", "workload.num_requests=1,2,3") == 0  # two of them are done
-    assert last_line(capfd.readouterr().out)["ok"] == 5
-    assert len(starts(folder)) == 5
+    output, progress = capfd.readouterr()
+    assert last_line(output)["ok"] == 5 and len(starts(folder)) == 5
+    assert "runs/sweeps/s holds 2 jobs of other settings, 1 added; give another sweep=" in progress
+    assert "2 of 3 jobs done before, skipped" in progress
 
 
 def test_a_job_that_fails_fails_alone_and_is_the_only_one_that_runs_again(
@@ -192,6 +195,7 @@ def test_ctrl_c_ends_the_running_job_and_says_how_to_go_on(folder: Path) -> None
     _, errors = launcher.communicate(timeout=PATIENCE_S)
     assert launcher.returncode == 130
     assert "0 of 2 jobs are done" in errors and "sweep=s" in errors and "Traceback" not in errors
+    assert "python -m experiments.sweep runs/sweeps/s\n" in errors
     wait_for(lambda: is_gone(int(starts(folder)[0])))
 
 
@@ -273,6 +277,26 @@ def test_every_combination_is_a_job_the_last_option_changing_fastest() -> None:
         ["a=2", "b=x", "c='p q'"],
         ["a=2", "b=x", "c=[1,2]"],
     ]
+
+
+def test_a_sweep_says_what_its_folder_holds_already(tmp_path: Path) -> None:
+    one, two, three = (Job(number=number, digest=digest, overrides=()) for number, digest in enumerate("abc"))
+    assert found_there(tmp_path, [], [one, two]) == found_there(tmp_path, [one, two], [one, two]) == []
+    assert found_there(tmp_path, [one], [one, two]) == []  # more of the same
+    assert found_there(tmp_path, [one, two], [one]) == []
+    (mixed,) = found_there(tmp_path, [one], [two, three])
+    assert mixed.startswith(f"{tmp_path} holds 1 job of other settings, 2 added;") and "sweep=" in mixed
+    (tmp_path / "jobs" / one.name).mkdir(parents=True)
+    (tmp_path / "jobs" / one.name / "results.json").write_text("{}")
+    assert found_there(tmp_path, [one, two], [one, two]) == ["1 of 2 jobs done before, skipped."]
+
+
+def test_a_sweeps_figures_are_headed_as_those_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    table = pd.DataFrame([{"job": 0, "engine": "jax", "status": "ok", "output_throughput": 5.0, "median_ttft_ms": 2.0}])
+    table.attrs["swept"] = []
+    print_sweep("s", table)
+    printed = " ".join(capsys.readouterr().out.replace("┃", " ").split())
+    assert "output TTFT median," in printed and "tokens/s ms" in printed  # of two lines
 
 
 def test_a_digest_tells_what_is_run_and_not_where() -> None:
