@@ -30,13 +30,13 @@ def reason_to_stop(config: MeasureConfig, done: int, elapsed: float, longest: fl
     extra = done >= config.blocks
     ahead = 2 if extra and done % 2 == 0 else 1
     if done >= config.most_blocks:
-        return f"all {done} blocks were run"
+        return f"all {done} blocks were run" if done > 1 else "its one block was run"
     if elapsed + ahead * longest > config.budget_s:
         return f"the budget of {config.budget_s:g} s was used up after {done} blocks"
     if not extra or done % 2 == 1:
         return None
     if width is None:
-        return f"all {done} blocks were run"
+        return f"all {done} blocks were run" if done > 1 else "its one block was run"
     if width <= config.precision:
         return f"after {done} blocks every interval of a ratio was narrower than {config.precision:g}"
     return None
