@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,14 @@ def command(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], *override
     words = ["report=false", *(word for word in overrides if "=" in word)]
     monkeypatch.setattr(sys, "argv", ["command", "--config-dir", "configs", *options, *words])
     main()
+
+
+def written(result: Mapping[str, Any]) -> dict[str, Any]:
+    """`results.json` of a run by its last line, which leaves out what is told of every position."""
+    results: dict[str, Any] = json.loads((Path(result["run"]) / "results.json").read_text())
+    for found in results.get("agreement", {}).values():
+        del found["by_position"]
+    return results
 
 
 def last_line(output: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from experiments import bench, compare
 from experiments.config import EngineSpec
 from experiments.isolate import EngineFailure, IsolatedEngine
 from experiments.workload import WorkloadConfig, draw
-from tests.history_backend import VOCABULARY, command, history, last_line
+from tests.history_backend import VOCABULARY, command, history, last_line, written
 
 __all__ = ["history"]
 SMALL = (
@@ -106,7 +106,7 @@ def failing(main: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     assert exit.value.code == 1, err
     result = last_line(out)
     directory = Path(result["run"])
-    assert json.loads((directory / "results.json").read_text()) == result and not list(directory.parent.glob("*.partial"))
+    assert written(result) == result and not list(directory.parent.glob("*.partial"))
     return result | {"stderr": err, "stdout": out}
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from common.weights.checkpoint import open_checkpoint
 from experiments.console import Narrator
-from experiments.diverge import examine
+from experiments.diverge import examine, sentence
 from experiments.localise import part
 from experiments.search import LOGITS, Ledger
 from experiments.workload import Item, Workload
@@ -100,7 +100,7 @@ def test_a_wrong_choice_from_right_logits_is_a_defect_of_choosing(deep: Path, tm
         make_local("sound", "torch", "native", deep), make_local("wrong", "torch", "native", deep, "sampler"), deep, tmp_path
     )
     assert (result["verdict"], result["finding"]) == ("defect", None)
-    assert "how a token is chosen: step 0, request 0" in result["said"]
+    assert "how a token is chosen: step 0, request 0" in sentence(result)
 
 
 @pytest.mark.accept
