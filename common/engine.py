@@ -84,7 +84,6 @@ class Engine(InferenceEngine):
         )
         self._caps = replace(runner.caps, max_model_len=limit, max_seqs=self.scheduler.max_num_seqs)
         self._in_flight: deque[tuple[Step, Pending, StepRecord | None]] = deque()
-        self._unstarted: set[str] = set()  # requests that no step has run yet
         self._events: list[TokenEvent] = []  # ends that no step brought: they go out with the next one
         self._counters = dict.fromkeys(
             ("steps", "num_resets", "prompt_tokens", "generation_tokens", "scheduled_tokens", "padded_tokens"), 0
@@ -106,7 +105,6 @@ class Engine(InferenceEngine):
             if bad is not None:
                 expect(False, f"Request {name!r}: {what}[{bad}] must be an integer in [0, {vocab}), got {ids[bad]!r}.")
         self.scheduler.add(request)
-        self._unstarted.add(name)
         self._counters["prompt_tokens"] += len(request.prompt_token_ids)
 
     def step(self, timeout: float | None = None) -> list[TokenEvent]:
@@ -162,25 +160,23 @@ class Engine(InferenceEngine):
 
     def _record(self, step: Step, submitted: float) -> StepRecord | None:
         """What is to be logged of a step that was just submitted; None where nobody keeps a log."""
-        started: tuple[str, ...] = ()
-        if self._unstarted:
-            started = tuple(name for seq in step.seqs if (name := seq.request.request_id) in self._unstarted)
-            self._unstarted.difference_update(started)
         if self.step_log is None:
             return None
         scheduler, size = self.scheduler, self.config.block_size
-        record = record_step(step.batch, size, submitted, submitted)
+        total = scheduler.pool.num_pages - 1
+        used = total - scheduler.pool.num_free
+        held = sum(len(seq.pages) for seq in (*scheduler.running, *scheduler.leaving))
+        record = record_step(step.batch, size, submitted, submitted, sharing=held > used)
         prompts = np.fromiter((len(seq.request.prompt_token_ids) for seq in step.seqs), np.int32, len(step.seqs))
         prefills = (record.counts > 1) | (record.kv_lengths - record.counts < prompts)
-        total = scheduler.pool.num_pages - 1
         return record._replace(
             prompt_tokens=int(record.counts[prefills].sum()),
             running=len(scheduler.running),
             waiting=len(scheduler.waiting) + len(scheduler.preempted),
-            pages_used=total - scheduler.pool.num_free,
+            pages_used=used,
             pages_total=total,
             pages_empty=sum(len(seq.pages) - -(-seq.computed // size) for seq in scheduler.running),
-            started=started,
+            started=step.started,
         )
 
     def _start_over(self, suspects: list[Sequence]) -> list[str]:
@@ -194,7 +190,6 @@ class Engine(InferenceEngine):
     def _recover(self, step: Step, error: BaseException) -> None:
         """A step raised: the runner's pages and rows are undefined. Start over with every request, all tokens kept."""
         failed = self._start_over(step.seqs if isinstance(error, Exception) else [])
-        self._unstarted.difference_update(failed)
         now = perf_counter()
         message = f"The steps of this request keep raising: {type(error).__name__}: {error}"
         self._events += [TokenEvent(name, None, now, finish=Status.FINISHED_ERROR, error=message) for name in failed]
@@ -211,7 +206,6 @@ class Engine(InferenceEngine):
 
     def _end(self, request_id: str, status: Status, stop_reason: str | None) -> bool:
         live = self.scheduler.end(request_id, status)
-        self._unstarted.discard(request_id)
         if live:
             self._events.append(TokenEvent(request_id, None, perf_counter(), finish=status, stop_reason=stop_reason))
         return live
@@ -247,15 +241,21 @@ class Engine(InferenceEngine):
         self.runner.close()
 
 
-def record_step(batch: Batch, block_size: int, submitted: float, landed: float) -> StepRecord:
-    """The record of a step, in arrays of its own: a view would keep the whole batch alive."""
-    table = batch.page_table[0].ravel()  # groups share their page numbers
+def record_step(batch: Batch, block_size: int, submitted: float, landed: float, sharing: bool = True) -> StepRecord:
+    """The record of a step, in arrays of its own: a view would keep the whole batch alive. `sharing`: whether any page may be
+    in the tables of two sequences."""
+    counts = np.diff(batch.query_starts)
+    shared = shared_pages(batch.page_table[0]) * block_size if sharing else np.zeros_like(counts)  # groups share page numbers
+    return StepRecord(submitted, landed, len(batch.logit_rows), counts, batch.kv_lengths.copy(), shared)
+
+
+def shared_pages(page_table: np.ndarray) -> np.ndarray:
+    """int32[S]: how many pages at its start each sequence of a table int32[S, P] has in common with a later one."""
+    table = page_table.ravel()
     place = np.arange(len(table), dtype=np.int32)
     last = np.empty(int(table.max(initial=0)) + 1, np.int32)
     last[table] = place  # the last sequence that has a page; as they share prefixes, all but it share a prefix with another
-    shared = ((last[table] != place) & (table > 0)).reshape(batch.page_table[0].shape).sum(axis=1, dtype=np.int32)
-    counts = np.diff(batch.query_starts)
-    return StepRecord(submitted, landed, len(batch.logit_rows), counts, batch.kv_lengths.copy(), shared * block_size)
+    return ((last[table] != place) & (table > 0)).reshape(page_table.shape).sum(axis=1, dtype=np.int32)
 
 
 def is_token(value: Any, vocab_size: int) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from common.config import Cache, EngineConfig
-from common.engine import Engine
+from common.engine import Engine, shared_pages
 from common.errors import RequestError
 from common.request import Request, SamplingParams, Status, TokenEvent
 from common.schedule.batch import Batch
@@ -111,8 +111,12 @@ def check_whole(scheduler: Scheduler, batches: Iterable[Batch]) -> None:
 def check_in_flight(engine: Engine) -> None:
     """What a step in flight writes is nobody else's, and is not offered to anybody (P5, P7, P16)."""
     scheduler, pool = engine.scheduler, engine.scheduler.pool
-    for step, *_ in engine._in_flight:
+    for step, _, record in engine._in_flight:
         batch = step.batch
+        shared = shared_pages(batch.page_table[0]) * scheduler.block_size
+        require(
+            record is not None and record.shared.tolist() == shared.tolist(), "the log of a step counts shared pages wrongly"
+        )
         slots = batch.slots[0].tolist()
         require(len(set(slots)) == len(slots), "two tokens of a step have one slot")
         require(batch.num_tokens <= scheduler.budget, "a step exceeds the token budget")
@@ -169,6 +173,7 @@ class Episode:
             seed=self.seed,
         )
         self.engine = Engine(self.runner, config, num_pages=num_pages)
+        self.engine.step_log = []
         self.evictions = 0
         self.may_join: set[Sequence] = set()
         """Of a static batch, who waited when it began; nobody once pages have run out."""
@@ -189,6 +194,8 @@ class Episode:
                 break
             self.step()
         require(not self.engine.has_work and not self.requests, "waiting work made no progress")
+        started = [name for record in self.engine.step_log or () for name in record.started]
+        require(len(started) == len(set(started)), "a request started twice")
         require(self.engine.reset_prefix_cache(), "a page is held although nothing is live")
         pool = self.engine.scheduler.pool
         require(sorted(pool.free_pages()) == list(range(1, pool.num_pages)), "a page is not free in the end")

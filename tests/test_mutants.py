@@ -165,8 +165,8 @@ def the_parent_is_ignored(patch: Patch, ran: Ran) -> None:
 def pages_are_published_as_they_are_scheduled(patch: Patch, ran: Ran) -> None:
     original = Scheduler._commit
 
-    def commit(self: Scheduler, plan: list[tuple[Sequence, int]]) -> Step:
-        step = original(self, plan)
+    def commit(self: Scheduler, plan: list[tuple[Sequence, int]], started: tuple[str, ...]) -> Step:
+        step = original(self, plan, started)
         for seq, _ in plan if self.prefix_caching else []:
             before = seq.published
             self._publish(seq, min(seq.computed, seq.known))

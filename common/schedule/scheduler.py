@@ -84,6 +84,8 @@ class Step:
 
     seqs: list[Sequence]
     batch: Batch
+    started: tuple[str, ...] = ()
+    """The ids of requests that were admitted for the first time, and so run their first tokens in it."""
 
 
 class Scheduler:
@@ -209,13 +211,16 @@ class Scheduler:
         """The next step, or None if nobody can run before a step in flight has landed."""
         preemptions = self.num_preemptions
         decodes, chunks = self._continue()
+        admitted: list[tuple[Sequence, int]] = []
         if self.num_preemptions == preemptions:
-            chunks += self._admit(self.budget - len(decodes) - sum(count for _, count in chunks))
+            admitted = self._admit(self.budget - len(decodes) - sum(count for _, count in chunks))
+        started = tuple(seq.request.request_id for seq, _ in admitted if seq.admissions == 1)
+        chunks += admitted
         self._fit_bucket(len(decodes), chunks)
         plan = [(seq, 1) for seq in decodes]
         plan += [item for item in chunks if item[1] == 1]
         plan += [item for item in chunks if item[1] > 1]
-        return self._commit(plan) if plan else None
+        return self._commit(plan, started) if plan else None
 
     def _continue(self) -> tuple[list[Sequence], list[tuple[Sequence, int]]]:
         """Running requests: those that need one token, then the next chunk of those that need more, both oldest first."""
@@ -336,7 +341,7 @@ class Scheduler:
         if lower + extra < self.caps.bucket(total, True):
             chunks[-1] = (chunks[-1][0], chunks[-1][1] - rest)
 
-    def _commit(self, plan: list[tuple[Sequence, int]]) -> Step:
+    def _commit(self, plan: list[tuple[Sequence, int]], started: tuple[str, ...]) -> Step:
         """Advance every sequence of the plan, as of now, and pack the step."""
         rows, starts, counts, samples, fills = [], [], [], [], []
         for i, (seq, count) in enumerate(plan):
@@ -351,7 +356,7 @@ class Scheduler:
                 seq.pending += 1
             seq.computed = end
             seq.in_flight += 1
-        return Step([seq for seq, _ in plan], self.rows.build(rows, starts, counts, samples, fills))
+        return Step([seq for seq, _ in plan], self.rows.build(rows, starts, counts, samples, fills), started)
 
     # ── one step: its result ────────────────────────────────────────────────────────────────────────────────────────────
 
