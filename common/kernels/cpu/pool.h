@@ -232,14 +232,15 @@ class Pool {
 
 using Member = Pool::Member;
 
-// Ask for large memory pages under long-lived data. KV pages are read in pieces of a few kilobytes from all over the pool: with
-// small memory pages each piece would cost a walk of the page table. Where the system has none, nothing changes.
+// Ask for large memory pages under long-lived data, and what follows it in the last of them. KV pages are read in pieces of a few
+// kilobytes from all over the pool: with small memory pages each piece would cost a walk of the page table. Where the system
+// has none, nothing changes.
 inline void huge(void* data, size_t size) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t PAGE = uintptr_t(2) << 20;
   constexpr int COLLAPSE = 25;  // MADV_COLLAPSE, newer than some headers
-  const uintptr_t begin = ((uintptr_t)data + PAGE - 1) / PAGE * PAGE, end = ((uintptr_t)data + size) / PAGE * PAGE;
-  if (end <= begin) return;
+  const auto up = [](uintptr_t address) { return (address + PAGE - 1) / PAGE * PAGE; };
+  const uintptr_t begin = up((uintptr_t)data), end = up((uintptr_t)data + size);
   madvise((void*)begin, end - begin, MADV_HUGEPAGE);
   madvise((void*)begin, end - begin, COLLAPSE);
 #endif
