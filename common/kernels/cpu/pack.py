@@ -63,7 +63,7 @@ def pack_layer(checkpoint: Checkpoint, layer: int, dtype: Dtype) -> np.ndarray:
 
 
 def pack_head(checkpoint: Checkpoint, dtype: Dtype) -> np.ndarray:
-    """Embedding, final norm and LM head: uint8[n], from a large memory page's begin on. A tied head serves the embedding rows too."""
+    """Embedding, final norm and LM head: uint8[n], from a large memory page on. A tied head serves the embedding rows too."""
     embedding = parameter(checkpoint, "model.embed_tokens.weight", dtype)
     parts = {"final_norm": parameter(checkpoint, "model.norm.weight", dtype)}
     if checkpoint.config.tie_embeddings:
