@@ -26,7 +26,8 @@ from experiments.baselines.llamacpp import LlamaCppEngine
 from experiments.baselines.vllm import VllmEngine
 from experiments.config import EngineSpec
 from experiments.convert import digest, gguf_file, hugging_face_directory, write_directory, write_gguf
-from experiments.isolate import PEERS, IsolatedEngine, interpreter
+from experiments.isolate import IsolatedEngine
+from experiments.peers import PEERS, interpreter
 from experiments.workload import Item, Workload
 from tests.families import FAMILIES
 from tests.history_backend import command, history

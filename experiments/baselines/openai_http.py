@@ -13,7 +13,6 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.config import EngineConfig, expect
@@ -23,12 +22,12 @@ from common.platform import cores
 from common.request import Request, Status, TokenEvent
 from experiments.baselines.greedy import check_request
 from experiments.completions import DONE, UNNAMED, EventStream, WireError, http_request, read_chunk
+from experiments.peers import peers_folder
 from experiments.server import Server, free_port, models, parse_url
 
 if TYPE_CHECKING:
     from common.weights.checkpoint import Checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
 READ = 1 << 16
 """Bytes at a time."""
 
@@ -120,7 +119,7 @@ def placeholders(checkpoint: Checkpoint, config: EngineConfig, url: str) -> dict
         "model": checkpoint.path,
         "port": parse_url(url).port or 80,
         "threads": config.threads or cores(),
-        "peers": os.environ.get("TANDEM_PEERS") or ROOT,
+        "peers": peers_folder(),
         "max_model_len": length,
         "kv_tokens": config.max_num_seqs * length,
     }
