@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from common.config import EngineConfig, expect
 from common.errors import ConfigError, nearest_hint
-from experiments.isolate import PEERS, interpreter
+from experiments.peers import PEERS, interpreter
 from experiments.statistics import Criteria
 from experiments.workload import known_options
 

@@ -84,6 +84,11 @@ def make_cache(config: ModelConfig, pages: int, page_size: int, dtype: str) -> K
     return made
 
 
+def embed(config: ModelConfig, weights: Weights, step: Array, last_tokens: Array, tokens: int) -> Array:
+    """float32[T, D]: the residual stream before the first layer, of a packed step of `tokens` tokens."""
+    return _call("embed", _shape((tokens, config.hidden_size)), step, weights.head, last_tokens)
+
+
 def layer(config: ModelConfig, weights: Weights, number: int, step: Array, pools: Any, x_TD: Array) -> tuple[Any, Array]:
     """One layer in one operator: its pools (keys, values) and the residual stream as they are afterwards."""
     q = _shape((x_TD.shape[0], config.num_heads, config.head_dim), pools[0].dtype)
@@ -92,18 +97,39 @@ def layer(config: ModelConfig, weights: Weights, number: int, step: Array, pools
     return (k, v), x_TD
 
 
+def project(config: ModelConfig, weights: Weights, number: int, step: Array, pools: Any, x_TD: Array) -> tuple[Array, Any]:
+    """Queries [T, N, H] of a layer, and its pools with the keys and values of these tokens."""
+    q = _shape((x_TD.shape[0], config.num_heads, config.head_dim), pools[0].dtype)
+    arguments = (step, weights.layers[number], weights.ropes[config.layer_rope[number]], x_TD, *pools)
+    q_TNH, *pools = _call("project", (q, *pools), *arguments, aliases={4: 1, 5: 2})
+    return q_TNH, tuple(pools)
+
+
+def attend(weights: Weights, number: int, step: Array, pools: Any, q_TNH: Array) -> Array:
+    """What the queries see in a layer's pools: [T, N, H], in their place."""
+    return _call("attend", q_TNH, step, weights.layers[number], *pools, q_TNH, aliases={4: 0})
+
+
+def combine(weights: Weights, number: int, step: Array, out_TNH: Array, x_TD: Array) -> Array:
+    """The residual stream after a layer, of what it attended to and of the stream before, in whose place it is."""
+    return _call("combine", x_TD, step, weights.layers[number], out_TNH, x_TD, aliases={3: 0})
+
+
 def layer_in_parts(
     config: ModelConfig, weights: Weights, number: int, step: Array, pools: Any, x_TD: Array, keep: Any = lambda name, x: None
 ) -> tuple[Any, Array]:
     """As `layer`, the same bits, in three operators: for those who want to change what is between, or to see it: `keep` is
     called with "q" and "attention" and their values, which later operators may overwrite."""
-    packed, rope = weights.layers[number], weights.ropes[config.layer_rope[number]]
-    q = _shape((x_TD.shape[0], config.num_heads, config.head_dim), pools[0].dtype)
-    q_TNH, *pools = _call("project", (q, *pools), step, packed, rope, x_TD, *pools, aliases={4: 1, 5: 2})
+    q_TNH, pools = project(config, weights, number, step, pools, x_TD)
     keep("q", q_TNH)
-    out_TNH = _call("attend", q, step, packed, *pools, q_TNH, aliases={4: 0})
+    out_TNH = attend(weights, number, step, pools, q_TNH)
     keep("attention", out_TNH)
-    return tuple(pools), _call("combine", x_TD, step, packed, out_TNH, x_TD, aliases={3: 0})
+    return pools, combine(weights, number, step, out_TNH, x_TD)
+
+
+def head(config: ModelConfig, weights: Weights, step: Array, x_TD: Array, rows: int) -> Array:
+    """Logits float32[rows, V] of the residual stream after the last layer."""
+    return _call("head", _shape((rows, config.vocab_size)), step, weights.head, x_TD)
 
 
 def forward(
@@ -111,11 +137,10 @@ def forward(
 ) -> tuple[Array, State]:
     """Logits float32[rows, V] of a packed step of `tokens` tokens; its keys and values go into the state's pages."""
     k, v = map(list, state.cache)
-    x_TD = _call("embed", _shape((tokens, config.hidden_size)), step, weights.head, state.last_tokens)
+    x_TD = embed(config, weights, step, state.last_tokens, tokens)
     for number in range(config.num_layers):
         (k[number], v[number]), x_TD = layer(config, weights, number, step, (k[number], v[number]), x_TD)
-    logits_RV = _call("head", _shape((rows, config.vocab_size)), step, weights.head, x_TD)
-    return logits_RV, state._replace(cache=KVCache(tuple(k), tuple(v)))
+    return head(config, weights, step, x_TD, rows), state._replace(cache=KVCache(tuple(k), tuple(v)))
 
 
 def sample(state: State, step: Array, logits_RV: Array) -> tuple[Array, State]:
@@ -139,7 +164,7 @@ class Step:
     def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
         """Pack the weights, with room for `positions` rotary positions."""
         self.model_config: ModelConfig = checkpoint.config
-        self._weights = load_weights(checkpoint, self.config.dtype, positions, progress)
+        self.weights = load_weights(checkpoint, self.config.dtype, positions, progress)
         config = self.config
         self._size = max_step_size(config.max_num_batched_tokens, config.max_num_seqs, -(-positions // config.block_size))
         self._sizes = sorted({config.max_num_seqs, config.max_num_batched_tokens})
@@ -158,9 +183,9 @@ class Step:
                 lambda weights, state, step, tokens=tokens: self._step(weights, state, step, tokens), donate_argnums=1
             )
             shape = jax.ShapeDtypeStruct((self._size,), jnp.int32)
-            self._compiled[tokens] = step.lower(self._weights, state, shape).compile()
+            self._compiled[tokens] = step.lower(self.weights, state, shape).compile()
             # No tokens: the program runs through its operators and changes nothing.
-            state, _ = self._compiled[tokens](self._weights, state, np.zeros(self._size, np.int32))
+            state, _ = self._compiled[tokens](self.weights, state, np.zeros(self._size, np.int32))
             if progress:
                 progress(done + 1, len(self._sizes), f"compiled steps of up to {tokens} tokens")
         return state
@@ -173,7 +198,7 @@ class Step:
         step = np.empty(self._size, np.int32)
         step[: len(packed)] = packed
         tokens = next(size for size in self._sizes if size >= batch.num_tokens)
-        state, sampled = self._compiled[tokens](self._weights, state, step)
+        state, sampled = self._compiled[tokens](self.weights, state, step)
         return state, lambda: unpack_sampled(np.asarray(sampled)[: len(batch.logit_rows)], batch)
 
     def read_pages(self, state: State, pages_: Sequence[int]) -> dict[str, np.ndarray]:

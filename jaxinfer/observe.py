@@ -45,7 +45,7 @@ class Observer:
         if (key, wanted) not in self._compiled:
             self._compiled[key, wanted] = self._compile(function, wanted, state, inputs)
         compiled, order = self._compiled[key, wanted]
-        state, taps = compiled(self._step._weights, state, inputs)
+        state, taps = compiled(self._step.weights, state, inputs)
         rows = {"logits": len(batch.logit_rows), "tokens": len(batch.logit_rows)}
         named = zip(order, to_host(taps), strict=True)
         return state, {name: _typed(x[: rows.get(name, batch.num_tokens)]) for name, x in named}
@@ -67,7 +67,7 @@ class Observer:
             order.extend(taps)
             return state, list(taps.values())
 
-        return jax.jit(program, donate_argnums=1).lower(self._step._weights, state, inputs).compile(), order
+        return jax.jit(program, donate_argnums=1).lower(self._step.weights, state, inputs).compile(), order
 
 
 def forward(model: Decoder, token_ids: Array, positions: Array, attend: Attend, cache: Any, keep: Keep) -> tuple[Array, Any]:

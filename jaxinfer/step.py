@@ -75,8 +75,12 @@ class Step:
         graph, state = nnx.split(load_model(checkpoint, self.config.dtype, positions, self.device, progress))
         # Plain arrays in a tuple: walking NNX variables would cost milliseconds a step.
         leaves, tree = jax.tree.flatten(state)
-        self._weights = tuple(leaves)
+        self.weights = tuple(leaves)
         self._merge = lambda leaves: nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+
+    def model(self, weights: Any) -> Decoder:
+        """The decoder of the `weights` of a loaded step, which a program takes as its argument."""
+        return self._merge(weights)
 
     def make_state(self, num_pages: int) -> State:
         """Empty pages and rows."""
@@ -97,7 +101,7 @@ class Step:
                     kind = "chunks and decodes" if bucket.chunked else "decodes"
                     progress(done + 1, len(buckets), f"compiled steps of {bucket.tokens} tokens, {kind}")
         for bucket, step in self._compiled.items():
-            state, _ = step(self._weights, state, np.zeros(bucket.size, np.int32))
+            state, _ = step(self.weights, state, np.zeros(bucket.size, np.int32))
         return state
 
     def run(self, state: State, batch: Batch) -> tuple[State, Callable[[], tuple[Any, ...]]]:
@@ -107,7 +111,7 @@ class Step:
         bucket = self._bucket(next(size for size in sizes if size >= batch.num_tokens), chunked)
         if bucket not in self._compiled:
             self._compiled[bucket] = self._compile(bucket, state)
-        state, sampled = self._compiled[bucket](self._weights, state, self._pack(bucket, batch))
+        state, sampled = self._compiled[bucket](self.weights, state, self._pack(bucket, batch))
         return state, lambda: to_host(sampled)
 
     def read_pages(self, state: State, pages_: Sequence[int]) -> dict[str, np.ndarray]:
@@ -125,7 +129,7 @@ class Step:
 
     def _compile(self, bucket: _Bucket, state: State) -> Any:
         step = jax.jit(lambda weights, state, packed: self._step(bucket, weights, state, packed), donate_argnums=1)
-        return step.lower(self._weights, state, jax.ShapeDtypeStruct((bucket.size,), jnp.int32)).compile()
+        return step.lower(self.weights, state, jax.ShapeDtypeStruct((bucket.size,), jnp.int32)).compile()
 
     def _pack(self, bucket: _Bucket, batch: Batch) -> np.ndarray:
         """A batch as the one array of inputs of its bucket."""
@@ -174,7 +178,7 @@ class Step:
             return lax.bitcast_convert_type(lax.slice(packed, (at,), (at + math.prod(shape),)), dtype).reshape(shape)
 
         x: Inputs = jax.tree.map(unpack, bucket.layout, is_leaf=lambda x: type(x) is tuple)
-        model: Decoder = self._merge(weights)
+        model = self.model(weights)
         token_ids = jnp.where(x.fill_row >= 0, state.last_tokens[x.fill_row], x.token_ids)
         attend = paged_attention(self.model_config, x.plan)
         hidden_TD, cache = forward(model, token_ids, x.positions, attend, state.cache)

@@ -23,7 +23,8 @@ from experiments import bench, compare, diverge
 from experiments.cli import torn
 from experiments.config import EngineSpec
 from experiments.console import number
-from experiments.isolate import EngineFailure, IsolatedEngine, read_frame, thread_settings, write_frame
+from experiments.frames import NoFrame, read_frame, write_frame
+from experiments.isolate import EngineFailure, IsolatedEngine, thread_settings
 from experiments.rundir import environment, run_directory
 from experiments.workload import WorkloadConfig, draw
 from tests.history_backend import VOCABULARY, command, history, last_line
@@ -64,7 +65,7 @@ def test_a_frame_survives_the_trip_and_a_broken_one_is_the_end() -> None:
     assert read_frame(io.BytesIO(data)) == {"a": [1, 2.5, "ü"], "array": [0, 1], "scalar": 0.5}
     assert read_frame(io.BytesIO(data[:-1])) is None
     assert read_frame(io.BytesIO(b"")) is None
-    with pytest.raises(EngineFailure, match="frame"):
+    with pytest.raises(NoFrame, match="frame"):
         read_frame(io.BytesIO(b"\xff\xff\xff\xff"))
 
 

@@ -82,6 +82,13 @@ def make_cache(config: ModelConfig, pages: int, page_size: int, dtype: str) -> K
     return made
 
 
+def embed(config: ModelConfig, weights: Weights, step: Tensor, last_tokens: Tensor, tokens: int) -> Tensor:
+    """float32[T, D]: the residual stream before the first layer, of a packed step of `tokens` tokens."""
+    x_TD = torch.empty((tokens, config.hidden_size), dtype=torch.float32, device="cpu")
+    torch.ops.tandem.embed.default(step, weights.head, last_tokens, x_TD)
+    return x_TD
+
+
 def layer(config: ModelConfig, weights: Weights, number: int, step: Tensor, pools: Any, x_TD: Tensor) -> tuple[Any, Tensor]:
     """One layer in one operator: its pools (keys, values) and the residual stream as they are afterwards."""
     k, v = pools
@@ -91,33 +98,55 @@ def layer(config: ModelConfig, weights: Weights, number: int, step: Tensor, pool
     return pools, x_TD
 
 
+def project(config: ModelConfig, weights: Weights, number: int, step: Tensor, pools: Any, x_TD: Tensor) -> tuple[Tensor, Any]:
+    """Queries [T, N, H] of a layer, and its pools with the keys and values of these tokens."""
+    k, v = pools
+    q_TNH = torch.empty((x_TD.shape[0], config.num_heads, config.head_dim), dtype=k.dtype, device="cpu")
+    rope = weights.ropes[config.layer_rope[number]]
+    torch.ops.tandem.project.default(step, weights.layers[number], rope, x_TD, k, v, q_TNH)
+    return q_TNH, pools
+
+
+def attend(weights: Weights, number: int, step: Tensor, pools: Any, q_TNH: Tensor) -> Tensor:
+    """What the queries see in a layer's pools: [T, N, H], in their place."""
+    torch.ops.tandem.attend.default(step, weights.layers[number], *pools, q_TNH)
+    return q_TNH
+
+
+def combine(weights: Weights, number: int, step: Tensor, out_TNH: Tensor, x_TD: Tensor) -> Tensor:
+    """The residual stream after a layer, of what it attended to and of the stream before, in whose place it is."""
+    torch.ops.tandem.combine.default(step, weights.layers[number], out_TNH, x_TD)
+    return x_TD
+
+
 def layer_in_parts(
     config: ModelConfig, weights: Weights, number: int, step: Tensor, pools: Any, x_TD: Tensor, keep: Any = lambda name, x: None
 ) -> tuple[Any, Tensor]:
     """As `layer`, the same bits, in three operators: for those who want to change what is between, or to see it: `keep` is
     called with "q" and "attention" and their values, which later operators may overwrite."""
-    ops, packed, (k, v) = torch.ops.tandem, weights.layers[number], pools
-    q_TNH = torch.empty((x_TD.shape[0], config.num_heads, config.head_dim), dtype=k.dtype, device="cpu")
-    ops.project.default(step, packed, weights.ropes[config.layer_rope[number]], x_TD, k, v, q_TNH)
+    q_TNH, pools = project(config, weights, number, step, pools, x_TD)
     keep("q", q_TNH)
-    ops.attend.default(step, packed, k, v, q_TNH)
-    keep("attention", q_TNH)
-    ops.combine.default(step, packed, q_TNH, x_TD)
-    return pools, x_TD
+    out_TNH = attend(weights, number, step, pools, q_TNH)
+    keep("attention", out_TNH)
+    return pools, combine(weights, number, step, out_TNH, x_TD)
+
+
+def head(config: ModelConfig, weights: Weights, step: Tensor, x_TD: Tensor, rows: int) -> Tensor:
+    """Logits float32[rows, V] of the residual stream after the last layer."""
+    logits_RV = torch.empty((rows, config.vocab_size), dtype=torch.float32, device="cpu")
+    torch.ops.tandem.head.default(step, weights.head, x_TD, logits_RV)
+    return logits_RV
 
 
 def forward(
     config: ModelConfig, weights: Weights, state: State, step: Tensor, tokens: int, rows: int, layer: Any = layer
 ) -> tuple[Tensor, State]:
     """Logits float32[rows, V] of a packed step of `tokens` tokens; its keys and values go into the state's pages."""
-    ops, (k, v) = torch.ops.tandem, state.cache
-    x_TD = torch.empty((tokens, config.hidden_size), dtype=torch.float32, device="cpu")
-    ops.embed.default(step, weights.head, state.last_tokens, x_TD)
+    k, v = state.cache
+    x_TD = embed(config, weights, step, state.last_tokens, tokens)
     for number in range(config.num_layers):
         _, x_TD = layer(config, weights, number, step, (k[number], v[number]), x_TD)
-    logits_RV = torch.empty((rows, config.vocab_size), dtype=torch.float32, device="cpu")
-    ops.head.default(step, weights.head, x_TD, logits_RV)
-    return logits_RV, state
+    return head(config, weights, step, x_TD, rows), state
 
 
 def sample(state: State, step: Tensor, logits_RV: Tensor) -> tuple[Tensor, State]:
@@ -141,7 +170,7 @@ class Step:
     def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
         """Pack the weights, with room for `positions` rotary positions."""
         self.model_config: ModelConfig = checkpoint.config
-        self._weights = load_weights(checkpoint, self.config.dtype, positions, progress)
+        self.weights = load_weights(checkpoint, self.config.dtype, positions, progress)
 
     def make_state(self, num_pages: int) -> State:
         """Empty pages and rows."""
@@ -162,7 +191,7 @@ class Step:
         with torch.inference_mode():
             step = torch.from_numpy(pack_step(batch))
             rows = len(batch.logit_rows)
-            logits_RV, state = forward(self.model_config, self._weights, state, step, batch.num_tokens, rows)
+            logits_RV, state = forward(self.model_config, self.weights, state, step, batch.num_tokens, rows)
             sampled, state = sample(state, step, logits_RV)
         return state, lambda: unpack_sampled(sampled.numpy(), batch)
 

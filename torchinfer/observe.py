@@ -116,7 +116,7 @@ def _framework(step: Any, state: State, batch: Batch, keep: Keep) -> State:
 
 def _native(step: Any, state: State, batch: Batch, keep: Keep) -> State:
     packed = torch.from_numpy(pack_step(batch))
-    config, weights = step.model_config, step._weights
+    config, weights = step.model_config, step.weights
 
     def layer(config: Any, weights: Any, number: int, packed: Tensor, pools: Any, x_TD: Tensor) -> tuple[Any, Tensor]:
         if number == 0:

@@ -71,14 +71,18 @@ class Step:
         """Bring the weights to the device, with room for `positions` rotary positions."""
         self.model_config: ModelConfig = checkpoint.config
         self._positions = positions
-        self._model: Any = load_model(checkpoint, self.config.dtype, positions, self.device, progress)
+        self.weights: Any = load_model(checkpoint, self.config.dtype, positions, self.device, progress)
         if self.device.type == "cpu" and not self.config.compile:
-            _pack(self._model)
+            _pack(self.weights)
         if self.config.compile:
             # One program serves all layers: weights are its inputs, and the number of tokens is symbolic.
-            for block in self._model.layers:
+            for block in self.weights.layers:
                 block.project = torch.compile(block.project, dynamic=True)
                 block.combine = torch.compile(block.combine, dynamic=True)
+
+    def model(self, weights: Any) -> Decoder:
+        """The decoder of the `weights` of a loaded step, which are the decoder itself here."""
+        return weights
 
     def make_state(self, num_pages: int) -> State:
         """Empty pages and rows."""
@@ -138,8 +142,8 @@ class Step:
     def _step(self, state: State, x: Inputs, forward: Any = forward, logits: Any = logits) -> tuple[State, sampling.Sampled]:
         x.token_ids.index_copy_(0, x.fill_at, state.last_tokens[x.fill_row])
         attend = paged_attention(self.model_config, x.plan)
-        hidden_TD, cache = forward(self._model, x.token_ids, x.positions, attend, state.cache)
-        logits_RV = logits(self._model, hidden_TD[x.logit_rows])
+        hidden_TD, cache = forward(self.weights, x.token_ids, x.positions, attend, state.cache)
+        logits_RV = logits(self.weights, hidden_TD[x.logit_rows])
         sampled = self._sample(logits_RV, x)
         state.last_tokens.index_copy_(0, x.rows, sampled.tokens)
         return State(cache, state.last_tokens), sampled
