@@ -134,7 +134,8 @@ class Step:
 
     def __init__(self, config: EngineConfig, device: jax.Device) -> None:
         self.config, self.device = config, device
-        open_library().tandem_threads(config.threads or cores())
+        self._threads = config.threads or cores()
+        open_library().tandem_threads(self._threads)
 
     def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
         """Pack the weights, with room for `positions` rotary positions."""
@@ -169,6 +170,7 @@ class Step:
         """One step, and what brings its results to the host: the arguments of `interface.make_result`."""
         if not self._compiled:
             state = self.warmup(state)
+        open_library().tandem_threads(self._threads)  # another engine of this process may have another number
         packed = pack_step(batch)
         step = np.empty(self._size, np.int32)
         step[: len(packed)] = packed

@@ -136,7 +136,8 @@ class Step:
 
     def __init__(self, config: EngineConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        torch.ops.tandem.threads(config.threads or cores())
+        self._threads = config.threads or cores()
+        torch.ops.tandem.threads(self._threads)
 
     def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
         """Pack the weights, with room for `positions` rotary positions."""
@@ -159,6 +160,7 @@ class Step:
 
     def run(self, state: State, batch: Batch) -> tuple[State, Callable[[], tuple[Any, ...]]]:
         """One step, and what brings its results to the host: the arguments of `interface.make_result`."""
+        torch.ops.tandem.threads(self._threads)  # another engine of this process may have another number
         with torch.inference_mode():
             step = torch.from_numpy(pack_step(batch))
             rows = len(batch.logit_rows)
