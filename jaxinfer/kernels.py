@@ -175,7 +175,8 @@ class Step:
 
     def __init__(self, config: EngineConfig, device: jax.Device) -> None:
         self.config, self.device = config, device
-        open_library().tandem_threads(config.threads or cores())
+        self._threads = config.threads or cores()
+        open_library().tandem_threads(self._threads)
 
     def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
         """Pack the weights, with room for `positions` rotary positions."""
@@ -239,6 +240,7 @@ class Step:
 
     def _run(self, tokens: int, rows: int, state: State, packed: np.ndarray, names: Names = frozenset()) -> Any:
         program = tokens, rows, names
+        open_library().tandem_threads(self._threads)  # another engine of this process may have another number
         step = np.empty(max_step_size(self.config.max_num_batched_tokens, rows, self._pages), np.int32)
         step[: len(packed)] = packed
         if program not in self._compiled:

@@ -181,7 +181,8 @@ class Step:
 
     def __init__(self, config: EngineConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        torch.ops.tandem.threads(config.threads or cores())
+        self._threads = config.threads or cores()
+        torch.ops.tandem.threads(self._threads)
 
     def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
         """Pack the weights, with room for `positions` rotary positions."""
@@ -232,6 +233,7 @@ class Step:
 
     @torch.inference_mode()
     def _step(self, state: State, batch: Batch, layer: Any = layer, keep: Keep = ignore) -> tuple[State, Tensor]:
+        torch.ops.tandem.threads(self._threads)  # another engine of this process may have another number
         step, rows = torch.from_numpy(pack_step(batch)), len(batch.logit_rows)
         logits_RV, state = forward(self.model_config, self.weights, state, step, batch.num_tokens, rows, layer, keep)
         sampled, state = sample(state, step, logits_RV)

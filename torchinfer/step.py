@@ -16,7 +16,7 @@ from torch import Tensor
 from common.config import EngineConfig, ModelConfig
 from common.errors import BackendError
 from common.interface import Progress
-from common.platform import has_cxx_compiler
+from common.platform import cxx_compiler
 from common.schedule.batch import Batch, null_batch
 from common.weights.checkpoint import Checkpoint
 from torchinfer import cache as pages
@@ -65,8 +65,10 @@ class Step:
 
     def __init__(self, config: EngineConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        if config.compile and device.type == "cpu" and has_cxx_compiler() is None:
-            raise BackendError("compile=true needs a C++ compiler and found none: install g++, set CXX, or use compile=false.")
+        if config.compile and device.type == "cpu" and len(command := cxx_compiler()) > 1:
+            raise BackendError(
+                f"compile=true needs a CXX without arguments, for torch.compile does not split it; got {command}."
+            )
 
     def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
         """Bring the weights to the device, with room for `positions` rotary positions."""
