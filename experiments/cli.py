@@ -128,8 +128,8 @@ def left_open(text: str) -> int:
 
 
 def set_not_added(argument: str) -> str:
-    """`+foo=1` as `foo=1`: every option stands in a file with its default, so that Hydra refuses one that would have to be added.
-    What mappings of an engine hold, as `+engine.extra_body.top_k=1`, is free."""
+    """`+foo=1` as `foo=1`: every option has its default in a file, so that Hydra refuses one that would have to be added. What
+    mappings of an engine hold, as `+engine.extra_body.top_k=1`, is free."""
     return re.sub(r"^\+{1,2}(?!engine\.\w+\.|hydra)(?=[^\s=]+=)", "", argument)
 
 
