@@ -174,7 +174,7 @@ def theme(selector: str) -> str:
     return f"{selector}{{{light}}}@media (prefers-color-scheme:dark){{{selector}{{{dark}}}}}"
 
 
-def clean(xs: Sequence[float], ys: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+def clean(xs: Sequence[float | None], ys: Sequence[float | None]) -> tuple[np.ndarray, np.ndarray]:
     """Pairs of which both are numbers."""
     a, b = np.array(xs, float), np.array(ys, float)
     kept = np.isfinite(a) & np.isfinite(b)

@@ -220,13 +220,11 @@ def wide_console() -> Console:
 
 
 def number(value: float | int | None) -> str:
-    """Four significant digits at most; an exponent only for what would be a row of zeros."""
-    if value is None:
+    """Four significant digits at most; an exponent only for what would be a row of zeros; a dash for what is not known."""
+    if value is None or not math.isfinite(value):
         return "–"
     if isinstance(value, int) or value == 0:
         return f"{value:,.0f}"
-    if not math.isfinite(value):
-        return str(value)
     return f"{value:.1e}" if abs(value) < 1e-4 else f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
 
 

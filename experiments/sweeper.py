@@ -61,7 +61,7 @@ def expect_folder_name(name: Any) -> None:
     """Raises `ConfigError` for a `sweep` that is no name of a folder in runs/sweeps."""
     expect(
         isinstance(name, (str, int)) and re.fullmatch(r"\w[\w.+=@, -]{0,99}", str(name)) is not None,
-        "sweep must be the name of a folder, which goes into runs/sweeps: at most 100 letters, digits and ._+=@, -, and first a "
+        "sweep must be the name of a folder, made in runs/sweeps: at most 100 letters, digits and ._+=@, -, and first a "
         f"letter or digit; got {name!r}. To put sweeps elsewhere, set runs=FOLDER.",
     )
 

@@ -37,7 +37,17 @@ __all__ = ["history"]
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "–"), (0, "0"), (0.0, "0"), (1234567, "1,234,567"), (12345.6, "12,346"), (1.5, "1.500"), (0.00123456, "0.001235")],
+    [
+        (None, "–"),
+        (float("nan"), "–"),
+        (float("-inf"), "–"),
+        (0, "0"),
+        (0.0, "0"),
+        (1234567, "1,234,567"),
+        (12345.6, "12,346"),
+        (1.5, "1.500"),
+        (0.00123456, "0.001235"),
+    ],
 )
 def test_numbers_are_printed_with_four_digits(value: float | None, text: str) -> None:
     assert number(value) == text

@@ -16,13 +16,11 @@ def by_position(
     agreement: Mapping[str, Mapping[str, Any]], engines: Sequence[str], what: str, title: str, y: str
 ) -> Drawing | None:
     """A figure of the agreement with the first engine at each output position. None where nobody told."""
-    lines = {
-        label: clean(
-            *zip(*((at["position"], at[what]) for at in found["by_position"] if at.get(what) is not None), strict=True)
-        )
+    told = {
+        label: clean(*([at.get(name) for at in found.get("by_position") or ()] for name in ("position", what)))
         for label, found in agreement.items()
-        if any(at.get(what) is not None for at in found.get("by_position") or ())
     }
+    lines = {label: pair for label, pair in told.items() if len(pair[0])}
     if not lines:
         return None
     log = stretch([value for _, ys in lines.values() for value in ys])
