@@ -33,7 +33,7 @@ class ModelRunner(HistoryRunner):
         print("a library that prints")
         return super().submit(batch, *more)
 """
-CONFIG = "defaults: [base, _self_]\nname: history\nmax_model_len: 512\n"
+CONFIG = "defaults: [/engine_base@_here_, _self_]\nname: history\nmax_model_len: 512\n"
 
 
 @pytest.fixture

@@ -38,7 +38,17 @@ __all__ = ["history"]
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "–"), (0, "0"), (0.0, "0"), (1234567, "1,234,567"), (12345.6, "12,346"), (1.5, "1.500"), (0.00123456, "0.001235")],
+    [
+        (None, "–"),
+        (float("nan"), "–"),
+        (float("-inf"), "–"),
+        (0, "0"),
+        (0.0, "0"),
+        (1234567, "1,234,567"),
+        (12345.6, "12,346"),
+        (1.5, "1.500"),
+        (0.00123456, "0.001235"),
+    ],
 )
 def test_numbers_are_printed_with_four_digits(value: float | None, text: str) -> None:
     assert number(value) == text
@@ -263,7 +273,7 @@ def test_bench_takes_a_path_for_a_model(
         ("dtype=bflot16", "Did you mean 'bfloat16'?"),
         ("model=tiny-lama", "Did you mean 'tiny-llama'?"),
         ("model=/nowhere/at/all", "/nowhere/at/all"),
-        ("engine=base", "name"),
+        ("engine=base", "Unknown engine 'base'"),
         ("engine=3", "string"),
         ("seed=-1", "seed"),
         ("seed=[", "override"),
@@ -279,6 +289,12 @@ def test_bench_takes_a_path_for_a_model(
         ("engine.num_blocks=2", "page"),
         ("engine.num_blocks=1000000000000", "bytes of free memory"),
         ("+measure.blcks=1", "Did you mean 'blocks'?"),
+        ("+sede=1", "Did you mean 'seed'?"),
+        ("++model.nme=1", "Did you mean 'name'?"),
+        ("+foo.bar.baz=1", "Unknown option 'foo'"),
+        ("+engine.foo.bar=1", "Unknown engine option 'foo'"),
+        ("+workload.trace.x=1", "workload.trace.x"),
+        ("+engines=[jax,torch]", "Did you mean 'engine'?"),
         ("~measure.blocks", "measure lacks blocks"),
         ("~workload.num_requests", "workload lacks num_requests"),
         ("workload.prompt_len={mu:much,sigma:1,low:1,high:2}", "mu must be a finite number"),
@@ -325,7 +341,7 @@ def test_what_no_engine_is_is_not_named_as_one(
         with pytest.raises(SystemExit):
             command(monkeypatch, main, word)
         err = capfd.readouterr().err
-        assert "history" in err and "jax" in err and "base" not in err
+        assert "history" in err and "jax" in err and "engine_base" not in err
 
 
 def test_help_ends_without_a_traceback_when_its_reader_leaves() -> None:
