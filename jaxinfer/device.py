@@ -13,7 +13,7 @@ from common.errors import CheckpointError
 from common.platform import choose, cores, cpu_name, expect_not_forked
 from common.weights.zoo import cache_directory
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 PLATFORMS = {"cuda": "cuda", "rocm": "rocm", "tpu": "tpu", "cpu": "cpu"}
 """Ours -> JAX's name."""
@@ -31,7 +31,7 @@ def open_device(requested: str, threads: int | None) -> jax.Device:
     try:
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / folder))
     except CheckpointError as error:
-        log.info("Compiled programs are not kept. %s", error)
+        _log.info("Compiled programs are not kept. %s", error)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     choice = choose(requested, {name: partial(probe, name) for name in PLATFORMS})
     return jax.local_devices(backend=PLATFORMS[choice.platform])[0]

@@ -23,10 +23,10 @@ from common.kernels.cpu import usable as cpu
 from common.kernels.cpu.build import build
 from common.kernels.cpu.pack import pack_head, pack_layer
 from common.kernels.cpu.pages import keys_in, keys_out, pool_shapes, values_in, values_out
-from common.kernels.cpu.step import HEADER, SAMPLED, max_step_size, pack_step, unpack_sampled
+from common.kernels.cpu.step import SAMPLED, max_step_size, pack_step, unpack_sampled
 from common.platform import cores
 from common.rope import rope_tables
-from common.schedule.batch import Batch
+from common.schedule.batch import Batch, null_batch
 from common.weights.checkpoint import Checkpoint
 from jaxinfer.cache import KVCache
 from jaxinfer.observe import Keep, Names, ignore, keeper
@@ -193,10 +193,10 @@ class Step:
         return State(cache, jnp.zeros((config.max_num_seqs,), jnp.int32, device=self.device))
 
     def warmup(self, state: State, progress: Progress | None = None) -> State:
-        """Compile what later steps need."""
+        """Compile what later steps need. A token through each wakes the threads and brings the weights to memory."""
         for done, tokens in enumerate(self._sizes):
-            # No tokens: the program runs through its operators and changes nothing.
-            state, *_ = self._run(tokens, self.config.max_num_seqs, state, np.zeros(HEADER, np.int32))
+            packed = pack_step(null_batch(1, 1, self.config.block_size))
+            state, *_ = self._run(tokens, self.config.max_num_seqs, state, packed)
             if progress:
                 progress(done + 1, len(self._sizes), f"compiled steps of up to {tokens} tokens")
         return state
