@@ -265,8 +265,8 @@ def with_slow_windows(runs: list[dict[str, list[float]]]) -> list[dict[str, list
 def test_runs_that_end_when_they_like_seldom_call_a_difference_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "RESAMPLES", 299)
     config = MeasureConfig(blocks=6, budget_s=1.0, warmup_requests=0, warmup_output_len=1, limits_s=0.0)
-    null, slower = (runs(effect, config.max_blocks, 40, noise=0.03) for effect in (1.0, 0.9))
-    assert concluded(null, config).count("equivalent") >= 36
-    assert concluded(slower, config).count("slower") >= 36
-    heavy = concluded(with_slow_windows(null), config)
-    assert heavy.count("faster") + heavy.count("slower") <= 2
+    null, slower = (runs(effect, config.max_blocks, 200, noise=0.025) for effect in (1.0, 0.9))
+    assert concluded(null[:40], config).count("equivalent") >= 36
+    assert concluded(slower[:40], config).count("slower") >= 36
+    heavy = concluded(with_slow_windows(null), config)  # without the sign-flip test 27 were called
+    assert heavy.count("faster") + heavy.count("slower") <= 10
