@@ -16,8 +16,8 @@ from experiments.console import Narrator, print_failures, print_json, print_tabl
 from experiments.fail_if import check_keys, parse_conditions
 from experiments.job import job_directory
 from experiments.measure import figure_names, make_plan, measure, measure_config, setting
-from experiments.records import write_profiles, write_rows, write_steps
-from experiments.rundir import finished, run_directory, write_json, write_setup
+from experiments.records import write_run
+from experiments.rundir import finished, finite, run_directory, write_setup
 
 RESULTS = ("run", "failures", "stopped")
 
@@ -36,11 +36,8 @@ def run(config: DictConfig) -> None:
         outcome = measure(plan, directory, narrator)
         result = {"engine": spec.label} | setting(config, plan)
         result |= {"run": str(finished(directory)), "failures": outcome.failures, "stopped": outcome.stopped}
-        result |= outcome.figures.get(spec.label, {})
-        write_json(directory / "results.json", result)  # first: where the disk is full, the figures are there
-        write_rows(directory, outcome.windows)
-        write_steps(directory, outcome.windows)
-        write_profiles(directory, outcome.profiles)
+        result = finite(result | outcome.figures.get(spec.label, {}))
+        write_run(directory, result, outcome.windows, outcome.profiles)
     print_table(f"{plan.model}, {config.dtype}, workload {plan.workload.name}", outcome.figures)
     print_failures(outcome.failures)
     reported = report_on(config, result)

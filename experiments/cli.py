@@ -24,6 +24,7 @@ from experiments.fail_if import Condition, violations
 from experiments.isolate import EngineFailure
 from experiments.job import is_whole, job_directory
 from experiments.launcher import ProcessLauncher
+from experiments.rundir import DiskFullError
 from experiments.sweeper import CheckedSweeper
 
 FAILURE = 1
@@ -60,8 +61,8 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
             task(config)
         except (TandemError, OmegaConfBaseException) as error:
             fail(explain(error), USER_ERROR)  # here, since Hydra would first print a message of its own
-        except EngineFailure as error:
-            fail(str(error), FAILURE)  # a defect, whose traceback is the other process's
+        except (EngineFailure, DiskFullError) as error:
+            fail(str(error), FAILURE)  # a defect, whose traceback is the other process's; or of the machine
 
     try:
         try:

@@ -20,8 +20,8 @@ from experiments.console import Narrator, print_comparison, print_json
 from experiments.fail_if import check_keys, parse_conditions
 from experiments.job import job_directory
 from experiments.measure import figure_names, make_plan, measure, setting
-from experiments.records import write_profiles, write_rows, write_steps
-from experiments.rundir import finished, run_directory, write_json, write_setup
+from experiments.records import write_run
+from experiments.rundir import finished, finite, run_directory, write_setup
 from experiments.statistics import Comparison
 
 RESULTS = ("run", "engines", "ratios", "comparisons", "failures", "order", "stopped")
@@ -63,10 +63,8 @@ def run(config: DictConfig) -> None:
             "tokens_equal_share": tokens_equal_share(compared),
             **found,
         }
-        write_json(directory / "results.json", result)  # first: where the disk is full, the figures are there
-        write_rows(directory, outcome.windows)
-        write_steps(directory, outcome.windows)
-        write_profiles(directory, outcome.profiles)
+        result = finite(result)
+        write_run(directory, result, outcome.windows, outcome.profiles)
     print_comparison(f"{plan.model}, {config.dtype}, workload {plan.workload.name}", result)
     reported = report_on(config, result)
     print_json(result)

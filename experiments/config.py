@@ -170,7 +170,7 @@ class MeasureConfig:
     warmup_requests: int
     warmup_output_len: int
     limits_s: float
-    max_blocks: int = 24
+    max_blocks: int = 12
     precision: float = 0.04
     """Width of the interval of a ratio that is narrow enough."""
     confidence: float = Criteria.confidence
@@ -190,7 +190,9 @@ class MeasureConfig:
                 f"measure.{name} must be a number in [0, {high:g}], got {value!r}.",
             )
         expect(
-            isinstance(self.timeout_s, (int, float)) and 0 < self.timeout_s <= threading.TIMEOUT_MAX,
+            isinstance(self.timeout_s, (int, float))
+            and not isinstance(self.timeout_s, bool)
+            and 0 < self.timeout_s <= threading.TIMEOUT_MAX,
             f"measure.timeout_s must be a number of seconds > 0, got {self.timeout_s!r}.",
         )
         expect(
@@ -223,7 +225,7 @@ class CorrectnessConfig:
     def __post_init__(self) -> None:
         check_integers("correctness", self, num_requests=0, output_len=1)
         expect(
-            isinstance(self.tolerance, (int, float)) and self.tolerance > 0,
+            isinstance(self.tolerance, (int, float)) and not isinstance(self.tolerance, bool) and self.tolerance > 0,
             f"correctness.tolerance must be a number > 0, got {self.tolerance!r}.",
         )
         expect(isinstance(self.perplexity, bool), f"correctness.perplexity must be true or false, got {self.perplexity!r}.")

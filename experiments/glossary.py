@@ -41,8 +41,8 @@ GLOSSARY: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "Verdict",
-        "Equivalent: the interval lies within 1 ± measure.equivalence. Faster or slower: it leaves 1 out, and the ratio is "
-        "beyond that. Undecided: neither.",
+        "Equivalent: the interval lies within 1 ± measure.equivalence. Faster or slower: it leaves 1 out, the ratio is beyond "
+        "that, and its p value is at most 1 − measure.confidence. Undecided: neither.",
         "",
     ),
     (

@@ -20,7 +20,7 @@ from experiments.config import EngineSpec, MeasureConfig, resolved
 from experiments.console import Narrator
 from experiments.drive import Window
 from experiments.isolate import EngineFailure, IsolatedEngine
-from experiments.metrics import contaminations, summarize
+from experiments.metrics import contaminations, output_throughput, summarize
 from experiments.profiled import Profile
 from experiments.roofline import Limits, bandwidth_probe, better, efficiency, measure_limits, weights_bytes
 from experiments.statistics import Comparison, compare_all
@@ -31,6 +31,8 @@ LOADED = ("rss_mb", "peak_load_mb", "kv_pool_mb")
 PROFILED_REQUESTS, PROFILED_OUTPUT_LEN = 8, 16
 """Of the window under a profiler, at most."""
 Probe = Callable[[], float | None]
+PROBED = 0.1
+"""Of the time between two probes of the bandwidth, at most this share again may be spent on one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +121,6 @@ class Outcome:
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Of each engine that did not fail."""
     failures: dict[str, dict[str, str]] = field(default_factory=dict)
-    throughputs: dict[str, list[float | None]] = field(default_factory=dict)
-    """Output tokens a second, by label and block."""
     comparisons: dict[str, Comparison] = field(default_factory=dict)
     """Of each but the first that did not fail with that one."""
     order: list[list[str]] = field(default_factory=list)
@@ -146,14 +146,10 @@ class Outcome:
             narrator.alarm(failure.message)
             engine.close()
 
-    def add(self, label: str, window: Window) -> None:
-        self.windows[label].append(window)
-        self.throughputs.setdefault(label, []).append(summarize([window])["output_throughput"])
-
-    def compare(self, plan: Plan) -> None:
-        """Judge what has been measured so far."""
-        measured = {label: self.throughputs[label] for label in self.survivors if label in self.throughputs}
-        self.comparisons = compare_all(measured, plan.measure.criteria, plan.seed) if measured else {}
+    def compared(self, plan: Plan) -> dict[str, Comparison]:
+        """Each survivor but the first with that one, by what has been measured so far."""
+        throughputs = {label: [output_throughput(window) for window in self.windows[label]] for label in self.survivors}
+        return compare_all(throughputs, plan.measure.criteria, plan.seed) if throughputs else {}
 
 
 def measure(plan: Plan, directory: Path, narrator: Narrator) -> Outcome:
@@ -181,20 +177,20 @@ def measure(plan: Plan, directory: Path, narrator: Narrator) -> Outcome:
             figures["contaminated"] = contaminations(figures, plan.shares_prefixes)
         if plan.measure.profile:
             profile_engines(outcome, engines, plan, narrator)
-    outcome.compare(plan)
+    outcome.comparisons = outcome.compared(plan)
     return outcome
 
 
 def run_blocks(outcome: Outcome, engines: Mapping[str, IsolatedEngine], plan: Plan, narrator: Narrator) -> None:
     """Run blocks until there is a reason to stop. Nothing is computed or drawn while a window runs."""
     config = plan.measure
-    probe: Probe = bandwidth_probe(config.limits_s / 2) if config.limits_s else lambda: None
+    probe: Probe = sparing(bandwidth_probe(config.limits_s / 2)) if config.limits_s else lambda: None
+    widest = lambda: max(comparison.width for comparison in outcome.compared(plan).values())  # noqa: E731
     bandwidth = probe()
     begin, longest = time.perf_counter(), 0.0
     while outcome.survivors:
         done, start = len(outcome.order), time.perf_counter()
-        width = max((comparison.width for comparison in outcome.comparisons.values()), default=None)
-        if stopped := reason_to_stop(config, done, start - begin, longest, width):
+        if stopped := reason_to_stop(config, done, start - begin, longest, len(outcome.survivors) - 1, widest):
             outcome.stopped = stopped
             break
         order = [label for label in block_order(list(engines), done, plan.seed) if label in outcome.survivors]
@@ -205,10 +201,26 @@ def run_blocks(outcome: Outcome, engines: Mapping[str, IsolatedEngine], plan: Pl
                 window, last = served(label, engines[label].run(plan.workload)), bandwidth
                 bandwidth = probe()
                 beside = max(last, bandwidth) if last and bandwidth else None
-                outcome.add(label, replace(window, bandwidth=beside))
+                outcome.windows[label].append(replace(window, bandwidth=beside))
         longest = max(longest, time.perf_counter() - start)
-        outcome.compare(plan)
     narrator.end_blocks(outcome.stopped)
+
+
+def sparing(probe: Probe, clock: Callable[[], float] = time.perf_counter) -> Probe:
+    """`probe`, run anew where it takes at most `PROBED` of the time since it ran last; where not, it answers as it did then. A
+    long window has a probe on either side; of short ones several share theirs."""
+    answer, cost, ended = None, 0.0, -math.inf
+
+    def spared() -> float | None:
+        nonlocal answer, cost, ended
+        begin = clock()
+        if cost <= PROBED * (begin - ended):
+            answer = probe()
+            ended = clock()
+            cost = ended - begin
+        return answer
+
+    return spared
 
 
 def profile_engines(outcome: Outcome, engines: Mapping[str, IsolatedEngine], plan: Plan, narrator: Narrator) -> None:

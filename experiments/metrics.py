@@ -54,9 +54,7 @@ def summarize(windows: Sequence[Window], slo: Slo = NO_SLO, concurrency: int | N
         "request_throughput": rate(len(done), duration),
         "output_throughput": rate(outputs, duration),
         "total_token_throughput": rate(inputs + outputs, duration),
-        "block_output_throughput": [
-            rate(sum(len(row.tokens) for row in window.rows if row.ok), window.duration) for window in windows
-        ],
+        "block_output_throughput": [output_throughput(window) for window in windows],
         "goodput": rate(sum(meets(row, slo) for row in done), duration) if slo != NO_SLO else None,
         "slo": {name: limit for name, limit in vars(slo).items() if limit is not None} or None,
     }
@@ -66,6 +64,11 @@ def summarize(windows: Sequence[Window], slo: Slo = NO_SLO, concurrency: int | N
     figures["unsupported"] = unsupported({name: len(seconds) for name, seconds in samples.items()})
     figures |= steady(windows, concurrency) | of_steps(windows)
     return figures | counters([window.stats for window in windows], duration, outputs)
+
+
+def output_throughput(window: Window) -> float | None:
+    """Output tokens a second, of the requests that went well."""
+    return rate(sum(len(row.tokens) for row in window.rows if row.ok), window.duration)
 
 
 # Requests.

@@ -16,12 +16,23 @@ from common.errors import ConfigError
 from common.interface import KernelEvent
 from experiments.drive import Row, Window
 from experiments.profiled import Profile
+from experiments.rundir import write_json, write_whole
 
 ROWS, STEPS, KERNELS = "requests.jsonl", "steps.jsonl", "kernels.jsonl"
 PROFILED = "profiled"
 """The folder for requests and steps of the windows under a profiler."""
 STEP_COLUMNS = ("submitted", "landed", "tokens", "prompt_tokens", "num_seqs", "logit_rows", "kv_tokens")
 LOAD_COLUMNS = ("running", "waiting", "pages_used", "pages_total", "pages_empty")
+
+
+def write_run(
+    directory: Path, result: Mapping[str, Any], windows: Mapping[str, Sequence[Window]], profiles: Mapping[str, Profile]
+) -> None:
+    """All that a run brought: the figures first, so that they are there where the disk is too full for the rows."""
+    write_json(directory / "results.json", result)
+    write_rows(directory, windows)
+    write_steps(directory, windows)
+    write_profiles(directory, profiles)
 
 
 def write_rows(directory: Path, windows: Mapping[str, Sequence[Window]]) -> None:
@@ -87,8 +98,7 @@ def step_record(step: StepRecord) -> dict[str, Any]:
 
 
 def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, separators=(",", ":")) + "\n" for record in records)
+    write_whole(path, (json.dumps(record, separators=(",", ":")) + "\n" for record in records))
 
 
 def read_rows(directory: Path) -> pd.DataFrame:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import math
 import os
 import platform
 import re
@@ -11,7 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +27,12 @@ from common.errors import ConfigError, TandemError
 from common.platform import cores, cpu_name
 
 PARTIAL = ".partial"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PACKAGES = ("tandem-infer", "jax", "jaxlib", "flax", "torch", "transformers", "numpy", "ml_dtypes", "gguf", "tokenizers")
+
+
+class DiskFullError(Exception):
+    """A run ended for want of room to write it down: nothing that a change of the command would mend."""
 
 
 @contextlib.contextmanager
@@ -34,7 +41,7 @@ def run_directory(root: Path, what: str, directory: Path | None = None) -> Itera
 
     `directory` names it instead: a job's of a sweep (`experiments.job.job_directory`), which replaces what an attempt that was
     cut short has left there. A `TandemError` removes it, since nothing was run; after a crash or a kill it stays as `.partial`,
-    with its logs.
+    with its logs. Where the disk is full it stays too, and `DiskFullError` says with what.
     """
     if directory is None:
         directory = new_directory(root, f"{datetime.now():%Y%m%d-%H%M%S}-{what}")
@@ -51,6 +58,13 @@ def run_directory(root: Path, what: str, directory: Path | None = None) -> Itera
         with contextlib.suppress(OSError):
             partial.parent.rmdir()  # if it was made for this run, it is empty now
         raise
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        kept = ", ".join(sorted(path.name for path in partial.iterdir()))
+        raise DiskFullError(
+            f"The run could not be written: {error.strerror}. Kept in {partial}: {kept or 'nothing'}."
+        ) from error
     partial.rename(directory)
 
 
@@ -73,17 +87,30 @@ def write_setup(directory: Path, config: DictConfig) -> None:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """The file is there whole or as it was before, whatever ends this process or the machine."""
-    write_whole(path, json.dumps(value, indent=1) + "\n")
+    write_whole(path, [json.dumps(finite(value), indent=1) + "\n"])
 
 
-def write_whole(path: Path, text: str) -> None:
-    """As `write_json` does, any text."""
+def write_whole(path: Path, texts: Iterable[str]) -> None:
+    """As `write_json` does, any texts, one after the other."""
     beside = path.with_name(path.name + ".new")
-    with beside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.writelines(texts)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
     beside.replace(path)
+
+
+def finite(value: Any) -> Any:
+    """The same with None for each number that JSON has no word for: NaN and the infinities."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def rerun_command() -> list[str]:

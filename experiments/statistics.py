@@ -79,6 +79,7 @@ def compare_all(throughputs: Mapping[str, Sequence[float | None]], criteria: Cri
     logs = {label: log_ratios(throughputs[label], throughputs[first]) for label in others}
     usable = [label for label in others if len(logs[label]) >= LEAST_BLOCKS]
     confidence = shared_confidence([logs[label] for label in usable], criteria.confidence)
+    fewest = fewest_blocks(max(1, len(others)), criteria.confidence)
     p_values = {label: sign_flip_p(logs[label], seed) for label in usable}
     adjusted = dict(zip(usable, benjamini_hochberg(list(p_values.values())), strict=True))
     answer = {}
@@ -86,7 +87,7 @@ def compare_all(throughputs: Mapping[str, Sequence[float | None]], criteria: Cri
         mine = logs[label]
         ratio = float(np.exp(mine.mean())) if len(mine) else None
         low, high, kind = interval(mine, confidence, seed) if label in usable else (None, None, None)
-        called = verdict(ratio, low, high, criteria.equivalence)
+        called = verdict(ratio, low, high, adjusted.get(label), criteria)
         answer[label] = Comparison(
             against=first,
             ratio=ratio,
@@ -99,7 +100,7 @@ def compare_all(throughputs: Mapping[str, Sequence[float | None]], criteria: Cri
             blocks=len(mine),
             interval=kind,
             block_ratios=tuple(np.exp(mine).tolist()),
-            said=sentence(label, first, called, ratio, low, high, len(mine), criteria.equivalence),
+            said=sentence(label, first, called, ratio, low, high, len(mine), criteria.equivalence, fewest),
         )
     return answer
 
@@ -167,19 +168,31 @@ def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
     return stats.false_discovery_control(p_values).tolist() if p_values else []
 
 
-def verdict(ratio: float | None, low: float | None, high: float | None, equivalence: float) -> Verdict:
+def fewest_blocks(comparisons: int, confidence: float) -> int:
+    """So many tell a difference where all of them agree on it, if need be in one comparison alone: m · 2^(1 - n) is its p."""
+    return math.ceil(1 + math.log2(comparisons / (1 - confidence)) - 1e-9)
+
+
+def verdict(
+    ratio: float | None, low: float | None, high: float | None, p_adjusted: float | None, criteria: Criteria
+) -> Verdict:
     """`equivalent` where the whole interval lies in the band [1 / (1 + equivalence), 1 + equivalence]. `faster` and `slower`
-    need two keys: the interval excludes 1, and the ratio is outside the band. That is, a difference is sure, and matters."""
-    if ratio is None or low is None or high is None:
+    need three keys: the interval excludes 1, the ratio is outside the band, and the sign-flip test agrees. That is, a
+    difference is sure, matters, and does not hang on how the blocks are distributed."""
+    if ratio is None or low is None or high is None or p_adjusted is None:
         return "undecided"
-    least, most = 1 / (1 + equivalence), 1 + equivalence
-    if least <= low and high <= most:
+    band = criteria.equivalence
+    if 1 / (1 + band) <= low and high <= 1 + band:
         return "equivalent"
-    if low > 1 and ratio > most:
+    agrees = p_adjusted <= 1 - criteria.confidence + 1e-9
+    return (agrees and difference(ratio, low, high, band)) or "undecided"
+
+
+def difference(ratio: float, low: float, high: float, band: float) -> Literal["faster", "slower"] | None:
+    """What the first two keys open."""
+    if low > 1 and ratio > 1 + band:
         return "faster"
-    if high < 1 and ratio < least:
-        return "slower"
-    return "undecided"
+    return "slower" if high < 1 and ratio < 1 / (1 + band) else None
 
 
 def sentence(
@@ -191,6 +204,7 @@ def sentence(
     high: float | None,
     blocks: int,
     band: float,
+    fewest: int,
 ) -> str:
     """`torch is 5.8 % slower than jax (ratio 0.942, 0.917–0.967, 6 blocks)`."""
     if ratio is None:
@@ -201,5 +215,9 @@ def sentence(
         return f"{label} is {abs(ratio - 1):.1%} {called} than {first} {evidence}".replace("%", " %", 1)
     if called == "equivalent":
         return f"{label} is as fast as {first}, within {100 * band:g} % {evidence}"
-    reason = "" if bounds else f": {LEAST_BLOCKS} blocks are the fewest that give an interval"
+    reason = ""
+    if blocks < fewest:
+        reason = f": {fewest} blocks are the fewest that can tell a difference"
+    elif low is not None and high is not None and difference(ratio, low, high, band):
+        reason = ": the sign-flip test does not bear the interval out"
     return f"{label} against {first}: undecided {evidence}{reason}"

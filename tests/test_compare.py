@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import compare
+from experiments import compare, records
 from experiments.agreement import tokens_equal_share, verdict
 from experiments.blocks import block_order, reason_to_stop
 from experiments.compare import ratios
@@ -31,10 +31,12 @@ def config(blocks: int, **more: float) -> MeasureConfig:
     return MeasureConfig(**{"blocks": blocks} | fixed | more)  # type: ignore[arg-type]
 
 
-def count(config: MeasureConfig, block_s: float = 1.0, width: float | None = 1.0) -> tuple[int, str]:
+def count(config: MeasureConfig, block_s: float = 1.0, width: float = 1.0, comparisons: int = 1) -> tuple[int, str]:
     """How many blocks of `block_s` seconds run, and why no more, where the interval stays `width` wide."""
     done = 0
-    while (reason := reason_to_stop(config, done, done * block_s, block_s if done else 0.0, width)) is None:
+    while (
+        reason := reason_to_stop(config, done, done * block_s, block_s if done else 0.0, comparisons, lambda: width)
+    ) is None:
         done += 1
     return done, reason
 
@@ -63,8 +65,26 @@ def test_blocks_go_on_by_pairs_until_the_interval_is_narrow_or_there_are_enough(
 
 
 def test_without_anything_to_compare_or_with_too_few_blocks_for_it_they_are_as_many_as_asked_for() -> None:
-    assert count(config(6), width=None) == (6, "all 6 blocks were run")
+    assert count(config(6), comparisons=0) == (6, "all 6 blocks were run")
+    assert count(config(7), comparisons=0)[0] == 7
     assert count(config(1))[0] == 1 and count(config(5))[0] == 5
+
+
+def test_blocks_go_on_where_fewer_could_not_tell_one_difference_among_so_many() -> None:
+    assert [count(config(6), width=0.03, comparisons=several)[0] for several in (1, 2, 3, 4)] == [6, 8, 8, 8]
+    assert count(config(6, confidence=0.99), width=0.03)[0] == 8
+
+
+def test_the_interval_is_asked_for_only_where_it_decides() -> None:
+    asked = []
+
+    def widths(at: int) -> float:
+        asked.append(at)
+        return 1.0
+
+    for done in range(13):
+        reason_to_stop(config(7, max_blocks=12), done, 0.0, 0.0, 1, lambda: widths(done))  # noqa: B023 - called at once
+    assert asked == [8, 10]
 
 
 def test_no_block_starts_that_would_end_after_the_budget_and_the_first_two_always_run() -> None:
@@ -147,22 +167,28 @@ def test_compare_runs_both_engines_and_finds_them_equal(
     blocks = [figures["block_output_throughput"] for figures in result["engines"].values()]
     assert comparison["block_ratios"] == pytest.approx([b / a for a, b in zip(*blocks, strict=True)])
     assert comparison["low"] < comparison["ratio"] < comparison["high"] and comparison["interval"] == "t"
-    assert out.startswith(comparison["said"]) and comparison["against"] == one
+    assert " ".join(out.split()).startswith(comparison["said"]) and comparison["against"] == one
     directory = Path(result["run"])
     assert written(result) == result
     assert len((directory / "requests.jsonl").read_text().splitlines()) == 2 * 4 * 3
 
 
-def test_a_disk_that_is_full_of_rows_leaves_the_figures(history: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_full_of_rows_leaves_the_figures_and_says_so_in_one_line(
+    history: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(compare, "write_rows", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(records, "write_rows", full)
+    with pytest.raises(SystemExit) as exit:
         command(monkeypatch, compare.main, *SMALL, "engines=[history,history]", "measure=quick", "correctness.num_requests=0")
+    assert exit.value.code == 1
     (partial,) = (history / "runs").iterdir()
     assert partial.suffix == ".partial"
     assert len(json.loads((partial / "results.json").read_text())["engines"]) == 2
+    err = capfd.readouterr().err
+    (told,) = (line for line in err.splitlines() if line.startswith("error: "))
+    assert "No space left on device. Kept in" in told and "results.json" in told and "Traceback" not in err
 
 
 def test_the_float32_pass_can_be_left_out(
@@ -205,6 +231,9 @@ def test_an_engine_that_samples_wrongly_is_found_out(
         ("engines=[history,{name:history,kernels:native,compile:true}]", "leave a compiler nothing"),
         ("measure.precision=-1", "measure.precision"),
         ("measure.timeout_s=0", "measure.timeout_s"),
+        ("measure.timeout_s=true", "measure.timeout_s"),
+        ("measure.budget_s=.nan", "measure.budget_s"),
+        ("measure.limits_s=true", "measure.limits_s"),
         ("measure.confidence=95", "measure.confidence"),
         ("measure.equivalence=0", "measure.equivalence"),
         ("measure.max_blocks=0", "measure.max_blocks"),
@@ -215,6 +244,7 @@ def test_an_engine_that_samples_wrongly_is_found_out(
         ("engine=history", "Did you mean 'engines'?"),
         ("correctness.num_requests=-1", "correctness.num_requests"),
         ("correctness.tolerance=0", "correctness.tolerance"),
+        ("correctness.tolerance=true", "correctness.tolerance"),
         ("correctness=null", "correctness.num_requests=0, got None"),
         ("report=no", "report must be true or false, got 'no'"),
         ("engines=[history,{name:history,num_blocks:2}]", "history-num_blocks=2 has pages for 16"),

@@ -1,6 +1,9 @@
 """Run directories: whole or partial, and what they say of the machine."""
 
+import errno
 import json
+import math
+import resource
 import shlex
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import pytest
 
 from common.errors import ConfigError
 from experiments import rundir
-from experiments.rundir import environment, run_directory, write_json
+from experiments.rundir import DiskFullError, environment, run_directory, write_json, write_whole
 
 
 def test_a_named_directory_replaces_what_an_attempt_left_there(tmp_path: Path) -> None:
@@ -41,6 +44,36 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
+
+
+def test_a_number_that_json_has_no_word_for_is_written_as_null(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"a": math.nan, "b": {"c": (1.5, -math.inf, "NaN")}, "d": [[math.inf], True]})
+
+    def refused(word: str) -> None:
+        raise AssertionError(word)
+
+    read = json.loads((tmp_path / "a.json").read_text(), parse_constant=refused)
+    assert read == {"a": None, "b": {"c": [1.5, None, "NaN"]}, "d": [[None], True]}
+
+
+def test_a_run_that_outgrows_its_disk_keeps_what_is_whole_and_says_what_that_is(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    said = r"File too large\. Kept in .*\.partial: config.yaml, results.json\.$"
+    with pytest.raises(DiskFullError, match=said), run_directory(tmp_path, "what") as directory:
+        (directory / "config.yaml").touch()
+        write_json(directory / "results.json", {"a": 1})
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+            write_whole(directory / "requests.jsonl", ("line\n" for _ in range(1 << 16)))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (partial,) = tmp_path.iterdir()
+    assert sorted(path.name for path in partial.iterdir()) == ["config.yaml", "results.json"]
+
+
+def test_an_error_that_no_disk_has_to_do_with_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionRefusedError), run_directory(tmp_path, "what"):
+        raise OSError(errno.ECONNREFUSED, "refused")
 
 
 def test_the_environment_tells_the_machine_as_far_as_it_tells_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """`experiments.statistics`: known values, and how often intervals and verdicts are right in simulated runs of fixed seeds."""
 
 import math
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -10,10 +11,13 @@ from scipy import stats
 
 from common.errors import ConfigError
 from experiments import statistics
+from experiments.blocks import reason_to_stop
+from experiments.config import MeasureConfig
 from experiments.statistics import (
     Comparison,
     Criteria,
     compare_all,
+    fewest_blocks,
     interval,
     log_ratios,
     sentence,
@@ -85,7 +89,8 @@ def test_from_eight_blocks_it_is_bootstrapped_from_the_seed_and_no_narrower_than
 @pytest.mark.parametrize("blocks", [3, 8])
 def test_blocks_all_alike_have_an_interval_without_width(blocks: int) -> None:
     outcome = judged({"a": [100.0] * blocks, "b": [90.0] * blocks})
-    assert (outcome.low, outcome.high) == pytest.approx((0.9, 0.9)) and outcome.verdict == "slower"
+    assert (outcome.low, outcome.high) == pytest.approx((0.9, 0.9))
+    assert outcome.verdict == ("slower" if blocks == 8 else "undecided")
     assert judged({"a": [100.0] * blocks, "b": [100.0] * blocks}).verdict == "equivalent"
 
 
@@ -123,7 +128,37 @@ def test_with_many_blocks_random_signs_come_near_the_exact_p(monkeypatch: pytest
 def test_a_verdict_needs_a_difference_that_is_sure_and_one_that_matters(
     ratio: float | None, low: float | None, high: float | None, said: str
 ) -> None:
-    assert verdict(ratio, low, high, 0.05) == said
+    assert verdict(ratio, low, high, 0.05, CRITERIA) == said
+
+
+@pytest.mark.parametrize(("p_adjusted", "said"), [(0.051, "undecided"), (0.05, "slower"), (None, "undecided")])
+def test_a_difference_needs_the_sign_flip_test_too_and_equivalence_does_not(p_adjusted: float | None, said: str) -> None:
+    assert verdict(0.9, 0.88, 0.92, p_adjusted, CRITERIA) == said
+    assert verdict(0.9, 0.88, 0.92, p_adjusted, replace(CRITERIA, confidence=0.99)) == "undecided"
+    assert p_adjusted is None or verdict(0.98, 0.97, 0.99, p_adjusted, CRITERIA) == "equivalent"
+
+
+@pytest.mark.parametrize(("blocks", "said"), [(5, "undecided"), (6, "slower")])
+def test_fewer_than_six_blocks_tell_no_difference_and_say_so(blocks: int, said: str) -> None:
+    outcome = judged({"a": [100.0] * blocks, "b": [50.0, 51, 52, 53, 54, 55][:blocks]})
+    assert outcome.high and outcome.high < 0.6 and outcome.verdict == said
+    assert outcome.said.endswith("6 blocks are the fewest that can tell a difference") == (blocks < 6)
+
+
+@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
+@pytest.mark.parametrize("engines", [2, 3, 4, 6])
+def test_the_fewest_blocks_that_tell_a_difference_tell_one_among_several(engines: int, confidence: float) -> None:
+    blocks = fewest_blocks(engines - 1, confidence)
+    alike = {f"{i}": [100.0, 101] * blocks for i in range(engines - 1)}
+    for number, said in ((blocks - 1, "undecided"), (blocks, "slower")):
+        one = {label: values[:number] for label, values in (alike | {"slow": [70.0, 69] * blocks}).items()}
+        assert compare_all(one, Criteria(confidence=confidence), seed=0)["slow"].verdict == said
+
+
+def test_an_interval_that_the_sign_flip_test_does_not_bear_out_is_told_so() -> None:
+    outcome = judged({"a": [100.0] * 6, "b": [90.0, 86, 88, 84, 85, 101]})
+    assert outcome.high and outcome.high < 1 and outcome.p_adjusted == 4 / 64
+    assert outcome.verdict == "undecided" and outcome.said.endswith("the sign-flip test does not bear the interval out")
 
 
 def test_the_band_is_the_users() -> None:
@@ -139,14 +174,14 @@ def test_criteria_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_the_sentence_says_it_in_words() -> None:
-    assert sentence("torch", "jax", "slower", 0.942, 0.917, 0.967, 6, 0.05) == (
+    assert sentence("torch", "jax", "slower", 0.942, 0.917, 0.967, 6, 0.05, 6) == (
         "torch is 5.8 % slower than jax (ratio 0.942, 0.917–0.967, 6 blocks)"
     )
     assert (
-        sentence("t", "j", "faster", 1.062, 1.03, 1.1, 1, 0.05)
+        sentence("t", "j", "faster", 1.062, 1.03, 1.1, 1, 0.05, 1)
         == "t is 6.2 % faster than j (ratio 1.062, 1.030–1.100, 1 block)"
     )
-    assert "as fast as j, within 2.5 %" in sentence("t", "j", "equivalent", 1.0, 0.99, 1.01, 6, 0.025)
+    assert "as fast as j, within 2.5 %" in sentence("t", "j", "equivalent", 1.0, 0.99, 1.01, 6, 0.025, 6)
 
 
 def test_several_engines_widen_each_others_intervals_unless_all_differ() -> None:
@@ -172,10 +207,10 @@ def test_an_interval_excludes_one_exactly_where_benjamini_and_hochberg_select() 
 
 def test_one_slow_engine_of_three_is_called_and_p_values_are_adjusted() -> None:
     rng = np.random.default_rng(3)
-    engines = {name: (speed * np.exp(rng.normal(0, 0.005, 6))).tolist() for name, speed in (("a", 100), ("b", 70), ("c", 100))}
+    engines = {name: (speed * np.exp(rng.normal(0, 0.005, 7))).tolist() for name, speed in (("a", 100), ("b", 70), ("c", 100))}
     outcome = compare_all(engines, CRITERIA, seed=0)
     assert (outcome["b"].verdict, outcome["c"].verdict) == ("slower", "equivalent")
-    assert outcome["b"].p_value == 2 / 64 and outcome["b"].p_adjusted == 4 / 64
+    assert outcome["b"].p_value == 2 / 128 and outcome["b"].p_adjusted == 4 / 128
     assert outcome["b"].confidence == outcome["c"].confidence == pytest.approx(0.975)
 
 
@@ -204,3 +239,34 @@ def test_engines_that_do_not_differ_are_never_called_faster_or_slower(
 def test_a_tenth_slower_is_called_so() -> None:
     verdicts = [judged(run).verdict for run in runs(0.9, 6, 200, noise=0.01)]
     assert verdicts.count("slower") >= 190 and set(verdicts) <= {"slower", "undecided"}
+
+
+def concluded(runs: list[dict[str, list[float]]], config: MeasureConfig) -> list[str]:
+    """The verdict of each run, ended where its blocks say so."""
+    verdicts = []
+    for number, run in enumerate(runs):
+
+        def so_far(done: int, run: dict[str, list[float]] = run, seed: int = number) -> Comparison:
+            return compare_all({label: values[:done] for label, values in run.items()}, config.criteria, seed)["b"]
+
+        done = 0
+        while reason_to_stop(config, done, 0.0, 0.0, 1, lambda: so_far(done).width) is None:  # noqa: B023 - called at once
+            done += 1
+        verdicts.append(so_far(done).verdict)
+    return verdicts
+
+
+def with_slow_windows(runs: list[dict[str, list[float]]]) -> list[dict[str, list[float]]]:
+    """One window in ten takes ten times as long."""
+    rng = np.random.default_rng(8)
+    return [{k: (np.array(v) * np.where(rng.random(len(v)) < 0.1, 0.1, 1)).tolist() for k, v in run.items()} for run in runs]
+
+
+def test_runs_that_end_when_they_like_seldom_call_a_difference_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "RESAMPLES", 299)
+    config = MeasureConfig(blocks=6, budget_s=1.0, warmup_requests=0, warmup_output_len=1, limits_s=0.0)
+    null, slower = (runs(effect, config.max_blocks, 200, noise=0.025) for effect in (1.0, 0.9))
+    assert concluded(null[:40], config).count("equivalent") >= 36
+    assert concluded(slower[:40], config).count("slower") >= 36
+    heavy = concluded(with_slow_windows(null), config)  # without the sign-flip test 27 were called
+    assert heavy.count("faster") + heavy.count("slower") <= 10
