@@ -172,7 +172,7 @@ class Engine(InferenceEngine):
         return record._replace(
             prompt_tokens=int(record.counts[prefills].sum()),
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting) + len(scheduler.preempted),
+            waiting=len(scheduler.waiting),
             pages_used=used,
             pages_total=total,
             pages_empty=sum(len(seq.pages) - -(-seq.computed // size) for seq in scheduler.running),
@@ -228,7 +228,7 @@ class Engine(InferenceEngine):
             "host_seconds": self._host_seconds,
             "device_seconds": self._device_seconds,
             "num_running": len(scheduler.running),
-            "num_waiting": len(scheduler.waiting) + len(scheduler.preempted),
+            "num_waiting": len(scheduler.waiting),
             "kv_cache_usage": 1 - pool.num_free / max(pool.num_pages - 1, 1),
             "kv_pool_bytes": pool.num_pages * sum(group.page_bytes for group in self.runner.kv_groups()),
             "compilations": self.runner.compilations,

@@ -114,7 +114,7 @@ class SamplingParams:
 
 
 class Status(Enum):
-    """`WAITING → RUNNING ⇄ PREEMPTED`, and from any of them to one terminal state."""
+    """`WAITING → RUNNING ⇄ PREEMPTED`, and from any of them to one terminal state (`leads_to`)."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -127,7 +127,14 @@ class Status(Enum):
 
     @property
     def finished(self) -> bool:
-        return self not in (Status.WAITING, Status.RUNNING, Status.PREEMPTED)
+        return self not in _NEXT
+
+    def leads_to(self, other: Status) -> bool:
+        """Whether a request may go from this state to `other`. From an end there is no way on."""
+        return not self.finished and (other.finished or other is _NEXT[self])
+
+
+_NEXT = {Status.WAITING: Status.RUNNING, Status.RUNNING: Status.PREEMPTED, Status.PREEMPTED: Status.RUNNING}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,12 +147,18 @@ class Request:
     eos_token_ids: tuple[int, ...] = ()
     cache_salt: str = ""
     """Requests share cached pages only with requests of the same salt."""
+    priority: int = 0
+    """Lower runs first and is preempted last; who has the same is served in order of arrival."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt_token_ids", tuple(self.prompt_token_ids))
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
         expect(bool(self.request_id), "request_id must not be empty.")
         expect(len(self.prompt_token_ids) > 0, f"Request {self.request_id!r}: the prompt is empty; give at least one token.")
+        expect(
+            _whole(self.priority, -(2**63), 2**63 - 1),
+            f"Request {self.request_id!r}: priority must be an integer of 64 bits, got {self.priority!r}.",
+        )
 
 
 @dataclass(frozen=True)

@@ -89,14 +89,44 @@ def check_sequences(scheduler: Scheduler) -> None:
         require(seq.output[-1:] in ([], [int(rows.tokens[seq.row, seq.known - 1])]), "the last token is not in the table")
     taken = [seq.row for seq in (*scheduler.running, *scheduler.leaving)]
     require(sorted([*taken, *rows.free]) == list(range(len(rows.tokens))), "a row is used twice, or lost")
-    numbers = [seq.number for seq in scheduler.running]
-    require(numbers == sorted(numbers), "running requests are not in arrival order")
-    admitted = max([*numbers, *scheduler.preempted], default=-1)
-    require(admitted < min(scheduler.waiting, default=1 << 60), "a request was admitted before an older one")
-    live = {seq.number for seq in scheduler.live.values()}
-    require(
-        live == {*numbers, *scheduler.preempted, *scheduler.waiting}, "a live request is in no queue, or a dead one in some"
-    )
+    for queue in (scheduler.running, scheduler.waiting):
+        require(queue == sorted(queue, key=urgency), "a queue is not in the order of urgency")
+    queued = [*scheduler.running, *scheduler.waiting]
+    require(len(queued) == len(set(queued)), "a request is twice in the queues")
+    require(set(scheduler.live.values()) == set(queued), "a live request is in no queue, or a dead one in some")
+    require(all(seq.status is not Status.RUNNING for seq in scheduler.waiting), "a running request waits")
+
+
+def urgency(seq: Sequence) -> tuple[int, int]:
+    """The lesser runs first and is preempted last."""
+    return seq.request.priority, seq.number
+
+
+@dataclass
+class Order:
+    """Who ran and who waited before a step; `check` holds what the step did against it."""
+
+    scheduler: Scheduler
+
+    def __post_init__(self) -> None:
+        self.running, self.waiting = list(self.scheduler.running), list(self.scheduler.waiting)
+        self.ready = [seq for seq in self.waiting if not seq.in_flight]
+        self.admissions = {seq: seq.admissions for seq in self.waiting}
+
+    def check(self) -> None:
+        joined = [urgency(seq) for seq in self.waiting if seq.admissions > self.admissions[seq]]
+        static = self.scheduler.static
+        passed = [
+            urgency(seq)
+            for seq in self.ready
+            if seq.admissions == self.admissions[seq]
+            and not seq.status.finished
+            and (not static or seq in self.scheduler.batch)
+        ]
+        require(not joined or not passed or max(joined) < min(passed), "a request was admitted before a more urgent one")
+        gone = [urgency(seq) for seq in self.running if seq.status is Status.PREEMPTED]
+        kept = [urgency(seq) for seq in self.running if seq.status is Status.RUNNING]
+        require(not gone or not kept or max(kept) < min(gone), "a request gave way to a less urgent one")
 
 
 def check_whole(scheduler: Scheduler, batches: Iterable[Batch]) -> None:
@@ -175,8 +205,9 @@ class Episode:
         self.engine = Engine(self.runner, config, num_pages=num_pages)
         self.engine.step_log = []
         self.evictions = 0
+        self.priorities = rng.choice(((0,), (0, 0, 0, 1, -(2**63)), range(8)))
         self.may_join: set[Sequence] = set()
-        """Of a static batch, who waited when it began; nobody once pages have run out."""
+        """Of a static batch, the first in line when it began; nobody once pages have run out."""
         self.stems = [[rng.randrange(VOCAB) for _ in range(self.max_model_len)] for _ in range(3)]
         self.requests: dict[str, tuple[Request, int]] = {}  # live ones, with their arrival numbers
         self.tokens: dict[str, list[TokenEvent]] = {}
@@ -243,6 +274,7 @@ class Episode:
                 params=params,
                 eos_token_ids=eos,
                 cache_salt=rng.choice(("", "", "a", "b")),
+                priority=rng.choice(self.priorities),
             )
             number = self.engine.scheduler.num_requests
             self.engine.add(request)
@@ -269,14 +301,15 @@ class Episode:
     def step(self) -> None:
         pool, cached = self.engine.scheduler.pool, [key is not None for key in self.engine.scheduler.pool.keys]
         scheduler, preemptions = self.engine.scheduler, self.engine.scheduler.num_preemptions
-        waiting = list(scheduler.waiting.values())
-        if not (scheduler.running or scheduler.preempted or scheduler.leaving):
-            self.may_join = set(waiting)
+        order = Order(scheduler)
+        new = [seq for seq in scheduler.waiting if seq.status is Status.WAITING]
+        if len(new) == len(scheduler.live) and not scheduler.leaving:
+            self.may_join = set(new[: scheduler.max_num_seqs])
         self.runner.batches = []
         events = self.engine.step()
         self.batches += self.runner.batches
         if scheduler.static:
-            joined = {seq for seq in waiting if seq.admissions}
+            joined = {seq for seq in new if seq.admissions}
             require(joined <= self.may_join, "a request joined a batch that had begun")
             if scheduler.num_preemptions > preemptions:
                 self.may_join = set()
@@ -289,6 +322,7 @@ class Episode:
         check_pages(scheduler)
         check_sequences(scheduler)
         check_in_flight(self.engine)
+        order.check()
         self.runner.poison([page for page in scheduler.pool.free_pages() if scheduler.pool.keys[page] is None])
         finished = [event.request_id for event in events if event.finish]
         require(all(name in finished for name in self.ended), "an aborted request did not end with the next step")

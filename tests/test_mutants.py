@@ -339,15 +339,41 @@ def the_budget_is_one_token_too_large(patch: Patch, ran: Ran) -> None:
 
 
 @mutant
-def the_newest_is_admitted_first(patch: Patch, ran: Ran) -> None:
-    original = Scheduler._queue
+def the_first_in_line_is_passed_over(patch: Patch, ran: Ran) -> None:
+    original = Scheduler._is_ready
 
-    def queue(self: Scheduler, limit: int) -> Any:
-        candidates = list(original(self, limit))
-        ran.extend([1] if len(candidates) > 1 else [])
-        return reversed(candidates)
+    def is_ready(self: Scheduler, seq: Sequence) -> bool:
+        ready = original(self, seq)
+        if ready and len(self.waiting) > 1 and seq is self.waiting[0]:
+            ran.append(1)
+            return False
+        return ready
 
-    patch.setattr(Scheduler, "_queue", queue)
+    patch.setattr(Scheduler, "_is_ready", is_ready)
+
+
+@mutant
+def an_urgent_request_queues_behind_those_that_came_before(patch: Patch, ran: Ran) -> None:
+    original = Sequence.__post_init__
+
+    def init(self: Sequence) -> None:
+        original(self)
+        ran.extend([1] if self.request.priority else [])
+        self.urgency = 0, self.number
+
+    patch.setattr(Sequence, "__post_init__", init)
+
+
+@mutant
+def the_youngest_gives_way_whatever_its_priority(patch: Patch, ran: Ran) -> None:
+    original = Scheduler._preempt
+
+    def preempt(self: Scheduler, seq: Sequence) -> None:
+        youngest = max(self.running, key=lambda s: s.number)
+        ran.extend([1] if youngest is not seq else [])
+        original(self, youngest)
+
+    patch.setattr(Scheduler, "_preempt", preempt)
 
 
 @mutant
@@ -409,9 +435,10 @@ def a_resumed_request_samples_with_another_seed(patch: Patch, ran: Ran) -> None:
 
 @mutant
 def a_static_batch_takes_in_who_comes_later(patch: Patch, ran: Ran) -> None:
-    def form(self: Scheduler) -> None:
-        ran.extend([1] if self.running and self.batch_end < self.num_requests else [])
-        self.batch_end = self.num_requests
+    def form(self: Scheduler) -> bool:
+        ran.extend([1] if self.running and set(self.waiting) - self.batch else [])
+        self.batch |= set(self.waiting)
+        return True
 
     patch.setattr(Scheduler, "_form_batch", form)
 
@@ -419,7 +446,7 @@ def a_static_batch_takes_in_who_comes_later(patch: Patch, ran: Ran) -> None:
 @mutant
 def a_static_batch_stays_open_when_pages_have_run_out(patch: Patch, ran: Ran) -> None:
     def close(self: Scheduler) -> None:
-        ran.extend([1] if self.static and next(iter(self.waiting), self.batch_end) < self.batch_end else [])
+        ran.extend([1] if self.static and not all(seq.admissions for seq in self.batch) else [])
 
     patch.setattr(Scheduler, "_close_batch", close)
 

@@ -2,10 +2,13 @@
 
 Continuous batching (Yu et al. 2022, Orca) over paged KV (Kwon et al. 2023, arXiv:2309.06180), with chunked prefill and
 preemption by recompute. There is no prefill or decode phase: `computed` of each request catches up with its tokens. A step
-takes running requests first, one-token ones before chunks, then waiting ones in arrival order.
+takes running requests first, one-token ones before chunks, then waiting ones; both the most urgent first, which is the one of
+the lowest `Request.priority` and among equals the oldest.
 
-Progress never stops: a request is refused at the door unless the pool can hold it alone; the victim of a preemption is always
-the youngest, so the oldest runs through; and a request is admitted only with pages for all its tokens, so a chunk never waits.
+Progress never stops. A request is refused at the door unless the pool can hold it alone, and admitted only with pages for all
+its tokens, so a chunk never waits. The victim of a preemption is the least urgent that runs: so the most urgent that runs is
+never one, runs through, and gives its pages to the next. Nobody who waits is overtaken by a less urgent one, so the most urgent
+of them is admitted when those that run have ended, at the latest; only more urgent ones that keep coming can hold it off.
 
 Three of these ideas can be left out, to measure what each is worth; no output depends on them. What takes an idea's place is
 the mildest form of doing without it, so that its worth is not overstated:
@@ -18,10 +21,9 @@ the mildest form of doing without it, so that its worth is not overstated:
 
 from __future__ import annotations
 
-from bisect import insort
-from collections.abc import Iterator
+from bisect import bisect_left, insort
 from dataclasses import dataclass, field
-from itertools import islice, takewhile
+from operator import attrgetter
 
 import numpy as np
 
@@ -36,6 +38,12 @@ from common.schedule.rows import Rows
 MAX_STRIKES = 3
 """Raising steps in a row, without a token between them, after which a request is given up."""
 
+_urgency = attrgetter("urgency")
+
+
+class LifecycleError(RuntimeError):
+    """A request was sent from one state to another that does not follow it: a bug of the scheduler, never of a user."""
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -43,7 +51,7 @@ class Sequence:
 
     request: Request
     number: int
-    """Arrival order; age in every contest."""
+    """Arrival order."""
     max_tokens: int
     """Output tokens at most, the context and the pool considered."""
     seed: int
@@ -67,6 +75,17 @@ class Sequence:
     strikes: int = 0
     """Steps of its own that raised since its last token."""
     admissions: int = 0
+    urgency: tuple[int, int] = field(init=False)
+    """Priority, then arrival; the lesser is more urgent, and no two are alike."""
+
+    def __post_init__(self) -> None:
+        self.urgency = self.request.priority, self.number
+
+    def become(self, status: Status) -> None:
+        """Change the state. Raises `LifecycleError` if it does not lead there."""
+        if not self.status.leads_to(status):
+            raise LifecycleError(f"Request {self.request.request_id!r} cannot go from {self.status} to {status}; this is a bug.")
+        self.status = status
 
     @property
     def left(self) -> int:
@@ -118,14 +137,13 @@ class Scheduler:
         self.max_num_seqs = min(max_num_seqs, caps.max_seqs, self.budget)
         self.chunk = chunk or self.budget
         self.static, self.dense, self.chunked_prefill = schedule == "static", cache == "dense", chunked_prefill
-        self.batch_end = 0
-        """Of a static batch: the number of the first request that does not belong to it."""
+        self.batch: set[Sequence] = set()
+        """The static batch that runs, or is about to."""
         self.pool = PagePool(num_pages)
         self.rows = Rows(self.max_num_seqs, max_model_len, block_size, groups)
         self.live: dict[str, Sequence] = {}
-        self.waiting: dict[int, Sequence] = {}  # by number, and so in arrival order
-        self.preempted: dict[int, Sequence] = {}
-        self.running: list[Sequence] = []  # oldest first
+        self.waiting: list[Sequence] = []  # the most urgent first, the preempted among them
+        self.running: list[Sequence] = []  # the most urgent first
         self.leaving: list[Sequence] = []  # no longer running, but a step in flight still names their pages and row
         self.num_requests = 0
         self.num_preemptions = 0
@@ -177,7 +195,8 @@ class Scheduler:
             stops={**{token: token for token in params.stop_token_ids}, **dict.fromkeys(eos)},
         )
         self.num_requests += 1
-        self.live[name] = self.waiting[seq.number] = seq
+        self.live[name] = seq
+        insort(self.waiting, seq, key=_urgency)
 
     def end(self, request_id: str, status: Status) -> bool:
         """End a request in whatever state it is, by its exact id; False if it is not live. The caller reports it."""
@@ -191,8 +210,8 @@ class Scheduler:
         tokens. A suspect that has come to `MAX_STRIKES` without a token in between ends; returns the ids of those.
         """
         for seq in self.running:
-            seq.status = Status.PREEMPTED
-            self.preempted[seq.number] = seq
+            seq.become(Status.PREEMPTED)
+            insort(self.waiting, seq, key=_urgency)
         for seq in (*self.running, *self.leaving):
             self._give_back(seq)
             seq.in_flight = 0
@@ -223,11 +242,11 @@ class Scheduler:
         return self._commit(plan, started) if plan else None
 
     def _continue(self) -> tuple[list[Sequence], list[tuple[Sequence, int]]]:
-        """Running requests: those that need one token, then the next chunk of those that need more, both oldest first."""
+        """Running requests: those that need one token, then the next chunk of those that need more, both in their order."""
         decodes, prefills = [], []
         for seq in list(self.running):
             if seq.status is not Status.RUNNING:
-                break  # preempted just now, and so is everyone younger
+                break  # preempted just now, and so is everyone less urgent
             if seq.known + seq.pending - seq.computed > 1:
                 prefills.append(seq)
             elif len(seq.output) + seq.pending < seq.max_tokens and self._has_page(seq):
@@ -241,7 +260,7 @@ class Scheduler:
         return decodes, chunks
 
     def _has_page(self, seq: Sequence) -> bool:
-        """Make sure of a page for the next token, preempting the youngest as long as it takes; False if it must wait."""
+        """Make sure of a page for the next token, preempting the least urgent as long as it takes; False if it must wait."""
         if seq.computed < len(seq.pages) * self.block_size:
             return True
         while (page := self.pool.allocate(1)) is None:
@@ -256,17 +275,15 @@ class Scheduler:
         return True
 
     def _admit(self, budget: int) -> list[tuple[Sequence, int]]:
-        """Waiting requests in arrival order, each with pages for all its tokens, until one does not fit.
-
-        One that still has a step in flight is passed over and keeps its place: its next tokens depend on that step's result.
-        """
-        if self.static:
-            self._form_batch()
+        """Waiting requests, the most urgent first, each with pages for all its tokens, until one does not fit."""
+        if self.static and not self._form_batch():
+            return []
         chunks: list[tuple[Sequence, int]] = []
-        for seq in self._queue(len(self.rows.free)):
-            if budget == 0 or not self.rows.free:
-                break
-            if seq.in_flight:
+        at = 0
+        while budget and self.rows.free and at < len(self.waiting):
+            seq = self.waiting[at]
+            if not self._is_ready(seq):
+                at += 1
                 continue
             hits = self._lookup(seq)
             if seq.known - len(hits) * self.block_size > budget and not self._may_split(seq):
@@ -281,32 +298,30 @@ class Scheduler:
                 self.prefix_cache_queries += seq.known
                 self.prefix_cache_hits += seq.computed
             seq.admissions += 1
-            (self.preempted if seq.status is Status.PREEMPTED else self.waiting).pop(seq.number)
-            seq.status = Status.RUNNING
-            insort(self.running, seq, key=lambda s: s.number)
+            del self.waiting[at]
+            seq.become(Status.RUNNING)
+            insort(self.running, seq, key=_urgency)
             count = min(seq.left, budget, self.chunk)
             chunks.append((seq, count))
             budget -= count
         return chunks
 
-    def _queue(self, limit: int) -> Iterator[Sequence]:
-        """Who may be admitted, oldest first, `limit` of those that never ran. Whoever was preempted is older than they."""
-        new: Iterator[Sequence] = islice(self.waiting.values(), limit)
-        if self.static:
-            new = takewhile(lambda seq: seq.number < self.batch_end, new)
-        return iter([*sorted(self.preempted.values(), key=lambda s: s.number), *new])
+    def _is_ready(self, seq: Sequence) -> bool:
+        """Whether one that waits may be admitted now. If not, it is passed over and keeps its place."""
+        if seq.in_flight:  # its next tokens depend on the result
+            return False
+        return not self.static or seq in self.batch
 
-    def _form_batch(self) -> None:
+    def _form_batch(self) -> bool:
         """Once all of a static batch have ended, the next is the first `max_num_seqs` of those that wait by then. Its members
-        enter in as many steps as their prompts take."""
-        oldest = next(iter(self.live.values()), None)
-        if oldest is not None and oldest.number >= self.batch_end and not self.leaving:
-            *_, last = islice(self.waiting, self.max_num_seqs)
-            self.batch_end = last + 1
+        enter in as many steps as their prompts take; returns whether any still wait."""
+        if not self.leaving and all(seq.status.finished for seq in self.batch):
+            self.batch = set(self.waiting[: self.max_num_seqs])
+        return any(seq.status in (Status.WAITING, Status.PREEMPTED) for seq in self.batch)
 
     def _close_batch(self) -> None:
         """Pages have run out: members of a static batch that have not entered yet are left to the next."""
-        self.batch_end = min(self.batch_end, next(iter(self.waiting), self.batch_end))
+        self.batch = {seq for seq in self.batch if seq.admissions}
 
     def _pages_to_start(self, seq: Sequence) -> int:
         """Pages without which a request is not admitted: for the tokens it has, or, if dense, for all it may come to have."""
@@ -431,18 +446,19 @@ class Scheduler:
         self.num_preemptions += 1
         self._close_batch()
         self.running.remove(seq)
-        seq.status = Status.PREEMPTED
-        self.preempted[seq.number] = seq
+        seq.become(Status.PREEMPTED)
+        insort(self.waiting, seq, key=_urgency)
         self._vacate(seq)
 
     def _finish(self, seq: Sequence, status: Status) -> None:
+        before = seq.status
+        seq.become(status)
         del self.live[seq.request.request_id]
-        if seq.status is Status.RUNNING:
+        if before is Status.RUNNING:
             self.running.remove(seq)
             self._vacate(seq)
         else:
-            (self.preempted if seq.status is Status.PREEMPTED else self.waiting).pop(seq.number)
-        seq.status = status
+            del self.waiting[bisect_left(self.waiting, seq.urgency, key=_urgency)]
 
     def _vacate(self, seq: Sequence) -> None:
         """Give back the pages and the row of a sequence that stops running: now, or once no step in flight names them."""
