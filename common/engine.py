@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -59,15 +60,17 @@ class StepRecord(NamedTuple):
 
 class Engine(InferenceEngine):
     """Continuous batching over one runner that is loaded, allocated and warmed up. `num_pages` counts the null page; it may be
-    less than the runner has. The engine owns the runner: `close` closes it.
+    less than the runner has. The engine owns the runner: `close` closes it. Deadlines are held against `clock`.
     """
 
     step_log: list[StepRecord] | None = None
     """Set it to a list, and every step that lands is appended; whoever sets it sees to its growth."""
 
-    def __init__(self, runner: ModelRunner, config: EngineConfig, *, num_pages: int) -> None:
+    def __init__(
+        self, runner: ModelRunner, config: EngineConfig, *, num_pages: int, clock: Callable[[], float] = perf_counter
+    ) -> None:
         limit = min(config.max_model_len or runner.caps.max_model_len, runner.caps.max_model_len)
-        self.runner, self.config = runner, config
+        self.runner, self.config, self._clock = runner, config, clock
         self.scheduler = Scheduler(
             runner.caps,
             num_pages=num_pages,
@@ -80,6 +83,7 @@ class Engine(InferenceEngine):
             cache=config.cache,
             prefix_caching=config.enable_prefix_caching,
             chunked_prefill=config.enable_chunked_prefill,
+            max_waiting=config.max_waiting,
             seed=config.seed,
         )
         self._caps = replace(runner.caps, max_model_len=limit, max_seqs=self.scheduler.max_num_seqs)
@@ -110,6 +114,8 @@ class Engine(InferenceEngine):
     def step(self, timeout: float | None = None) -> list[TokenEvent]:
         """One step: up to `caps.depth` others stay in flight. `timeout` is for engines that wait; this one computes."""
         begin, device = perf_counter(), self._device_seconds
+        for name in self.scheduler.expire(self._clock()):
+            self._events.append(TokenEvent(name, None, begin, finish=Status.FINISHED_TIMEOUT))
         try:
             step = self.scheduler.schedule()
         except BaseException:  # Ctrl-C above all: requests may have been moved on for a step that will never land
@@ -196,6 +202,10 @@ class Engine(InferenceEngine):
         if not isinstance(error, Exception):
             raise error
         log.warning("A step of %d requests raised; starting over with all of them.", len(step.seqs), exc_info=error)
+
+    def drain(self) -> None:
+        """From now on `add` raises `DrainingError`; what was added before goes on to its end. Idempotent."""
+        self.scheduler.draining = True
 
     def abort(self, request_id: str) -> bool:
         return self._end(request_id, Status.FINISHED_ABORT, None)

@@ -149,6 +149,9 @@ class Request:
     """Requests share cached pages only with requests of the same salt."""
     priority: int = 0
     """Lower runs first and is preempted last; who has the same is served in order of arrival."""
+    deadline: float | None = None
+    """When it ends with `FINISHED_TIMEOUT` if it has not ended before, whether it runs or waits; on the clock of
+    `time.perf_counter`, so that what is spent before `add` counts too."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt_token_ids", tuple(self.prompt_token_ids))
@@ -158,6 +161,10 @@ class Request:
         expect(
             _whole(self.priority, -(2**63), 2**63 - 1),
             f"Request {self.request_id!r}: priority must be an integer of 64 bits, got {self.priority!r}.",
+        )
+        expect(
+            self.deadline is None or _real(self.deadline, -1e15, 1e15),
+            f"Request {self.request_id!r}: deadline must be a finite number of seconds or None, got {self.deadline!r}.",
         )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from common.config import Cache, EngineConfig
 from common.engine import Engine, shared_pages
-from common.errors import RequestError
+from common.errors import DrainingError, QueueFullError, RequestError
 from common.request import Request, SamplingParams, Status, TokenEvent
 from common.schedule.batch import Batch
 from common.schedule.scheduler import Scheduler, Sequence, mix64
@@ -100,6 +100,10 @@ def check_sequences(scheduler: Scheduler) -> None:
 def urgency(seq: Sequence) -> tuple[int, int]:
     """The lesser runs first and is preempted last."""
     return seq.request.priority, seq.number
+
+
+def is_late(request: Request, now: float) -> bool:
+    return request.deadline is not None and request.deadline <= now
 
 
 @dataclass
@@ -200,26 +204,29 @@ class Episode:
             cache=cache,
             enable_prefix_caching=cache == "paged" and rng.random() < 0.9,
             enable_chunked_prefill=self.chunked,
+            max_waiting=rng.choice((None, None, None, 1, 4)),
             seed=self.seed,
         )
-        self.engine = Engine(self.runner, config, num_pages=num_pages)
+        self.now = 0.0
+        self.engine = Engine(self.runner, config, num_pages=num_pages, clock=lambda: self.now)
         self.engine.step_log = []
         self.evictions = 0
         self.priorities = rng.choice(((0,), (0, 0, 0, 1, -(2**63)), range(8)))
-        self.may_join: set[Sequence] = set()
-        """Of a static batch, the first in line when it began; nobody once pages have run out."""
         self.stems = [[rng.randrange(VOCAB) for _ in range(self.max_model_len)] for _ in range(3)]
         self.requests: dict[str, tuple[Request, int]] = {}  # live ones, with their arrival numbers
         self.tokens: dict[str, list[TokenEvent]] = {}
         self.ended: dict[str, Status] = {}  # by this driver, terminal event to come
         self.added = 0
+        self.refused = 0
+        """Requests that could have been served, but not then."""
 
     def run(self, steps: int) -> None:
         """Random work for so many steps, then none until all is done; every page must be free in the end."""
         for _ in range(steps):
             self.act()
             self.step()
-        self.runner.fail_token = None
+        self.engine.drain()
+        self.add()
         for _ in range(100 * (1 + len(self.requests)) * self.max_model_len):
             if not self.engine.has_work:
                 break
@@ -275,15 +282,24 @@ class Episode:
                 eos_token_ids=eos,
                 cache_salt=rng.choice(("", "", "a", "b")),
                 priority=rng.choice(self.priorities),
+                deadline=self.now + rng.choice((-1, 0, 0.5, 3, 10, 50)) if rng.random() < 0.3 else None,
             )
             number = self.engine.scheduler.num_requests
             self.engine.add(request)
+        except (QueueFullError, DrainingError) as error:
+            scheduler = self.engine.scheduler
+            full = len(scheduler.waiting) >= (self.engine.config.max_waiting or 1 << 30) and not scheduler.draining
+            require(isinstance(error, QueueFullError) == full, "a request was refused although there was room in the queue")
+            require(number == scheduler.num_requests and name not in scheduler.live, "a request that was refused left a trace")
+            self.refused += 1
+            return
         except RequestError:
             prompt_len, cap = len(prompt), cap or 1
             limit = min(self.max_model_len, (self.runner.num_pages - 1) * self.block_size + 1)
             whole = self.chunked or prompt_len <= self.engine.scheduler.budget
             require(not prompt or prompt_len + cap > limit or not whole, "a request was refused that fits")
             return
+        require(not self.engine.scheduler.draining, "an engine that drains took a request")
         self.requests[name], self.tokens[name] = (request, number), []
         self.added += 1
 
@@ -302,17 +318,21 @@ class Episode:
         pool, cached = self.engine.scheduler.pool, [key is not None for key in self.engine.scheduler.pool.keys]
         scheduler, preemptions = self.engine.scheduler, self.engine.scheduler.num_preemptions
         order = Order(scheduler)
-        new = [seq for seq in scheduler.waiting if seq.status is Status.WAITING]
-        if len(new) == len(scheduler.live) and not scheduler.leaving:
-            self.may_join = set(new[: scheduler.max_num_seqs])
+        self.now += self.rng.choice((0.0, 0.1, 1.0))
+        new = [seq for seq in scheduler.waiting if seq.status is Status.WAITING and not is_late(seq.request, self.now)]
+        batch = set(scheduler.batch)
+        limit = self.engine.config.max_waiting
+        require(limit is None or len(new) <= limit, "more wait than may")
         self.runner.batches = []
         events = self.engine.step()
         self.batches += self.runner.batches
         if scheduler.static:
-            joined = {seq for seq in new if seq.admissions}
-            require(joined <= self.may_join, "a request joined a batch that had begun")
-            if scheduler.num_preemptions > preemptions:
-                self.may_join = set()
+            require({seq for seq in new if seq.admissions} <= scheduler.batch, "a request runs outside of the batch")
+            if not scheduler.batch <= batch:
+                over = all(seq.status.finished and not seq.in_flight for seq in batch)
+                require(over and scheduler.batch <= set(new[: scheduler.max_num_seqs]), "a request joined a batch that had begun")
+            ran_out = scheduler.num_preemptions > preemptions
+            require(not ran_out or all(seq.admissions for seq in scheduler.batch), "a batch stays open without pages for it")
         if not scheduler.chunked_prefill:
             check_whole(scheduler, self.runner.batches)
         self.evictions += sum(before and pool.keys[page] is None for page, before in enumerate(cached))
@@ -326,6 +346,8 @@ class Episode:
         self.runner.poison([page for page in scheduler.pool.free_pages() if scheduler.pool.keys[page] is None])
         finished = [event.request_id for event in events if event.finish]
         require(all(name in finished for name in self.ended), "an aborted request did not end with the next step")
+        late = [name for name, (request, _) in self.requests.items() if is_late(request, self.now)]
+        require(all(name in finished for name in late), "a request outlived its deadline")
         for event in events:
             require(event.request_id in self.requests, "an event of a request that is over, or never was")
             if event.token_id is not None:
@@ -348,7 +370,8 @@ class Episode:
         )
         got = [e.token_id for e in events]
         ended = self.ended.pop(name, None)
-        cut = ended or (Status.FINISHED_ERROR if event.error and "raising" in event.error else None)
+        cut = ended or (Status.FINISHED_TIMEOUT if is_late(request, self.now) else None)
+        cut = cut or (Status.FINISHED_ERROR if event.error and "raising" in event.error else None)
         require(event.finish is (cut or right.finish), f"{name} ended with {event.finish}, not {cut or right.finish}")
         require(got == (right.tokens[: len(got)] if cut else right.tokens), f"{name} gave {got}, not {right.tokens}")
         self.judge_details(request, events, right)

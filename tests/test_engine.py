@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -15,7 +18,7 @@ import pytest
 
 from common.config import EngineConfig
 from common.engine import Engine, build_engine, pool_size
-from common.errors import BackendError, ConfigError, RequestError
+from common.errors import BackendError, ConfigError, DrainingError, QueueFullError, RequestError
 from common.request import Request, SamplingParams, Status, TokenEvent
 from common.schedule.batch import Batch
 from common.schedule.scheduler import mix64
@@ -25,12 +28,14 @@ from tests.history_runner import Expected, HistoryRunner, expected
 VOCAB = 64
 
 
-def make_engine(*, depth: int = 0, num_pages: int = 100, **options: Any) -> tuple[Engine, HistoryRunner]:
+def make_engine(
+    *, depth: int = 0, num_pages: int = 100, clock: Callable[[], float] = perf_counter, **options: Any
+) -> tuple[Engine, HistoryRunner]:
     runner = HistoryRunner(
         num_pages=num_pages, block_size=4, vocab_size=VOCAB, depth=depth, nan_token=options.pop("nan_token", None)
     )
     numbers = {"max_num_seqs": 8, "max_num_batched_tokens": 32, "max_model_len": 100}
-    return Engine(runner, EngineConfig(block_size=4, **(numbers | options)), num_pages=num_pages), runner
+    return Engine(runner, EngineConfig(block_size=4, **(numbers | options)), num_pages=num_pages, clock=clock), runner
 
 
 def request(name: str, prompt: list[int] | range = range(10), *, eos: tuple[int, ...] = (), **params: Any) -> Request:
@@ -197,6 +202,119 @@ def test_an_id_can_be_used_again_once_its_request_was_aborted() -> None:
     engine.add(request("r", [7, 7]))
     events = drain(engine)
     assert events[0].finish is Status.FINISHED_ABORT and tokens(events[1:]) == right(request("r", [7, 7])).tokens
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 5])
+def test_a_deadline_ends_its_request_whether_it_waits_or_runs_and_keeps_what_it_has(depth: int, steps: int) -> None:
+    now = 100.0
+    engine, _ = make_engine(depth=depth, clock=lambda: now)
+    requests = [request(name, [i] * 40) for i, name in enumerate("abc")]  # the third is only admitted in the third step
+    engine.add(requests[0])
+    for r in requests[1:]:
+        engine.add(replace(r, deadline=101.0))
+    events = [event for _ in range(steps) for event in engine.step()]
+    assert not any(event.finish for event in events)
+    now = 101.0
+    step = engine.step()
+    for number in (1, 2):
+        name = requests[number].request_id
+        mine = of(events + step, name)
+        assert [event.finish for event in mine] == [None] * (len(mine) - 1) + [Status.FINISHED_TIMEOUT]
+        assert mine[-1].token_id is None and tokens(mine) == right(requests[number], number).tokens[: len(mine) - 1]
+    rest = drain(engine)
+    assert tokens(of(events + step + rest, "a")) == right(requests[0]).tokens
+    assert not of(rest, "b") and not of(rest, "c") and engine.reset_prefix_cache()
+
+
+def test_a_request_whose_deadline_has_passed_already_ends_with_the_next_step_and_computes_nothing() -> None:
+    engine, _ = make_engine(clock=lambda: 5.0)
+    engine.add(replace(request("late"), deadline=4.0))
+    (event,) = engine.step()
+    assert event.finish is Status.FINISHED_TIMEOUT and not engine.has_work and engine.stats()["steps"] == 0
+
+
+def test_deadlines_of_requests_that_have_ended_are_forgotten() -> None:
+    engine, _ = make_engine(clock=lambda: 0.0)
+    for i in range(200):
+        engine.add(replace(request("r"), deadline=1e6 + i))
+        engine.abort("r")
+    assert len(engine.scheduler.deadlines) <= 4
+    engine.add(replace(request("r", max_tokens=2), deadline=1e6))
+    assert tokens(drain(engine)) == right(request("r", max_tokens=2)).tokens
+
+
+@pytest.mark.parametrize("deadline", [float("nan"), float("inf"), "soon", True], ids=repr)
+def test_a_deadline_that_is_no_time_is_refused(deadline: Any) -> None:
+    with pytest.raises(RequestError, match="deadline"):
+        replace(request("r"), deadline=deadline)
+
+
+def test_while_as_many_wait_as_may_further_requests_are_refused_and_change_nothing() -> None:
+    engine, _ = make_engine(max_num_seqs=1, max_waiting=2)
+    for name in "ab":
+        engine.add(request(name))
+    before = engine.stats()
+    with pytest.raises(QueueFullError, match=r"2 requests wait already, and max_waiting=2"):
+        engine.add(request("c"))
+    with pytest.raises(RequestError, match="at most") as never:  # what can never be served is told so, full or not
+        engine.add(request("d", [1] * 99))
+    assert not isinstance(never.value, QueueFullError) and engine.stats() == before
+    events = engine.step()  # a runs, and leaves its place
+    engine.add(request("c"))
+    events += drain(engine)
+    for number, name in enumerate("abc"):
+        assert tokens(of(events, name)) == right(request(name), number).tokens
+
+
+def test_a_draining_engine_takes_nothing_and_finishes_what_it_has() -> None:
+    engine, _ = make_engine(max_num_seqs=1)
+    for name in "ab":
+        engine.add(request(name))
+    events = engine.step()
+    for _ in range(2):
+        engine.drain()
+        with pytest.raises(DrainingError):
+            engine.add(request("c"))
+    events += drain(engine)
+    for number, name in enumerate("ab"):
+        assert tokens(of(events, name)) == right(request(name), number).tokens
+    assert engine.reset_prefix_cache()
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_check_36_an_abort_while_the_final_step_runs_wins(depth: int) -> None:
+    """The step that will bring the last token is in flight, or has not been asked for its result."""
+    engine, _ = make_engine(depth=depth)
+    engine.add(request("r", max_tokens=3))
+    events = [event for _ in range(2 + depth) for event in engine.step()]
+    assert len(events) == 2
+    engine.abort("r")
+    events += drain(engine)
+    assert [event.finish for event in events] == [None, None, Status.FINISHED_ABORT]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_check_36_every_tenth_of_100_is_aborted_and_the_others_come_out_whole(depth: int) -> None:
+    engine, _ = make_engine(depth=depth, num_pages=60)
+    requests = [request(f"r{i}", [i % 7] * (1 + i % 20), max_tokens=10) for i in range(100)]
+    for r in requests:
+        engine.add(r)
+    events: dict[str, list[TokenEvent]] = {r.request_id: [] for r in requests}
+    while engine.has_work:
+        for event in engine.step():
+            events[event.request_id].append(event)
+            name, count = event.request_id, len(events[event.request_id])
+            if name.endswith("0") and count == 3:
+                assert engine.abort(name)
+    for i, r in enumerate(requests):
+        mine = events[r.request_id]
+        assert [event.finish is not None for event in mine] == [False] * (len(mine) - 1) + [True]
+        aborted = i % 10 == 0
+        assert mine[-1].finish is (Status.FINISHED_ABORT if aborted else Status.FINISHED_LENGTH)
+        assert tokens(mine) == right(r, i).tokens[: 3 if aborted else 10]
+    again = engine.run([request("r0", max_tokens=4)])["r0"]  # its id is free
+    assert len(tokens(again)) == 4 and engine.reset_prefix_cache()
 
 
 # ── faults ───────────────────────────────────────────────────────────────────────────────────────────────────────────────

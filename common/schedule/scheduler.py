@@ -23,12 +23,13 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
 from operator import attrgetter
 
 import numpy as np
 
 from common.config import Cache, Schedule
-from common.errors import BackendError
+from common.errors import BackendError, DrainingError, QueueFullError
 from common.interface import Caps, Result
 from common.request import Logprobs, Request, Status, TokenEvent, expect
 from common.schedule.batch import Batch
@@ -110,8 +111,8 @@ class Step:
 class Scheduler:
     """Requests in, steps out, results in, events out. Holds every request from `add` to its end. Knows no backend.
 
-    `chunk` bounds the tokens of one request in a step (default: the whole budget). `schedule`, `cache` and `chunked_prefill`
-    are those of `EngineConfig`.
+    `chunk` bounds the tokens of one request in a step (default: the whole budget). `schedule`, `cache`, `chunked_prefill` and
+    `max_waiting` are those of `EngineConfig`. While `draining` is set, no request is taken and the others go on.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class Scheduler:
         prefix_caching: bool = True,
         chunked_prefill: bool = True,
         chunk: int | None = None,
+        max_waiting: int | None = None,
         seed: int = 0,
     ) -> None:
         self.caps = caps
@@ -139,12 +141,14 @@ class Scheduler:
         self.static, self.dense, self.chunked_prefill = schedule == "static", cache == "dense", chunked_prefill
         self.batch: set[Sequence] = set()
         """The static batch that runs, or is about to."""
+        self.max_waiting, self.draining = max_waiting, False
         self.pool = PagePool(num_pages)
         self.rows = Rows(self.max_num_seqs, max_model_len, block_size, groups)
         self.live: dict[str, Sequence] = {}
         self.waiting: list[Sequence] = []  # the most urgent first, the preempted among them
         self.running: list[Sequence] = []  # the most urgent first
         self.leaving: list[Sequence] = []  # no longer running, but a step in flight still names their pages and row
+        self.deadlines: list[tuple[float, int, Sequence]] = []  # a heap; who has ended stays until it comes up
         self.num_requests = 0
         self.num_preemptions = 0
         self.prefix_cache_queries = 0
@@ -153,7 +157,8 @@ class Scheduler:
     # ── requests come and go ────────────────────────────────────────────────────────────────────────────────────────────
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises `RequestError`, and changes nothing, if it can never be served."""
+        """Queue a request. Raises `RequestError`, and changes nothing, if it can never be served; `QueueFullError` or
+        `DrainingError` if it could be, but not here and now."""
         name, params, prompt_len = request.request_id, request.params, len(request.prompt_token_ids)
         expect(name not in self.live, f"Request {name!r} is live already; give every live request an id of its own.")
         expect(
@@ -185,6 +190,13 @@ class Scheduler:
             f"{-(-(prompt_len + max_tokens - 1) // self.block_size)} pages, but the pool has {self.pool.num_pages - 1} of "
             f"{self.block_size} tokens; ask for at most {limit} or raise num_blocks.",
         )
+        if self.draining:
+            raise DrainingError(f"Request {name!r}: this engine only finishes what it has; send the request to another.")
+        if self.max_waiting is not None and len(self.waiting) >= self.max_waiting:
+            raise QueueFullError(
+                f"Request {name!r}: {len(self.waiting)} requests wait already, and max_waiting={self.max_waiting}; try again "
+                "later, or raise max_waiting."
+            )
         eos = () if params.ignore_eos else request.eos_token_ids
         seq = Sequence(
             request=request,
@@ -197,6 +209,11 @@ class Scheduler:
         self.num_requests += 1
         self.live[name] = seq
         insort(self.waiting, seq, key=_urgency)
+        if request.deadline is not None:
+            if len(self.deadlines) > 2 * len(self.live):  # mostly of requests that have ended
+                self.deadlines = [item for item in self.deadlines if not item[-1].status.finished]
+                heapify(self.deadlines)
+            heappush(self.deadlines, (request.deadline, seq.number, seq))
 
     def end(self, request_id: str, status: Status) -> bool:
         """End a request in whatever state it is, by its exact id; False if it is not live. The caller reports it."""
@@ -204,6 +221,16 @@ class Scheduler:
         if seq is not None:
             self._finish(seq, status)
         return seq is not None
+
+    def expire(self, now: float) -> list[str]:
+        """End every request whose deadline has come, in whatever state it is; returns their ids for the caller to report."""
+        expired = []
+        while self.deadlines and (self.deadlines[0][0] <= now or self.deadlines[0][-1].status.finished):
+            _, _, seq = heappop(self.deadlines)
+            if not seq.status.finished:
+                self._finish(seq, Status.FINISHED_TIMEOUT)
+                expired.append(seq.request.request_id)
+        return expired
 
     def recover(self, suspects: list[Sequence]) -> list[str]:
         """After a step raised, and the runner lost its pages and rows: everyone who ran waits again and keeps the emitted
