@@ -186,7 +186,7 @@ class Engine(InferenceEngine):
         )
 
     def _start_over(self, suspects: list[Sequence]) -> list[str]:
-        """Everyone waits again and keeps the emitted tokens; returns the ids of suspects that end instead."""
+        """Everyone waits again and keeps the emitted tokens; returns the ids of suspects that end instead, as the guilty."""
         self._in_flight.clear()
         self._counters["num_resets"] += 1
         failed = self.scheduler.recover(suspects)
@@ -195,9 +195,10 @@ class Engine(InferenceEngine):
 
     def _recover(self, step: Step, error: BaseException) -> None:
         """A step raised: the runner's pages and rows are undefined. Start over with every request, all tokens kept."""
-        failed = self._start_over(step.seqs if isinstance(error, Exception) else [])
+        steps = [step, *(step for step, _, _ in self._in_flight)] if isinstance(error, Exception) else []
+        failed = self._start_over(list(dict.fromkeys(seq for step in steps for seq in step.seqs)))
         now = perf_counter()
-        message = f"The steps of this request keep raising: {type(error).__name__}: {error}"
+        message = f"The steps with this request keep raising: {type(error).__name__}: {error}"
         self._events += [TokenEvent(name, None, now, finish=Status.FINISHED_ERROR, error=message) for name in failed]
         if not isinstance(error, Exception):
             raise error

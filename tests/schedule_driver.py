@@ -49,6 +49,8 @@ def check_pages(scheduler: Scheduler) -> None:
     listed = {page: digest for digest, pages in pool.cached.items() for page in pages}
     keyed = {page: key.digest for page, key in enumerate(pool.keys) if key is not None}
     require(listed == keyed, "the prefix cache lists other pages than have keys")
+    if scheduler.trials:
+        require(set(scheduler.running) <= set(scheduler.trials[-1]), "a request runs beside those on trial")
     if scheduler.prefix_caching:
         check_sharing(scheduler)
     else:
@@ -126,6 +128,7 @@ class Order:
             if seq.admissions == self.admissions[seq]
             and not seq.status.finished
             and (not static or seq in self.scheduler.batch)
+            and (not self.scheduler.trials or seq in self.scheduler.trials[-1])
         ]
         require(not joined or not passed or max(joined) < min(passed), "a request was admitted before a more urgent one")
         gone = [urgency(seq) for seq in self.running if seq.status is Status.PREEMPTED]
@@ -216,7 +219,11 @@ class Episode:
         self.requests: dict[str, tuple[Request, int]] = {}  # live ones, with their arrival numbers
         self.tokens: dict[str, list[TokenEvent]] = {}
         self.ended: dict[str, Status] = {}  # by this driver, terminal event to come
-        self.added = 0
+        self.bad: dict[str, int] = {}
+        """Requests of which every step raises that computes a token behind so many."""
+        self.wicked = rng.choice((0.0, 0.0, 0.0, 0.0, 0.05, 0.3))
+        self.runner.poison_of, self.runner.fails_late = self.poison_of, rng.random() < 0.5
+        self.added = self.injected = 0
         self.refused = 0
         """Requests that could have been served, but not then."""
 
@@ -239,6 +246,14 @@ class Episode:
         require(sorted(pool.free_pages()) == list(range(1, pool.num_pages)), "a page is not free in the end")
         require(not pool.cached and not any(pool.keys), "a page is still cached after a reset of the prefix cache")
 
+    def poison_of(self, batch: Batch) -> BaseException | None:
+        lengths = dict(zip(batch.rows.tolist(), batch.kv_lengths.tolist(), strict=True))
+        for seq in self.engine.scheduler.running:
+            at = self.bad.get(seq.request.request_id)
+            if at is not None and lengths.get(seq.row, 0) > at:
+                return RuntimeError(f"{seq.request.request_id} is poison")
+        return None
+
     def act(self) -> None:
         """Some of what may happen between two steps."""
         rng, draw = self.rng, self.rng.random
@@ -251,10 +266,10 @@ class Episode:
             require(
                 self.engine.reset_prefix_cache() != held, "the prefix cache was reset under held pages, or not when it could be"
             )
-        if draw() < 0.01:
-            self.runner.fail_submit = RuntimeError("injected")
-        if draw() < 0.01:
-            self.runner.fail_result = RuntimeError("injected")
+        if draw() < 0.02 and not self.engine.scheduler.trials:  # on trial it would end a request that is innocent
+            where = rng.choice(("fail_submit", "fail_result"))
+            setattr(self.runner, where, RuntimeError("injected"))
+            self.injected += 1
 
     def add(self) -> None:
         rng, name = self.rng, f"r{self.added}"
@@ -300,6 +315,8 @@ class Episode:
             require(not prompt or prompt_len + cap > limit or not whole, "a request was refused that fits")
             return
         require(not self.engine.scheduler.draining, "an engine that drains took a request")
+        if rng.random() < self.wicked:
+            self.bad[name] = rng.randrange(len(prompt) + 5)
         self.requests[name], self.tokens[name] = (request, number), []
         self.added += 1
 
@@ -317,7 +334,7 @@ class Episode:
     def step(self) -> None:
         pool, cached = self.engine.scheduler.pool, [key is not None for key in self.engine.scheduler.pool.keys]
         scheduler, preemptions = self.engine.scheduler, self.engine.scheduler.num_preemptions
-        order = Order(scheduler)
+        order, faults = Order(scheduler), self.runner.faults
         self.now += self.rng.choice((0.0, 0.1, 1.0))
         new = [seq for seq in scheduler.waiting if seq.status is Status.WAITING and not is_late(seq.request, self.now)]
         batch = set(scheduler.batch)
@@ -338,11 +355,16 @@ class Episode:
         self.evictions += sum(before and pool.keys[page] is None for page, before in enumerate(cached))
         self.steps += 1
         require(self.engine.stats()["num_resets"] == self.runner.faults, "the runner raised of itself")
+        tries = 2 + (scheduler.max_num_seqs - 1).bit_length()
+        require(self.runner.faults <= self.injected + tries * len(self.bad), "a culprit was not found by halving")
+        if scheduler.trials:
+            self.runner.fail_submit = self.runner.fail_result = None
         require(not self.runner.violations, f"the runner saw {self.runner.violations[:1]}")
         check_pages(scheduler)
         check_sequences(scheduler)
         check_in_flight(self.engine)
-        order.check()
+        if self.runner.faults == faults:
+            order.check()
         self.runner.poison([page for page in scheduler.pool.free_pages() if scheduler.pool.keys[page] is None])
         finished = [event.request_id for event in events if event.finish]
         require(all(name in finished for name in self.ended), "an aborted request did not end with the next step")
@@ -371,7 +393,9 @@ class Episode:
         got = [e.token_id for e in events]
         ended = self.ended.pop(name, None)
         cut = ended or (Status.FINISHED_TIMEOUT if is_late(request, self.now) else None)
-        cut = cut or (Status.FINISHED_ERROR if event.error and "raising" in event.error else None)
+        if event.error and "raising" in event.error:
+            require(name in self.bad, "an innocent request was ended for a step that raised")
+            cut = Status.FINISHED_ERROR
         require(event.finish is (cut or right.finish), f"{name} ended with {event.finish}, not {cut or right.finish}")
         require(got == (right.tokens[: len(got)] if cut else right.tokens), f"{name} gave {got}, not {right.tokens}")
         self.judge_details(request, events, right)

@@ -347,19 +347,108 @@ def test_after_a_step_that_raised_nothing_of_the_old_cache_is_a_hit() -> None:
     assert tokens(drain(engine)) == right(request("b")).tokens and not runner.violations
 
 
+def poisoned_by(*tokens: int) -> Callable[[Batch], BaseException | None]:
+    """Every step raises that holds one of the tokens."""
+    return lambda batch: RuntimeError(f"one of {tokens} is poison") if np.isin(batch.token_ids, tokens).any() else None
+
+
 @pytest.mark.parametrize("depth", [0, 1])
 def test_a_request_that_makes_every_step_raise_ends_and_the_engine_goes_on(depth: int) -> None:
     engine, runner = make_engine(depth=depth)
-    runner.fail_token = 63
+    runner.poison_of = poisoned_by(63)
     before, poison = request("before", [1, 2, 3], max_tokens=4), request("poison", [63])
     events = engine.run([before])["before"]
     engine.add(poison)
     (end,) = of(drain(engine), "poison")
-    assert end.finish is Status.FINISHED_ERROR and end.error and "token 63 is poison" in end.error
-    assert engine.stats()["num_resets"] == 3
-    runner.fail_token = None
+    assert end.finish is Status.FINISHED_ERROR and end.error and "(63,) is poison" in end.error
+    assert engine.stats()["num_resets"] == 2  # what raises once alone gets a second chance
+    runner.poison_of = poisoned_by()
     assert tokens(events) == tokens(engine.run([request("after", [1, 2, 3], max_tokens=4)])["after"])
     assert engine.reset_prefix_cache()
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("culprits", [[0], [17], [63], [20, 21], [3, 40, 60]], ids=str)
+def test_culprits_are_found_by_halving_and_the_others_finish_with_the_same_tokens(
+    culprits: list[int], depth: int, late: bool
+) -> None:
+    engine, runner = make_engine(depth=depth, num_pages=600, max_num_seqs=64, max_num_batched_tokens=100)
+
+    def poison(batch: Batch) -> BaseException | None:
+        """A culprit's steps raise once it has 12 tokens."""
+        rows = [seq.row for seq in engine.scheduler.running if int(seq.request.request_id) in culprits]
+        bad = np.isin(batch.rows, rows)
+        return RuntimeError("poison") if (batch.kv_lengths[bad] > 12).any() else None
+
+    runner.poison_of, runner.fails_late = poison, late
+    requests = [request(str(i), [i] * (1 + i % 9), max_tokens=20) for i in range(64)]
+    events = engine.run(requests)
+    for number, r in enumerate(requests):
+        mine, wanted = events[r.request_id], right(r, number).tokens
+        if number in culprits:
+            assert mine[-1].finish is Status.FINISHED_ERROR and tokens(mine) == wanted[: len(mine) - 1]
+            assert mine[-1].error and "poison" in mine[-1].error
+        else:
+            assert mine[-1].finish is Status.FINISHED_LENGTH and tokens(mine) == wanted
+    assert runner.faults == engine.stats()["num_resets"] <= 8 * len(culprits) and not runner.violations
+    assert engine.reset_prefix_cache()
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_where_every_step_raises_every_request_ends_after_a_bounded_number_of_them(depth: int) -> None:
+    engine, runner = make_engine(depth=depth, max_num_seqs=64, max_num_batched_tokens=640, num_pages=400)
+    runner.poison_of = lambda batch: RuntimeError("device lost")
+    events = engine.run([request(str(i)) for i in range(128)])
+    assert {e.finish for es in events.values() for e in es} == {Status.FINISHED_ERROR} and len(events) == 128
+    assert all(len(es) == 1 for es in events.values())
+    assert engine.stats()["num_resets"] <= 4 * 7 + 2  # log2, not one for each request
+    runner.poison_of = poisoned_by()
+    assert tokens(engine.run([request("after")])["after"]) == right(request("after"), 128).tokens
+
+
+def test_requests_that_come_during_a_trial_wait_and_lose_nothing() -> None:
+    engine, runner = make_engine()
+    runner.poison_of = poisoned_by(63)
+    for name, prompt in (("a", [1] * 9), ("bad", [2] * 30 + [63]), ("b", [3] * 9)):
+        engine.add(request(name, prompt))
+    events = []
+    while not engine.scheduler.trials:
+        events += engine.step()
+    engine.add(request("new"))
+    while engine.scheduler.trials:
+        assert not engine.scheduler.live["new"].admissions
+        events += engine.step()
+    events += drain(engine)
+    for number, (name, prompt) in enumerate((("a", [1] * 9), ("bad", None), ("b", [3] * 9), ("new", range(10)))):
+        if prompt:
+            assert tokens(of(events, name)) == right(request(name, prompt), number).tokens
+    assert [e.finish for e in of(events, "bad")] == [Status.FINISHED_ERROR]
+
+
+@pytest.mark.parametrize("how", ["abort", "interrupt"])
+def test_a_trial_survives_an_abort_of_the_suspects_and_an_interrupt(how: str) -> None:
+    engine, runner = make_engine(depth=1)
+    requests = [request(str(i), [i] * 15) for i in range(5)]
+    for r in requests:
+        engine.add(r)
+    events = engine.step() + engine.step()
+    runner.fail_submit = RuntimeError("once")
+    events += engine.step()
+    assert engine.scheduler.trials
+    gone = set()
+    if how == "abort":
+        gone = {seq.request.request_id for seq in engine.scheduler.trials[-1]}
+        assert gone and all(engine.abort(name) for name in gone)
+    else:
+        runner.fail_submit = KeyboardInterrupt()
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    events += drain(engine)
+    for number, r in enumerate(requests):
+        wanted = right(r, number).tokens
+        got = tokens(of(events, r.request_id))
+        assert got == (wanted[: len(got)] if r.request_id in gone else wanted)
 
 
 def test_a_request_is_not_given_up_as_long_as_it_gets_tokens_between_faults() -> None:

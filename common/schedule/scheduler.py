@@ -10,6 +10,10 @@ its tokens, so a chunk never waits. The victim of a preemption is the least urge
 never one, runs through, and gives its pages to the next. Nobody who waits is overtaken by a less urgent one, so the most urgent
 of them is admitted when those that run have ended, at the latest; only more urgent ones that keep coming can hold it off.
 
+After a step has raised, those who were in it are suspects (`recover`). They are tried in halves, each by itself, until every
+one of them has come past the place where it stood, which acquits it, or has raised alone, which ends it. So each culprit costs
+about log2 of a step's requests in further steps that raise, and the others their time.
+
 Three of these ideas can be left out, to measure what each is worth; no output depends on them. What takes an idea's place is
 the mildest form of doing without it, so that its worth is not overstated:
 - `static`: those who wait form a batch, and nobody joins before all of it have ended (`_form_batch`). The place of a request
@@ -35,9 +39,6 @@ from common.request import Logprobs, Request, Status, TokenEvent, expect
 from common.schedule.batch import Batch
 from common.schedule.pages import PageKey, PagePool, next_key
 from common.schedule.rows import Rows
-
-MAX_STRIKES = 3
-"""Raising steps in a row, without a token between them, after which a request is given up."""
 
 _urgency = attrgetter("urgency")
 
@@ -73,8 +74,8 @@ class Sequence:
     """Tokens sampled by steps in flight."""
     in_flight: int = 0
     """Steps in flight that name it; only when there are none are its pages and row free for others."""
-    strikes: int = 0
-    """Steps of its own that raised since its last token."""
+    suspect: int = 0
+    """It was in a step that raised, and is acquitted once a step has landed that computes this many of its tokens."""
     admissions: int = 0
     urgency: tuple[int, int] = field(init=False)
     """Priority, then arrival; the lesser is more urgent, and no two are alike."""
@@ -112,7 +113,7 @@ class Scheduler:
     """Requests in, steps out, results in, events out. Holds every request from `add` to its end. Knows no backend.
 
     `chunk` bounds the tokens of one request in a step (default: the whole budget). `schedule`, `cache`, `chunked_prefill` and
-    `max_waiting` are those of `EngineConfig`. While `draining` is set, no request is taken and the others go on.
+    `max_waiting` are those of `EngineConfig`. While `draining` is set, no request is taken, and the others go on.
     """
 
     def __init__(
@@ -141,6 +142,9 @@ class Scheduler:
         self.static, self.dense, self.chunked_prefill = schedule == "static", cache == "dense", chunked_prefill
         self.batch: set[Sequence] = set()
         """The static batch that runs, or is about to."""
+        self.trials: list[list[Sequence]] = []
+        """Groups of suspects; while there are any, only the last is run."""
+        self.faults_in_a_row = 0
         self.max_waiting, self.draining = max_waiting, False
         self.pool = PagePool(num_pages)
         self.rows = Rows(self.max_num_seqs, max_model_len, block_size, groups)
@@ -234,8 +238,10 @@ class Scheduler:
 
     def recover(self, suspects: list[Sequence]) -> list[str]:
         """After a step raised, and the runner lost its pages and rows: everyone who ran waits again and keeps the emitted
-        tokens. A suspect that has come to `MAX_STRIKES` without a token in between ends; returns the ids of those.
+        tokens. `suspects` are those in the steps of which one raised. Ends who is found guilty; returns the ids of those.
         """
+        for seq in suspects:
+            seq.suspect = 0 if seq.status.finished else seq.computed
         for seq in self.running:
             seq.become(Status.PREEMPTED)
             insort(self.waiting, seq, key=_urgency)
@@ -244,17 +250,40 @@ class Scheduler:
             seq.in_flight = 0
         self.running, self.leaving = [], []
         self.pool = PagePool(self.pool.num_pages, self.pool.secret)
-        for seq in suspects:
-            seq.strikes += 1
-        failed = [seq for seq in suspects if seq.strikes >= MAX_STRIKES and not seq.status.finished]
-        for seq in failed:
+        guilty = self._arraign([seq for seq in suspects if seq.suspect])
+        for seq in guilty:
             self._finish(seq, Status.FINISHED_ERROR)
-        return [seq.request.request_id for seq in failed]
+        return [seq.request.request_id for seq in guilty]
+
+    def _arraign(self, suspects: list[Sequence]) -> list[Sequence]:
+        """Who of those whose step raised is guilty: one that was on trial, and alone. Otherwise they are to be tried in halves.
+
+        Where many steps raise and none lands between, it is hardly for what is in them, and all who are under suspicion end. So
+        a lost device does not cost a step for each request; eight culprits side by side among 64 do not come to as many.
+        """
+        if not suspects:
+            return []
+        self.faults_in_a_row += 1
+        tried = self.trials.pop() if self.trials else []
+        if self.faults_in_a_row > 4 * self.max_num_seqs.bit_length():
+            everyone = dict.fromkeys([*suspects, *tried, *(seq for group in self.trials for seq in group)])
+            self.trials = []
+            return [seq for seq in everyone if seq.suspect]
+        untried = [seq for seq in tried if seq.suspect and seq not in suspects]
+        if tried and len(suspects) == 1:
+            guilty, halves = suspects, []
+        else:
+            half = len(suspects) // 2
+            guilty, halves = [], [suspects[half:], suspects[:half]]
+        self.trials += [group for group in (untried, *halves) if group]
+        return guilty
 
     # ── one step: schedule ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def schedule(self) -> Step | None:
         """The next step, or None if nobody can run before a step in flight has landed."""
+        if not self._try_next():
+            return None
         preemptions = self.num_preemptions
         decodes, chunks = self._continue()
         admitted: list[tuple[Sequence, int]] = []
@@ -267,6 +296,16 @@ class Scheduler:
         plan += [item for item in chunks if item[1] == 1]
         plan += [item for item in chunks if item[1] > 1]
         return self._commit(plan, started) if plan else None
+
+    def _try_next(self) -> bool:
+        """Go on to the next trial if this one is over, with nobody else on the device; False while steps are in flight."""
+        while self.trials and not any(seq.suspect for seq in self.trials[-1]):
+            if any(seq.in_flight for seq in (*self.running, *self.leaving)):
+                return False
+            self.trials.pop()
+            for seq in list(self.running) if self.trials else ():
+                self._send_back(seq)
+        return True
 
     def _continue(self) -> tuple[list[Sequence], list[tuple[Sequence, int]]]:
         """Running requests: those that need one token, then the next chunk of those that need more, both in their order."""
@@ -337,6 +376,8 @@ class Scheduler:
         """Whether one that waits may be admitted now. If not, it is passed over and keeps its place."""
         if seq.in_flight:  # its next tokens depend on the result
             return False
+        if self.trials and seq not in self.trials[-1]:
+            return False
         return not self.static or seq in self.batch
 
     def _form_batch(self) -> bool:
@@ -405,10 +446,13 @@ class Scheduler:
     def update(self, step: Step, result: Result, time: float) -> list[TokenEvent]:
         """Take in the result of the oldest step in flight, seen at `time`: new tokens, ends, pages to offer to others."""
         batch, events = step.batch, []
+        self.faults_in_a_row = 0
         tokens, starts, ends = result.tokens.tolist(), result.token_starts.tolist(), batch.kv_lengths.tolist()
         bad = set() if result.finite.all() else set(batch.logit_owner[~result.finite].tolist())
         for i, seq in enumerate(step.seqs):
             seq.in_flight -= 1
+            if seq.suspect and ends[i] >= seq.suspect:
+                seq.suspect = 0
             if i in bad and not seq.status.finished:
                 events.append(self._spoil(seq, time))
             elif seq.status is Status.RUNNING and self.prefix_caching:
@@ -447,7 +491,6 @@ class Scheduler:
         self.rows.tokens[seq.row, seq.known] = token
         seq.known += 1
         seq.pending -= 1
-        seq.strikes = 0
         finish, stop_reason = None, None
         if token in seq.stops and len(seq.output) >= params.min_tokens:
             finish, stop_reason = Status.FINISHED_STOP, seq.stops[token]
@@ -469,9 +512,13 @@ class Scheduler:
     # ── leaving ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _preempt(self, seq: Sequence) -> None:
-        """Send a running sequence back to waiting. Its pages go, its tokens stay: they will be computed anew as a prompt."""
+        """Make room for others by sending a running sequence back to waiting."""
         self.num_preemptions += 1
         self._close_batch()
+        self._send_back(seq)
+
+    def _send_back(self, seq: Sequence) -> None:
+        """A running sequence waits again. Its pages go, its tokens stay: they will be computed anew as a prompt."""
         self.running.remove(seq)
         seq.become(Status.PREEMPTED)
         insort(self.waiting, seq, key=_urgency)
@@ -480,6 +527,7 @@ class Scheduler:
     def _finish(self, seq: Sequence, status: Status) -> None:
         before = seq.status
         seq.become(status)
+        seq.suspect = 0
         del self.live[seq.request.request_id]
         if before is Status.RUNNING:
             self.running.remove(seq)
