@@ -100,6 +100,10 @@ class Engine(InferenceEngine):
 
     def add(self, request: Request) -> None:
         vocab, name = self.caps.vocab_size, request.request_id
+        n = request.params.n
+        expect(
+            n == 1, f"Request {name!r}: an engine continues a prompt once, got n={n}; add what fan_out makes of the request."
+        )
         for what, ids in (
             ("prompt_token_ids", request.prompt_token_ids),
             ("stop_token_ids", request.params.stop_token_ids),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any, Self
 
 from common.errors import RequestError, nearest_hint
 
 MAX_LOGPROBS = 20
+MAX_N = 64
 GREEDY_EPSILON = 1e-5
 """Temperatures below this are greedy."""
 
@@ -36,6 +37,8 @@ class SamplingParams:
     Order of operations: temperature → min_p → top_k → top_p → inverse CDF.
     """
 
+    n: int = 1
+    """Continuations of the prompt; see `fan_out`."""
     max_tokens: int | None = 16
     """Output tokens at most; None fills the context."""
     min_tokens: int = 0
@@ -99,6 +102,8 @@ class SamplingParams:
             f"stop_token_ids must hold token ids ≥ 0, got {self.stop_token_ids!r}.",
         )
         put("top_k", 0 if self.top_k == -1 else self.top_k)
+        expect(_whole(self.n, 1, MAX_N), f"n must be an integer in [1, {MAX_N}], got {self.n!r}.")
+        expect(self.n == 1 or not self.greedy, f"n must be 1 where temperature is 0: all {self.n} continuations were the same.")
 
     @property
     def greedy(self) -> bool:
@@ -152,6 +157,9 @@ class Request:
     deadline: float | None = None
     """When it ends with `FINISHED_TIMEOUT` if it has not ended before, whether it runs or waits; on the clock of
     `time.perf_counter`, so that what is spent before `add` counts too."""
+    parent: str | None = None
+    """The id of a live request with the same prompt and salt: this one starts from its pages once they are written, instead of
+    computing the prompt anew. Where there is no such request, or it leaves them before that, this one goes by itself."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt_token_ids", tuple(self.prompt_token_ids))
@@ -166,6 +174,24 @@ class Request:
             self.deadline is None or _real(self.deadline, -1e15, 1e15),
             f"Request {self.request_id!r}: deadline must be a finite number of seconds or None, got {self.deadline!r}.",
         )
+
+
+def fan_out(request: Request) -> list[Request]:
+    """The requests for `n` continuations of one prompt: `<id>-<i>`, with seed + i where there is one, the first the parent of
+    the others. An engine takes these; one continuation is the request itself."""
+    name, params = request.request_id, request.params
+    if params.n == 1:
+        return [request]
+    seeds = [None if params.seed is None else (params.seed + i) % 2**64 for i in range(params.n)]
+    return [
+        replace(
+            request,
+            request_id=f"{name}-{i}",
+            params=replace(params, n=1, seed=seed),
+            parent=f"{name}-0" if i else request.parent,
+        )
+        for i, seed in enumerate(seeds)
+    ]
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,9 @@ class HistoryRunner(ModelRunner):
 
     def _run(self, batch: Batch) -> Result:
         size, vocab = self.block_size, self._caps.vocab_size
+        sources, targets = batch.copies[0].T
+        for kept in (self.chain.reshape(-1, size), self.at.reshape(-1, size)):
+            kept[targets] = kept[sources]
         rows, starts, kv_lengths = batch.rows, batch.query_starts[:-1], batch.kv_lengths
         table, slots, positions = batch.page_table[0], batch.slots[0], batch.positions
         tokens = batch.token_ids.astype(np.uint64)

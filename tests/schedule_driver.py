@@ -51,25 +51,28 @@ def check_pages(scheduler: Scheduler) -> None:
     require(listed == keyed, "the prefix cache lists other pages than have keys")
     if scheduler.trials:
         require(set(scheduler.running) <= set(scheduler.trials[-1]), "a request runs beside those on trial")
-    if scheduler.prefix_caching:
-        check_sharing(scheduler)
-    else:
-        require(not keyed and max(held.values(), default=1) == 1, "pages are shared although prefix caching is off")
+    require(scheduler.prefix_caching or not keyed, "a page is published although prefix caching is off")
+    relatives = scheduler.num_forks or scheduler.prefix_caching
+    require(
+        relatives or max(held.values(), default=1) == 1, "pages are shared although nobody forked and prefix caching is off"
+    )
+    check_sharing(scheduler)
 
 
 def check_sharing(scheduler: Scheduler) -> None:
-    """A page in two tables stands at the same place in both, is published, and holds the same tokens of the same salt (P4)."""
+    """A page in two tables stands at the same place in both, is written, and holds the same tokens of the same salt (P4)."""
     size, pool = scheduler.block_size, scheduler.pool
     contents: dict[int, tuple[int, str, tuple[int, ...]]] = {}
     for seq in scheduler.running:
         tokens = (*seq.request.prompt_token_ids, *seq.output)
         for i, page in enumerate(seq.pages):
             shared = pool.refs[page] > 1
-            if i >= seq.published:
+            if (i + 1) * size > seq.landed:
+                require(i >= seq.published, "a page was published before it was written")
                 require(not shared, "a page is shared that one of its holders may still write")
                 continue
             content = (i, seq.request.cache_salt, tokens[: (i + 1) * size])
-            require(len(content[2]) == (i + 1) * size, "a page was published before the host knows its tokens")
+            require(len(content[2]) == (i + 1) * size, "a page was written before the host knows its tokens")
             require(
                 contents.setdefault(page, content) == content, "a page is shared by requests with another place, salt or prefix"
             )
@@ -104,6 +107,16 @@ def urgency(seq: Sequence) -> tuple[int, int]:
     return seq.request.priority, seq.number
 
 
+def awaits_parent(seq: Sequence) -> bool:
+    """Whether a request may be passed over in the next step, for the parent that it starts from has not written the prompt."""
+    parent = seq.parent
+    if parent is None or parent.status.finished:
+        return False
+    if parent.status is Status.RUNNING:
+        return parent.landed < len(seq.request.prompt_token_ids)
+    return urgency(parent) < urgency(seq)  # a preempted one may run again before it in the same step
+
+
 def is_late(request: Request, now: float) -> bool:
     return request.deadline is not None and request.deadline <= now
 
@@ -116,7 +129,7 @@ class Order:
 
     def __post_init__(self) -> None:
         self.running, self.waiting = list(self.scheduler.running), list(self.scheduler.waiting)
-        self.ready = [seq for seq in self.waiting if not seq.in_flight]
+        self.ready = [seq for seq in self.waiting if not seq.in_flight and not awaits_parent(seq)]
         self.admissions = {seq: seq.admissions for seq in self.waiting}
 
     def check(self) -> None:
@@ -219,6 +232,7 @@ class Episode:
         self.requests: dict[str, tuple[Request, int]] = {}  # live ones, with their arrival numbers
         self.tokens: dict[str, list[TokenEvent]] = {}
         self.ended: dict[str, Status] = {}  # by this driver, terminal event to come
+        self.forking = rng.choice((0.0, 0.3, 0.9))
         self.bad: dict[str, int] = {}
         """Requests of which every step raises that computes a token behind so many."""
         self.wicked = rng.choice((0.0, 0.0, 0.0, 0.0, 0.05, 0.3))
@@ -275,6 +289,10 @@ class Episode:
         rng, name = self.rng, f"r{self.added}"
         stem = rng.choice(self.stems)[: rng.randrange(self.max_model_len)]
         prompt = stem + [rng.randrange(VOCAB) for _ in range(rng.choice((0, 1, 1, 2, 5)))]
+        parent, salt = None, rng.choice(("", "", "a", "b"))
+        if self.requests and rng.random() < self.forking:
+            parent = rng.choice(list(self.requests))
+            prompt, salt = list(self.requests[parent][0].prompt_token_ids), self.requests[parent][0].cache_salt
         cap = rng.choice((None, 1, 2, 5, 12, 30))
         params = SamplingParams(
             max_tokens=cap,
@@ -295,7 +313,8 @@ class Episode:
                 prompt_token_ids=prompt,
                 params=params,
                 eos_token_ids=eos,
-                cache_salt=rng.choice(("", "", "a", "b")),
+                cache_salt=salt,
+                parent=parent,
                 priority=rng.choice(self.priorities),
                 deadline=self.now + rng.choice((-1, 0, 0.5, 3, 10, 50)) if rng.random() < 0.3 else None,
             )
@@ -347,7 +366,9 @@ class Episode:
             require({seq for seq in new if seq.admissions} <= scheduler.batch, "a request runs outside of the batch")
             if not scheduler.batch <= batch:
                 over = all(seq.status.finished and not seq.in_flight for seq in batch)
-                require(over and scheduler.batch <= set(new[: scheduler.max_num_seqs]), "a request joined a batch that had begun")
+                require(
+                    over and scheduler.batch <= set(new[: scheduler.max_num_seqs]), "a request joined a batch that had begun"
+                )
             ran_out = scheduler.num_preemptions > preemptions
             require(not ran_out or all(seq.admissions for seq in scheduler.batch), "a batch stays open without pages for it")
         if not scheduler.chunked_prefill:

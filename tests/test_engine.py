@@ -19,7 +19,7 @@ import pytest
 from common.config import EngineConfig
 from common.engine import Engine, build_engine, pool_size
 from common.errors import BackendError, ConfigError, DrainingError, QueueFullError, RequestError
-from common.request import Request, SamplingParams, Status, TokenEvent
+from common.request import Request, SamplingParams, Status, TokenEvent, fan_out
 from common.schedule.batch import Batch
 from common.schedule.scheduler import mix64
 from common.schedule.trace import replay
@@ -315,6 +315,34 @@ def test_check_36_every_tenth_of_100_is_aborted_and_the_others_come_out_whole(de
         assert tokens(mine) == right(r, i).tokens[: 3 if aborted else 10]
     again = engine.run([request("r0", max_tokens=4)])["r0"]  # its id is free
     assert len(tokens(again)) == 4 and engine.reset_prefix_cache()
+
+
+# ── n > 1 ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("num_pages", [12, 100])
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_n_continuations_are_the_oracles_and_compute_their_prompt_once(depth: int, num_pages: int, caching: bool) -> None:
+    engine, runner = make_engine(depth=depth, num_pages=num_pages, enable_prefix_caching=caching)
+    asked = request("r", range(23), n=6, temperature=1.0, seed=9, max_tokens=20)
+    fan = fan_out(asked)
+    events = engine.run(fan)
+    got = [tokens(events[r.request_id]) for r in fan]
+    assert got == [right(replace(r, params=replace(r.params, seed=9 + i))).tokens for i, r in enumerate(fan)]
+    assert len(set(map(tuple, got))) == 6 and not runner.violations and engine.reset_prefix_cache()
+    stats = engine.stats()
+    if num_pages == 100:
+        assert engine.scheduler.num_forks == 5 and stats["scheduled_tokens"] == 23 + 5 + 6 * 19
+    else:
+        assert stats["num_preemptions"] > 0
+
+
+def test_an_engine_refuses_a_request_for_several_continuations() -> None:
+    engine, _ = make_engine()
+    with pytest.raises(RequestError, match="fan_out"):
+        engine.add(request("r", n=2, temperature=1.0))
+    assert not engine.has_work
 
 
 # ── faults ───────────────────────────────────────────────────────────────────────────────────────────────────────────────

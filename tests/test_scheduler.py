@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -626,6 +627,96 @@ def test_a_token_that_only_the_device_knows_is_filled_from_its_row() -> None:
     assert step is not None
     assert step.batch.fill_at.tolist() == [0] and step.batch.fill_row.tolist() == step.batch.rows.tolist()
     assert step.batch.positions.tolist() == [3] and step.batch.token_ids.tolist() == [0]
+
+
+# ── forks ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def fork(name: str, parent: Request, **changes: Any) -> Request:
+    return replace(parent, request_id=name, parent=parent.request_id, **changes)
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize(
+    ("length", "shared", "copied"), [(1, 0, 0), (15, 0, 1), (16, 0, 1), (17, 1, 0), (40, 2, 1), (48, 2, 1)]
+)
+def test_a_fork_shares_the_prompts_pages_and_computes_its_last_token(
+    caching: bool, length: int, shared: int, copied: int
+) -> None:
+    scheduler = make_scheduler(prefix_caching=caching)
+    parent = request("p", length)
+    for each in (parent, fork("c1", parent), fork("c2", parent)):
+        scheduler.add(each)
+    step = scheduler.schedule()
+    assert step is not None and scheduled(step) == {"p": length} and not step.batch.copies.size
+    land(scheduler, step)
+    step = scheduler.schedule()
+    assert step is not None and scheduled(step) == {"p": 1, "c1": 1, "c2": 1} and scheduler.num_forks == 2
+    p, *children = (scheduler.live[name] for name in ("p", "c1", "c2"))
+    for child in children:
+        assert child.pages[:shared] == p.pages[:shared] and not set(child.pages[shared:]) & set(p.pages)
+        assert len(child.pages) == -(-length // 16)
+    assert step.batch.copies.tolist() == [[[p.pages[shared], child.pages[shared]] for child in children] * copied]
+    assert step.batch.positions.tolist() == [length, length - 1, length - 1]
+    check_pages(scheduler)
+    check_sequences(scheduler)
+    land(scheduler, step)
+    while scheduler.live:
+        turn(scheduler)
+    assert_empty(scheduler)
+
+
+@pytest.mark.parametrize("how", ["ended", "aborted", "preempted", "one token"])
+def test_where_the_parent_leaves_before_its_prompt_is_shared_the_child_goes_by_itself(how: str) -> None:
+    scheduler = make_scheduler(prefix_caching=False, max_num_batched_tokens=32)
+    parent = request("p", 40, max_tokens=1 if how == "one token" else 16)
+    scheduler.add(parent)
+    scheduler.add(fork("c", parent))
+    if how == "one token":
+        turn(scheduler)
+        turn(scheduler)
+    elif how != "ended":
+        step = scheduler.schedule()
+        assert scheduled(step) == {"p": 32}
+        land(scheduler, step)
+    match how:
+        case "preempted":
+            scheduler._preempt(scheduler.live["p"])
+            scheduler.end("p", Status.FINISHED_ABORT)
+        case "ended" | "aborted":
+            scheduler.end("p", Status.FINISHED_ABORT)
+    assert scheduled(scheduler.schedule()) == {"c": 32} and scheduler.num_forks == 0
+
+
+def test_a_child_whose_parent_still_computes_the_prompt_holds_up_nobody() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=32)
+    parent = request("p", 40)
+    for each in (parent, fork("c", parent), request("other", 4)):
+        scheduler.add(each)
+    steps = []
+    for _ in range(3):
+        steps.append(scheduled(step := scheduler.schedule()))
+        land(scheduler, step)
+    assert steps == [{"p": 32}, {"p": 8, "other": 4}, {"p": 1, "other": 1, "c": 1}]
+
+
+def test_a_child_does_not_wait_for_a_parent_that_is_less_urgent() -> None:
+    scheduler = make_scheduler(max_num_seqs=1)
+    parent = request("p", 20, priority=1)
+    scheduler.add(parent)
+    scheduler.add(fork("c", parent, priority=0))
+    assert scheduled(scheduler.schedule()) == {"c": 20}
+
+
+@pytest.mark.parametrize("changes", [{"prompt_token_ids": (1, 2)}, {"cache_salt": "other"}], ids=str)
+def test_a_parent_with_another_prompt_or_salt_is_refused(changes: dict[str, Any]) -> None:
+    scheduler = make_scheduler()
+    parent = request("p", 3)
+    scheduler.add(parent)
+    with pytest.raises(RequestError, match="parent 'p' has another prompt or cache_salt"):
+        scheduler.add(fork("c", parent, **changes))
+    scheduler.end("p", Status.FINISHED_ABORT)
+    scheduler.add(fork("c", parent, **changes))  # nobody's child
 
 
 # ── the door ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

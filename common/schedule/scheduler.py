@@ -14,6 +14,10 @@ After a step has raised, those who were in it are suspects (`recover`). They are
 one of them has come past the place where it stood, which acquits it, or has raised alone, which ends it. So each culprit costs
 about log2 of a step's requests in further steps that raise, and the others their time.
 
+A request with a `parent` forks: it holds the pages its parent has filled with their prompt, has a copy made of the last one, of
+which it will write the rest, and computes only the prompt's last token. Until the parent's prompt is written it is passed over;
+that holds up nobody, for the parent runs or stands before it in the queue.
+
 Three of these ideas can be left out, to measure what each is worth; no output depends on them. What takes an idea's place is
 the mildest form of doing without it, so that its worth is not overstated:
 - `static`: those who wait form a batch, and nobody joins before all of it have ended (`_form_batch`). The place of a request
@@ -61,6 +65,8 @@ class Sequence:
     """Tokens the host knows."""
     stops: dict[int, int | None]
     """Tokens that end it -> the reason to report: None for EOS."""
+    parent: Sequence | None = None
+    """From whose pages it starts; None once it has started."""
     status: Status = Status.WAITING
     output: list[int] = field(default_factory=list)
     row: int = -1
@@ -68,6 +74,8 @@ class Sequence:
     keys: list[PageKey] = field(default_factory=list)
     """Of its full pages, as far as they were needed yet."""
     computed: int = 0
+    landed: int = 0
+    """Tokens at its start whose KV is written: those of steps that have landed, and hits."""
     published: int = 0
     """Of `pages`, how many were hits or are offered to others."""
     pending: int = 0
@@ -86,7 +94,9 @@ class Sequence:
     def become(self, status: Status) -> None:
         """Change the state. Raises `LifecycleError` if it does not lead there."""
         if not self.status.leads_to(status):
-            raise LifecycleError(f"Request {self.request.request_id!r} cannot go from {self.status} to {status}; this is a bug.")
+            raise LifecycleError(
+                f"Request {self.request.request_id!r} cannot go from {self.status} to {status}; this is a bug."
+            )
         self.status = status
 
     @property
@@ -142,6 +152,8 @@ class Scheduler:
         self.static, self.dense, self.chunked_prefill = schedule == "static", cache == "dense", chunked_prefill
         self.batch: set[Sequence] = set()
         """The static batch that runs, or is about to."""
+        self.copies: list[tuple[int, int]] = []
+        """Pages (from, to) to copy at the beginning of the step that is being scheduled."""
         self.trials: list[list[Sequence]] = []
         """Groups of suspects; while there are any, only the last is run."""
         self.faults_in_a_row = 0
@@ -155,6 +167,7 @@ class Scheduler:
         self.deadlines: list[tuple[float, int, Sequence]] = []  # a heap; who has ended stays until it comes up
         self.num_requests = 0
         self.num_preemptions = 0
+        self.num_forks = 0
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
 
@@ -194,6 +207,12 @@ class Scheduler:
             f"{-(-(prompt_len + max_tokens - 1) // self.block_size)} pages, but the pool has {self.pool.num_pages - 1} of "
             f"{self.block_size} tokens; ask for at most {limit} or raise num_blocks.",
         )
+        parent = None if request.parent is None or self.dense else self.live.get(request.parent)
+        alike = lambda one: (one.prompt_token_ids, one.cache_salt)  # noqa: E731
+        expect(
+            parent is None or alike(parent.request) == alike(request),
+            f"Request {name!r}: parent {request.parent!r} has another prompt or cache_salt; name one with the same, or none.",
+        )
         if self.draining:
             raise DrainingError(f"Request {name!r}: this engine only finishes what it has; send the request to another.")
         if self.max_waiting is not None and len(self.waiting) >= self.max_waiting:
@@ -209,6 +228,7 @@ class Scheduler:
             seed=mix64(self.seed, self.num_requests) if params.seed is None else params.seed,
             known=prompt_len,
             stops={**{token: token for token in params.stop_token_ids}, **dict.fromkeys(eos)},
+            parent=parent,
         )
         self.num_requests += 1
         self.live[name] = seq
@@ -248,7 +268,7 @@ class Scheduler:
         for seq in (*self.running, *self.leaving):
             self._give_back(seq)
             seq.in_flight = 0
-        self.running, self.leaving = [], []
+        self.running, self.leaving, self.copies = [], [], []
         self.pool = PagePool(self.pool.num_pages, self.pool.secret)
         guilty = self._arraign([seq for seq in suspects if seq.suspect])
         for seq in guilty:
@@ -351,16 +371,24 @@ class Scheduler:
             if not self._is_ready(seq):
                 at += 1
                 continue
-            hits = self._lookup(seq)
-            if seq.known - len(hits) * self.block_size > budget and not self._may_split(seq):
+            parent = seq.parent if seq.parent and seq.parent.status is Status.RUNNING else None
+            hits = parent.pages[: (seq.known - 1) // self.block_size] if parent else self._lookup(seq)
+            computed = seq.known - 1 if parent else len(hits) * self.block_size
+            if seq.known - computed > budget and not self._may_split(seq):
                 break
             pages = self.pool.allocate(self._pages_to_start(seq) - len(hits), hits)
             if pages is None:
                 self._close_batch()
                 break
-            seq.pages, seq.published, seq.computed = pages, len(hits), len(hits) * self.block_size
+            seq.pages, seq.published, seq.computed, seq.landed = pages, len(hits), computed, computed
             seq.row = self.rows.take(seq.tokens(), pages, seq.request.params, seq.seed)
-            if not seq.admissions:  # what a preempted request finds again is no merit of the cache
+            seq.parent = None
+            if parent:
+                self.num_forks += 1
+                seq.keys = parent.keys[: len(hits)]
+                if computed % self.block_size:
+                    self.copies.append((parent.pages[len(hits)], pages[len(hits)]))
+            elif not seq.admissions:  # what a preempted request finds again is no merit of the cache
                 self.prefix_cache_queries += seq.known
                 self.prefix_cache_hits += seq.computed
             seq.admissions += 1
@@ -378,7 +406,16 @@ class Scheduler:
             return False
         if self.trials and seq not in self.trials[-1]:
             return False
-        return not self.static or seq in self.batch
+        return (not self.static or seq in self.batch) and not self._awaits_parent(seq)
+
+    def _awaits_parent(self, seq: Sequence) -> bool:
+        """Whether the parent is still to write the prompt, or to be admitted first as the more urgent."""
+        parent = seq.parent
+        if parent is None:
+            return False
+        if parent.status is Status.RUNNING:
+            return parent.landed < len(seq.request.prompt_token_ids)
+        return parent.status is Status.WAITING and parent.urgency < seq.urgency
 
     def _form_batch(self) -> bool:
         """Once all of a static batch have ended, the next is the first `max_num_seqs` of those that wait by then. Its members
@@ -439,7 +476,8 @@ class Scheduler:
                 seq.pending += 1
             seq.computed = end
             seq.in_flight += 1
-        return Step([seq for seq, _ in plan], self.rows.build(rows, starts, counts, samples, fills), started)
+        copies, self.copies = self.copies, []
+        return Step([seq for seq, _ in plan], self.rows.build(rows, starts, counts, samples, fills, copies), started)
 
     # ── one step: its result ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -451,6 +489,7 @@ class Scheduler:
         bad = set() if result.finite.all() else set(batch.logit_owner[~result.finite].tolist())
         for i, seq in enumerate(step.seqs):
             seq.in_flight -= 1
+            seq.landed = ends[i]
             if seq.suspect and ends[i] >= seq.suspect:
                 seq.suspect = 0
             if i in bad and not seq.status.finished:
@@ -527,7 +566,7 @@ class Scheduler:
     def _finish(self, seq: Sequence, status: Status) -> None:
         before = seq.status
         seq.become(status)
-        seq.suspect = 0
+        seq.suspect, seq.parent = 0, None
         del self.live[seq.request.request_id]
         if before is Status.RUNNING:
             self.running.remove(seq)
@@ -545,7 +584,7 @@ class Scheduler:
     def _give_back(self, seq: Sequence) -> None:
         self.pool.release(seq.pages)
         self.rows.give_back(seq.row)
-        seq.row, seq.pages, seq.computed, seq.published, seq.pending = -1, [], 0, 0, 0
+        seq.row, seq.pages, seq.computed, seq.landed, seq.published, seq.pending = -1, [], 0, 0, 0, 0
 
 
 def logprobs_of(result: Result, j: int, k: int) -> Logprobs:
