@@ -24,7 +24,7 @@ from common.config import EngineConfig
 from common.engine import build_engine
 from common.errors import ConfigError, RequestError, TandemError, nearest_hint
 from common.interface import Progress
-from common.request import Request, SamplingParams, expect
+from common.request import Request, SamplingParams, expect, fan_out
 from common.text.chat import ChatTemplate, Message
 from common.text.output import Delta, OutputText
 from common.text.tokenizer import Tokenizer, open_tokenizer
@@ -72,6 +72,7 @@ class RequestOutput:
     """None where the prompt came as token ids."""
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
+    """`SamplingParams.n` of them, by index."""
     finished: bool
 
 
@@ -110,10 +111,17 @@ class LLM:
         """
         many = [prompts] if _is_one(prompts) else list(prompts)
         texts, requests = self._requests(many, sampling_params)
-        self._run(requests, use_tqdm)
+        fans = [fan_out(request) for request in requests]
+        self._run([each for fan in fans for each in fan], use_tqdm)
         return [
-            self._output(text, request, self._deltas.pop(request.request_id))
-            for text, request in zip(texts, requests, strict=True)
+            RequestOutput(
+                request_id=request.request_id,
+                prompt=text,
+                prompt_token_ids=list(request.prompt_token_ids),
+                outputs=[self._output(i, each, self._deltas.pop(each.request_id)) for i, each in enumerate(fan)],
+                finished=True,
+            )
+            for text, request, fan in zip(texts, requests, fans, strict=True)
         ]
 
     def chat(
@@ -146,6 +154,7 @@ class LLM:
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Delta]:
         """Continue one prompt token by token. Several streams may be read in turn; leaving one early aborts its request."""
         _, (request,) = self._requests([prompt], sampling_params)
+        expect(request.params.n == 1, f"A stream has one continuation, got n={request.params.n}; use generate, or n streams.")
         return self._stream(request)
 
     def close(self) -> None:
@@ -256,13 +265,13 @@ class LLM:
                     self._step()
         del self._deltas[name]
 
-    def _output(self, text: str | None, request: Request, deltas: Sequence[Delta]) -> RequestOutput:
+    def _output(self, index: int, request: Request, deltas: Sequence[Delta]) -> CompletionOutput:
         last = deltas[-1]
         token_ids = [token for delta in deltas for token in delta.token_ids]
         asked = request.params.logprobs is not None
         scored = [(token, delta) for delta in deltas for token in delta.token_ids if delta.logprobs is not None]
-        completion = CompletionOutput(
-            index=0,
+        return CompletionOutput(
+            index=index,
             text="".join(delta.text for delta in deltas),
             token_ids=token_ids,
             cumulative_logprob=sum(delta.logprobs.logprob for _, delta in scored if delta.logprobs) if asked else None,
@@ -271,7 +280,6 @@ class LLM:
             stop_reason=last.stop_reason,
             error=last.error,
         )
-        return RequestOutput(request.request_id, text, list(request.prompt_token_ids), [completion], finished=True)
 
     def _logprobs(self, token: int, delta: Delta) -> dict[int, Logprob]:
         found = delta.logprobs

@@ -50,12 +50,18 @@ class Rows:
         self.free.append(row)
 
     def build(
-        self, row_list: list[int], start_list: list[int], count_list: list[int], samples: list[int], fills: list[int]
+        self,
+        row_list: list[int],
+        start_list: list[int],
+        count_list: list[int],
+        samples: list[int],
+        fills: list[int],
+        copies: Sequence[tuple[int, int]] = (),
     ) -> Batch:
         """The batch in which sequence s runs `count_list[s]` tokens from position `start_list[s]` of its row on.
 
         `samples`: the sequences whose last token asks for a next one. `fills`: those whose last token only the device knows.
-        Sequences of one token must come first.
+        `copies`: pages (from, to) to copy first. Sequences of one token must come first.
         """
         rows, starts, counts = np.array(row_list, np.int32), np.array(start_list, np.int32), np.array(count_list, np.int32)
         size, num_seqs = self.block_size, len(rows)
@@ -85,7 +91,7 @@ class Rows:
             "rows": rows,
             "page_table": page_table[None].repeat(self.groups, 0),
             "slots": slots[None].repeat(self.groups, 0),
-            "copies": self._no_copies,
+            "copies": np.array([copies] * self.groups, np.int32) if copies else self._no_copies,
             "fill_at": fill_at,
             "fill_row": token_rows[fill_at],
             "logit_rows": last[logit_owner],
