@@ -189,6 +189,8 @@ def test_echo_puts_the_prompt_before_the_answer(served: Served, tokenizer: Token
     plain = served.complete(prompt=PROMPT, max_tokens=5)["choices"][0]["text"]
     for prompt in (PROMPT, ids, [ids]):
         assert served.complete(prompt=prompt, max_tokens=5, echo=True)["choices"][0]["text"] == PROMPT + plain
+    nothing = served.complete(prompt=PROMPT, max_tokens=0, echo=True)
+    assert (nothing["choices"][0]["text"], nothing["usage"]["completion_tokens"]) == (PROMPT, 0)
     chunks = served.events(prompt=ids, max_tokens=5, echo=True)
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == PROMPT + plain
 

@@ -113,7 +113,7 @@ def make_app(options: argparse.Namespace) -> FastAPI:
         stall_s=options.stall_s,
         log_prompts=options.log_prompts,
     )
-    return create_app(serving, api_key=options.api_key, with_admin=options.admin)
+    return create_app(serving, api_key=options.api_key or None, with_admin=options.admin)
 
 
 def make_front(options: argparse.Namespace, backends: Sequence[str], given: Sequence[str]) -> FastAPI:
@@ -123,7 +123,7 @@ def make_front(options: argparse.Namespace, backends: Sequence[str], given: Sequ
     name = os.path.basename(os.path.normpath(name)) if os.path.exists(name) else name
     served = {backend: [f"{name}@{backend}"] for backend in backends}
     served[backends[0]].insert(0, name)
-    return create_front(Backends.start(served, given), api_key=options.api_key)
+    return create_front(Backends.start(served, given), api_key=options.api_key or None)
 
 
 def listen(options: argparse.Namespace) -> socket.socket:

@@ -59,6 +59,7 @@ class Choice:
 
     def push(self, delta: Delta) -> list[dict[str, Any]]:
         """The chunks that a delta makes: the first comes with one that tells the role."""
+        self.answer.completion_tokens += len(delta.token_ids)
         finish, text, calls = delta.finish_reason, delta.text, list[dict[str, Any]]()
         if self.parser is not None:
             text, calls = self.parser.push(text, last=finish is not None)
@@ -125,7 +126,7 @@ class Choice:
 async def full(answer: Answer, choices: Sequence[Choice]) -> dict[str, Any]:
     async for pieces in answer.pieces():
         for piece in pieces:
-            choices[piece.index].push(piece.delta)
+            choices[piece.number].push(piece.delta)
     return answer.envelope("chat.completion", [choice.whole() for choice in choices], usage=answer.usage())
 
 
@@ -134,5 +135,5 @@ async def chunks(answer: Answer, choices: Sequence[Choice]) -> AsyncIterator[lis
         yield [
             answer.envelope("chat.completion.chunk", [chunk])
             for piece in pieces
-            for chunk in choices[piece.index].push(piece.delta)
+            for chunk in choices[piece.number].push(piece.delta)
         ]

@@ -29,7 +29,8 @@ async def completions(http: HttpRequest) -> Response:
     body = await read(http, CompletionRequest)
     serving.model.check_name(body.model)
     body.check()
-    params = body.params(16 if body.max_tokens is None else body.max_tokens, body.logprobs)
+    most = 1 if body.prompt_only else 16 if body.max_tokens is None else body.max_tokens
+    params = body.params(most, body.logprobs, body.logprobs if body.echo else None)
     prompts = await asyncio.to_thread(serving.model.prompts, body.prompt, body.add_special_tokens, body.truncate_prompt_tokens)
     answer = Answer(serving=serving, id=new_id("cmpl"), body=body, prompts=prompts, params=params, arrival=arrival)
     choices = [Choice(answer, i) for i in range(answer.num_choices)]
@@ -61,6 +62,9 @@ class Choice:
 
     def push(self, delta: Delta) -> list[dict[str, Any]]:
         """The chunks that a delta makes."""
+        if self._body.prompt_only:
+            delta = Delta("", (), finish=delta.finish)
+        self.answer.completion_tokens += len(delta.token_ids)
         begin = [] if self.begun else self._begin()
         self.begun = True
         shown = None
@@ -147,10 +151,10 @@ class LogprobList:
 async def full(answer: Answer, choices: Sequence[Choice]) -> dict[str, Any]:
     async for pieces in answer.pieces():
         for piece in pieces:
-            choices[piece.index].push(piece.delta)
+            choices[piece.number].push(piece.delta)
     return answer.envelope(KIND, [choice.whole() for choice in choices], usage=answer.usage())
 
 
 async def chunks(answer: Answer, choices: Sequence[Choice]) -> AsyncIterator[list[dict[str, Any]]]:
     async for pieces in answer.pieces():
-        yield [answer.envelope(KIND, [chunk]) for piece in pieces for chunk in choices[piece.index].push(piece.delta)]
+        yield [answer.envelope(KIND, [chunk]) for piece in pieces for chunk in choices[piece.number].push(piece.delta)]

@@ -52,11 +52,14 @@ class Backend:
     client: httpx.AsyncClient
 
     async def get(self, path: str) -> httpx.Response:
-        """Raises `ApiError` if it does not answer."""
+        """Raises `ApiError` unless it answers, and with 200."""
         try:
-            return await self.client.get(path, timeout=PATIENCE_S)
+            answer = await self.client.get(path, timeout=PATIENCE_S)
         except httpx.HTTPError:
             raise self.gone() from None
+        if answer.status_code != 200:
+            raise ApiError(503, f"The {self.name} engine is not well.", headers={"Retry-After": "30"})
+        return answer
 
     def gone(self) -> ApiError:
         return ApiError(503, f"The {self.name} engine does not answer.", headers={"Retry-After": "30"})
@@ -139,8 +142,7 @@ async def models(http: HttpRequest) -> Response:
 async def health(http: HttpRequest) -> Response:
     """200 while all are well."""
     for backend in Backends.of(http).each:
-        if (answer := await backend.get("/health")).status_code != 200:
-            raise ApiError(answer.status_code, f"The {backend.name} engine is not well.")
+        await backend.get("/health")
     return Response()
 
 

@@ -85,17 +85,17 @@ class Metrics:
                 self._piece(call, piece)
 
     def _piece(self, call: Call, piece: Piece) -> None:
-        request = call.requests[piece.index]
+        request = call.requests[piece.number]
         clock = self._clocks.get(request.request_id)
         if clock is None:
             return  # its reader has left
         if piece.delta.token_ids:
             if clock.first is None:
-                clock.first = piece.time
-                self._ttft.observe(piece.time - call.arrival)
+                clock.first = piece.event.time
+                self._ttft.observe(piece.event.time - call.arrival)
             else:
-                self._itl.observe(piece.time - clock.last)
-            clock.last = piece.time
+                self._itl.observe(piece.event.time - clock.last)
+            clock.last = piece.event.time
             clock.tokens += len(piece.delta.token_ids)
         if piece.delta.finish is None:
             return

@@ -101,9 +101,11 @@ class Sampled(Body):
     return_tokens_as_token_ids: bool | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
 
-    def params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    def params(self, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None) -> SamplingParams:
         """As the engine takes them. What it does not know yet is refused, unless it asks for nothing."""
         asked = {name: getattr(self, name) for name in SAMPLING}
+        if self.prompt_logprobs is None:
+            asked["prompt_logprobs"] = prompt_logprobs
         if self.logit_bias:
             expect(all(key.isdecimal() for key in self.logit_bias), "The keys of logit_bias must be token ids.")
             asked["logit_bias"] = {int(key): value for key, value in self.logit_bias.items()}
@@ -127,6 +129,11 @@ class CompletionRequest(Sampled):
     best_of: int | None = None
     suffix: str | None = None
     add_special_tokens: bool = True
+
+    @property
+    def prompt_only(self) -> bool:
+        """`echo` with no output asked for: one token is computed, for the engine gives at least one, and not shown."""
+        return bool(self.echo) and self.max_tokens == 0
 
     def check(self) -> None:
         super().check()

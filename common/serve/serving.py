@@ -84,6 +84,7 @@ class Answer:
     arrival: float
     created: int = field(default_factory=lambda: int(time.time()))
     completion_tokens: int = 0
+    """Those that were shown so far."""
     call: Call = field(init=False)
 
     def __post_init__(self) -> None:
@@ -125,7 +126,6 @@ class Answer:
         """What each step brings. Raises `ApiError` where a request fails."""
         async for pieces in self.call:
             for piece in pieces:
-                self.completion_tokens += len(piece.delta.token_ids)
                 check_end(piece.delta)
             yield pieces
 

@@ -14,10 +14,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from common.engine import Engine, StepRecord
-from common.request import Request
+from common.request import Request, TokenEvent
 from common.serve.errors import ApiError
 from common.text.output import Delta, OutputText
 from common.text.tokenizer import Tokenizer
@@ -30,11 +31,10 @@ T = TypeVar("T")
 class Piece(NamedTuple):
     """What one token, or one end, added to one request of a call."""
 
-    index: int
+    number: int
     """Which of the call's requests."""
     delta: Delta
-    time: float
-    """`perf_counter` when the host saw it."""
+    event: TokenEvent
 
 
 @dataclass(eq=False)
@@ -204,10 +204,10 @@ class Worker:
                 del self._live[event.request_id]
                 if event.finish is None:
                     engine.finish(event.request_id, str(delta.stop_reason))
-            fresh.setdefault(live.call, []).append(Piece(live.index, delta, event.time))
+            fresh.setdefault(live.call, []).append(Piece(live.index, delta, event))
         records, engine.step_log = engine.step_log or [], []
         if records or fresh:
-            self._tell(lambda: self._deliver(records, list(fresh.items())))
+            self._tell(partial(self._deliver, records, list(fresh.items())))
 
     def _admit(self, engine: Engine, call: Call) -> None:
         try:
@@ -234,7 +234,8 @@ class Worker:
                 order(None)
         calls = {live.call for live in self._live.values()}
         self._live.clear()
-        self._tell(lambda: [call.put(gone()) for call in calls])
+        for call in calls:
+            self._tell(partial(call.put, gone()))
         engine.close()
 
     # ── on the event loop ────────────────────────────────────────────────────────────────────────────────────────────────
