@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,13 +14,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
 ROOT = Path(__file__).parent.parent
 PATIENCE_S = 300.0
 """Machines that run tests may be slow; nothing waits this long where all is well."""
-SMALL = ("--dtype", "float32", "--kernels", "framework", "--threads", "1", "--max-model-len", "512", "--max-num-seqs", "8",
+SMALL = ("--dtype", "float32", "--threads", "1", "--max-model-len", "512", "--max-num-seqs", "8",
          "--max-num-batched-tokens", "64", "--num-blocks", "513")  # fmt: skip
 PACKAGE = """
 import time
@@ -87,6 +89,15 @@ class Served:
         """Ask it to end; its exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(PATIENCE_S)
+
+
+def raw_request(served: Served, **body: Any) -> socket.socket:
+    """A connection on which a completion was asked for."""
+    where, data = urlsplit(served.url), json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    connection = socket.create_connection((where.hostname or "", where.port or 0))
+    connection.sendall(head.encode() + data)
+    return connection
 
 
 def until(condition: Any) -> None:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
-import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -21,7 +18,7 @@ from common.weights.zoo import resolve
 from experiments.baselines.openai_http import Options, build_engine
 from tests.backends import checkpoint, engine_config, make_engine
 from tests.bad_requests import CASES
-from tests.http_server import SMALL, Served, serving
+from tests.http_server import SMALL, Served, raw_request, serving
 
 MODEL = "tiny-llama"
 PROMPT = "the and of "
@@ -95,7 +92,7 @@ def test_the_openai_client_chats(served: Served) -> None:
 
 def test_the_harness_drives_it_as_an_engine_and_gets_the_tokens_of_the_engine_inside(served: Served, backend: str) -> None:
     """One token an event, each by its id: the harness's own client counts and names them."""
-    config = engine_config(max_model_len=512)
+    config = engine_config(max_model_len=512, kernels="auto")
     requests = [
         Request(
             request_id=str(i),
@@ -252,16 +249,9 @@ def test_two_hundred_at_once_are_not_mixed_up(served: Served) -> None:
 
 def test_whoever_leaves_gives_its_pages_back(served: Served) -> None:
     aborted = served.metric("request_success_total", finished_reason="abort")
-    where = urlsplit(served.url)
-    sockets = []
-    for i in range(100):
-        body = json.dumps({"prompt": [i + 20] * 20, "max_tokens": 450, "ignore_eos": True, "stream": i % 2 == 0}).encode()
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        connection = socket.create_connection((where.hostname or "", where.port or 0))
-        connection.sendall(head.encode() + body)
-        sockets.append(connection)
+    sockets = [
+        raw_request(served, prompt=[i + 20] * 20, max_tokens=450, ignore_eos=True, stream=i % 2 == 0) for i in range(100)
+    ]
     assert sockets[0].recv(1)  # the first is being answered
     for connection in sockets:
         connection.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,30 @@ import psutil
 import pytest
 
 from tests.browser import ATTEMPTS, BrowserError, Tab, chromium, running
-from tests.http_server import Served, history, serving, until
+from tests.http_server import Served, history, raw_request, serving, until
 
 BODY = {"prompt": "the", "max_tokens": 8, "ignore_eos": True}
 
 
+@contextmanager
+def two(folder: Path) -> Iterator[Served]:
+    packages, control = history(folder, "one", "two")
+    (control / "slow").touch()
+    with serving(folder, "--backend", "one,two", packages=[packages]) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """For tests that leave it as it was."""
+    with two(tmp_path_factory.mktemp("front")) as server:
+        yield server
+
+
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[Served]:
-    history(tmp_path, "one", "two")
-    with serving(tmp_path, "--backend", "one,two", packages=[tmp_path / "packages"]) as server:
+def mortal(tmp_path: Path) -> Iterator[Served]:
+    """For a test that ends it."""
+    with two(tmp_path) as server:
         yield server
 
 
@@ -42,29 +58,32 @@ def test_requests_reach_the_backend_that_they_name(served: Served) -> None:
     assert served.client.get("/tokenizer_info").json()["eos_token"] == "<|im_end|>"
 
 
-def test_whoever_leaves_is_noticed_behind_the_front_too(served: Served, tmp_path: Path) -> None:
-    (tmp_path / "control" / "slow").touch()
+def test_whoever_leaves_is_noticed_behind_the_front_too(served: Served) -> None:
+    before = served.metric("request_success_total", finished_reason="abort")
     with served.client.stream("POST", "/v1/completions", json={**BODY, "max_tokens": 400, "stream": True}) as response:
         next(response.iter_raw())
     served.wait_idle()
-    assert served.metric("request_success_total", finished_reason="abort") == 1
+    with raw_request(served, prompt="the", max_tokens=400, ignore_eos=True):
+        until(lambda: served.metric("num_requests_running") == 1)
+    served.wait_idle()
+    until(lambda: served.metric("request_success_total", finished_reason="abort") == before + 2)
 
 
-def test_a_backend_that_died_takes_only_its_own_requests_with_it(served: Served) -> None:
-    children = psutil.Process(served.process.pid).children()
+def test_a_backend_that_died_takes_only_its_own_requests_with_it(mortal: Served) -> None:
+    children = psutil.Process(mortal.process.pid).children()
     (victim,) = [child for child in children if "tiny-llama@two" in child.cmdline()]
     victim.send_signal(signal.SIGKILL)
-    until(lambda: served.client.get("/health").status_code == 503)
-    assert served.post(**BODY, model="tiny-llama@two").status_code == 503
-    assert served.post(**BODY).status_code == 200
+    until(lambda: mortal.client.get("/health").status_code == 503)
+    assert mortal.post(**BODY, model="tiny-llama@two").status_code == 503
+    assert mortal.post(**BODY).status_code == 200
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_backends_end_with_the_front_however_it_ends(served: Served, how: signal.Signals) -> None:
-    children = psutil.Process(served.process.pid).children()
+def test_backends_end_with_the_front_however_it_ends(mortal: Served, how: signal.Signals) -> None:
+    children = psutil.Process(mortal.process.pid).children()
     assert len(children) == 2
-    os.kill(served.process.pid, how)
-    code = served.process.wait()
+    os.kill(mortal.process.pid, how)
+    code = mortal.process.wait()
     assert code == (0 if how is signal.SIGTERM else -signal.SIGKILL)
     until(lambda: not any(child.is_running() for child in children))
 

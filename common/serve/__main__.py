@@ -21,7 +21,7 @@ from common.errors import ConfigError, TandemError
 from common.options import add_engine_options, engine_options, parse
 from common.serve.app import create_app
 from common.serve.front import Backends, create_front
-from common.serve.guard import JsonLines
+from common.serve.guard import JsonLines, TextLines
 from common.serve.metrics import Metrics
 from common.serve.model import ServedModel
 from common.serve.serving import Serving
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every one of this machine")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     parser.add_argument("--uds", help=argparse.SUPPRESS)  # a socket in the file system; ends when standard input does
-    parser.add_argument("--api-key", default=os.environ.get("TANDEM_API_KEY"), help="ask for it; default: $TANDEM_API_KEY")
+    parser.add_argument("--api-key", help="ask for it; None takes $TANDEM_API_KEY")
     parser.add_argument("--admin", action="store_true", help="offer /reset_prefix_cache")
     parser.add_argument("--drain-s", type=int, default=60, help="seconds that running requests have once it is told to end")
     parser.add_argument("--stall-s", type=float, default=30.0, help="a step that takes longer makes /health answer 503")
@@ -113,7 +113,7 @@ def make_app(options: argparse.Namespace) -> FastAPI:
         stall_s=options.stall_s,
         log_prompts=options.log_prompts,
     )
-    return create_app(serving, api_key=options.api_key or None, with_admin=options.admin)
+    return create_app(serving, api_key=api_key(options), with_admin=options.admin)
 
 
 def make_front(options: argparse.Namespace, backends: Sequence[str], given: Sequence[str]) -> FastAPI:
@@ -123,7 +123,7 @@ def make_front(options: argparse.Namespace, backends: Sequence[str], given: Sequ
     name = os.path.basename(os.path.normpath(name)) if os.path.exists(name) else name
     served = {backend: [f"{name}@{backend}"] for backend in backends}
     served[backends[0]].insert(0, name)
-    return create_front(Backends.start(served, given), api_key=options.api_key or None)
+    return create_front(Backends.start(served, given), api_key=api_key(options))
 
 
 def listen(options: argparse.Namespace) -> socket.socket:
@@ -141,6 +141,11 @@ def listen(options: argparse.Namespace) -> socket.socket:
     return listener
 
 
+def api_key(options: argparse.Namespace) -> str | None:
+    """None asks for none."""
+    return (os.environ.get("TANDEM_API_KEY") if options.api_key is None else options.api_key) or None
+
+
 def end_with_parent() -> None:
     """Wait until whoever started this process has closed its standard input, and end as if told to."""
     sys.stdin.buffer.read()
@@ -149,7 +154,7 @@ def end_with_parent() -> None:
 
 def configure_logging(as_json: bool) -> None:
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(JsonLines() if as_json else TextLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
 

@@ -24,13 +24,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 from pydantic import ConfigDict
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from common.errors import BackendError
 from common.serve.app import new_app, page, tell_version
 from common.serve.errors import ApiError
 from common.serve.guard import Guard
 from common.serve.protocol import Body, parse
-from common.serve.serving import event, json_response, read_bytes
+from common.serve.serving import event, json_response, read_bytes, unless_left
 
 POLL_S = 0.1
 PATIENCE_S = 5.0
@@ -184,23 +185,33 @@ async def pass_on(http: HttpRequest) -> Response:
     headers = {name: http.headers[name] for name in PASSED_ON if name in http.headers}
     request = backend.client.build_request(http.method, http.url.path, content=data, headers=headers)
     try:
-        answer = await backend.client.send(request, stream=True)
+        answer = await unless_left(http, backend.client.send(request, stream=True))
     except httpx.HTTPError:
         raise backend.gone() from None
-    kind = answer.headers.get("content-type", "")
+    return Passed(answer, backend)
 
-    async def content() -> AsyncIterator[bytes]:
+
+class Passed(StreamingResponse):
+    """An answer of a backend as it comes. When its reader leaves, so do we, at which the backend stops computing it."""
+
+    def __init__(self, answer: httpx.Response, backend: Backend) -> None:
+        self._answer, self._backend = answer, backend
+        super().__init__(self._content(), answer.status_code, media_type=answer.headers.get("content-type"))
+
+    async def _content(self) -> AsyncIterator[bytes]:
         try:
-            async for chunk in answer.aiter_raw():
+            async for chunk in self._answer.aiter_raw():
                 yield chunk
         except httpx.HTTPError:
-            if not kind.startswith("text/event-stream"):
+            if not (self.media_type or "").startswith("text/event-stream"):
                 raise
-            yield event(backend.gone().body) + b"data: [DONE]\n\n"
-        finally:
-            await answer.aclose()
+            yield event(self._backend.gone().body) + b"data: [DONE]\n\n"
 
-    return StreamingResponse(content(), answer.status_code, media_type=kind)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._answer.aclose()
 
 
 def create_front(backends: Backends, *, api_key: str | None = None) -> FastAPI:

@@ -63,7 +63,7 @@ class Guard:
         finally:
             seconds = time.perf_counter() - began
             facts = {"request_id": name, "method": scope["method"], "path": scope["path"][:200], "status": status}
-            log.info("%(method)s %(path)r %(status)d", facts, extra={"facts": facts | {"seconds": round(seconds, 6)}})
+            log.info("Answered.", extra={"facts": facts | {"seconds": round(seconds, 6)}})
 
     def _check_key(self, path: str, headers: Headers) -> None:
         if self.api_key is None or path in OPEN:
@@ -71,6 +71,17 @@ class Guard:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(key.encode(), self.api_key.encode()):
             raise ApiError(401, "A key is needed: send Authorization: Bearer KEY.", headers={"WWW-Authenticate": "Bearer"})
+
+
+class TextLines(logging.Formatter):
+    """A line for people, with its facts behind it."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        facts = getattr(record, "facts", {})
+        return " ".join([super().formatMessage(record), *(f"{name}={value!r}" for name, value in facts.items())])
 
 
 class JsonLines(logging.Formatter):

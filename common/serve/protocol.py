@@ -139,8 +139,11 @@ class CompletionRequest(Sampled):
         super().check()
         if self.prompt is None:
             raise ApiError(400, "prompt is missing: a text, token ids, or a list of these.", "prompt")
-        if isinstance(self.prompt, list) and len(self.prompt) > MAX_PROMPTS and isinstance(self.prompt[0], str | list):
-            raise ApiError(400, f"A request may bring {MAX_PROMPTS} prompts, got {len(self.prompt)}.", "prompt")
+        several = isinstance(self.prompt, list) and bool(self.prompt) and isinstance(self.prompt[0], str | list)
+        if several and len(self.prompt) * (self.n or 1) > MAX_PROMPTS:
+            raise ApiError(
+                400, f"A request may ask for {MAX_PROMPTS} choices in all, got {len(self.prompt)} prompts.", "prompt"
+            )
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ApiError(400, "best_of must be n, or be left out: every choice that is made is returned.", "best_of")
         supported({"suffix": self.suffix}, SamplingParams)

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Request as HttpRequest
@@ -142,18 +143,23 @@ class Answer:
         except BaseException:
             self.serving.metrics.end(self.call)
             raise
+        leave = partial(self._leave, http.headers["x-request-id"])
         if self.body.stream:
-            return EventStream(self._events(chunks), self._leave)
+            return EventStream(self._events(chunks), leave)
         try:
             return json_response(await unless_left(http, full()))
         finally:
-            self._leave()
+            leave()
 
-    def _leave(self) -> None:
+    def _leave(self, request_id: str) -> None:
         """Whatever is not finished by now has lost its reader."""
         if self.call.left:
             self.serving.worker.abort(self.call)
         self.serving.metrics.end(self.call, aborted=True)
+        facts = {"request_id": request_id, "id": self.id, **self.usage(), "unfinished": self.call.left}
+        if self.serving.log_prompts:
+            facts["prompts"] = [prompt.token_ids if prompt.text is None else prompt.text for prompt in self.prompts]
+        log.info("Ended.", extra={"facts": facts})
 
     async def _events(self, chunks: Callable[[], AsyncIterator[Sequence[dict[str, Any]]]]) -> AsyncIterator[bytes]:
         """Server-sent events; those of one step in one write."""
