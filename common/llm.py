@@ -11,9 +11,9 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import count
-from typing import Any, Self, get_args, get_type_hints
+from typing import Any, Self
 
 import numpy as np
 from rich.console import Console
@@ -22,8 +22,9 @@ from rich.progress import Progress as ProgressBar
 
 from common.config import EngineConfig
 from common.engine import build_engine
-from common.errors import ConfigError, RequestError, TandemError, nearest_hint
+from common.errors import RequestError, TandemError
 from common.interface import Progress
+from common.options import add_engine_options, engine_options, flag, parse
 from common.request import Request, SamplingParams, expect, fan_out
 from common.text.chat import ChatTemplate, Message
 from common.text.output import Delta, OutputText
@@ -338,61 +339,20 @@ def _parser() -> argparse.ArgumentParser:
     sampling = parser.add_argument_group("sampling")
     for name, (kind, text) in _SAMPLING.items():
         default = 128 if name == "max_tokens" else getattr(SamplingParams, name)
-        sampling.add_argument(_flag(name), type=kind, default=default, help=text)
+        sampling.add_argument(flag(name), type=kind, default=default, help=text)
     sampling.add_argument("--stop", action="append", default=[], help="end where this text appears; may be given repeatedly")
-    engine = parser.add_argument_group("engine")
-    hints = get_type_hints(EngineConfig)
-    for field in fields(EngineConfig):
-        engine.add_argument(
-            _flag(field.name), default=field.default, help="default: %(default)s", **_reading(hints[field.name])
-        )
+    add_engine_options(parser)
     return parser
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _reading(hint: Any) -> dict[str, Any]:
-    """How argparse turns the text of an option into a value of the type `hint`."""
-    if hint is bool:
-        return {"type": _boolean, "metavar": "true|false"}
-    if int in (hint, *get_args(hint)):
-        return {"type": int, "metavar": "N"}
-    return {"metavar": "|".join(get_args(hint)) or "NAME"}
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
-    return text.lower() == "true"
-
-
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Underscores are as good as hyphens. Raises `ConfigError` for an unknown option, with the nearest known one."""
-    parser = _parser()
-    known = [flag for action in parser._actions for flag in action.option_strings]
-    end = arguments.index("--") if "--" in arguments else len(arguments)
-    spelt = list(arguments)
-    for i, argument in enumerate(arguments[:end]):
-        if argument.startswith("--"):
-            option, equals, value = argument.partition("=")
-            option = _flag(option[2:])
-            if option not in known:
-                raise ConfigError(f"Unknown option {option}.{nearest_hint(option, known)} See --help.")
-            spelt[i] = option + equals + value
-    return parser.parse_args(spelt)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Stream text to standard output. Returns the exit code: 2 for a mistake of the caller, 1 for a request that failed."""
     try:
-        options = _parse(sys.argv[1:] if arguments is None else arguments)
+        options = parse(_parser(), sys.argv[1:] if arguments is None else arguments)
         logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(name)s: %(message)s")
         params = SamplingParams(stop=options.stop, **{name: getattr(options, name) for name in _SAMPLING})
-        engine = {field.name: getattr(options, field.name) for field in fields(EngineConfig)}
         prompt: Any = sys.stdin.read() if options.prompt == "-" else options.prompt
-        with LLM(options.model, backend=options.backend, **engine) as llm:
+        with LLM(options.model, backend=options.backend, **engine_options(options)) as llm:
             if options.chat:
                 system = [{"role": "system", "content": options.system}] if options.system is not None else []
                 prompt = llm.chat_prompt([*system, {"role": "user", "content": prompt}])

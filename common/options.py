@@ -1,0 +1,57 @@
+"""The options of `EngineConfig` on a command line."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, get_args, get_type_hints
+
+from common.config import EngineConfig
+from common.errors import ConfigError, nearest_hint
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("engine")
+    hints = get_type_hints(EngineConfig)
+    for field in fields(EngineConfig):
+        group.add_argument(flag(field.name), default=field.default, help="default: %(default)s", **_reading(hints[field.name]))
+
+
+def engine_options(options: argparse.Namespace) -> dict[str, Any]:
+    """Those that are for `EngineConfig`."""
+    return {field.name: getattr(options, field.name) for field in fields(EngineConfig)}
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Underscores are as good as hyphens. Raises `ConfigError` for an unknown option, with the nearest known one."""
+    known = [name for action in parser._actions for name in action.option_strings]
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    spelt = list(arguments)
+    for i, argument in enumerate(arguments[:end]):
+        if argument.startswith("--"):
+            option, equals, value = argument.partition("=")
+            option = flag(option[2:])
+            if option not in known:
+                raise ConfigError(f"Unknown option {option}.{nearest_hint(option, known)} See --help.")
+            spelt[i] = option + equals + value
+    return parser.parse_args(spelt)
+
+
+def _reading(hint: Any) -> dict[str, Any]:
+    """How argparse turns the text of an option into a value of the type `hint`."""
+    if hint is bool:
+        return {"type": _boolean, "metavar": "true|false"}
+    if int in (hint, *get_args(hint)):
+        return {"type": int, "metavar": "N"}
+    return {"metavar": "|".join(get_args(hint)) or "NAME"}
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() == "true"

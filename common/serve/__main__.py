@@ -1,0 +1,163 @@
+"""`python -m common.serve --backend jax --model smollm2-135m --port 8000`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+
+import uvicorn
+from fastapi import FastAPI
+
+from common.config import EngineConfig
+from common.config import expect as expect_config
+from common.engine import build_engine
+from common.errors import ConfigError, TandemError
+from common.options import add_engine_options, engine_options, parse
+from common.serve.app import create_app
+from common.serve.front import Backends, create_front
+from common.serve.guard import JsonLines, TextLines
+from common.serve.metrics import Metrics
+from common.serve.model import ServedModel
+from common.serve.serving import Serving
+from common.serve.worker import Worker
+from common.text.tokenizer import open_tokenizer
+from common.weights.checkpoint import open_checkpoint
+from common.weights.zoo import names, resolve
+
+log = logging.getLogger("common.serve")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m common.serve",
+        description="Serve a model to OpenAI's clients, and to people at /.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", default="smollm2-135m", help=f"a path, a hub id, or one of {', '.join(names())}")
+    parser.add_argument("--backend", default="jax", help="jax, torch, or jax,torch: each in a process of its own")
+    parser.add_argument("--served-model-name", nargs="+", default=[], help="names to serve it by, instead of --model")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every one of this machine")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    parser.add_argument("--uds", help=argparse.SUPPRESS)  # a socket in the file system; ends when standard input does
+    parser.add_argument("--api-key", help="ask for it; None takes $TANDEM_API_KEY")
+    parser.add_argument("--admin", action="store_true", help="offer /reset_prefix_cache")
+    parser.add_argument("--drain-s", type=int, default=60, help="seconds that running requests have once it is told to end")
+    parser.add_argument("--stall-s", type=float, default=30.0, help="a step that takes longer makes /health answer 503")
+    parser.add_argument("--log-json", action="store_true", help="log lines are JSON objects")
+    parser.add_argument("--log-prompts", action="store_true", help="log what is asked; never done otherwise")
+    add_engine_options(parser)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until told to end. Returns the exit code: 0 after a drain, 2 for a mistake of the caller."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        options = parse(_parser(), given)
+        configure_logging(options.log_json)
+        listener = listen(options)
+        backends = options.backend.split(",")
+        try:
+            app = make_app(options) if len(backends) == 1 else make_front(options, backends, given)
+        except BaseException:
+            listener.close()
+            raise
+    except TandemError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        http="h11",  # bounds the size of headers
+        ws="none",
+        lifespan="on",
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=options.drain_s,
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)  # what uvicorn raises again once it has drained
+    if options.uds:
+        threading.Thread(target=end_with_parent, daemon=True).start()
+    else:
+        host, port = listener.getsockname()[:2]
+        log.info("Serving %s (%s) at http://%s:%d", options.model, options.backend, f"[{host}]" if ":" in host else host, port)
+    uvicorn.Server(config).run(sockets=[listener])
+    return 0
+
+
+def make_app(options: argparse.Namespace) -> FastAPI:
+    """The application over one engine, which is ready."""
+    config = EngineConfig.of(**engine_options(options))
+    checkpoint = open_checkpoint(resolve(options.model))
+    tokenizer = open_tokenizer(checkpoint.path)
+    tokenizer.check_fits(checkpoint.config.vocab_size)
+    worker = Worker(lambda: build_engine(options.backend, checkpoint, config), tokenizer)
+    engine = worker.wait_ready()
+    name = os.path.basename(os.path.normpath(options.model)) if os.path.exists(options.model) else options.model
+    served = options.served_model_name or [name, f"{name}@{options.backend}"]
+    serving = Serving(
+        model=ServedModel.of(served, checkpoint, tokenizer, engine.caps.max_model_len),
+        worker=worker,
+        metrics=Metrics(served[0], options.backend),
+        stall_s=options.stall_s,
+        log_prompts=options.log_prompts,
+    )
+    return create_app(serving, api_key=api_key(options), with_admin=options.admin)
+
+
+def make_front(options: argparse.Namespace, backends: Sequence[str], given: Sequence[str]) -> FastAPI:
+    """One server process for each backend, and an application that passes requests on."""
+    expect_config(len(set(backends)) == len(backends), f"--backend names a backend twice: {options.backend}.")
+    name = (options.served_model_name or [options.model])[0]
+    name = os.path.basename(os.path.normpath(name)) if os.path.exists(name) else name
+    served = {backend: [f"{name}@{backend}"] for backend in backends}
+    served[backends[0]].insert(0, name)
+    return create_front(Backends.start(served, given), api_key=api_key(options))
+
+
+def listen(options: argparse.Namespace) -> socket.socket:
+    """The socket, bound before anything takes time. Whoever connects is turned away until the server is ready."""
+    family = socket.AF_UNIX if options.uds else socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if family is not socket.AF_UNIX:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(options.uds or (options.host, options.port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        where = options.uds or f"{options.host}:{options.port}"
+        raise ConfigError(f"Cannot listen at {where} ({error}); give another --port or --host.") from error
+    return listener
+
+
+def api_key(options: argparse.Namespace) -> str | None:
+    """None asks for none."""
+    return (os.environ.get("TANDEM_API_KEY") if options.api_key is None else options.api_key) or None
+
+
+def end_with_parent() -> None:
+    """Wait until whoever started this process has closed its standard input, and end as if told to."""
+    sys.stdin.buffer.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def configure_logging(as_json: bool) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines() if as_json else TextLines())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

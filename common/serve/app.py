@@ -1,0 +1,112 @@
+"""The application: routes over one worker."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from fastapi import Request as HttpRequest
+from starlette.exceptions import HTTPException
+from starlette.responses import HTMLResponse, Response
+
+from common.errors import TandemError
+from common.serve import chat, completions, tokens
+from common.serve.errors import ApiError, api_error
+from common.serve.guard import Guard
+from common.serve.serving import Serving, error_response, json_response
+
+STATS_PATIENCE_S = 2.0
+PAGE = Path(__file__).with_name("page.html")
+VERSION = version("tandem-infer")
+STARTED = int(time.time())
+
+router = APIRouter()
+
+
+@router.get("/v1/models")
+async def models(http: HttpRequest) -> Response:
+    model = Serving.of(http).model
+    entry: dict[str, Any] = {"object": "model", "created": STARTED, "owned_by": "tandem", "root": str(model.root)}
+    entry |= {"parent": None, "max_model_len": model.max_model_len}
+    return json_response({"object": "list", "data": [{"id": name, **entry} for name in model.names]})
+
+
+@router.get("/health")
+async def health(http: HttpRequest) -> Response:
+    """200 while the step loop lives and moves."""
+    serving = Serving.of(http)
+    if serving.worker.dead:
+        raise ApiError(503, "The step loop has ended.")
+    if serving.worker.stalled > serving.stall_s:
+        raise ApiError(503, "The step loop hangs.")
+    return Response()
+
+
+@router.get("/version")
+async def tell_version() -> Response:
+    return json_response({"version": VERSION})
+
+
+@router.get("/metrics")
+async def metrics(http: HttpRequest) -> Response:
+    """What the engine knows is asked of it between two steps; one that hangs cannot tell."""
+    serving = Serving.of(http)
+    try:
+        async with asyncio.timeout(STATS_PATIENCE_S):
+            stats = await serving.worker.ask(lambda engine: engine.stats())
+    except TimeoutError:
+        raise ApiError(503, "The engine does not answer.") from None
+    return Response(serving.metrics.text(stats), media_type="text/plain; version=0.0.4")
+
+
+@router.get("/")
+async def page() -> Response:
+    return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+
+
+admin = APIRouter()
+
+
+@admin.post("/reset_prefix_cache")
+async def reset_prefix_cache(http: HttpRequest) -> Response:
+    if not await Serving.of(http).worker.ask(lambda engine: engine.reset_prefix_cache()):
+        raise ApiError(409, "Pages are in use; try again when no request is running.")
+    return Response()
+
+
+def create_app(serving: Serving, *, api_key: str | None = None, with_admin: bool = False) -> FastAPI:
+    """The application. It closes worker and model when it ends."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        serving.worker.start(serving.metrics.observe)
+        yield
+        await asyncio.to_thread(serving.worker.close)
+        serving.model.close()
+
+    app = new_app(lifespan)
+    app.state.serving = serving
+    for part in (router, completions.router, chat.router, tokens.router, *([admin] if with_admin else [])):
+        app.include_router(part)
+    app.add_middleware(Guard, api_key=api_key)
+    return app
+
+
+def new_app(lifespan: Callable[[FastAPI], Any]) -> FastAPI:
+    """An application without routes that answers errors as OpenAI does."""
+    app = FastAPI(title="Tandem", version=VERSION, docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+
+    async def refuse(_: HttpRequest, error: Exception) -> Response:
+        if isinstance(error, HTTPException):
+            error = ApiError(error.status_code, str(error.detail), headers=error.headers)
+        return error_response(api_error(error))
+
+    for kind in (ApiError, TandemError, HTTPException):
+        app.add_exception_handler(kind, refuse)
+    return app

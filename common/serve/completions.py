@@ -1,0 +1,160 @@
+"""`POST /v1/completions`: text or token ids, continued."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from starlette.responses import Response
+
+from common.request import Logprobs
+from common.serve.model import ServedModel
+from common.serve.protocol import CompletionRequest
+from common.serve.serving import Answer, Serving, finite, new_id, read
+from common.text.detokenizer import IncrementalDetokenizer
+from common.text.output import Delta
+
+router = APIRouter()
+KIND = "text_completion"
+
+
+@router.post("/v1/completions")
+async def completions(http: HttpRequest) -> Response:
+    arrival, serving = time.perf_counter(), Serving.of(http)
+    body = await read(http, CompletionRequest)
+    serving.model.check_name(body.model)
+    body.check()
+    most = 1 if body.prompt_only else 16 if body.max_tokens is None else body.max_tokens
+    params = body.params(most, body.logprobs, body.logprobs if body.echo else None)
+    prompts = await asyncio.to_thread(serving.model.prompts, body.prompt, body.add_special_tokens, body.truncate_prompt_tokens)
+    answer = Answer(serving=serving, id=new_id("cmpl"), body=body, prompts=prompts, params=params, arrival=arrival)
+    choices = [Choice(answer, i) for i in range(answer.num_choices)]
+    return await answer.respond(http, lambda: full(answer, choices), lambda: chunks(answer, choices))
+
+
+@dataclass
+class Choice:
+    """One continuation as it grows."""
+
+    answer: Answer
+    index: int
+    logprobs: LogprobList | None = None
+    begun: bool = False
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def __post_init__(self) -> None:
+        body = self._body
+        if body.logprobs is not None:
+            self.logprobs = LogprobList(self.answer.serving.model, bool(body.return_tokens_as_token_ids))
+
+    @property
+    def _body(self) -> CompletionRequest:
+        assert isinstance(self.answer.body, CompletionRequest)
+        return self.answer.body
+
+    def push(self, delta: Delta) -> list[dict[str, Any]]:
+        """The chunks that a delta makes."""
+        if self._body.prompt_only:
+            delta = Delta("", (), finish=delta.finish)
+        self.answer.completion_tokens += len(delta.token_ids)
+        begin = [] if self.begun else self._begin()
+        self.begun = True
+        shown = None
+        if self.logprobs is not None:
+            shown = self.logprobs.push(delta.token_ids, delta.logprobs)
+        return [*begin, self._chunk(delta.text, list(delta.token_ids), shown, delta.finish_reason, delta.stop_reason)]
+
+    def _begin(self) -> list[dict[str, Any]]:
+        """With `echo`, a chunk for the prompt."""
+        if not self._body.echo:
+            return []
+        model, prompt = self.answer.serving.model, self.answer.prompt_of(self.index)
+        text = model.tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
+        if self.logprobs is not None:
+            self.logprobs.begin(prompt.token_ids)
+        return [self._chunk(text, [], None, None, None)]
+
+    def _chunk(self, text: str, token_ids: list[int], logprobs: Any, finish: str | None, stop: Any) -> dict[str, Any]:
+        self.text += text
+        self.token_ids += token_ids
+        self.finish_reason, self.stop_reason = finish, stop
+        return self.as_dict(text, token_ids, logprobs)
+
+    def as_dict(self, text: str, token_ids: Sequence[int], logprobs: Any) -> dict[str, Any]:
+        choice = {
+            "index": self.index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": self.finish_reason,
+            "stop_reason": self.stop_reason,
+        }
+        if self._body.return_token_ids:
+            choice["token_ids"] = token_ids
+        return choice
+
+    def whole(self) -> dict[str, Any]:
+        choice = self.as_dict(self.text, self.token_ids, self.logprobs.whole() if self.logprobs else None)
+        if self._body.return_token_ids:
+            choice["prompt_token_ids"] = list(self.answer.prompt_of(self.index).token_ids)
+        return choice
+
+
+class LogprobList:
+    """OpenAI's older form: four lists side by side."""
+
+    def __init__(self, model: ServedModel, as_ids: bool) -> None:
+        self._model, self._as_ids = model, as_ids
+        self._text = IncrementalDetokenizer(model.tokenizer)
+        self._offset = 0
+        self._lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+
+    def begin(self, prompt_ids: Iterable[int]) -> None:
+        """The prompt stands before these."""
+        self._offset = sum(len(self._text.push(token)) for token in prompt_ids)
+
+    def push(self, token_ids: Iterable[int], logprobs: Logprobs | None) -> dict[str, list[Any]]:
+        """The entries of these tokens."""
+        fresh: dict[str, list[Any]] = {name: [] for name in self._lists}
+        for token in token_ids:
+            fresh["tokens"].append(self._name(token))
+            fresh["token_logprobs"].append(None if logprobs is None else finite(logprobs.logprob))
+            fresh["top_logprobs"].append(None if logprobs is None else self._top(token, logprobs))
+            fresh["text_offset"].append(self._offset)
+            self._offset += len(self._text.push(token))
+        for name, values in fresh.items():
+            self._lists[name] += values
+        return fresh
+
+    def whole(self) -> dict[str, list[Any]]:
+        return self._lists
+
+    def _name(self, token: int) -> str:
+        return f"token_id:{token}" if self._as_ids else self._model.token_text(token)
+
+    def _top(self, token: int, logprobs: Logprobs) -> dict[str, float]:
+        """The likeliest by name, and the token itself; where two are spelt alike, the likelier."""
+        top = {self._name(token): finite(logprobs.logprob)}
+        for other, logprob in zip(logprobs.top_ids, logprobs.top_logprobs, strict=True):
+            name = self._name(other)
+            top[name] = max(finite(logprob), top.get(name, -9999.0))
+        return top
+
+
+async def full(answer: Answer, choices: Sequence[Choice]) -> dict[str, Any]:
+    async for pieces in answer.pieces():
+        for piece in pieces:
+            choices[piece.number].push(piece.delta)
+    return answer.envelope(KIND, [choice.whole() for choice in choices], usage=answer.usage())
+
+
+async def chunks(answer: Answer, choices: Sequence[Choice]) -> AsyncIterator[list[dict[str, Any]]]:
+    async for pieces in answer.pieces():
+        yield [answer.envelope(KIND, [chunk]) for piece in pieces for chunk in choices[piece.number].push(piece.delta)]

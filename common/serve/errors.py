@@ -1,0 +1,64 @@
+"""What a client is told when something goes wrong: OpenAI's error body, and nothing about this machine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from common.errors import RequestError, TandemError
+
+NAMES = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    404: "NotFoundError",
+    405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
+    413: "RequestTooLargeError",
+    415: "UnsupportedMediaTypeError",
+    500: "InternalServerError",
+    501: "NotImplementedError",
+    503: "ServiceUnavailableError",
+    504: "GatewayTimeoutError",
+}
+MAX_MESSAGE = 500
+"""Characters: messages quote what came, and what came may be long."""
+PRIVATE = re.compile(r"0x[0-9a-f]{6,}|(?<![\w.:/])/[\w.-]+/[\w./-]*|Traceback|[A-Za-z]:\\", re.IGNORECASE)
+"""Addresses, absolute paths, traces."""
+
+
+class ApiError(Exception):
+    """An answer other than 200."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status, self.param, self.headers = status, param, dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        return error_body(self.status, str(self), self.param)
+
+
+def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+    kind = NAMES.get(status, "BadRequestError" if status < 500 else "InternalServerError")
+    return {"error": {"message": public(message), "type": kind, "param": param, "code": status}}
+
+
+def public(message: str) -> str:
+    """`message`, unless it tells about this machine."""
+    if PRIVATE.search(message):
+        return "The request failed; the server's log says why under its id (x-request-id)."
+    message = message.encode(errors="replace").decode()  # no lone surrogates
+    return message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "…"
+
+
+def api_error(error: Exception) -> ApiError:
+    """How an exception is answered."""
+    match error:
+        case ApiError():
+            return error
+        case RequestError():
+            return ApiError(400, str(error))
+        case TandemError():
+            return ApiError(500, str(error))
+    return ApiError(500, "The server failed on this request; its log says why.")

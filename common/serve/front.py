@@ -1,0 +1,229 @@
+"""Several backends behind one address: a server process for each, and a path from here to them by the name of the model."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import httpx
+from fastapi import APIRouter, FastAPI
+from fastapi import Request as HttpRequest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+from pydantic import ConfigDict
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from common.errors import BackendError
+from common.serve.app import new_app, page, tell_version
+from common.serve.errors import ApiError
+from common.serve.guard import Guard
+from common.serve.protocol import Body, parse
+from common.serve.serving import event, json_response, read_bytes, unless_left
+
+POLL_S = 0.1
+PATIENCE_S = 5.0
+"""For an answer that takes no computing, and for a process to end after it was asked to."""
+PASSED_ON = ("content-type", "accept", "x-request-id")
+
+router = APIRouter()
+router.get("/")(page)
+router.get("/version")(tell_version)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One server process, reached by a socket in a folder that is only ours."""
+
+    name: str
+    models: Sequence[str]
+    process: subprocess.Popen[bytes]
+    client: httpx.AsyncClient
+
+    async def get(self, path: str) -> httpx.Response:
+        """Raises `ApiError` unless it answers, and with 200."""
+        try:
+            answer = await self.client.get(path, timeout=PATIENCE_S)
+        except httpx.HTTPError:
+            raise self.gone() from None
+        if answer.status_code != 200:
+            raise ApiError(503, f"The {self.name} engine is not well.", headers={"Retry-After": "30"})
+        return answer
+
+    def gone(self) -> ApiError:
+        return ApiError(503, f"The {self.name} engine does not answer.", headers={"Retry-After": "30"})
+
+
+@dataclass(frozen=True)
+class Backends:
+    """All of them, the first being the one that a request means which names no model."""
+
+    folder: Path
+    each: list[Backend]
+
+    @classmethod
+    def start(cls, served: Mapping[str, Sequence[str]], given: Sequence[str]) -> Self:
+        """Start `backend → model names` with the command line `given`, and wait until all answer. Raises `BackendError`."""
+        self = cls(Path(tempfile.mkdtemp(prefix="tandem-")), [])
+        try:
+            for backend, models in served.items():
+                path = self.folder / backend
+                own = ["--backend", backend, "--uds", str(path), "--api-key", "", "--served-model-name", *models]
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "common.serve", *given, *own], stdin=subprocess.PIPE, start_new_session=True
+                )
+                transport = httpx.AsyncHTTPTransport(uds=str(path), limits=httpx.Limits(max_connections=None))
+                client = httpx.AsyncClient(transport=transport, base_url="http://backend", timeout=None)
+                self.each.append(Backend(backend, models, process, client))
+            for started in self.each:
+                self._wait(started)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _wait(self, backend: Backend) -> None:
+        while backend.process.poll() is None:
+            if accepts(self.folder / backend.name):
+                return
+            time.sleep(POLL_S)
+        raise BackendError(f"The server of the {backend.name} engine ended with exit code {backend.process.returncode}.")
+
+    def stop(self) -> None:
+        """Ask all to end, wait, and insist."""
+        for backend in self.each:
+            if backend.process.stdin is not None:
+                backend.process.stdin.close()
+        for backend in self.each:
+            try:
+                backend.process.wait(PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                backend.process.kill()
+                backend.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def by_model(self, name: str | None) -> Backend:
+        for backend in self.each:
+            if name is None or name in backend.models:
+                return backend
+        known = ", ".join(model for backend in self.each for model in backend.models)
+        raise ApiError(404, f"The model {name!r:.80} does not exist; served here: {known}.", "model")
+
+    @classmethod
+    def of(cls, http: HttpRequest) -> Self:
+        backends: Self = http.app.state.backends
+        return backends
+
+
+def accepts(path: Path) -> bool:
+    """Whether anybody takes connections at a socket of the file system."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        return connection.connect_ex(str(path)) == 0
+
+
+@router.get("/v1/models")
+async def models(http: HttpRequest) -> Response:
+    answers = [(await backend.get("/v1/models")).json() for backend in Backends.of(http).each]
+    return json_response({"object": "list", "data": [model for answer in answers for model in answer["data"]]})
+
+
+@router.get("/health")
+async def health(http: HttpRequest) -> Response:
+    """200 while all are well."""
+    for backend in Backends.of(http).each:
+        await backend.get("/health")
+    return Response()
+
+
+@router.get("/metrics")
+async def metrics(http: HttpRequest) -> Response:
+    """Those of all; the label `engine` tells them apart."""
+    texts = [(await backend.get("/metrics")).text for backend in Backends.of(http).each]
+    registry = CollectorRegistry()
+    registry.register(_Merged(texts))
+    return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
+
+
+class Named(Body):
+    """As much of a body as says where it belongs."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _Merged(Collector):
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._texts = texts
+
+    def collect(self) -> list[Metric]:
+        families: dict[str, Metric] = {}
+        for text in self._texts:
+            for family in text_string_to_metric_families(text):
+                families.setdefault(
+                    family.name, Metric(family.name, family.documentation, family.type)
+                ).samples += family.samples
+        return list(families.values())
+
+
+@router.api_route("/{path:path}", methods=["GET", "POST"])
+async def pass_on(http: HttpRequest) -> Response:
+    """Everything else goes to the backend that serves the model, as it is."""
+    data = await read_bytes(http) if http.method == "POST" else b""
+    name = (await asyncio.to_thread(parse, Named, data)).model if data else http.query_params.get("model")
+    backend = Backends.of(http).by_model(name)
+    headers = {name: http.headers[name] for name in PASSED_ON if name in http.headers}
+    request = backend.client.build_request(http.method, http.url.path, content=data, headers=headers)
+    try:
+        answer = await unless_left(http, backend.client.send(request, stream=True))
+    except httpx.HTTPError:
+        raise backend.gone() from None
+    return Passed(answer, backend)
+
+
+class Passed(StreamingResponse):
+    """An answer of a backend as it comes. When its reader leaves, so do we, at which the backend stops computing it."""
+
+    def __init__(self, answer: httpx.Response, backend: Backend) -> None:
+        self._answer, self._backend = answer, backend
+        super().__init__(self._content(), answer.status_code, media_type=answer.headers.get("content-type"))
+
+    async def _content(self) -> AsyncIterator[bytes]:
+        try:
+            async for chunk in self._answer.aiter_raw():
+                yield chunk
+        except httpx.HTTPError:
+            if not (self.media_type or "").startswith("text/event-stream"):
+                raise
+            yield event(self._backend.gone().body) + b"data: [DONE]\n\n"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._answer.aclose()
+
+
+def create_front(backends: Backends, *, api_key: str | None = None) -> FastAPI:
+    """The application. It ends the backends when it ends."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(backends.stop)
+
+    app = new_app(lifespan)
+    app.state.backends = backends
+    app.include_router(router)
+    app.add_middleware(Guard, api_key=api_key)
+    return app

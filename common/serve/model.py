@@ -1,0 +1,146 @@
+"""The model that is served, as far as HTTP is concerned: its names, its text, its limits. Everything here may take time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common.engine import is_token
+from common.request import expect
+from common.serve.errors import ApiError
+from common.text.chat import ChatTemplate
+from common.text.tokenizer import Tokenizer
+from common.weights.checkpoint import Checkpoint
+
+NORMALIZED = 4
+"""A text may become this many times shorter before it is cut into tokens (NFC)."""
+
+
+class Prompt(NamedTuple):
+    """What a model is to continue."""
+
+    text: str | None
+    """None where it came as token ids."""
+    token_ids: Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """Calls that take time proportional to their input belong on a thread that is not the event loop's."""
+
+    names: tuple[str, ...]
+    """The first is the one that answers carry."""
+    root: Path
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    eos_token_ids: tuple[int, ...]
+    max_model_len: int
+    vocab_size: int
+    longest_token: int
+    """Bytes."""
+
+    @classmethod
+    def of(cls, names: Sequence[str], checkpoint: Checkpoint, tokenizer: Tokenizer, max_model_len: int) -> ServedModel:
+        return cls(
+            names=tuple(names),
+            root=checkpoint.path,
+            tokenizer=tokenizer,
+            template=ChatTemplate(tokenizer) if tokenizer.chat_template else None,
+            eos_token_ids=tuple(dict.fromkeys((*checkpoint.config.eos_token_ids, *tokenizer.eos_token_ids))),
+            max_model_len=max_model_len,
+            vocab_size=checkpoint.config.vocab_size,
+            longest_token=max(len(tokenizer.token_bytes(i, False)) for i in range(tokenizer.vocab_size)),
+        )
+
+    def close(self) -> None:
+        if self.template is not None:
+            self.template.close()
+
+    def check_name(self, name: str | None) -> None:
+        """A request that names no model means the only one."""
+        if name is not None and name not in self.names:
+            raise ApiError(404, f"The model {name!r:.80} does not exist; served here: {', '.join(self.names)}.", "model")
+
+    def prompts(self, prompt: Any, add_special_tokens: bool = True, truncate: int | None = None) -> list[Prompt]:
+        """`prompt` as OpenAI's completions take it: a text, token ids, or a list of one of these. `truncate` keeps so many
+        tokens at the end; -1 as many as the context holds."""
+        if isinstance(prompt, str):
+            given: list[Any] = [prompt]
+        else:
+            expect(isinstance(prompt, list) and len(prompt) > 0, "prompt must be a text, token ids, or a list of these.")
+            given = prompt if isinstance(prompt[0], str | list) else [prompt]
+        return [self.prompt(each, add_special_tokens, truncate) for each in given]
+
+    def prompt(self, prompt: Any, add_special_tokens: bool = True, truncate: int | None = None) -> Prompt:
+        text, token_ids = None, prompt
+        if isinstance(prompt, str):
+            text, token_ids = prompt, self.encode(prompt, add_special_tokens, checked=truncate is None)
+        else:
+            self.check_tokens(prompt, "prompt")
+        if truncate is not None:
+            token_ids = token_ids[-(self.max_model_len - 1 if truncate == -1 else truncate) :]
+        expect(len(token_ids) > 0, "The prompt is empty; give at least one token.")
+        expect(
+            len(token_ids) < self.max_model_len,
+            f"A prompt of {len(token_ids)} tokens leaves no room for output in a context of {self.max_model_len}; "
+            f"shorten it to at most {self.max_model_len - 1}.",
+        )
+        return Prompt(text, token_ids)
+
+    def encode(self, text: str, add_special_tokens: bool = True, *, checked: bool = True) -> list[int]:
+        """`checked`: a text that cannot fit is refused before it is cut into tokens."""
+        most = self.max_model_len * self.longest_token * NORMALIZED
+        expect(
+            not checked or len(text) <= most,
+            f"A prompt of {len(text)} characters does not fit a context of {self.max_model_len} tokens.",
+        )
+        return self.tokenizer.encode(text, add_special_tokens)
+
+    def chat_prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool = True,
+        truncate: int | None = None,
+    ) -> Prompt:
+        if self.template is None:
+            raise ApiError(400, "This model has no chat template: it continues text. Use the completions endpoint.")
+        if tools and "tools" not in (self.tokenizer.chat_template or ""):
+            raise ApiError(400, "The chat template of this model knows no tools.", "tools")
+        plain = [message_of(i, message) for i, message in enumerate(messages)]
+        size = sum(len(str(message["content"])) for message in plain)
+        most = self.max_model_len * self.longest_token * NORMALIZED
+        expect(size <= most, f"Messages of {size} characters do not fit a context of {self.max_model_len} tokens.")
+        prompt = Prompt(*self.template.encode(plain, tools=tools, add_generation_prompt=add_generation_prompt))
+        return self.prompt(prompt.token_ids, truncate=truncate)._replace(text=prompt.text)
+
+    def check_tokens(self, token_ids: Any, name: str) -> None:
+        expect(isinstance(token_ids, list), f"{name} must be a text or a list of token ids, got {type(token_ids).__name__}.")
+        for i, token in enumerate(token_ids):
+            if not is_token(token, self.vocab_size):
+                expect(False, f"{name}[{i}] must be a token id in [0, {self.vocab_size}), got {token!r:.40}.")
+
+    def token_text(self, token_id: int) -> str:
+        """One token by itself, special ones too. A piece of a character shows its bytes, so that no two tokens look alike."""
+        raw = self.tokenizer.token_bytes(token_id, skip_special_tokens=False)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def message_of(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with its parts of text joined to one: what templates of text models are written for."""
+    content = message.get("content")
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content]
+        expect(
+            all(isinstance(part, str) for part in parts),
+            f'messages[{i}].content must be a text, or parts {{"type": "text", "text": …}}: this model reads text only.',
+        )
+        content = "\n".join(map(str, parts))
+    elif content is None:
+        content = "" if message.get("tool_calls") else None
+    return {**message, "content": content}

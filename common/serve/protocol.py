@@ -1,0 +1,224 @@
+"""What requests may hold, by the names that OpenAI and vLLM give it. Whatever else they hold is ignored, and logged once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from common.request import Request, SamplingParams, expect
+from common.serve.errors import ApiError
+
+log = logging.getLogger(__name__)
+
+MAX_CHOICES = 128
+MAX_PROMPTS = 1024
+StopText = Annotated[str, Field(max_length=1024)]
+NEUTRAL: dict[str, Any] = {
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "repetition_penalty": 1,
+    "logit_bias": {},
+    "bad_words": [],
+    "priority": 0,
+    "response_format": {"type": "text"},
+    "use_beam_search": False,
+    "length_penalty": 1,
+    "suffix": "",
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
+}
+"""Values that ask for nothing: clients send them whether or not a server knows the name."""
+SAMPLING = (
+    "temperature", "top_k", "top_p", "min_p", "seed", "min_tokens", "stop", "stop_token_ids", "ignore_eos",
+    "include_stop_str_in_output", "skip_special_tokens", "presence_penalty", "frequency_penalty", "repetition_penalty",
+    "logit_bias", "allowed_token_ids", "bad_words", "prompt_logprobs", "response_format", "use_beam_search", "length_penalty",
+)  # fmt: skip
+"""Fields that are sampling parameters of the same name."""
+REQUEST = ("cache_salt", "priority", "deadline")
+"""Fields of `Request` that a client may set."""
+_ignored: set[str] = set()
+
+
+class Body(BaseModel):
+    """Strict: no number is made of a text, no text of a number."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str | None = None
+
+    def warn(self) -> None:
+        """Log the fields that mean nothing here, each name once."""
+        for name in self.model_extra or {}:
+            if name not in _ignored and len(_ignored) < 1000:
+                _ignored.add(name)
+                log.warning("Requests bring a field %r, which is ignored.", name[:80])
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class Sampled(Body):
+    """What both kinds of completion share."""
+
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    min_tokens: int | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=64)] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=1024)] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    prompt_logprobs: int | None = None
+    response_format: dict[str, Any] | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    priority: int | None = None
+    deadline: float | None = None
+    """Seconds from now."""
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    """Keep so many tokens at the end of the prompt; -1 as many as fit."""
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None
+
+    def params(self, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None) -> SamplingParams:
+        """As the engine takes them. What it does not know yet is refused, unless it asks for nothing."""
+        asked = {name: getattr(self, name) for name in SAMPLING}
+        if self.prompt_logprobs is None:
+            asked["prompt_logprobs"] = prompt_logprobs
+        if self.logit_bias:
+            expect(all(key.isdecimal() for key in self.logit_bias), "The keys of logit_bias must be token ids.")
+            asked["logit_bias"] = {int(key): value for key, value in self.logit_bias.items()}
+        return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **supported(asked, SamplingParams))
+
+    def request_fields(self) -> dict[str, Any]:
+        """Those of `Request` that this one sets."""
+        return supported({name: getattr(self, name) for name in REQUEST}, Request)
+
+    def check(self) -> None:
+        """Raise for combinations that no engine could serve."""
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options are for streams: set stream=true.", "stream_options")
+        expect(self.truncate_prompt_tokens != 0, "truncate_prompt_tokens must be -1 or at least 1.")
+
+
+class CompletionRequest(Sampled):
+    prompt: Any = None
+    echo: bool | None = None
+    logprobs: int | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+    add_special_tokens: bool = True
+
+    @property
+    def prompt_only(self) -> bool:
+        """`echo` with no output asked for: one token is computed, for the engine gives at least one, and not shown."""
+        return bool(self.echo) and self.max_tokens == 0
+
+    def check(self) -> None:
+        super().check()
+        if self.prompt is None:
+            raise ApiError(400, "prompt is missing: a text, token ids, or a list of these.", "prompt")
+        several = isinstance(self.prompt, list) and bool(self.prompt) and isinstance(self.prompt[0], str | list)
+        if several and len(self.prompt) * (self.n or 1) > MAX_PROMPTS:
+            raise ApiError(
+                400, f"A request may ask for {MAX_PROMPTS} choices in all, got {len(self.prompt)} prompts.", "prompt"
+            )
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ApiError(400, "best_of must be n, or be left out: every choice that is made is returned.", "best_of")
+        supported({"suffix": self.suffix}, SamplingParams)
+
+
+class ChatRequest(Sampled):
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=10_000)]
+    max_completion_tokens: int | None = None
+    """Wins over max_tokens; with neither the context is filled."""
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: Annotated[list[Tool], Field(max_length=1024)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    add_generation_prompt: bool = True
+    chat_template: Any = None
+    chat_template_kwargs: Any = None
+
+    def check(self) -> None:
+        super().check()
+        for name in ("chat_template", "chat_template_kwargs"):
+            if getattr(self, name) is not None:
+                raise ApiError(400, f"{name} is not taken from requests: the model's own template is used as it is.", name)
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs=true.", "top_logprobs")
+        if self.tool_choice not in (None, "auto", "none"):
+            raise ApiError(400, "tool_choice must be auto or none: no call can be enforced yet.", "tool_choice")
+
+
+class Function(Body):
+    name: Annotated[str, Field(pattern=r"^[\w.-]{1,128}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
+
+
+class TokenizeRequest(Body):
+    prompt: str | None = None
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=10_000)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(Body):
+    tokens: list[int]
+
+
+ChatRequest.model_rebuild()
+
+B = TypeVar("B", bound=Body)
+
+
+def parse(kind: type[B], data: bytes) -> B:
+    """Read a body. Raises `ApiError` that names the first field that is wrong."""
+    try:
+        body = kind.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(str(part)[:80] for part in first["loc"] if part != "[key]")
+        text = f"{where}: {first['msg']}." if where else f"The body must be a JSON object: {first['msg']}."
+        raise ApiError(400, text, where.partition(".")[0] or None) from None
+    body.warn()
+    return body
+
+
+def supported(asked: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
+    """Those fields of `asked` that `kind` has. Raises for one that it lacks, unless it asks for nothing."""
+    known = {field.name for field in fields(kind)}
+    for name, value in asked.items():
+        if name not in known and value is not None and value != NEUTRAL.get(name):
+            raise ApiError(400, f"{name} is not supported yet by this server; leave it out.", name)
+    return {name: value for name, value in asked.items() if name in known and value is not None}

@@ -1,0 +1,246 @@
+"""From a parsed request to its answer: what completions and chat share."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
+
+from fastapi import Request as HttpRequest
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from common.request import Request, SamplingParams, Status
+from common.serve.errors import ApiError, api_error, error_body
+from common.serve.metrics import Metrics
+from common.serve.model import Prompt, ServedModel
+from common.serve.protocol import B, Sampled, parse
+from common.serve.worker import Call, Piece, Worker
+from common.text.output import Delta
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MAX_BODY = 1 << 24
+"""Bytes of a request."""
+BODY_PATIENCE_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """Everything that a route needs."""
+
+    model: ServedModel
+    worker: Worker
+    metrics: Metrics
+    stall_s: float = 30.0
+    """A step that takes longer makes the server unhealthy."""
+    log_prompts: bool = False
+
+    @classmethod
+    def of(cls, http: HttpRequest) -> Serving:
+        serving: Serving = http.app.state.serving
+        return serving
+
+
+async def read(http: HttpRequest, kind: type[B]) -> B:
+    """The body of a request, parsed on a thread."""
+    return await asyncio.to_thread(parse, kind, await read_bytes(http))
+
+
+async def read_bytes(http: HttpRequest) -> bytes:
+    """The body of a request, bounded while it comes."""
+    if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "The body must be JSON: send Content-Type: application/json.")
+    if "content-encoding" in http.headers:
+        raise ApiError(415, "The body must not be compressed.")
+    data = bytearray()
+    try:
+        async with asyncio.timeout(BODY_PATIENCE_S):
+            async for chunk in http.stream():
+                data += chunk
+                if len(data) > MAX_BODY:
+                    raise ApiError(413, f"A body may have {MAX_BODY} bytes.", headers={"Connection": "close"})
+    except TimeoutError:
+        raise ApiError(408, "The body did not come in time.", headers={"Connection": "close"}) from None
+    return bytes(data)
+
+
+@dataclass(kw_only=True)
+class Answer:
+    """One HTTP request being answered. Choice `i` continues prompt `i // n`."""
+
+    serving: Serving
+    id: str
+    body: Sampled
+    prompts: Sequence[Prompt]
+    params: SamplingParams
+    arrival: float
+    created: int = field(default_factory=lambda: int(time.time()))
+    completion_tokens: int = 0
+    """Those that were shown so far."""
+    call: Call = field(init=False)
+
+    def __post_init__(self) -> None:
+        n, seed = self.body.n or 1, self.params.seed
+        requests = [
+            Request(
+                request_id=f"{self.id}-{p * n + i}",
+                prompt_token_ids=tuple(prompt.token_ids),
+                params=self.params if seed is None else replace(self.params, seed=(seed + i) % 2**64),
+                eos_token_ids=self.serving.model.eos_token_ids,
+                **self.body.request_fields(),
+            )
+            for p, prompt in enumerate(self.prompts)
+            for i in range(n)
+        ]
+        self.call = Call(requests, self.arrival)
+
+    @property
+    def num_choices(self) -> int:
+        return len(self.call.requests)
+
+    def prompt_of(self, index: int) -> Prompt:
+        return self.prompts[index // (self.body.n or 1)]
+
+    def usage(self) -> dict[str, Any]:
+        given = sum(len(prompt.token_ids) for prompt in self.prompts)
+        return {
+            "prompt_tokens": given,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": given + self.completion_tokens,
+        }
+
+    def envelope(self, kind: str, choices: Sequence[Any], **more: Any) -> dict[str, Any]:
+        """What is around choices, in an answer and in each of its chunks."""
+        name = self.serving.model.names[0]
+        return {"id": self.id, "object": kind, "created": self.created, "model": name, "choices": choices, **more}
+
+    async def pieces(self) -> AsyncIterator[list[Piece]]:
+        """What each step brings. Raises `ApiError` where a request fails."""
+        async for pieces in self.call:
+            for piece in pieces:
+                check_end(piece.delta)
+            yield pieces
+
+    async def respond(
+        self,
+        http: HttpRequest,
+        full: Callable[[], Awaitable[dict[str, Any]]],
+        chunks: Callable[[], AsyncIterator[Sequence[dict[str, Any]]]],
+    ) -> Response:
+        """Admit the requests and answer: with a stream of events where asked for, else with one object."""
+        self.serving.metrics.begin(self.call)
+        try:
+            await self.serving.worker.run(self.call)
+        except BaseException:
+            self.serving.metrics.end(self.call)
+            raise
+        leave = partial(self._leave, http.headers["x-request-id"])
+        if self.body.stream:
+            return EventStream(self._events(chunks), leave)
+        try:
+            return json_response(await unless_left(http, full()))
+        finally:
+            leave()
+
+    def _leave(self, request_id: str) -> None:
+        """Whatever is not finished by now has lost its reader."""
+        if self.call.left:
+            self.serving.worker.abort(self.call)
+        self.serving.metrics.end(self.call, aborted=True)
+        facts = {"request_id": request_id, "id": self.id, **self.usage(), "unfinished": self.call.left}
+        if self.serving.log_prompts:
+            facts["prompts"] = [prompt.token_ids if prompt.text is None else prompt.text for prompt in self.prompts]
+        log.info("Ended.", extra={"facts": facts})
+
+    async def _events(self, chunks: Callable[[], AsyncIterator[Sequence[dict[str, Any]]]]) -> AsyncIterator[bytes]:
+        """Server-sent events; those of one step in one write."""
+        options = self.body.stream_options
+        each = bool(options and options.continuous_usage_stats)
+        try:
+            async for some in chunks():
+                yield b"".join(event({**chunk, "usage": self.usage()} if each else chunk) for chunk in some)
+            if options and options.include_usage:
+                yield event({**some[-1], "choices": [], "usage": self.usage()})
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                log.exception("Request %s failed.", self.id)
+            yield event(api_error(error).body)
+        yield b"data: [DONE]\n\n"
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. However it ends, `leave` is called."""
+
+    def __init__(self, events: AsyncIterator[bytes], leave: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._leave = leave
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._leave()
+
+
+async def unless_left(http: HttpRequest, work: Awaitable[T]) -> T:
+    """`work`, given up as soon as the client closes the connection."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(left(http))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ApiError(499, "The client closed the connection.")
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+
+
+async def left(http: HttpRequest) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def check_end(delta: Delta) -> None:
+    """Raise for an end that is no answer."""
+    match delta.finish:
+        case Status.FINISHED_ERROR:
+            raise ApiError(500, delta.error or "The request failed.")
+        case Status.FINISHED_TIMEOUT:
+            raise ApiError(504, "The request's deadline has passed.")
+
+
+def encode(message: Any) -> bytes:
+    return json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def event(message: Any) -> bytes:
+    return b"data: " + encode(message) + b"\n\n"
+
+
+def json_response(message: Any, status: int = 200) -> Response:
+    return Response(encode(message), status, media_type="application/json")
+
+
+def error_response(error: ApiError) -> Response:
+    return Response(
+        encode(error_body(error.status, str(error), error.param)), error.status, error.headers, media_type="application/json"
+    )
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinity."""
+    return max(logprob, -9999.0)

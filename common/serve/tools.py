@@ -1,0 +1,55 @@
+"""Calls of tools in what a model writes, as Hermes and Qwen do: `<tool_call>{"name": …, "arguments": {…}}</tool_call>`."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from typing import Any
+
+BEGIN, END = "<tool_call>", "</tool_call>"
+
+
+class ToolCalls:
+    """Follows one text. What may be part of a call is held back; a call comes out whole, once it is complete."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._held = ""
+
+    def push(self, text: str, last: bool = False) -> tuple[str, list[dict[str, Any]]]:
+        """(plain text, calls) that `text` completes. What turns out to be no call is plain text."""
+        text, plain, calls = self._held + text, "", []
+        while BEGIN in text:
+            before, _, after = text.partition(BEGIN)
+            inner, end, rest = after.partition(END)
+            plain += before
+            if not end:
+                text = BEGIN + after
+                break
+            call = parse_call(inner)
+            if call is None:
+                plain += BEGIN + inner + END
+            else:
+                calls.append({"index": self.count, "id": f"call-{uuid.uuid4().hex}", "type": "function", "function": call})
+                self.count += 1
+            text = rest
+        keep = 0 if last else len(text) if text.startswith(BEGIN) else _overlap(text)
+        self._held = text[len(text) - keep :]
+        return plain + text[: len(text) - keep], calls
+
+
+def _overlap(text: str) -> int:
+    """How many characters at the end of `text` may begin a call."""
+    return next(n for n in range(len(BEGIN) - 1, -1, -1) if text.endswith(BEGIN[:n]))
+
+
+def parse_call(text: str) -> dict[str, str] | None:
+    """`name` and `arguments`, these as JSON text; None if it is no call."""
+    try:
+        call = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    match call:
+        case {"name": str(name), "arguments": dict(arguments)} | {"name": str(name), "parameters": dict(arguments)}:
+            return {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    return None

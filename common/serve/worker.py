@@ -1,0 +1,255 @@
+"""The thread that owns the engine. It steps, and between two steps does what others ask of it.
+
+What a step brought reaches the event loop in one call, whatever the number of its tokens. Text is made here too, so that a stop
+string ends its request before the next step, as in `common.llm`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+from common.engine import Engine, StepRecord
+from common.request import Request, TokenEvent
+from common.serve.errors import ApiError
+from common.text.output import Delta, OutputText
+from common.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Piece(NamedTuple):
+    """What one token, or one end, added to one request of a call."""
+
+    number: int
+    """Which of the call's requests."""
+    delta: Delta
+    event: TokenEvent
+
+
+@dataclass(eq=False)
+class Call:
+    """The requests of one HTTP request, on the event loop. Iterate over it for what becomes visible, a list a step."""
+
+    requests: Sequence[Request]
+    arrival: float = field(default_factory=time.perf_counter)
+    """When the HTTP request came."""
+    left: int = field(init=False)
+    """Requests that have not ended, as far as the reader has read."""
+    _arrived: asyncio.Queue[list[Piece] | ApiError] = field(default_factory=asyncio.Queue)
+
+    def __post_init__(self) -> None:
+        self.left = len(self.requests)
+
+    def put(self, news: list[Piece] | ApiError) -> None:
+        self._arrived.put_nowait(news)
+
+    async def __aiter__(self) -> AsyncIterator[list[Piece]]:
+        """Ends when every request has. Raises `ApiError` if the engine dies."""
+        while self.left:
+            news = await self._arrived.get()
+            if isinstance(news, ApiError):
+                raise news
+            self.left -= sum(piece.delta.finish is not None for piece in news)
+            yield news
+
+
+@dataclass(eq=False)
+class _Live:
+    call: Call
+    index: int
+    text: OutputText
+
+
+Order = Callable[[Engine | None], None]
+"""What the thread is to do between two steps; without an engine if it has ended meanwhile."""
+Observer = Callable[[list[StepRecord], list[tuple[Call, list[Piece]]]], None]
+"""Called on the event loop for each step: its records, and what it brought by call."""
+
+
+class Worker:
+    """One engine on a thread of its own. `start` it on the event loop that `run`, `abort` and `ask` are used on."""
+
+    def __init__(self, make_engine: Callable[[], Engine], tokenizer: Tokenizer) -> None:
+        """`make_engine` runs on the thread."""
+        self._make_engine, self._tokenizer = make_engine, tokenizer
+        self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
+        self._live: dict[str, _Live] = {}
+        self._lock = threading.Lock()
+        self._dead = False
+        self._step_began: float | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._observe: Observer | None = None
+        self._ready: Future[Engine] = Future()
+        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+        self._thread.start()
+
+    # ── for the others ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def wait_ready(self) -> Engine:
+        """Its `caps` may be read; all else is the thread's. Raises what making it raised."""
+        return self._ready.result()
+
+    def start(self, observe: Observer | None = None) -> None:
+        """Bind it to the running event loop."""
+        self._loop, self._observe = asyncio.get_running_loop(), observe
+
+    @property
+    def dead(self) -> bool:
+        return self._dead
+
+    @property
+    def stalled(self) -> float:
+        """Seconds that the step in progress has taken so far; 0 between steps."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
+
+    async def run(self, call: Call) -> None:
+        """Admit all requests or none. The caller sees to it that `abort` is called if it leaves before all have ended."""
+        try:
+            await self.ask(lambda engine: self._admit(engine, call))
+        except asyncio.CancelledError:
+            self.abort(call)
+            raise
+
+    def abort(self, call: Call) -> None:
+        """End what is left of a call, before the next step."""
+        self._order(lambda engine: self._abort(engine, call))
+
+    async def ask(self, question: Callable[[Engine], T]) -> T:
+        """What `question` says of the engine between two steps."""
+        answer: Future[T] = Future()
+
+        def order(engine: Engine | None) -> None:
+            if not answer.set_running_or_notify_cancel():
+                return
+            try:
+                if engine is None:
+                    raise gone()
+                answer.set_result(question(engine))
+            except Exception as error:
+                answer.set_exception(error)
+
+        if not self._order(order):
+            raise gone()
+        return await asyncio.wrap_future(answer)
+
+    def close(self) -> None:
+        """End the thread and its engine. Idempotent; waits for the step in progress."""
+        self._order(None)
+        self._thread.join()
+
+    def _order(self, order: Order | None) -> bool:
+        """Whether it will be obeyed."""
+        with self._lock:
+            if not self._dead:
+                self._orders.put(order)
+            return not self._dead
+
+    # ── on the thread ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _main(self) -> None:
+        try:
+            engine = self._make_engine()
+        except BaseException as error:
+            self._dead = True
+            self._ready.set_exception(error)
+            return
+        engine.step_log = []
+        self._ready.set_result(engine)
+        try:
+            while self._obey(engine):
+                self._step(engine)
+        except BaseException:
+            log.critical("The step loop has died; every request fails from now on.", exc_info=True)
+        finally:
+            self._end(engine)
+
+    def _obey(self, engine: Engine) -> bool:
+        """Do what was ordered, waiting for an order if there is nothing else to do; False for the order to end."""
+        wait = not engine.has_work
+        while True:
+            try:
+                order = self._orders.get(wait)
+            except queue.Empty:
+                return True
+            if order is None:
+                return False
+            order(engine)
+            wait = False
+
+    def _step(self, engine: Engine) -> None:
+        if not engine.has_work:
+            return
+        self._step_began = time.monotonic()
+        events = engine.step()
+        self._step_began = None
+        fresh: dict[Call, list[Piece]] = {}
+        for event in events:
+            live = self._live.get(event.request_id)
+            if live is None:
+                continue  # ended here before, by a stop string or by its reader
+            delta = live.text.push(event)
+            if delta.finish is not None:
+                del self._live[event.request_id]
+                if event.finish is None:
+                    engine.finish(event.request_id, str(delta.stop_reason))
+            fresh.setdefault(live.call, []).append(Piece(live.index, delta, event))
+        records, engine.step_log = engine.step_log or [], []
+        if records or fresh:
+            self._tell(partial(self._deliver, records, list(fresh.items())))
+
+    def _admit(self, engine: Engine, call: Call) -> None:
+        try:
+            for index, request in enumerate(call.requests):
+                engine.add(request)
+                self._live[request.request_id] = _Live(call, index, OutputText(self._tokenizer, request))
+        except BaseException:
+            self._abort(engine, call)
+            raise
+
+    def _abort(self, engine: Engine | None, call: Call) -> None:
+        for request in call.requests:
+            live = self._live.get(request.request_id)
+            if live is not None and live.call is call:
+                del self._live[request.request_id]
+                if engine is not None:
+                    engine.abort(request.request_id)
+
+    def _end(self, engine: Engine) -> None:
+        with self._lock:
+            self._dead = True
+        while not self._orders.empty():
+            if (order := self._orders.get()) is not None:
+                order(None)
+        calls = {live.call for live in self._live.values()}
+        self._live.clear()
+        for call in calls:
+            self._tell(partial(call.put, gone()))
+        engine.close()
+
+    # ── on the event loop ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _tell(self, news: Callable[[], Any]) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(news)
+
+    def _deliver(self, records: list[StepRecord], fresh: list[tuple[Call, list[Piece]]]) -> None:
+        if self._observe is not None:
+            self._observe(records, fresh)
+        for call, pieces in fresh:
+            call.put(pieces)
+
+
+def gone() -> ApiError:
+    return ApiError(503, "The engine has stopped; the server must be started again.", headers={"Retry-After": "30"})

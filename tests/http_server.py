@@ -1,0 +1,162 @@
+"""Servers in processes of their own, as a user starts them, and the history backend for those that need no framework."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+ROOT = Path(__file__).parent.parent
+PATIENCE_S = 300.0
+"""Machines that run tests may be slow; nothing waits this long where all is well."""
+SMALL = ("--dtype", "float32", "--threads", "1", "--max-model-len", "512", "--max-num-seqs", "8",
+         "--max-num-batched-tokens", "64", "--num-blocks", "513")  # fmt: skip
+PACKAGE = """
+import time
+from pathlib import Path
+from tests.history_runner import HistoryRunner
+
+CONTROL = Path({control!r})
+
+class ModelRunner(HistoryRunner):
+    def __init__(self, config):
+        super().__init__(num_pages=2, block_size=config.block_size, vocab_size=320, max_seqs=config.max_num_seqs)
+
+    def submit(self, batch, *more):
+        if (CONTROL / "slow").exists():
+            time.sleep(0.02)
+        while (CONTROL / "hang").exists():
+            time.sleep(0.01)
+        if (CONTROL / "fail").exists():
+            raise RuntimeError("a kernel at 0x7ffd12345678 failed in /usr/lib/secret.so")
+        if (CONTROL / "die").exists():
+            raise SystemExit("the step loop is to die")
+        return super().submit(batch, *more)
+"""
+
+
+class Served:
+    """A running server."""
+
+    def __init__(self, process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+        self.process, self.url, self.log = process, url, log
+        self.client = httpx.Client(base_url=url, timeout=PATIENCE_S)
+
+    def post(self, path: str = "/v1/completions", **body: Any) -> httpx.Response:
+        return self.client.post(path, json=body)
+
+    def complete(self, **body: Any) -> dict[str, Any]:
+        """The answer to a completion, greedy unless told otherwise."""
+        response = self.post(**({"temperature": 0.0} | body))
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def events(self, path: str = "/v1/completions", **body: Any) -> list[Any]:
+        """The messages of a stream, which ends as it should."""
+        with self.client.stream("POST", path, json={"temperature": 0.0, **body, "stream": True}) as response:
+            assert response.status_code == 200, response.read()
+            assert response.headers["content-type"].startswith("text/event-stream")
+            raw = response.read().decode()
+        assert raw.endswith("data: [DONE]\n\n")
+        return [json.loads(part.removeprefix("data: ")) for part in raw.split("\n\n")[:-2]]
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The value of the sample `vllm:name` with these labels among its own; 0 where there is none."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        families = text_string_to_metric_families(self.client.get("/metrics").text)
+        samples = [s for f in families for s in f.samples if s.name == f"vllm:{name}" and labels.items() <= s.labels.items()]
+        return sum(sample.value for sample in samples)
+
+    def wait_idle(self) -> None:
+        """Until no request runs, waits or holds a page. Fails after long."""
+        until(lambda: not any(map(self.metric, ("kv_cache_usage_perc", "num_requests_running", "num_requests_waiting"))))
+
+    def stop(self) -> int:
+        """Ask it to end; its exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(PATIENCE_S)
+
+
+def raw_request(served: Served, **body: Any) -> socket.socket:
+    """A connection on which a completion was asked for."""
+    where, data = urlsplit(served.url), json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    connection = socket.create_connection((where.hostname or "", where.port or 0))
+    connection.sendall(head.encode() + data)
+    return connection
+
+
+def until(condition: Any) -> None:
+    """Wait for something that comes soon, unless something is wrong."""
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end, "it does not come"
+        time.sleep(0.01)
+
+
+@contextmanager
+def serving(folder: Path, *options: str, packages: Sequence[Path] = ()) -> Iterator[Served]:
+    """A server on a free port, which has ended by the end."""
+    log = folder / "server.log"
+    paths = os.pathsep.join(map(str, (*packages, ROOT)))
+    command = [sys.executable, "-m", "common.serve", "--model", "tiny-llama", "--port", "0", *options]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=os.environ | {"PYTHONPATH": paths})
+    try:
+        served = Served(process, address(process, log), log)
+        with served.client:
+            until(lambda: answers(served))
+            yield served
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        try:
+            process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+
+
+def address(process: subprocess.Popen[bytes], log: Path) -> str:
+    """Where it says that it serves."""
+    found: list[str] = []
+
+    def told() -> bool:
+        found.extend(re.findall(r"at (http://\S+:\d+)", log.read_text()))
+        assert found or process.poll() is None, log.read_text()
+        return bool(found)
+
+    until(told)
+    return found[0]
+
+
+def answers(served: Served) -> bool:
+    try:
+        return served.client.get("/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def history(folder: Path, *names: str) -> tuple[Path, Path]:
+    """Backends without a framework, by name: the folder to import them from, and the one whose files say what goes wrong."""
+    control = folder / "control"
+    control.mkdir()
+    for name in names or ("history",):
+        package = folder / "packages" / f"{name}infer"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text(PACKAGE.format(control=str(control)))
+    return folder / "packages", control

@@ -1,0 +1,157 @@
+"""How a server ends, hangs, fails and goes on; over a backend without a framework, whose failures are ordered by files."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.http_server import Served, history, serving, until
+
+
+@contextmanager
+def started(folder: Path, *options: str) -> Iterator[Server]:
+    packages, control = history(folder)
+    with serving(folder, "--backend", "history", "--max-model-len", "512", *options, packages=[packages]) as served:
+        yield served, control
+
+
+@pytest.fixture(scope="module")
+def lasting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with started(tmp_path_factory.mktemp("serve"), "--stall-s", "0.2", "--log-json") as server:
+        yield server
+
+
+@pytest.fixture
+def server(lasting: Server) -> Iterator[Server]:
+    """For tests after which it goes on, with nothing going wrong any more."""
+    yield lasting
+    for file in lasting[1].iterdir():
+        file.unlink()
+
+
+@pytest.fixture
+def mortal(tmp_path: Path) -> Iterator[Server]:
+    """For a test that ends it."""
+    with started(tmp_path) as server:
+        yield server
+
+
+Server = tuple[Served, Path]
+"""And the folder whose files say what goes wrong in it."""
+LONG: dict[str, Any] = {"prompt": "a long one", "max_tokens": 60, "ignore_eos": True}
+
+
+def test_told_to_end_it_finishes_what_runs_and_takes_nothing_new(mortal: Server) -> None:
+    served, control = mortal
+    (control / "slow").touch()
+    whole: list[Any] = []
+    reader = threading.Thread(target=lambda: whole.extend(served.events(**LONG, return_token_ids=True)))
+    reader.start()
+    until(lambda: served.metric("generation_tokens_total") > 3)
+    assert served.stop() == 0
+    reader.join()
+    assert sum(len(chunk["choices"][0]["token_ids"]) for chunk in whole) == 60
+    assert whole[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_step_loop_that_died_is_not_healthy_and_requests_learn_of_it(mortal: Server) -> None:
+    served, control = mortal
+    (control / "slow").touch()
+    seen: list[Any] = []
+    reader = threading.Thread(target=lambda: seen.extend(served.events(**{**LONG, "max_tokens": 450})))
+    reader.start()
+    until(lambda: served.metric("generation_tokens_total") > 3)
+    (control / "die").touch()
+    reader.join()
+    assert seen[-1]["error"]["code"] == 503 and "choices" in seen[-2]
+    for answer in (served.client.get("/health"), served.post(**LONG), served.client.get("/metrics")):
+        assert (answer.status_code, answer.json()["error"]["type"]) == (503, "ServiceUnavailableError")
+    assert served.client.get("/v1/models").status_code == 200
+    assert served.stop() == 0
+
+
+def test_a_step_that_hangs_is_not_healthy_until_it_goes_on(server: Server) -> None:
+    served, control = server
+    (control / "hang").touch()
+    reader = threading.Thread(target=served.complete, kwargs=LONG)
+    reader.start()
+    until(lambda: served.client.get("/health").status_code == 503)
+    (control / "hang").unlink()
+    reader.join()
+    until(lambda: served.client.get("/health").status_code == 200)
+
+
+def test_a_request_whose_steps_raise_fails_without_telling_why(server: Server) -> None:
+    served, control = server
+    right = served.complete(**LONG)["choices"][0]["text"]
+    (control / "fail").touch()
+    answer = served.post(**LONG)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "InternalServerError")
+    streamed = served.events(**LONG)
+    assert streamed == [{"error": answer.json()["error"]}]
+    assert "0x7ffd" not in answer.text and "/usr" not in answer.text
+    (control / "fail").unlink()
+    assert served.complete(**LONG)["choices"][0]["text"] == right
+    served.wait_idle()
+
+
+def test_the_log_names_requests_and_never_what_they_say(server: Server) -> None:
+    served, _ = server
+    answer = served.client.post("/v1/completions", json=LONG, headers={"x-request-id": "my-own-7"})
+    assert answer.headers["x-request-id"] == "my-own-7"
+    evil = served.client.post("/v1/completions", json=LONG, headers={"x-request-id": "a b{}" + "x" * 500})
+    assert evil.headers["x-request-id"].isalnum()
+    lines = [json.loads(line) for line in served.log.read_text().splitlines() if line.startswith("{")]
+    ended, answered = [line for line in lines if line.get("request_id") == "my-own-7"]
+    assert (answered["path"], answered["status"]) == ("/v1/completions", 200)
+    assert (ended["id"], ended["completion_tokens"], ended["unfinished"]) == (answer.json()["id"], 60, 0)
+    assert "a long one" not in served.log.read_text()
+
+
+def test_a_key_is_asked_for(tmp_path: Path) -> None:
+    with started(tmp_path, "--api-key", "secret") as (served, _):
+        for given in (
+            {},
+            {"authorization": "Bearer wrong"},
+            {"authorization": "secret"},
+            {"authorization": "Bearer " + "x" * 9999},
+        ):
+            answer = served.client.get("/v1/models", headers=given)
+            assert (answer.status_code, answer.json()["error"]["type"]) == (401, "AuthenticationError")
+        assert served.client.get("/v1/models", headers={"authorization": "Bearer secret"}).status_code == 200
+        assert served.client.get("/").status_code == 200
+        assert served.post("/reset_prefix_cache").status_code == 401
+        assert served.client.post("/reset_prefix_cache", headers={"authorization": "Bearer secret"}).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--port", "99999"], "Cannot listen"),
+        (["--backend", "nothing"], "Unknown backend"),
+        (["--model", "no-such-model"], "Unknown model"),
+        (["--prot", "8000"], "--port"),
+        (["--backend", "history,history"], "twice"),
+        (["--backend", "history,nothing"], "exit code 2"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_explained(
+    tmp_path: Path,
+    options: list[str],
+    says: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from common.serve.__main__ import main
+
+    packages, _ = history(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(packages), prepend=":")
+    monkeypatch.syspath_prepend(str(packages))
+    assert main(["--model", "tiny-llama", "--port", "0", "--backend", "history", *options]) == 2
+    assert says in capfd.readouterr().err

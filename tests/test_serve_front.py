@@ -1,0 +1,126 @@
+"""Two backends behind one address, and the page that shows them side by side."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.browser import ATTEMPTS, BrowserError, Tab, chromium, running
+from tests.http_server import Served, history, raw_request, serving, until
+
+BODY = {"prompt": "the", "max_tokens": 8, "ignore_eos": True}
+
+
+@contextmanager
+def two(folder: Path) -> Iterator[Served]:
+    packages, control = history(folder, "one", "two")
+    (control / "slow").touch()
+    with serving(folder, "--backend", "one,two", packages=[packages]) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """For tests that leave it as it was."""
+    with two(tmp_path_factory.mktemp("front")) as server:
+        yield server
+
+
+@pytest.fixture
+def mortal(tmp_path: Path) -> Iterator[Served]:
+    """For a test that ends it."""
+    with two(tmp_path) as server:
+        yield server
+
+
+def test_requests_reach_the_backend_that_they_name(served: Served) -> None:
+    names = [model["id"] for model in served.client.get("/v1/models").json()["data"]]
+    assert names == ["tiny-llama", "tiny-llama@one", "tiny-llama@two"]
+    texts = set()
+    for name, engine in zip((None, *names), ("one", "one", "one", "two"), strict=True):
+        before = served.metric("generation_tokens_total", engine=engine)
+        body = BODY if name is None else {**BODY, "model": name}
+        answer = served.complete(**body)
+        assert answer["model"] == ("tiny-llama@two" if engine == "two" else "tiny-llama")
+        assert served.metric("generation_tokens_total", engine=engine) == before + 8
+        assert "".join(chunk["choices"][0]["text"] for chunk in served.events(**body)) == answer["choices"][0]["text"]
+        texts.add(answer["choices"][0]["text"])
+    assert len(texts) == 1
+    assert served.post(**BODY, model="tiny-llama@three").status_code == 404
+    assert served.client.post("/v1/completions", content=b"{", headers={"content-type": "application/json"}).status_code == 400
+    assert served.client.get("/tokenizer_info").json()["eos_token"] == "<|im_end|>"
+
+
+def test_whoever_leaves_is_noticed_behind_the_front_too(served: Served) -> None:
+    before = served.metric("request_success_total", finished_reason="abort")
+    with served.client.stream("POST", "/v1/completions", json={**BODY, "max_tokens": 400, "stream": True}) as response:
+        next(response.iter_raw())
+    served.wait_idle()
+    with raw_request(served, prompt="the", max_tokens=400, ignore_eos=True):
+        until(lambda: served.metric("num_requests_running") == 1)
+    served.wait_idle()
+    until(lambda: served.metric("request_success_total", finished_reason="abort") == before + 2)
+
+
+def test_a_backend_that_died_takes_only_its_own_requests_with_it(mortal: Served) -> None:
+    children = psutil.Process(mortal.process.pid).children()
+    (victim,) = [child for child in children if "tiny-llama@two" in child.cmdline()]
+    victim.send_signal(signal.SIGKILL)
+    until(lambda: mortal.client.get("/health").status_code == 503)
+    assert mortal.post(**BODY, model="tiny-llama@two").status_code == 503
+    assert mortal.post(**BODY).status_code == 200
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_backends_end_with_the_front_however_it_ends(mortal: Served, how: signal.Signals) -> None:
+    children = psutil.Process(mortal.process.pid).children()
+    assert len(children) == 2
+    os.kill(mortal.process.pid, how)
+    code = mortal.process.wait()
+    assert code == (0 if how is signal.SIGTERM else -signal.SIGKILL)
+    until(lambda: not any(child.is_running() for child in children))
+
+
+def test_the_page_shows_both_answers_as_they_come(served: Served) -> None:
+    executable = chromium()
+    if executable is None:
+        pytest.skip("no chromium on this machine: apt-get install chromium")
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            with running(executable) as browser:
+                seen, complaints, asked = ask_the_page(Tab(browser, served.url, 1000, dark=False))
+            break
+        except BrowserError:
+            if attempt == ATTEMPTS:
+                raise
+    assert [column["model"] for column in seen] == ["tiny-llama@one", "tiny-llama@two"]
+    assert seen[0]["answer"] == seen[1]["answer"] != ""
+    assert all(column["question"] == "Say <b>it</b>" and "20 tokens · " in column["facts"] for column in seen)
+    assert all("tokens/s" in column["facts"] for column in seen)
+    assert complaints == []
+    assert all(url.startswith((served.url, "data:")) for url in asked)
+
+
+def ask_the_page(tab: Tab) -> tuple[Any, list[Any], list[str]]:
+    """What its columns show after a question, what its console says, and what it asked for."""
+    until(lambda: tab.evaluate("document.querySelectorAll('section').length") == 2)
+    tab.evaluate("$('prompt').value = 'Say <b>it</b>'; $('max').value = 20; send(); 0")
+    until(lambda: tab.evaluate("running === null"))
+    return tab.evaluate(SEEN), tab.complaints(), tab.requests()
+
+
+SEEN = """
+[...document.querySelectorAll("section")].map(section => ({
+  model: section.dataset.model,
+  question: section.querySelector(".user").textContent,
+  answer: section.querySelector(".assistant").firstChild.data,
+  facts: section.querySelector(".assistant small").textContent,
+}))
+"""

@@ -1,0 +1,117 @@
+"""Parts of the server that need no server."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from common.errors import RequestError
+from common.serve.errors import ApiError, api_error, public
+from common.serve.model import ServedModel
+from common.serve.protocol import ChatRequest, CompletionRequest, parse
+from common.serve.tools import ToolCalls
+from common.text.tokenizer import open_tokenizer
+from common.weights.checkpoint import open_checkpoint
+from common.weights.zoo import resolve
+
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
+TEMPLATE = (
+    "{% for tool in tools or [] %}<tools>{{ tool | tojson }}</tools>{% endfor %}"
+    "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "plain", "names"),
+    [
+        ("no call <tool", "no call <tool", []),
+        (CALL, "", ["weather"]),
+        (f"Let me see. {CALL}{CALL} done", "Let me see.  done", ["weather", "weather"]),
+        ("<tool_call>{not json}</tool_call>", "<tool_call>{not json}</tool_call>", []),
+        ('<tool_call>{"name": 5, "arguments": {}}</tool_call>', '<tool_call>{"name": 5, "arguments": {}}</tool_call>', []),
+        ('<tool_call>{"name": "f"', '<tool_call>{"name": "f"', []),
+        (f"a << b <<tool_call> {CALL}", f"a << b <<tool_call> {CALL}", []),
+        ("<<tool_call>[]</tool_call><", "<<tool_call>[]</tool_call><", []),
+    ],
+)
+def test_calls_are_found_however_the_text_is_cut(text: str, plain: str, names: list[str]) -> None:
+    for size in (1, 2, 3, 7, 1000):
+        parser, shown, calls = ToolCalls(), "", []
+        for i in range(0, len(text), size):
+            part, found = parser.push(text[i : i + size], last=i + size >= len(text))
+            shown += part
+            calls += found
+        assert (shown, [call["function"]["name"] for call in calls]) == (plain, names)
+        assert [call["index"] for call in calls] == list(range(len(calls)))
+        assert all(json.loads(call["function"]["arguments"]) == {"city": "Köln"} for call in calls)
+
+
+def test_plain_text_is_not_held_back_for_long() -> None:
+    parser = ToolCalls()
+    assert parser.push("a < b ")[0] == "a < b "
+    assert parser.push("<tool")[0] == ""
+    assert parser.push("box")[0] == "<toolbox"
+
+
+def test_tools_reach_a_template_that_knows_them(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    messages = [{"role": "user", "content": [{"type": "text", "text": "the"}, {"type": "text", "text": "of"}]}]
+    shutil.copytree(resolve("tiny-llama"), tmp_path / "model")
+    with_tools, without = tmp_path / "model", resolve("tiny-llama")
+    (with_tools / "chat_template.jinja").write_text(TEMPLATE)
+    for path in (with_tools, without):
+        model = ServedModel.of(["m"], open_checkpoint(path), open_tokenizer(path), 512)
+        try:
+            if path == without:
+                with pytest.raises(ApiError, match="knows no tools"):
+                    model.chat_prompt(messages, tools)
+            else:
+                assert model.chat_prompt(messages, tools).text == f"<tools>{json.dumps(tools[0])}</tools>the\nof"
+        finally:
+            model.close()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "failed at 0x7ffd12345678",
+        "No such file: /usr/lib/x.so",
+        "'/root/models/a' is missing",
+        'Traceback (most recent call last):\n  File "x"',
+        "C:\\Users\\me\\model",
+    ],
+)
+def test_what_tells_about_the_machine_stays_inside(message: str) -> None:
+    for error in (RequestError(message), ApiError(500, message)):
+        assert message not in str(api_error(error).body)
+    assert "x-request-id" in public(message)
+
+
+def test_other_messages_go_out_as_they_are_unless_they_are_long() -> None:
+    for message in ("temperature must be in [0, 100], got 1/2.", "The path /v1/x is unknown."[:8], "max_tokens: 5 and/or 6"):
+        assert public(message) == message
+    assert len(public("x" * 10_000)) < 600
+
+
+def test_what_asks_for_nothing_is_taken_whether_or_not_the_engine_knows_it() -> None:
+    body = {"prompt": "a", "presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1.0, "logit_bias": None,
+            "n": 1, "best_of": 1, "stop": None, "seed": None, "suffix": None, "user": "me",
+            "use_beam_search": False, "unheard_of": 5}  # fmt: skip
+    request = parse(CompletionRequest, json.dumps(body).encode())
+    request.check()
+    assert request.params(16, None).max_tokens == 16
+    request.request_fields()
+
+
+def test_a_chat_fills_the_context_unless_told_otherwise() -> None:
+    request = parse(ChatRequest, b'{"messages": [{"role": "user", "content": "a"}], "temperature": 0}')
+    assert request.params(request.max_tokens, None).max_tokens is None
+
+
+def test_a_wrong_field_is_named() -> None:
+    with pytest.raises(ApiError, match="temperature") as caught:
+        parse(CompletionRequest, b'{"prompt": "a", "temperature": "hot"}')
+    assert (caught.value.status, caught.value.param) == (400, "temperature")
