@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from common.errors import RequestError, TandemError
+from common.errors import DrainingError, QueueFullError, RequestError, TandemError
 
 NAMES = {
     400: "BadRequestError",
@@ -16,6 +16,7 @@ NAMES = {
     408: "RequestTimeoutError",
     413: "RequestTooLargeError",
     415: "UnsupportedMediaTypeError",
+    429: "RateLimitError",
     500: "InternalServerError",
     501: "NotImplementedError",
     503: "ServiceUnavailableError",
@@ -57,6 +58,10 @@ def api_error(error: Exception) -> ApiError:
     match error:
         case ApiError():
             return error
+        case QueueFullError():
+            return ApiError(429, str(error), headers={"Retry-After": "1"})
+        case DrainingError():
+            return ApiError(503, str(error), headers={"Retry-After": "30"})
         case RequestError():
             return ApiError(400, str(error))
         case TandemError():

@@ -94,7 +94,7 @@ class Sampled(Body):
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     priority: int | None = None
     deadline: float | None = None
-    """Seconds from now."""
+    """Seconds from the arrival of the HTTP request."""
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
     """Keep so many tokens at the end of the prompt; -1 as many as fit."""
     return_token_ids: bool | None = None
@@ -111,9 +111,12 @@ class Sampled(Body):
             asked["logit_bias"] = {int(key): value for key, value in self.logit_bias.items()}
         return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **supported(asked, SamplingParams))
 
-    def request_fields(self) -> dict[str, Any]:
+    def request_fields(self, arrival: float) -> dict[str, Any]:
         """Those of `Request` that this one sets."""
-        return supported({name: getattr(self, name) for name in REQUEST}, Request)
+        asked = {name: getattr(self, name) for name in REQUEST}
+        if self.deadline is not None:
+            asked["deadline"] = arrival + self.deadline
+        return supported(asked, Request)
 
     def check(self) -> None:
         """Raise for combinations that no engine could serve."""

@@ -96,7 +96,8 @@ class Answer:
                 prompt_token_ids=tuple(prompt.token_ids),
                 params=self.params if seed is None else replace(self.params, seed=(seed + i) % 2**64),
                 eos_token_ids=self.serving.model.eos_token_ids,
-                **self.body.request_fields(),
+                parent=f"{self.id}-{p * n}" if i else None,
+                **self.body.request_fields(self.arrival),
             )
             for p, prompt in enumerate(self.prompts)
             for i in range(n)
