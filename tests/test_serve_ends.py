@@ -101,6 +101,25 @@ def test_a_request_whose_steps_raise_fails_without_telling_why(server: Server) -
     served.wait_idle()
 
 
+def test_a_deadline_ends_a_request_and_a_full_queue_turns_one_away(tmp_path: Path) -> None:
+    with started(tmp_path, "--max-num-seqs", "1", "--max-waiting", "1") as (served, control):
+        (control / "slow").touch()
+        late = served.post(**LONG, deadline=0.0)
+        assert (late.status_code, late.json()["error"]["type"]) == (504, "GatewayTimeoutError")
+        readers = [threading.Thread(target=served.events, kwargs=LONG) for _ in range(2)]
+        readers[0].start()
+        until(lambda: served.metric("num_requests_running") == 1)
+        readers[1].start()
+        until(lambda: served.metric("num_requests_waiting") == 1)
+        full = served.post(**LONG)
+        assert (full.status_code, full.json()["error"]["type"]) == (429, "RateLimitError")
+        assert "max_waiting=1" in full.json()["error"]["message"] and full.headers["retry-after"] == "1"
+        (control / "slow").unlink()
+        for reader in readers:
+            reader.join()
+        served.wait_idle()
+
+
 def test_the_log_names_requests_and_never_what_they_say(server: Server) -> None:
     served, _ = server
     answer = served.client.post("/v1/completions", json=LONG, headers={"x-request-id": "my-own-7"})
