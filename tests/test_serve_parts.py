@@ -103,7 +103,7 @@ def test_what_asks_for_nothing_is_taken_whether_or_not_the_engine_knows_it() -> 
     request = parse(CompletionRequest, json.dumps(body).encode())
     request.check()
     assert request.params(16, None).max_tokens == 16
-    request.request_fields()
+    assert request.request_fields(0.0) == {}
 
 
 def test_a_chat_fills_the_context_unless_told_otherwise() -> None:
