@@ -100,6 +100,9 @@ class Engine(InferenceEngine):
             ("prompt_token_ids", request.prompt_token_ids),
             ("stop_token_ids", request.params.stop_token_ids),
             ("eos_token_ids", request.eos_token_ids),
+            ("allowed_token_ids", request.params.allowed_token_ids or ()),
+            ("logit_bias", [token for token, _ in request.params.logit_bias or ()]),
+            *(("bad_words", word) for word in request.bad_words),
         ):
             bad = next((i for i, token in enumerate(ids) if not is_token(token, vocab)), None)
             if bad is not None:
