@@ -23,12 +23,13 @@ from common.kernels.cpu import usable as cpu
 from common.kernels.cpu.build import build
 from common.kernels.cpu.pack import pack_head, pack_layer
 from common.kernels.cpu.pages import keys_in, keys_out, pool_shapes, values_in, values_out
-from common.kernels.cpu.step import SAMPLED, max_step_size, pack_step, unpack_sampled
+from common.kernels.cpu.step import HEADER, SAMPLED, max_step_size, pack_step, unpack_sampled
 from common.platform import cores
 from common.rope import rope_tables
 from common.schedule.batch import Batch
 from common.weights.checkpoint import Checkpoint
 from jaxinfer.cache import KVCache
+from jaxinfer.observe import Keep, Names, ignore, keeper
 from jaxinfer.step import State
 
 
@@ -84,37 +85,51 @@ def make_cache(config: ModelConfig, pages: int, page_size: int, dtype: str) -> K
     return made
 
 
-def layer(config: ModelConfig, weights: Weights, number: int, step: Array, pools: Any, x_TD: Array) -> tuple[Any, Array]:
+def layer(
+    config: ModelConfig, weights: Weights, number: int, step: Array, pools: Any, x_TD: Array, keep: Keep = ignore
+) -> tuple[Any, Array]:
     """One layer in one operator: its pools (keys, values) and the residual stream as they are afterwards."""
     q = _shape((x_TD.shape[0], config.num_heads, config.head_dim), pools[0].dtype)
     arguments = (step, weights.layers[number], weights.ropes[config.layer_rope[number]], *pools, x_TD)
     k, v, x_TD, _ = _call("layer", (*pools, x_TD, q), *arguments, aliases={3: 0, 4: 1, 5: 2})
+    keep(number, residual=x_TD)
     return (k, v), x_TD
 
 
 def layer_in_parts(
-    config: ModelConfig, weights: Weights, number: int, step: Array, pools: Any, x_TD: Array, keep: Any = lambda name, x: None
+    config: ModelConfig, weights: Weights, number: int, step: Array, pools: Any, x_TD: Array, keep: Keep = ignore
 ) -> tuple[Any, Array]:
-    """As `layer`, the same bits, in three operators: for those who want to change what is between, or to see it: `keep` is
-    called with "q" and "attention" and their values, which later operators may overwrite."""
+    """As `layer`, the same bits, in three operators: for those who want to change what is between, or to see it. What
+    `keep` is given, later operators may overwrite."""
     packed, rope = weights.layers[number], weights.ropes[config.layer_rope[number]]
     q = _shape((x_TD.shape[0], config.num_heads, config.head_dim), pools[0].dtype)
     q_TNH, *pools = _call("project", (q, *pools), step, packed, rope, x_TD, *pools, aliases={4: 1, 5: 2})
-    keep("q", q_TNH)
+    keep(number, q=q_TNH)
     out_TNH = _call("attend", q, step, packed, *pools, q_TNH, aliases={4: 0})
-    keep("attention", out_TNH)
-    return tuple(pools), _call("combine", x_TD, step, packed, out_TNH, x_TD, aliases={3: 0})
+    keep(number, attention=out_TNH)
+    x_TD = _call("combine", x_TD, step, packed, out_TNH, x_TD, aliases={3: 0})
+    keep(number, residual=x_TD)
+    return tuple(pools), x_TD
 
 
 def forward(
-    config: ModelConfig, weights: Weights, state: State, step: Array, tokens: int, rows: int, layer: Any = layer
+    config: ModelConfig,
+    weights: Weights,
+    state: State,
+    step: Array,
+    tokens: int,
+    rows: int,
+    layer: Any = layer,
+    keep: Keep = ignore,
 ) -> tuple[Array, State]:
     """Logits float32[rows, V] of a packed step of `tokens` tokens; its keys and values go into the state's pages."""
     k, v = map(list, state.cache)
     x_TD = _call("embed", _shape((tokens, config.hidden_size)), step, weights.head, state.last_tokens)
+    keep(embedding=x_TD)
     for number in range(config.num_layers):
-        (k[number], v[number]), x_TD = layer(config, weights, number, step, (k[number], v[number]), x_TD)
+        (k[number], v[number]), x_TD = layer(config, weights, number, step, (k[number], v[number]), x_TD, keep)
     logits_RV = _call("head", _shape((rows, config.vocab_size)), step, weights.head, x_TD)
+    keep(logits=logits_RV)
     return logits_RV, state._replace(cache=KVCache(tuple(k), tuple(v)))
 
 
@@ -140,10 +155,9 @@ class Step:
         """Pack the weights, with room for `positions` rotary positions."""
         self.model_config: ModelConfig = checkpoint.config
         self._weights = load_weights(checkpoint, self.config.dtype, positions, progress)
-        config = self.config
-        self._size = max_step_size(config.max_num_batched_tokens, config.max_num_seqs, -(-positions // config.block_size))
-        self._sizes = sorted({config.max_num_seqs, config.max_num_batched_tokens})
-        self._compiled: dict[int, Any] = {}
+        self._pages = -(-positions // self.config.block_size)
+        self._sizes = sorted({self.config.max_num_seqs, self.config.max_num_batched_tokens})
+        self._compiled: dict[tuple[int, int, Names], Any] = {}
 
     def make_state(self, num_pages: int) -> State:
         """Empty pages and rows."""
@@ -154,27 +168,22 @@ class Step:
     def warmup(self, state: State, progress: Progress | None = None) -> State:
         """Compile what later steps need."""
         for done, tokens in enumerate(self._sizes):
-            step = jax.jit(
-                lambda weights, state, step, tokens=tokens: self._step(weights, state, step, tokens), donate_argnums=1
-            )
-            shape = jax.ShapeDtypeStruct((self._size,), jnp.int32)
-            self._compiled[tokens] = step.lower(self._weights, state, shape).compile()
             # No tokens: the program runs through its operators and changes nothing.
-            state, _ = self._compiled[tokens](self._weights, state, np.zeros(self._size, np.int32))
+            state, *_ = self._run(tokens, self.config.max_num_seqs, state, np.zeros(HEADER, np.int32))
             if progress:
                 progress(done + 1, len(self._sizes), f"compiled steps of up to {tokens} tokens")
         return state
 
     def run(self, state: State, batch: Batch) -> tuple[State, Callable[[], tuple[Any, ...]]]:
         """One step, and what brings its results to the host: the arguments of `interface.make_result`."""
-        if not self._compiled:
-            state = self.warmup(state)
-        packed = pack_step(batch)
-        step = np.empty(self._size, np.int32)
-        step[: len(packed)] = packed
-        tokens = next(size for size in self._sizes if size >= batch.num_tokens)
-        state, sampled = self._compiled[tokens](self._weights, state, step)
+        state, sampled, _ = self._run(self._tokens(batch), self.config.max_num_seqs, state, pack_step(batch))
         return state, lambda: unpack_sampled(np.asarray(sampled)[: len(batch.logit_rows)], batch)
+
+    def observe(self, state: State, batch: Batch, names: Names) -> tuple[State, dict[str, Array]]:
+        """One step, and what it computes on the way, padded and on the device: those of `names`, or all."""
+        tokens = rows = self._tokens(batch)  # every token may ask for logits
+        state, _, taps = self._run(tokens, rows, state, pack_step(batch), names)
+        return state, taps
 
     def read_pages(self, state: State, pages_: Sequence[int]) -> dict[str, np.ndarray]:
         """Copies `k` and `v`: [L, pages, B, K, H]."""
@@ -199,11 +208,28 @@ class Step:
         new_v = tuple(put(pool, x, values_in) for pool, x in zip(v, arrays["v"], strict=True))
         return state._replace(cache=KVCache(new_k, new_v))
 
-    def _step(self, weights: Weights, state: State, step: Array, tokens: int) -> tuple[State, Array]:
+    def _tokens(self, batch: Batch) -> int:
+        return next(size for size in self._sizes if size >= batch.num_tokens)
+
+    def _run(self, tokens: int, rows: int, state: State, packed: np.ndarray, names: Names = frozenset()) -> Any:
+        program = tokens, rows, names
+        step = np.empty(max_step_size(self.config.max_num_batched_tokens, rows, self._pages), np.int32)
+        step[: len(packed)] = packed
+        if program not in self._compiled:
+            run = jax.jit(lambda weights, state, step: self._step(*program, weights, state, step), donate_argnums=1)
+            self._compiled[program] = run.lower(self._weights, state, step).compile()
+        return self._compiled[program](self._weights, state, step)
+
+    def _step(
+        self, tokens: int, rows: int, names: Names, weights: Weights, state: State, step: Array
+    ) -> tuple[State, Array, dict[str, Array]]:
         """The pure function that is compiled."""
-        logits_RV, state = forward(self.model_config, weights, state, step, tokens, self.config.max_num_seqs)
+        taps, keep = keeper(names)
+        kind = layer if names == frozenset() else layer_in_parts
+        logits_RV, state = forward(self.model_config, weights, state, step, tokens, rows, kind, keep)
         sampled, state = sample(state, step, logits_RV)
-        return state, sampled
+        keep(tokens=sampled[:, 0])
+        return state, sampled, taps
 
 
 def _call(name: str, results: Any, *arguments: Array, aliases: dict[int, int] | None = None) -> Any:

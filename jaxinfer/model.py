@@ -8,6 +8,7 @@ causal otherwise (`attention.dense_attention`). So gradients, vmap and notebooks
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax import Array
 
 from common.config import ModelConfig
 from jaxinfer.layers import Dtype, Embedding, Linear, RMSNorm, Rotary, activate, matmul, rotate
+from jaxinfer.observe import Keep, ignore
 
 Attend = Callable[[Array, Array, Array, int, Any], tuple[Array, Any]]
 
@@ -73,18 +75,23 @@ class Block(nnx.Module):
         self.mlp = MLP(config, dtype)
         self.post_feedforward_layernorm = norm() if config.sandwich_norms else None
 
-    def project(self, x_TD: Array, rope: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+    def project(self, x_TD: Array, rope: tuple[Array, Array], keep: Keep = ignore) -> tuple[Array, Array, Array]:
         """What comes before attention: q, k and v."""
-        return self.self_attn.project(self.input_layernorm(x_TD), rope)
+        x_TD = self.input_layernorm(x_TD)
+        keep(attn_norm=x_TD)
+        return self.self_attn.project(x_TD, rope)
 
-    def combine(self, x_TD: Array, out_TNH: Array) -> Array:
+    def combine(self, x_TD: Array, out_TNH: Array, keep: Keep = ignore) -> Array:
         """What comes after it: the residual stream behind this block."""
         out_TD = self.self_attn.combine(out_TNH)
         if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
             x_TD = x_TD + out_TD
-            return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
-        x_TD = x_TD + self.post_attention_layernorm(out_TD)
-        return x_TD + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x_TD)))
+            mlp_TD = self.mlp(self.post_attention_layernorm(x_TD))
+        else:
+            x_TD = x_TD + self.post_attention_layernorm(out_TD)
+            mlp_TD = self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x_TD)))
+        keep(attn_residual=x_TD, mlp=mlp_TD)
+        return x_TD + mlp_TD
 
 
 class Decoder(nnx.Module):
@@ -100,15 +107,23 @@ class Decoder(nnx.Module):
         self.config = config
 
 
-def forward(model: Decoder, token_ids: Array, positions: Array, attend: Attend, cache: Any = None) -> tuple[Array, Any]:
+def forward(
+    model: Decoder, token_ids: Array, positions: Array, attend: Attend, cache: Any = None, keep: Keep = ignore
+) -> tuple[Array, Any]:
     """Hidden states [T, D] after the final norm, and the cache, of tokens int32[T] at positions int32[T]."""
     x_TD = model.embed_tokens(token_ids)
+    keep(embedding=x_TD)
     ropes = [rope(positions) for rope in model.ropes]
     for layer, block in enumerate(model.layers):
-        q_TNH, k_TKH, v_TKH = block.project(x_TD, ropes[model.config.layer_rope[layer]])
+        here = partial(keep, layer)
+        q_TNH, k_TKH, v_TKH = block.project(x_TD, ropes[model.config.layer_rope[layer]], here)
         out_TNH, cache = attend(q_TNH, k_TKH, v_TKH, layer, cache)
-        x_TD = block.combine(x_TD, out_TNH)
-    return model.norm(x_TD), cache
+        here(q=q_TNH, k=k_TKH, v=v_TKH, attention=out_TNH)
+        x_TD = block.combine(x_TD, out_TNH, here)
+        here(residual=x_TD)
+    x_TD = model.norm(x_TD)
+    keep(final_norm=x_TD)
+    return x_TD, cache
 
 
 def logits(model: Decoder, x_TD: Array) -> Array:

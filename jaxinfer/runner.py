@@ -18,7 +18,7 @@ from jaxinfer import kernels
 from jaxinfer.arrays import to_device
 from jaxinfer.cache import copy_pages
 from jaxinfer.device import describe, open_device
-from jaxinfer.observe import Observer
+from jaxinfer.observe import observe
 from jaxinfer.step import Step
 
 _COPIES = 16
@@ -33,7 +33,6 @@ class ModelRunner(interface.ModelRunner):
         self.device = open_device(config.device, config.threads)
         self.state: Any = None  # a State once allocated
         self._step: Any = None  # a step.Step or a kernels.Step once loaded
-        self._observer: Any = None
         self._caps: Any = None
         self._compilations = _count_compilations()
 
@@ -47,7 +46,7 @@ class ModelRunner(interface.ModelRunner):
         native = kernels.usable(self.config, checkpoint.config, self.device)
         step = (kernels.Step if native else Step)(self.config, self.device)
         step.load(checkpoint, positions, progress)
-        self._step, self._observer = step, Observer(step)
+        self._step = step
         self._caps = Caps(
             backend="jax",
             device=describe(self.device),
@@ -91,7 +90,7 @@ class ModelRunner(interface.ModelRunner):
     def observe(self, batch: Batch, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
         self._expect_open()
         self._copy(batch)
-        self.state, taps = self._observer.run(self.state, batch, names)
+        self.state, taps = observe(self._step, self.state, batch, names)
         return taps
 
     def read_pages(self, group: int, pages: Sequence[int]) -> dict[str, np.ndarray]:
@@ -101,7 +100,7 @@ class ModelRunner(interface.ModelRunner):
         self.state = self._step.write_pages(self.state, pages, arrays)
 
     def close(self) -> None:
-        self._step, self._observer, self.state = None, None, None
+        self._step, self.state = None, None
 
     def _expect_open(self) -> None:
         if self._step is None:

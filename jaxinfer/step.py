@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from jaxinfer.arrays import to_host
 from jaxinfer.attention import Plan, _plan_shape, make_plan, paged_attention
 from jaxinfer.cache import KVCache
 from jaxinfer.model import Decoder, forward, logits
+from jaxinfer.observe import Names, keeper
 from jaxinfer.weights import load_model
 
 
@@ -66,7 +67,7 @@ class Step:
         self.config, self.device = config, device
         self.token_buckets = _token_buckets(config.max_num_batched_tokens)
         self.decode_buckets = _decode_buckets(config.max_num_seqs)
-        self._compiled: dict[_Bucket, Any] = {}
+        self._compiled: dict[tuple[_Bucket, Names], Any] = {}
 
     def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
         """Bring the weights to the device, with room for `positions` rotary positions."""
@@ -92,23 +93,28 @@ class Step:
         with ThreadPoolExecutor(2) as pool:
             compiled = pool.map(lambda bucket: self._compile(bucket, state), buckets)
             for done, (bucket, step) in enumerate(zip(buckets, compiled, strict=True)):
-                self._compiled[bucket] = step
+                self._compiled[bucket, frozenset()] = step
                 if progress:
                     kind = "chunks and decodes" if bucket.chunked else "decodes"
                     progress(done + 1, len(buckets), f"compiled steps of {bucket.tokens} tokens, {kind}")
-        for bucket, step in self._compiled.items():
-            state, _ = step(self._weights, state, np.zeros(bucket.size, np.int32))
+        for (bucket, _), step in self._compiled.items():
+            state, *_ = step(self._weights, state, np.zeros(bucket.size, np.int32))
         return state
 
     def run(self, state: State, batch: Batch) -> tuple[State, Callable[[], tuple[Any, ...]]]:
         """One step, and what brings its results to the host: the arguments of `interface.make_result`."""
-        chunked = batch.num_tokens > int(batch.num_decodes[0])
-        sizes = self.token_buckets if chunked else self.decode_buckets
+        sizes, chunked = self._sizes(batch)
         bucket = self._bucket(next(size for size in sizes if size >= batch.num_tokens), chunked)
-        if bucket not in self._compiled:
-            self._compiled[bucket] = self._compile(bucket, state)
-        state, sampled = self._compiled[bucket](self._weights, state, self._pack(bucket, batch))
+        state, sampled, _ = self._run(bucket, state, batch)
         return state, lambda: to_host(sampled)
+
+    def observe(self, state: State, batch: Batch, names: Names) -> tuple[State, dict[str, Array]]:
+        """One step, and what it computes on the way, padded and on the device: those of `names`, or all."""
+        # Two sizes serve all steps, and every token may ask for logits.
+        sizes, chunked = self._sizes(batch)
+        bucket = replace(self._bucket(sizes[-1], chunked), seqs=sizes[-1])
+        state, _, taps = self._run(bucket, state, batch, names)
+        return state, taps
 
     def read_pages(self, state: State, pages_: Sequence[int]) -> dict[str, np.ndarray]:
         """Copies `k` and `v`: [L, pages, B, K, H]."""
@@ -118,13 +124,22 @@ class Step:
         """The inverse of `read_pages`."""
         return state._replace(cache=pages.write_pages(state.cache, pages_, arrays))
 
+    def _sizes(self, batch: Batch) -> tuple[tuple[int, ...], bool]:
+        chunked = batch.num_tokens > int(batch.num_decodes[0])
+        return self.token_buckets if chunked else self.decode_buckets, chunked
+
     def _bucket(self, tokens: int, chunked: bool) -> _Bucket:
         config = self.config
         seqs = min(tokens, max(config.max_num_seqs, 2))
         return _Bucket(tokens, seqs, -(-self._positions // config.block_size), chunked)
 
-    def _compile(self, bucket: _Bucket, state: State) -> Any:
-        step = jax.jit(lambda weights, state, packed: self._step(bucket, weights, state, packed), donate_argnums=1)
+    def _run(self, bucket: _Bucket, state: State, batch: Batch, names: Names = frozenset()) -> Any:
+        if (bucket, names) not in self._compiled:
+            self._compiled[bucket, names] = self._compile(bucket, state, names)
+        return self._compiled[bucket, names](self._weights, state, self._pack(bucket, batch))
+
+    def _compile(self, bucket: _Bucket, state: State, names: Names = frozenset()) -> Any:
+        step = jax.jit(lambda weights, state, packed: self._step(bucket, names, weights, state, packed), donate_argnums=1)
         return step.lower(self._weights, state, jax.ShapeDtypeStruct((bucket.size,), jnp.int32)).compile()
 
     def _pack(self, bucket: _Bucket, batch: Batch) -> np.ndarray:
@@ -159,15 +174,10 @@ class Step:
         return packed
 
     def _step(
-        self,
-        bucket: _Bucket,
-        weights: tuple[Array, ...],
-        state: State,
-        packed: Array,
-        forward: Any = forward,
-        logits: Any = logits,
-    ) -> tuple[State, sampling.Sampled]:
+        self, bucket: _Bucket, names: Names, weights: tuple[Array, ...], state: State, packed: Array
+    ) -> tuple[State, sampling.Sampled, dict[str, Array]]:
         """The pure function that is compiled."""
+        taps, keep = keeper(names)
 
         def unpack(entry: tuple[int, tuple[int, ...], Any]) -> Array:
             at, shape, dtype = entry
@@ -177,10 +187,11 @@ class Step:
         model: Decoder = self._merge(weights)
         token_ids = jnp.where(x.fill_row >= 0, state.last_tokens[x.fill_row], x.token_ids)
         attend = paged_attention(self.model_config, x.plan)
-        hidden_TD, cache = forward(model, token_ids, x.positions, attend, state.cache)
+        hidden_TD, cache = forward(model, token_ids, x.positions, attend, state.cache, keep)
         logits_RV = logits(model, hidden_TD[x.logit_rows])
         sampled = self._sample(logits_RV, x)
-        return State(cache, state.last_tokens.at[x.rows].set(sampled.tokens)), sampled
+        keep(logits=logits_RV, tokens=sampled.tokens)
+        return State(cache, state.last_tokens.at[x.rows].set(sampled.tokens)), sampled, taps
 
     def _sample(self, logits_RV: Array, x: Inputs) -> sampling.Sampled:
         sampled, filtered, logprobs = x.modes[0] > 0, x.modes[1] > 0, x.modes[2] > 0

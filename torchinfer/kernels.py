@@ -28,6 +28,7 @@ from common.schedule.batch import Batch, null_batch
 from common.weights.checkpoint import Checkpoint
 from torchinfer.arrays import to_device, to_host
 from torchinfer.cache import KVCache
+from torchinfer.observe import Keep, Names, ignore, keeper
 from torchinfer.step import State
 
 
@@ -82,41 +83,54 @@ def make_cache(config: ModelConfig, pages: int, page_size: int, dtype: str) -> K
     return made
 
 
-def layer(config: ModelConfig, weights: Weights, number: int, step: Tensor, pools: Any, x_TD: Tensor) -> tuple[Any, Tensor]:
+def layer(
+    config: ModelConfig, weights: Weights, number: int, step: Tensor, pools: Any, x_TD: Tensor, keep: Keep = ignore
+) -> tuple[Any, Tensor]:
     """One layer in one operator: its pools (keys, values) and the residual stream as they are afterwards."""
     k, v = pools
     q_TNH = torch.empty((x_TD.shape[0], config.num_heads, config.head_dim), dtype=k.dtype, device="cpu")
     rope = weights.ropes[config.layer_rope[number]]
     torch.ops.tandem.layer.default(step, weights.layers[number], rope, k, v, q_TNH, x_TD)
+    keep(number, residual=x_TD)
     return pools, x_TD
 
 
 def layer_in_parts(
-    config: ModelConfig, weights: Weights, number: int, step: Tensor, pools: Any, x_TD: Tensor, keep: Any = lambda name, x: None
+    config: ModelConfig, weights: Weights, number: int, step: Tensor, pools: Any, x_TD: Tensor, keep: Keep = ignore
 ) -> tuple[Any, Tensor]:
-    """As `layer`, the same bits, in three operators: for those who want to change what is between, or to see it: `keep` is
-    called with "q" and "attention" and their values, which later operators may overwrite."""
+    """As `layer`, the same bits, in three operators: for those who want to change what is between, or to see it. What
+    `keep` is given, later operators may overwrite."""
     ops, packed, (k, v) = torch.ops.tandem, weights.layers[number], pools
     q_TNH = torch.empty((x_TD.shape[0], config.num_heads, config.head_dim), dtype=k.dtype, device="cpu")
     ops.project.default(step, packed, weights.ropes[config.layer_rope[number]], x_TD, k, v, q_TNH)
-    keep("q", q_TNH)
+    keep(number, q=q_TNH)
     ops.attend.default(step, packed, k, v, q_TNH)
-    keep("attention", q_TNH)
+    keep(number, attention=q_TNH)
     ops.combine.default(step, packed, q_TNH, x_TD)
+    keep(number, residual=x_TD)
     return pools, x_TD
 
 
 def forward(
-    config: ModelConfig, weights: Weights, state: State, step: Tensor, tokens: int, rows: int, layer: Any = layer
+    config: ModelConfig,
+    weights: Weights,
+    state: State,
+    step: Tensor,
+    tokens: int,
+    rows: int,
+    layer: Any = layer,
+    keep: Keep = ignore,
 ) -> tuple[Tensor, State]:
     """Logits float32[rows, V] of a packed step of `tokens` tokens; its keys and values go into the state's pages."""
     ops, (k, v) = torch.ops.tandem, state.cache
     x_TD = torch.empty((tokens, config.hidden_size), dtype=torch.float32, device="cpu")
     ops.embed.default(step, weights.head, state.last_tokens, x_TD)
+    keep(embedding=x_TD)
     for number in range(config.num_layers):
-        _, x_TD = layer(config, weights, number, step, (k[number], v[number]), x_TD)
+        _, x_TD = layer(config, weights, number, step, (k[number], v[number]), x_TD, keep)
     logits_RV = torch.empty((rows, config.vocab_size), dtype=torch.float32, device="cpu")
     ops.head.default(step, weights.head, x_TD, logits_RV)
+    keep(logits=logits_RV)
     return logits_RV, state
 
 
@@ -159,12 +173,14 @@ class Step:
 
     def run(self, state: State, batch: Batch) -> tuple[State, Callable[[], tuple[Any, ...]]]:
         """One step, and what brings its results to the host: the arguments of `interface.make_result`."""
-        with torch.inference_mode():
-            step = torch.from_numpy(pack_step(batch))
-            rows = len(batch.logit_rows)
-            logits_RV, state = forward(self.model_config, self._weights, state, step, batch.num_tokens, rows)
-            sampled, state = sample(state, step, logits_RV)
+        state, sampled = self._step(state, batch)
         return state, lambda: unpack_sampled(sampled.numpy(), batch)
+
+    def observe(self, state: State, batch: Batch, names: Names) -> tuple[State, dict[str, Tensor]]:
+        """One step, and what it computes on the way, on the device: those of `names`, or all."""
+        taps, keep = keeper(names)
+        state, _ = self._step(state, batch, layer_in_parts, keep)
+        return state, taps
 
     def read_pages(self, state: State, pages_: Sequence[int]) -> dict[str, np.ndarray]:
         """Copies `k` and `v`: [L, pages, B, K, H]."""
@@ -182,6 +198,14 @@ class Step:
             for pool, x_PBKH in zip(pools, array, strict=True):
                 pool[:, list(pages_)] = to_device(np.ascontiguousarray(packed(x_PBKH, pool.shape[-1])), self.device)
         return state
+
+    @torch.inference_mode()
+    def _step(self, state: State, batch: Batch, layer: Any = layer, keep: Keep = ignore) -> tuple[State, Tensor]:
+        step, rows = torch.from_numpy(pack_step(batch)), len(batch.logit_rows)
+        logits_RV, state = forward(self.model_config, self._weights, state, step, batch.num_tokens, rows, layer, keep)
+        sampled, state = sample(state, step, logits_RV)
+        keep(tokens=sampled[:, 0])
+        return state, sampled
 
 
 def _put(array: np.ndarray) -> Tensor:

@@ -19,7 +19,7 @@ from torchinfer import kernels
 from torchinfer.arrays import to_device
 from torchinfer.cache import copy_pages
 from torchinfer.device import describe, open_device
-from torchinfer.observe import Observer
+from torchinfer.observe import observe
 from torchinfer.step import Step
 
 
@@ -31,7 +31,6 @@ class ModelRunner(interface.ModelRunner):
         self.device = open_device(config.device, config.threads)
         self.state: Any = None  # a State once allocated
         self._step: Any = None  # a step.Step or a kernels.Step once loaded
-        self._observer: Any = None
         self._caps: Any = None
 
     @property
@@ -44,7 +43,7 @@ class ModelRunner(interface.ModelRunner):
         native = kernels.usable(self.config, checkpoint.config, self.device)
         step = (kernels.Step if native else Step)(self.config, self.device)
         step.load(checkpoint, positions, progress)
-        self._step, self._observer = step, Observer(step)
+        self._step = step
         self._caps = Caps(
             backend="torch",
             device=describe(self.device),
@@ -87,7 +86,7 @@ class ModelRunner(interface.ModelRunner):
     def observe(self, batch: Batch, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
         self._expect_open()
         self._copy(batch)
-        self.state, taps = self._observer.run(self.state, batch, names)
+        self.state, taps = observe(self._step, self.state, batch, names)
         return taps
 
     def read_pages(self, group: int, pages: Sequence[int]) -> dict[str, np.ndarray]:
@@ -97,7 +96,7 @@ class ModelRunner(interface.ModelRunner):
         self.state = self._step.write_pages(self.state, pages, arrays)
 
     def close(self) -> None:
-        self._step, self._observer, self.state = None, None, None
+        self._step, self.state = None, None
 
     def _copy(self, batch: Batch) -> None:
         if batch.copies.shape[1]:

@@ -26,6 +26,7 @@ from torchinfer.attention import Plan, make_plan, paged_attention
 from torchinfer.cache import KVCache
 from torchinfer.layers import Linear
 from torchinfer.model import Decoder, forward, logits
+from torchinfer.observe import Keep, Names, ignore, keeper
 from torchinfer.weights import load_model
 
 
@@ -77,8 +78,8 @@ class Step:
         if self.config.compile:
             # One program serves all layers: weights are its inputs, and the number of tokens is symbolic.
             for block in self._model.layers:
-                block.project = torch.compile(block.project, dynamic=True)
-                block.combine = torch.compile(block.combine, dynamic=True)
+                block.project = _sealed(torch.compile(block.project, dynamic=True))
+                block.combine = _sealed(torch.compile(block.combine, dynamic=True))
 
     def make_state(self, num_pages: int) -> State:
         """Empty pages and rows."""
@@ -103,9 +104,14 @@ class Step:
 
     def run(self, state: State, batch: Batch) -> tuple[State, Callable[[], tuple[Any, ...]]]:
         """One step, and what brings its results to the host: the arguments of `interface.make_result`."""
-        with torch.inference_mode():
-            state, sampled = self._step(state, to_device(self._inputs(batch), self.device))
+        state, sampled = self._step(state, batch)
         return state, lambda: to_host(sampled)
+
+    def observe(self, state: State, batch: Batch, names: Names) -> tuple[State, dict[str, Tensor]]:
+        """One step, and what it computes on the way, on the device: those of `names`, or all."""
+        taps, keep = keeper(names)
+        state, _ = self._step(state, batch, keep)
+        return state, taps
 
     def read_pages(self, state: State, pages_: Sequence[int]) -> dict[str, np.ndarray]:
         """Copies `k` and `v`: [L, pages, B, K, H]."""
@@ -135,12 +141,15 @@ class Step:
             make_plan(batch, self.model_config, self.config.block_size),
         )
 
-    def _step(self, state: State, x: Inputs, forward: Any = forward, logits: Any = logits) -> tuple[State, sampling.Sampled]:
+    @torch.inference_mode()
+    def _step(self, state: State, batch: Batch, keep: Keep = ignore) -> tuple[State, sampling.Sampled]:
+        x: Inputs = to_device(self._inputs(batch), self.device)
         x.token_ids.index_copy_(0, x.fill_at, state.last_tokens[x.fill_row])
         attend = paged_attention(self.model_config, x.plan)
-        hidden_TD, cache = forward(self._model, x.token_ids, x.positions, attend, state.cache)
+        hidden_TD, cache = forward(self._model, x.token_ids, x.positions, attend, state.cache, keep)
         logits_RV = logits(self._model, hidden_TD[x.logit_rows])
         sampled = self._sample(logits_RV, x)
+        keep(logits=logits_RV, tokens=sampled.tokens)
         state.last_tokens.index_copy_(0, x.rows, sampled.tokens)
         return State(cache, state.last_tokens), sampled
 
@@ -153,6 +162,11 @@ class Step:
             tokens = sampling.greedy(logits_RV)
         extra = sampling.logprobs_of(logits_RV, tokens) if logprobs else (None, None, None, None)
         return sampling.Sampled(tokens, logits_RV.sum(dim=-1).isfinite(), *extra)
+
+
+def _sealed(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A block's method as one program, which shows what it returns and nothing of what is inside."""
+    return lambda x_TD, other, keep=ignore: method(x_TD, other)
 
 
 def _pack(model: Decoder) -> None:
