@@ -28,7 +28,7 @@ class Filters:
 
 
 def adjusted(logits: np.ndarray, request: Request, output: Sequence[int]) -> np.ndarray:
-    """The logits float64[V] that a request chooses from behind this output: masks, bias and penalties, in the order of DESIGN."""
+    """The logits float64[V] that a request chooses from behind an output: masks, bias, penalties, in DESIGN's order."""
     x, params = logits.astype(np.float64), request.params
     if params.allowed_token_ids is not None:
         x[[token for token in range(len(x)) if token not in params.allowed_token_ids]] = -np.inf

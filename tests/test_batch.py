@@ -32,10 +32,11 @@ def mixed_batch() -> Batch:
         SamplingParams(temperature=1.0, top_p=0.5),
         groups=2,
     )
-    changes = {0: Change(np.array([4]), np.array([[1, 2, 3]]), None), 1: Change(np.array([7, 2]), np.eye(2, 3), np.array([5, 6]))}
-    return rows.build(
-        [1, 0, 2], [9, 6, 0], [1, 3, 5], samples=[0, 1], fills=[0], scores=[Score(2, 1, 3, 4)], changes=changes
-    )
+    changes = {
+        0: Change(np.array([4]), np.array([[1, 2, 3]]), None),
+        1: Change(np.array([7, 2]), np.eye(2, 3), np.array([5, 6])),
+    }
+    return rows.build([1, 0, 2], [9, 6, 0], [1, 3, 5], samples=[0, 1], fills=[0], scores=[Score(2, 1, 3, 4)], changes=changes)
 
 
 def test_every_view_of_a_mixed_step() -> None:

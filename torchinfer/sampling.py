@@ -59,7 +59,8 @@ def mask(logits: Tensor, rows: Tensor, masks: Tensor) -> Tensor:
 
 
 def edit(logits: Tensor, rows: Tensor, ids: Tensor, edits: Tensor) -> Tensor:
-    """Logits float32[R, V], changed at int64[E] rows and ids, none twice, by float32[E, 3]: bias, repetition factor, penalty."""
+    """Logits float32[R, V], changed at int64[E] rows and ids, none twice, by float32[E, 3]: bias, repetition factor,
+    penalty."""
     bias, repetition, penalty = edits.unbind(1)
     x = logits[rows, ids] + bias
     x = torch.where(x > 0, x / repetition, x * repetition) - penalty

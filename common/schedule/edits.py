@@ -55,7 +55,7 @@ class Edits:
         if params.allowed_token_ids is not None:
             expect(
                 bool(set(params.allowed_token_ids) - {*never, *early}),
-                f"Request {request.request_id!r}: allowed_token_ids leaves no token that bad_words or min_tokens does not mask.",
+                f"Request {request.request_id!r}: bad_words and min_tokens mask all of allowed_token_ids.",
             )
 
     @property

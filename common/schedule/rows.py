@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -106,7 +106,7 @@ class Rows:
         logit_owner = np.array(samples, np.int32)
         fill_at = last[fills] if fills else self._nothing
         token_ids[fill_at] = 0
-        views = {
+        views: dict[str, Any] = {
             "token_ids": token_ids,
             "positions": positions,
             "query_starts": query_starts,

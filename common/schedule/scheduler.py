@@ -396,9 +396,8 @@ class Scheduler:
         batch, events = step.batch, []
         tokens, starts, ends = result.tokens.tolist(), result.token_starts.tolist(), batch.kv_lengths.tolist()
         bad = set() if result.finite.all() else set(batch.logit_owner[~result.finite].tolist())
-        places = range(len(tokens))  # of the tokens among the logit rows
+        places = np.flatnonzero(batch.want & Want.SAMPLE).tolist()  # of the tokens among the logit rows
         if batch.score_ids is not None:
-            places = np.flatnonzero(batch.want & Want.SAMPLE).tolist()
             _take_scores(step, result, bad)
         for i, seq in enumerate(step.seqs):
             seq.in_flight -= 1
@@ -452,9 +451,7 @@ class Scheduler:
             self._finish(seq, finish)
         logprobs = None if params.logprobs is None else logprobs_of(result, j, params.logprobs)
         prompt_logprobs = seq.scores if len(seq.output) == 1 else None
-        return TokenEvent(
-            seq.request.request_id, token, time, logprobs, finish, stop_reason, prompt_logprobs=prompt_logprobs
-        )
+        return TokenEvent(seq.request.request_id, token, time, logprobs, finish, stop_reason, prompt_logprobs=prompt_logprobs)
 
     def _spoil(self, seq: Sequence, time: float) -> TokenEvent:
         """End a sequence whose logits are not finite, and withdraw its pages: whatever is wrong may be in any of them."""
@@ -514,7 +511,10 @@ def _take_scores(step: Step, result: Result, bad: set[int]) -> None:
 
 
 def logprobs_of(result: Result, j: int, k: int) -> Logprobs:
-    """What a result says about the token of logit row j, with the k likeliest. The runner reports logprobs in every step that wants any."""
+    """What a result says about the token of logit row j, with the k likeliest.
+
+    The runner reports logprobs in every step that wants any.
+    """
     if result.logprobs is None or result.ranks is None:
         raise BackendError("A request wanted logprobs, and the runner reported none.")
     top_ids, top_logprobs = (), ()
