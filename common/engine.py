@@ -96,12 +96,12 @@ class Engine(InferenceEngine):
 
     def add(self, request: Request) -> None:
         vocab, name = self.caps.vocab_size, request.request_id
-        listed: list[tuple[str, tuple[int, ...]]] = [
+        listed: list[tuple[str, Any]] = [
             ("prompt_token_ids", request.prompt_token_ids),
             ("stop_token_ids", request.params.stop_token_ids),
             ("eos_token_ids", request.eos_token_ids),
             ("allowed_token_ids", request.params.allowed_token_ids or ()),
-            ("logit_bias", tuple(token for token, _ in request.params.logit_bias or ())),
+            ("logit_bias", tuple(dict(request.params.logit_bias or ()))),
             *(("bad_words", word) for word in request.bad_words),
         ]
         for what, ids in listed:
