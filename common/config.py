@@ -175,7 +175,8 @@ class EngineConfig:
     enable_chunked_prefill: bool = True
     """false: a prompt is computed in one step, and one that is longer than max_num_batched_tokens is refused."""
     threads: int | None = None
-    """Compute threads of the framework; None takes the cores this process may use."""
+    """Compute threads; None takes the cores this process may use. Engines of one process may have different numbers with native
+    kernels; under `kernels=framework` JAX keeps the first number of a process, and PyTorch takes the last."""
 
     def __post_init__(self) -> None:
         for name, allowed in (

@@ -8,10 +8,12 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -146,8 +148,32 @@ def peak_rss(pid: int | None = None) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def has_cxx_compiler() -> str | None:
-    """The path of the C++ compiler that torch.compile would find ($CXX, g++, clang++, c++), or None."""
-    if named := os.environ.get("CXX"):
-        return shutil.which(named)  # torch.compile looks no further
-    return next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+def cxx_compiler() -> list[str]:
+    """The C++ compiler and its own arguments: $CXX, split as a shell would, or else g++, clang++ or c++. Raises `BackendError`
+    if there is none, or not the one that CXX names."""
+    named = os.environ.get("CXX", "")
+    try:
+        command = shlex.split(named)
+    except ValueError as error:
+        raise BackendError(f"CXX={named!r} cannot be split into a compiler and its arguments: {error}.") from error
+    for program in command[:1] or ("g++", "clang++", "c++"):
+        if path := shutil.which(program):
+            return [path, *command[1:]]
+    if command:
+        raise BackendError(f"CXX={named!r} names no program that is there. Set it to a C++ compiler, or unset it to find one.")
+    raise BackendError("There is no C++ compiler: no g++, clang++ or c++ in PATH. Install one, or set CXX.")
+
+
+def expect_not_forked(framework: str) -> None:
+    """Raises `BackendError` in a process forked from one that asked this of the same framework: its threads are not there, and
+    whoever waits for them waits for ever."""
+    if _first_process(framework) != os.getpid():
+        raise BackendError(
+            f"The threads of {framework} were started before this process was forked, and a fork does not have them. Start "
+            'processes anew (multiprocessing.get_context("spawn")), or make the first engine after the fork.'
+        )
+
+
+@cache
+def _first_process(framework: str) -> int:
+    return os.getpid()

@@ -42,6 +42,10 @@ DASHES: Sequence[LineStyleType] = ("solid", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, 
 MARKERS = "osD^vPX"
 SIZE = (5.3, 3.3)
 """Inches: 382 points wide, so that 9-point text is still read on a screen of 390 pixels."""
+POINTS = 300
+"""Of a curve at most."""
+BARS = 80
+"""Requests drawn one by one at most; more are drawn as counts over time."""
 LETTERS = 64
 """Of a legend's labels that one line has room for, 8 of which each key takes."""
 STYLE: dict[Any, Any] = {
@@ -168,6 +172,13 @@ def theme(selector: str) -> str:
     light = "".join(f"{name}:{value};" for value, name in VARIABLES.items())
     dark = "".join(f"{name}:{DARK[value]};" for value, name in VARIABLES.items())
     return f"{selector}{{{light}}}@media (prefers-color-scheme:dark){{{selector}{{{dark}}}}}"
+
+
+def clean(xs: Sequence[float | None], ys: Sequence[float | None]) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of which both are numbers."""
+    a, b = np.array(xs, float), np.array(ys, float)
+    kept = np.isfinite(a) & np.isfinite(b)
+    return a[kept], b[kept]
 
 
 def stretch(values: Sequence[float] | np.ndarray) -> bool:

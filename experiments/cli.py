@@ -45,7 +45,7 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
         Plugins.instance().class_name_to_class[f"hydra_plugins.tandem.{plugin.__name__}"] = plugin
     if value := torn(sys.argv[1:]):
         fail(f"No spaces inside […], or quote the word: {shlex.quote(value)}", USER_ERROR)
-    sys.argv[1:] = [piece for argument in sys.argv[1:] for piece in spell_out_model(argument)]
+    sys.argv[1:] = [piece for argument in sys.argv[1:] for piece in spell_out_model(set_not_added(argument))]
 
     composed = False
 
@@ -127,6 +127,12 @@ def left_open(text: str) -> int:
     return sum((sign in "[{(") - (sign in "]})") for sign in text)
 
 
+def set_not_added(argument: str) -> str:
+    """`+foo=1` as `foo=1`: every option has its default in a file, so that Hydra refuses one that would have to be added. What
+    mappings of an engine hold, as `+engine.extra_body.top_k=1`, is free."""
+    return re.sub(r"^\+{1,2}(?!engine\.\w+\.|hydra)(?=[^\s=]+=)", "", argument)
+
+
 def spell_out_model(argument: str) -> list[str]:
     """`model=X`, where X is no name of the group `model`, means the checkpoint at X."""
     match = re.fullmatch(r"model=(?P<name>[^,\[\]{}=]+)", argument)
@@ -149,13 +155,12 @@ def explain(error: BaseException) -> str:
     for cause in chain:
         if isinstance(cause, MissingConfigException) and cause.options and cause.missing_cfg_file:
             group, _, name = cause.missing_cfg_file.rpartition("/")
-            options = [option for option in cause.options if option != "base"]  # what engines have in common, and none itself
-            return f"Unknown {group} {name!r}.{nearest_hint(name, options)} Known: {', '.join(options)}."
+            return f"Unknown {group} {name!r}.{nearest_hint(name, cause.options)} Known: {', '.join(cause.options)}."
         if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and isinstance(cause.parent_node, DictConfig):
             known = [str(key) for key in cause.parent_node if key != "hydra"]
             name = str(cause.key)
             hint = level_hint(name, cause.parent_node) or nearest_hint(name, known)
-            return f"Unknown option {cause.full_key!r}.{hint} Known here: {', '.join(known)}."
+            return f"Unknown option {cause.full_key!r}.{hint} Known here: {', '.join(known) or 'none'}."
         if several := re.match(r"Ambiguous value for argument '(?P<key>[^=]+)=(?P<values>.*)'$", str(cause), re.MULTILINE):
             key, values = several["key"], several["values"]
             return f"{key}={values} gives several values: for a list, write {key}=[{values}]; for a run of each, add -m."

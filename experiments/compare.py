@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from common.config import expect
-from experiments.agreement import agree, tokens_equal_share, verdict
+from experiments.agreement import agree, summarise, tokens_equal_share, verdict
 from experiments.cli import conclude, launch, report_on
 from experiments.config import correctness_config, engine_specs, resolved, runs_folder
 from experiments.console import Narrator, print_comparison, print_json
@@ -40,6 +40,7 @@ def run(config: DictConfig) -> None:
     named: dict[str, Collection[str]] = {
         "engines": figure_names(plan),
         "comparisons": [field.name for field in fields(Comparison)],
+        "agreement": [*summarise([]), "kld_from"],
     }
     check_keys(conditions, [*setting(config, plan), *RESULTS, *AGREEMENT], labels, named)
     what = f"compare-{'-'.join(labels)[:NAME_LENGTH]}-{plan.workload.name}"

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from common.config import EngineConfig, expect
 from common.errors import ConfigError, nearest_hint
-from experiments.isolate import PEERS, interpreter
+from experiments.peers import PEERS, interpreter
 from experiments.statistics import Criteria
 from experiments.workload import known_options
 
@@ -45,7 +45,7 @@ def engine_spec(options: DictConfig, label: str | None = None) -> EngineSpec:
     """Check the composed group `engine`."""
     values: dict[str, Any] = dict(resolved(options))
     name = values.pop("name")
-    expect(isinstance(name, str) and name != "base", f"engine.name must be the name of an engine, such as jax, got {name!r}.")
+    expect(isinstance(name, str), f"engine.name must be the name of an engine, such as jax, got {name!r}.")
     own = own_options(name, values)
     engine = EngineConfig.of(**{key: value for key, value in values.items() if key not in own})
     expect(
@@ -82,9 +82,6 @@ def engine_specs(config: DictConfig) -> list[EngineSpec]:
     labels: list[str] = []
     for options in entries:
         name = options["name"]
-        expect(
-            name != "base", "base holds the defaults of every engine and is none itself. Name engines such as jax and torch."
-        )
         composed = compose_group(config, "engine", name)
         known = [str(key) for key in composed]
         for key in options:
@@ -140,7 +137,7 @@ def flat(options: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def compose_group(config: DictConfig, group: str, name: str) -> DictConfig:
     """The node `group=name` would have put into `config`, its interpolations pointing there."""
-    known = [option for option in GlobalHydra.instance().config_loader().get_group_options(group) if option != "base"]
+    known = GlobalHydra.instance().config_loader().get_group_options(group)
     if name not in known:
         raise ConfigError(f"Unknown {group} {name!r}.{nearest_hint(name, known)} Known: {', '.join(known)}.")
     whole = config.copy()

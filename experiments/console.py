@@ -18,52 +18,66 @@ from experiments.metrics import BUSY, COARSE_S
 
 LINE_PERIOD_S = 10.0
 COLOURS = {"faster": "bold cyan", "slower": "bold magenta", "equivalent": "bold green", "undecided": "bold yellow"}
-FIGURES = (
-    ("output_throughput", "output tokens/s"),
-    ("total_token_throughput", "total tokens/s"),
-    ("request_throughput", "requests/s"),
-    ("steady_output_throughput", "output tokens/s, steady"),
-    ("decode_throughput", "output tokens/s, decode steps"),
-    ("goodput", "goodput: requests/s within limits"),
-    ("roofline", "roofline: least time / time"),
-    ("mbu", "memory bandwidth used (MBU)"),
-    ("mfu", "matmul peak used (MFU)"),
-    ("decode_roofline", "roofline, decode steps"),
-    ("decode_mbu", "MBU, decode steps"),
-    ("prefill_mfu", "MFU, steps with prompts"),
-    ("mean_queue_ms", "queue mean, ms"),
-    ("mean_ttft_ms", "TTFT mean, ms"),
-    ("median_ttft_ms", "TTFT median, ms"),
-    ("p99_ttft_ms", "TTFT p99, ms"),
-    ("mean_tpot_ms", "TPOT mean, ms"),
-    ("median_tpot_ms", "TPOT median, ms"),
-    ("p99_itl_ms", "ITL p99, ms"),
-    ("mean_e2el_ms", "end to end mean, ms"),
-    ("duration", "timed, s"),
-    ("completed", "completed"),
-    ("failed", "failed"),
-    ("total_output_tokens", "output tokens"),
-    ("num_steps", "steps"),
-    ("host_ms_per_step", "host work a step, ms"),
-    ("padded_tokens_share", "padding share"),
-    ("num_preemptions", "preemptions"),
-    ("mean_running", "requests running, mean"),
-    ("mean_pages_used_share", "KV pages in use, mean"),
-    ("mean_pages_empty_share", "KV pages reserved but empty, mean"),
-    ("prefix_cache_hit_rate", "prefix cache hit rate"),
-    ("compilations_in_window", "compilations in window"),
-    ("foreign_cpu_share", "other programs' CPU share"),
-    ("harness_overhead_share", "harness's share of timed"),
-    ("joules", "energy, J"),
-    ("joules_per_token", "energy an output token, J"),
-    ("load_s", "load, s"),
-    ("warmup_s", "warm-up, s"),
-    ("weights_mb", "weights in this dtype, MB"),
-    ("kv_pool_mb", "KV pages, MB"),
-    ("rss_mb", "memory after warm-up, MB"),
-    ("peak_load_mb", "peak memory until then, MB"),
-    ("peak_rss_mb", "peak memory, MB"),
+GROUPS = (
+    (
+        ("output_throughput", "output tokens/s"),
+        ("total_token_throughput", "total tokens/s"),
+        ("request_throughput", "requests/s"),
+        ("steady_output_throughput", "output tokens/s, steady"),
+        ("decode_throughput", "output tokens/s, decode steps"),
+        ("goodput", "goodput: requests/s within limits"),
+        ("duration", "timed, s"),
+        ("total_output_tokens", "output tokens"),
+        ("num_steps", "steps"),
+    ),
+    (
+        ("mean_queue_ms", "queue mean, ms"),
+        ("mean_ttft_ms", "TTFT mean, ms"),
+        ("median_ttft_ms", "TTFT median, ms"),
+        ("p99_ttft_ms", "TTFT p99, ms"),
+        ("mean_tpot_ms", "TPOT mean, ms"),
+        ("median_tpot_ms", "TPOT median, ms"),
+        ("p99_itl_ms", "ITL p99, ms"),
+        ("mean_e2el_ms", "end to end mean, ms"),
+    ),
+    (
+        ("roofline", "roofline: least time / time"),
+        ("mbu", "memory bandwidth used (MBU)"),
+        ("mfu", "matmul peak used (MFU)"),
+        ("decode_roofline", "roofline, decode steps"),
+        ("decode_mbu", "MBU, decode steps"),
+        ("prefill_mfu", "MFU, steps with prompts"),
+        ("host_ms_per_step", "host work a step, ms"),
+        ("padded_tokens_share", "padding share"),
+        ("joules", "energy, J"),
+        ("joules_per_token", "energy an output token, J"),
+    ),
+    (
+        ("mean_running", "requests running, mean"),
+        ("mean_pages_used_share", "KV pages in use, mean"),
+        ("mean_pages_empty_share", "KV pages reserved but empty, mean"),
+        ("prefix_cache_hit_rate", "prefix cache hit rate"),
+        ("num_preemptions", "preemptions"),
+    ),
+    (
+        ("weights_mb", "weights in this dtype, MB"),
+        ("kv_pool_mb", "KV pages, MB"),
+        ("rss_mb", "memory after warm-up, MB"),
+        ("peak_load_mb", "peak memory until then, MB"),
+        ("peak_rss_mb", "peak memory, MB"),
+        ("load_s", "load, s"),
+        ("warmup_s", "warm-up, s"),
+    ),
+    (
+        ("completed", "completed"),
+        ("failed", "failed"),
+        ("compilations_in_window", "compilations in window"),
+        ("foreign_cpu_share", "other programs' CPU share"),
+        ("harness_overhead_share", "harness's share of timed"),
+    ),
 )
+"""Speed, latency, efficiency, the batch and its pages, memory and start, guards: each figure with its name."""
+FIGURES = tuple(figure for group in GROUPS for figure in group)
 
 
 class Narrator:
@@ -157,12 +171,14 @@ def print_table(
     table.add_column("")
     for label in engines:
         table.add_column(escape(label), justify="right")
-    for key, name in FIGURES:
-        if any(figures.get(key) is not None for figures in engines.values()):
-            table.add_row(name, *(figure(key, figures) for figures in engines.values()))
-        if key == "output_throughput" and comparisons:
-            against = next(iter(comparisons.values()))["against"]
-            table.add_row(f"× {escape(against)}", *(times(comparisons.get(label)) for label in engines), style="bold")
+    for group in GROUPS:
+        table.add_section()
+        for key, name in group:
+            if any(figures.get(key) is not None for figures in engines.values()):
+                table.add_row(name, *(figure(key, figures) for figures in engines.values()))
+            if key == "output_throughput" and comparisons:
+                against = next(iter(comparisons.values()))["against"]
+                table.add_row(f"× {escape(against)}", *(times(comparisons.get(label)) for label in engines), style="bold")
     console = wide_console()
     console.print(title, style="bold", highlight=False, markup=False)
     console.print(table)
@@ -204,13 +220,11 @@ def wide_console() -> Console:
 
 
 def number(value: float | int | None) -> str:
-    """Four significant digits at most; an exponent only for what would be a row of zeros."""
-    if value is None:
+    """Four significant digits at most; an exponent only for what would be a row of zeros; a dash for what is not known."""
+    if value is None or not math.isfinite(value):
         return "–"
     if isinstance(value, int) or value == 0:
         return f"{value:,.0f}"
-    if not math.isfinite(value):
-        return str(value)
     return f"{value:.1e}" if abs(value) < 1e-4 else f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
 
 

@@ -101,7 +101,9 @@ def brief(run: RunFiles, label: str) -> Record:
 def requests(run: RunFiles, label: str) -> list[Record]:
     """The rows of one engine, block by block; their times are those since the start of the first block, as if no time had
     passed between two."""
-    with (run.directory / "requests.jsonl").open() as file:
+    path = run.directory / "requests.jsonl"
+    expect(path.exists(), f"{run.directory} holds no {path.name}, of which an export tells each request. Run it again.")
+    with path.open() as file:
         rows = [row for row in map(json.loads, file) if row["engine"] == label]
     start, moved = 0.0, []
     for block in sorted({row["block"] for row in rows}):

@@ -28,6 +28,8 @@ CONDITION = re.compile(r"(?P<key>[^\s<>=!]+(?:=[^\s<>=!]+)*)\s*(?P<op>[<>=!]+)\s
 """A key may hold single equals signs, as labels do."""
 BY_LABEL = ("engines", "ratios", "comparisons", "failures", "agreement", "perplexity")
 """Parts of a result in which engines go by their labels."""
+ONE_FIGURE = ("ratios", "perplexity")
+"""Those that have no more than one figure of each engine."""
 NOT_OF_THE_FIRST = ("comparisons", "agreement")
 """Those in which the first engine is what the others are compared with."""
 
@@ -75,7 +77,7 @@ def check_keys(
     conditions: Sequence[Condition], known: Collection[str], labels: Sequence[str], fields: Mapping[str, Collection[str]]
 ) -> None:
     """Refuse, before anything is loaded, a condition that could never hold: on a key that is not `known` at the root of the
-    result, on an engine that is not among `labels`, or on something else than the `fields` of `engines` or `comparisons`."""
+    result, on an engine that is not among `labels`, or on something else than the `fields` that a part tells of an engine."""
     for condition in conditions:
         head, _, rest = condition.key.partition(".")
         hint = nearest_hint(head, known)
@@ -93,13 +95,16 @@ def check_keys(
             label != labels[0] or head not in NOT_OF_THE_FIRST,
             f"fail_if: {str(condition)!r} can never hold: {label} is the first engine, with which the others are compared.",
         )
-        if head in fields:
-            field = rest[len(label or "") + 1 :].partition(".")[0]
-            hint = nearest_hint(field, fields[head])
-            expect(
-                field in fields[head],
-                f"fail_if: {head}.{label} has no {field!r}, as in {str(condition)!r}.{hint} Known: {', '.join(fields[head])}.",
-            )
+        field = rest[len(label or "") + 1 :].partition(".")[0]
+        if head in ONE_FIGURE:
+            expect(not field, f"fail_if: {head}.{label} is one figure and has no {field!r}, as in {str(condition)!r}.")
+        if head not in fields:
+            continue
+        hint = nearest_hint(field, fields[head])
+        expect(
+            field in fields[head],
+            f"fail_if: {head}.{label} has no {field!r}, as in {str(condition)!r}.{hint} Known: {', '.join(fields[head])}.",
+        )
 
 
 def violations(conditions: Sequence[Condition], result: Mapping[str, Any]) -> list[str]:

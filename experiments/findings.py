@@ -125,7 +125,8 @@ def in_float32(results: Mapping[str, Any], more: str = "") -> Verdict:
     )
     if found := results.get("first_divergence"):
         said += (
-            f" First difference: {found.get('engine')}, request {found.get('request')}, output token {found.get('position')}, "
+            f" First difference: {found.get('engine')}, request {number(found.get('request'))}, "
+            f"output token {number(found.get('position'))}, "
             f"margin {number(found.get('margin'))}, error {number(found.get('error'))}."
         )
     if results.get("tokens_equal"):

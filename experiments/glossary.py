@@ -41,8 +41,8 @@ GLOSSARY: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "Verdict",
-        "Equivalent: the interval lies within 1 ± 5 %. Faster or slower: it leaves 1 out, and the ratio is beyond 1 ± 5 %. "
-        "Undecided: neither.",
+        "Equivalent: the interval lies within 1 ± measure.equivalence. Faster or slower: it leaves 1 out, and the ratio is "
+        "beyond that. Undecided: neither.",
         "",
     ),
     (

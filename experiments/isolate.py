@@ -1,54 +1,36 @@
-"""An engine in a process of its own: `IsolatedEngine` here, `python -m experiments.isolate` there.
+"""An engine in a process of its own: `IsolatedEngine` here, `experiments.worker` there.
 
 Each process imports one framework, with its threads settled in the environment before the import, so that two engines can be
-alive at once and compute in turn. They speak JSON in frames (`MAGIC`, four bytes of length, little-endian, then UTF-8) over the
-child's standard input and output. The child sleeps on a read while it is idle, and ends when that pipe does: it cannot outlive
-us.
+alive at once and compute in turn. They speak in frames (`experiments.frames`) over the child's standard input and output. The
+child sleeps on a read while it is idle, and ends when that pipe does: it cannot outlive us.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import queue
 import signal
-import struct
 import subprocess
-import sys
 import threading
-import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from importlib import import_module, util
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from common import errors
-from common.config import EngineConfig
-from common.interface import InferenceEngine, Progress
-from common.platform import cores, peak_rss, rss
-from common.weights.checkpoint import Checkpoint, open_checkpoint
-from experiments.convert import gguf_file, hugging_face_directory
-from experiments.drive import Window, drive
-from experiments.profiled import Profile, profiled
-from experiments.workload import Item, Workload
+from common.interface import Progress
+from common.platform import cores
+from common.weights.checkpoint import open_checkpoint
+from experiments.drive import Window
+from experiments.frames import Message, NoFrame, read_frame, write_frame
+from experiments.peers import PEERS, interpreter, module_settings
+from experiments.profiled import Profile
+from experiments.workload import Workload
 
 if TYPE_CHECKING:
     from experiments.config import EngineSpec
 
-ROOT = Path(__file__).resolve().parent.parent
-PEERS: Mapping[str, Callable[[Checkpoint, str], Path]] = {"llamacpp": gguf_file, "vllm": hugging_face_directory}
-"""Engines with requirements that ours cannot share: each runs in an environment of its own, `.venv-<name>`, and is given the
-checkpoint in the form, and in the dtype, that it reads."""
-
-Message = dict[str, Any]
-MAGIC = b"TNDM"
-"""Starts every frame: what else gets onto a pipe is taken for no length."""
-MAX_FRAME = 1 << 30
 TAIL_LINES = 15
-PROGRESS_PERIOD_S = 0.1
 
 
 class EngineFailure(RuntimeError):
@@ -68,48 +50,6 @@ class EngineFailure(RuntimeError):
         return {"kind": self.kind, "message": self.message, "log": self.log}
 
 
-def write_frame(stream: IO[bytes], message: Message) -> None:
-    data = json.dumps(message, separators=(",", ":"), default=lambda array: array.tolist()).encode()
-    stream.write(MAGIC + struct.pack("<I", len(data)) + data)
-    stream.flush()
-
-
-def read_frame(stream: IO[bytes]) -> Message | None:
-    """The next message; None where the stream ends, be it in the middle of a frame. Raises `EngineFailure` for what is none."""
-    head = stream.read(len(MAGIC) + 4)
-    if head[: len(MAGIC)] != MAGIC[: len(head)]:
-        raise EngineFailure(f"expected a frame, got {head!r}", kind="garbage")
-    if len(head) < len(MAGIC) + 4:
-        return None
-    (length,) = struct.unpack("<I", head[len(MAGIC) :])
-    if length > MAX_FRAME:
-        raise EngineFailure(f"got a frame of {length} bytes, at most {MAX_FRAME} are expected", kind="garbage")
-    data = stream.read(length)
-    if len(data) < length:
-        return None
-    try:
-        message = json.loads(data)
-    except ValueError as error:
-        raise EngineFailure(f"got a frame that is no JSON: {error}", kind="garbage") from error
-    if not isinstance(message, dict):
-        raise EngineFailure(f"got a frame with {message!r:.80}", kind="garbage")
-    return message
-
-
-def interpreter(name: str) -> Path:
-    """The Python that runs engine `name`: this one, or that of a peer's environment, which `make peers` puts into the root of
-    the repository ($TANDEM_PEERS names another folder). Raises `BackendError` if there is none."""
-    if name not in PEERS:
-        return Path(sys.executable)
-    python = Path(os.environ.get("TANDEM_PEERS") or ROOT) / f".venv-{name}" / "bin" / "python"
-    if not python.exists():
-        raise errors.BackendError(
-            f"engine={name} runs in an environment of its own, and there is no {python}. Run: make peers. "
-            "(TANDEM_PEERS names another folder to look in.)"
-        )
-    return python.absolute()
-
-
 class IsolatedEngine:
     """The parent's handle on one engine's process. Use as a context manager."""
 
@@ -121,7 +61,7 @@ class IsolatedEngine:
         self._expired = False
         with log.open("wb") as stderr:
             self._process = subprocess.Popen(
-                [interpreter(spec.name), "-m", "experiments.isolate"],
+                [interpreter(spec.name), "-m", "experiments.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -234,9 +174,9 @@ class IsolatedEngine:
         assert self._process.stdout
         try:
             return read_frame(self._process.stdout)
-        except EngineFailure as error:
+        except NoFrame as error:
             self._kill()
-            raise self._failure(error.kind, f"wrote something else than an answer to {command!r}: {error.message}") from None
+            raise self._failure("garbage", f"wrote something else than an answer to {command!r}: {error}") from None
 
     def _error(self, kind: str, message: str, trace: str) -> Exception:
         known = getattr(errors, kind, None)
@@ -262,133 +202,3 @@ def thread_settings(threads: int) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-
-
-def module_settings(name: str) -> dict[str, str]:
-    """Where a peer's Python finds our modules, and nothing else of this process's."""
-    return {"PYTHONPATH": str(ROOT)} if name in PEERS else {}
-
-
-# The child.
-
-
-def build(
-    name: str, model: str, config: EngineConfig, progress: Progress, options: Mapping[str, Any] | None = None
-) -> InferenceEngine:
-    """The engine `name`: another people's from `experiments.baselines`, with `options` of its own if it has any, else ours over
-    the backend of that name."""
-    checkpoint = open_checkpoint(model)
-    if name.isidentifier() and util.find_spec(f"experiments.baselines.{name}"):
-        try:
-            module = import_module(f"experiments.baselines.{name}")
-            own = {"options": module.Options(**options)} if options else {}
-            engine: InferenceEngine = module.build_engine(checkpoint, config, progress, **own)
-        except ModuleNotFoundError as error:
-            remedy = "make peers" if name in PEERS else "pip install -e '.[baselines]'"
-            raise errors.BackendError(
-                f"engine={name} needs the package {error.name!r}, which is not installed. Run: {remedy}"
-            ) from error
-        return engine
-    from common.engine import build_engine
-
-    return build_engine(name, checkpoint, config, progress)
-
-
-def items_of(records: Sequence[Message]) -> list[Item]:
-    return [Item(**record | {"prompt": tuple(record["prompt"])}) for record in records]
-
-
-class Worker:
-    """The child's end: one engine and the commands on it."""
-
-    def __init__(self, output: IO[bytes]) -> None:
-        self._output = output
-        self._engine: InferenceEngine | None = None
-        self._last_progress = 0.0
-        self._stage_ended: float | None = None
-        """When the first stage of `build` was done: weights come first, then warm-up."""
-
-    def answer(self, message: Message) -> Message:
-        command = getattr(self, f"on_{message.pop('command')}")
-        return command(**message)
-
-    def on_load(self, name: str, model: str, config: Mapping[str, Any], options: Mapping[str, Any]) -> Message:
-        start = time.perf_counter()
-        self._engine = build(name, model, EngineConfig(**config), self.progress, options)
-        end = time.perf_counter()
-        loaded = self._stage_ended or end
-        stats = self._engine.stats()
-        pool = stats.get("kv_pool_bytes")
-        return {
-            "load_s": loaded - start,
-            "warmup_s": end - loaded,
-            "rss_mb": (rss() + stats.get("server_rss_bytes", 0)) / 2**20,
-            "peak_load_mb": (peak_rss() + stats.get("server_peak_rss_bytes", 0)) / 2**20,
-            "kv_pool_mb": None if pool is None else pool / 2**20,
-            "caps": asdict(self._engine.caps),
-        }
-
-    def on_run(self, items: list[Message], logprobs: int | None, concurrency: int | None) -> Message:
-        assert self._engine, "run before load"
-        self._engine.reset_prefix_cache()
-        return drive(self._engine, items_of(items), logprobs, concurrency).record()
-
-    def on_profile(self, name: str, items: list[Message]) -> Message:
-        assert self._engine, "profile before load"
-        self._engine.reset_prefix_cache()
-        profile = profiled(name, self._engine, items_of(items))
-        return profile.record() if profile else {}
-
-    def on_time_kernels(
-        self, name: str, model: str, config: Mapping[str, Any], shapes: list[list[Any]], passes: int
-    ) -> Message:
-        from experiments import kernels, pieces  # not in a peer's environment
-
-        steps = [kernels.Shape(*shape) for shape in shapes]
-        return pieces.time_kernels(name, open_checkpoint(model), EngineConfig(**config), steps, passes, self.progress)
-
-    def on_observe(self, what: str, **arguments: Any) -> Message:
-        from experiments import observe  # not in a peer's environment
-
-        assert self._engine, "observe before load"
-        answer: Message = getattr(observe, f"on_{what}")(self._engine, self.progress, **arguments)
-        return answer
-
-    def on_peak_rss_mb(self) -> Message:
-        server = self._engine.stats().get("server_peak_rss_bytes", 0) if self._engine else 0
-        return {"value": (peak_rss() + server) / 2**20}
-
-    def progress(self, done: int, total: int, what: str) -> None:
-        now = time.perf_counter()
-        if done == total:
-            self._stage_ended = self._stage_ended or now
-        if done == total or now - self._last_progress >= PROGRESS_PERIOD_S:
-            self._last_progress = now
-            write_frame(self._output, {"progress": [done, total, what]})
-
-
-def serve() -> None:
-    """Answer commands until the parent is gone, even in the middle of one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes our input
-    output = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is a log, not an answer
-    commands: queue.SimpleQueue[Message] = queue.SimpleQueue()
-
-    def listen() -> None:
-        while (message := read_frame(sys.stdin.buffer)) is not None:
-            commands.put(message)
-        os._exit(0)
-
-    threading.Thread(target=listen, daemon=True).start()
-    worker = Worker(output)
-    while True:
-        message = commands.get()
-        try:
-            answer = worker.answer(message)
-        except (Exception, SystemExit) as error:
-            answer = {"error": {"kind": type(error).__name__, "message": str(error), "trace": traceback.format_exc()}}
-        write_frame(output, answer)
-
-
-if __name__ == "__main__":
-    serve()

@@ -19,11 +19,10 @@ import numpy as np
 
 from common.config import EngineConfig, ModelConfig, expect
 from common.interface import Progress, one_group
-from common.kernels.cpu.step import SAMPLED, pack_step
+from common.kernels.cpu.step import pack_step
 from common.platform import memory_available
 from common.schedule.batch import Batch
 from common.weights.checkpoint import Checkpoint
-from common.weights.parameters import NUMPY_DTYPES
 from experiments.kernels import Shape, make_batch
 from experiments.machine import busy_seconds
 from experiments.roofline import timed
@@ -42,26 +41,14 @@ def part(backend: str, module: str) -> Any:
 class Glue(NamedTuple):
     """What a backend does its own way."""
 
-    operator: Callable[..., Any]
-    """(name, inputs, changed, fresh): call a native operator, which changes some arrays in place and fills fresh ones. Both."""
     runner: Callable[[Program, Held], Callable[[], None]]
     """A call that runs a program on what is held, puts there what it gives, and waits for it."""
-    weights: Callable[[Any], Any]
-    """Of a loaded framework step, as programs take them ..."""
-    model: Callable[[Any, Any], Any]
-    """... and, of that step and these, the decoder."""
-    plan: Callable[..., Any]
-    """(plan, batch, tokens): an attention plan in the shapes of a step of so many tokens."""
     after: Callable[[Any, Any], Any]
     """(x, results): x, for an operator that must not start before these are there."""
 
 
 def torch_glue() -> Glue:
     import torch
-
-    def operator(name: str, inputs: Sequence[Any], changed: Sequence[Any] = (), fresh: Sequence[Any] = ()) -> Sequence[Any]:
-        getattr(torch.ops.tandem, name).default(*inputs, *changed, *fresh)
-        return (*changed, *fresh)
 
     def runner(program: Program, held: Held) -> Callable[[], None]:
         names = inspect.signature(program).parameters
@@ -72,18 +59,11 @@ def torch_glue() -> Glue:
 
         return run
 
-    return Glue(operator, runner, lambda step: step._model, lambda step, model: model, lambda plan, *_: plan, lambda x, _: x)
+    return Glue(runner, lambda x, _: x)
 
 
 def jax_glue() -> Glue:
     import jax
-
-    call, attention = part("jax", "kernels")._call, part("jax", "attention")
-
-    def operator(name: str, inputs: Sequence[Any], changed: Sequence[Any] = (), fresh: Sequence[Any] = ()) -> Sequence[Any]:
-        aliases = {len(inputs) + i: len(fresh) + i for i in range(len(changed))}
-        results = call(name, (*fresh, *changed), *inputs, *changed, aliases=aliases)
-        return (*results[len(fresh) :], *results[: len(fresh)])
 
     def runner(program: Program, held: Held) -> Callable[[], None]:
         names = inspect.signature(program).parameters
@@ -103,17 +83,11 @@ def jax_glue() -> Glue:
 
         return run
 
-    def plan(plan: Any, batch: Batch, tokens: int) -> Any:
-        chunked = batch.num_tokens > batch.num_seqs
-        shapes = attention._plan_shape(tokens, batch.num_seqs, batch.page_table.shape[2], chunked)
-        return attention.Plan(*map(padded, plan, shapes))
-
     # XLA runs what does not depend on each other at the same time: here each layer waits for the one before, as in a model.
     def after(x: Any, results: Sequence[Any]) -> Any:
         return x.at[0, 0].add(sum(result[0, 0, 0] for result in results).astype(x.dtype))
 
-    weights, model = lambda step: step._weights, lambda step, weights: step._merge(weights)
-    return Glue(operator, runner, weights, model, plan, after)
+    return Glue(runner, after)
 
 
 GLUES: Mapping[str, Callable[[], Glue]] = {"torch": torch_glue, "jax": jax_glue}
@@ -123,42 +97,41 @@ def padded(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     return np.pad(array, [(0, most - size) for size, most in zip(array.shape, shape, strict=True)])
 
 
-def native_programs(backend: str, glue: Glue, config: ModelConfig) -> tuple[Program, ...]:
-    kernels, operator = part(backend, "kernels"), glue.operator
+def native_programs(backend: str, config: ModelConfig) -> tuple[Program, ...]:
+    kernels, layers = part(backend, "kernels"), range(config.num_layers)
+    State = part(backend, "step").State
 
-    def embed(head: Any, step: Any, last: Any, x: Any) -> Held:
-        (x,) = operator("embed", (step, head, last), (), (x,))
-        return {"x": x}
+    def embed(weights: Any, step: Any, last: Any, x: Any) -> Held:
+        return {"x": kernels.embed(config, weights, step, last, len(x))}
 
-    def project(layers: Any, ropes: Any, step: Any, x: Any, k: Any, v: Any, q: Any) -> Held:
+    def project(weights: Any, step: Any, x: Any, k: Any, v: Any) -> Held:
         k, v = list(k), list(v)
-        for i, layer in enumerate(layers):
-            k[i], v[i], q = operator("project", (step, layer, ropes[config.layer_rope[i]], x), (k[i], v[i]), (q,))
+        for i in layers:
+            q, (k[i], v[i]) = kernels.project(config, weights, i, step, (k[i], v[i]), x)
         return {"k": k, "v": v, "q": q}
 
-    def attend(layers: Any, step: Any, k: Any, v: Any, q: Any) -> Held:
-        for layer, *pools in zip(layers, k, v, strict=True):
-            (q,) = operator("attend", (step, layer, *pools), (q,))
+    def attend(weights: Any, step: Any, k: Any, v: Any, q: Any) -> Held:
+        for i in layers:
+            q = kernels.attend(weights, i, step, (k[i], v[i]), q)
         return {"q": q}
 
-    def combine(layers: Any, step: Any, q: Any, x: Any) -> Held:
-        for layer in layers:
-            (x,) = operator("combine", (step, layer, q), (x,))
+    def combine(weights: Any, step: Any, q: Any, x: Any) -> Held:
+        for i in layers:
+            x = kernels.combine(weights, i, step, q, x)
         return {"x": x}
 
-    def layer(layers: Any, ropes: Any, step: Any, k: Any, v: Any, x: Any) -> Held:
-        k, v, weights = list(k), list(v), kernels.Weights(layers, None, ropes)
-        for i in range(len(layers)):
+    def layer(weights: Any, step: Any, k: Any, v: Any, x: Any) -> Held:
+        k, v = list(k), list(v)
+        for i in layers:
             (k[i], v[i]), x = kernels.layer(config, weights, i, step, (k[i], v[i]), x)
         return {"k": k, "v": v, "x": x}
 
-    def head(head: Any, step: Any, x: Any, logits: Any) -> Held:
-        (logits,) = operator("head", (step, head, x), (), (logits,))
-        return {"logits": logits}
+    def head(weights: Any, step: Any, x: Any, logits: Any) -> Held:
+        return {"logits": kernels.head(config, weights, step, x, len(logits))}
 
-    def sample(step: Any, logits: Any, last: Any, sampled: Any) -> Held:
-        last, sampled = operator("sample", (step, logits), (last,), (sampled,))
-        return {"last": last, "sampled": sampled}
+    def sample(step: Any, logits: Any, last: Any) -> Held:
+        sampled, after = kernels.sample(State(None, last), step, logits)
+        return {"last": after.last_tokens, "sampled": sampled}
 
     return embed, project, attend, combine, layer, head, sample
 
@@ -167,12 +140,12 @@ def framework_programs(backend: str, glue: Glue, config: ModelConfig, step: Any)
     lib, attention, sampling = (part(backend, name) for name in ("model", "attention", "sampling"))
 
     def opened(weights: Any, positions: Any) -> tuple[Any, list[Any]]:
-        model = glue.model(step, weights)
+        model = step.model(weights)
         ropes = [rope(positions) for rope in model.ropes]
         return model, [ropes[i] for i in config.layer_rope]
 
     def embed(weights: Any, token_ids: Any) -> Held:
-        return {"x": glue.model(step, weights).embed_tokens(token_ids)}
+        return {"x": step.model(weights).embed_tokens(token_ids)}
 
     def project(weights: Any, positions: Any, x: Any) -> Held:
         model, ropes = opened(weights, positions)
@@ -189,7 +162,7 @@ def framework_programs(backend: str, glue: Glue, config: ModelConfig, step: Any)
         return {"out": out, "cache": cache}
 
     def combine(weights: Any, x: Any, out: Any) -> Held:
-        for block in glue.model(step, weights).layers:
+        for block in step.model(weights).layers:
             x = block.combine(x, out)
         return {"x": x}
 
@@ -202,7 +175,7 @@ def framework_programs(backend: str, glue: Glue, config: ModelConfig, step: Any)
         return {"x": x, "cache": cache}
 
     def head(weights: Any, logit_rows: Any, x: Any) -> Held:
-        model = glue.model(step, weights)
+        model = step.model(weights)
         return {"logits": lib.logits(model, model.norm(x)[logit_rows])}
 
     def sample(logits: Any) -> Held:
@@ -211,26 +184,24 @@ def framework_programs(backend: str, glue: Glue, config: ModelConfig, step: Any)
     return embed, project, attend, combine, layer, head, sample
 
 
-def native_inputs(config: ModelConfig, dtype: str, batch: Batch) -> Held:
-    """A step's own arrays, in NumPy: the packed step, and room for what the operators write."""
-    tokens, rows = batch.num_tokens, len(batch.logit_rows)
+def native_inputs(config: ModelConfig, batch: Batch) -> Held:
+    """A step's own arrays, in NumPy: the packed step, and residual stream and logits in their sizes."""
     return {
         "step": pack_step(batch),
-        "x": np.zeros((tokens, config.hidden_size), np.float32),
-        "q": np.zeros((tokens, config.num_heads, config.head_dim), NUMPY_DTYPES[dtype]),
-        "logits": np.zeros((rows, config.vocab_size), np.float32),
-        "sampled": np.zeros((rows, SAMPLED), np.int32),
+        "x": np.zeros((batch.num_tokens, config.hidden_size), np.float32),
+        "logits": np.zeros((len(batch.logit_rows), config.vocab_size), np.float32),
     }
 
 
-def framework_inputs(backend: str, glue: Glue, step: Any, config: ModelConfig, batch: Batch, page_size: int) -> Held:
+def framework_inputs(backend: str, step: Any, config: ModelConfig, batch: Batch, page_size: int) -> Held:
     """Likewise for the framework's step, padded to the sizes that it compiles; integers are as wide as PyTorch indexes with."""
     sizes = sorted((*step.decode_buckets, *step.token_buckets))
     room = lambda n: next((size for size in sizes if size >= n), n)  # noqa: E731
     wide = lambda array: padded(array, (room(len(array)),)).astype(np.int64)  # noqa: E731
-    plan = part(backend, "attention").make_plan(batch, config, page_size)
-    arrays = {name: wide(getattr(batch, name)) for name in ("token_ids", "positions", "logit_rows")}
-    return arrays | {"plan": glue.plan(plan, batch, room(batch.num_tokens))}
+    attention, tokens, seqs = part(backend, "attention"), batch.num_tokens, batch.num_seqs
+    plan = attention.make_plan(batch, config, page_size)
+    plan = attention.fit_plan(plan, room(tokens), seqs, batch.page_table.shape[2], tokens > seqs)
+    return {name: wide(getattr(batch, name)) for name in ("token_ids", "positions", "logit_rows")} | {"plan": plan}
 
 
 def load(
@@ -244,10 +215,10 @@ def load(
     state = step.make_state(pages)
     put = lambda arrays: part(backend, "arrays").to_device(arrays, device)  # noqa: E731
     if kind == "native":
-        held = step._weights._asdict() | {"k": list(state.cache.k), "v": list(state.cache.v), "last": state.last_tokens}
-        return held, native_programs(backend, glue, model), lambda batch: put(native_inputs(model, config.dtype, batch))
-    inputs = lambda batch: put(framework_inputs(backend, glue, step, model, batch, config.block_size))  # noqa: E731
-    return {"weights": glue.weights(step), "cache": state.cache}, framework_programs(backend, glue, model, step), inputs
+        held = {"weights": step.weights, "k": list(state.cache.k), "v": list(state.cache.v), "last": state.last_tokens}
+        return held, native_programs(backend, model), lambda batch: put(native_inputs(model, batch))
+    inputs = lambda batch: put(framework_inputs(backend, step, model, batch, config.block_size))  # noqa: E731
+    return {"weights": step.weights, "cache": state.cache}, framework_programs(backend, glue, model, step), inputs
 
 
 def time_kernels(

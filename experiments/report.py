@@ -23,7 +23,8 @@ from common.errors import TandemError
 from experiments import canvas, page, perfetto
 from experiments.records import PROFILED, read_kernels
 from experiments.results import is_sweep, open_run
-from experiments.run_report import rows_of, run_page, steps_of
+from experiments.run_report import run_page
+from experiments.run_rows import rows_of, steps_of
 from experiments.sweep_report import sweep_page
 
 HTML = "report.html"

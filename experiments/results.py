@@ -57,7 +57,7 @@ def open_run(directory: Path | str) -> RunFiles:
     )
     expect((directory / "results.json").exists(), f"{directory} is no directory of a run: it holds no results.json.")
     try:
-        results = json.loads((directory / "results.json").read_text())
+        results = json.loads((directory / "results.json").read_text(), parse_constant=not_known)
         config: Any = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
         environment = json.loads((directory / "environment.json").read_text())
     except (OSError, ValueError, OmegaConfBaseException, YAMLError) as error:
@@ -65,6 +65,10 @@ def open_run(directory: Path | str) -> RunFiles:
     ours = isinstance(results, dict) and isinstance(config, dict) and ("engine" in results or "engines" in results)
     expect(ours, f"{directory} is no directory of a run: its results.json names no engine.")
     return RunFiles(directory, config, environment, results)
+
+
+def not_known(constant: str) -> None:
+    """NaN and the infinities, which are no JSON: a figure that is not finite is not known."""
 
 
 def list_runs(folder: Path | str = "runs") -> list[RunFiles]:

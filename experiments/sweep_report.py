@@ -11,13 +11,15 @@ from typing import Any
 import pandas as pd
 
 from experiments.console import number
-from experiments.figures import scatter
+from experiments.figures.scatter import scatter
 from experiments.findings import log_end, plural
 from experiments.glossary import GLOSSARY
 from experiments.job import Job, read_jobs
 from experiments.page import Drawing, Notice, Page, Section, Table, Verdict
 from experiments.results import open_run, sweep_table
-from experiments.run_report import command, environment_table, some
+from experiments.run_report import command
+from experiments.run_sections import some
+from experiments.run_tables import environment_table
 from experiments.sweep_figures import last, over_axis, value
 
 COLUMNS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from itertools import product
@@ -38,6 +39,7 @@ class CheckedSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Check all jobs, run them, and make the table and the report of them. Raises what is wrong with the first that is."""
+        expect_folder_name(self._config.sweep)
         parser = OverridesParser.create(config_loader=self._context.config_loader)
         jobs = combinations(parser.parse_overrides(arguments))
         checkpoints: dict[str, Checkpoint] = {}
@@ -53,6 +55,15 @@ class CheckedSweeper(Sweeper):
         if not finish(Path(self._config.hydra.sweep.dir)):
             sys.exit(1)
         return returns
+
+
+def expect_folder_name(name: Any) -> None:
+    """Raises `ConfigError` for a `sweep` that is no name of a folder in runs/sweeps."""
+    expect(
+        isinstance(name, (str, int)) and re.fullmatch(r"\w[\w.+=@, -]{0,99}", str(name)) is not None,
+        "sweep must be the name of a folder, made in runs/sweeps: at most 100 letters, digits and ._+=@, -, and first a "
+        f"letter or digit; got {name!r}. To put sweeps elsewhere, set runs=FOLDER.",
+    )
 
 
 def combinations(overrides: Sequence[Override]) -> list[list[str]]:

@@ -9,9 +9,8 @@ from matplotlib.collections import PolyCollection
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from experiments.canvas import MUTED, colour, draw, shorten
+from experiments.canvas import BARS, MUTED, POINTS, colour, draw, shorten
 from experiments.console import number
-from experiments.figures import BARS, POINTS
 from experiments.page import Drawing, Table
 
 PHASES = (("queue", 0.16), ("admission", 0.3), ("prompt", 0.55), ("decode", 1.0))

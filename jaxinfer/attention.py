@@ -61,6 +61,12 @@ def _plan_shape(tokens: int, seqs: int, pages: int, chunked: bool) -> Plan:
     return Plan((tokens,), (seqs, pages), (4, decodes), (4, chunks), (2,))  # type: ignore[arg-type]
 
 
+def fit_plan(plan: Plan, tokens: int, seqs: int, pages: int, chunked: bool) -> Plan:
+    """A plan of NumPy arrays as steps of such sizes are compiled for: padded (`_plan_shape`)."""
+    pad = lambda x, shape: np.pad(x, [(0, most - size) for size, most in zip(x.shape, shape, strict=True)])  # noqa: E731
+    return Plan(*map(pad, plan, _plan_shape(tokens, seqs, pages, chunked)))  # type: ignore[arg-type]
+
+
 def paged_attention(config: ModelConfig, plan: Plan) -> Attend:
     """Attention of packed tokens over their sequences' pages; writes the new keys and values first."""
     scale, Q = config.attention_scale, config.queries_per_kv

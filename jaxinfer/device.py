@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from functools import partial
 
 import jax
 
-from common.platform import choose, cores, cpu_name
+from common.errors import CheckpointError
+from common.platform import choose, cores, cpu_name, expect_not_forked
 from common.weights.zoo import cache_directory
+
+log = logging.getLogger(__name__)
 
 PLATFORMS = {"cuda": "cuda", "rocm": "rocm", "tpu": "tpu", "cpu": "cpu"}
 """Ours -> JAX's name."""
@@ -17,13 +21,17 @@ PLATFORMS = {"cuda": "cuda", "rocm": "rocm", "tpu": "tpu", "cpu": "cpu"}
 
 def open_device(requested: str, threads: int | None) -> jax.Device:
     """The first usable device for `requested`. Raises `ConfigError` for an unknown name, `BackendError` if none is usable."""
+    expect_not_forked("JAX")
     # XLA sizes its CPU pool once, when the backend starts. It counts the node's cores inside a container with a quota.
     os.environ.setdefault("PJRT_NPROC", str(threads or cores()))
     # A thread that dispatches ahead takes a core from the step it waits for: half the throughput on two cores.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     # Programs compiled once are read back in later runs. XLA's key does not tell one CPU from another: the folder must.
     folder = re.sub(r"\W+", "-", f"xla-{jax.version.__version__}-{cpu_name()}")
-    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / folder))
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / folder))
+    except CheckpointError as error:
+        log.info("Compiled programs are not kept. %s", error)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     choice = choose(requested, {name: partial(probe, name) for name in PLATFORMS})
     return jax.local_devices(backend=PLATFORMS[choice.platform])[0]

@@ -103,8 +103,12 @@ class Step:
         graph, state = nnx.split(load_model(checkpoint, self.config.dtype, positions, self.device, progress))
         # Plain arrays in a tuple: walking NNX variables would cost milliseconds a step.
         leaves, tree = jax.tree.flatten(state)
-        self._weights = tuple(leaves)
+        self.weights = tuple(leaves)
         self._merge = lambda leaves: nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+
+    def model(self, weights: Any) -> Decoder:
+        """The decoder of the `weights` of a loaded step, which a program takes as its argument."""
+        return self._merge(weights)
 
     def make_state(self, num_pages: int) -> State:
         """Empty pages and rows."""
@@ -127,7 +131,7 @@ class Step:
                     progress(done + 1, len(buckets), f"compiled steps of {bucket.tokens} tokens, {kind}")
             deque(choosers, 0)
         for (bucket, _), step in self._compiled.items():
-            state, *_ = step(self._weights, state, np.zeros(bucket.size, np.int32))
+            state, *_ = step(self.weights, state, np.zeros(bucket.size, np.int32))
         return state
 
     def run(self, state: State, batch: Batch) -> tuple[State, Callable[[], tuple[Any, ...]]]:
@@ -166,7 +170,7 @@ class Step:
         if (bucket, names) not in self._compiled:
             self._compiled[bucket, names] = self._compile(bucket, state, names)
         packed = self._pack(bucket, batch)
-        state, sampled, taps, logits_RV = self._compiled[bucket, names](self._weights, state, packed)
+        state, sampled, taps, logits_RV = self._compiled[bucket, names](self.weights, state, packed)
         if batch.adjusts:
             state, sampled = self._choose_changed(state, batch, logits_RV)
             taps |= {"tokens": sampled.tokens} if "tokens" in taps else {}
@@ -215,7 +219,7 @@ class Step:
 
     def _compile(self, bucket: _Bucket, state: State, names: Names = frozenset()) -> Any:
         step = jax.jit(lambda weights, state, packed: self._step(bucket, names, weights, state, packed), donate_argnums=1)
-        return step.lower(self._weights, state, jax.ShapeDtypeStruct((bucket.size,), jnp.int32)).compile()
+        return step.lower(self.weights, state, jax.ShapeDtypeStruct((bucket.size,), jnp.int32)).compile()
 
     def _pack(self, bucket: _Bucket, batch: Batch) -> np.ndarray:
         """A batch as the one array of inputs of its bucket."""
@@ -250,7 +254,7 @@ class Step:
         """The pure function that is compiled: its last result are the logits, for a step that changes them."""
         taps, keep = keeper(names)
         x: Inputs = _unpack(bucket.layout, packed)
-        model: Decoder = self._merge(weights)
+        model: Decoder = self.model(weights)
         token_ids = jnp.where(x.fill_row >= 0, state.last_tokens[x.fill_row], x.token_ids)
         attend = paged_attention(self.model_config, x.plan)
         hidden_TD, cache = forward(model, token_ids, x.positions, attend, state.cache, keep)

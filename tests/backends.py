@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,10 @@ from common.schedule.batch import VIEWS, Batch
 from common.schedule.rows import Rows
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
+from experiments.pieces import padded, part
 
 BACKENDS = ("jax", "torch")
 THREADS = 1
-
-
-def part(backend: str, module: str) -> Any:
-    """`jaxinfer.<module>` or `torchinfer.<module>`."""
-    return import_module(f"{backend}infer.{module}")
 
 
 @cache
@@ -128,17 +123,8 @@ class Packer:
 def device_plan(backend: str, batch: Batch, config: ModelConfig, page_size: int, *, tokens: int, seqs: int, pages: int) -> Any:
     """The attention plan of a batch on the device; JAX's in the shapes of a bucket for `tokens`, `seqs` and `pages`."""
     attention = part(backend, "attention")
-    plan = attention.make_plan(batch, config, page_size)
-    if backend == "jax":
-        plan = attention.Plan(*map(padded, plan, attention._plan_shape(tokens, seqs, pages, True)))
+    plan = attention.fit_plan(attention.make_plan(batch, config, page_size), tokens, seqs, pages, True)
     return part(backend, "arrays").to_device(plan, device(backend))
-
-
-def padded(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """`array` at the origin of zeros of `shape`."""
-    out = np.zeros(shape, array.dtype)
-    out[tuple(slice(size) for size in array.shape)] = array
-    return out
 
 
 @cache

@@ -33,19 +33,24 @@ class ModelRunner(HistoryRunner):
         print("a library that prints")
         return super().submit(batch, *more)
 """
-CONFIG = "defaults: [base, _self_]\nname: history\nmax_model_len: 512\n"
+CONFIG = "defaults: [/engine_base@_here_, _self_]\nname: history\nmax_model_len: 512\n"
 
 
 @pytest.fixture
 def history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Makes `engine=history` known; returns the folder to run in, which holds `configs` for --config-dir."""
-    (tmp_path / "packages" / "historyinfer").mkdir(parents=True)
-    (tmp_path / "packages" / "historyinfer" / "__init__.py").write_text(PACKAGE)
-    (tmp_path / "configs" / "engine").mkdir(parents=True)
-    (tmp_path / "configs" / "engine" / "history.yaml").write_text(CONFIG)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'packages'}:{ROOT}")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return install(PACKAGE, tmp_path, monkeypatch)
+
+
+def install(package: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Makes the source `package` known as `engine=history`; returns the folder, which is the working folder now."""
+    (folder / "packages" / "historyinfer").mkdir(parents=True)
+    (folder / "packages" / "historyinfer" / "__init__.py").write_text(package)
+    (folder / "configs" / "engine").mkdir(parents=True)
+    (folder / "configs" / "engine" / "history.yaml").write_text(CONFIG)
+    monkeypatch.setenv("PYTHONPATH", f"{folder / 'packages'}:{ROOT}")
+    monkeypatch.chdir(folder)
+    return folder
 
 
 def command(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], *overrides: str) -> None:

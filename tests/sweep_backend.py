@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.history_backend import CONFIG, ROOT, VOCABULARY
+from tests.history_backend import VOCABULARY, install
 
 PACKAGE = f"""
 import os
@@ -46,13 +46,7 @@ OVERRIDES = (
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Makes `engine=history` known, of the kind above; returns the folder to run in, which holds `configs` for --config-dir."""
-    (tmp_path / "packages" / "historyinfer").mkdir(parents=True)
-    (tmp_path / "packages" / "historyinfer" / "__init__.py").write_text(PACKAGE)
-    (tmp_path / "configs" / "engine").mkdir(parents=True)
-    (tmp_path / "configs" / "engine" / "history.yaml").write_text(CONFIG)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'packages'}:{ROOT}")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return install(PACKAGE, tmp_path, monkeypatch)
 
 
 def starts(folder: Path) -> list[str]:

@@ -23,7 +23,8 @@ from experiments import bench, compare, diverge
 from experiments.cli import torn
 from experiments.config import EngineSpec
 from experiments.console import number
-from experiments.isolate import EngineFailure, IsolatedEngine, read_frame, thread_settings, write_frame
+from experiments.frames import NoFrame, read_frame, write_frame
+from experiments.isolate import EngineFailure, IsolatedEngine, thread_settings
 from experiments.rundir import environment, run_directory
 from experiments.workload import WorkloadConfig, draw
 from tests.history_backend import VOCABULARY, command, history, last_line
@@ -37,7 +38,17 @@ __all__ = ["history"]
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "–"), (0, "0"), (0.0, "0"), (1234567, "1,234,567"), (12345.6, "12,346"), (1.5, "1.500"), (0.00123456, "0.001235")],
+    [
+        (None, "–"),
+        (float("nan"), "–"),
+        (float("-inf"), "–"),
+        (0, "0"),
+        (0.0, "0"),
+        (1234567, "1,234,567"),
+        (12345.6, "12,346"),
+        (1.5, "1.500"),
+        (0.00123456, "0.001235"),
+    ],
 )
 def test_numbers_are_printed_with_four_digits(value: float | None, text: str) -> None:
     assert number(value) == text
@@ -64,7 +75,7 @@ def test_a_frame_survives_the_trip_and_a_broken_one_is_the_end() -> None:
     assert read_frame(io.BytesIO(data)) == {"a": [1, 2.5, "ü"], "array": [0, 1], "scalar": 0.5}
     assert read_frame(io.BytesIO(data[:-1])) is None
     assert read_frame(io.BytesIO(b"")) is None
-    with pytest.raises(EngineFailure, match="frame"):
+    with pytest.raises(NoFrame, match="frame"):
         read_frame(io.BytesIO(b"\xff\xff\xff\xff"))
 
 
@@ -262,7 +273,7 @@ def test_bench_takes_a_path_for_a_model(
         ("dtype=bflot16", "Did you mean 'bfloat16'?"),
         ("model=tiny-lama", "Did you mean 'tiny-llama'?"),
         ("model=/nowhere/at/all", "/nowhere/at/all"),
-        ("engine=base", "name"),
+        ("engine=base", "Unknown engine 'base'"),
         ("engine=3", "string"),
         ("seed=-1", "seed"),
         ("seed=[", "override"),
@@ -278,6 +289,12 @@ def test_bench_takes_a_path_for_a_model(
         ("engine.num_blocks=2", "page"),
         ("engine.num_blocks=1000000000000", "bytes of free memory"),
         ("+measure.blcks=1", "Did you mean 'blocks'?"),
+        ("+sede=1", "Did you mean 'seed'?"),
+        ("++model.nme=1", "Did you mean 'name'?"),
+        ("+foo.bar.baz=1", "Unknown option 'foo'"),
+        ("+engine.foo.bar=1", "Unknown engine option 'foo'"),
+        ("+workload.trace.x=1", "workload.trace.x"),
+        ("+engines=[jax,torch]", "Did you mean 'engine'?"),
         ("~measure.blocks", "measure lacks blocks"),
         ("~workload.num_requests", "workload lacks num_requests"),
         ("workload.prompt_len={mu:much,sigma:1,low:1,high:2}", "mu must be a finite number"),
@@ -324,7 +341,7 @@ def test_what_no_engine_is_is_not_named_as_one(
         with pytest.raises(SystemExit):
             command(monkeypatch, main, word)
         err = capfd.readouterr().err
-        assert "history" in err and "jax" in err and "base" not in err
+        assert "history" in err and "jax" in err and "engine_base" not in err
 
 
 def test_help_ends_without_a_traceback_when_its_reader_leaves() -> None:

@@ -201,7 +201,7 @@ def test_an_engine_that_samples_wrongly_is_found_out(
         ("engines=[history,{name:history,compiel:true}]", "Did you mean 'compile'?"),
         ("engines=[history,{compile:true}]", "a mapping with a name"),
         ("engines=[history]", "two engines"),
-        ("engines=[history,base]", "base holds the defaults"),
+        ("engines=[history,base]", "Unknown engine 'base'"),
         ("engines=[history,{name:history,kernels:native,compile:true}]", "leave a compiler nothing"),
         ("measure.precision=-1", "measure.precision"),
         ("measure.timeout_s=0", "measure.timeout_s"),

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 import configs
 from common.config import EngineConfig
 from common.weights import zoo
-from experiments.cli import group_options, spell_out_model
+from experiments.cli import group_options, set_not_added, spell_out_model
 from experiments.config import CorrectnessConfig, MeasureConfig, engine_label, engine_spec, engine_specs, resolved
 from experiments.workload import Lengths, WorkloadConfig
 
@@ -55,7 +55,7 @@ def test_engine_base_lists_every_option_with_its_default() -> None:
     assert values == asdict(EngineConfig())
 
 
-@pytest.mark.parametrize("name", [name for name in names("engine") if name != "base"])
+@pytest.mark.parametrize("name", names("engine"))
 def test_every_engine_is_valid_and_goes_by_its_file(name: str) -> None:
     spec = engine_spec(composed("bench", f"engine={name}", "dtype=float32", "threads=1", "seed=7").engine)
     assert spec.name == spec.label == name
@@ -113,6 +113,21 @@ def test_the_group_model_holds_the_zoo() -> None:
 )
 def test_a_model_is_a_name_or_a_path(argument: str, meant: list[str]) -> None:
     assert spell_out_model(argument) == meant
+
+
+@pytest.mark.parametrize(
+    ("argument", "meant"),
+    [
+        ("+seed=1", "seed=1"),
+        ("++foo.bar={a:1}", "foo.bar={a:1}"),
+        ("+engine.extra_body.top_k=1", "+engine.extra_body.top_k=1"),
+        ("+hydra.job.env_set.A=1", "+hydra.job.env_set.A=1"),
+        ("fail_if=[a+b]", "fail_if=[a+b]"),
+        ("~seed", "~seed"),
+    ],
+)
+def test_an_option_is_set_and_not_added(argument: str, meant: str) -> None:
+    assert set_not_added(argument) == meant
 
 
 def test_root_options_reach_every_engine_of_a_comparison() -> None:

@@ -45,7 +45,7 @@ def test_a_defect_in_a_third_backend_is_named_from_a_run_directory(
     (package / "__init__.py").write_text(
         "import torchinfer\nfrom tests.planted import planted\nModelRunner = planted(torchinfer.ModelRunner, 'rope')\n"
     )
-    (history / "configs" / "engine" / "wrong.yaml").write_text("defaults: [base, _self_]\nname: wrong\n")
+    (history / "configs" / "engine" / "wrong.yaml").write_text("defaults: [/engine_base@_here_, _self_]\nname: wrong\n")
     model = deep_model(history / "deep")
     run = write_run(history / "runs" / "a run", "model=path", f"model.name={model}")
     command(monkeypatch, str(run), f"engines=[{{name:torch,{SMALL}}},{{name:wrong,{SMALL}}}]")

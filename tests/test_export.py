@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from common.errors import ConfigError
 from experiments import export
 from tests.sample_runs import save_bench, save_compare, save_sweep
 
@@ -79,3 +80,10 @@ def test_the_command_prints_its_files_and_refuses_what_is_no_run(
     with pytest.raises(SystemExit) as end:
         export.main()
     assert end.value.code == 2 and "no folder" in capsys.readouterr().err
+
+
+def test_a_run_that_lost_its_requests_is_refused(tmp_path: Path) -> None:
+    run = save_bench(tmp_path / "run")
+    (run / "requests.jsonl").unlink()
+    with pytest.raises(ConfigError, match=r"holds no requests\.jsonl"):
+        export.export(run)

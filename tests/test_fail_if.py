@@ -68,6 +68,7 @@ def test_what_is_no_condition_is_refused(wanted: Any, said: str) -> None:
         ("comparisons.torch.hihg < 1", "Did you mean 'high'"),
         ("comparisons.torch < 1", "has no ''"),
         ("engines.torch-compile.p99_itl_m > 1", "Did you mean 'p99_itl_ms'"),
+        ("ratios.torch.high < 1", "is one figure and has no 'high'"),
     ],
 )
 def test_a_key_that_no_run_of_these_engines_has_is_refused_beforehand(text: str, said: str) -> None:
@@ -127,7 +128,10 @@ SMALL = ("model=tiny-llama", "workload=fixed", "workload.num_requests=2", "workl
 def test_a_gate_that_holds_ends_a_comparison_with_3_after_it_is_written_and_printed(
     history: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    gates = 'fail_if=["ratios.history-block_size=8 > 0", "engines.history.output_throughput < 0", "tokens_equal != false"]'
+    gates = (
+        'fail_if=["ratios.history-block_size=8 > 0", "engines.history.output_throughput < 0", "tokens_equal != false", '
+        '"agreement.history-block_size=8.by_position.0.same_share < 0"]'
+    )
     engines = "engines=[history,{name:history,block_size:8}]"
     with pytest.raises(SystemExit) as exit:
         command(monkeypatch, compare.main, *SMALL, engines, "measure=quick", "correctness.output_len=2", gates)
@@ -153,6 +157,8 @@ def test_a_gate_on_one_engine(history: Path, monkeypatch: pytest.MonkeyPatch, ca
         ("comparisons.histroy.low < 1", "Engines: history, history-2"),
         ("engines.history.p99_itl_m > 1", "Did you mean 'p99_itl_ms'"),
         ("comparisons.history-2.hihg < 1", "Did you mean 'high'"),
+        ("agreement.history-2.mean_kdl > 0.1", "Did you mean 'mean_kld'"),
+        ("agreement.history-2 > 0.1", "has no ''"),
         ("tokens_equl == false", "Did you mean 'tokens_equal'"),
     ],
 )

@@ -11,7 +11,12 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from experiments import canvas, figures, timeline
+from experiments import canvas, timeline
+from experiments.figures.agreement import thinned
+from experiments.figures.latency import curves, distribution, percentile_99, samples_ms
+from experiments.figures.ratio import ratio
+from experiments.figures.roofline import roofline
+from experiments.figures.scatter import scatter
 from experiments.page import Drawing
 from tests.synthetic_run import HOSTILE, simulate
 
@@ -94,34 +99,34 @@ def test_any_label_is_drawn_as_it_stands(title: str) -> None:
 def test_a_curve_is_the_share_of_samples_at_or_below() -> None:
     axes = Figure().subplots()
     samples = np.random.default_rng(1).lognormal(1, 1, 9999)
-    figures.curves(axes, {"a": np.array([3.0, 1.0, 2.0, 2.0]), "b": samples})
+    curves(axes, {"a": np.array([3.0, 1.0, 2.0, 2.0]), "b": samples})
     few, many = axes.get_lines()
     assert list(few.get_xdata()) == [1, 1, 2, 2, 3] and list(few.get_ydata()) == [0, 0.25, 0.5, 0.75, 1]
     x, y = np.array(many.get_xdata()), np.array(many.get_ydata())
-    assert len(x) <= figures.POINTS + 1
+    assert len(x) <= canvas.POINTS + 1
     assert np.abs((samples[:, None] <= x[1:]).mean(0) - y[1:]).max() <= 1 / len(samples)
 
 
 def test_latencies_are_those_of_the_definitions() -> None:
     rows = frame([{"sent": 1.0, "times": [1.5, 1.75, 2.5]}, {"sent": 0.0, "times": [2.0]}])
-    values = {what: list(figures.samples_ms(rows, ["jax", "torch"], what)["jax"]) for what in ("ttft", "tpot", "itl", "e2el")}
+    values = {what: list(samples_ms(rows, ["jax", "torch"], what)["jax"]) for what in ("ttft", "tpot", "itl", "e2el")}
     assert values == {"ttft": [500, 2000], "tpot": [500], "itl": [250, 750], "e2el": [1500, 2000]}
-    assert len(figures.samples_ms(rows, ["jax", "torch"], "itl")["torch"]) == 0
+    assert len(samples_ms(rows, ["jax", "torch"], "itl")["torch"]) == 0
 
 
 def test_a_p99_of_few_samples_is_not_given() -> None:
-    assert figures.percentile_99(np.arange(99.0)) == "too few"
-    assert figures.percentile_99(np.arange(101.0)) == "99.00"
+    assert percentile_99(np.arange(99.0)) == "too few"
+    assert percentile_99(np.arange(101.0)) == "99.00"
 
 
 def test_a_point_under_the_roofline_is_where_its_shares_put_it() -> None:
     limits = {"read_bytes_per_s": 1e10, "float32_flops_per_s": 1e11}
     limits = {"before": limits, "after": limits | {"read_bytes_per_s": 2e10}}
-    drawing = figures.roofline({"jax": {"mbu": 0.5, "mfu": 0.2, "decode_mbu": 0.6, "limits": limits}}, "float32")
+    drawing = roofline({"jax": {"mbu": 0.5, "mfu": 0.2, "decode_mbu": 0.6, "limits": limits}}, "float32")
     assert drawing is not None and drawing.table is not None
     assert drawing.table.rows == [("jax", "whole run", "2.000", "20.00", "50.0%")]  # 20 GFLOP/s over 10 GB/s, of 2 · 20
-    assert figures.roofline({"jax": {"mbu": 0.5, "mfu": 0.2, "limits": None}}, "float32") is None
-    assert figures.roofline({"jax": {"mbu": None, "mfu": None, "limits": limits}}, "float32") is None
+    assert roofline({"jax": {"mbu": 0.5, "mfu": 0.2, "limits": None}}, "float32") is None
+    assert roofline({"jax": {"mbu": None, "mfu": None, "limits": limits}}, "float32") is None
 
 
 def test_alive_counts_the_intervals_that_hold_each_time() -> None:
@@ -132,23 +137,25 @@ def test_alive_counts_the_intervals_that_hold_each_time() -> None:
     assert list(counts) == [int(((start <= t) & (t < end)).sum()) for t in at]
 
 
-def test_a_ratio_without_an_interval_says_so() -> None:
+def test_a_ratio_says_that_it_has_no_interval_and_what_is_called_equivalent() -> None:
     found: dict[str, Any] = {"ratio": 1.1, "low": None, "high": None, "block_ratios": [1.1], "verdict": "undecided"}
-    alts = [
-        drawing.alt
+    drawings = [
+        drawing
         for drawing in (
-            figures.ratio({"torch": found}, ["jax", "torch"]),
-            figures.ratio({"torch": found | {"low": 1.0, "high": 1.2}}, ["jax", "torch"]),
+            ratio({"torch": found}, ["jax", "torch"], 0.05),
+            ratio({"torch": found | {"low": 1.0, "high": 1.2}}, ["jax", "torch"], 0.075),
         )
         if drawing
     ]
+    alts, svgs = ([getattr(drawing, name) for drawing in drawings] for name in ("alt", "svg"))
+    assert "the band is 1 ± 5 %" in svgs[0] and "the band is 1 ± 7.5 %" in svgs[1]
     assert "torch 1.100, no interval" in alts[0] and "torch 1.100, interval 1.000 to 1.200" in alts[1]
 
 
 def test_points_of_different_settings_are_named_and_have_no_middle() -> None:
     points = {"jax": ([1.0, math.nan, 3.0], [4.0, 5.0, 6.0])}
-    named = figures.scatter("a", "A", points, x="x", y="y", each="size", names={"jax": ["8", "16", "32"]})
-    blocks = figures.scatter("a", "A", points, x="x", y="y", each="block")
+    named = scatter("a", "A", points, x="x", y="y", each="size", names={"jax": ["8", "16", "32"]})
+    blocks = scatter("a", "A", points, x="x", y="y", each="block")
     assert named is not None and named.table is not None and blocks is not None
     assert [row[:2] for row in named.table.rows] == [("jax", "8"), ("jax", "32")] and named.table.columns[1] == "size"
     assert "middle" not in named.alt and "In the middle, jax: 2.000 x at 5.000 y" in blocks.alt
@@ -156,9 +163,9 @@ def test_points_of_different_settings_are_named_and_have_no_middle() -> None:
 
 def test_thinning_keeps_the_mean_and_bounds_the_points() -> None:
     xs = np.arange(90_000.0)
-    thin_xs, thin_ys = figures.thinned(xs, np.sin(xs) + 5)
-    assert len(thin_xs) == len(thin_ys) == figures.POINTS and thin_ys.mean() == pytest.approx((np.sin(xs) + 5).mean())
-    assert figures.thinned(xs[:7], xs[:7])[0] is not None and len(figures.thinned(xs[:7], xs[:7])[0]) == 7
+    thin_xs, thin_ys = thinned(xs, np.sin(xs) + 5)
+    assert len(thin_xs) == len(thin_ys) == canvas.POINTS and thin_ys.mean() == pytest.approx((np.sin(xs) + 5).mean())
+    assert thinned(xs[:7], xs[:7])[0] is not None and len(thinned(xs[:7], xs[:7])[0]) == 7
 
 
 def test_a_figure_of_ten_thousand_requests_is_no_larger_than_one_of_few() -> None:
@@ -168,7 +175,7 @@ def test_a_figure_of_ten_thousand_requests_is_no_larger_than_one_of_few() -> Non
         timeline.timeline(table, 0, "jax", until),
         timeline.batch(pd.DataFrame(steps), table, 0, "jax", until),
         timeline.occupancy(pd.DataFrame(steps), table, 0, "jax", until),
-        figures.distribution("itl", "ITL", figures.samples_ms(table, ["jax"], "itl")),
+        distribution("itl", "ITL", samples_ms(table, ["jax"], "itl")),
     ]
     for drawing in drawings:
         assert drawing is not None and len(drawing.svg) < 150_000
@@ -178,7 +185,7 @@ def test_what_steps_tell_is_averaged_over_time_and_holds_while_any_request_is_in
     steps = pd.DataFrame({"submitted": [0.0, 1.001, 6.0], "landed": [1.0, 3.0, 7.5], "running": [2, 4, 6]})
     rows = frame([{"sent": 0.0, "times": [1.0, 3.0]}, {"sent": 0.5, "times": [4.0]}, {"sent": 6.0, "times": [7.5]}])
     edges, values = timeline.over_time(steps, rows, "running", 9.0)
-    assert len(edges) == len(values) + 1 == timeline.POINTS + 1
+    assert len(edges) == len(values) + 1 == canvas.POINTS + 1
     at = lambda t: values[np.searchsorted(edges, t) - 1]  # noqa: E731
     assert [at(t) for t in (0.5, 2.5, 3.5, 4.5, 7.0, 8.5)] == pytest.approx([2, 4, 4, 0, 6, 0])
     assert values.mean() * 9 == pytest.approx(2 * 1.001 + 4 * 2.999 + 6 * 1.5)  # no time is lost, however wide the spans
@@ -187,8 +194,8 @@ def test_what_steps_tell_is_averaged_over_time_and_holds_while_any_request_is_in
 
 
 def test_requests_are_bars_until_there_are_too_many() -> None:
-    rows, _ = simulate(np.random.default_rng(0), figures.BARS + 1, 1.0, 5)
-    few, many = (timeline.timeline(frame(rows[:count]), 2, "jax", 1.0) for count in (10, figures.BARS + 1))
+    rows, _ = simulate(np.random.default_rng(0), canvas.BARS + 1, 1.0, 5)
+    few, many = (timeline.timeline(frame(rows[:count]), 2, "jax", 1.0) for count in (10, canvas.BARS + 1))
     assert few is not None and "one bar for each request" in few.svg
     assert many is not None and "one bar for each request" not in many.svg
 
@@ -209,7 +216,7 @@ def test_an_engine_has_one_colour_in_all_figures_and_can_be_told_without_it() ->
     rows, _ = simulate(np.random.default_rng(0), 5, 1.0, 5)
     variable = canvas.VARIABLES[canvas.colour(1)]
     drawing = timeline.timeline(frame(rows), 1, "torch", 1.0)
-    curve = figures.distribution("ttft", "TTFT", figures.samples_ms(frame(rows, "torch"), ["jax", "torch"], "ttft"))
+    curve = distribution("ttft", "TTFT", samples_ms(frame(rows, "torch"), ["jax", "torch"], "ttft"))
     assert drawing is not None and curve is not None
     assert f"var({variable})" in drawing.svg and f"var({variable})" in curve.svg and 'class="engine-1"' in curve.svg
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -16,6 +19,8 @@ from common.errors import BackendError, ConfigError
 from common.kernels.cpu import build, usable
 from common.kernels.cpu.pages import keys_in, keys_out, values_in, values_out
 from common.kernels.cpu.step import max_step_size, pack_step
+from common.platform import cxx_compiler
+from common.schedule.batch import null_batch
 from experiments.reference import NumpyModel
 from tests.backends import BACKENDS, Packer, checkpoint, device, native_logits, native_weights, paged_logits, part
 from tests.families import BOUND, FAMILIES
@@ -219,10 +224,14 @@ def test_an_operator_refuses_what_does_not_fit(families: dict[str, Path]) -> Non
         ("weights", (words, layer[64:].clone(), rope, x, k, v, q)),
         ("rope", (words, layer, rope[:, 1:].contiguous(), x, k, v, q)),
         ("position", (words, layer, rope[:10].contiguous(), x, k, v, q)),
-        ("x has", (words, layer, rope, x[1:], k, v, q)),
-        ("pages", (words, layer, rope, x, k.float(), v, q)),
+        ("x: expected float32", (words, layer, rope, x[1:], k, v, q)),
+        ("x: expected float32 .*, got int32", (words, layer, rope, x.int(), k, v, q)),
+        ("step: expected int32 .*, got float32", (words.view(torch.float32), layer, rope, x, k, v, q)),
+        ("rope: expected float32", (words, layer, rope.int(), x, k, v, q)),
+        ("k: expected bfloat16.*, got float32", (words, layer, rope, x, k.float(), v, q)),
+        ("v: expected bfloat16.*, got Half", (words, layer, rope, x, k, v.half(), q)),
         ("slot", (words, layer, rope, x, k[:, :1].contiguous(), v[:, :1].contiguous(), q)),
-        ("q has", (words, layer, rope, x, k, v, q.float())),
+        ("q: expected bfloat16.*, got float32", (words, layer, rope, x, k, v, q.float())),
         ("contiguous", (words, layer, rope, x.t().contiguous().t(), k, v, q)),
     ):
         with pytest.raises(ValueError, match=wrong):
@@ -231,6 +240,8 @@ def test_an_operator_refuses_what_does_not_fit(families: dict[str, Path]) -> Non
         ops.project(words, weights.head, rope, x, k, v, q)
     with pytest.raises(ValueError, match="head's were expected"):
         ops.embed(words, layer, state.last_tokens, x)
+    with pytest.raises(ValueError, match=r"last_tokens: expected int32.*, got float32"):
+        ops.embed(words, weights.head, state.last_tokens.float(), x)
     bad = words.clone()
     bad[8] = config.vocab_size
     with pytest.raises(ValueError, match="token id"):
@@ -247,10 +258,21 @@ def test_jax_reports_what_does_not_fit(families: dict[str, Path]) -> None:
     kernels = part("jax", "kernels")
     weights, state, step, tokens = native_state("jax", families["llama2"])
     config = checkpoint(families["llama2"]).config
-    with pytest.raises(jax.errors.JaxRuntimeError, match="step is not what"):
-        jax.block_until_ready(
-            jax.jit(lambda w, s, x: kernels.forward(config, w, s, x, tokens, 1)[0])(weights, state, step[:20])
-        )
+    x, pools = np.zeros((tokens, config.hidden_size), np.float32), (state.cache.k[0], state.cache.v[0])
+    forward = jax.jit(lambda w, s, x: kernels.forward(config, w, s, x, tokens, 1)[0])
+    layer = jax.jit(lambda w, s, pools, x: kernels.layer(config, w, 0, s, pools, x))
+    for wrong, run in (
+        ("step: expected int32 of at least", lambda: forward(weights, state, step[:20])),
+        ("step: expected int32 .*, got float32", lambda: forward(weights, state, step.view(np.float32))),
+        (
+            "last_tokens: expected int32.*, got float32",
+            lambda: forward(weights, state._replace(last_tokens=np.zeros(4, np.float32)), step),
+        ),
+        ("x: expected float32 .*, got int32", lambda: layer(weights, step, pools, x.astype(np.int32))),
+        ("k: expected bfloat16.*, got float16", lambda: layer(weights, step, [pool.view("float16") for pool in pools], x)),
+    ):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=wrong):
+            jax.block_until_ready(run())
 
 
 @pytest.mark.parametrize(
@@ -278,8 +300,81 @@ def test_auto_falls_back_where_no_library_can_be_kept(
     with caplog.at_level("INFO"):
         assert not usable.usable(EngineConfig(kernels="auto"), model, "cpu", opened)
     assert "using framework" in caplog.text
-    with pytest.raises(OSError):
+    with pytest.raises(BackendError, match="TANDEM_CACHE"):
         usable.usable(EngineConfig(kernels="native"), model, "cpu", opened)
+
+
+@pytest.mark.parametrize("folder", ["file/cache", "~nobody-of-this-name/cache"])
+def test_auto_falls_back_where_there_is_no_cache(
+    backend: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = checkpoint("tiny-llama")
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TANDEM_CACHE", folder)
+    part(backend, "kernels").open_library.cache_clear()  # as in a new process
+    with caplog.at_level("INFO"):
+        runner = part(backend, "runner").ModelRunner(EngineConfig(device="cpu", kernels="auto"))
+        runner.load(model)
+    assert runner.caps.kernels == ("framework",) and caplog.text.count("using framework") == 1
+    runner = part(backend, "runner").ModelRunner(EngineConfig(device="cpu", kernels="native"))
+    with pytest.raises(BackendError, match="TANDEM_CACHE"):
+        runner.load(model)
+
+
+def test_a_library_that_does_not_load_is_a_backend_error() -> None:
+    def opened() -> None:
+        ctypes.CDLL(__file__)
+
+    with pytest.raises(BackendError, match="load its library"):
+        usable.usable(EngineConfig(kernels="native"), checkpoint("tiny-llama").config, "cpu", opened)
+
+
+def test_each_engine_of_a_process_computes_with_its_own_threads(backend: str) -> None:
+    kernels, model = part(backend, "kernels"), checkpoint("tiny-llama")
+    assert kernels.usable(EngineConfig(kernels="native"), model.config, device(backend))
+    steps, states = {}, {}
+    for threads in (1, 5):
+        steps[threads] = kernels.Step(EngineConfig(threads=threads, max_num_seqs=2, max_num_batched_tokens=8), device(backend))
+        steps[threads].load(model, 64)
+        states[threads] = steps[threads].warmup(steps[threads].make_state(4))
+
+    def started(threads: int) -> int:
+        before = {thread.id for thread in psutil.Process().threads()}
+        states[threads], fetch = steps[threads].run(states[threads], null_batch(1, 1, 16))
+        fetch()
+        return len({thread.id for thread in psutil.Process().threads()} - before)
+
+    assert [started(threads) for threads in (1, 5, 5, 1, 5)] == [0, 4, 0, 0, 4]
+
+
+def test_libraries_that_nobody_used_for_long_are_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path))
+    names = ("sample-old", "sample-new", "limits-old")
+    for name in names:
+        (tmp_path / "kernels").mkdir(exist_ok=True)
+        for suffix in (".so", ".digest"):
+            (tmp_path / "kernels" / name).with_suffix(suffix).touch()
+            if name.endswith("old"):
+                os.utime((tmp_path / "kernels" / name).with_suffix(suffix), (0, 0))
+    used = build.build("sample")
+    os.utime(used, (0, 0))
+    assert build.build("sample") == used  # and so it is not old any more
+    build.build("sample", options=("-DANOTHER",))
+    left = {path.stem for path in used.parent.iterdir()} - {used.stem}
+    assert used.exists() and set(names) - left == {"sample-old"}
+    assert {path.suffix for path in used.parent.glob(f"{used.stem}.*")} == {".so", ".digest"}
+
+
+def test_a_compiler_may_have_arguments_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", f"env LANG=C {cxx_compiler()[0]}")
+    assert build.build("limits").exists()
+    (tmp_path / "cxx").write_text("no program")
+    (tmp_path / "cxx").chmod(0o700)
+    monkeypatch.setenv("CXX", str(tmp_path / "cxx"))
+    with pytest.raises(BackendError, match="Set CXX"):
+        build.build("limits")
 
 
 def test_a_library_cut_short_is_built_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -291,8 +386,9 @@ def test_a_library_cut_short_is_built_again(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(build, "has_cxx_compiler", lambda: None)
-    with pytest.raises(BackendError, match=r"needs a C\+\+ compiler"):
+    monkeypatch.setenv("CXX", "")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(BackendError, match=r"no C\+\+ compiler"):
         build.build("limits")
     monkeypatch.undo()
     monkeypatch.setenv("TANDEM_CACHE", str(tmp_path))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,11 +13,8 @@ import numpy as np
 import pytest
 
 from common.kernels.cpu.build import build
-from common.platform import has_cxx_compiler
 from common.request import MAX_LOGPROBS
 from tests.numpy_sampler import Filters, choices, probabilities, uniform
-
-pytestmark = pytest.mark.skipif(has_cxx_compiler() is None, reason="native kernels need a C++ compiler, and there is none")
 
 SLACK = 5e-6
 """Relative error of its sums, in short float32 sums of 64 terms by 16 lanes and float64: 68 * 2**-24, and exp's own 2.4e-7."""
@@ -28,6 +27,7 @@ PARAMS = np.dtype(
         ("top_p", np.float32),
         ("min_p", np.float32),
         ("top_k", np.int32),
+        ("score", np.int32),
         ("sampled", np.bool_),
         ("filtered", np.bool_),
         ("logprobs", np.bool_),
@@ -90,7 +90,7 @@ def sampler(*options: str) -> Sample:
         plain = [(f.top_k, f.top_p, f.min_p) == (0, 1.0, 0.0) for f in filters]
         params["filtered"] = np.logical_not(plain) if filtered is None else filtered
         params["sampled"], params["logprobs"] = params["temperature"] > 0, logprobs
-        params["seed"], params["position"] = seeds, positions
+        params["seed"], params["position"], params["score"] = seeds, positions, -1
         scratch = np.full(threads * vocab + 64, 7e7, np.float32)  # what an earlier call left, and a fence
         out = np.zeros(rows, SAMPLED)
         out.view(np.uint8)[:] = 0xA5
@@ -312,6 +312,38 @@ def test_a_row_depends_on_no_thread_neighbour_or_address(sample: Sample) -> None
         mixed = [filters[i] for i in order]
         again = sample(logits[order], mixed, seeds[order], positions[order], logprobs=True, threads=threads)
         assert again.tobytes() == once[order].tobytes()
+
+
+FORKED = """
+import os, signal, threading
+from tests.test_native_sampling import case, sampler
+
+sample = sampler()
+logits, filters, seeds, positions = case(1003, 60)
+run = lambda: sample(logits, filters, seeds, positions, threads=3).tobytes()
+once, ended = run(), threading.Event()
+
+def compute():
+    while not ended.is_set():
+        run()
+
+other = threading.Thread(target=compute)
+other.start()
+for _ in range(10):
+    if not (child := os.fork()):
+        signal.alarm(60)
+        os._exit(run() != once)
+    if status := os.waitpid(child, 0)[1]:
+        break
+ended.set()
+other.join()
+assert status == 0, status
+"""
+
+
+def test_a_process_forked_while_kernels_run_computes_with_a_team_of_its_own() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_both_ways_to_compile_it_give_the_same_bits() -> None:

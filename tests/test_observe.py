@@ -117,6 +117,20 @@ def test_a_row_of_logits_for_every_token_can_be_asked_for(case: Case) -> None:
     assert np.abs(taps["logits"] - exact).max() < 0.1 * exact.std()
 
 
+@pytest.mark.accept
+def test_a_block_under_torch_compile_shows_what_it_returns_and_is_not_compiled_anew() -> None:
+    options: dict[str, Any] = {"kernels": "framework", "compile": True, "device": "cpu", "threads": 1}
+    runner = load_backend("torch", EngineConfig(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=64, **options))
+    runner.load(checkpoint(MODEL))
+    runner.allocate([PAGES])
+    runner.warmup()
+    compiled, packer = runner.compilations, Packer(PAGES, 16, num_rows=4, max_len=64)
+    taps = runner.observe(packer.step([(packer.add(PROMPTS[0]), 0, 20)]))
+    layers = [f"layers.{layer}.{tensor}" for layer in range(2) for tensor in ("q", "k", "v", "attention", "residual")]
+    assert list(taps) == ["embedding", *layers, "final_norm", "logits", "tokens"]
+    assert runner.compilations == compiled > 0
+
+
 def test_a_runner_that_shows_nothing_says_so(tmp_path: Any) -> None:
     runner = HistoryRunner(num_pages=4)
     batch = Packer(4, 16).step([])

@@ -3,10 +3,14 @@
 The tests marked `accept` run the engines themselves, where `make peers` has brought them.
 """
 
+import re
+import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,10 +30,11 @@ from experiments.baselines.llamacpp import LlamaCppEngine
 from experiments.baselines.vllm import VllmEngine
 from experiments.config import EngineSpec
 from experiments.convert import digest, gguf_file, hugging_face_directory, write_directory, write_gguf
-from experiments.isolate import PEERS, IsolatedEngine, interpreter
+from experiments.isolate import IsolatedEngine
+from experiments.peers import PEERS, interpreter
 from experiments.workload import Item, Workload
 from tests.families import FAMILIES
-from tests.history_backend import command, history
+from tests.history_backend import ROOT, command, history
 
 __all__ = ["history"]
 
@@ -167,6 +172,20 @@ def test_a_peer_that_is_not_there_is_told_before_any_engine_starts(
         command(monkeypatch, compare.main, "model=tiny-llama", "engines=[history,history]", "peers=[vllm]")
     assert exit.value.code == 2 and "Run: make peers" in capfd.readouterr().err
     assert not (history / "runs").exists()
+
+
+def test_a_peer_runs_our_modules_with_no_more_than_make_peers_installs() -> None:
+    """With the project's other requirements out of reach, as they are in a peer's environment."""
+    line = re.search(r"^ISOLATE := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert line
+    needs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    named = {need.partition(">=")[0] for need in needs} | {"omegaconf", "transformers"}
+    missing = named - set(line[1].split())
+    modules = [module for module, packages in packages_distributions().items() if missing & set(packages)]
+    assert {"jax", "torch", "hydra", "omegaconf", "rich", "pandas"} <= set(modules)
+    script = f"import sys; sys.modules.update(dict.fromkeys({modules}))\n"
+    script += "import experiments.worker, experiments.baselines.vllm, experiments.baselines.llamacpp"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
 def test_peers_come_after_the_engines(

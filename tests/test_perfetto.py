@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from experiments.perfetto import trace
-from experiments.run_report import rows_of, steps_of
+from experiments.run_rows import rows_of, steps_of
 from tests.synthetic_run import write_run
 
 ENGINES = ("jax", "torch", "hf")

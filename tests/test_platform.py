@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import sys
 import pytest
 
 from common.errors import BackendError, ConfigError
-from common.platform import PLATFORMS, choose, cores, cpu_name, has_cxx_compiler, memory_available, peak_rss, rss
+from common.platform import PLATFORMS, choose, cores, cpu_name, cxx_compiler, memory_available, peak_rss, rss
 
 
 def usable() -> None:
@@ -99,9 +100,33 @@ def test_available_memory_and_the_name_of_the_processor_are_plausible() -> None:
 
 def test_the_compiler_is_the_one_that_is_named_or_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", sys.executable)
-    assert has_cxx_compiler() == shutil.which(sys.executable)
-    monkeypatch.setenv("CXX", "/nowhere/g++")
-    assert has_cxx_compiler() is None  # even where there is another
-    monkeypatch.delenv("CXX")
+    assert cxx_compiler() == [sys.executable]
+    monkeypatch.setenv("CXX", f"env  LANG=C '{sys.executable}'")
+    assert cxx_compiler() == [shutil.which("env"), "LANG=C", sys.executable]
+    for wrong in ("/nowhere/g++ -m64", "g++ '-m64"):  # even where there is another
+        monkeypatch.setenv("CXX", wrong)
+        with pytest.raises(BackendError, match=re.escape(wrong)):
+            cxx_compiler()
+    monkeypatch.setenv("CXX", " ")
     monkeypatch.setenv("PATH", "")
-    assert has_cxx_compiler() is None
+    with pytest.raises(BackendError, match=r"no C\+\+ compiler"):
+        cxx_compiler()
+
+
+def test_a_fork_of_a_process_with_threads_is_refused() -> None:
+    code = """
+import os
+from common.errors import BackendError
+from common.platform import expect_not_forked
+for framework in ("one", "one"):
+    expect_not_forked(framework)
+if not (child := os.fork()):
+    expect_not_forked("other")
+    try:
+        expect_not_forked("one")
+    except BackendError as error:
+        os._exit("spawn" in str(error))
+    os._exit(2)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,10 +13,11 @@ from common.errors import ConfigError
 from common.interface import KernelEvent
 from experiments import bench
 from experiments.config import EngineSpec, MeasureConfig
-from experiments.isolate import IsolatedEngine, Worker
+from experiments.isolate import IsolatedEngine
 from experiments.profiled import Profile, own_seconds, profiled
 from experiments.records import read_kernels, read_rows
 from experiments.report import write_report
+from experiments.worker import Worker
 from experiments.workload import Item, Workload
 from tests.backends import checkpoint, engine_config, make_engine
 from tests.history_backend import command, history, last_line

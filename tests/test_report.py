@@ -1,10 +1,12 @@
 """`experiments.report`: what a report says, of whole runs and of such with holes; that it is written whole or not at all."""
 
 import json
+import math
 import re
 import sys
 import time
 import xml.etree.ElementTree as xml
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,18 @@ from typing import Any
 import pytest
 
 from common.errors import ConfigError
-from experiments import page, report
+from experiments import canvas, page, report
 from experiments.findings import correctness, log_end, open_loop, speed
 from experiments.job import Job
 from experiments.report import write_report
 from experiments.results import RunFiles, open_run
-from experiments.run_report import agreement_section, command, figures_table, run_page
+from experiments.run_report import command, run_page
+from experiments.run_sections import agreement_section
+from experiments.run_tables import figures_table
 from experiments.sweep_report import sweep_command
 from tests.synthetic_run import HOSTILE, write_run, write_sweep
+
+DIVERGENCE = {"engine": "torch", "request": 1, "position": 2, "tokens": [3, 4], "margin": 0.5, "error": 0.25, "justified": True}
 
 
 @pytest.fixture(scope="module")
@@ -332,3 +338,56 @@ def test_ten_thousand_requests_are_reported_within_ten_seconds(tmp_path: Path) -
     seconds = time.perf_counter() - begin
     print(f"{seconds:.1f} s, {size / 1e6:.2f} MB")
     assert seconds <= 10 and size < 2_000_000
+
+
+# Figures that are missing or not finite.
+
+
+def without(value: Any, wanted: Callable[[str], bool], instead: float | None, name: str = "") -> Any:
+    """A copy of results with `instead` for each number whose innermost name is `wanted`."""
+    if isinstance(value, dict):
+        return {key: without(inner, wanted, instead, key) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without(inner, wanted, instead, name) for inner in value]
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return instead if is_number and wanted(name) else value
+
+
+def names_of(value: Any) -> set[str]:
+    """Every name in results."""
+    if isinstance(value, dict):
+        return set(value) | set().union(*map(names_of, value.values()))
+    return set().union(*map(names_of, value)) if isinstance(value, list) else set()
+
+
+def test_any_figure_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "run", blocks=2, count=4, output_len=3, first_divergence=DIVERGENCE)
+    (run / "requests.jsonl").unlink()  # what is drawn of them does not depend on the results
+    (run / "steps.jsonl").unlink()
+    results = json.loads((run / "results.json").read_text())
+    results["engines"]["jax"] |= {"goodput": 1.0, "slo": {"ttft_ms": 500.0}}
+    monkeypatch.setattr(canvas.Figure, "draw_without_rendering", lambda _: None)
+    monkeypatch.setattr(canvas.FigureCanvasSVG, "print_svg", lambda _, file, **__: file.write("<svg ></svg>"))
+    monkeypatch.setattr(canvas.FigureCanvasAgg, "print_png", lambda *_: None)
+    for name in names_of(results):
+        (run / "results.json").write_text(json.dumps(without(results, name.__eq__, None)))
+        made = run_page(open_run(run))[0]
+        text = Outline(page.html(made, "", ["", ""])).text + page.markdown(made)
+        assert not re.search(r"\b(nan|None|inf)\b", text), name
+
+
+@pytest.mark.parametrize("instead", [None, math.nan, math.inf, -math.inf])
+def test_a_run_whose_figures_are_all_not_finite_is_reported(tmp_path: Path, instead: float | None) -> None:
+    run = write_run(tmp_path / "run", blocks=2, count=4, output_len=3, first_divergence=DIVERGENCE)
+    results = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps(without(results, lambda _: True, instead)))
+    text = Outline(write_report(run).read_text()).text
+    assert "Time to first token" in text and not re.search(r"\b(nan|None|inf)\b", text)
+
+
+def test_a_sweep_whose_figures_are_all_not_finite_is_reported(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "sweep")
+    for file in folder.rglob("results.json"):
+        file.write_text(json.dumps(without(json.loads(file.read_text()), lambda _: True, math.nan)))
+    text = Outline(write_report(folder).read_text()).text
+    assert "5/6" in text and not re.search(r"\b(nan|None|inf)\b", text)

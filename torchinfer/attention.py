@@ -63,6 +63,11 @@ def make_plan(batch: Batch, config: ModelConfig, page_size: int) -> Plan:
     return Plan(batch.slots[0].astype(np.int64), groups)
 
 
+def fit_plan(plan: Plan, tokens: int, seqs: int, pages: int, chunked: bool) -> Plan:
+    """The plan as it is: steps of all sizes run the same operations."""
+    return plan
+
+
 def _make_group(batch: Batch, tiles: Tiles, C: int, part: LengthClass, window: int, page_size: int) -> _Group:
     first, count, position = (x[part.tiles, None] for x in (tiles.first, tiles.count, tiles.position))
     query = np.arange(C, dtype=np.int32)

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from common.platform import choose, cores
+from common.platform import choose, cores, expect_not_forked
 
 PLATFORMS = {"cuda": "cuda", "rocm": "cuda", "xpu": "xpu", "cpu": "cpu"}
 """Ours -> PyTorch's name."""
@@ -14,7 +14,10 @@ PLATFORMS = {"cuda": "cuda", "rocm": "cuda", "xpu": "xpu", "cpu": "cpu"}
 
 def open_device(requested: str, threads: int | None) -> torch.device:
     """The first usable device for `requested`. Raises `ConfigError` for an unknown name, `BackendError` if none is usable."""
-    torch.set_num_threads(threads or cores())
+    threads = threads or cores()
+    if threads > 1:
+        expect_not_forked("PyTorch")
+    torch.set_num_threads(threads)
     choice = choose(requested, {name: partial(probe, name) for name in PLATFORMS})
     return torch.device(PLATFORMS[choice.platform])
 

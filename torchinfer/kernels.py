@@ -21,7 +21,7 @@ from common.kernels.cpu import usable as cpu
 from common.kernels.cpu.build import build
 from common.kernels.cpu.pack import pack_head, pack_layer
 from common.kernels.cpu.pages import keys_in, keys_out, pool_shapes, values_in, values_out
-from common.kernels.cpu.step import SAMPLED, pack_step, unpack_sampled
+from common.kernels.cpu.step import SAMPLED, pack_changes, pack_step, unpack_sampled
 from common.platform import cores
 from common.rope import rope_tables
 from common.schedule.batch import Batch, null_batch
@@ -83,6 +83,13 @@ def make_cache(config: ModelConfig, pages: int, page_size: int, dtype: str) -> K
     return made
 
 
+def embed(config: ModelConfig, weights: Weights, step: Tensor, last_tokens: Tensor, tokens: int) -> Tensor:
+    """float32[T, D]: the residual stream before the first layer, of a packed step of `tokens` tokens."""
+    x_TD = torch.empty((tokens, config.hidden_size), dtype=torch.float32, device="cpu")
+    torch.ops.tandem.embed.default(step, weights.head, last_tokens, x_TD)
+    return x_TD
+
+
 def layer(
     config: ModelConfig, weights: Weights, number: int, step: Tensor, pools: Any, x_TD: Tensor, keep: Keep = ignore
 ) -> tuple[Any, Tensor]:
@@ -95,20 +102,46 @@ def layer(
     return pools, x_TD
 
 
+def project(config: ModelConfig, weights: Weights, number: int, step: Tensor, pools: Any, x_TD: Tensor) -> tuple[Tensor, Any]:
+    """Queries [T, N, H] of a layer, and its pools with the keys and values of these tokens."""
+    k, v = pools
+    q_TNH = torch.empty((x_TD.shape[0], config.num_heads, config.head_dim), dtype=k.dtype, device="cpu")
+    rope = weights.ropes[config.layer_rope[number]]
+    torch.ops.tandem.project.default(step, weights.layers[number], rope, x_TD, k, v, q_TNH)
+    return q_TNH, pools
+
+
+def attend(weights: Weights, number: int, step: Tensor, pools: Any, q_TNH: Tensor) -> Tensor:
+    """What the queries see in a layer's pools: [T, N, H], in their place."""
+    torch.ops.tandem.attend.default(step, weights.layers[number], *pools, q_TNH)
+    return q_TNH
+
+
+def combine(weights: Weights, number: int, step: Tensor, out_TNH: Tensor, x_TD: Tensor) -> Tensor:
+    """The residual stream after a layer, of what it attended to and of the stream before, in whose place it is."""
+    torch.ops.tandem.combine.default(step, weights.layers[number], out_TNH, x_TD)
+    return x_TD
+
+
 def layer_in_parts(
     config: ModelConfig, weights: Weights, number: int, step: Tensor, pools: Any, x_TD: Tensor, keep: Keep = ignore
 ) -> tuple[Any, Tensor]:
     """As `layer`, the same bits, in three operators: for those who want to change what is between, or to see it. What
     `keep` is given, later operators may overwrite."""
-    ops, packed, (k, v) = torch.ops.tandem, weights.layers[number], pools
-    q_TNH = torch.empty((x_TD.shape[0], config.num_heads, config.head_dim), dtype=k.dtype, device="cpu")
-    ops.project.default(step, packed, weights.ropes[config.layer_rope[number]], x_TD, k, v, q_TNH)
+    q_TNH, pools = project(config, weights, number, step, pools, x_TD)
     keep(number, q=q_TNH)
-    ops.attend.default(step, packed, k, v, q_TNH)
-    keep(number, attention=q_TNH)
-    ops.combine.default(step, packed, q_TNH, x_TD)
+    out_TNH = attend(weights, number, step, pools, q_TNH)
+    keep(number, attention=out_TNH)
+    x_TD = combine(weights, number, step, out_TNH, x_TD)
     keep(number, residual=x_TD)
     return pools, x_TD
+
+
+def head(config: ModelConfig, weights: Weights, step: Tensor, x_TD: Tensor, rows: int) -> Tensor:
+    """Logits float32[rows, V] of the residual stream after the last layer."""
+    logits_RV = torch.empty((rows, config.vocab_size), dtype=torch.float32, device="cpu")
+    torch.ops.tandem.head.default(step, weights.head, x_TD, logits_RV)
+    return logits_RV
 
 
 def forward(
@@ -122,22 +155,29 @@ def forward(
     keep: Keep = ignore,
 ) -> tuple[Tensor, State]:
     """Logits float32[rows, V] of a packed step of `tokens` tokens; its keys and values go into the state's pages."""
-    ops, (k, v) = torch.ops.tandem, state.cache
-    x_TD = torch.empty((tokens, config.hidden_size), dtype=torch.float32, device="cpu")
-    ops.embed.default(step, weights.head, state.last_tokens, x_TD)
+    k, v = state.cache
+    x_TD = embed(config, weights, step, state.last_tokens, tokens)
     keep(embedding=x_TD)
     for number in range(config.num_layers):
         _, x_TD = layer(config, weights, number, step, (k[number], v[number]), x_TD, keep)
-    logits_RV = torch.empty((rows, config.vocab_size), dtype=torch.float32, device="cpu")
-    ops.head.default(step, weights.head, x_TD, logits_RV)
+    logits_RV = head(config, weights, step, x_TD, rows)
     keep(logits=logits_RV)
     return logits_RV, state
 
 
-def sample(state: State, step: Tensor, logits_RV: Tensor) -> tuple[Tensor, State]:
-    """int32[R, SAMPLED]: tokens and what was asked about them; the state remembers each row's token."""
+def adjust(step: Tensor, changes: Tensor, logits_RV: Tensor) -> Tensor:
+    """Logits float32[R, V] with packed changes: masks, then edits."""
+    changed_RV = torch.empty_like(logits_RV)
+    torch.ops.tandem.adjust.default(step, changes, logits_RV, changed_RV)
+    return changed_RV
+
+
+def sample(state: State, step: Tensor, logits_RV: Tensor, changed_RV: Tensor | None = None) -> tuple[Tensor, State]:
+    """int32[R, SAMPLED]: tokens, from changed logits if there are any, and what was asked about them, from the raw ones; the
+    state remembers each row's token."""
+    changed_RV = logits_RV if changed_RV is None else changed_RV
     sampled = torch.empty((logits_RV.shape[0], SAMPLED), dtype=torch.int32, device="cpu")
-    torch.ops.tandem.sample.default(step, logits_RV, state.last_tokens, sampled)
+    torch.ops.tandem.sample.default(step, logits_RV, changed_RV, state.last_tokens, sampled)
     return sampled, state
 
 
@@ -150,12 +190,13 @@ class Step:
 
     def __init__(self, config: EngineConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        torch.ops.tandem.threads(config.threads or cores())
+        self._threads = config.threads or cores()
+        torch.ops.tandem.threads(self._threads)
 
     def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
         """Pack the weights, with room for `positions` rotary positions."""
         self.model_config: ModelConfig = checkpoint.config
-        self._weights = load_weights(checkpoint, self.config.dtype, positions, progress)
+        self.weights = load_weights(checkpoint, self.config.dtype, positions, progress)
 
     def make_state(self, num_pages: int) -> State:
         """Empty pages and rows."""
@@ -201,9 +242,11 @@ class Step:
 
     @torch.inference_mode()
     def _step(self, state: State, batch: Batch, layer: Any = layer, keep: Keep = ignore) -> tuple[State, Tensor]:
+        torch.ops.tandem.threads(self._threads)  # another engine of this process may have another number
         step, rows = torch.from_numpy(pack_step(batch)), len(batch.logit_rows)
-        logits_RV, state = forward(self.model_config, self._weights, state, step, batch.num_tokens, rows, layer, keep)
-        sampled, state = sample(state, step, logits_RV)
+        logits_RV, state = forward(self.model_config, self.weights, state, step, batch.num_tokens, rows, layer, keep)
+        changed_RV = adjust(step, torch.from_numpy(pack_changes(batch)), logits_RV) if batch.adjusts else None
+        sampled, state = sample(state, step, logits_RV, changed_RV)
         keep(tokens=sampled[:, 0])
         return state, sampled
 

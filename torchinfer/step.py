@@ -16,7 +16,7 @@ from torch import Tensor
 from common.config import EngineConfig, ModelConfig
 from common.errors import BackendError
 from common.interface import Progress
-from common.platform import has_cxx_compiler
+from common.platform import cxx_compiler
 from common.schedule.batch import Batch, Want, null_batch
 from common.weights.checkpoint import Checkpoint
 from torchinfer import cache as pages
@@ -68,21 +68,27 @@ class Step:
 
     def __init__(self, config: EngineConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        if config.compile and device.type == "cpu" and has_cxx_compiler() is None:
-            raise BackendError("compile=true needs a C++ compiler and found none: install g++, set CXX, or use compile=false.")
+        if config.compile and device.type == "cpu" and len(command := cxx_compiler()) > 1:
+            raise BackendError(
+                f"compile=true needs a CXX without arguments, for torch.compile does not split it; got {command}."
+            )
 
     def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
         """Bring the weights to the device, with room for `positions` rotary positions."""
         self.model_config: ModelConfig = checkpoint.config
         self._positions = positions
-        self._model: Any = load_model(checkpoint, self.config.dtype, positions, self.device, progress)
+        self.weights: Any = load_model(checkpoint, self.config.dtype, positions, self.device, progress)
         if self.device.type == "cpu" and not self.config.compile:
-            _pack(self._model)
+            _pack(self.weights)
         if self.config.compile:
             # One program serves all layers: weights are its inputs, and the number of tokens is symbolic.
-            for block in self._model.layers:
+            for block in self.weights.layers:
                 block.project = _sealed(torch.compile(block.project, dynamic=True))
                 block.combine = _sealed(torch.compile(block.combine, dynamic=True))
+
+    def model(self, weights: Any) -> Decoder:
+        """The decoder of the `weights` of a loaded step, which are the decoder itself here."""
+        return weights
 
     def make_state(self, num_pages: int) -> State:
         """Empty pages and rows."""
@@ -153,8 +159,8 @@ class Step:
         x: Inputs = to_device(self._inputs(batch), self.device)
         x.token_ids.index_copy_(0, x.fill_at, state.last_tokens[x.fill_row])
         attend = paged_attention(self.model_config, x.plan)
-        hidden_TD, cache = forward(self._model, x.token_ids, x.positions, attend, state.cache, keep)
-        logits_RV = logits(self._model, hidden_TD[x.logit_rows])
+        hidden_TD, cache = forward(self.weights, x.token_ids, x.positions, attend, state.cache, keep)
+        logits_RV = logits(self.weights, hidden_TD[x.logit_rows])
         sampled = self._sample(logits_RV, x)
         keep(logits=logits_RV, tokens=sampled.tokens)
         state.last_tokens.index_copy_(0, x.rows, sampled.tokens)

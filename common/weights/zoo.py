@@ -49,10 +49,11 @@ def resolve(model: str) -> Path:
 
 def cache_directory() -> Path:
     """Where assembled and made checkpoints are kept: $TANDEM_CACHE, or ~/.cache/tandem. Created if missing."""
-    directory = Path(os.environ.get("TANDEM_CACHE") or "~/.cache/tandem").expanduser()
+    directory = Path(os.environ.get("TANDEM_CACHE") or "~/.cache/tandem")
     try:
+        directory = directory.expanduser()
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody's home is known
         raise CheckpointError(
             f"The cache directory {directory} cannot be made ({error}). Set TANDEM_CACHE to one that can."
         ) from error

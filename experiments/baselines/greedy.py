@@ -1,14 +1,18 @@
-"""What outside engines have in common: which requests they take, and that they refuse settings they would ignore."""
+"""What outside engines have in common: which requests they take, how these end early, and which settings they refuse."""
 
 from __future__ import annotations
 
+import time
+from abc import abstractmethod
 from collections.abc import Container
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from common.config import EngineConfig
 from common.config import expect as expect_config
-from common.interface import Caps
-from common.request import Request, expect
+from common.interface import Caps, InferenceEngine
+from common.request import Request, Status, TokenEvent, expect
+
+Live = TypeVar("Live")
 
 
 def check_policies(name: str, config: EngineConfig, **policies: Any) -> None:
@@ -34,3 +38,37 @@ def check_request(request: Request, caps: Caps, live: Container[str], advice: st
     )
     expect(request.request_id not in live, f"{where} is still live; give each request an id of its own.")
     return output_len
+
+
+class GreedyEngine(InferenceEngine, Generic[Live]):
+    """An engine of greedy requests of a fixed length."""
+
+    def __init__(self, caps: Caps) -> None:
+        self._caps = caps
+        self._live: dict[str, Live] = {}
+        """What the engine holds of each request that has not ended."""
+        self._ended: list[TokenEvent] = []
+        """What the next step is to tell of requests that have ended between steps."""
+
+    @property
+    def caps(self) -> Caps:
+        return self._caps
+
+    @abstractmethod
+    def _drop(self, request_id: str) -> None:
+        """Take a request out of the live ones, and compute it no further."""
+
+    def abort(self, request_id: str) -> bool:
+        if request_id not in self._live:
+            return False
+        self._drop(request_id)
+        self._ended.append(TokenEvent(request_id, None, time.perf_counter(), finish=Status.FINISHED_ABORT))
+        return True
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._live or self._ended)
+
+    def reset_prefix_cache(self) -> bool:
+        """For an engine that keeps nothing from one request to another."""
+        return not self.has_work

@@ -19,10 +19,10 @@ from transformers.utils import logging
 
 from common.config import EngineConfig, expect
 from common.errors import CheckpointError
-from common.interface import Caps, InferenceEngine, Progress
+from common.interface import Caps, Progress
 from common.platform import choose, cores
 from common.request import Logprobs, Request, Status, TokenEvent
-from experiments.baselines.greedy import check_policies, check_request
+from experiments.baselines.greedy import GreedyEngine, check_policies, check_request
 
 if TYPE_CHECKING:
     from common.weights.checkpoint import Checkpoint
@@ -64,7 +64,7 @@ def load_model(source: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 @dataclass(eq=False)
 class _Slot:
-    """One request of the running batch."""
+    """One request, which waits or has a place in the running batch."""
 
     request: Request
     emitted: int = 0
@@ -74,8 +74,9 @@ class _Slot:
 class _StaticBatch:
     """Requests that start together and are computed until the longest has ended."""
 
-    def __init__(self, model: PreTrainedModel, requests: Sequence[Request]) -> None:
-        self.slots = [_Slot(request) for request in requests]
+    def __init__(self, model: PreTrainedModel, slots: Sequence[_Slot]) -> None:
+        self.slots = slots
+        requests = [slot.request for slot in slots]
         self._model = model
         self._cache = DynamicCache(config=model.config)
         longest = max(len(request.prompt_token_ids) for request in requests)
@@ -130,17 +131,11 @@ class _StaticBatch:
         return TokenEvent(slot.request.request_id, token, now, wanted, finish)
 
 
-class HuggingFaceEngine(InferenceEngine):
+class HuggingFaceEngine(GreedyEngine[_Slot]):
     """Greedy requests of a fixed length; anything else is refused."""
 
     def __init__(self, model: PreTrainedModel, batch_size: int, max_model_len: int) -> None:
-        self._model = model
-        self._batch_size = batch_size
-        self._waiting: deque[Request] = deque()
-        self._batch: _StaticBatch | None = None
-        self._ended: list[TokenEvent] = []
-        self._num_steps = 0
-        self._caps = Caps(
+        caps = Caps(
             backend="hf",
             device=str(model.device),
             dtypes=("float32", "bfloat16"),
@@ -149,55 +144,43 @@ class HuggingFaceEngine(InferenceEngine):
             max_model_len=max_model_len,
             vocab_size=model.config.get_text_config().vocab_size,
         )
-
-    @property
-    def caps(self) -> Caps:
-        return self._caps
+        super().__init__(caps)
+        self._model = model
+        self._waiting: deque[_Slot] = deque()
+        self._batch: _StaticBatch | None = None
+        self._num_steps = 0
 
     def add(self, request: Request) -> None:
-        live = [r.request_id for r in self._waiting] + [s.request.request_id for s in self._slots() if s.open]
-        check_request(request, self._caps, live)
-        self._waiting.append(request)
+        check_request(request, self._caps, self._live)
+        self._live[request.request_id] = slot = _Slot(request)
+        self._waiting.append(slot)
 
     def step(self, timeout: float | None = None) -> list[TokenEvent]:
-        events, self._ended = self._ended, []
+        ended, self._ended = self._ended, []
         if self._batch is None and self._waiting:
-            count = min(self._batch_size, len(self._waiting))
+            count = min(self._caps.max_seqs, len(self._waiting))
             self._batch = _StaticBatch(self._model, [self._waiting.popleft() for _ in range(count)])
-        if self._batch is not None:
-            self._num_steps += 1
-            events += self._batch.step()
-            if not any(slot.open for slot in self._batch.slots):
-                self._batch = None
-        return events
+        if self._batch is None:
+            return ended
+        self._num_steps += 1
+        events = self._batch.step()
+        for event in events:
+            if event.finish:
+                self._drop(event.request_id)
+        return ended + events
 
-    def abort(self, request_id: str) -> bool:
-        request = next((r for r in self._waiting if r.request_id == request_id), None)
-        slot = next((s for s in self._slots() if s.open and s.request.request_id == request_id), None)
-        if request is not None:
-            self._waiting.remove(request)
-        elif slot is not None:
-            slot.open = False
-            if not any(other.open for other in self._slots()):
-                self._batch = None
-        else:
-            return False
-        self._ended.append(TokenEvent(request_id, None, time.perf_counter(), finish=Status.FINISHED_ABORT))
-        return True
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self._waiting or self._batch or self._ended)
+    def _drop(self, request_id: str) -> None:
+        slot = self._live.pop(request_id)
+        slot.open = False
+        if slot in self._waiting:
+            self._waiting.remove(slot)
+        elif self._batch and not any(other.open for other in self._batch.slots):
+            self._batch = None
 
     def stats(self) -> dict[str, Any]:
         return {"steps": self._num_steps, "compilations": 0}
 
-    def reset_prefix_cache(self) -> bool:
-        return not self.has_work
-
     def close(self) -> None:
+        self._live.clear()
         self._waiting.clear()
         self._batch = None
-
-    def _slots(self) -> Sequence[_Slot]:
-        return self._batch.slots if self._batch else ()

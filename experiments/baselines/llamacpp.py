@@ -27,10 +27,10 @@ from gguf import GGMLQuantizationType
 from common.config import EngineConfig, expect
 from common.engine import pool_size
 from common.errors import CheckpointError
-from common.interface import Caps, InferenceEngine, Progress, one_group
+from common.interface import Caps, Progress, one_group
 from common.platform import choose, cores
 from common.request import Logprobs, Request, Status, TokenEvent
-from experiments.baselines.greedy import check_policies, check_request
+from experiments.baselines.greedy import GreedyEngine, check_policies, check_request
 
 if TYPE_CHECKING:
     from common.weights.checkpoint import Checkpoint
@@ -157,12 +157,12 @@ def _pointer(array: np.ndarray, kind: Any) -> Any:
 
 
 @dataclass(eq=False)
-class _Running:
-    """One request in a slot."""
+class _Served:
+    """One request, which waits or has a slot."""
 
     request: Request
     output_len: int
-    slot: int
+    slot: int = -1
     computed: int = 0
     """Tokens whose keys and values are in the cache."""
     emitted: int = 0
@@ -180,31 +180,30 @@ class _Running:
         return self.request.prompt_token_ids[self.computed : self.computed + room]
 
 
-class LlamaCppEngine(InferenceEngine):
+class LlamaCppEngine(GreedyEngine[_Served]):
     """Greedy requests of a fixed length, continuously batched: a step has the next token of every request that decodes, and as
     much of the prompts, in order of arrival, as its budget of tokens leaves room for."""
 
     def __init__(self, decoder: Decoder, caps: Caps) -> None:
         """The decoder has `caps.max_seqs` slots of `caps.max_model_len` tokens, and takes `caps.max_tokens` at once."""
-        self._decoder, self._caps = decoder, caps
+        super().__init__(caps)
+        self._decoder = decoder
         self._free_slots = list(range(caps.max_seqs))
-        self._waiting: deque[tuple[Request, int]] = deque()
-        self._running: list[_Running] = []
-        self._ended: list[TokenEvent] = []
+        self._waiting: deque[_Served] = deque()
+        self._running: list[_Served] = []
         self._num_steps = 0
 
-    @property
-    def caps(self) -> Caps:
-        return self._caps
-
     def add(self, request: Request) -> None:
-        live = {waiting.request_id for waiting, _ in self._waiting} | {each.request.request_id for each in self._running}
         advice = f" It has {self._caps.max_seqs} slots of equal size: lower max_num_seqs or raise num_blocks for longer ones."
-        self._waiting.append((request, check_request(request, self._caps, live, advice)))
+        each = _Served(request, check_request(request, self._caps, self._live, advice))
+        self._live[request.request_id] = each
+        self._waiting.append(each)
 
     def step(self, timeout: float | None = None) -> list[TokenEvent]:
         while self._waiting and self._free_slots:
-            self._running.append(_Running(*self._waiting.popleft(), slot=self._free_slots.pop(0)))
+            each = self._waiting.popleft()
+            each.slot = self._free_slots.pop(0)
+            self._running.append(each)
         events, self._ended = self._ended, []
         if not self._running:
             return events
@@ -216,13 +215,13 @@ class LlamaCppEngine(InferenceEngine):
         self._num_steps += 1
         return events + [self._emit(*each, now) for each in zip(sampled, chosen, infos, strict=True)]
 
-    def _batch(self) -> tuple[list[int], list[int], list[int], list[bool], list[_Running]]:
+    def _batch(self) -> tuple[list[int], list[int], list[int], list[bool], list[_Served]]:
         """What `Decoder.decode` takes, and whose logits it will give."""
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
         wanted: list[bool] = []
-        sampled: list[_Running] = []
+        sampled: list[_Served] = []
         # llama.cpp runs neighbouring slots together, and starts another pass over the weights where it finds a gap.
         decoding = sorted((each for each in self._running if not each.prompting), key=lambda each: each.slot)
         for each in [*decoding, *(each for each in self._running if each.prompting)]:
@@ -237,45 +236,30 @@ class LlamaCppEngine(InferenceEngine):
                 sampled.append(each)
         return tokens, positions, slots, wanted, sampled
 
-    def _emit(self, each: _Running, token: int, info: Logprobs | None, now: float) -> TokenEvent:
+    def _emit(self, each: _Served, token: int, info: Logprobs | None, now: float) -> TokenEvent:
         each.last, each.emitted = token, each.emitted + 1
         done = each.emitted == each.output_len
         if done:
-            self._release(each)
+            self._drop(each.request.request_id)
         return TokenEvent(each.request.request_id, token, now, info, Status.FINISHED_LENGTH if done else None)
 
-    def _release(self, each: _Running) -> None:
+    def _drop(self, request_id: str) -> None:
+        each = self._live.pop(request_id)
+        if each in self._waiting:
+            self._waiting.remove(each)
+            return
         self._running.remove(each)
         self._decoder.forget(each.slot)
         self._free_slots = sorted([*self._free_slots, each.slot])
 
-    def abort(self, request_id: str) -> bool:
-        waiting = next((entry for entry in self._waiting if entry[0].request_id == request_id), None)
-        running = next((each for each in self._running if each.request.request_id == request_id), None)
-        if waiting is not None:
-            self._waiting.remove(waiting)
-        elif running is not None:
-            self._release(running)
-        else:
-            return False
-        self._ended.append(TokenEvent(request_id, None, time.perf_counter(), finish=Status.FINISHED_ABORT))
-        return True
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self._waiting or self._running or self._ended)
-
     def stats(self) -> dict[str, Any]:
         return {"steps": self._num_steps, "compilations": 0}
-
-    def reset_prefix_cache(self) -> bool:
-        return not self.has_work
 
     def close(self) -> None:
         self._decoder.close()
 
 
-def _logprobs(logits_V: np.ndarray, token: int, each: _Running) -> Logprobs | None:
+def _logprobs(logits_V: np.ndarray, token: int, each: _Served) -> Logprobs | None:
     """Of the raw logits, if the request asked for them."""
     count = each.request.params.logprobs
     if count is None:

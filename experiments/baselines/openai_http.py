@@ -13,22 +13,21 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.config import EngineConfig, expect
 from common.errors import BackendError
-from common.interface import Caps, InferenceEngine, Progress
+from common.interface import Caps, Progress
 from common.platform import cores
 from common.request import Request, Status, TokenEvent
-from experiments.baselines.greedy import check_request
+from experiments.baselines.greedy import GreedyEngine, check_request
 from experiments.completions import DONE, UNNAMED, EventStream, WireError, http_request, read_chunk
+from experiments.peers import peers_folder
 from experiments.server import Server, free_port, models, parse_url
 
 if TYPE_CHECKING:
     from common.weights.checkpoint import Checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
 READ = 1 << 16
 """Bytes at a time."""
 
@@ -120,7 +119,7 @@ def placeholders(checkpoint: Checkpoint, config: EngineConfig, url: str) -> dict
         "model": checkpoint.path,
         "port": parse_url(url).port or 80,
         "threads": config.threads or cores(),
-        "peers": os.environ.get("TANDEM_PEERS") or ROOT,
+        "peers": peers_folder(),
         "max_model_len": length,
         "kv_tokens": config.max_num_seqs * length,
     }
@@ -150,19 +149,14 @@ class _Exchange:
     finish: Status | None = None
 
 
-class CompletionsEngine(InferenceEngine):
+class CompletionsEngine(GreedyEngine[_Exchange]):
     """Greedy requests of a fixed length, each a completion of the server. A request that fails leaves the others alone."""
 
     def __init__(self, url: str, model: str, caps: Caps, extra: Mapping[str, Any], server: Server | None = None) -> None:
         """`server`, if given, ends with the engine."""
-        self._url, self._model, self._caps, self._extra, self._server = parse_url(url), model, caps, extra, server
-        self._live: dict[str, _Exchange] = {}
-        self._ended: list[TokenEvent] = []
+        super().__init__(caps)
+        self._url, self._model, self._extra, self._server = parse_url(url), model, extra, server
         self._selector = selectors.DefaultSelector()
-
-    @property
-    def caps(self) -> Caps:
-        return self._caps
 
     def add(self, request: Request) -> None:
         check_request(request, self._caps, self._live)
@@ -203,7 +197,7 @@ class CompletionsEngine(InferenceEngine):
                     break
                 events += self._tokens(exchange, message, now)
         except (WireError, OSError) as error:
-            self._drop(exchange)
+            self._drop(exchange.request.request_id)
             events.append(self._failure(exchange.request, str(error)))
         return events
 
@@ -229,7 +223,7 @@ class CompletionsEngine(InferenceEngine):
 
     def _finish(self, exchange: _Exchange, now: float) -> TokenEvent:
         """The answer is complete, or its connection has ended in good order."""
-        self._drop(exchange)
+        self._drop(exchange.request.request_id)
         if exchange.finish in (None, Status.FINISHED_ERROR):
             return self._failure(exchange.request, "the answer ended without a finish_reason of length or stop")
         return TokenEvent(exchange.request.request_id, None, now, finish=exchange.finish)
@@ -240,23 +234,11 @@ class CompletionsEngine(InferenceEngine):
         error = f"The server at {self._url.netloc} failed: {why}"
         return TokenEvent(request.request_id, None, time.perf_counter(), finish=Status.FINISHED_ERROR, error=error)
 
-    def _drop(self, exchange: _Exchange) -> None:
-        del self._live[exchange.request.request_id]
+    def _drop(self, request_id: str) -> None:
+        """Close its connection, at which a server stops computing it."""
+        exchange = self._live.pop(request_id)
         self._selector.unregister(exchange.connection)
         exchange.connection.close()
-
-    def abort(self, request_id: str) -> bool:
-        """Close its connection, at which a server stops computing it."""
-        exchange = self._live.get(request_id)
-        if exchange is None:
-            return False
-        self._drop(exchange)
-        self._ended.append(TokenEvent(request_id, None, time.perf_counter(), finish=Status.FINISHED_ABORT))
-        return True
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self._live or self._ended)
 
     def stats(self) -> dict[str, Any]:
         """Of the server nothing but its memory is seen, and of one that we did not start not even that."""
@@ -270,8 +252,8 @@ class CompletionsEngine(InferenceEngine):
         return False
 
     def close(self) -> None:
-        for exchange in list(self._live.values()):
-            self._drop(exchange)
+        for request_id in list(self._live):
+            self._drop(request_id)
         self._selector.close()
         if self._server:
             self._server.close()

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from common.config import EngineConfig, expect
 from common.engine import pool_size
-from common.interface import Caps, InferenceEngine, Progress, one_group
+from common.interface import Caps, Progress, one_group
 from common.platform import choose
 from common.request import Logprobs, Request, Status, TokenEvent
-from experiments.baselines.greedy import check_policies, check_request
+from experiments.baselines.greedy import GreedyEngine, check_policies, check_request
 
 if TYPE_CHECKING:
     from common.weights.checkpoint import Checkpoint
@@ -89,21 +89,15 @@ def _prefer_intel_openmp() -> None:
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
-class VllmEngine(InferenceEngine):
-    """Greedy requests of a fixed length, served by vLLM's own scheduler."""
+class VllmEngine(GreedyEngine[int | None]):
+    """Greedy requests of a fixed length, served by vLLM's own scheduler. Of each, how many log-probabilities it wants."""
 
     def __init__(self, engine: Any, caps: Caps, params: Callable[..., Any], compilations: Callable[[], int]) -> None:
         """`engine` is an `LLMEngine`; `params` makes its `SamplingParams` from max_tokens and logprobs; `compilations` counts
         the graphs compiled so far."""
-        self._engine, self._caps, self._params, self._compilations = engine, caps, params, compilations
-        self._live: dict[str, int | None] = {}
-        """How many log-probabilities each live request wants."""
-        self._ended: list[TokenEvent] = []
+        super().__init__(caps)
+        self._engine, self._params, self._compilations = engine, params, compilations
         self._counters = {"steps": 0, "prefix_cache_queries": 0, "prefix_cache_hits": 0}
-
-    @property
-    def caps(self) -> Caps:
-        return self._caps
 
     def add(self, request: Request) -> None:
         output_len = check_request(request, self._caps, self._live)
@@ -143,17 +137,9 @@ class VllmEngine(InferenceEngine):
             events.append(replace(last, finish=finish))
         return events
 
-    def abort(self, request_id: str) -> bool:
-        if request_id not in self._live:
-            return False
+    def _drop(self, request_id: str) -> None:
         self._engine.abort_request([request_id])
         del self._live[request_id]
-        self._ended.append(TokenEvent(request_id, None, time.perf_counter(), finish=Status.FINISHED_ABORT))
-        return True
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self._live or self._ended)
 
     def stats(self) -> dict[str, Any]:
         return self._counters | {"compilations": self._compilations()}

@@ -96,7 +96,7 @@ inline void scores(const typename E::T* q, int head_dim, const typename E::T* co
 #pragma GCC unroll 16
     for (int j = 0; j < SUB; ++j) b[j] = E::vec(k[j] + h * stride);
     if (next)
-      for (int j = 0; j < SUB; ++j) prefetch_once(next[j] + h * stride);
+      for (int j = 0; j < SUB; ++j) prefetch(next[j] + h * stride);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
@@ -127,7 +127,7 @@ inline void weigh(const typename E::T* p, int keys, const typename E::T* const* 
       if (i + 1 == keys) b[c] = E::first(b[c]);  // no token has written the other of the pair yet
     }
     if (next)
-      for (int c = 0; c < C; ++c) prefetch_once(next[i / LANES] + size_t(i % LANES) * width + c * LANES * G);
+      for (int c = 0; c < C; ++c) prefetch(next[i / LANES] + size_t(i % LANES) * width + c * LANES * G);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16

@@ -7,11 +7,13 @@ import logging
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from common.errors import BackendError
-from common.platform import cpu_features, cpu_name, has_cxx_compiler
+from common.errors import BackendError, CheckpointError
+from common.platform import cpu_features, cpu_name, cxx_compiler
 from common.weights.zoo import cache_directory
 
 log = logging.getLogger(__name__)
@@ -19,6 +21,8 @@ log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
 OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-ffp-contract=off")
 """`-ffp-contract=off`: an a * b + c in the source stays two operations. Where one is meant, the source calls fma."""
+UNUSED = 30 * 24 * 3600
+"""Seconds after its last use when a library goes."""
 
 
 def build(
@@ -26,28 +30,74 @@ def build(
 ) -> Path:
     """The library made from `<name>.cc` and the headers beside it, compiled unless an earlier call did. `include` names folders
     of headers that are not ours, `version` tells which they are; `options` and `linked` go before and after the source, and the
-    options in the environment's TANDEM_CXXFLAGS behind ours. Raises `BackendError` with the compiler's words if it fails."""
-    compiler = has_cxx_compiler()
-    if compiler is None:
-        raise BackendError("kernels=native needs a C++ compiler and found none: install g++ or set CXX.")
+    options in the environment's TANDEM_CXXFLAGS behind ours. Raises `BackendError` with the compiler's words if it fails, or if
+    libraries cannot be kept."""
+    compiler = cxx_compiler()
     flags = [*OPTIONS, *options, *os.environ.get("TANDEM_CXXFLAGS", "").split(), *(f"-I{folder}" for folder in include)]
-    command = [compiler, *flags, str(FOLDER / f"{name}.cc"), *linked]
-    target = cache_directory() / "kernels" / f"{name}-{_digest([*command, version])}.so"
-    whole = target.with_suffix(".digest")
-    if not (target.exists() and whole.exists() and whole.read_text() == _file_digest(target)):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        log.info("compiling %s.cc", name)
-        # Under a name of its own first: two processes may build at once, and neither may load half a file.
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            half = Path(folder) / target.name
-            done = subprocess.run([*command, "-o", str(half)], capture_output=True, text=True, errors="replace")
-            if done.returncode:
-                raise BackendError(f"{compiler} could not compile {name}.cc:\n{done.stderr[-2000:]}")
-            # A library that was cut short would take the process down with it: its digest tells.
-            (half.parent / "digest").write_text(_file_digest(half))
-            os.replace(half, target)
-            os.replace(half.parent / "digest", whole)
+    command = [*compiler, *flags, str(FOLDER / f"{name}.cc"), *linked]
+    digest = _digest([*command, version, _run([*compiler, "--version"]).stdout])
+    try:
+        target = cache_directory() / "kernels" / f"{name}-{digest}.so"
+        if not (target.exists() and _use(target)):
+            _compile(name, command, target)
+            _remove_unused(target.parent, name)
+    except (CheckpointError, OSError) as error:
+        raise BackendError(f"Native kernels need a cache that can be written; TANDEM_CACHE can name one: {error}") from error
     return target
+
+
+def _compile(name: str, command: Sequence[str], target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    log.info("compiling %s.cc", name)
+    # Under a name of its own first: two processes may build at once, and neither may load half a file.
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        half = Path(folder) / target.name
+        done = _run([*command, "-o", str(half)])
+        if done.returncode or not half.exists():
+            raise BackendError(f"{command[0]} could not compile {name}.cc:\n{done.stderr[-2000:]}")
+        # A library that was cut short would take the process down with it: its digest tells.
+        (half.parent / "digest").write_text(_file_digest(half))
+        os.replace(half, target)
+        os.replace(half.parent / "digest", target.with_suffix(".digest"))
+
+
+def _use(target: Path) -> bool:
+    """Whether a library is there and whole. It has been used now, so that nobody removes it before it is loaded."""
+    import fcntl  # not on Windows
+
+    whole = target.with_suffix(".digest")
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks: there nobody removes
+            fcntl.flock(folder, fcntl.LOCK_SH)
+        with suppress(OSError):  # it may be another's
+            os.utime(target)
+        return target.exists() and whole.exists() and whole.read_text() == _file_digest(target)
+    finally:
+        os.close(folder)
+
+
+def _remove_unused(folder: Path, name: str) -> None:
+    """Remove what older sources, compilers and frameworks left of a kernel. Where others are in the way: the next time."""
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for library in folder.glob(f"{name}-*.so"):
+                if library.stat().st_mtime < time.time() - UNUSED:
+                    library.unlink()
+                    library.with_suffix(".digest").unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise BackendError(f"The C++ compiler {command[0]} cannot be run ({error}). Set CXX to one that can.") from error
 
 
 def _file_digest(path: Path) -> str:
@@ -56,7 +106,6 @@ def _file_digest(path: Path) -> str:
 
 def _digest(command: Sequence[str]) -> str:
     """What the library depends on: our sources, the compiler, its options, the processor that `-march=native` means."""
-    version = subprocess.run([command[0], "--version"], capture_output=True, text=True, errors="replace").stdout
     sources = [path.read_text() for path in sorted([*FOLDER.glob("*.h"), *FOLDER.glob("*.cc")])]
-    parts = [*command, version, cpu_name(), cpu_features(), *sources]
+    parts = [*command, cpu_name(), cpu_features(), *sources]
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=12).hexdigest()

@@ -10,41 +10,68 @@ namespace {
 using Buffer = ffi::AnyBuffer;
 using Out = ffi::Result<ffi::AnyBuffer>;
 
-View view(Buffer b) {
-  return {b.untyped_data(), int(ffi::ByteWidth(b.element_type())), int(b.dimensions().size()), b.dimensions().begin()};
+std::string_view name(ffi::DataType type) {
+  switch (type) {
+    case ffi::DataType::U8: return "uint8";
+    case ffi::DataType::S32: return "int32";
+    case ffi::DataType::F32: return "float32";
+    case ffi::DataType::BF16:
+    case ffi::DataType::U16: return "bfloat16";  // pools are kept as bits
+    case ffi::DataType::PRED: return "bool";
+    case ffi::DataType::U32: return "uint32";
+    case ffi::DataType::S64: return "int64";
+    case ffi::DataType::F16: return "float16";
+    case ffi::DataType::F64: return "float64";
+    default: return "another type";
+  }
 }
+
+View view(Buffer b) { return {b.untyped_data(), name(b.element_type()), int(b.dimensions().size()), b.dimensions().begin()}; }
 View view(Out b) { return view(*b); }
 
-ffi::Error status(const char* wrong) {
-  return wrong ? ffi::Error::InvalidArgument(wrong) : ffi::Error::Success();
+// XLA knows no exceptions.
+template <class F>
+ffi::Error status(F&& operate) {
+  try {
+    operate();
+  } catch (const std::invalid_argument& wrong) {
+    return ffi::Error::InvalidArgument(wrong.what());
+  } catch (const std::exception& failed) {
+    return ffi::Error::Internal(failed.what());
+  }
+  return ffi::Error::Success();
 }
 
 ffi::Error embed(Buffer step, Buffer weights, Buffer last_tokens, Out x) {
-  return status(tandem::embed(view(step), view(weights), view(last_tokens), view(x)));
+  return status([&] { tandem::embed(view(step), view(weights), view(last_tokens), view(x)); });
 }
 
 ffi::Error layer(Buffer step, Buffer weights, Buffer rope, Buffer, Buffer, Buffer, Out k, Out v, Out x, Out q) {
-  return status(tandem::layer(view(step), view(weights), view(rope), view(k), view(v), view(q), view(x)));
+  return status([&] { tandem::layer(view(step), view(weights), view(rope), view(k), view(v), view(q), view(x)); });
 }
 
 ffi::Error project(Buffer step, Buffer weights, Buffer rope, Buffer x, Buffer, Buffer, Out q, Out k, Out v) {
-  return status(tandem::project(view(step), view(weights), view(rope), view(x), view(k), view(v), view(q)));
+  return status([&] { tandem::project(view(step), view(weights), view(rope), view(x), view(k), view(v), view(q)); });
 }
 
 ffi::Error attend(Buffer step, Buffer weights, Buffer k, Buffer v, Buffer, Out q) {
-  return status(tandem::attend(view(step), view(weights), view(k), view(v), view(q)));
+  return status([&] { tandem::attend(view(step), view(weights), view(k), view(v), view(q)); });
 }
 
 ffi::Error combine(Buffer step, Buffer weights, Buffer attended, Buffer, Out x) {
-  return status(tandem::combine(view(step), view(weights), view(attended), view(x)));
+  return status([&] { tandem::combine(view(step), view(weights), view(attended), view(x)); });
 }
 
 ffi::Error head(Buffer step, Buffer weights, Buffer x, Out logits) {
-  return status(tandem::head(view(step), view(weights), view(x), view(logits)));
+  return status([&] { tandem::head(view(step), view(weights), view(x), view(logits)); });
 }
 
-ffi::Error sample(Buffer step, Buffer logits, Buffer, Out sampled, Out last_tokens) {
-  return status(tandem::sample(view(step), view(logits), view(last_tokens), view(sampled)));
+ffi::Error adjust(Buffer step, Buffer changes, Buffer logits, Out changed) {
+  return status([&] { tandem::adjust(view(step), view(changes), view(logits), view(changed)); });
+}
+
+ffi::Error sample(Buffer step, Buffer logits, Buffer changed, Buffer, Out sampled, Out last_tokens) {
+  return status([&] { tandem::sample(view(step), view(logits), view(changed), view(last_tokens), view(sampled)); });
 }
 
 }  // namespace
@@ -62,6 +89,7 @@ TANDEM_HANDLER(project)
 TANDEM_HANDLER(attend)
 TANDEM_HANDLER(combine)
 TANDEM_HANDLER(head)
+TANDEM_HANDLER(adjust)
 TANDEM_HANDLER(sample)
 
 TANDEM_EXPORT void tandem_threads(int threads) { tandem::threads(threads); }

@@ -18,10 +18,7 @@ constexpr int even(int n) { return n + n % 2; }
 // What an operator needs besides its arguments, grown once and kept. Operators run one after another: `lock` makes sure.
 class Scratch {
  public:
-  static Scratch& get() {
-    static Scratch* scratch = new Scratch;
-    return *scratch;
-  }
+  static Scratch& get() { return shared<Scratch>(); }
 
   template <class T>
   T* take(int which, size_t n) {

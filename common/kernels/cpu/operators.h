@@ -1,5 +1,13 @@
-// The operators on untyped views, checked: what the bindings call. Each returns nullptr, or what is wrong with its arguments.
+// The operators on untyped views, checked: what the bindings call. Each throws std::invalid_argument, which says what was expected
+// and what came, before it writes anything.
 #pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+#include <string_view>
 
 #include "model.h"
 #include "sample.h"
@@ -8,7 +16,8 @@ namespace tandem {
 
 struct View {
   void* data;
-  int itemsize, rank;
+  std::string_view type;  // "float32", "bfloat16", "int32", "uint8", or another's name
+  int rank;
   const int64_t* dims;
 
   int64_t size() const {
@@ -16,35 +25,72 @@ struct View {
     for (int i = 0; i < rank; ++i) n *= dims[i];
     return n;
   }
-  bool holds(int item, int64_t n) const { return itemsize == item && size() >= n; }
 };
 
-// The words of a step that its header promises, or 0 if it makes no sense.
-inline int64_t words(const View& step) {
-  const auto* p = (const int32_t*)step.data;
-  if (step.itemsize != 4 || step.size() < Step::HEADER) return 0;
-  for (int i = 0; i < Step::HEADER; ++i)
-    if (p[i] < 0) return 0;
-  const int64_t T = p[0], S = p[1], R = p[2], P = p[3], F = p[4];
-  return Step::HEADER + 3 * T + 2 * S + 1 + S * P + 2 * F + 2 * R + (p[5] ? 3 * R : 0) + (p[6] ? 3 * R : 0);
+[[noreturn]] inline void refuse(const std::string& why) { throw std::invalid_argument(why); }
+
+constexpr int64_t ANY = -1;
+
+// "float32[3, 4]"; a size that may be anything is "*".
+inline std::string describe(std::string_view type, const int64_t* dims, size_t rank) {
+  std::string text = std::string(type) + "[";
+  for (size_t i = 0; i < rank; ++i) text += (i ? ", " : "") + (dims[i] == ANY ? "*" : std::to_string(dims[i]));
+  return text + "]";
 }
 
-inline const char* check(const View& step, const View& weights) {
-  const int64_t n = words(step);
-  if (!n || step.size() < n) return "step is not what step.py packs";
-  const auto* w = (const Weights*)weights.data;
-  if (weights.itemsize != 1 || weights.size() < int64_t(sizeof(Weights)) || w->magic != Weights::MAGIC || w->bytes != weights.size())
-    return "weights are not what pack.py packs";
-  const Step s((const int32_t*)step.data);
-  if (s.query_starts[0] != 0 || s.query_starts[s.seqs] != s.tokens) return "the sequences of the step do not cover its tokens";
+// `size` elements or more: arguments have room for the largest step.
+inline void expect(const char* name, const View& v, std::string_view type, int64_t size) {
+  if (v.type != type || v.size() < size)
+    refuse(std::string(name) + ": expected " + std::string(type) + " of at least " + std::to_string(size) + " elements, got " +
+           describe(v.type, v.dims, v.rank));
+}
+
+inline void expect(const char* name, const View& v, std::string_view type, std::initializer_list<int64_t> dims) {
+  bool right = v.type == type && size_t(v.rank) == dims.size();
+  for (size_t i = 0; right && i < dims.size(); ++i) right = dims.begin()[i] == ANY || dims.begin()[i] == v.dims[i];
+  if (!right)
+    refuse(std::string(name) + ": expected " + describe(type, dims.begin(), dims.size()) + ", got " +
+           describe(v.type, v.dims, v.rank));
+}
+
+inline Step read_step(const View& step) {
+  expect("step", step, "int32", Step::HEADER);
+  const auto* p = (const int32_t*)step.data;
+  for (int i = 0; i < Step::HEADER; ++i)
+    if (p[i] < 0) refuse("step: expected the counts that step.py packs, got " + std::to_string(p[i]));
+  const int64_t T = p[0], S = p[1], R = p[2], P = p[3], F = p[4];
+  const int64_t arrays = 3 * T + 2 * S + 1 + S * P + 2 * F + 2 * R + (p[5] ? 3 * R : 0) + (p[6] ? 3 * R : 0) + (p[7] > 1 ? R : 0);
+  expect("step", step, "int32", Step::HEADER + arrays);
+  const Step s(p);
+  if (s.query_starts[0] != 0 || s.query_starts[s.seqs] != s.tokens) refuse("the sequences of the step do not cover its tokens");
   for (int i = 0; i < s.seqs; ++i) {
     const int first = s.query_starts[i], stop = s.query_starts[i + 1];
-    if (first >= stop || stop > s.tokens) return "the sequences of the step are out of order";
-    if (s.positions[first] < 0 || s.positions[stop - 1] >= s.kv_lengths[i]) return "a position lies outside its sequence";
+    if (first >= stop || stop > s.tokens) refuse("the sequences of the step are out of order");
+    if (s.positions[first] < 0 || s.positions[stop - 1] >= s.kv_lengths[i]) refuse("a position lies outside its sequence");
   }
   for (int r = 0; r < s.rows; ++r)
-    if (s.logit_rows[r] < 0 || s.logit_rows[r] >= s.tokens) return "a logit row lies outside the step";
-  return nullptr;
+    if (s.logit_rows[r] < 0 || s.logit_rows[r] >= s.tokens) refuse("a logit row lies outside the step");
+  return s;
+}
+
+inline const Weights& read_weights(const View& weights) {
+  expect("weights", weights, "uint8", int64_t(sizeof(Weights)));
+  const auto& w = *(const Weights*)weights.data;
+  if (w.magic != Weights::MAGIC || w.bytes != weights.size() || (w.itemsize != 2 && w.itemsize != 4))
+    refuse("weights: expected the buffer that pack.py packs, got other bytes");
+  return w;
+}
+
+inline const Weights& read_layer(const View& weights) {
+  const Weights& w = read_weights(weights);
+  if (!w.qkv) refuse("weights are the head's, and a layer's were expected");
+  return w;
+}
+
+inline const Weights& read_head(const View& weights) {
+  const Weights& w = read_weights(weights);
+  if (!w.head) refuse("weights are a layer's, and the head's were expected");
+  return w;
 }
 
 // How many threads compute from the next operator on. Not while one runs: it has sized its scratch by their number.
@@ -59,17 +105,22 @@ inline void typed(const Weights& w, F&& f) {
   else f(F32{});
 }
 
+inline std::string_view element(const Weights& w) { return w.itemsize == 2 ? "bfloat16" : "float32"; }
+
 // K as [K, pages, H / PAIR, B, PAIR], V as [K, pages, B / PAIR, H', PAIR].
-inline const char* check_pages(const Weights& w, const View& k, const View& v) {
-  if (!w.qkv) return "weights are the head's, and a layer's were expected";
+inline void check_pages(const Weights& w, const View& k, const View& v) {
   const int64_t G = 4 / w.itemsize;
-  if (k.rank != 5 || v.rank != 5 || k.itemsize != w.itemsize || v.itemsize != w.itemsize) return "pages have the wrong type or rank";
+  expect("k", k, element(w), {w.kv_heads, ANY, w.head_dim / G, ANY, G});
   const int64_t B = k.dims[3];
-  if (k.dims[0] != w.kv_heads || k.dims[2] != w.head_dim / G || k.dims[4] != G || B % LANES) return "k has the wrong shape";
-  if (v.dims[0] != w.kv_heads || v.dims[1] != k.dims[1] || v.dims[2] != B / G || v.dims[3] != padded(w.head_dim) || v.dims[4] != G)
-    return "v has the wrong shape";
-  return nullptr;
+  if (B % LANES) refuse("k: expected pages of a multiple of " + std::to_string(LANES) + " tokens, got " + std::to_string(B));
+  expect("v", v, element(w), {w.kv_heads, k.dims[1], B / G, padded(w.head_dim), G});
 }
+
+inline void check_q(const Step& s, const Weights& w, const View& q) {
+  expect("q", q, element(w), int64_t(s.tokens) * w.heads * w.head_dim);
+}
+
+inline void check_x(const Step& s, const Weights& w, const View& x) { expect("x", x, "float32", int64_t(s.tokens) * w.inputs); }
 
 template <class E>
 inline Pages<E> pages_of(const Weights& w, const View& k, const View& v) {
@@ -77,128 +128,149 @@ inline Pages<E> pages_of(const Weights& w, const View& k, const View& v) {
   return {(T*)k.data, (T*)v.data, w.kv_heads, int(k.dims[1]), int(k.dims[3]), w.head_dim};
 }
 
-inline const char* embed(const View& step, const View& weights, const View& last_tokens, const View& x) {
-  if (const char* wrong = check(step, weights)) return wrong;
-  const Step s((const int32_t*)step.data);
-  const Weights& w = *(const Weights*)weights.data;
-  if (last_tokens.itemsize != 4 || !x.holds(4, int64_t(s.tokens) * w.inputs)) return "last_tokens or x has the wrong type or size";
-  if (!w.head) return "weights are a layer's, and the head's were expected";
+inline void embed(const View& step, const View& weights, const View& last_tokens, const View& x) {
+  const Step s = read_step(step);
+  const Weights& w = read_head(weights);
+  expect("last_tokens", last_tokens, "int32", {ANY});
+  check_x(s, w, x);
   for (int t = 0; t < s.tokens; ++t)
-    if (s.token_ids[t] < 0 || s.token_ids[t] >= w.vocab) return "a token id lies outside the vocabulary";
+    if (s.token_ids[t] < 0 || s.token_ids[t] >= w.vocab) refuse("a token id lies outside the vocabulary");
   for (int i = 0; i < s.fills; ++i) {
     if (s.fill_at[i] < 0 || s.fill_at[i] >= s.tokens || s.fill_row[i] < 0 || s.fill_row[i] >= last_tokens.size())
-      return "a token to fill in lies outside the step, or its row outside last_tokens";
+      refuse("a token to fill in lies outside the step, or its row outside last_tokens");
     const int32_t token = ((const int32_t*)last_tokens.data)[s.fill_row[i]];
-    if (token < 0 || token >= w.vocab) return "a last token lies outside the vocabulary";
+    if (token < 0 || token >= w.vocab) refuse("a last token lies outside the vocabulary");
   }
   typed(w, [&](auto e) { embed<decltype(e)>(s, w, (const int32_t*)last_tokens.data, (float*)x.data); });
-  return nullptr;
 }
 
 // What a layer reads and writes besides its weights.
-inline const char* check_project(const Step& s, const Weights& w, const View& rope, const View& x, const View& k, const View& v,
-                                 const View& q) {
-  if (const char* wrong = check_pages(w, k, v)) return wrong;
-  if (rope.itemsize != 4 || rope.rank != 2 || rope.dims[1] != w.head_dim) return "rope has the wrong type or shape";
-  if (!x.holds(4, int64_t(s.tokens) * w.inputs)) return "x has the wrong type or size";
-  if (!q.holds(w.itemsize, int64_t(s.tokens) * w.heads * w.head_dim)) return "q has the wrong type or size";
+inline void check_project(const Step& s, const Weights& w, const View& rope, const View& x, const View& k, const View& v,
+                          const View& q) {
+  check_pages(w, k, v);
+  expect("rope", rope, "float32", {ANY, w.head_dim});
+  check_x(s, w, x);
+  check_q(s, w, q);
   for (int t = 0; t < s.tokens; ++t) {
-    if (s.slots[t] < 0 || s.slots[t] >= k.dims[1] * k.dims[3]) return "a slot lies outside the pages";
-    if (s.positions[t] < 0 || s.positions[t] >= rope.dims[0]) return "a position lies outside the rotary table";
+    if (s.slots[t] < 0 || s.slots[t] >= k.dims[1] * k.dims[3]) refuse("a slot lies outside the pages");
+    if (s.positions[t] < 0 || s.positions[t] >= rope.dims[0]) refuse("a position lies outside the rotary table");
   }
-  return nullptr;
 }
 
-inline const char* check_attend(const Step& s, const Weights& w, const View& k, const View& v, const View& q) {
-  if (const char* wrong = check_pages(w, k, v)) return wrong;
-  if (!q.holds(w.itemsize, int64_t(s.tokens) * w.heads * w.head_dim)) return "q has the wrong type or size";
+inline void check_attend(const Step& s, const Weights& w, const View& k, const View& v, const View& q) {
+  check_pages(w, k, v);
+  check_q(s, w, q);
   // Every layer looks at the whole table: no branch in the loop, so that it is a few hundred instructions.
   uint32_t most = 0;
   for (int i = 0; i < s.seqs * s.pages; ++i) most = uint32_t(s.page_table[i]) > most ? uint32_t(s.page_table[i]) : most;
-  if (int64_t(most) >= k.dims[1]) return "a page of the table lies outside the pool";
+  if (int64_t(most) >= k.dims[1]) refuse("a page of the table lies outside the pool");
   for (int i = 0; i < s.seqs; ++i)
-    if (s.kv_lengths[i] > int64_t(s.pages) * k.dims[3]) return "a sequence is longer than its row of the page table";
-  return nullptr;
+    if (s.kv_lengths[i] > int64_t(s.pages) * k.dims[3]) refuse("a sequence is longer than its row of the page table");
 }
 
-inline const char* layer(const View& step, const View& weights, const View& rope, const View& k, const View& v, const View& q,
-                         const View& x) {
-  if (const char* wrong = check(step, weights)) return wrong;
-  const Step s((const int32_t*)step.data);
-  const Weights& w = *(const Weights*)weights.data;
-  if (const char* wrong = check_project(s, w, rope, x, k, v, q)) return wrong;
-  if (const char* wrong = check_attend(s, w, k, v, q)) return wrong;
+inline void layer(const View& step, const View& weights, const View& rope, const View& k, const View& v, const View& q,
+                  const View& x) {
+  const Step s = read_step(step);
+  const Weights& w = read_layer(weights);
+  check_project(s, w, rope, x, k, v, q);
+  check_attend(s, w, k, v, q);
   typed(w, [&](auto e) {
     using E = decltype(e);
     layer<E>(s, w, (const float*)rope.data, pages_of<E>(w, k, v), (typename E::T*)q.data, (float*)x.data);
   });
-  return nullptr;
 }
 
-inline const char* project(const View& step, const View& weights, const View& rope, const View& x, const View& k, const View& v,
-                           const View& q) {
-  if (const char* wrong = check(step, weights)) return wrong;
-  const Step s((const int32_t*)step.data);
-  const Weights& w = *(const Weights*)weights.data;
-  if (const char* wrong = check_project(s, w, rope, x, k, v, q)) return wrong;
+inline void project(const View& step, const View& weights, const View& rope, const View& x, const View& k, const View& v,
+                    const View& q) {
+  const Step s = read_step(step);
+  const Weights& w = read_layer(weights);
+  check_project(s, w, rope, x, k, v, q);
   typed(w, [&](auto e) {
     using E = decltype(e);
     project<E>(s, w, (const float*)rope.data, pages_of<E>(w, k, v), (const float*)x.data, (typename E::T*)q.data);
   });
-  return nullptr;
 }
 
-inline const char* attend(const View& step, const View& weights, const View& k, const View& v, const View& q) {
-  if (const char* wrong = check(step, weights)) return wrong;
-  const Step s((const int32_t*)step.data);
-  const Weights& w = *(const Weights*)weights.data;
-  if (const char* wrong = check_attend(s, w, k, v, q)) return wrong;
+inline void attend(const View& step, const View& weights, const View& k, const View& v, const View& q) {
+  const Step s = read_step(step);
+  const Weights& w = read_layer(weights);
+  check_attend(s, w, k, v, q);
   typed(w, [&](auto e) {
     using E = decltype(e);
     attend<E>(s, w, pages_of<E>(w, k, v), (typename E::T*)q.data);
   });
-  return nullptr;
 }
 
-inline const char* combine(const View& step, const View& weights, const View& attended, const View& x) {
-  if (const char* wrong = check(step, weights)) return wrong;
-  const Step s((const int32_t*)step.data);
-  const Weights& w = *(const Weights*)weights.data;
-  if (!x.holds(4, int64_t(s.tokens) * w.inputs)) return "x has the wrong type or size";
-  if (!w.qkv) return "weights are the head's, and a layer's were expected";
-  if (!attended.holds(w.itemsize, int64_t(s.tokens) * w.heads * w.head_dim)) return "attended has the wrong type or size";
+inline void combine(const View& step, const View& weights, const View& attended, const View& x) {
+  const Step s = read_step(step);
+  const Weights& w = read_layer(weights);
+  check_x(s, w, x);
+  expect("attended", attended, element(w), int64_t(s.tokens) * w.heads * w.head_dim);
   typed(w, [&](auto e) {
     using E = decltype(e);
     combine<E>(s, w, (const typename E::T*)attended.data, (float*)x.data);
   });
-  return nullptr;
 }
 
-inline const char* head(const View& step, const View& weights, const View& x, const View& logits) {
-  if (const char* wrong = check(step, weights)) return wrong;
-  const Step s((const int32_t*)step.data);
-  const Weights& w = *(const Weights*)weights.data;
-  if (!w.head) return "weights are a layer's, and the head's were expected";
-  if (!x.holds(4, int64_t(s.tokens) * w.inputs)) return "x has the wrong type or size";
-  if (logits.rank != 2 || logits.dims[1] != w.vocab || !logits.holds(4, int64_t(s.rows) * w.vocab))
-    return "logits have the wrong type or shape";
+inline void head(const View& step, const View& weights, const View& x, const View& logits) {
+  const Step s = read_step(step);
+  const Weights& w = read_head(weights);
+  check_x(s, w, x);
+  expect("logits", logits, "float32", {ANY, w.vocab});
+  expect("logits", logits, "float32", int64_t(s.rows) * w.vocab);
   typed(w, [&](auto e) { head<decltype(e)>(s, w, (const float*)x.data, (float*)logits.data); });
-  return nullptr;
+}
+
+inline Changes read_changes(const View& changes, const Step& s, int64_t vocab) {
+  expect("changes", changes, "int32", Changes::HEADER);
+  const auto* p = (const int32_t*)changes.data;
+  const int64_t E = p[0], M = p[1], W = p[2];
+  if (E < 0 || M < 0 || W != (M ? (vocab + 31) / 32 : 0)) refuse("changes: expected the counts that step.py packs, got others");
+  expect("changes", changes, "int32", Changes::HEADER + 5 * E + M * (1 + W));
+  const Changes c(p);
+  for (int i = 0; i < c.edits; ++i) {
+    if (c.edit_rows[i] < (i ? c.edit_rows[i - 1] : 0) || c.edit_rows[i] >= s.rows) refuse("a row to edit lies outside the step or its order");
+    if (c.edit_ids[i] < 0 || c.edit_ids[i] >= vocab) refuse("a token to edit lies outside the vocabulary");
+  }
+  for (int i = 0; i < c.masks; ++i)
+    if (c.mask_rows[i] < 0 || c.mask_rows[i] >= s.rows) refuse("a row to mask lies outside the step");
+  return c;
+}
+
+// changed[R, V]: logits, first with -inf where a mask of their row has no bit, then edited.
+inline void adjust(const View& step, const View& changes, const View& logits, const View& changed) {
+  const Step s = read_step(step);
+  expect("logits", logits, "float32", {ANY, ANY});
+  expect("changed", changed, "float32", {logits.dims[0], logits.dims[1]});
+  if (logits.dims[0] < s.rows) refuse("logits: expected a row for each of the step, got fewer");
+  const int64_t vocab = logits.dims[1];
+  const Changes c = read_changes(changes, s, vocab);
+  Pool::get().run([&](Member& team) {
+    team.share(s.rows, [&](int r) {
+      float* x = (float*)changed.data + r * vocab;
+      std::memcpy(x, (const float*)logits.data + r * vocab, vocab * sizeof(float));
+      for (int i = 0; i < c.masks; ++i)
+        if (c.mask_rows[i] == r) mask_row(x, int(vocab), c.bits + size_t(i) * c.words);
+      const int first = int(std::lower_bound(c.edit_rows, c.edit_rows + c.edits, r) - c.edit_rows);
+      for (int i = first; i < c.edits && c.edit_rows[i] == r; ++i) x[c.edit_ids[i]] = edited(x[c.edit_ids[i]], c.values + 3 * i);
+    });
+  });
 }
 
 // sampled[R] of struct Sampled, as int32 words; each row's token also becomes the last one of its permanent row.
-inline const char* sample(const View& step, const View& logits, const View& last_tokens, const View& sampled) {
-  const int64_t n = words(step);
-  if (!n || step.size() < n) return "step is not what step.py packs";
-  const Step s((const int32_t*)step.data);
-  if (logits.rank != 2 || logits.itemsize != 4 || logits.dims[0] < s.rows || logits.dims[1] < 1) return "logits have the wrong type or shape";
-  if (last_tokens.itemsize != 4) return "last_tokens have the wrong type";
+inline void sample(const View& step, const View& logits, const View& changed, const View& last_tokens, const View& sampled) {
+  const Step s = read_step(step);
+  expect("logits", logits, "float32", {ANY, ANY});
+  if (logits.dims[0] < s.rows || logits.dims[1] < 1)
+    refuse("logits: expected " + std::to_string(s.rows) + " rows or more, got " + describe(logits.type, logits.dims, 2));
+  expect("changed", changed, "float32", {logits.dims[0], logits.dims[1]});
+  expect("last_tokens", last_tokens, "int32", {ANY});
+  expect("sampled", sampled, "int32", int64_t(s.rows) * int64_t(sizeof(Sampled) / 4));
   for (int r = 0; r < s.rows; ++r)
-    if (s.logit_rows[r] < 0 || s.logit_rows[r] >= s.tokens) return "a logit row lies outside the step";
-  if (!sampled.holds(4, int64_t(s.rows) * int64_t(sizeof(Sampled) / 4))) return "sampled has the wrong type or size";
-  for (int r = 0; r < s.rows; ++r)
-    if (s.row[r] < 0 || s.row[r] >= last_tokens.size()) return "a permanent row lies outside last_tokens";
+    if (s.row[r] < 0 || s.row[r] >= last_tokens.size()) refuse("a permanent row lies outside last_tokens");
   const int vocab = int(logits.dims[1]);
+  for (int r = 0; s.score_ids && r < s.rows; ++r)
+    if (s.score_ids[r] >= vocab) refuse("a token to score lies outside the vocabulary");
   std::lock_guard<std::mutex> lock(Scratch::get().lock);
   const int size = padded(vocab);
   float* scratch = Scratch::get().take<float>(1, s.sampled ? size_t(Pool::get().wanted()) * size : 0);
@@ -206,15 +278,16 @@ inline const char* sample(const View& step, const View& logits, const View& last
     team.share(s.rows, [&](int r) {
       SampleParams p{};
       p.position = s.positions[s.logit_rows[r]] + 1;
-      p.sampled = s.sampled && s.temperature[r] > 0, p.filtered = p.sampled && s.filtered, p.logprobs = s.logprobs;
+      p.score = s.score_ids ? s.score_ids[r] : -1;
+      p.sampled = s.sampled && s.temperature[r] > 0 && p.score < 0, p.filtered = p.sampled && s.filtered, p.logprobs = s.logprobs;
       if (p.sampled) p.seed[0] = s.seeds[2 * r], p.seed[1] = s.seeds[2 * r + 1], p.temperature = s.temperature[r];
       p.top_p = p.filtered ? s.top_p[r] : 1.0f, p.min_p = p.filtered ? s.min_p[r] : 0.0f, p.top_k = p.filtered ? s.top_k[r] : 0;
       Sampled& out = ((Sampled*)sampled.data)[r];
-      sample_row((const float*)logits.data + size_t(r) * vocab, vocab, p, p.sampled ? scratch + size_t(team.id) * size : nullptr, out);
-      ((int32_t*)last_tokens.data)[s.row[r]] = out.token;
+      const size_t at = size_t(r) * vocab;
+      sample_row((const float*)logits.data + at, (const float*)changed.data + at, vocab, p, p.sampled ? scratch + size_t(team.id) * size : nullptr, out);
+      if (p.score < 0) ((int32_t*)last_tokens.data)[s.row[r]] = out.token;
     });
   });
-  return nullptr;
 }
 
 }  // namespace tandem

@@ -17,6 +17,7 @@ from common.weights.parameters import NUMPY_DTYPES, parameter
 
 MAGIC = 0x31_57_44_54
 ALIGN = 64
+LARGE_PAGE = 2 << 20
 COLUMNS, LANES = 32, 16
 PARTS = (
     *("qkv", "qkv_bias", "o", "o_bias", "gate_up", "gate_up_bias", "down", "down_bias"),
@@ -33,7 +34,7 @@ MAX_HEAD_DIM = 512
 
 
 def pack_layer(checkpoint: Checkpoint, layer: int, dtype: Dtype) -> np.ndarray:
-    """One decoder layer: uint8[n], 64-byte aligned."""
+    """One decoder layer: uint8[n], from a large memory page's begin on."""
     config = checkpoint.config
     get = lambda name: parameter(checkpoint, f"model.layers.{layer}.{name}", dtype)  # noqa: E731
     parts = {
@@ -62,7 +63,7 @@ def pack_layer(checkpoint: Checkpoint, layer: int, dtype: Dtype) -> np.ndarray:
 
 
 def pack_head(checkpoint: Checkpoint, dtype: Dtype) -> np.ndarray:
-    """Embedding, final norm and LM head: uint8[n], 64-byte aligned. A tied head serves the embedding rows too."""
+    """Embedding, final norm and LM head: uint8[n], from a large memory page on. A tied head serves the embedding rows too."""
     embedding = parameter(checkpoint, "model.embed_tokens.weight", dtype)
     parts = {"final_norm": parameter(checkpoint, "model.norm.weight", dtype)}
     if checkpoint.config.tie_embeddings:
@@ -119,7 +120,8 @@ def _buffer(config: ModelConfig, dtype: Dtype, window: int, parts: Mapping[str, 
 
 
 def aligned(size: int) -> np.ndarray:
-    """uint8[size], zeroed, from a 64-byte boundary on: frameworks take such memory as it is, without a copy."""
-    memory = np.zeros(size + ALIGN, np.uint8)
-    start = -memory.ctypes.data % ALIGN
+    """uint8[size], zeroed, alone in as many large memory pages as it takes: a matrix that lies partly in small ones is read
+    slower. Frameworks take such memory as it is, without a copy."""
+    memory = np.zeros(-(-size // LARGE_PAGE) * LARGE_PAGE + LARGE_PAGE, np.uint8)
+    start = -memory.ctypes.data % LARGE_PAGE
     return memory[start : start + size]

@@ -2,9 +2,9 @@
 // would keep a team for each of them.
 #pragma once
 
+#include <pthread.h>
 #include <sched.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <atomic>
 #include <condition_variable>
@@ -44,6 +44,16 @@ TANDEM_INLINE void relax() {
 #elif defined(__aarch64__)
   asm volatile("yield");
 #endif
+}
+
+// The one T of a process, never destroyed: its threads may outlive main. A forked process gets a new one: what it inherits are locks
+// that nobody will open, and the memory of threads that it does not have.
+template <class T>
+T& shared() {
+  static T* object = nullptr;
+  static const int once = (object = new T, pthread_atfork(nullptr, nullptr, [] { object = new T; }));
+  (void)once;
+  return *object;
 }
 
 // A call is worked on by the caller and by whichever workers join before its first phase ends. A worker that the system has put
@@ -107,11 +117,7 @@ class Pool {
     int phase_ = 0;
   };
 
-  // The process's pool. Never destroyed: its threads may outlive main.
-  static Pool& get() {
-    static Pool* pool = new Pool;
-    return *pool;
-  }
+  static Pool& get() { return shared<Pool>(); }
 
   void resize(int size) {
     std::lock_guard<std::mutex> lock(calls_);
@@ -128,7 +134,7 @@ class Pool {
   void run(F&& f) {
     std::lock_guard<std::mutex> lock(calls_);
     FloatMode mode;
-    if (size_ != wanted_ || owner_ != getpid()) start();
+    if (size_ != wanted_) start();
     for (int i = 0; i < size_ * MAX_PHASES; ++i) next_[i].value.store(0, std::memory_order_relaxed);
     Member self(this, 0);
     if (size_ == 1) return f(self);
@@ -177,10 +183,9 @@ class Pool {
     joined_ = int(state_.fetch_or(CLOSED) & (CLOSED - 1));
   }
 
-  // Workers of an older team, or of the process this one was forked from, belong to another generation and end.
+  // Workers of an older team belong to another generation and end.
   void start() {
     size_ = wanted_;
-    owner_ = getpid();
     next_.reset(new Counter[size_ * MAX_PHASES]);
     const int generation = generation_.fetch_add(1) + 1;
     publish(CLOSED);
@@ -217,7 +222,6 @@ class Pool {
   std::mutex calls_, sleep_;
   std::condition_variable wake_;
   int size_ = 0, wanted_ = 1, joined_ = 0;
-  pid_t owner_ = 0;
   void (*call_)(void*, Member&) = nullptr;
   void* argument_ = nullptr;
   alignas(64) std::atomic<uint64_t> state_{0};
@@ -232,14 +236,15 @@ class Pool {
 
 using Member = Pool::Member;
 
-// Ask for large memory pages under long-lived data. KV pages are read in pieces of a few kilobytes from all over the pool: with
-// small memory pages each piece would cost a walk of the page table. Where the system has none, nothing changes.
+// Ask for large memory pages under long-lived data, and what follows it in the last of them. KV pages are read in pieces of a few
+// kilobytes from all over the pool: with small memory pages each piece would cost a walk of the page table. Where the system
+// has none, nothing changes.
 inline void huge(void* data, size_t size) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t PAGE = uintptr_t(2) << 20;
   constexpr int COLLAPSE = 25;  // MADV_COLLAPSE, newer than some headers
-  const uintptr_t begin = ((uintptr_t)data + PAGE - 1) / PAGE * PAGE, end = ((uintptr_t)data + size) / PAGE * PAGE;
-  if (end <= begin) return;
+  const auto up = [](uintptr_t address) { return (address + PAGE - 1) / PAGE * PAGE; };
+  const uintptr_t begin = up((uintptr_t)data), end = up((uintptr_t)data + size);
   madvise((void*)begin, end - begin, MADV_HUGEPAGE);
   madvise((void*)begin, end - begin, COLLAPSE);
 #endif

@@ -10,41 +10,54 @@ using tandem::View;
 
 namespace {
 
-View view(const Tensor& t) {
-  TORCH_CHECK_VALUE(t.is_contiguous() && t.device().is_cpu(), "expected a contiguous tensor on the CPU");
-  return {t.data_ptr(), int(t.element_size()), int(t.dim()), t.sizes().data()};
+std::string_view name(at::ScalarType type) {
+  switch (type) {
+    case at::kByte: return "uint8";
+    case at::kInt: return "int32";
+    case at::kFloat: return "float32";
+    case at::kBFloat16: return "bfloat16";
+    default: return c10::toString(type);
+  }
 }
 
-void expect(const char* wrong) { TORCH_CHECK_VALUE(!wrong, wrong); }
+View view(const Tensor& t) {
+  TORCH_CHECK_VALUE(t.is_contiguous() && t.device().is_cpu(), "expected a contiguous tensor on the CPU, got one on ", t.device(),
+                    " of sizes ", t.sizes(), " and strides ", t.strides());
+  return {t.data_ptr(), name(t.scalar_type()), int(t.dim()), t.sizes().data()};
+}
 
 void embed(const Tensor& step, const Tensor& weights, const Tensor& last_tokens, const Tensor& x) {
-  expect(tandem::embed(view(step), view(weights), view(last_tokens), view(x)));
+  tandem::embed(view(step), view(weights), view(last_tokens), view(x));
 }
 
 void layer(const Tensor& step, const Tensor& weights, const Tensor& rope, const Tensor& k, const Tensor& v, const Tensor& q,
            const Tensor& x) {
-  expect(tandem::layer(view(step), view(weights), view(rope), view(k), view(v), view(q), view(x)));
+  tandem::layer(view(step), view(weights), view(rope), view(k), view(v), view(q), view(x));
 }
 
 void project(const Tensor& step, const Tensor& weights, const Tensor& rope, const Tensor& x, const Tensor& k, const Tensor& v,
              const Tensor& q) {
-  expect(tandem::project(view(step), view(weights), view(rope), view(x), view(k), view(v), view(q)));
+  tandem::project(view(step), view(weights), view(rope), view(x), view(k), view(v), view(q));
 }
 
 void attend(const Tensor& step, const Tensor& weights, const Tensor& k, const Tensor& v, const Tensor& q) {
-  expect(tandem::attend(view(step), view(weights), view(k), view(v), view(q)));
+  tandem::attend(view(step), view(weights), view(k), view(v), view(q));
 }
 
 void combine(const Tensor& step, const Tensor& weights, const Tensor& attended, const Tensor& x) {
-  expect(tandem::combine(view(step), view(weights), view(attended), view(x)));
+  tandem::combine(view(step), view(weights), view(attended), view(x));
 }
 
 void head(const Tensor& step, const Tensor& weights, const Tensor& x, const Tensor& logits) {
-  expect(tandem::head(view(step), view(weights), view(x), view(logits)));
+  tandem::head(view(step), view(weights), view(x), view(logits));
 }
 
-void sample(const Tensor& step, const Tensor& logits, const Tensor& last_tokens, const Tensor& sampled) {
-  expect(tandem::sample(view(step), view(logits), view(last_tokens), view(sampled)));
+void adjust(const Tensor& step, const Tensor& changes, const Tensor& logits, const Tensor& changed) {
+  tandem::adjust(view(step), view(changes), view(logits), view(changed));
+}
+
+void sample(const Tensor& step, const Tensor& logits, const Tensor& changed, const Tensor& last_tokens, const Tensor& sampled) {
+  tandem::sample(view(step), view(logits), view(changed), view(last_tokens), view(sampled));
 }
 
 void huge(const Tensor& t) { tandem::huge(t.data_ptr(), t.nbytes()); }
@@ -60,7 +73,8 @@ TORCH_LIBRARY(tandem, m) {
   m.def("attend(Tensor step, Tensor weights, Tensor k, Tensor v, Tensor(a!) q) -> ()");
   m.def("combine(Tensor step, Tensor weights, Tensor attended, Tensor(a!) x) -> ()");
   m.def("head(Tensor step, Tensor weights, Tensor x, Tensor(a!) logits) -> ()");
-  m.def("sample(Tensor step, Tensor logits, Tensor(a!) last_tokens, Tensor(b!) sampled) -> ()");
+  m.def("adjust(Tensor step, Tensor changes, Tensor logits, Tensor(a!) changed) -> ()");
+  m.def("sample(Tensor step, Tensor logits, Tensor changed, Tensor(a!) last_tokens, Tensor(b!) sampled) -> ()");
   m.def("huge(Tensor data) -> ()");
   m.def("threads(int count) -> ()", &threads);
 }
@@ -73,5 +87,6 @@ TORCH_LIBRARY_IMPL(tandem, CPU, m) {
   m.impl("attend", &attend);
   m.impl("combine", &combine);
   m.impl("head", &head);
+  m.impl("adjust", &adjust);
   m.impl("sample", &sample);
 }

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 
 from common.config import EngineConfig, ModelConfig
-from common.errors import BackendError, ConfigError
+from common.errors import BackendError, ConfigError, TandemError
 from common.kernels.cpu.pack import LANES, MAX_HEAD_DIM
 
 log = logging.getLogger(__name__)
@@ -14,14 +14,17 @@ log = logging.getLogger(__name__)
 
 def usable(config: EngineConfig, model: ModelConfig, device: str, open_library: Callable[[], object]) -> bool:
     """Whether `kernels` means native here. Where `auto` cannot have it, one line of the log says why; where `native` cannot,
-    `ConfigError` or `BackendError` does. `open_library` compiles and loads it, and raises `BackendError` if that fails."""
+    `ConfigError` or `BackendError` does. `open_library` compiles and loads it."""
     if config.kernels == "framework":
         return False
     try:
         if reason := against(config, model, device):
             raise ConfigError(f"kernels=native cannot be used here: {reason}. Use kernels=auto or kernels=framework.")
-        open_library()
-    except (ConfigError, BackendError, OSError) as error:  # OSError: no place to keep a library, or none to load one from
+        try:
+            open_library()
+        except OSError as error:
+            raise BackendError(f"kernels=native cannot load its library: {error}") from error
+    except TandemError as error:
         if config.kernels == "native":
             raise
         log.info("kernels=auto: using framework (%s)", str(error).splitlines()[0])

@@ -256,8 +256,7 @@ TANDEM_INLINE void put(typename E::T* p, V v, int n) {
   std::memcpy(p, lanes, n * sizeof(*p));
 }
 
+// Into the second-level cache: the first has too few places for what is on its way.
 TANDEM_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
-// Of what is used once.
-TANDEM_INLINE void prefetch_once(const void* p) { __builtin_prefetch(p, 0, 0); }
 
 }  // namespace tandem

@@ -1,0 +1,77 @@
+"""How latencies are distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from experiments.canvas import POINTS, colour, dash, draw, key, logarithmic, mark, stretch
+from experiments.console import number
+from experiments.page import Drawing, Table
+
+Samples = Mapping[str, np.ndarray]
+"""Label → values; in the order of the engines, whose position gives the colour."""
+
+
+def curves(axes: Axes, samples: Samples) -> None:
+    """Empirical distributions: the share of samples at or below x, at no more than `POINTS` places."""
+    for number_, values in enumerate(samples.values()):
+        if not len(values):
+            continue
+        share = np.linspace(0, 1, min(len(values), POINTS) + 1)
+        at = np.quantile(values, share[1:], method="inverted_cdf")
+        axes.step([at[0], *at], share, where="post", color=colour(number_), linestyle=dash(number_), gid=mark(number_))
+    if stretch(np.concatenate(list(samples.values()))):
+        logarithmic(axes, "x")
+    axes.set_ylim(0, 1.02)
+
+
+def distribution(name: str, title: str, samples: Samples) -> Drawing | None:
+    """Latencies in ms by engine, as empirical distributions. None without a sample."""
+    if not any(len(values) for values in samples.values()):
+        return None
+    rows = [
+        (label, f"{len(values):,}", *(number(float(np.quantile(values, q))) for q in (0.5, 0.9)), percentile_99(values))
+        for label, values in samples.items()
+        if len(values)
+    ]
+    said = "; ".join(f"{row[0]}: half within {row[2]} ms, nine tenths within {row[3]} ms" for row in rows)
+    return draw(
+        name,
+        title,
+        f"Share of samples at or below each latency, one curve for each engine. {said}.",
+        lambda axes: curves(axes, samples),
+        x="ms",
+        y="share of samples at or below",
+        keys=[key(i, label) for i, label in enumerate(samples)],
+        table=Table(("engine", "samples", "p50, ms", "p90, ms", "p99, ms"), rows, title),
+    )
+
+
+def percentile_99(values: np.ndarray) -> str:
+    """With fewer than 100 samples it would be the largest of them under another name."""
+    return number(float(np.quantile(values, 0.99))) if len(values) >= 100 else "too few"
+
+
+def samples_ms(rows: pd.DataFrame, engines: Sequence[str], what: str) -> Samples:
+    """Engine → latencies in ms of the requests that went well. `what` is ttft, tpot, itl or e2el of `experiments.metrics`."""
+    found: dict[str, np.ndarray] = {}
+    for label in engines:
+        mine = rows[(rows["engine"] == label) & rows["ok"]] if len(rows) else rows
+        sent = mine["sent"].to_numpy(float) if len(mine) else np.empty(0)
+        times = list(mine["times"]) if len(mine) else []
+        first, last = (np.array([t[end] for t in times], float) for end in (0, -1))
+        counts = np.array([len(t) for t in times])
+        if what == "ttft":
+            values = first - sent
+        elif what == "e2el":
+            values = last - sent
+        elif what == "tpot":
+            values = ((last - first)[counts > 1]) / (counts[counts > 1] - 1)
+        else:
+            values = np.concatenate([np.empty(0), *(np.diff(t) for t in times)])
+        found[label] = values * 1e3
+    return found

@@ -1,0 +1,70 @@
+"""How engines compare, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from experiments.canvas import GRID, MUTED, PAPER, colour, draw, key, mark, marker, shorten
+from experiments.console import number
+from experiments.page import Drawing, Table
+
+
+def ratio(comparisons: Mapping[str, Mapping[str, Any]], engines: Sequence[str], equivalence: float) -> Drawing | None:
+    """Each block's ratio of output throughput to the first engine's, with the interval of the whole; a band shows which ratios
+    are called equivalent, those within 1 ± `equivalence`. None without blocks."""
+    shown = {label: found for label, found in comparisons.items() if found.get("block_ratios")}
+    if not shown:
+        return None
+    blocks = max(len(found["block_ratios"]) for found in shown.values())
+
+    def paint(axes: Axes) -> None:
+        axes.axhspan(1 - equivalence, 1 + equivalence, color=GRID, alpha=0.6, linewidth=0)
+        axes.axhline(1, color=MUTED, linewidth=1)
+        for place, (label, found) in enumerate(shown.items()):
+            i = engines.index(label)
+            ratios = np.array(found["block_ratios"], float)
+            x = np.arange(1, len(ratios) + 1)
+            axes.plot(x, ratios, marker(i), color=colour(i), markersize=5.5, gid=mark(i), clip_on=False)
+            end = blocks + 1.2 + 0.5 * place
+            low, mid, high = (found.get(name) for name in ("low", "ratio", "high"))
+            if low is not None and high is not None:
+                axes.vlines(end, low, high, color=colour(i), linewidth=2.5, gid=mark(i))
+            if mid is not None:
+                axes.plot([end], [mid], marker(i), color=PAPER, markeredgecolor=colour(i), markersize=8, gid=mark(i))
+        axes.set_xlim(0.4, blocks + 1.7 + 0.5 * len(shown))
+        step = max(1, -(-blocks // 10))
+        ticks = list(range(1, blocks + 1, step))
+        axes.set_xticks([*ticks, blocks + 1.2 + 0.25 * (len(shown) - 1)], [*map(str, ticks), "all"])
+
+    rows = [
+        (
+            label,
+            *(number(found.get(name)) for name in ("ratio", "low", "high")),
+            *p_and_verdict(found),
+            str(len(found["block_ratios"])),
+        )
+        for label, found in shown.items()
+    ]
+    said = "; ".join(
+        f"{row[0]} {row[1]}, " + ("no interval" if found.get("low") is None else f"interval {row[2]} to {row[3]}")
+        for row, found in zip(rows, shown.values(), strict=True)
+    )
+    against = next(iter(shown.values())).get("against", engines[0])
+    return draw(
+        "ratio",
+        f"Output throughput over {shorten(str(against))}'s",
+        f"One mark for each block, and at the right the ratio of all: {said}.",
+        paint,
+        x="block",
+        y=f"ratio; the band is 1 ± {100 * equivalence:g} %",
+        keys=[key(engines.index(label), label, line=False) for label in shown],
+        table=Table(("engine", "ratio", "low", "high", "p", "verdict", "blocks"), rows, f"Ratio to {against}"),
+    )
+
+
+def p_and_verdict(found: Mapping[str, Any]) -> tuple[str, str]:
+    return number(found.get("p_value")), str(found.get("verdict") or "–")

@@ -1,0 +1,78 @@
+"""Engines under what the machine can do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.typing import FillStyleType
+
+from experiments.canvas import GRID, INK, MUTED, PAPER, colour, draw, key, logarithmic, mark, marker
+from experiments.console import number
+from experiments.page import Drawing, Table
+
+
+def roofline(figures: Mapping[str, Mapping[str, Any]], dtype: str) -> Drawing | None:
+    """What each engine reached, under what the machine can do. None where that was not measured.
+
+    Over a time t with b bytes and f FLOP: mbu = b / (t · bandwidth) and mfu = f / (t · peak), so the point is at an intensity
+    f / b = mfu · peak / (mbu · bandwidth) and a speed mfu · peak.
+    """
+    limits = next((found["limits"] for found in figures.values() if found.get("limits")), None)
+    if not limits:
+        return None
+    best = lambda name: max(limits[when].get(name) or 0.0 for when in ("before", "after"))  # noqa: E731
+    bandwidth, peak = best("read_bytes_per_s"), best(f"{dtype}_flops_per_s")
+    if not bandwidth or not peak:
+        return None
+    found: list[tuple[int, str, str, float, float]] = []
+    for i, (label, mine) in enumerate(figures.items()):
+        for phase, prefix in (("whole run", ""), ("decode steps", "decode_"), ("steps with prompts", "prefill_")):
+            mbu, mfu = mine.get(f"{prefix}mbu"), mine.get(f"{prefix}mfu")
+            if mbu and mfu:
+                found.append((i, label, phase, mfu * peak / (mbu * bandwidth), mfu * peak))
+    if not found:
+        return None
+    knee = peak / bandwidth
+    fills: dict[str, FillStyleType] = {"whole run": "full", "decode steps": "none", "steps with prompts": "top"}
+
+    def paint(axes: Axes) -> None:
+        at = np.array([*(point[3] for point in found), knee])
+        x = np.geomspace(at.min() / 4, at.max() * 8, 60)
+        axes.plot(x, np.minimum(x * bandwidth, peak), color=INK, linewidth=1.6)
+        axes.axvline(knee, color=GRID, linewidth=1)
+        for i, _, phase, intensity, speed in found:
+            axes.plot(
+                [intensity],
+                [speed],
+                marker(i),
+                color=colour(i),
+                markersize=8,
+                gid=mark(i),
+                fillstyle=fills[phase],
+                markerfacecoloralt=PAPER,
+            )
+        axes.set_xlim(x[0], x[-1])
+        axes.set_ylim(min(point[4] for point in found) / 3, peak * 3)
+        logarithmic(axes, "x")
+        logarithmic(axes, "y")
+        axes.text(x[-1], peak * 1.15, f"{number(peak / 1e9)} GFLOP/s  ", color=MUTED, ha="right", va="bottom")
+
+    rows = [
+        (label, phase, number(intensity), number(speed / 1e9), f"{speed / min(intensity * bandwidth, peak):.1%}")
+        for _, label, phase, intensity, speed in found
+    ]
+    said = "; ".join(f"{row[0]}: {row[3]} GFLOP/s, {row[4]} of the roof" for row in rows if row[1] == "whole run")
+    return draw(
+        "roofline",
+        f"Roofline, {dtype}",
+        f"The roof is {number(bandwidth / 1e9)} GB/s up to {number(knee)} FLOP a byte, then {number(peak / 1e9)} GFLOP/s. "
+        f"Whole runs: {said}.",
+        paint,
+        x="FLOP a byte (full: all, hollow: decode steps, half: prompts)",
+        y=f"FLOP/s; the slope is {number(bandwidth / 1e9)} GB/s",
+        keys=[key(i, label, line=False) for i, label in enumerate(figures)],
+        table=Table(("engine", "phase", "FLOP a byte", "GFLOP/s", "of the roof"), rows, "Under the roofline"),
+    )

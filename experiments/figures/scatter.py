@@ -1,0 +1,63 @@
+"""Two figures against each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from experiments.canvas import BARS, PAPER, clean, colour, draw, key, logarithmic, mark, marker, stretch
+from experiments.console import number
+from experiments.page import Drawing, Table
+
+
+def scatter(
+    name: str,
+    title: str,
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    x: str,
+    y: str,
+    each: str,
+    names: Mapping[str, Sequence[str]] | None = None,
+) -> Drawing | None:
+    """Two figures of each `each`, as "block", one mark each; engine → (x, y). None without a point.
+
+    `names` of the points, by engine, are given where these are of different settings, whose middle would say nothing."""
+    shown = {label: clean(*pair) for label, pair in points.items()}
+    if not any(len(xs) for xs, _ in shown.values()):
+        return None
+
+    def paint(axes: Axes) -> None:
+        for i, (xs, ys) in enumerate(shown.values()):
+            axes.plot(xs, ys, marker(i), color=colour(i), markersize=6, markeredgecolor=PAPER, gid=mark(i), linestyle="none")
+        axes.grid(visible=True, axis="x")
+        axes.margins(0.12)
+        for which, side in (("x", 0), ("y", 1)):
+            if stretch(np.concatenate([pair[side] for pair in shown.values()])):
+                logarithmic(axes, which)
+
+    rows = [
+        (label, names[label][n] if names else str(n + 1), number(float(a)), number(float(b)))
+        for label, pair in points.items()
+        for n, (a, b) in enumerate(zip(*pair, strict=True))
+        if math.isfinite(a) and math.isfinite(b)
+    ]
+    middles = "; ".join(
+        f"{label}: {number(float(np.median(xs)))} {x} at {number(float(np.median(ys)))} {y}"
+        for label, (xs, ys) in shown.items()
+        if len(xs)
+    )
+    said = f"One mark for each {each}." + ("" if names else f" In the middle, {middles}.")
+    return draw(
+        name,
+        title,
+        said,
+        paint,
+        x=x,
+        y=y,
+        keys=[key(i, label, line=False) for i, label in enumerate(shown)],
+        table=Table(("engine", each, x, y), rows[: 4 * BARS], title),
+    )

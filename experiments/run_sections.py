@@ -1,0 +1,144 @@
+"""The sections of a run's report: each takes what a run has left, and has no content where that tells nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from experiments import timeline
+from experiments.console import FIGURES
+from experiments.figures.agreement import by_position, constant
+from experiments.figures.latency import distribution, samples_ms
+from experiments.figures.ratio import ratio
+from experiments.figures.roofline import roofline
+from experiments.figures.scatter import scatter
+from experiments.findings import text_of
+from experiments.page import Drawing, Section, known
+from experiments.records import read_kernels
+from experiments.results import RunFiles
+from experiments.run_rows import block_points, window_of
+from experiments.run_tables import agreement_tables, environment_table, figures_table, kernels_tables, profile_tables
+from experiments.statistics import Criteria
+
+LATENCIES = (
+    ("ttft", "Time to first token"),
+    ("tpot", "Time per output token"),
+    ("itl", "Inter-token latency"),
+    ("e2el", "End to end"),
+)
+POSITIONS = (
+    ("mean_abs_logprob_diff", "Log-probability difference", "mean |Δ log p|", 0.0, "the log-probabilities are equal"),
+    ("kld", "KL divergence", "nats", 0.0, "the distributions are equal"),
+    ("same_share", "Same token", "share of requests", 1.0, "the tokens are the same"),
+)
+"""Of the agreement by position: figure, title, unit, its value where engines are equal, and what to say then."""
+
+
+def sections(run: RunFiles, rows: pd.DataFrame, steps: pd.DataFrame, paced: bool) -> list[Section]:
+    """All that have content, in their order. Where arrivals set the pace, latency comes before the ratio."""
+    engines = list(run.engines)
+    compared = [ratio_section(run, engines), latency_section(rows, engines)]
+    every = [
+        figures_section(run),
+        Section(
+            "Kernels",
+            "Each native kernel alone, by the shape of the step.",
+            tables=kernels_tables(run.results.get("shapes") or {}),
+        ),
+        *(compared[::-1] if paced else compared),
+        blocks_section(rows, engines),
+        Section(
+            "Roofline",
+            "How far each engine is from what this machine was measured to be capable of.",
+            some(roofline(run.engines, str(run.results.get("dtype")))),
+        ),
+        *window_sections(rows, steps, engines),
+        Section(
+            "Where the time goes",
+            "The kernels that took most, each without those within it, in one more window that is counted nowhere else.",
+            tables=profile_tables(read_kernels(run.directory), engines),
+        ),
+        agreement_section(run.results, engines),
+        Section(
+            "Environment",
+            "What the numbers depend on, as far as the machine told.",
+            tables=[environment_table(run.environment)],
+            texts=known({"config.yaml": text_of(run.directory / "config.yaml")}),
+        ),
+    ]
+    return [section for section in every if section.drawings or any(table.rows for table in section.tables)]
+
+
+def figures_section(run: RunFiles) -> Section:
+    few = any(mine.get("unsupported") for mine in run.engines.values())
+    brackets = "In brackets: a percentile of fewer samples than it needs." if few else ""
+    return Section("Figures", brackets, tables=[figures_table(run.engines, FIGURES)])
+
+
+def ratio_section(run: RunFiles, engines: Sequence[str]) -> Section:
+    equivalence = (run.config.get("measure") or {}).get("equivalence") or Criteria.equivalence
+    return Section(
+        "Ratio",
+        "Engines take turns on the same requests; each block gives one ratio, and the interval is of the blocks.",
+        some(ratio(run.results.get("comparisons") or {}, engines, equivalence)),
+    )
+
+
+def latency_section(rows: pd.DataFrame, engines: Sequence[str]) -> Section:
+    drawings = some(*(distribution(name, title, samples_ms(rows, engines, name)) for name, title in LATENCIES))
+    return Section("Latency", "Of requests that went well, over all blocks.", drawings)
+
+
+def blocks_section(rows: pd.DataFrame, engines: Sequence[str]) -> Section:
+    drawing = scatter(
+        "throughput-latency",
+        "Throughput and latency of each block",
+        block_points(rows, engines),
+        x="output tokens/s",
+        y="median end to end, ms",
+        each="block",
+    )
+    return Section("Throughput against latency", "Up and to the left is worse: the same work, later.", some(drawing))
+
+
+def window_sections(rows: pd.DataFrame, steps: pd.DataFrame, engines: Sequence[str]) -> list[Section]:
+    """The first window of each engine: its batch, then its pages."""
+    until = max((times[-1] for times in window_of(rows, None)["times"] if len(times)), default=1.0)
+    windows = [(i, label, window_of(rows, label), window_of(steps, label)) for i, label in enumerate(engines)]
+    batches: list[Drawing | None] = []
+    for i, label, mine, its in windows:
+        batches += [timeline.timeline(mine, i, label, until), timeline.batch(its, mine, i, label, until)]
+    return [
+        Section(
+            "Continuous batch",
+            "One window of each engine, on one scale of time: when each request was sent, got its first token, and ended.",
+            some(*batches),
+        ),
+        Section(
+            "Pages",
+            "The KV cache in the same window.",
+            some(*(timeline.occupancy(its, mine, i, label, until) for i, label, mine, its in windows)),
+        ),
+    ]
+
+
+def agreement_section(results: Mapping[str, Any], engines: Sequence[str]) -> Section:
+    agreement = results.get("agreement") or {}
+    flat = [said for key, *_, same, said in POSITIONS if constant(agreement, key) == same]
+    drawings = some(
+        *(
+            by_position(agreement, engines, key, name, unit)
+            for key, name, unit, same, _ in POSITIONS
+            if constant(agreement, key) != same
+        )
+    )
+    intro = f"How far each engine is from {engines[0]} at each position of the output." if engines else ""
+    if flat:
+        intro += f" At every position {', '.join(flat)}."
+    return Section("Agreement", intro, drawings, agreement_tables(agreement, results.get("perplexity") or {}, engines))
+
+
+def some(*drawings: Drawing | None) -> list[Drawing]:
+    return [drawing for drawing in drawings if drawing is not None]

@@ -1,0 +1,153 @@
+"""The engine's end of `IsolatedEngine`: `python -m experiments.worker` holds one engine and answers commands on it.
+
+A peer's environment has no more than this module and the peer itself need. What else a command takes it imports by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib import import_module, util
+from typing import IO, Any
+
+from common.config import EngineConfig
+from common.errors import BackendError
+from common.interface import InferenceEngine, Progress
+from common.platform import peak_rss, rss
+from common.weights.checkpoint import open_checkpoint
+from experiments.drive import drive
+from experiments.frames import Message, read_frame, write_frame
+from experiments.peers import PEERS
+from experiments.profiled import profiled
+from experiments.workload import Item
+
+PROGRESS_PERIOD_S = 0.1
+
+
+def build(
+    name: str, model: str, config: EngineConfig, progress: Progress, options: Mapping[str, Any] | None = None
+) -> InferenceEngine:
+    """The engine `name`: another people's from `experiments.baselines`, with `options` of its own if it has any, else ours over
+    the backend of that name."""
+    checkpoint = open_checkpoint(model)
+    if name.isidentifier() and util.find_spec(f"experiments.baselines.{name}"):
+        try:
+            module = import_module(f"experiments.baselines.{name}")
+            own = {"options": module.Options(**options)} if options else {}
+            engine: InferenceEngine = module.build_engine(checkpoint, config, progress, **own)
+        except ModuleNotFoundError as error:
+            remedy = "make peers" if name in PEERS else "pip install -e '.[baselines]'"
+            raise BackendError(
+                f"engine={name} needs the package {error.name!r}, which is not installed. Run: {remedy}"
+            ) from error
+        return engine
+    from common.engine import build_engine
+
+    return build_engine(name, checkpoint, config, progress)
+
+
+def items_of(records: Sequence[Message]) -> list[Item]:
+    return [Item(**record | {"prompt": tuple(record["prompt"])}) for record in records]
+
+
+class Worker:
+    """The child's end: one engine and the commands on it."""
+
+    def __init__(self, output: IO[bytes]) -> None:
+        self._output = output
+        self._engine: InferenceEngine | None = None
+        self._last_progress = 0.0
+        self._stage_ended: float | None = None
+        """When the first stage of `build` was done: weights come first, then warm-up."""
+
+    def answer(self, message: Message) -> Message:
+        command = getattr(self, f"on_{message.pop('command')}")
+        return command(**message)
+
+    def on_load(self, name: str, model: str, config: Mapping[str, Any], options: Mapping[str, Any]) -> Message:
+        start = time.perf_counter()
+        self._engine = build(name, model, EngineConfig(**config), self.progress, options)
+        end = time.perf_counter()
+        loaded = self._stage_ended or end
+        stats = self._engine.stats()
+        pool = stats.get("kv_pool_bytes")
+        return {
+            "load_s": loaded - start,
+            "warmup_s": end - loaded,
+            "rss_mb": (rss() + stats.get("server_rss_bytes", 0)) / 2**20,
+            "peak_load_mb": (peak_rss() + stats.get("server_peak_rss_bytes", 0)) / 2**20,
+            "kv_pool_mb": None if pool is None else pool / 2**20,
+            "caps": asdict(self._engine.caps),
+        }
+
+    def on_run(self, items: list[Message], logprobs: int | None, concurrency: int | None) -> Message:
+        assert self._engine, "run before load"
+        self._engine.reset_prefix_cache()
+        return drive(self._engine, items_of(items), logprobs, concurrency).record()
+
+    def on_profile(self, name: str, items: list[Message]) -> Message:
+        assert self._engine, "profile before load"
+        self._engine.reset_prefix_cache()
+        profile = profiled(name, self._engine, items_of(items))
+        return profile.record() if profile else {}
+
+    def on_time_kernels(
+        self, name: str, model: str, config: Mapping[str, Any], shapes: list[list[Any]], passes: int
+    ) -> Message:
+        from experiments import kernels, pieces  # not in a peer's environment
+
+        steps = [kernels.Shape(*shape) for shape in shapes]
+        return pieces.time_kernels(name, open_checkpoint(model), EngineConfig(**config), steps, passes, self.progress)
+
+    def on_observe(self, what: str, **arguments: Any) -> Message:
+        from experiments import observe  # not in a peer's environment
+
+        assert self._engine, "observe before load"
+        answer: Message = getattr(observe, f"on_{what}")(self._engine, self.progress, **arguments)
+        return answer
+
+    def on_peak_rss_mb(self) -> Message:
+        server = self._engine.stats().get("server_peak_rss_bytes", 0) if self._engine else 0
+        return {"value": (peak_rss() + server) / 2**20}
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        now = time.perf_counter()
+        if done == total:
+            self._stage_ended = self._stage_ended or now
+        if done == total or now - self._last_progress >= PROGRESS_PERIOD_S:
+            self._last_progress = now
+            write_frame(self._output, {"progress": [done, total, what]})
+
+
+def serve() -> None:
+    """Answer commands until the parent is gone, even in the middle of one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes our input
+    output = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is a log, not an answer
+    commands: queue.SimpleQueue[Message] = queue.SimpleQueue()
+
+    def listen() -> None:
+        while (message := read_frame(sys.stdin.buffer)) is not None:
+            commands.put(message)
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
+    worker = Worker(output)
+    while True:
+        message = commands.get()
+        try:
+            answer = worker.answer(message)
+        except (Exception, SystemExit) as error:
+            answer = {"error": {"kind": type(error).__name__, "message": str(error), "trace": traceback.format_exc()}}
+        write_frame(output, answer)
+
+
+if __name__ == "__main__":
+    serve()
