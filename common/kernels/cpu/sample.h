@@ -397,10 +397,10 @@ inline void mask_row(float* x, int n, const uint32_t* bits) {
       for (int i = begin; i < n && i < begin + 32; ++i) x[i] = word >> (i - begin) & 1 ? x[i] : -INF;
 }
 
-// A logit under a bias, a repetition factor and a penalty. Each operation is rounded: none may be fused with another.
+// A logit under a bias, a repetition factor and a penalty.
 inline float edited(float x, const float values[3]) {
-  volatile float biased = x + values[0];
-  volatile float repeated = biased > 0 ? biased / values[1] : biased * values[1];
+  const float biased = x + values[0];
+  const float repeated = biased > 0 ? biased / values[1] : biased * values[1];
   return repeated - values[2];
 }
 
