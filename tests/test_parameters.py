@@ -1,5 +1,5 @@
-"""Every sampling parameter, through whole engines: each token and each logprob is what the NumPy judge makes of the engine's own
-logits."""
+"""Every sampling parameter, through whole engines: each token and each logprob is what the NumPy judge makes of the engine's
+own logits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MODEL = "tiny-llama"
 VOCAB = checkpoint(MODEL).config.vocab_size
 PAGES = 48
 SLACK = 1e-4
-"""Relative error of a weight: its logit, of up to 100 after a bias, is rounded a few times, and the sums as in test_sampling."""
+"""Relative error of a weight: its logit, of up to 100 after a bias, is rounded a few times, and so are sums."""
 EOS = (7,)
 
 
