@@ -24,7 +24,7 @@ from common.config import EngineConfig
 from common.engine import build_engine
 from common.errors import ConfigError, RequestError, TandemError, nearest_hint
 from common.interface import Progress
-from common.request import Request, SamplingParams, expect
+from common.request import Logprobs, Request, SamplingParams, expect
 from common.text.chat import ChatTemplate, Message
 from common.text.output import Delta, OutputText
 from common.text.tokenizer import Tokenizer, open_tokenizer
@@ -73,6 +73,8 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """For each token of the prompt: itself and the likeliest others, by id; None for the first, and unless asked for."""
 
 
 class LLM:
@@ -177,7 +179,13 @@ class LLM:
             expect(isinstance(given, SamplingParams), f"sampling_params must be SamplingParams, got {type(given).__name__}.")
         pairs = [self._tokens(i, prompt) for i, prompt in enumerate(prompts)]
         requests = [
-            Request(request_id=str(next(self._numbers)), prompt_token_ids=tuple(ids), params=params, eos_token_ids=self._eos)
+            Request(
+                request_id=str(next(self._numbers)),
+                prompt_token_ids=tuple(ids),
+                params=params,
+                eos_token_ids=self._eos,
+                bad_words=self.tokenizer.bad_words(params.bad_words),
+            )
             for (_, ids), params in zip(pairs, each, strict=True)
         ]
         return [text for text, _ in pairs], requests
@@ -260,22 +268,23 @@ class LLM:
         last = deltas[-1]
         token_ids = [token for delta in deltas for token in delta.token_ids]
         asked = request.params.logprobs is not None
-        scored = [(token, delta) for delta in deltas for token in delta.token_ids if delta.logprobs is not None]
+        scored = [(token, delta.logprobs) for delta in deltas for token in delta.token_ids if delta.logprobs is not None]
+        prompt = [each for delta in deltas[:1] for each in delta.prompt_logprobs or ()]
         completion = CompletionOutput(
             index=0,
             text="".join(delta.text for delta in deltas),
             token_ids=token_ids,
-            cumulative_logprob=sum(delta.logprobs.logprob for _, delta in scored if delta.logprobs) if asked else None,
-            logprobs=[self._logprobs(token, delta) for token, delta in scored] if asked else None,
+            cumulative_logprob=sum(found.logprob for _, found in scored) if asked else None,
+            logprobs=[self._logprobs(token, found) for token, found in scored] if asked else None,
             finish_reason=last.finish_reason,
             stop_reason=last.stop_reason,
             error=last.error,
         )
-        return RequestOutput(request.request_id, text, list(request.prompt_token_ids), [completion], finished=True)
+        ids = list(request.prompt_token_ids)
+        prompt_logprobs = [found and self._logprobs(token, found) for token, found in zip(ids, prompt, strict=False)] or None
+        return RequestOutput(request.request_id, text, ids, [completion], finished=True, prompt_logprobs=prompt_logprobs)
 
-    def _logprobs(self, token: int, delta: Delta) -> dict[int, Logprob]:
-        found = delta.logprobs
-        assert found is not None
+    def _logprobs(self, token: int, found: Logprobs) -> dict[int, Logprob]:
         ranked = [(token, found.logprob, found.rank)]
         ranked += [
             (i, p, rank) for rank, (i, p) in enumerate(zip(found.top_ids, found.top_logprobs, strict=True), 1) if i != token
@@ -311,6 +320,10 @@ _SAMPLING = {
     "top_k": (int, "keep the k likeliest tokens"),
     "top_p": (float, "keep the likeliest tokens that reach this probability together"),
     "min_p": (float, "keep tokens at least this many times as likely as the likeliest"),
+    "min_tokens": (int, "output tokens before one may end the text"),
+    "presence_penalty": (float, "taken off the logit of a token that came up"),
+    "frequency_penalty": (float, "taken off it each time"),
+    "repetition_penalty": (float, "above 1, tokens of prompt and output become less likely"),
 }
 
 

@@ -29,9 +29,10 @@ from common.config import Cache, Schedule
 from common.errors import BackendError
 from common.interface import Caps, Result
 from common.request import Logprobs, Request, Status, TokenEvent, expect
-from common.schedule.batch import Batch
+from common.schedule.batch import Batch, Want
+from common.schedule.edits import Edits
 from common.schedule.pages import PageKey, PagePool, next_key
-from common.schedule.rows import Rows
+from common.schedule.rows import Change, Rows, Score
 
 MAX_STRIKES = 3
 """Raising steps in a row, without a token between them, after which a request is given up."""
@@ -51,6 +52,10 @@ class Sequence:
     """Tokens the host knows."""
     stops: dict[int, int | None]
     """Tokens that end it -> the reason to report: None for EOS."""
+    edits: Edits | None = None
+    """What it asks of its logits; None if nothing."""
+    scores: list[Logprobs | None] | None = None
+    """Of its prompt's tokens, as far as they are known; None if nobody asked."""
     status: Status = Status.WAITING
     output: list[int] = field(default_factory=list)
     row: int = -1
@@ -72,6 +77,11 @@ class Sequence:
     def left(self) -> int:
         """Tokens to compute before the next can be sampled."""
         return self.known + self.pending - self.computed
+
+    @property
+    def scoring(self) -> bool:
+        """Whether tokens of its prompt are still to be scored."""
+        return self.scores is not None and len(self.scores) < len(self.request.prompt_token_ids)
 
     def tokens(self) -> np.ndarray:
         """All that the host knows: prompt and output, int32[known]."""
@@ -168,13 +178,16 @@ class Scheduler:
             f"{self.block_size} tokens; ask for at most {limit} or raise num_blocks.",
         )
         eos = () if params.ignore_eos else request.eos_token_ids
+        stops: dict[int, int | None] = {**{token: token for token in params.stop_token_ids}, **dict.fromkeys(eos)}
         seq = Sequence(
             request=request,
             number=self.num_requests,
             max_tokens=max_tokens,
             seed=mix64(self.seed, self.num_requests) if params.seed is None else params.seed,
             known=prompt_len,
-            stops={**{token: token for token in params.stop_token_ids}, **dict.fromkeys(eos)},
+            stops=stops,
+            edits=Edits.of(request, stops, self.caps.vocab_size),
+            scores=None if params.prompt_logprobs is None else [None],
         )
         self.num_requests += 1
         self.live[name] = self.waiting[seq.number] = seq
@@ -213,7 +226,8 @@ class Scheduler:
         decodes, chunks = self._continue()
         admitted: list[tuple[Sequence, int]] = []
         if self.num_preemptions == preemptions:
-            admitted = self._admit(self.budget - len(decodes) - sum(count for _, count in chunks))
+            logit_rows = self.caps.max_seqs - len(self.running) - sum(count - 1 for seq, count in chunks if seq.scoring)
+            admitted = self._admit(self.budget - len(decodes) - sum(count for _, count in chunks), logit_rows)
         started = tuple(seq.request.request_id for seq, _ in admitted if seq.admissions == 1)
         chunks += admitted
         self._fit_bucket(len(decodes), chunks)
@@ -230,15 +244,24 @@ class Scheduler:
                 break  # preempted just now, and so is everyone younger
             if seq.known + seq.pending - seq.computed > 1:
                 prefills.append(seq)
+            elif seq.pending and seq.edits is not None and seq.edits.follow:
+                continue  # what its next logits become depends on a token in flight
             elif len(seq.output) + seq.pending < seq.max_tokens and self._has_page(seq):
                 decodes.append(seq)
         budget, chunks = self.budget - len(decodes), []
+        logit_rows = self.caps.max_seqs - len(self.running)  # beside one for each
         for seq in prefills:
-            count = min(seq.left, budget, self.chunk)
+            count = self._chunk_of(seq, budget, 1 + logit_rows)
             if count and seq.status is Status.RUNNING:
                 chunks.append((seq, count))
                 budget -= count
+                logit_rows -= count - 1 if seq.scoring else 0
         return decodes, chunks
+
+    def _chunk_of(self, seq: Sequence, budget: int, logit_rows: int) -> int:
+        """How many tokens of a sequence to run: where its prompt is scored, every token takes a logit row."""
+        count = min(seq.left, budget, self.chunk)
+        return min(count, logit_rows) if seq.scoring else count
 
     def _has_page(self, seq: Sequence) -> bool:
         """Make sure of a page for the next token, preempting the youngest as long as it takes; False if it must wait."""
@@ -255,7 +278,7 @@ class Scheduler:
         seq.pages += page
         return True
 
-    def _admit(self, budget: int) -> list[tuple[Sequence, int]]:
+    def _admit(self, budget: int, logit_rows: int) -> list[tuple[Sequence, int]]:
         """Waiting requests in arrival order, each with pages for all its tokens, until one does not fit.
 
         One that still has a step in flight is passed over and keeps its place: its next tokens depend on that step's result.
@@ -264,7 +287,7 @@ class Scheduler:
             self._form_batch()
         chunks: list[tuple[Sequence, int]] = []
         for seq in self._queue(len(self.rows.free)):
-            if budget == 0 or not self.rows.free:
+            if budget == 0 or logit_rows == 0 or not self.rows.free:
                 break
             if seq.in_flight:
                 continue
@@ -284,9 +307,10 @@ class Scheduler:
             (self.preempted if seq.status is Status.PREEMPTED else self.waiting).pop(seq.number)
             seq.status = Status.RUNNING
             insort(self.running, seq, key=lambda s: s.number)
-            count = min(seq.left, budget, self.chunk)
+            count = self._chunk_of(seq, budget, logit_rows)
             chunks.append((seq, count))
             budget -= count
+            logit_rows -= count if seq.scoring else 1
         return chunks
 
     def _queue(self, limit: int) -> Iterator[Sequence]:
@@ -315,12 +339,12 @@ class Scheduler:
 
     def _may_split(self, seq: Sequence) -> bool:
         """Whether a step may compute a part of its prompt. Without chunked prefill only where no step could hold all of it:
-        where a request was preempted after its output had made it that long."""
-        return self.chunked_prefill or seq.known > self.budget
+        where a request was preempted after its output had made it that long, or where its prompt is scored."""
+        return self.chunked_prefill or seq.known > self.budget or seq.scoring
 
     def _lookup(self, seq: Sequence) -> list[int]:
         """Cached pages of its prefix, looked up anew at every attempt. The last token is always left to compute."""
-        if not self.prefix_caching:
+        if not self.prefix_caching or seq.scoring:
             return []
         full, size = (seq.known - 1) // self.block_size, self.block_size
         if len(seq.keys) < full:
@@ -344,6 +368,8 @@ class Scheduler:
     def _commit(self, plan: list[tuple[Sequence, int]], started: tuple[str, ...]) -> Step:
         """Advance every sequence of the plan, as of now, and pack the step."""
         rows, starts, counts, samples, fills = [], [], [], [], []
+        scores: list[Score] = []
+        changes: dict[int, Change] = {}
         for i, (seq, count) in enumerate(plan):
             end = seq.computed + count
             rows.append(seq.row)
@@ -351,12 +377,17 @@ class Scheduler:
             counts.append(count)
             if end > seq.known:
                 fills.append(i)
+            if seq.scoring:
+                scores += _scores(i, seq, end)
             if end == seq.known + seq.pending:
                 samples.append(i)
+                if seq.edits is not None:
+                    edits = seq.edits.at(seq.output, len(seq.output) + seq.pending)
+                    changes[i] = Change(*edits, seq.edits.allowed)
                 seq.pending += 1
             seq.computed = end
             seq.in_flight += 1
-        return Step([seq for seq, _ in plan], self.rows.build(rows, starts, counts, samples, fills), started)
+        return Step([seq for seq, _ in plan], self.rows.build(rows, starts, counts, samples, fills, scores, changes), started)
 
     # ── one step: its result ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -365,6 +396,9 @@ class Scheduler:
         batch, events = step.batch, []
         tokens, starts, ends = result.tokens.tolist(), result.token_starts.tolist(), batch.kv_lengths.tolist()
         bad = set() if result.finite.all() else set(batch.logit_owner[~result.finite].tolist())
+        places = np.flatnonzero(batch.want & Want.SAMPLE).tolist()  # of the tokens among the logit rows
+        if batch.score_ids is not None:
+            _take_scores(step, result, bad)
         for i, seq in enumerate(step.seqs):
             seq.in_flight -= 1
             if i in bad and not seq.status.finished:
@@ -374,7 +408,7 @@ class Scheduler:
             for j in range(starts[i], starts[i + 1]):
                 if seq.status.finished:
                     break  # just now, or while this step was in flight
-                events.append(self._append(seq, result, j, tokens[j], time))
+                events.append(self._append(seq, result, places[j], tokens[j], time))
             if not seq.in_flight and seq.row >= 0 and seq.status is not Status.RUNNING:
                 self.leaving.remove(seq)
                 self._give_back(seq)
@@ -399,13 +433,15 @@ class Scheduler:
         seq.keys.append(next_key(self.pool.secret, parent, tokens.tobytes(), seq.request.cache_salt))
 
     def _append(self, seq: Sequence, result: Result, j: int, token: int, time: float) -> TokenEvent:
-        """Give a sequence the step's token j, and end it if that was its last."""
+        """Give a sequence the token of logit row j, and end it if that was its last."""
         params = seq.request.params
         seq.output.append(token)
         self.rows.tokens[seq.row, seq.known] = token
         seq.known += 1
         seq.pending -= 1
         seq.strikes = 0
+        if seq.edits is not None:
+            seq.edits.append(token)
         finish, stop_reason = None, None
         if token in seq.stops and len(seq.output) >= params.min_tokens:
             finish, stop_reason = Status.FINISHED_STOP, seq.stops[token]
@@ -414,7 +450,8 @@ class Scheduler:
         if finish:
             self._finish(seq, finish)
         logprobs = None if params.logprobs is None else logprobs_of(result, j, params.logprobs)
-        return TokenEvent(seq.request.request_id, token, time, logprobs, finish, stop_reason)
+        prompt_logprobs = seq.scores if len(seq.output) == 1 else None
+        return TokenEvent(seq.request.request_id, token, time, logprobs, finish, stop_reason, prompt_logprobs=prompt_logprobs)
 
     def _spoil(self, seq: Sequence, time: float) -> TokenEvent:
         """End a sequence whose logits are not finite, and withdraw its pages: whatever is wrong may be in any of them."""
@@ -457,8 +494,27 @@ class Scheduler:
         seq.row, seq.pages, seq.computed, seq.published, seq.pending = -1, [], 0, 0, 0
 
 
+def _scores(i: int, seq: Sequence, end: int) -> list[Score]:
+    """What the step in which it is sequence i, and comes to `end`, is to report on its prompt."""
+    known, k = len(seq.scores or ()), seq.request.params.prompt_logprobs or 0
+    first, stop = max(seq.computed, known - 1), min(end, len(seq.request.prompt_token_ids) - 1)
+    return [Score(i, first, stop, k)] if first < stop else []
+
+
+def _take_scores(step: Step, result: Result, bad: set[int]) -> None:
+    """Add what a step reports on prompts to what is known of them, in order."""
+    owner = step.batch.logit_owner.tolist()
+    for row in np.flatnonzero(step.batch.want & Want.SCORE).tolist():
+        seq = step.seqs[owner[row]]
+        if owner[row] not in bad and seq.scores is not None:
+            seq.scores.append(logprobs_of(result, row, seq.request.params.prompt_logprobs or 0))
+
+
 def logprobs_of(result: Result, j: int, k: int) -> Logprobs:
-    """What a result says about its token j, with the k likeliest. The runner reports logprobs in every step that wants any."""
+    """What a result says about the token of logit row j, with the k likeliest.
+
+    The runner reports logprobs in every step that wants any.
+    """
     if result.logprobs is None or result.ranks is None:
         raise BackendError("A request wanted logprobs, and the runner reported none.")
     top_ids, top_logprobs = (), ()
