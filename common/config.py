@@ -167,6 +167,8 @@ class EngineConfig:
     """Longest prompt + output; None takes the model's own limit, capped at 4,096."""
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
+    max_waiting: int | None = None
+    """Requests that may wait; while as many do, further ones are refused with `QueueFullError`. None: no limit."""
     schedule: Schedule = "continuous"
     """`continuous`: a request joins as soon as there is room. `static`: once all of the batch before it have ended."""
     cache: Cache = "paged"
@@ -200,7 +202,12 @@ class EngineConfig:
                 isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
                 f"{name} must be an integer in [{low}, {high}], got {value!r}.",
             )
-        for name, low, high in (("num_blocks", 2, 1 << 40), ("max_model_len", 2, 1 << 30), ("threads", 1, 1024)):
+        for name, low, high in (
+            ("num_blocks", 2, 1 << 40),
+            ("max_model_len", 2, 1 << 30),
+            ("max_waiting", 1, 1 << 30),
+            ("threads", 1, 1024),
+        ):
             value = getattr(self, name)
             expect(
                 value is None or (isinstance(value, int) and not isinstance(value, bool) and low <= value <= high),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -59,15 +60,17 @@ class StepRecord(NamedTuple):
 
 class Engine(InferenceEngine):
     """Continuous batching over one runner that is loaded, allocated and warmed up. `num_pages` counts the null page; it may be
-    less than the runner has. The engine owns the runner: `close` closes it.
+    less than the runner has. The engine owns the runner: `close` closes it. Deadlines are held against `clock`.
     """
 
     step_log: list[StepRecord] | None = None
     """Set it to a list, and every step that lands is appended; whoever sets it sees to its growth."""
 
-    def __init__(self, runner: ModelRunner, config: EngineConfig, *, num_pages: int) -> None:
+    def __init__(
+        self, runner: ModelRunner, config: EngineConfig, *, num_pages: int, clock: Callable[[], float] = perf_counter
+    ) -> None:
         limit = min(config.max_model_len or runner.caps.max_model_len, runner.caps.max_model_len)
-        self.runner, self.config = runner, config
+        self.runner, self.config, self._clock = runner, config, clock
         self.scheduler = Scheduler(
             runner.caps,
             num_pages=num_pages,
@@ -80,6 +83,7 @@ class Engine(InferenceEngine):
             cache=config.cache,
             prefix_caching=config.enable_prefix_caching,
             chunked_prefill=config.enable_chunked_prefill,
+            max_waiting=config.max_waiting,
             seed=config.seed,
         )
         self._caps = replace(runner.caps, max_model_len=limit, max_seqs=self.scheduler.max_num_seqs)
@@ -96,6 +100,10 @@ class Engine(InferenceEngine):
 
     def add(self, request: Request) -> None:
         vocab, name = self.caps.vocab_size, request.request_id
+        n = request.params.n
+        expect(
+            n == 1, f"Request {name!r}: an engine continues a prompt once, got n={n}; add what fan_out makes of the request."
+        )
         listed: list[tuple[str, Any]] = [
             ("prompt_token_ids", request.prompt_token_ids),
             ("stop_token_ids", request.params.stop_token_ids),
@@ -114,6 +122,8 @@ class Engine(InferenceEngine):
     def step(self, timeout: float | None = None) -> list[TokenEvent]:
         """One step: up to `caps.depth` others stay in flight. `timeout` is for engines that wait; this one computes."""
         begin, device = perf_counter(), self._device_seconds
+        for name in self.scheduler.expire(self._clock()):
+            self._events.append(TokenEvent(name, None, begin, finish=Status.FINISHED_TIMEOUT))
         try:
             step = self.scheduler.schedule()
         except BaseException:  # Ctrl-C above all: requests may have been moved on for a step that will never land
@@ -176,7 +186,7 @@ class Engine(InferenceEngine):
         return record._replace(
             prompt_tokens=int(record.counts[prefills].sum()),
             running=len(scheduler.running),
-            waiting=len(scheduler.waiting) + len(scheduler.preempted),
+            waiting=len(scheduler.waiting),
             pages_used=used,
             pages_total=total,
             pages_empty=sum(len(seq.pages) - -(-seq.computed // size) for seq in scheduler.running),
@@ -184,7 +194,7 @@ class Engine(InferenceEngine):
         )
 
     def _start_over(self, suspects: list[Sequence]) -> list[str]:
-        """Everyone waits again and keeps the emitted tokens; returns the ids of suspects that end instead."""
+        """Everyone waits again and keeps the emitted tokens; returns the ids of suspects that end instead, as the guilty."""
         self._in_flight.clear()
         self._counters["num_resets"] += 1
         failed = self.scheduler.recover(suspects)
@@ -193,13 +203,18 @@ class Engine(InferenceEngine):
 
     def _recover(self, step: Step, error: BaseException) -> None:
         """A step raised: the runner's pages and rows are undefined. Start over with every request, all tokens kept."""
-        failed = self._start_over(step.seqs if isinstance(error, Exception) else [])
+        steps = [step, *(step for step, _, _ in self._in_flight)] if isinstance(error, Exception) else []
+        failed = self._start_over(list(dict.fromkeys(seq for step in steps for seq in step.seqs)))
         now = perf_counter()
-        message = f"The steps of this request keep raising: {type(error).__name__}: {error}"
+        message = f"The steps with this request keep raising: {type(error).__name__}: {error}"
         self._events += [TokenEvent(name, None, now, finish=Status.FINISHED_ERROR, error=message) for name in failed]
         if not isinstance(error, Exception):
             raise error
         log.warning("A step of %d requests raised; starting over with all of them.", len(step.seqs), exc_info=error)
+
+    def drain(self) -> None:
+        """From now on `add` raises `DrainingError`; what was added before goes on to its end. Idempotent."""
+        self.scheduler.draining = True
 
     def abort(self, request_id: str) -> bool:
         return self._end(request_id, Status.FINISHED_ABORT, None)
@@ -232,7 +247,7 @@ class Engine(InferenceEngine):
             "host_seconds": self._host_seconds,
             "device_seconds": self._device_seconds,
             "num_running": len(scheduler.running),
-            "num_waiting": len(scheduler.waiting) + len(scheduler.preempted),
+            "num_waiting": len(scheduler.waiting),
             "kv_cache_usage": 1 - pool.num_free / max(pool.num_pages - 1, 1),
             "kv_pool_bytes": pool.num_pages * sum(group.page_bytes for group in self.runner.kv_groups()),
             "compilations": self.runner.compilations,

@@ -22,6 +22,14 @@ class RequestError(TandemError, ValueError):
     """A request that can never be served as it stands: refused at the door, before anything is allocated."""
 
 
+class QueueFullError(RequestError):
+    """A request that could be served, but not now: too many wait before it. A server answers 429."""
+
+
+class DrainingError(RequestError):
+    """A request that came after `drain`: another engine may serve it. A server answers 503."""
+
+
 class BackendError(TandemError, RuntimeError):
     """A backend cannot do what was asked of it on this machine."""
 

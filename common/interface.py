@@ -238,7 +238,7 @@ class InferenceEngine(ABC):
 
     @abstractmethod
     def add(self, request: Request) -> None:
-        """Queue a request. Raises `RequestError` if it can never be served; nothing changes then."""
+        """Queue a request. Raises `RequestError` if it cannot be served, `QueueFullError` if not now; nothing changes then."""
 
     @abstractmethod
     def step(self, timeout: float | None = None) -> list[TokenEvent]:

@@ -24,7 +24,7 @@ from common.config import EngineConfig
 from common.engine import build_engine
 from common.errors import ConfigError, RequestError, TandemError, nearest_hint
 from common.interface import Progress
-from common.request import Logprobs, Request, SamplingParams, expect
+from common.request import Logprobs, Request, SamplingParams, expect, fan_out
 from common.text.chat import ChatTemplate, Message
 from common.text.output import Delta, OutputText
 from common.text.tokenizer import Tokenizer, open_tokenizer
@@ -72,6 +72,7 @@ class RequestOutput:
     """None where the prompt came as token ids."""
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
+    """`SamplingParams.n` of them, by index."""
     finished: bool
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     """For each token of the prompt: itself and the likeliest others, by id; None for the first, and unless asked for."""
@@ -112,10 +113,19 @@ class LLM:
         """
         many = [prompts] if _is_one(prompts) else list(prompts)
         texts, requests = self._requests(many, sampling_params)
-        self._run(requests, use_tqdm)
+        fans = [fan_out(request) for request in requests]
+        self._run([each for fan in fans for each in fan], use_tqdm)
+        deltas = [[self._deltas.pop(each.request_id) for each in fan] for fan in fans]
         return [
-            self._output(text, request, self._deltas.pop(request.request_id))
-            for text, request in zip(texts, requests, strict=True)
+            RequestOutput(
+                request_id=request.request_id,
+                prompt=text,
+                prompt_token_ids=list(request.prompt_token_ids),
+                outputs=[self._output(i, request, each) for i, each in enumerate(mine)],
+                finished=True,
+                prompt_logprobs=self._prompt_logprobs(request, mine[0]),
+            )
+            for text, request, mine in zip(texts, requests, deltas, strict=True)
         ]
 
     def chat(
@@ -148,6 +158,7 @@ class LLM:
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Delta]:
         """Continue one prompt token by token. Several streams may be read in turn; leaving one early aborts its request."""
         _, (request,) = self._requests([prompt], sampling_params)
+        expect(request.params.n == 1, f"A stream has one continuation, got n={request.params.n}; use generate, or n streams.")
         return self._stream(request)
 
     def close(self) -> None:
@@ -264,14 +275,13 @@ class LLM:
                     self._step()
         del self._deltas[name]
 
-    def _output(self, text: str | None, request: Request, deltas: Sequence[Delta]) -> RequestOutput:
+    def _output(self, index: int, request: Request, deltas: Sequence[Delta]) -> CompletionOutput:
         last = deltas[-1]
         token_ids = [token for delta in deltas for token in delta.token_ids]
         asked = request.params.logprobs is not None
         scored = [(token, delta.logprobs) for delta in deltas for token in delta.token_ids if delta.logprobs is not None]
-        prompt = [each for delta in deltas[:1] for each in delta.prompt_logprobs or ()]
-        completion = CompletionOutput(
-            index=0,
+        return CompletionOutput(
+            index=index,
             text="".join(delta.text for delta in deltas),
             token_ids=token_ids,
             cumulative_logprob=sum(found.logprob for _, found in scored) if asked else None,
@@ -280,9 +290,13 @@ class LLM:
             stop_reason=last.stop_reason,
             error=last.error,
         )
-        ids = list(request.prompt_token_ids)
-        prompt_logprobs = [found and self._logprobs(token, found) for token, found in zip(ids, prompt, strict=False)] or None
-        return RequestOutput(request.request_id, text, ids, [completion], finished=True, prompt_logprobs=prompt_logprobs)
+
+    def _prompt_logprobs(self, request: Request, deltas: Sequence[Delta]) -> list[dict[int, Logprob] | None] | None:
+        scored = deltas[0].prompt_logprobs
+        if scored is None:
+            return None
+        pairs = zip(request.prompt_token_ids, scored, strict=True)
+        return [None if found is None else self._logprobs(token, found) for token, found in pairs]
 
     def _logprobs(self, token: int, found: Logprobs) -> dict[int, Logprob]:
         ranked = [(token, found.logprob, found.rank)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from math import inf
 from typing import Any, Self
@@ -12,6 +12,7 @@ from common.errors import RequestError, nearest_hint
 
 MAX_LOGPROBS = 20
 MAX_BIAS = 100.0
+MAX_N = 64
 GREEDY_EPSILON = 1e-5
 """Temperatures below this are greedy."""
 
@@ -55,6 +56,8 @@ class SamplingParams:
     the token is 0.
     """
 
+    n: int = 1
+    """Continuations of the prompt; see `fan_out`."""
     max_tokens: int | None = 16
     """Output tokens at most; None fills the context."""
     min_tokens: int = 0
@@ -151,6 +154,8 @@ class SamplingParams:
             expect(all(_whole(t, 0, 2**31 - 1) for t in value), f"{name} must hold token ids ≥ 0, got {value!r}.")
         expect(self.allowed_token_ids != (), "allowed_token_ids must not be empty; None allows all.")
         put("top_k", 0 if self.top_k == -1 else self.top_k)
+        expect(_whole(self.n, 1, MAX_N), f"n must be an integer in [1, {MAX_N}], got {self.n!r}.")
+        expect(self.n == 1 or not self.greedy, f"n must be 1 where temperature is 0: all {self.n} continuations were the same.")
 
     @property
     def greedy(self) -> bool:
@@ -166,7 +171,7 @@ class SamplingParams:
 
 
 class Status(Enum):
-    """`WAITING → RUNNING ⇄ PREEMPTED`, and from any of them to one terminal state."""
+    """`WAITING → RUNNING ⇄ PREEMPTED`, and from any of them to one terminal state (`leads_to`)."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -179,7 +184,14 @@ class Status(Enum):
 
     @property
     def finished(self) -> bool:
-        return self not in (Status.WAITING, Status.RUNNING, Status.PREEMPTED)
+        return self not in _NEXT
+
+    def leads_to(self, other: Status) -> bool:
+        """Whether a request may go from this state to `other`. From an end there is no way on."""
+        return not self.finished and (other.finished or other is _NEXT[self])
+
+
+_NEXT = {Status.WAITING: Status.RUNNING, Status.RUNNING: Status.PREEMPTED, Status.PREEMPTED: Status.RUNNING}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +206,14 @@ class Request:
     """`params.bad_words` as token ids, from whoever has the tokenizer (`Tokenizer.bad_words`)."""
     cache_salt: str = ""
     """Requests share cached pages only with requests of the same salt."""
+    priority: int = 0
+    """Lower runs first and is preempted last; who has the same is served in order of arrival."""
+    deadline: float | None = None
+    """When it ends with `FINISHED_TIMEOUT` if it has not ended before, whether it runs or waits; on the clock of
+    `time.perf_counter`, so that what is spent before `add` counts too."""
+    parent: str | None = None
+    """The id of a live request with the same prompt and salt: this one starts from its pages once they are written, instead of
+    computing the prompt anew. Where there is no such request, or it leaves them before that, this one goes by itself."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt_token_ids", tuple(self.prompt_token_ids))
@@ -206,6 +226,32 @@ class Request:
             bool(self.bad_words) or not self.params.bad_words,
             f"Request {self.request_id!r}: bad_words are texts, and this request brings no tokens for them.",
         )
+        expect(
+            _whole(self.priority, -(2**63), 2**63 - 1),
+            f"Request {self.request_id!r}: priority must be an integer of 64 bits, got {self.priority!r}.",
+        )
+        expect(
+            self.deadline is None or _real(self.deadline, -1e15, 1e15),
+            f"Request {self.request_id!r}: deadline must be a finite number of seconds or None, got {self.deadline!r}.",
+        )
+
+
+def fan_out(request: Request) -> list[Request]:
+    """The requests for `n` continuations of one prompt: `<id>-<i>`, with seed + i where there is one, the first the parent of
+    the others, which alone has the prompt scored. An engine takes these; one continuation is the request itself."""
+    name, params = request.request_id, request.params
+    if params.n == 1:
+        return [request]
+    seeds = [None if params.seed is None else (params.seed + i) % 2**64 for i in range(params.n)]
+    return [
+        replace(
+            request,
+            request_id=f"{name}-{i}",
+            params=replace(params, n=1, seed=seed, prompt_logprobs=None if i else params.prompt_logprobs),
+            parent=f"{name}-0" if i else request.parent,
+        )
+        for i, seed in enumerate(seeds)
+    ]
 
 
 @dataclass(frozen=True)

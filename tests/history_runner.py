@@ -8,7 +8,7 @@ from the request alone. All arithmetic is in unsigned 64-bit integers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,9 +49,9 @@ def sampling_code(temperature: float, top_k: int, top_p: float, min_p: float, se
 class HistoryRunner(ModelRunner):
     """`violations` lists what a correct engine never makes it do.
 
-    Faults: `fail_submit` and `fail_result` are raised once, at the next chance; `fail_token` makes every step raise that holds
-    it; `faults` counts what was raised. Logits after `nan_token` are not finite. With `batches` set to a list, every batch is
-    kept in it.
+    Faults: `fail_submit` and `fail_result` are raised once, at the next chance; every step raises what `poison_of` finds in it,
+    and does so in its result if `fails_late`; `faults` counts what was raised. Logits after `nan_token` are not finite. With
+    `batches` set to a list, every batch is kept in it.
     """
 
     def __init__(
@@ -82,7 +82,8 @@ class HistoryRunner(ModelRunner):
         self.violations: list[str] = []
         self.fail_submit: BaseException | None = None
         self.fail_result: BaseException | None = None
-        self.fail_token: int | None = None
+        self.poison_of: Callable[[Batch], BaseException | None] = lambda batch: None
+        self.fails_late = False
         self.faults = 0
         self.batches: list[Batch] | None = None
         self._odd = np.arange(1, 1 << 17, 2, dtype=np.uint64)
@@ -137,16 +138,21 @@ class HistoryRunner(ModelRunner):
         """Runs at once; what the engine cannot know before `result` it does not get before."""
         if self.batches is not None:
             self.batches.append(batch)
-        if self.fail_token is not None and (batch.token_ids == self.fail_token).any():
-            self.fail_submit = RuntimeError(f"token {self.fail_token} is poison")
-        if self.fail_submit is not None:
-            error, self.fail_submit = self.fail_submit, None
+        poison = self.poison_of(batch)
+        self._maybe_raise(self.fail_submit or (None if self.fails_late else poison))
+        return _Done(self, self._run(batch), poison)
+
+    def _maybe_raise(self, error: BaseException | None) -> None:
+        if error is not None:
+            self.fail_submit = self.fail_result = None
             self.faults += 1
             raise error
-        return _Done(self, self._run(batch))
 
     def _run(self, batch: Batch) -> Result:
         size, vocab = self.block_size, self._caps.vocab_size
+        sources, targets = batch.copies[0].T
+        for kept in (self.chain.reshape(-1, size), self.at.reshape(-1, size)):
+            kept[targets] = kept[sources]
         rows, starts, kv_lengths = batch.rows, batch.query_starts[:-1], batch.kv_lengths
         table, slots, positions = batch.page_table[0], batch.slots[0], batch.positions
         tokens = batch.token_ids.astype(np.uint64)
@@ -222,14 +228,11 @@ class HistoryRunner(ModelRunner):
 
 
 class _Done(Pending):
-    def __init__(self, runner: HistoryRunner, result: Result) -> None:
-        self._runner, self._result = runner, result
+    def __init__(self, runner: HistoryRunner, result: Result, poison: BaseException | None) -> None:
+        self._runner, self._result, self._poison = runner, result, poison
 
     def result(self) -> Result:
-        if self._runner.fail_result is not None:
-            error, self._runner.fail_result = self._runner.fail_result, None
-            self._runner.faults += 1
-            raise error
+        self._runner._maybe_raise(self._runner.fail_result or self._poison)
         return self._result
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from common.config import Cache, EngineConfig
 from common.engine import Engine, shared_pages
-from common.errors import RequestError
+from common.errors import DrainingError, QueueFullError, RequestError
 from common.request import Request, SamplingParams, Status, TokenEvent
 from common.schedule.batch import Batch
 from common.schedule.scheduler import Scheduler, Sequence, mix64
@@ -49,25 +49,30 @@ def check_pages(scheduler: Scheduler) -> None:
     listed = {page: digest for digest, pages in pool.cached.items() for page in pages}
     keyed = {page: key.digest for page, key in enumerate(pool.keys) if key is not None}
     require(listed == keyed, "the prefix cache lists other pages than have keys")
-    if scheduler.prefix_caching:
-        check_sharing(scheduler)
-    else:
-        require(not keyed and max(held.values(), default=1) == 1, "pages are shared although prefix caching is off")
+    if scheduler.trials:
+        require(set(scheduler.running) <= set(scheduler.trials[-1]), "a request runs beside those on trial")
+    require(scheduler.prefix_caching or not keyed, "a page is published although prefix caching is off")
+    relatives = scheduler.num_forks or scheduler.prefix_caching
+    require(
+        relatives or max(held.values(), default=1) == 1, "pages are shared although nobody forked and prefix caching is off"
+    )
+    check_sharing(scheduler)
 
 
 def check_sharing(scheduler: Scheduler) -> None:
-    """A page in two tables stands at the same place in both, is published, and holds the same tokens of the same salt (P4)."""
+    """A page in two tables stands at the same place in both, is written, and holds the same tokens of the same salt (P4)."""
     size, pool = scheduler.block_size, scheduler.pool
     contents: dict[int, tuple[int, str, tuple[int, ...]]] = {}
     for seq in scheduler.running:
         tokens = (*seq.request.prompt_token_ids, *seq.output)
         for i, page in enumerate(seq.pages):
             shared = pool.refs[page] > 1
-            if i >= seq.published:
+            if (i + 1) * size > seq.landed:
+                require(i >= seq.published, "a page was published before it was written")
                 require(not shared, "a page is shared that one of its holders may still write")
                 continue
             content = (i, seq.request.cache_salt, tokens[: (i + 1) * size])
-            require(len(content[2]) == (i + 1) * size, "a page was published before the host knows its tokens")
+            require(len(content[2]) == (i + 1) * size, "a page was written before the host knows its tokens")
             require(
                 contents.setdefault(page, content) == content, "a page is shared by requests with another place, salt or prefix"
             )
@@ -89,14 +94,59 @@ def check_sequences(scheduler: Scheduler) -> None:
         require(seq.output[-1:] in ([], [int(rows.tokens[seq.row, seq.known - 1])]), "the last token is not in the table")
     taken = [seq.row for seq in (*scheduler.running, *scheduler.leaving)]
     require(sorted([*taken, *rows.free]) == list(range(len(rows.tokens))), "a row is used twice, or lost")
-    numbers = [seq.number for seq in scheduler.running]
-    require(numbers == sorted(numbers), "running requests are not in arrival order")
-    admitted = max([*numbers, *scheduler.preempted], default=-1)
-    require(admitted < min(scheduler.waiting, default=1 << 60), "a request was admitted before an older one")
-    live = {seq.number for seq in scheduler.live.values()}
-    require(
-        live == {*numbers, *scheduler.preempted, *scheduler.waiting}, "a live request is in no queue, or a dead one in some"
-    )
+    for queue in (scheduler.running, scheduler.waiting):
+        require(queue == sorted(queue, key=urgency), "a queue is not in the order of urgency")
+    queued = [*scheduler.running, *scheduler.waiting]
+    require(len(queued) == len(set(queued)), "a request is twice in the queues")
+    require(set(scheduler.live.values()) == set(queued), "a live request is in no queue, or a dead one in some")
+    require(all(seq.status is not Status.RUNNING for seq in scheduler.waiting), "a running request waits")
+
+
+def urgency(seq: Sequence) -> tuple[int, int]:
+    """The lesser runs first and is preempted last."""
+    return seq.request.priority, seq.number
+
+
+def awaits_parent(seq: Sequence) -> bool:
+    """Whether a request may be passed over in the next step, for the parent that it starts from has not written the prompt."""
+    parent = seq.parent
+    if parent is None or parent.status.finished:
+        return False
+    if parent.status is Status.RUNNING:
+        return parent.landed < len(seq.request.prompt_token_ids)
+    return urgency(parent) < urgency(seq)  # a preempted one may run again before it in the same step
+
+
+def is_late(request: Request, now: float) -> bool:
+    return request.deadline is not None and request.deadline <= now
+
+
+@dataclass
+class Order:
+    """Who ran and who waited before a step; `check` holds what the step did against it."""
+
+    scheduler: Scheduler
+
+    def __post_init__(self) -> None:
+        self.running, self.waiting = list(self.scheduler.running), list(self.scheduler.waiting)
+        self.ready = [seq for seq in self.waiting if not seq.in_flight and not awaits_parent(seq)]
+        self.admissions = {seq: seq.admissions for seq in self.waiting}
+
+    def check(self) -> None:
+        joined = [urgency(seq) for seq in self.waiting if seq.admissions > self.admissions[seq]]
+        static = self.scheduler.static
+        passed = [
+            urgency(seq)
+            for seq in self.ready
+            if seq.admissions == self.admissions[seq]
+            and not seq.status.finished
+            and (not static or seq in self.scheduler.batch)
+            and (not self.scheduler.trials or seq in self.scheduler.trials[-1])
+        ]
+        require(not joined or not passed or max(joined) < min(passed), "a request was admitted before a more urgent one")
+        gone = [urgency(seq) for seq in self.running if seq.status is Status.PREEMPTED]
+        kept = [urgency(seq) for seq in self.running if seq.status is Status.RUNNING]
+        require(not gone or not kept or max(kept) < min(gone), "a request gave way to a less urgent one")
 
 
 def check_whole(scheduler: Scheduler, batches: Iterable[Batch]) -> None:
@@ -170,25 +220,34 @@ class Episode:
             cache=cache,
             enable_prefix_caching=cache == "paged" and rng.random() < 0.9,
             enable_chunked_prefill=self.chunked,
+            max_waiting=rng.choice((None, None, None, 1, 4)),
             seed=self.seed,
         )
-        self.engine = Engine(self.runner, config, num_pages=num_pages)
+        self.now = 0.0
+        self.engine = Engine(self.runner, config, num_pages=num_pages, clock=lambda: self.now)
         self.engine.step_log = []
         self.evictions = 0
-        self.may_join: set[Sequence] = set()
-        """Of a static batch, who waited when it began; nobody once pages have run out."""
+        self.priorities = rng.choice(((0,), (0, 0, 0, 1, -(2**63)), range(8)))
         self.stems = [[rng.randrange(VOCAB) for _ in range(self.max_model_len)] for _ in range(3)]
         self.requests: dict[str, tuple[Request, int]] = {}  # live ones, with their arrival numbers
         self.tokens: dict[str, list[TokenEvent]] = {}
         self.ended: dict[str, Status] = {}  # by this driver, terminal event to come
-        self.added = 0
+        self.forking = rng.choice((0.0, 0.3, 0.9))
+        self.bad: dict[str, int] = {}
+        """Requests of which every step raises that computes a token behind so many."""
+        self.wicked = rng.choice((0.0, 0.0, 0.0, 0.0, 0.05, 0.3))
+        self.runner.poison_of, self.runner.fails_late = self.poison_of, rng.random() < 0.5
+        self.added = self.injected = 0
+        self.refused = 0
+        """Requests that could have been served, but not then."""
 
     def run(self, steps: int) -> None:
         """Random work for so many steps, then none until all is done; every page must be free in the end."""
         for _ in range(steps):
             self.act()
             self.step()
-        self.runner.fail_token = None
+        self.engine.drain()
+        self.add()
         for _ in range(100 * (1 + len(self.requests)) * self.max_model_len):
             if not self.engine.has_work:
                 break
@@ -200,6 +259,14 @@ class Episode:
         pool = self.engine.scheduler.pool
         require(sorted(pool.free_pages()) == list(range(1, pool.num_pages)), "a page is not free in the end")
         require(not pool.cached and not any(pool.keys), "a page is still cached after a reset of the prefix cache")
+
+    def poison_of(self, batch: Batch) -> BaseException | None:
+        lengths = dict(zip(batch.rows.tolist(), batch.kv_lengths.tolist(), strict=True))
+        for seq in self.engine.scheduler.running:
+            at = self.bad.get(seq.request.request_id)
+            if at is not None and lengths.get(seq.row, 0) > at:
+                return RuntimeError(f"{seq.request.request_id} is poison")
+        return None
 
     def act(self) -> None:
         """Some of what may happen between two steps."""
@@ -213,15 +280,19 @@ class Episode:
             require(
                 self.engine.reset_prefix_cache() != held, "the prefix cache was reset under held pages, or not when it could be"
             )
-        if draw() < 0.01:
-            self.runner.fail_submit = RuntimeError("injected")
-        if draw() < 0.01:
-            self.runner.fail_result = RuntimeError("injected")
+        if draw() < 0.02 and not self.engine.scheduler.trials:  # on trial it would end a request that is innocent
+            where = rng.choice(("fail_submit", "fail_result"))
+            setattr(self.runner, where, RuntimeError("injected"))
+            self.injected += 1
 
     def add(self) -> None:
         rng, name = self.rng, f"r{self.added}"
         stem = rng.choice(self.stems)[: rng.randrange(self.max_model_len)]
         prompt = stem + [rng.randrange(VOCAB) for _ in range(rng.choice((0, 1, 1, 2, 5)))]
+        parent, salt = None, rng.choice(("", "", "a", "b"))
+        if self.requests and rng.random() < self.forking:
+            parent = rng.choice(list(self.requests))
+            prompt, salt = list(self.requests[parent][0].prompt_token_ids), self.requests[parent][0].cache_salt
         cap = rng.choice((None, 1, 2, 5, 12, 30))
         params = SamplingParams(
             max_tokens=cap,
@@ -242,16 +313,29 @@ class Episode:
                 prompt_token_ids=prompt,
                 params=params,
                 eos_token_ids=eos,
-                cache_salt=rng.choice(("", "", "a", "b")),
+                cache_salt=salt,
+                parent=parent,
+                priority=rng.choice(self.priorities),
+                deadline=self.now + rng.choice((-1, 0, 0.5, 3, 10, 50)) if rng.random() < 0.3 else None,
             )
             number = self.engine.scheduler.num_requests
             self.engine.add(request)
+        except (QueueFullError, DrainingError) as error:
+            scheduler = self.engine.scheduler
+            full = len(scheduler.waiting) >= (self.engine.config.max_waiting or 1 << 30) and not scheduler.draining
+            require(isinstance(error, QueueFullError) == full, "a request was refused although there was room in the queue")
+            require(number == scheduler.num_requests and name not in scheduler.live, "a request that was refused left a trace")
+            self.refused += 1
+            return
         except RequestError:
             prompt_len, cap = len(prompt), cap or 1
             limit = min(self.max_model_len, (self.runner.num_pages - 1) * self.block_size + 1)
             whole = self.chunked or prompt_len <= self.engine.scheduler.budget
             require(not prompt or prompt_len + cap > limit or not whole, "a request was refused that fits")
             return
+        require(not self.engine.scheduler.draining, "an engine that drains took a request")
+        if rng.random() < self.wicked:
+            self.bad[name] = rng.randrange(len(prompt) + 5)
         self.requests[name], self.tokens[name] = (request, number), []
         self.added += 1
 
@@ -269,29 +353,44 @@ class Episode:
     def step(self) -> None:
         pool, cached = self.engine.scheduler.pool, [key is not None for key in self.engine.scheduler.pool.keys]
         scheduler, preemptions = self.engine.scheduler, self.engine.scheduler.num_preemptions
-        waiting = list(scheduler.waiting.values())
-        if not (scheduler.running or scheduler.preempted or scheduler.leaving):
-            self.may_join = set(waiting)
+        order, faults = Order(scheduler), self.runner.faults
+        self.now += self.rng.choice((0.0, 0.1, 1.0))
+        new = [seq for seq in scheduler.waiting if seq.status is Status.WAITING and not is_late(seq.request, self.now)]
+        batch = set(scheduler.batch)
+        limit = self.engine.config.max_waiting
+        require(limit is None or len(new) <= limit, "more wait than may")
         self.runner.batches = []
         events = self.engine.step()
         self.batches += self.runner.batches
         if scheduler.static:
-            joined = {seq for seq in waiting if seq.admissions}
-            require(joined <= self.may_join, "a request joined a batch that had begun")
-            if scheduler.num_preemptions > preemptions:
-                self.may_join = set()
+            require({seq for seq in new if seq.admissions} <= scheduler.batch, "a request runs outside of the batch")
+            if not scheduler.batch <= batch:
+                over = all(seq.status.finished and not seq.in_flight for seq in batch)
+                require(
+                    over and scheduler.batch <= set(new[: scheduler.max_num_seqs]), "a request joined a batch that had begun"
+                )
+            ran_out = scheduler.num_preemptions > preemptions
+            require(not ran_out or all(seq.admissions for seq in scheduler.batch), "a batch stays open without pages for it")
         if not scheduler.chunked_prefill:
             check_whole(scheduler, self.runner.batches)
         self.evictions += sum(before and pool.keys[page] is None for page, before in enumerate(cached))
         self.steps += 1
         require(self.engine.stats()["num_resets"] == self.runner.faults, "the runner raised of itself")
+        tries = 2 + (scheduler.max_num_seqs - 1).bit_length()
+        require(self.runner.faults <= self.injected + tries * len(self.bad), "a culprit was not found by halving")
+        if scheduler.trials:
+            self.runner.fail_submit = self.runner.fail_result = None
         require(not self.runner.violations, f"the runner saw {self.runner.violations[:1]}")
         check_pages(scheduler)
         check_sequences(scheduler)
         check_in_flight(self.engine)
+        if self.runner.faults == faults:
+            order.check()
         self.runner.poison([page for page in scheduler.pool.free_pages() if scheduler.pool.keys[page] is None])
         finished = [event.request_id for event in events if event.finish]
         require(all(name in finished for name in self.ended), "an aborted request did not end with the next step")
+        late = [name for name, (request, _) in self.requests.items() if is_late(request, self.now)]
+        require(all(name in finished for name in late), "a request outlived its deadline")
         for event in events:
             require(event.request_id in self.requests, "an event of a request that is over, or never was")
             if event.token_id is not None:
@@ -314,7 +413,10 @@ class Episode:
         )
         got = [e.token_id for e in events]
         ended = self.ended.pop(name, None)
-        cut = ended or (Status.FINISHED_ERROR if event.error and "raising" in event.error else None)
+        cut = ended or (Status.FINISHED_TIMEOUT if is_late(request, self.now) else None)
+        if event.error and "raising" in event.error:
+            require(name in self.bad, "an innocent request was ended for a step that raised")
+            cut = Status.FINISHED_ERROR
         require(event.finish is (cut or right.finish), f"{name} ended with {event.finish}, not {cut or right.finish}")
         require(got == (right.tokens[: len(got)] if cut else right.tokens), f"{name} gave {got}, not {right.tokens}")
         self.judge_details(request, events, right)

@@ -48,6 +48,8 @@ YARN = {"scaling": "yarn", "factor": 4.0, "original_max_position": 32}
         ("num_blocks", 1),
         ("num_blocks", 2.0),
         ("max_model_len", 1),
+        ("max_waiting", 0),
+        ("max_waiting", 1.0),
         ("threads", 0),
         ("threads", 1_000_000),
         ("max_num_seqs", 0),

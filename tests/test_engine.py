@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -15,8 +18,8 @@ import pytest
 
 from common.config import EngineConfig
 from common.engine import Engine, build_engine, pool_size
-from common.errors import BackendError, ConfigError, RequestError
-from common.request import Request, SamplingParams, Status, TokenEvent
+from common.errors import BackendError, ConfigError, DrainingError, QueueFullError, RequestError
+from common.request import Request, SamplingParams, Status, TokenEvent, fan_out
 from common.schedule.batch import Batch
 from common.schedule.scheduler import mix64
 from common.schedule.trace import replay
@@ -25,12 +28,14 @@ from tests.history_runner import Expected, HistoryRunner, expected
 VOCAB = 64
 
 
-def make_engine(*, depth: int = 0, num_pages: int = 100, **options: Any) -> tuple[Engine, HistoryRunner]:
+def make_engine(
+    *, depth: int = 0, num_pages: int = 100, clock: Callable[[], float] = perf_counter, **options: Any
+) -> tuple[Engine, HistoryRunner]:
     runner = HistoryRunner(
         num_pages=num_pages, block_size=4, vocab_size=VOCAB, depth=depth, nan_token=options.pop("nan_token", None)
     )
     numbers = {"max_num_seqs": 8, "max_num_batched_tokens": 32, "max_model_len": 100}
-    return Engine(runner, EngineConfig(block_size=4, **(numbers | options)), num_pages=num_pages), runner
+    return Engine(runner, EngineConfig(block_size=4, **(numbers | options)), num_pages=num_pages, clock=clock), runner
 
 
 def request(name: str, prompt: list[int] | range = range(10), *, eos: tuple[int, ...] = (), **params: Any) -> Request:
@@ -199,6 +204,147 @@ def test_an_id_can_be_used_again_once_its_request_was_aborted() -> None:
     assert events[0].finish is Status.FINISHED_ABORT and tokens(events[1:]) == right(request("r", [7, 7])).tokens
 
 
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 5])
+def test_a_deadline_ends_its_request_whether_it_waits_or_runs_and_keeps_what_it_has(depth: int, steps: int) -> None:
+    now = 100.0
+    engine, _ = make_engine(depth=depth, clock=lambda: now)
+    requests = [request(name, [i] * 40) for i, name in enumerate("abc")]  # the third is only admitted in the third step
+    engine.add(requests[0])
+    for r in requests[1:]:
+        engine.add(replace(r, deadline=101.0))
+    events = [event for _ in range(steps) for event in engine.step()]
+    assert not any(event.finish for event in events)
+    now = 101.0
+    step = engine.step()
+    for number in (1, 2):
+        name = requests[number].request_id
+        mine = of(events + step, name)
+        assert [event.finish for event in mine] == [None] * (len(mine) - 1) + [Status.FINISHED_TIMEOUT]
+        assert mine[-1].token_id is None and tokens(mine) == right(requests[number], number).tokens[: len(mine) - 1]
+    rest = drain(engine)
+    assert tokens(of(events + step + rest, "a")) == right(requests[0]).tokens
+    assert not of(rest, "b") and not of(rest, "c") and engine.reset_prefix_cache()
+
+
+def test_a_request_whose_deadline_has_passed_already_ends_with_the_next_step_and_computes_nothing() -> None:
+    engine, _ = make_engine(clock=lambda: 5.0)
+    engine.add(replace(request("late"), deadline=4.0))
+    (event,) = engine.step()
+    assert event.finish is Status.FINISHED_TIMEOUT and not engine.has_work and engine.stats()["steps"] == 0
+
+
+def test_deadlines_of_requests_that_have_ended_are_forgotten() -> None:
+    engine, _ = make_engine(clock=lambda: 0.0)
+    for i in range(200):
+        engine.add(replace(request("r"), deadline=1e6 + i))
+        engine.abort("r")
+    assert len(engine.scheduler.deadlines) <= 4
+    engine.add(replace(request("r", max_tokens=2), deadline=1e6))
+    assert tokens(drain(engine)) == right(request("r", max_tokens=2)).tokens
+
+
+@pytest.mark.parametrize("deadline", [float("nan"), float("inf"), "soon", True], ids=repr)
+def test_a_deadline_that_is_no_time_is_refused(deadline: Any) -> None:
+    with pytest.raises(RequestError, match="deadline"):
+        replace(request("r"), deadline=deadline)
+
+
+def test_while_as_many_wait_as_may_further_requests_are_refused_and_change_nothing() -> None:
+    engine, _ = make_engine(max_num_seqs=1, max_waiting=2)
+    for name in "ab":
+        engine.add(request(name))
+    before = engine.stats()
+    with pytest.raises(QueueFullError, match=r"2 requests wait already, and max_waiting=2"):
+        engine.add(request("c"))
+    with pytest.raises(RequestError, match="at most") as never:  # what can never be served is told so, full or not
+        engine.add(request("d", [1] * 99))
+    assert not isinstance(never.value, QueueFullError) and engine.stats() == before
+    events = engine.step()  # a runs, and leaves its place
+    engine.add(request("c"))
+    events += drain(engine)
+    for number, name in enumerate("abc"):
+        assert tokens(of(events, name)) == right(request(name), number).tokens
+
+
+def test_a_draining_engine_takes_nothing_and_finishes_what_it_has() -> None:
+    engine, _ = make_engine(max_num_seqs=1)
+    for name in "ab":
+        engine.add(request(name))
+    events = engine.step()
+    for _ in range(2):
+        engine.drain()
+        with pytest.raises(DrainingError):
+            engine.add(request("c"))
+    events += drain(engine)
+    for number, name in enumerate("ab"):
+        assert tokens(of(events, name)) == right(request(name), number).tokens
+    assert engine.reset_prefix_cache()
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_check_36_an_abort_while_the_final_step_runs_wins(depth: int) -> None:
+    """The step that will bring the last token is in flight, or has not been asked for its result."""
+    engine, _ = make_engine(depth=depth)
+    engine.add(request("r", max_tokens=3))
+    events = [event for _ in range(2 + depth) for event in engine.step()]
+    assert len(events) == 2
+    engine.abort("r")
+    events += drain(engine)
+    assert [event.finish for event in events] == [None, None, Status.FINISHED_ABORT]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_check_36_every_tenth_of_100_is_aborted_and_the_others_come_out_whole(depth: int) -> None:
+    engine, _ = make_engine(depth=depth, num_pages=60)
+    requests = [request(f"r{i}", [i % 7] * (1 + i % 20), max_tokens=10) for i in range(100)]
+    for r in requests:
+        engine.add(r)
+    events: dict[str, list[TokenEvent]] = {r.request_id: [] for r in requests}
+    while engine.has_work:
+        for event in engine.step():
+            events[event.request_id].append(event)
+            name, count = event.request_id, len(events[event.request_id])
+            if name.endswith("0") and count == 3:
+                assert engine.abort(name)
+    for i, r in enumerate(requests):
+        mine = events[r.request_id]
+        assert [event.finish is not None for event in mine] == [False] * (len(mine) - 1) + [True]
+        aborted = i % 10 == 0
+        assert mine[-1].finish is (Status.FINISHED_ABORT if aborted else Status.FINISHED_LENGTH)
+        assert tokens(mine) == right(r, i).tokens[: 3 if aborted else 10]
+    again = engine.run([request("r0", max_tokens=4)])["r0"]  # its id is free
+    assert len(tokens(again)) == 4 and engine.reset_prefix_cache()
+
+
+# ── n > 1 ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("num_pages", [12, 100])
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_n_continuations_are_the_oracles_and_compute_their_prompt_once(depth: int, num_pages: int, caching: bool) -> None:
+    engine, runner = make_engine(depth=depth, num_pages=num_pages, enable_prefix_caching=caching)
+    asked = request("r", range(23), n=6, temperature=1.0, seed=9, max_tokens=20)
+    fan = fan_out(asked)
+    events = engine.run(fan)
+    got = [tokens(events[r.request_id]) for r in fan]
+    assert got == [right(replace(r, params=replace(r.params, seed=9 + i))).tokens for i, r in enumerate(fan)]
+    assert len(set(map(tuple, got))) == 6 and not runner.violations and engine.reset_prefix_cache()
+    stats = engine.stats()
+    if num_pages == 100:
+        assert engine.scheduler.num_forks == 5 and stats["scheduled_tokens"] == 23 + 5 + 6 * 19
+    else:
+        assert stats["num_preemptions"] > 0
+
+
+def test_an_engine_refuses_a_request_for_several_continuations() -> None:
+    engine, _ = make_engine()
+    with pytest.raises(RequestError, match="fan_out"):
+        engine.add(request("r", n=2, temperature=1.0))
+    assert not engine.has_work
+
+
 # ── faults ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -229,19 +375,108 @@ def test_after_a_step_that_raised_nothing_of_the_old_cache_is_a_hit() -> None:
     assert tokens(drain(engine)) == right(request("b")).tokens and not runner.violations
 
 
+def poisoned_by(*tokens: int) -> Callable[[Batch], BaseException | None]:
+    """Every step raises that holds one of the tokens."""
+    return lambda batch: RuntimeError(f"one of {tokens} is poison") if np.isin(batch.token_ids, tokens).any() else None
+
+
 @pytest.mark.parametrize("depth", [0, 1])
 def test_a_request_that_makes_every_step_raise_ends_and_the_engine_goes_on(depth: int) -> None:
     engine, runner = make_engine(depth=depth)
-    runner.fail_token = 63
+    runner.poison_of = poisoned_by(63)
     before, poison = request("before", [1, 2, 3], max_tokens=4), request("poison", [63])
     events = engine.run([before])["before"]
     engine.add(poison)
     (end,) = of(drain(engine), "poison")
-    assert end.finish is Status.FINISHED_ERROR and end.error and "token 63 is poison" in end.error
-    assert engine.stats()["num_resets"] == 3
-    runner.fail_token = None
+    assert end.finish is Status.FINISHED_ERROR and end.error and "(63,) is poison" in end.error
+    assert engine.stats()["num_resets"] == 2  # what raises once alone gets a second chance
+    runner.poison_of = poisoned_by()
     assert tokens(events) == tokens(engine.run([request("after", [1, 2, 3], max_tokens=4)])["after"])
     assert engine.reset_prefix_cache()
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("culprits", [[0], [17], [63], [20, 21], [3, 40, 60]], ids=str)
+def test_culprits_are_found_by_halving_and_the_others_finish_with_the_same_tokens(
+    culprits: list[int], depth: int, late: bool
+) -> None:
+    engine, runner = make_engine(depth=depth, num_pages=600, max_num_seqs=64, max_num_batched_tokens=100)
+
+    def poison(batch: Batch) -> BaseException | None:
+        """A culprit's steps raise once it has 12 tokens."""
+        rows = [seq.row for seq in engine.scheduler.running if int(seq.request.request_id) in culprits]
+        bad = np.isin(batch.rows, rows)
+        return RuntimeError("poison") if (batch.kv_lengths[bad] > 12).any() else None
+
+    runner.poison_of, runner.fails_late = poison, late
+    requests = [request(str(i), [i] * (1 + i % 9), max_tokens=20) for i in range(64)]
+    events = engine.run(requests)
+    for number, r in enumerate(requests):
+        mine, wanted = events[r.request_id], right(r, number).tokens
+        if number in culprits:
+            assert mine[-1].finish is Status.FINISHED_ERROR and tokens(mine) == wanted[: len(mine) - 1]
+            assert mine[-1].error and "poison" in mine[-1].error
+        else:
+            assert mine[-1].finish is Status.FINISHED_LENGTH and tokens(mine) == wanted
+    assert runner.faults == engine.stats()["num_resets"] <= 8 * len(culprits) and not runner.violations
+    assert engine.reset_prefix_cache()
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_where_every_step_raises_every_request_ends_after_a_bounded_number_of_them(depth: int) -> None:
+    engine, runner = make_engine(depth=depth, max_num_seqs=64, max_num_batched_tokens=640, num_pages=400)
+    runner.poison_of = lambda batch: RuntimeError("device lost")
+    events = engine.run([request(str(i)) for i in range(128)])
+    assert {e.finish for es in events.values() for e in es} == {Status.FINISHED_ERROR} and len(events) == 128
+    assert all(len(es) == 1 for es in events.values())
+    assert engine.stats()["num_resets"] <= 4 * 7 + 2  # log2, not one for each request
+    runner.poison_of = poisoned_by()
+    assert tokens(engine.run([request("after")])["after"]) == right(request("after"), 128).tokens
+
+
+def test_requests_that_come_during_a_trial_wait_and_lose_nothing() -> None:
+    engine, runner = make_engine()
+    runner.poison_of = poisoned_by(63)
+    for name, prompt in (("a", [1] * 9), ("bad", [2] * 30 + [63]), ("b", [3] * 9)):
+        engine.add(request(name, prompt))
+    events = []
+    while not engine.scheduler.trials:
+        events += engine.step()
+    engine.add(request("new"))
+    while engine.scheduler.trials:
+        assert not engine.scheduler.live["new"].admissions
+        events += engine.step()
+    events += drain(engine)
+    for number, (name, prompt) in enumerate((("a", [1] * 9), ("bad", None), ("b", [3] * 9), ("new", range(10)))):
+        if prompt:
+            assert tokens(of(events, name)) == right(request(name, prompt), number).tokens
+    assert [e.finish for e in of(events, "bad")] == [Status.FINISHED_ERROR]
+
+
+@pytest.mark.parametrize("how", ["abort", "interrupt"])
+def test_a_trial_survives_an_abort_of_the_suspects_and_an_interrupt(how: str) -> None:
+    engine, runner = make_engine(depth=1)
+    requests = [request(str(i), [i] * 15) for i in range(5)]
+    for r in requests:
+        engine.add(r)
+    events = engine.step() + engine.step()
+    runner.fail_submit = RuntimeError("once")
+    events += engine.step()
+    assert engine.scheduler.trials
+    gone = set()
+    if how == "abort":
+        gone = {seq.request.request_id for seq in engine.scheduler.trials[-1]}
+        assert gone and all(engine.abort(name) for name in gone)
+    else:
+        runner.fail_submit = KeyboardInterrupt()
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    events += drain(engine)
+    for number, r in enumerate(requests):
+        wanted = right(r, number).tokens
+        got = tokens(of(events, r.request_id))
+        assert got == (wanted[: len(got)] if r.request_id in gone else wanted)
 
 
 def test_a_request_is_not_given_up_as_long_as_it_gets_tokens_between_faults() -> None:

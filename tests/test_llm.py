@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,22 @@ def test_a_seed_decides_what_is_sampled(llm: LLM) -> None:
     hot = [SamplingParams(temperature=2.0, seed=seed, max_tokens=24, ignore_eos=True) for seed in (1, 1, 2)]
     first, again, other = (output.outputs[0].token_ids for output in llm.generate(["the"] * 3, hot))
     assert first == again != other
+
+
+def test_n_continuations_of_a_prompt_are_joined_by_index_and_fork_its_pages(llm: LLM) -> None:
+    prompts = ["Once upon a time there was a little", "the"]
+    forks = llm.engine.scheduler.num_forks
+    hot = SamplingParams(n=3, temperature=2.0, seed=5, max_tokens=24, ignore_eos=True)
+    joined = llm.generate(prompts, hot)
+    assert llm.engine.scheduler.num_forks > forks
+    for prompt, output in zip(prompts, joined, strict=True):
+        assert output.prompt == prompt and [each.index for each in output.outputs] == [0, 1, 2]
+        seeds = [replace(hot, n=1, seed=5 + i) for i in range(3)]
+        alone = [only(llm.generate(prompt, params)).token_ids for params in seeds]
+        assert [each.token_ids for each in output.outputs] == alone and len(set(map(tuple, alone))) == 3
+    with pytest.raises(RequestError, match="got n=3"):
+        llm.stream("the", hot)
+    assert_idle(llm)
 
 
 def test_logprobs_hold_the_chosen_token_and_the_likeliest(llm: LLM) -> None:

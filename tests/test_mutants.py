@@ -339,15 +339,41 @@ def the_budget_is_one_token_too_large(patch: Patch, ran: Ran) -> None:
 
 
 @mutant
-def the_newest_is_admitted_first(patch: Patch, ran: Ran) -> None:
-    original = Scheduler._queue
+def the_first_in_line_is_passed_over(patch: Patch, ran: Ran) -> None:
+    original = Scheduler._is_ready
 
-    def queue(self: Scheduler, limit: int) -> Any:
-        candidates = list(original(self, limit))
-        ran.extend([1] if len(candidates) > 1 else [])
-        return reversed(candidates)
+    def is_ready(self: Scheduler, seq: Sequence) -> bool:
+        ready = original(self, seq)
+        if ready and len(self.waiting) > 1 and seq is self.waiting[0]:
+            ran.append(1)
+            return False
+        return ready
 
-    patch.setattr(Scheduler, "_queue", queue)
+    patch.setattr(Scheduler, "_is_ready", is_ready)
+
+
+@mutant
+def an_urgent_request_queues_behind_those_that_came_before(patch: Patch, ran: Ran) -> None:
+    original = Sequence.__post_init__
+
+    def init(self: Sequence) -> None:
+        original(self)
+        ran.extend([1] if self.request.priority else [])
+        self.urgency = 0, self.number
+
+    patch.setattr(Sequence, "__post_init__", init)
+
+
+@mutant
+def the_youngest_gives_way_whatever_its_priority(patch: Patch, ran: Ran) -> None:
+    original = Scheduler._preempt
+
+    def preempt(self: Scheduler, seq: Sequence) -> None:
+        youngest = max(self.running, key=lambda s: s.number)
+        ran.extend([1] if youngest is not seq else [])
+        original(self, youngest)
+
+    patch.setattr(Scheduler, "_preempt", preempt)
 
 
 @mutant
@@ -370,9 +396,9 @@ def a_step_in_flight_may_pass_the_cap(patch: Patch, ran: Ran) -> None:
 def a_token_that_the_host_does_not_know_is_not_filled(patch: Patch, ran: Ran) -> None:
     original = Rows.build
 
-    def build(self: Rows, rows: Any, starts: Any, counts: Any, samples: Any, fills: list[int]) -> Batch:
+    def build(self: Rows, rows: Any, starts: Any, counts: Any, samples: Any, fills: list[int], copies: Any) -> Batch:
         ran.extend(fills)
-        return original(self, rows, starts, counts, samples, [])
+        return original(self, rows, starts, counts, samples, [], copies)
 
     patch.setattr(Rows, "build", build)
 
@@ -404,14 +430,178 @@ def a_resumed_request_samples_with_another_seed(patch: Patch, ran: Ran) -> None:
     patch.setattr(Scheduler, "_preempt", preempt)
 
 
+# ── deadlines, the queue, trials ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@mutant
+def a_deadline_is_noticed_late(patch: Patch, ran: Ran) -> None:
+    original = Scheduler.expire
+
+    def expire(self: Scheduler, now: float) -> list[str]:
+        ran.extend([1] if self.deadlines and now - 0.5 < self.deadlines[0][0] <= now else [])
+        return original(self, now - 0.5)
+
+    patch.setattr(Scheduler, "expire", expire)
+
+
+@mutant
+def an_end_is_reported_twice(patch: Patch, ran: Ran) -> None:
+    original = Scheduler.expire
+
+    def expire(self: Scheduler, now: float) -> list[str]:
+        expired = original(self, now)
+        ran.extend(1 for _ in expired)
+        return expired * 2
+
+    patch.setattr(Scheduler, "expire", expire)
+
+
+@mutant
+def a_full_queue_takes_one_more(patch: Patch, ran: Ran) -> None:
+    original = Scheduler.add
+
+    def add(self: Scheduler, request: Any) -> None:
+        limit = self.max_waiting
+        ran.extend([1] if limit and len(self.waiting) == limit else [])
+        self.max_waiting = limit and limit + 1
+        try:
+            original(self, request)
+        finally:
+            self.max_waiting = limit
+
+    patch.setattr(Scheduler, "add", add)
+
+
+@mutant
+def an_engine_that_drains_takes_requests(patch: Patch, ran: Ran) -> None:
+    original = Scheduler.add
+
+    def add(self: Scheduler, request: Any) -> None:
+        draining, self.draining = self.draining, False
+        ran.extend([1] if draining else [])
+        try:
+            original(self, request)
+        finally:
+            self.draining = draining
+
+    patch.setattr(Scheduler, "add", add)
+
+
+@mutant
+def those_on_trial_run_beside_others(patch: Patch, ran: Ran) -> None:
+    original = Scheduler._is_ready
+
+    def is_ready(self: Scheduler, seq: Sequence) -> bool:
+        trials, self.trials = self.trials, []
+        ready = original(self, seq)
+        self.trials = trials
+        ran.extend([1] if trials and ready and seq not in trials[-1] else [])
+        return ready
+
+    patch.setattr(Scheduler, "_is_ready", is_ready)
+
+
+@mutant
+def the_culprit_is_tried_for_ever(patch: Patch, ran: Ran) -> None:
+    original = Scheduler._arraign
+
+    def arraign(self: Scheduler, suspects: list[Sequence]) -> list[Sequence]:
+        guilty = original(self, suspects)
+        self.trials += [[seq] for seq in guilty]
+        ran.extend([1] if guilty else [])
+        return []
+
+    patch.setattr(Scheduler, "_arraign", arraign)
+
+
+@mutant
+def a_suspect_is_ended_without_a_trial(patch: Patch, ran: Ran) -> None:
+    original = Scheduler._arraign
+
+    def arraign(self: Scheduler, suspects: list[Sequence]) -> list[Sequence]:
+        first = not self.trials
+        guilty = original(self, suspects)
+        ran.extend([1] if first and suspects else [])
+        return suspects[:1] if first else guilty
+
+    patch.setattr(Scheduler, "_arraign", arraign)
+
+
+# ── forks ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@mutant
+def a_fork_does_without_the_copy_of_the_last_page(patch: Patch, ran: Ran) -> None:
+    original = Rows.build
+
+    def build(self: Rows, *rest: Any) -> Batch:
+        ran.extend(1 for _ in rest[-1])
+        return original(self, *rest[:-1], [])
+
+    patch.setattr(Rows, "build", build)
+
+
+@mutant
+def pages_are_copied_the_wrong_way_round(patch: Patch, ran: Ran) -> None:
+    original = Rows.build
+
+    def build(self: Rows, *rest: Any) -> Batch:
+        ran.extend(1 for _ in rest[-1])
+        return original(self, *rest[:-1], [pair[::-1] for pair in rest[-1]])
+
+    patch.setattr(Rows, "build", build)
+
+
+@mutant
+def a_fork_starts_before_the_prompt_is_written(patch: Patch, ran: Ran) -> None:
+    def awaits_parent(self: Scheduler, seq: Sequence) -> bool:
+        parent = seq.parent
+        if parent is not None and parent.status is Status.RUNNING and parent.landed < len(seq.request.prompt_token_ids):
+            ran.append(1)
+        return False
+
+    patch.setattr(Scheduler, "_awaits_parent", awaits_parent)
+
+
+@mutant
+def the_child_of_a_parent_that_has_ended_waits_on(patch: Patch, ran: Ran) -> None:
+    original = Scheduler._awaits_parent
+
+    def awaits_parent(self: Scheduler, seq: Sequence) -> bool:
+        orphan = seq.parent is not None and seq.parent.status.finished
+        ran.extend([1] if orphan else [])
+        return orphan or original(self, seq)
+
+    patch.setattr(Scheduler, "_awaits_parent", awaits_parent)
+
+
+@mutant
+def a_fork_shares_a_page_that_both_will_write(patch: Patch, ran: Ran) -> None:
+    original = Scheduler._commit
+
+    def commit(self: Scheduler, plan: list[tuple[Sequence, int]], started: tuple[str, ...]) -> Step:
+        for source, target in self.copies:
+            (child,) = (seq for seq in self.running if target in seq.pages)
+            self.pool.release([target])
+            self.pool.refs[source] += 1
+            child.pages[child.pages.index(target)] = source
+            self.rows.pages[child.row, : len(child.pages)] = child.pages
+            ran.append(1)
+        self.copies = []
+        return original(self, plan, started)
+
+    patch.setattr(Scheduler, "_commit", commit)
+
+
 # ── ideas left out ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @mutant
 def a_static_batch_takes_in_who_comes_later(patch: Patch, ran: Ran) -> None:
-    def form(self: Scheduler) -> None:
-        ran.extend([1] if self.running and self.batch_end < self.num_requests else [])
-        self.batch_end = self.num_requests
+    def form(self: Scheduler) -> bool:
+        ran.extend([1] if self.running and set(self.waiting) - self.batch else [])
+        self.batch |= set(self.waiting)
+        return True
 
     patch.setattr(Scheduler, "_form_batch", form)
 
@@ -419,7 +609,7 @@ def a_static_batch_takes_in_who_comes_later(patch: Patch, ran: Ran) -> None:
 @mutant
 def a_static_batch_stays_open_when_pages_have_run_out(patch: Patch, ran: Ran) -> None:
     def close(self: Scheduler) -> None:
-        ran.extend([1] if self.static and next(iter(self.waiting), self.batch_end) < self.batch_end else [])
+        ran.extend([1] if self.static and not all(seq.admissions for seq in self.batch) else [])
 
     patch.setattr(Scheduler, "_close_batch", close)
 

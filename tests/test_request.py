@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from common.errors import RequestError
-from common.request import Request, SamplingParams
+from common.request import Request, SamplingParams, fan_out
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,7 @@ from common.request import Request, SamplingParams
         *(("temperature", x) for x in (-0.1, math.nan, math.inf, 10**400, "hot", True, None)),
         *(("top_p", x) for x in (0.0, -0.5, 1.0001, math.nan, "all")),
         *(("min_p", x) for x in (-0.1, 1.1, math.nan)),
+        *(("n", x) for x in (0, 65, 10**9, 2.0, True)),
         *(("top_k", x) for x in (-2, 1.5, 2**40, True)),
         *(("max_tokens", x) for x in (0, -1, 2**31, 1.5, "10", True)),
         *(("min_tokens", x) for x in (-1, 17, 0.5)),  # 17 exceeds the default cap
@@ -35,6 +36,23 @@ from common.request import Request, SamplingParams
 def test_a_sampling_value_that_cannot_be_served_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(RequestError, match=name):
         SamplingParams(**{name: value})
+
+
+def test_several_continuations_that_would_be_the_same_are_refused() -> None:
+    with pytest.raises(RequestError, match="n must be 1 where temperature is 0"):
+        SamplingParams(n=2, temperature=0.0)
+
+
+@pytest.mark.parametrize(("seed", "seeds"), [(7, [7, 8, 9]), (2**64 - 1, [2**64 - 1, 0, 1]), (None, [None] * 3)])
+def test_n_continuations_are_n_requests_with_a_seed_each_and_the_first_as_parent(
+    seed: int | None, seeds: list[int | None]
+) -> None:
+    asked = Request(request_id="a", prompt_token_ids=(1, 2), params=SamplingParams(n=3, seed=seed), cache_salt="s", priority=4)
+    fan = fan_out(asked)
+    assert [r.request_id for r in fan] == ["a-0", "a-1", "a-2"] and [r.parent for r in fan] == [None, "a-0", "a-0"]
+    assert [r.params for r in fan] == [SamplingParams(seed=s) for s in seeds]
+    assert {(r.prompt_token_ids, r.cache_salt, r.priority) for r in fan} == {((1, 2), "s", 4)}
+    assert fan_out(fan[0]) == [fan[0]]
 
 
 def test_stop_takes_one_string_a_list_or_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from common.errors import RequestError
 from common.interface import Caps, Result
 from common.request import Request, SamplingParams, Status, TokenEvent
-from common.schedule.scheduler import Scheduler, Sequence, Step, mix64
+from common.schedule.scheduler import LifecycleError, Scheduler, Sequence, Step, mix64
 from tests.schedule_driver import check_pages, check_sequences
 
 EOS = 99
@@ -32,7 +33,9 @@ def make_scheduler(**options: Any) -> Scheduler:
     return Scheduler(caps, **(numbers | options))
 
 
-def request(name: str, prompt: Many[int] | int, max_tokens: int | None = 16, salt: str = "", **params: Any) -> Request:
+def request(
+    name: str, prompt: Many[int] | int, max_tokens: int | None = 16, salt: str = "", priority: int = 0, **params: Any
+) -> Request:
     """`prompt`: tokens, or a number of tokens that no other request has."""
     tokens = [hash_of(name, i) for i in range(prompt)] if isinstance(prompt, int) else list(prompt)
     return Request(
@@ -41,6 +44,7 @@ def request(name: str, prompt: Many[int] | int, max_tokens: int | None = 16, sal
         params=SamplingParams(max_tokens=max_tokens, **params),
         eos_token_ids=(EOS,),
         cache_salt=salt,
+        priority=priority,
     )
 
 
@@ -74,7 +78,7 @@ def turn(scheduler: Scheduler, *tokens: int | list[int]) -> list[TokenEvent]:
 def assert_empty(scheduler: Scheduler) -> None:
     check_pages(scheduler)
     check_sequences(scheduler)
-    assert not scheduler.live and not scheduler.running and not scheduler.waiting and not scheduler.preempted
+    assert not scheduler.live and not scheduler.running and not scheduler.waiting
     assert not scheduler.leaving and not any(scheduler.pool.refs) and len(scheduler.rows.free) == scheduler.max_num_seqs
     assert scheduler.pool.num_free == scheduler.pool.num_pages - 1
 
@@ -271,6 +275,100 @@ def test_the_youngest_gives_way_and_resumes_with_its_output_as_part_of_its_promp
     assert scheduled(step) == {"young": 33} and young.output == [2, 4]
     land(scheduler, step, 6)
     assert young.output == [2, 4, 6]
+
+
+def run_short_of_pages(priorities: dict[str, int]) -> Scheduler:
+    """Requests of 30 tokens with two pages each and nothing left, that have two tokens each and need a third page now."""
+    scheduler = make_scheduler(num_pages=1 + 2 * len(priorities), prefix_caching=False)
+    for name, priority in priorities.items():
+        scheduler.add(request(name, 30, max_tokens=20, priority=priority))
+    turn(scheduler)
+    turn(scheduler)
+    turn(scheduler)
+    assert scheduler.pool.num_free == 0 and scheduler.num_preemptions == 0
+    return scheduler
+
+
+@pytest.mark.parametrize(
+    ("priorities", "victim"),
+    [
+        ({"a": 5, "b": 0}, "a"),
+        ({"a": 0, "b": 5}, "b"),
+        ({"a": 1, "b": 1}, "b"),
+        ({"a": 2, "b": 2, "c": -3}, "b"),
+        ({"a": -1, "b": 7, "c": 3}, "b"),
+    ],
+    ids=str,
+)
+def test_check_15_the_least_urgent_gives_way_and_among_equals_the_youngest(priorities: dict[str, int], victim: str) -> None:
+    scheduler = run_short_of_pages(priorities)
+    seqs = dict(scheduler.live)
+    step = scheduler.schedule()
+    assert [name for name, seq in seqs.items() if seq.status is Status.PREEMPTED] == [victim]
+    assert victim not in scheduled(step) and scheduler.num_preemptions == 1
+
+
+def test_check_15_the_victim_resumes_with_its_output_as_part_of_its_prompt() -> None:
+    scheduler = run_short_of_pages({"low": 5, "high": 0})
+    low = scheduler.live["low"]
+    assert low.output == [7] * 3
+    while low.status is not Status.PREEMPTED:
+        turn(scheduler)
+    while low.status is Status.PREEMPTED:
+        step = scheduler.schedule()
+        if low.status is Status.PREEMPTED:
+            land(scheduler, step)
+    assert scheduled(step) == {"low": 33} and low.output == [7] * 3
+    assert "high" not in scheduler.live
+
+
+def test_check_15_admission_goes_by_priority_then_by_arrival() -> None:
+    scheduler = make_scheduler(max_num_seqs=2)
+    for name, priority in (("a", 3), ("b", 0), ("c", 3), ("d", -2), ("e", 0)):
+        scheduler.add(request(name, 3, max_tokens=1, priority=priority))
+    admitted = []
+    while scheduler.live:
+        step = scheduler.schedule()
+        admitted += scheduled(step)
+        land(scheduler, step)
+    assert admitted == ["d", "b", "e", "a", "c"]
+
+
+def test_an_urgent_request_overtakes_a_preempted_one() -> None:
+    scheduler = run_short_of_pages({"old": 0, "low": 5})
+    turn(scheduler)
+    scheduler.add(request("urgent", 3, priority=1))
+    assert scheduler.live["low"].status is Status.PREEMPTED
+    assert list(scheduled(scheduler.schedule())) == ["old", "urgent"]
+
+
+@pytest.mark.parametrize("priority", [1.0, "1", None, True, 2**63, -(2**63) - 1], ids=repr)
+def test_a_priority_that_is_no_integer_of_64_bits_is_refused(priority: Any) -> None:
+    with pytest.raises(RequestError, match="priority"):
+        request("r", 3, priority=priority)
+
+
+def test_a_request_goes_only_where_its_state_leads() -> None:
+    ends = {status for status in Status if status.finished}
+    assert {status.value for status in ends} == {"stop", "length", "abort", "timeout", "error"}
+    onward = {
+        Status.WAITING: {Status.RUNNING, *ends},
+        Status.RUNNING: {Status.PREEMPTED, *ends},
+        Status.PREEMPTED: {Status.RUNNING, *ends},
+    }
+    for before in Status:
+        for after in Status:
+            scheduler = make_scheduler()
+            scheduler.add(request("r", 3))
+            seq = scheduler.live["r"]
+            seq.status = before
+            if after in onward.get(before, ()):
+                seq.become(after)
+                assert seq.status is after
+            else:
+                with pytest.raises(LifecycleError, match="bug"):
+                    seq.become(after)
+                assert seq.status is before
 
 
 def test_one_token_requests_run_before_an_older_requests_chunk() -> None:
@@ -529,6 +627,96 @@ def test_a_token_that_only_the_device_knows_is_filled_from_its_row() -> None:
     assert step is not None
     assert step.batch.fill_at.tolist() == [0] and step.batch.fill_row.tolist() == step.batch.rows.tolist()
     assert step.batch.positions.tolist() == [3] and step.batch.token_ids.tolist() == [0]
+
+
+# ── forks ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def fork(name: str, parent: Request, **changes: Any) -> Request:
+    return replace(parent, request_id=name, parent=parent.request_id, **changes)
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize(
+    ("length", "shared", "copied"), [(1, 0, 0), (15, 0, 1), (16, 0, 1), (17, 1, 0), (40, 2, 1), (48, 2, 1)]
+)
+def test_a_fork_shares_the_prompts_pages_and_computes_its_last_token(
+    caching: bool, length: int, shared: int, copied: int
+) -> None:
+    scheduler = make_scheduler(prefix_caching=caching)
+    parent = request("p", length)
+    for each in (parent, fork("c1", parent), fork("c2", parent)):
+        scheduler.add(each)
+    step = scheduler.schedule()
+    assert step is not None and scheduled(step) == {"p": length} and not step.batch.copies.size
+    land(scheduler, step)
+    step = scheduler.schedule()
+    assert step is not None and scheduled(step) == {"p": 1, "c1": 1, "c2": 1} and scheduler.num_forks == 2
+    p, *children = (scheduler.live[name] for name in ("p", "c1", "c2"))
+    for child in children:
+        assert child.pages[:shared] == p.pages[:shared] and not set(child.pages[shared:]) & set(p.pages)
+        assert len(child.pages) == -(-length // 16)
+    assert step.batch.copies.tolist() == [[[p.pages[shared], child.pages[shared]] for child in children] * copied]
+    assert step.batch.positions.tolist() == [length, length - 1, length - 1]
+    check_pages(scheduler)
+    check_sequences(scheduler)
+    land(scheduler, step)
+    while scheduler.live:
+        turn(scheduler)
+    assert_empty(scheduler)
+
+
+@pytest.mark.parametrize("how", ["ended", "aborted", "preempted", "one token"])
+def test_where_the_parent_leaves_before_its_prompt_is_shared_the_child_goes_by_itself(how: str) -> None:
+    scheduler = make_scheduler(prefix_caching=False, max_num_batched_tokens=32)
+    parent = request("p", 40, max_tokens=1 if how == "one token" else 16)
+    scheduler.add(parent)
+    scheduler.add(fork("c", parent))
+    if how == "one token":
+        turn(scheduler)
+        turn(scheduler)
+    elif how != "ended":
+        step = scheduler.schedule()
+        assert scheduled(step) == {"p": 32}
+        land(scheduler, step)
+    match how:
+        case "preempted":
+            scheduler._preempt(scheduler.live["p"])
+            scheduler.end("p", Status.FINISHED_ABORT)
+        case "ended" | "aborted":
+            scheduler.end("p", Status.FINISHED_ABORT)
+    assert scheduled(scheduler.schedule()) == {"c": 32} and scheduler.num_forks == 0
+
+
+def test_a_child_whose_parent_still_computes_the_prompt_holds_up_nobody() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=32)
+    parent = request("p", 40)
+    for each in (parent, fork("c", parent), request("other", 4)):
+        scheduler.add(each)
+    steps = []
+    for _ in range(3):
+        steps.append(scheduled(step := scheduler.schedule()))
+        land(scheduler, step)
+    assert steps == [{"p": 32}, {"p": 8, "other": 4}, {"p": 1, "other": 1, "c": 1}]
+
+
+def test_a_child_does_not_wait_for_a_parent_that_is_less_urgent() -> None:
+    scheduler = make_scheduler(max_num_seqs=1)
+    parent = request("p", 20, priority=1)
+    scheduler.add(parent)
+    scheduler.add(fork("c", parent, priority=0))
+    assert scheduled(scheduler.schedule()) == {"c": 20}
+
+
+@pytest.mark.parametrize("changes", [{"prompt_token_ids": (1, 2)}, {"cache_salt": "other"}], ids=str)
+def test_a_parent_with_another_prompt_or_salt_is_refused(changes: dict[str, Any]) -> None:
+    scheduler = make_scheduler()
+    parent = request("p", 3)
+    scheduler.add(parent)
+    with pytest.raises(RequestError, match="parent 'p' has another prompt or cache_salt"):
+        scheduler.add(fork("c", parent, **changes))
+    scheduler.end("p", Status.FINISHED_ABORT)
+    scheduler.add(fork("c", parent, **changes))  # nobody's child
 
 
 # ── the door ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

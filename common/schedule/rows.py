@@ -80,12 +80,13 @@ class Rows:
         fills: list[int],
         scores: Sequence[Score] = (),
         changes: Mapping[int, Change] | None = None,
+        copies: Sequence[tuple[int, int]] = (),
     ) -> Batch:
         """The batch in which sequence s runs `count_list[s]` tokens from position `start_list[s]` of its row on.
 
         `samples`: the sequences whose last token asks for a next one, rising. `fills`: those whose last token only the device
-        knows. `scores`: tokens to report on. `changes`: by sequence of `samples`, what is done to its logits.
-        Sequences of one token must come first.
+        knows. `scores`: tokens to report on. `changes`: by sequence of `samples`, what is done to its logits. `copies`: pages
+        (from, to) to copy first. Sequences of one token must come first.
         """
         rows, starts, counts = np.array(row_list, np.int32), np.array(start_list, np.int32), np.array(count_list, np.int32)
         size, num_seqs = self.block_size, len(rows)
@@ -115,7 +116,7 @@ class Rows:
             "rows": rows,
             "page_table": page_table[None].repeat(self.groups, 0),
             "slots": slots[None].repeat(self.groups, 0),
-            "copies": self._no_copies,
+            "copies": np.array([copies] * self.groups, np.int32) if copies else self._no_copies,
             "fill_at": fill_at,
             "fill_row": token_rows[fill_at],
             "logit_rows": last[logit_owner],

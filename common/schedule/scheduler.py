@@ -2,10 +2,21 @@
 
 Continuous batching (Yu et al. 2022, Orca) over paged KV (Kwon et al. 2023, arXiv:2309.06180), with chunked prefill and
 preemption by recompute. There is no prefill or decode phase: `computed` of each request catches up with its tokens. A step
-takes running requests first, one-token ones before chunks, then waiting ones in arrival order.
+takes running requests first, one-token ones before chunks, then waiting ones; both the most urgent first, which is the one of
+the lowest `Request.priority` and among equals the oldest.
 
-Progress never stops: a request is refused at the door unless the pool can hold it alone; the victim of a preemption is always
-the youngest, so the oldest runs through; and a request is admitted only with pages for all its tokens, so a chunk never waits.
+Progress never stops. A request is refused at the door unless the pool can hold it alone, and admitted only with pages for all
+its tokens, so a chunk never waits. The victim of a preemption is the least urgent that runs: so the most urgent that runs is
+never one, runs through, and gives its pages to the next. Nobody who waits is overtaken by a less urgent one, so the most urgent
+of them is admitted when those that run have ended, at the latest; only more urgent ones that keep coming can hold it off.
+
+After a step has raised, those who were in it are suspects (`recover`). They are tried in halves, each by itself, until every
+one of them has come past the place where it stood, which acquits it, or has raised alone, which ends it. So each culprit costs
+about log2 of a step's requests in further steps that raise, and the others their time.
+
+A request with a `parent` forks: it holds the pages its parent has filled with their prompt, has a copy made of the last one, of
+which it will write the rest, and computes only the prompt's last token. Until the parent's prompt is written it is passed over;
+that holds up nobody, for the parent runs or stands before it in the queue.
 
 Three of these ideas can be left out, to measure what each is worth; no output depends on them. What takes an idea's place is
 the mildest form of doing without it, so that its worth is not overstated:
@@ -18,15 +29,15 @@ the mildest form of doing without it, so that its worth is not overstated:
 
 from __future__ import annotations
 
-from bisect import insort
-from collections.abc import Iterator
+from bisect import bisect_left, insort
 from dataclasses import dataclass, field
-from itertools import islice, takewhile
+from heapq import heapify, heappop, heappush
+from operator import attrgetter
 
 import numpy as np
 
 from common.config import Cache, Schedule
-from common.errors import BackendError
+from common.errors import BackendError, DrainingError, QueueFullError
 from common.interface import Caps, Result
 from common.request import Logprobs, Request, Status, TokenEvent, expect
 from common.schedule.batch import Batch, Want
@@ -34,8 +45,11 @@ from common.schedule.edits import Edits
 from common.schedule.pages import PageKey, PagePool, next_key
 from common.schedule.rows import Change, Rows, Score
 
-MAX_STRIKES = 3
-"""Raising steps in a row, without a token between them, after which a request is given up."""
+_urgency = attrgetter("urgency")
+
+
+class LifecycleError(RuntimeError):
+    """A request was sent from one state to another that does not follow it: a bug of the scheduler, never of a user."""
 
 
 @dataclass(slots=True, eq=False)
@@ -44,7 +58,7 @@ class Sequence:
 
     request: Request
     number: int
-    """Arrival order; age in every contest."""
+    """Arrival order."""
     max_tokens: int
     """Output tokens at most, the context and the pool considered."""
     seed: int
@@ -56,6 +70,8 @@ class Sequence:
     """What it asks of its logits; None if nothing."""
     scores: list[Logprobs | None] | None = None
     """Of its prompt's tokens, as far as they are known; None if nobody asked."""
+    parent: Sequence | None = None
+    """From whose pages it starts; None once it has started."""
     status: Status = Status.WAITING
     output: list[int] = field(default_factory=list)
     row: int = -1
@@ -63,15 +79,30 @@ class Sequence:
     keys: list[PageKey] = field(default_factory=list)
     """Of its full pages, as far as they were needed yet."""
     computed: int = 0
+    landed: int = 0
+    """Tokens at its start whose KV is written: those of steps that have landed, and hits."""
     published: int = 0
     """Of `pages`, how many were hits or are offered to others."""
     pending: int = 0
     """Tokens sampled by steps in flight."""
     in_flight: int = 0
     """Steps in flight that name it; only when there are none are its pages and row free for others."""
-    strikes: int = 0
-    """Steps of its own that raised since its last token."""
+    suspect: int = 0
+    """It was in a step that raised, and is acquitted once a step has landed that computes this many of its tokens."""
     admissions: int = 0
+    urgency: tuple[int, int] = field(init=False)
+    """Priority, then arrival; the lesser is more urgent, and no two are alike."""
+
+    def __post_init__(self) -> None:
+        self.urgency = self.request.priority, self.number
+
+    def become(self, status: Status) -> None:
+        """Change the state. Raises `LifecycleError` if it does not lead there."""
+        if not self.status.leads_to(status):
+            raise LifecycleError(
+                f"Request {self.request.request_id!r} cannot go from {self.status} to {status}; this is a bug."
+            )
+        self.status = status
 
     @property
     def left(self) -> int:
@@ -101,8 +132,8 @@ class Step:
 class Scheduler:
     """Requests in, steps out, results in, events out. Holds every request from `add` to its end. Knows no backend.
 
-    `chunk` bounds the tokens of one request in a step (default: the whole budget). `schedule`, `cache` and `chunked_prefill`
-    are those of `EngineConfig`.
+    `chunk` bounds the tokens of one request in a step (default: the whole budget). `schedule`, `cache`, `chunked_prefill` and
+    `max_waiting` are those of `EngineConfig`. While `draining` is set, no request is taken, and the others go on.
     """
 
     def __init__(
@@ -120,6 +151,7 @@ class Scheduler:
         prefix_caching: bool = True,
         chunked_prefill: bool = True,
         chunk: int | None = None,
+        max_waiting: int | None = None,
         seed: int = 0,
     ) -> None:
         self.caps = caps
@@ -128,24 +160,32 @@ class Scheduler:
         self.max_num_seqs = min(max_num_seqs, caps.max_seqs, self.budget)
         self.chunk = chunk or self.budget
         self.static, self.dense, self.chunked_prefill = schedule == "static", cache == "dense", chunked_prefill
-        self.batch_end = 0
-        """Of a static batch: the number of the first request that does not belong to it."""
+        self.batch: set[Sequence] = set()
+        """The static batch that runs, or is about to."""
+        self.copies: list[tuple[int, int]] = []
+        """Pages (from, to) to copy at the beginning of the step that is being scheduled."""
+        self.trials: list[list[Sequence]] = []
+        """Groups of suspects; while there are any, only the last is run."""
+        self.faults_in_a_row = 0
+        self.max_waiting, self.draining = max_waiting, False
         self.pool = PagePool(num_pages)
         self.rows = Rows(self.max_num_seqs, max_model_len, block_size, groups)
         self.live: dict[str, Sequence] = {}
-        self.waiting: dict[int, Sequence] = {}  # by number, and so in arrival order
-        self.preempted: dict[int, Sequence] = {}
-        self.running: list[Sequence] = []  # oldest first
+        self.waiting: list[Sequence] = []  # the most urgent first, the preempted among them
+        self.running: list[Sequence] = []  # the most urgent first
         self.leaving: list[Sequence] = []  # no longer running, but a step in flight still names their pages and row
+        self.deadlines: list[tuple[float, int, Sequence]] = []  # a heap; who has ended stays until it comes up
         self.num_requests = 0
         self.num_preemptions = 0
+        self.num_forks = 0
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
 
     # ── requests come and go ────────────────────────────────────────────────────────────────────────────────────────────
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises `RequestError`, and changes nothing, if it can never be served."""
+        """Queue a request. Raises `RequestError`, and changes nothing, if it can never be served; `QueueFullError` or
+        `DrainingError` if it could be, but not here and now."""
         name, params, prompt_len = request.request_id, request.params, len(request.prompt_token_ids)
         expect(name not in self.live, f"Request {name!r} is live already; give every live request an id of its own.")
         expect(
@@ -177,6 +217,19 @@ class Scheduler:
             f"{-(-(prompt_len + max_tokens - 1) // self.block_size)} pages, but the pool has {self.pool.num_pages - 1} of "
             f"{self.block_size} tokens; ask for at most {limit} or raise num_blocks.",
         )
+        parent = None if request.parent is None or self.dense else self.live.get(request.parent)
+        alike = lambda one: (one.prompt_token_ids, one.cache_salt)  # noqa: E731
+        expect(
+            parent is None or alike(parent.request) == alike(request),
+            f"Request {name!r}: parent {request.parent!r} has another prompt or cache_salt; name one with the same, or none.",
+        )
+        if self.draining:
+            raise DrainingError(f"Request {name!r}: this engine only finishes what it has; send the request to another.")
+        if self.max_waiting is not None and len(self.waiting) >= self.max_waiting:
+            raise QueueFullError(
+                f"Request {name!r}: {len(self.waiting)} requests wait already, and max_waiting={self.max_waiting}; try again "
+                "later, or raise max_waiting."
+            )
         eos = () if params.ignore_eos else request.eos_token_ids
         stops: dict[int, int | None] = {**{token: token for token in params.stop_token_ids}, **dict.fromkeys(eos)}
         seq = Sequence(
@@ -188,9 +241,16 @@ class Scheduler:
             stops=stops,
             edits=Edits.of(request, stops, self.caps.vocab_size),
             scores=None if params.prompt_logprobs is None else [None],
+            parent=None if params.prompt_logprobs is not None else parent,  # which has to be computed for that
         )
         self.num_requests += 1
-        self.live[name] = self.waiting[seq.number] = seq
+        self.live[name] = seq
+        insort(self.waiting, seq, key=_urgency)
+        if request.deadline is not None:
+            if len(self.deadlines) > 2 * len(self.live):  # mostly of requests that have ended
+                self.deadlines = [item for item in self.deadlines if not item[-1].status.finished]
+                heapify(self.deadlines)
+            heappush(self.deadlines, (request.deadline, seq.number, seq))
 
     def end(self, request_id: str, status: Status) -> bool:
         """End a request in whatever state it is, by its exact id; False if it is not live. The caller reports it."""
@@ -199,29 +259,64 @@ class Scheduler:
             self._finish(seq, status)
         return seq is not None
 
+    def expire(self, now: float) -> list[str]:
+        """End every request whose deadline has come, in whatever state it is; returns their ids for the caller to report."""
+        expired = []
+        while self.deadlines and (self.deadlines[0][0] <= now or self.deadlines[0][-1].status.finished):
+            _, _, seq = heappop(self.deadlines)
+            if not seq.status.finished:
+                self._finish(seq, Status.FINISHED_TIMEOUT)
+                expired.append(seq.request.request_id)
+        return expired
+
     def recover(self, suspects: list[Sequence]) -> list[str]:
         """After a step raised, and the runner lost its pages and rows: everyone who ran waits again and keeps the emitted
-        tokens. A suspect that has come to `MAX_STRIKES` without a token in between ends; returns the ids of those.
+        tokens. `suspects` are those in the steps of which one raised. Ends who is found guilty; returns the ids of those.
         """
+        for seq in suspects:
+            seq.suspect = 0 if seq.status.finished else seq.computed
         for seq in self.running:
-            seq.status = Status.PREEMPTED
-            self.preempted[seq.number] = seq
+            seq.become(Status.PREEMPTED)
+            insort(self.waiting, seq, key=_urgency)
         for seq in (*self.running, *self.leaving):
             self._give_back(seq)
             seq.in_flight = 0
-        self.running, self.leaving = [], []
+        self.running, self.leaving, self.copies = [], [], []
         self.pool = PagePool(self.pool.num_pages, self.pool.secret)
-        for seq in suspects:
-            seq.strikes += 1
-        failed = [seq for seq in suspects if seq.strikes >= MAX_STRIKES and not seq.status.finished]
-        for seq in failed:
+        guilty = self._arraign([seq for seq in suspects if seq.suspect])
+        for seq in guilty:
             self._finish(seq, Status.FINISHED_ERROR)
-        return [seq.request.request_id for seq in failed]
+        return [seq.request.request_id for seq in guilty]
+
+    def _arraign(self, suspects: list[Sequence]) -> list[Sequence]:
+        """Who of those whose step raised is guilty: one that was on trial, and alone. Otherwise they are to be tried in halves.
+
+        Where many steps raise and none lands between, it is hardly for what is in them, and all who are under suspicion end. So
+        a lost device does not cost a step for each request; eight culprits side by side among 64 do not come to as many.
+        """
+        if not suspects:
+            return []
+        self.faults_in_a_row += 1
+        tried = self.trials.pop() if self.trials else []
+        if self.faults_in_a_row > 4 * self.max_num_seqs.bit_length():
+            everyone = dict.fromkeys([*suspects, *tried, *(seq for group in self.trials for seq in group)])
+            self.trials = []
+            return [seq for seq in everyone if seq.suspect]
+        untried = [seq for seq in tried if seq.suspect and seq not in suspects]
+        if tried and len(suspects) == 1:
+            guilty, halves = suspects, []
+        else:
+            half = len(suspects) // 2
+            guilty, halves = [], [suspects[half:], suspects[:half]]
+        self.trials += [group for group in (untried, *halves) if group]
+        return guilty
 
     # ── one step: schedule ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def schedule(self) -> Step | None:
         """The next step, or None if nobody can run before a step in flight has landed."""
+        if not self._try_next():
+            return None
         preemptions = self.num_preemptions
         decodes, chunks = self._continue()
         admitted: list[tuple[Sequence, int]] = []
@@ -236,12 +331,22 @@ class Scheduler:
         plan += [item for item in chunks if item[1] > 1]
         return self._commit(plan, started) if plan else None
 
+    def _try_next(self) -> bool:
+        """Go on to the next trial if this one is over, with nobody else on the device; False while steps are in flight."""
+        while self.trials and not any(seq.suspect for seq in self.trials[-1]):
+            if any(seq.in_flight for seq in (*self.running, *self.leaving)):
+                return False
+            self.trials.pop()
+            for seq in list(self.running) if self.trials else ():
+                self._send_back(seq)
+        return True
+
     def _continue(self) -> tuple[list[Sequence], list[tuple[Sequence, int]]]:
-        """Running requests: those that need one token, then the next chunk of those that need more, both oldest first."""
+        """Running requests: those that need one token, then the next chunk of those that need more, both in their order."""
         decodes, prefills = [], []
         for seq in list(self.running):
             if seq.status is not Status.RUNNING:
-                break  # preempted just now, and so is everyone younger
+                break  # preempted just now, and so is everyone less urgent
             if seq.known + seq.pending - seq.computed > 1:
                 prefills.append(seq)
             elif seq.pending and seq.edits is not None and seq.edits.follow:
@@ -264,7 +369,7 @@ class Scheduler:
         return min(count, logit_rows) if seq.scoring else count
 
     def _has_page(self, seq: Sequence) -> bool:
-        """Make sure of a page for the next token, preempting the youngest as long as it takes; False if it must wait."""
+        """Make sure of a page for the next token, preempting the least urgent as long as it takes; False if it must wait."""
         if seq.computed < len(seq.pages) * self.block_size:
             return True
         while (page := self.pool.allocate(1)) is None:
@@ -279,58 +384,73 @@ class Scheduler:
         return True
 
     def _admit(self, budget: int, logit_rows: int) -> list[tuple[Sequence, int]]:
-        """Waiting requests in arrival order, each with pages for all its tokens, until one does not fit.
-
-        One that still has a step in flight is passed over and keeps its place: its next tokens depend on that step's result.
-        """
-        if self.static:
-            self._form_batch()
+        """Waiting requests, the most urgent first, each with pages for all its tokens, until one does not fit."""
+        if self.static and not self._form_batch():
+            return []
         chunks: list[tuple[Sequence, int]] = []
-        for seq in self._queue(len(self.rows.free)):
-            if budget == 0 or logit_rows == 0 or not self.rows.free:
-                break
-            if seq.in_flight:
+        at = 0
+        while budget and logit_rows and self.rows.free and at < len(self.waiting):
+            seq = self.waiting[at]
+            if not self._is_ready(seq):
+                at += 1
                 continue
-            hits = self._lookup(seq)
-            if seq.known - len(hits) * self.block_size > budget and not self._may_split(seq):
+            parent = seq.parent if seq.parent and seq.parent.status is Status.RUNNING else None
+            hits = parent.pages[: (seq.known - 1) // self.block_size] if parent else self._lookup(seq)
+            computed = seq.known - 1 if parent else len(hits) * self.block_size
+            if seq.known - computed > budget and not self._may_split(seq):
                 break
             pages = self.pool.allocate(self._pages_to_start(seq) - len(hits), hits)
             if pages is None:
                 self._close_batch()
                 break
-            seq.pages, seq.published, seq.computed = pages, len(hits), len(hits) * self.block_size
+            seq.pages, seq.published, seq.computed, seq.landed = pages, len(hits), computed, computed
             seq.row = self.rows.take(seq.tokens(), pages, seq.request.params, seq.seed)
-            if not seq.admissions:  # what a preempted request finds again is no merit of the cache
+            seq.parent = None
+            if parent:
+                self.num_forks += 1
+                seq.keys = parent.keys[: len(hits)]
+                if computed % self.block_size:
+                    self.copies.append((parent.pages[len(hits)], pages[len(hits)]))
+            elif not seq.admissions:  # what a preempted request finds again is no merit of the cache
                 self.prefix_cache_queries += seq.known
                 self.prefix_cache_hits += seq.computed
             seq.admissions += 1
-            (self.preempted if seq.status is Status.PREEMPTED else self.waiting).pop(seq.number)
-            seq.status = Status.RUNNING
-            insort(self.running, seq, key=lambda s: s.number)
+            del self.waiting[at]
+            seq.become(Status.RUNNING)
+            insort(self.running, seq, key=_urgency)
             count = self._chunk_of(seq, budget, logit_rows)
             chunks.append((seq, count))
             budget -= count
             logit_rows -= count if seq.scoring else 1
         return chunks
 
-    def _queue(self, limit: int) -> Iterator[Sequence]:
-        """Who may be admitted, oldest first, `limit` of those that never ran. Whoever was preempted is older than they."""
-        new: Iterator[Sequence] = islice(self.waiting.values(), limit)
-        if self.static:
-            new = takewhile(lambda seq: seq.number < self.batch_end, new)
-        return iter([*sorted(self.preempted.values(), key=lambda s: s.number), *new])
+    def _is_ready(self, seq: Sequence) -> bool:
+        """Whether one that waits may be admitted now. If not, it is passed over and keeps its place."""
+        if seq.in_flight:  # its next tokens depend on the result
+            return False
+        if self.trials and seq not in self.trials[-1]:
+            return False
+        return (not self.static or seq in self.batch) and not self._awaits_parent(seq)
 
-    def _form_batch(self) -> None:
+    def _awaits_parent(self, seq: Sequence) -> bool:
+        """Whether the parent is still to write the prompt, or to be admitted first as the more urgent."""
+        parent = seq.parent
+        if parent is None:
+            return False
+        if parent.status is Status.RUNNING:
+            return parent.landed < len(seq.request.prompt_token_ids)
+        return parent.status is Status.WAITING and parent.urgency < seq.urgency
+
+    def _form_batch(self) -> bool:
         """Once all of a static batch have ended, the next is the first `max_num_seqs` of those that wait by then. Its members
-        enter in as many steps as their prompts take."""
-        oldest = next(iter(self.live.values()), None)
-        if oldest is not None and oldest.number >= self.batch_end and not self.leaving:
-            *_, last = islice(self.waiting, self.max_num_seqs)
-            self.batch_end = last + 1
+        enter in as many steps as their prompts take; returns whether any still wait."""
+        if not self.leaving and all(seq.status.finished for seq in self.batch):
+            self.batch = set(self.waiting[: self.max_num_seqs])
+        return any(seq.status in (Status.WAITING, Status.PREEMPTED) for seq in self.batch)
 
     def _close_batch(self) -> None:
         """Pages have run out: members of a static batch that have not entered yet are left to the next."""
-        self.batch_end = min(self.batch_end, next(iter(self.waiting), self.batch_end))
+        self.batch = {seq for seq in self.batch if seq.admissions}
 
     def _pages_to_start(self, seq: Sequence) -> int:
         """Pages without which a request is not admitted: for the tokens it has, or, if dense, for all it may come to have."""
@@ -387,13 +507,16 @@ class Scheduler:
                 seq.pending += 1
             seq.computed = end
             seq.in_flight += 1
-        return Step([seq for seq, _ in plan], self.rows.build(rows, starts, counts, samples, fills, scores, changes), started)
+        copies, self.copies = self.copies, []
+        batch = self.rows.build(rows, starts, counts, samples, fills, scores, changes, copies)
+        return Step([seq for seq, _ in plan], batch, started)
 
     # ── one step: its result ────────────────────────────────────────────────────────────────────────────────────────────
 
     def update(self, step: Step, result: Result, time: float) -> list[TokenEvent]:
         """Take in the result of the oldest step in flight, seen at `time`: new tokens, ends, pages to offer to others."""
         batch, events = step.batch, []
+        self.faults_in_a_row = 0
         tokens, starts, ends = result.tokens.tolist(), result.token_starts.tolist(), batch.kv_lengths.tolist()
         bad = set() if result.finite.all() else set(batch.logit_owner[~result.finite].tolist())
         places = np.flatnonzero(batch.want & Want.SAMPLE).tolist()  # of the tokens among the logit rows
@@ -401,6 +524,9 @@ class Scheduler:
             _take_scores(step, result, bad)
         for i, seq in enumerate(step.seqs):
             seq.in_flight -= 1
+            seq.landed = ends[i]
+            if seq.suspect and ends[i] >= seq.suspect:
+                seq.suspect = 0
             if i in bad and not seq.status.finished:
                 events.append(self._spoil(seq, time))
             elif seq.status is Status.RUNNING and self.prefix_caching:
@@ -439,7 +565,6 @@ class Scheduler:
         self.rows.tokens[seq.row, seq.known] = token
         seq.known += 1
         seq.pending -= 1
-        seq.strikes = 0
         if seq.edits is not None:
             seq.edits.append(token)
         finish, stop_reason = None, None
@@ -464,22 +589,28 @@ class Scheduler:
     # ── leaving ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _preempt(self, seq: Sequence) -> None:
-        """Send a running sequence back to waiting. Its pages go, its tokens stay: they will be computed anew as a prompt."""
+        """Make room for others by sending a running sequence back to waiting."""
         self.num_preemptions += 1
         self._close_batch()
+        self._send_back(seq)
+
+    def _send_back(self, seq: Sequence) -> None:
+        """A running sequence waits again. Its pages go, its tokens stay: they will be computed anew as a prompt."""
         self.running.remove(seq)
-        seq.status = Status.PREEMPTED
-        self.preempted[seq.number] = seq
+        seq.become(Status.PREEMPTED)
+        insort(self.waiting, seq, key=_urgency)
         self._vacate(seq)
 
     def _finish(self, seq: Sequence, status: Status) -> None:
+        before = seq.status
+        seq.become(status)
+        seq.suspect, seq.parent = 0, None
         del self.live[seq.request.request_id]
-        if seq.status is Status.RUNNING:
+        if before is Status.RUNNING:
             self.running.remove(seq)
             self._vacate(seq)
         else:
-            (self.preempted if seq.status is Status.PREEMPTED else self.waiting).pop(seq.number)
-        seq.status = status
+            del self.waiting[bisect_left(self.waiting, seq.urgency, key=_urgency)]
 
     def _vacate(self, seq: Sequence) -> None:
         """Give back the pages and the row of a sequence that stops running: now, or once no step in flight names them."""
@@ -491,7 +622,7 @@ class Scheduler:
     def _give_back(self, seq: Sequence) -> None:
         self.pool.release(seq.pages)
         self.rows.give_back(seq.row)
-        seq.row, seq.pages, seq.computed, seq.published, seq.pending = -1, [], 0, 0, 0
+        seq.row, seq.pages, seq.computed, seq.landed, seq.published, seq.pending = -1, [], 0, 0, 0, 0
 
 
 def _scores(i: int, seq: Sequence, end: int) -> list[Score]:
