@@ -534,7 +534,9 @@ class Scheduler:
             for j in range(starts[i], starts[i + 1]):
                 if seq.status.finished:
                     break  # just now, or while this step was in flight
-                events.append(self._append(seq, result, places[j], tokens[j], time))
+                k = seq.request.params.logprobs
+                logprobs = None if k is None else logprobs_of(result, places[j], k)
+                events.append(self._append(seq, tokens[j], logprobs, time))
             if not seq.in_flight and seq.row >= 0 and seq.status is not Status.RUNNING:
                 self.leaving.remove(seq)
                 self._give_back(seq)
@@ -558,8 +560,8 @@ class Scheduler:
         parent = seq.keys[-1] if seq.keys else None
         seq.keys.append(next_key(self.pool.secret, parent, tokens.tobytes(), seq.request.cache_salt))
 
-    def _append(self, seq: Sequence, result: Result, j: int, token: int, time: float) -> TokenEvent:
-        """Give a sequence the token of logit row j, and end it if that was its last."""
+    def _append(self, seq: Sequence, token: int, logprobs: Logprobs | None, time: float) -> TokenEvent:
+        """Give a sequence its next token, and end it if that was its last."""
         params = seq.request.params
         seq.output.append(token)
         self.rows.tokens[seq.row, seq.known] = token
@@ -574,7 +576,6 @@ class Scheduler:
             finish = Status.FINISHED_LENGTH
         if finish:
             self._finish(seq, finish)
-        logprobs = None if params.logprobs is None else logprobs_of(result, j, params.logprobs)
         prompt_logprobs = seq.scores if len(seq.output) == 1 else None
         return TokenEvent(seq.request.request_id, token, time, logprobs, finish, stop_reason, prompt_logprobs=prompt_logprobs)
 
