@@ -53,9 +53,10 @@ def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
 
 def mask(logits: Tensor, rows: Tensor, masks: Tensor) -> Tensor:
     """Logits float32[R, V] with -inf where one of int64[M, W] of 32 bits, each for the row of int64[M], has no bit."""
-    bits = (masks[:, :, None] >> torch.arange(32, device=masks.device)) & 1
-    limits = torch.where(bits.flatten(1)[:, : logits.shape[1]] > 0, torch.inf, -torch.inf)
-    return logits.index_reduce(0, rows, limits, "amin")
+    missing = (~masks[:, :, None] >> torch.arange(32, device=masks.device)) & 1
+    count = torch.zeros(logits.shape, dtype=torch.int64, device=logits.device)
+    count = count.index_add(0, rows, missing.flatten(1)[:, : logits.shape[1]])  # a row may have several masks
+    return logits.masked_fill(count > 0, -torch.inf)
 
 
 def edit(logits: Tensor, rows: Tensor, ids: Tensor, edits: Tensor) -> Tensor:

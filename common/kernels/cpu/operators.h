@@ -229,7 +229,8 @@ inline Changes read_changes(const View& changes, const Step& s, int64_t vocab) {
   expect("changes", changes, "int32", Changes::HEADER + 5 * E + M * (1 + W));
   const Changes c(p);
   for (int i = 0; i < c.edits; ++i) {
-    if (c.edit_rows[i] < (i ? c.edit_rows[i - 1] : 0) || c.edit_rows[i] >= s.rows) refuse("a row to edit lies outside the step or its order");
+    if (c.edit_rows[i] < (i ? c.edit_rows[i - 1] : 0) || c.edit_rows[i] >= s.rows)
+      refuse("a row to edit lies outside the step or its order");
     if (c.edit_ids[i] < 0 || c.edit_ids[i] >= vocab) refuse("a token to edit lies outside the vocabulary");
   }
   for (int i = 0; i < c.masks; ++i)
@@ -250,9 +251,10 @@ inline void adjust(const View& step, const View& changes, const View& logits, co
       float* x = (float*)changed.data + r * vocab;
       std::memcpy(x, (const float*)logits.data + r * vocab, vocab * sizeof(float));
       for (int i = 0; i < c.masks; ++i)
-        if (c.mask_rows[i] == r) mask_row(x, int(vocab), c.bits + size_t(i) * c.words);
+        if (c.mask_rows[i] == r) sampling::mask_row(x, int(vocab), c.bits + size_t(i) * c.words);
       const int first = int(std::lower_bound(c.edit_rows, c.edit_rows + c.edits, r) - c.edit_rows);
-      for (int i = first; i < c.edits && c.edit_rows[i] == r; ++i) x[c.edit_ids[i]] = edited(x[c.edit_ids[i]], c.values + 3 * i);
+      for (int i = first; i < c.edits && c.edit_rows[i] == r; ++i)
+        x[c.edit_ids[i]] = sampling::edited(x[c.edit_ids[i]], c.values + 3 * i);
     });
   });
 }
@@ -284,7 +286,8 @@ inline void sample(const View& step, const View& logits, const View& changed, co
       p.top_p = p.filtered ? s.top_p[r] : 1.0f, p.min_p = p.filtered ? s.min_p[r] : 0.0f, p.top_k = p.filtered ? s.top_k[r] : 0;
       Sampled& out = ((Sampled*)sampled.data)[r];
       const size_t at = size_t(r) * vocab;
-      sample_row((const float*)logits.data + at, (const float*)changed.data + at, vocab, p, p.sampled ? scratch + size_t(team.id) * size : nullptr, out);
+      sample_row((const float*)logits.data + at, (const float*)changed.data + at, vocab, p,
+                 p.sampled ? scratch + size_t(team.id) * size : nullptr, out);
       if (p.score < 0) ((int32_t*)last_tokens.data)[s.row[r]] = out.token;
     });
   });

@@ -446,9 +446,9 @@ inline void logprobs(const float* x, int n, int32_t token, const Scan& s, Sample
 
 }  // namespace sampling
 
-// float32[vocab] as changed -> its token; raw -> what else was asked for. `scratch` has room for `vocab` floats. To be called in the pool's
-// `FloatMode`. Where NaN or inf is among the logits, all are -inf, or the highest overflows over the temperature, the token is
-// greedy.
+// float32[vocab] as changed -> its token; raw -> what else was asked for. `scratch` has room for `vocab` floats. To be called in
+// the pool's `FloatMode`. Where NaN or inf is among the logits, all are -inf, or the highest overflows over the temperature, the
+// token is greedy.
 inline void sample_row(const float* raw, const float* changed, int vocab, const SampleParams& p, float* scratch, Sampled& out) {
   using namespace sampling;
   const bool hot = p.sampled && p.temperature > 0;
