@@ -13,12 +13,12 @@ import pytest
 from common.config import EngineConfig
 from common.engine import Engine
 from common.errors import RequestError
-from common.interface import Caps, KVGroup, ModelRunner, Pending, Progress
+from common.interface import Caps, KVGroup, ModelRunner, Pending, Progress, load_backend
 from common.platform import cxx_compiler
 from common.request import Logprobs, Request, SamplingParams, TokenEvent
 from common.schedule.batch import Batch, Want
 from common.schedule.scheduler import mix64
-from tests.backends import checkpoint, engine_config, shared_runner
+from tests.backends import Packer, checkpoint, engine_config, shared_runner
 from tests.numpy_sampler import Filters, adjusted, choices, scores, uniform
 
 MODEL = "tiny-llama"
@@ -289,6 +289,19 @@ def test_a_plain_step_carries_no_change(backend: str) -> None:
         backend, config, [request("a", PROMPT[:5], max_tokens=6), request("b", PROMPT[:9], max_tokens=6, min_tokens=2)]
     )
     assert spy.changed == 2
+
+
+def test_a_plain_step_of_jax_is_one_program_and_a_change_is_another(config: EngineConfig) -> None:
+    """Whoever changes no logit compiles and runs nothing for those who do."""
+    runner, packer, counts = load_backend("jax", config), Packer(8, config.block_size, num_rows=4, max_len=128), []
+    runner.load(checkpoint(MODEL))
+    runner.allocate([8])
+    sequence = [(packer.add(PROMPT[:9]), 0, 9)]
+    for change in ({}, {}, {"edit_rows": [0], "edit_ids": [30], "edits": [(1000.0, 1.0, 0.0)]}):
+        before = runner.compilations
+        token = runner.submit(packer.step(sequence, **change)).result().tokens[0]
+        counts.append(runner.compilations - before)
+    assert counts == [1, 0, 1] and token == 30
 
 
 @pytest.mark.parametrize(
