@@ -4,6 +4,7 @@ own logits."""
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -291,9 +292,24 @@ def test_a_plain_step_carries_no_change(backend: str) -> None:
     assert spy.changed == 2
 
 
+def test_scores_leave_the_token_that_a_row_sampled_last(backend: str, config: EngineConfig) -> None:
+    runner = shared_runner(backend, MODEL, PAGES, config)
+    runner.reset()
+    packer = Packer(PAGES, config.block_size, num_rows=4, max_len=128)
+    row = packer.add(PROMPT[:9], length=10)
+    other, token = (runner.submit(packer.step([(row, 0, n)])).result().tokens[0] for n in (5, 9))
+    assert other != token
+    score = {"want": [Want.SCORE | Want.LOGPROBS], "num_top": [0], "score_ids": [3]}
+    runner.submit(packer.step([(row, 4, 1)], **score)).result()  # whose likeliest is `other`
+    from_device = runner.observe(packer.step([(row, 9, 1)], fills=[0]), ["logits"])["logits"][0]
+    packer.rows.tokens[row, 9] = token
+    assert np.array_equal(from_device, runner.observe(packer.step([(row, 9, 1)]), ["logits"])["logits"][0])
+
+
 def test_a_plain_step_of_jax_is_one_program_and_a_change_is_another(config: EngineConfig) -> None:
     """Whoever changes no logit compiles and runs nothing for those who do."""
-    runner, packer, counts = load_backend("jax", config), Packer(8, config.block_size, num_rows=4, max_len=128), []
+    runner = load_backend("jax", replace(config, max_num_seqs=3))  # shapes that no other test has compiled
+    packer, counts = Packer(8, config.block_size, num_rows=3, max_len=128), []
     runner.load(checkpoint(MODEL))
     runner.allocate([8])
     sequence = [(packer.add(PROMPT[:9]), 0, 9)]
