@@ -270,6 +270,34 @@ def test_an_operator_refuses_what_does_not_fit(families: dict[str, Path]) -> Non
         ops.attend(words, layer, k[:, :2].contiguous(), v[:, :2].contiguous(), q)
 
 
+def test_changes_that_do_not_fit_are_refused() -> None:
+    ops, packer = operators(), Packer(8, 16)
+    batch = packer.step([(packer.add(PROMPTS[0][:4]), 0, 4)], **changes(1, 40))
+    step, logits, edits = torch.from_numpy(pack_step(batch)), torch.zeros((1, 40)), changes(1, 40) | {"mask_rows": [0] * 3}
+    good = {name: np.asarray(array) for name, array in edits.items()}
+    for wrong, change in (
+        ("a token to edit", {"edit_ids": good["edit_ids"] + 40}),
+        ("a token to edit", {"edit_ids": good["edit_ids"] - 40}),
+        ("a row to edit", {"edit_rows": good["edit_rows"] + 1}),
+        ("a row to edit", {"edit_rows": good["edit_rows"] - 1}),
+        ("a row to mask", {"mask_rows": good["mask_rows"] + 1}),
+        ("a row to mask", {"mask_rows": good["mask_rows"] - 1}),
+        ("changes: expected the counts", {"masks": good["masks"][:, :1]}),
+    ):
+        packed = torch.from_numpy(pack_changes(packer.step([(0, 0, 4)], **(good | change))))
+        with pytest.raises(ValueError, match=wrong):
+            ops.adjust(step, packed, logits, logits.clone())
+    packed = torch.from_numpy(pack_changes(packer.step([(0, 0, 4)], **good)))
+    ops.adjust(step, packed, logits, logits.clone())
+    for wrong, arguments in (
+        ("changes: expected int32", (step, packed[:-1].clone(), logits, logits.clone())),
+        ("logits: expected a row for each", (step, packed, logits[:0], logits[:0])),
+        ("changed: expected float32", (step, packed, logits, logits[:, 1:].contiguous())),
+    ):
+        with pytest.raises(ValueError, match=wrong):
+            ops.adjust(*arguments)
+
+
 def test_jax_reports_what_does_not_fit(families: dict[str, Path]) -> None:
     kernels = part("jax", "kernels")
     weights, state, step, tokens = native_state("jax", families["llama2"])
