@@ -104,11 +104,15 @@ class Engine(InferenceEngine):
         expect(
             n == 1, f"Request {name!r}: an engine continues a prompt once, got n={n}; add what fan_out makes of the request."
         )
-        for what, ids in (
+        listed: list[tuple[str, Any]] = [
             ("prompt_token_ids", request.prompt_token_ids),
             ("stop_token_ids", request.params.stop_token_ids),
             ("eos_token_ids", request.eos_token_ids),
-        ):
+            ("allowed_token_ids", request.params.allowed_token_ids or ()),
+            ("logit_bias", tuple(dict(request.params.logit_bias or ()))),
+            *(("bad_words", word) for word in request.bad_words),
+        ]
+        for what, ids in listed:
             bad = next((i for i, token in enumerate(ids) if not is_token(token, vocab)), None)
             if bad is not None:
                 expect(False, f"Request {name!r}: {what}[{bad}] must be an integer in [0, {vocab}), got {ids[bad]!r}.")

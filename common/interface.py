@@ -40,7 +40,7 @@ class Caps:
     max_tokens: int = 1 << 30
     """Packed tokens a step at most."""
     max_seqs: int = 1 << 30
-    """Sequences a step at most; also the number of permanent rows."""
+    """Sequences a step at most; also the number of permanent rows, and of logit rows at most."""
     max_model_len: int = 1 << 30
     vocab_size: int = 1 << 30
     depth: int = 0
@@ -88,13 +88,13 @@ class Result:
     finite: np.ndarray
     """bool[R]: whether all logits of the row were finite."""
     logprobs: np.ndarray | None = None
-    """float32[n]: of each token under the raw logits; None where nobody asked."""
+    """float32[R]: of each row's token, sampled or to score, under the raw logits; None where nobody asked."""
     ranks: np.ndarray | None = None
-    """int32[n]: 1 + the number of greater logits."""
+    """int32[R]: 1 + the number of greater logits."""
     top_ids: np.ndarray | None = None
-    """int32[n, k]: the k likeliest tokens, falling, ties to the lower id."""
+    """int32[R, k]: the k likeliest tokens, falling, ties to the lower id."""
     top_logprobs: np.ndarray | None = None
-    """float32[n, k]"""
+    """float32[R, k]"""
     digests: np.ndarray | None = None
     """uint32[R]: a digest of the bits of each row's raw logits, where the kernels compute one."""
 
@@ -109,11 +109,12 @@ def make_result(
     top_logprobs: np.ndarray | None,
     digests: np.ndarray | None = None,
 ) -> Result:
-    """The `Result` of a step that sampled one token for each logit row, from arrays by logit row, padded at the end."""
+    """The `Result` of a step that sampled at most one token for each sequence, from arrays by logit row, padded at the end."""
     rows = np.flatnonzero(batch.want & Want.SAMPLE)
     starts = np.zeros(batch.num_seqs + 1, np.int32)
     np.cumsum(np.bincount(batch.logit_owner[rows], minlength=batch.num_seqs), out=starts[1:])
-    finite, tokens = finite[: len(batch.want)], tokens[rows].astype(np.int32, copy=False)
+    R = len(batch.want)
+    finite, tokens = finite[:R], tokens[rows].astype(np.int32, copy=False)
     if batch.num_top is None or logprobs is None or ranks is None or top_ids is None or top_logprobs is None:
         return Result(tokens=tokens, token_starts=starts, finite=finite, digests=digests)
     k = int(batch.num_top.max(initial=0))
@@ -121,10 +122,10 @@ def make_result(
         tokens=tokens,
         token_starts=starts,
         finite=finite,
-        logprobs=logprobs[rows],
-        ranks=ranks[rows].astype(np.int32, copy=False),
-        top_ids=top_ids[rows, :k].astype(np.int32, copy=False),
-        top_logprobs=top_logprobs[rows, :k],
+        logprobs=logprobs[:R],
+        ranks=ranks[:R].astype(np.int32, copy=False),
+        top_ids=top_ids[:R, :k].astype(np.int32, copy=False),
+        top_logprobs=top_logprobs[:R, :k],
         digests=digests,
     )
 

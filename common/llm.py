@@ -25,7 +25,7 @@ from common.engine import build_engine
 from common.errors import RequestError, TandemError
 from common.interface import Progress
 from common.options import add_engine_options, engine_options, flag, parse
-from common.request import Request, SamplingParams, expect, fan_out
+from common.request import Logprobs, Request, SamplingParams, expect, fan_out
 from common.text.chat import ChatTemplate, Message
 from common.text.output import Delta, OutputText
 from common.text.tokenizer import Tokenizer, open_tokenizer
@@ -75,6 +75,8 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     """`SamplingParams.n` of them, by index."""
     finished: bool
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """For each token of the prompt: itself and the likeliest others, by id; None for the first, and unless asked for."""
 
 
 class LLM:
@@ -114,15 +116,17 @@ class LLM:
         texts, requests = self._requests(many, sampling_params)
         fans = [fan_out(request) for request in requests]
         self._run([each for fan in fans for each in fan], use_tqdm)
+        deltas = [[self._deltas.pop(each.request_id) for each in fan] for fan in fans]
         return [
             RequestOutput(
                 request_id=request.request_id,
                 prompt=text,
                 prompt_token_ids=list(request.prompt_token_ids),
-                outputs=[self._output(i, each, self._deltas.pop(each.request_id)) for i, each in enumerate(fan)],
+                outputs=[self._output(i, request, each) for i, each in enumerate(mine)],
                 finished=True,
+                prompt_logprobs=self._prompt_logprobs(request, mine[0]),
             )
-            for text, request, fan in zip(texts, requests, fans, strict=True)
+            for text, request, mine in zip(texts, requests, deltas, strict=True)
         ]
 
     def chat(
@@ -187,7 +191,13 @@ class LLM:
             expect(isinstance(given, SamplingParams), f"sampling_params must be SamplingParams, got {type(given).__name__}.")
         pairs = [self._tokens(i, prompt) for i, prompt in enumerate(prompts)]
         requests = [
-            Request(request_id=str(next(self._numbers)), prompt_token_ids=tuple(ids), params=params, eos_token_ids=self._eos)
+            Request(
+                request_id=str(next(self._numbers)),
+                prompt_token_ids=tuple(ids),
+                params=params,
+                eos_token_ids=self._eos,
+                bad_words=self.tokenizer.bad_words(params.bad_words),
+            )
             for (_, ids), params in zip(pairs, each, strict=True)
         ]
         return [text for text, _ in pairs], requests
@@ -270,21 +280,26 @@ class LLM:
         last = deltas[-1]
         token_ids = [token for delta in deltas for token in delta.token_ids]
         asked = request.params.logprobs is not None
-        scored = [(token, delta) for delta in deltas for token in delta.token_ids if delta.logprobs is not None]
+        scored = [(token, delta.logprobs) for delta in deltas for token in delta.token_ids if delta.logprobs is not None]
         return CompletionOutput(
             index=index,
             text="".join(delta.text for delta in deltas),
             token_ids=token_ids,
-            cumulative_logprob=sum(delta.logprobs.logprob for _, delta in scored if delta.logprobs) if asked else None,
-            logprobs=[self._logprobs(token, delta) for token, delta in scored] if asked else None,
+            cumulative_logprob=sum(found.logprob for _, found in scored) if asked else None,
+            logprobs=[self._logprobs(token, found) for token, found in scored] if asked else None,
             finish_reason=last.finish_reason,
             stop_reason=last.stop_reason,
             error=last.error,
         )
 
-    def _logprobs(self, token: int, delta: Delta) -> dict[int, Logprob]:
-        found = delta.logprobs
-        assert found is not None
+    def _prompt_logprobs(self, request: Request, deltas: Sequence[Delta]) -> list[dict[int, Logprob] | None] | None:
+        scored = deltas[0].prompt_logprobs
+        if scored is None:
+            return None
+        pairs = zip(request.prompt_token_ids, scored, strict=True)
+        return [None if found is None else self._logprobs(token, found) for token, found in pairs]
+
+    def _logprobs(self, token: int, found: Logprobs) -> dict[int, Logprob]:
         ranked = [(token, found.logprob, found.rank)]
         ranked += [
             (i, p, rank) for rank, (i, p) in enumerate(zip(found.top_ids, found.top_logprobs, strict=True), 1) if i != token
@@ -320,6 +335,10 @@ _SAMPLING = {
     "top_k": (int, "keep the k likeliest tokens"),
     "top_p": (float, "keep the likeliest tokens that reach this probability together"),
     "min_p": (float, "keep tokens at least this many times as likely as the likeliest"),
+    "min_tokens": (int, "output tokens before one may end the text"),
+    "presence_penalty": (float, "taken off the logit of a token that came up"),
+    "frequency_penalty": (float, "taken off it each time"),
+    "repetition_penalty": (float, "above 1, tokens of prompt and output become less likely"),
 }
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
+from math import inf
 from typing import Any, Self
 
 from common.errors import RequestError, nearest_hint
 
 MAX_LOGPROBS = 20
+MAX_BIAS = 100.0
 MAX_N = 64
 GREEDY_EPSILON = 1e-5
 """Temperatures below this are greedy."""
@@ -30,11 +32,28 @@ def _real(value: Any, low: float, high: float) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
+def _biases(given: Any) -> tuple[tuple[int, float], ...] | None:
+    """A logit_bias as pairs in the order of ids, clamped."""
+    if given is None:
+        return None
+    expect(isinstance(given, (Mapping, tuple, list)), f"logit_bias must map token ids to numbers, got {given!r}.")
+    pairs = list(given.items()) if isinstance(given, Mapping) else list(given)
+    for pair in pairs:
+        expect(
+            isinstance(pair, tuple) and len(pair) == 2 and _whole(pair[0], 0, 2**31 - 1) and _real(pair[1], -inf, inf),
+            f"logit_bias must map token ids ≥ 0 to numbers, got {pair!r}.",
+        )
+    expect(len({token for token, _ in pairs}) == len(pairs), "logit_bias must name every token id once.")
+    return tuple(sorted((token, float(min(max(bias, -MAX_BIAS), MAX_BIAS))) for token, bias in pairs))
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How tokens are chosen and when to stop. Names, units and defaults as in vLLM.
 
-    Order of operations: temperature → min_p → top_k → top_p → inverse CDF.
+    Order of operations on the logits: allowed_token_ids → bad_words → min_tokens → logit_bias → repetition, frequency and
+    presence penalty → temperature → min_p → top_k → top_p → inverse CDF. What is masked has no probability. If nothing is left,
+    the token is 0.
     """
 
     n: int = 1
@@ -42,7 +61,8 @@ class SamplingParams:
     max_tokens: int | None = 16
     """Output tokens at most; None fills the context."""
     min_tokens: int = 0
-    """Output tokens before EOS, a stop id or a stop string can end the request; its cap ends it in any case."""
+    """Until so many output tokens are there, EOS (unless ignored) and stop ids are masked, and stop strings do not count. The
+    cap ends a request in any case."""
     temperature: float = 1.0
     """0 is greedy: the highest logit, ties to the lowest id."""
     top_k: int = 0
@@ -51,10 +71,26 @@ class SamplingParams:
     """Keep the smallest set of likeliest tokens whose probability reaches top_p, at least one."""
     min_p: float = 0.0
     """Keep tokens at least min_p times as likely as the likeliest."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of every token in the output; in [-2, 2]."""
+    frequency_penalty: float = 0.0
+    """Taken off the logit of a token for each time that it is in the output; in [-2, 2]."""
+    repetition_penalty: float = 1.0
+    """For every token in prompt or output: a positive logit is divided by it, any other multiplied."""
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] | None = None
+    """Added to the logits of these ids, clamped to [-100, 100]. Kept as pairs in the order of ids."""
+    allowed_token_ids: tuple[int, ...] | list[int] | None = None
+    """All others are masked; None allows all."""
+    bad_words: tuple[str, ...] | list[str] = ()
+    """Texts that do not come up, with or without a space before them: where the tokens of one but for its last end the output,
+    the last is masked. `Request.bad_words` has the tokens."""
     seed: int | None = None
     """None draws one from the engine's seed and the request's number."""
     logprobs: int | None = None
     """None: none. k: of the chosen token and of the k likeliest, from the raw logits."""
+    prompt_logprobs: int | None = None
+    """Likewise of the prompt's tokens but the first, each given those before it. Such a prompt is not looked up in the prefix
+    cache."""
     stop: tuple[str, ...] | list[str] | str = ()
     stop_token_ids: tuple[int, ...] | list[int] = ()
     ignore_eos: bool = False
@@ -64,7 +100,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
-        for name in ("stop", "stop_token_ids"):
+        for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids"):
             value = getattr(self, name)
             expect(value is None or isinstance(value, (str, tuple, list)), f"{name} must be a list, got {value!r}.")
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"):
@@ -72,6 +108,9 @@ class SamplingParams:
             expect(isinstance(value, bool), f"{name} must be true or false, got {value!r}.")
         put("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
         put("stop_token_ids", tuple(self.stop_token_ids or ()))
+        put("bad_words", (self.bad_words,) if isinstance(self.bad_words, str) else tuple(self.bad_words or ()))
+        put("allowed_token_ids", None if self.allowed_token_ids is None else tuple(self.allowed_token_ids))
+        put("logit_bias", _biases(self.logit_bias))
         expect(
             self.max_tokens is None or _whole(self.max_tokens, 1, 2**31 - 1),
             f"max_tokens must be a positive integer or None, got {self.max_tokens!r}.",
@@ -87,20 +126,33 @@ class SamplingParams:
         expect(_whole(self.top_k, -1, 2**31 - 1), f"top_k must be an integer ≥ -1, got {self.top_k!r}.")
         expect(_real(self.top_p, 0.0, 1.0) and self.top_p > 0, f"top_p must be a number in (0, 1], got {self.top_p!r}.")
         expect(_real(self.min_p, 0.0, 1.0), f"min_p must be a number in [0, 1], got {self.min_p!r}.")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            expect(_real(value, -2.0, 2.0), f"{name} must be a number in [-2, 2], got {value!r}.")
+        expect(
+            _real(self.repetition_penalty, 1e-6, 1e6),
+            f"repetition_penalty must be a number > 0, from 1e-6 to 1e6, got {self.repetition_penalty!r}.",
+        )
         expect(
             self.seed is None or _whole(self.seed, 0, 2**64 - 1),
             f"seed must be an integer in [0, 2**64) or None, got {self.seed!r}.",
         )
-        expect(
-            self.logprobs is None or _whole(self.logprobs, 0, MAX_LOGPROBS),
-            f"logprobs must be an integer in [0, {MAX_LOGPROBS}] or None, got {self.logprobs!r}.",
-        )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            expect(
+                value is None or _whole(value, 0, MAX_LOGPROBS),
+                f"{name} must be an integer in [0, {MAX_LOGPROBS}] or None, got {value!r}.",
+            )
         expect(all(isinstance(s, str) and s for s in self.stop), f"stop must hold non-empty strings, got {self.stop!r}.")
         expect(not self.stop or self.detokenize, "stop strings need detokenize=True.")
         expect(
-            all(_whole(t, 0, 2**31 - 1) for t in self.stop_token_ids),
-            f"stop_token_ids must hold token ids ≥ 0, got {self.stop_token_ids!r}.",
+            all(isinstance(s, str) and s.strip() for s in self.bad_words),
+            f"bad_words must hold strings that are not blank, got {self.bad_words!r}.",
         )
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            value = getattr(self, name) or ()
+            expect(all(_whole(t, 0, 2**31 - 1) for t in value), f"{name} must hold token ids ≥ 0, got {value!r}.")
+        expect(self.allowed_token_ids != (), "allowed_token_ids must not be empty; None allows all.")
         put("top_k", 0 if self.top_k == -1 else self.top_k)
         expect(_whole(self.n, 1, MAX_N), f"n must be an integer in [1, {MAX_N}], got {self.n!r}.")
         expect(self.n == 1 or not self.greedy, f"n must be 1 where temperature is 0: all {self.n} continuations were the same.")
@@ -150,6 +202,8 @@ class Request:
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
     eos_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """`params.bad_words` as token ids, from whoever has the tokenizer (`Tokenizer.bad_words`)."""
     cache_salt: str = ""
     """Requests share cached pages only with requests of the same salt."""
     priority: int = 0
@@ -164,8 +218,14 @@ class Request:
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt_token_ids", tuple(self.prompt_token_ids))
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
+        object.__setattr__(self, "bad_words", tuple(map(tuple, self.bad_words)))
         expect(bool(self.request_id), "request_id must not be empty.")
         expect(len(self.prompt_token_ids) > 0, f"Request {self.request_id!r}: the prompt is empty; give at least one token.")
+        expect(all(self.bad_words), f"Request {self.request_id!r}: a bad word has no tokens.")
+        expect(
+            bool(self.bad_words) or not self.params.bad_words,
+            f"Request {self.request_id!r}: bad_words are texts, and this request brings no tokens for them.",
+        )
         expect(
             _whole(self.priority, -(2**63), 2**63 - 1),
             f"Request {self.request_id!r}: priority must be an integer of 64 bits, got {self.priority!r}.",
@@ -178,7 +238,7 @@ class Request:
 
 def fan_out(request: Request) -> list[Request]:
     """The requests for `n` continuations of one prompt: `<id>-<i>`, with seed + i where there is one, the first the parent of
-    the others. An engine takes these; one continuation is the request itself."""
+    the others, which alone has the prompt scored. An engine takes these; one continuation is the request itself."""
     name, params = request.request_id, request.params
     if params.n == 1:
         return [request]
@@ -187,7 +247,7 @@ def fan_out(request: Request) -> list[Request]:
         replace(
             request,
             request_id=f"{name}-{i}",
-            params=replace(params, n=1, seed=seed),
+            params=replace(params, n=1, seed=seed, prompt_logprobs=None if i else params.prompt_logprobs),
             parent=f"{name}-0" if i else request.parent,
         )
         for i, seed in enumerate(seeds)
@@ -196,15 +256,15 @@ def fan_out(request: Request) -> list[Request]:
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Log-probabilities at one output position, of the raw logits."""
+    """Log-probabilities at one position, of the raw logits."""
 
     logprob: float
-    """Of the chosen token."""
+    """Of the token that is there."""
     rank: int
-    """1 + how many tokens have a higher logit than the chosen one."""
+    """1 + how many tokens have a higher logit than it."""
     top_ids: Sequence[int] = ()
     top_logprobs: Sequence[float] = ()
-    """The k likeliest, falling; empty where only the chosen token was wanted."""
+    """The k likeliest, falling; empty where no others were wanted."""
 
 
 @dataclass(frozen=True)
@@ -221,3 +281,5 @@ class TokenEvent:
     stop_reason: int | str | None = None
     """The stop id or stop string that ended it; None for EOS."""
     error: str | None = None
+    prompt_logprobs: Sequence[Logprobs | None] | None = None
+    """On the first token of a request that asked: one entry for each token of the prompt, None for the first."""

@@ -23,14 +23,14 @@ from common.kernels.cpu import usable as cpu
 from common.kernels.cpu.build import build
 from common.kernels.cpu.pack import pack_head, pack_layer
 from common.kernels.cpu.pages import keys_in, keys_out, pool_shapes, values_in, values_out
-from common.kernels.cpu.step import SAMPLED, max_step_size, pack_step, unpack_sampled
+from common.kernels.cpu.step import HEADER, SAMPLED, max_step_size, pack_changes, pack_step, unpack_sampled, without_modes
 from common.platform import cores
 from common.rope import rope_tables
-from common.schedule.batch import Batch, null_batch
+from common.schedule.batch import Batch
 from common.weights.checkpoint import Checkpoint
 from jaxinfer.cache import KVCache
 from jaxinfer.observe import Keep, Names, ignore, keeper
-from jaxinfer.step import State
+from jaxinfer.step import _EDITS, State
 
 
 class Weights(NamedTuple):
@@ -48,7 +48,7 @@ class Weights(NamedTuple):
 def open_library() -> ctypes.CDLL:
     """Compile and load the operators. Raises `BackendError` if that fails."""
     library = ctypes.CDLL(str(build("jax", (jax.ffi.include_dir(),), (), (), jax.__version__)))
-    for name in ("embed", "layer", "project", "attend", "combine", "head", "sample"):
+    for name in ("embed", "layer", "project", "attend", "combine", "head", "adjust", "sample"):
         handler = jax.ffi.pycapsule(getattr(library, f"tandem_{name}"))
         jax.ffi.register_ffi_target(f"tandem_{name}", handler, platform="cpu")
     return library
@@ -159,10 +159,17 @@ def forward(
     return logits_RV, state._replace(cache=KVCache(tuple(k), tuple(v)))
 
 
-def sample(state: State, step: Array, logits_RV: Array) -> tuple[Array, State]:
-    """int32[R, SAMPLED]: tokens and what was asked about them; the state remembers each row's token."""
+def adjust(step: Array, changes: Array, logits_RV: Array) -> Array:
+    """Logits float32[R, V] with packed changes: masks, then edits."""
+    return _call("adjust", logits_RV, step, changes, logits_RV)
+
+
+def sample(state: State, step: Array, logits_RV: Array, changed_RV: Array | None = None) -> tuple[Array, State]:
+    """int32[R, SAMPLED]: tokens, from changed logits if there are any, and what was asked about them, from the raw ones; the
+    state remembers each row's token."""
+    changed_RV = logits_RV if changed_RV is None else changed_RV
     results = (_shape((logits_RV.shape[0], SAMPLED), jnp.int32), state.last_tokens)
-    sampled, last_tokens = _call("sample", results, step, logits_RV, state.last_tokens, aliases={2: 1})
+    sampled, last_tokens = _call("sample", results, step, logits_RV, changed_RV, state.last_tokens, aliases={3: 1})
     return sampled, state._replace(last_tokens=last_tokens)
 
 
@@ -185,6 +192,7 @@ class Step:
         self._pages = -(-positions // self.config.block_size)
         self._sizes = sorted({self.config.max_num_seqs, self.config.max_num_batched_tokens})
         self._compiled: dict[tuple[int, int, Names], Any] = {}
+        self._choosers: dict[int, Any] = {}
 
     def make_state(self, num_pages: int) -> State:
         """Empty pages and rows."""
@@ -193,23 +201,23 @@ class Step:
         return State(cache, jnp.zeros((config.max_num_seqs,), jnp.int32, device=self.device))
 
     def warmup(self, state: State, progress: Progress | None = None) -> State:
-        """Compile what later steps need. A token through each wakes the threads and brings the weights to memory."""
+        """Compile what later steps need."""
         for done, tokens in enumerate(self._sizes):
-            packed = pack_step(null_batch(1, 1, self.config.block_size))
-            state, *_ = self._run(tokens, self.config.max_num_seqs, state, packed)
+            # No tokens: the program runs through its operators and changes nothing.
+            state, *_ = self._run(tokens, self.config.max_num_seqs, state, None)
             if progress:
                 progress(done + 1, len(self._sizes), f"compiled steps of up to {tokens} tokens")
         return state
 
     def run(self, state: State, batch: Batch) -> tuple[State, Callable[[], tuple[Any, ...]]]:
         """One step, and what brings its results to the host: the arguments of `interface.make_result`."""
-        state, sampled, _ = self._run(self._tokens(batch), self.config.max_num_seqs, state, pack_step(batch))
+        state, sampled, _ = self._run(self._tokens(batch), self.config.max_num_seqs, state, batch)
         return state, lambda: unpack_sampled(np.asarray(sampled)[: len(batch.logit_rows)], batch)
 
     def observe(self, state: State, batch: Batch, names: Names) -> tuple[State, dict[str, Array]]:
         """One step, and what it computes on the way, padded and on the device: those of `names`, or all."""
         tokens = rows = self._tokens(batch)  # every token may ask for logits
-        state, _, taps = self._run(tokens, rows, state, pack_step(batch), names)
+        state, _, taps = self._run(tokens, rows, state, batch, names)
         return state, taps
 
     def read_pages(self, state: State, pages_: Sequence[int]) -> dict[str, np.ndarray]:
@@ -238,26 +246,62 @@ class Step:
     def _tokens(self, batch: Batch) -> int:
         return next(size for size in self._sizes if size >= batch.num_tokens)
 
-    def _run(self, tokens: int, rows: int, state: State, packed: np.ndarray, names: Names = frozenset()) -> Any:
+    def _run(self, tokens: int, rows: int, state: State, batch: Batch | None, names: Names = frozenset()) -> Any:
+        """A step in `tokens` and `rows` as they are compiled; without a batch one that has none."""
         program = tokens, rows, names
         open_library().tandem_threads(self._threads)  # another engine of this process may have another number
-        step = np.empty(max_step_size(self.config.max_num_batched_tokens, rows, self._pages), np.int32)
-        step[: len(packed)] = packed
+        size = max_step_size(self.config.max_num_batched_tokens, rows, self._pages)
+        step = np.zeros(size, np.int32) if batch is None else _filled(size, pack_step(batch))
+        first = without_modes(step) if batch is not None and batch.adjusts else step  # what it chooses is chosen anew
         if program not in self._compiled:
             run = jax.jit(lambda weights, state, step: self._step(*program, weights, state, step), donate_argnums=1)
             self._compiled[program] = run.lower(self.weights, state, step).compile()
-        return self._compiled[program](self.weights, state, step)
+        state, sampled, taps, logits_RV = self._compiled[program](self.weights, state, first)
+        if batch is None or batch.adjusts:
+            state, sampled = self._choose_changed(state, batch, step, logits_RV)
+            taps |= {"tokens": sampled[:, 0]} if "tokens" in taps else {}
+        return state, sampled, taps
+
+    def _choose_changed(self, state: State, batch: Batch | None, step: np.ndarray, logits_RV: Array) -> tuple[State, Array]:
+        """Choose the step's tokens anew, from changed logits: so a step that changes none stays one program."""
+        rows, vocab = logits_RV.shape
+        size = HEADER + 5 * _EDITS + rows * (1 + -(-vocab // 32))
+        if rows not in self._choosers:
+            words = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (len(step), size))
+            last, logits = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (state.last_tokens, logits_RV))
+            run = jax.jit(_choose, donate_argnums=0)
+            self._choosers[rows] = run.lower(last, *words, logits, logits).compile()
+        changed_RV, last_tokens = logits_RV, state.last_tokens
+        count = 0 if batch is None or batch.edit_rows is None else len(batch.edit_rows)
+        for at in range(0, max(count, 1), _EDITS):
+            changes = np.zeros(size, np.int32) if batch is None else _filled(size, pack_changes(batch, at, _EDITS))
+            last_tokens, changed_RV, sampled = self._choosers[rows](last_tokens, step, changes, logits_RV, changed_RV)
+        return state._replace(last_tokens=last_tokens), sampled
 
     def _step(
         self, tokens: int, rows: int, names: Names, weights: Weights, state: State, step: Array
-    ) -> tuple[State, Array, dict[str, Array]]:
-        """The pure function that is compiled."""
+    ) -> tuple[State, Array, dict[str, Array], Array]:
+        """The pure function that is compiled: its last result are the logits, for a step that changes them."""
         taps, keep = keeper(names)
         kind = layer if names == frozenset() else layer_in_parts
         logits_RV, state = forward(self.model_config, weights, state, step, tokens, rows, kind, keep)
         sampled, state = sample(state, step, logits_RV)
         keep(tokens=sampled[:, 0])
-        return state, sampled, taps
+        return state, sampled, taps, logits_RV
+
+
+def _choose(last_tokens: Array, step: Array, changes: Array, logits_RV: Array, changed_RV: Array) -> tuple[Array, Array, Array]:
+    """The pure function that is compiled: the last tokens, the logits changed further, and what is chosen from them."""
+    changed_RV = adjust(step, changes, changed_RV)
+    sampled, state = sample(State(None, last_tokens), step, logits_RV, changed_RV)  # type: ignore[arg-type]
+    return state.last_tokens, changed_RV, sampled
+
+
+def _filled(size: int, packed: np.ndarray) -> np.ndarray:
+    """int32[size] that begins with `packed`; nobody reads what follows."""
+    words = np.empty(size, np.int32)
+    words[: len(packed)] = packed
+    return words
 
 
 def _call(name: str, results: Any, *arguments: Array, aliases: dict[int, int] | None = None) -> Any:

@@ -1,7 +1,7 @@
 """Logits to tokens. Every token is a pure function of its logits, its request's seed and its position: no generator has a
 state, so batch, order and preemption cannot change it.
 
-Letters: R logit rows · V vocabulary.
+Letters: R logit rows · V vocabulary · E edits · M masks · W = ceil(V / 32).
 """
 
 from __future__ import annotations
@@ -48,6 +48,23 @@ def uniform(seeds: Array, positions: Array) -> Array:
             y = ((y << turn) | (y >> (32 - turn))) ^ x
         x, y = x + key[(group + 1) % 3], y + key[(group + 2) % 3] + jnp.uint32(group + 1)
     return ((x >> 9).astype(jnp.float32) + 0.5) * jnp.float32(2**-23)
+
+
+def mask(logits: Array, rows: Array, masks: Array) -> Array:
+    """Logits float32[R, V] with -inf where one of uint32[M, W], each for the row of int32[M], has no bit. Rows from R on are
+    left out."""
+    bits = (masks[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    limits = jnp.where(bits.reshape(len(masks), -1)[:, : logits.shape[1]] > 0, jnp.inf, -jnp.inf)
+    return logits.at[rows].min(limits, mode="drop")
+
+
+def edit(logits: Array, rows: Array, ids: Array, edits: Array) -> Array:
+    """Logits float32[R, V], changed at int32[E] rows and ids, none twice, by float32[E, 3]: bias, repetition factor, penalty.
+    Rows from R on are left out."""
+    bias, repetition, penalty = edits.T
+    x = logits[rows, ids] + bias
+    x = jnp.where(x > 0, x / repetition, x * repetition) - penalty
+    return logits.at[rows, ids].set(x, mode="drop")
 
 
 def greedy(logits: Array) -> Array:

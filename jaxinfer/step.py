@@ -7,6 +7,7 @@ and each row's last token) is donated, so XLA updates it in place. All inputs of
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from jax import Array, lax
 
 from common.config import EngineConfig, ModelConfig
 from common.interface import Progress
-from common.schedule.batch import Batch
+from common.schedule.batch import Batch, Want
 from common.weights.checkpoint import Checkpoint
 from jaxinfer import cache as pages
 from jaxinfer import sampling
@@ -32,6 +33,11 @@ from jaxinfer.model import Decoder, forward, logits
 from jaxinfer.observe import Names, keeper
 from jaxinfer.weights import load_model
 
+_EDITS = 1 << 16
+"""Edits of one call; a step that has more takes several."""
+_EDIT_BLOCK = 1 << 10
+"""Edits are applied so many at a time, as far as there are any."""
+
 
 class State(NamedTuple):
     """What a step takes, changes and gives back."""
@@ -41,6 +47,32 @@ class State(NamedTuple):
     """int32[rows + 1]: the last token sampled for each permanent row; the spare one takes what padding writes."""
 
 
+class _Choice(NamedTuple):
+    """How R logit rows become tokens."""
+
+    rows: Any  # [R], permanent row of each that samples; the spare one takes what others write
+    positions: Any  # [R], of the token to choose
+    score: Any  # [R], 1 + the token to report on, or 0 for the chosen one
+    seeds: Any  # [R, 2], uint32
+    temperature: Any  # [R], float32
+    top_k: Any  # [R]
+    top_p: Any  # [R], float32
+    min_p: Any  # [R], float32
+    modes: Any  # [3]: any row samples, any row filters, any row wants logprobs
+
+
+class _Change(NamedTuple):
+    """What is done to R logit rows, at most E edits and a mask each, and how they become tokens then."""
+
+    edit_rows: Any  # [E], R for none
+    edit_ids: Any  # [E]
+    edits: Any  # [E, 3], float32
+    mask_rows: Any  # [R], R for none
+    masks: Any  # [R, W], uint32
+    counts: Any  # [2]: edits, masks
+    choice: _Choice
+
+
 class Inputs(NamedTuple):
     """One step's inputs, padded to T tokens and R logit rows. Also used for their shapes and dtypes."""
 
@@ -48,13 +80,7 @@ class Inputs(NamedTuple):
     positions: Any  # [T]
     fill_row: Any  # [T], row whose last token goes here, or -1
     logit_rows: Any  # [R]
-    rows: Any  # [R], permanent row of each logit row
-    seeds: Any  # [R, 2], uint32
-    temperature: Any  # [R], float32
-    top_k: Any  # [R]
-    top_p: Any  # [R], float32
-    min_p: Any  # [R], float32
-    modes: Any  # [3]: any row samples, any row filters, any row wants logprobs
+    choice: _Choice
     plan: Plan
 
 
@@ -68,6 +94,7 @@ class Step:
         self.token_buckets = _token_buckets(config.max_num_batched_tokens)
         self.decode_buckets = _decode_buckets(config.max_num_seqs)
         self._compiled: dict[tuple[_Bucket, Names], Any] = {}
+        self._choosers: dict[int, Any] = {}
 
     def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
         """Bring the weights to the device, with room for `positions` rotary positions."""
@@ -96,11 +123,13 @@ class Step:
         # XLA holds no lock while it compiles: a second thread fills what one leaves idle between its parallel phases.
         with ThreadPoolExecutor(2) as pool:
             compiled = pool.map(lambda bucket: self._compile(bucket, state), buckets)
+            choosers = pool.map(self._chooser, {bucket.seqs for bucket in buckets})
             for done, (bucket, step) in enumerate(zip(buckets, compiled, strict=True)):
                 self._compiled[bucket, frozenset()] = step
                 if progress:
                     kind = "chunks and decodes" if bucket.chunked else "decodes"
                     progress(done + 1, len(buckets), f"compiled steps of {bucket.tokens} tokens, {kind}")
+            deque(choosers, 0)
         for (bucket, _), step in self._compiled.items():
             state, *_ = step(self.weights, state, np.zeros(bucket.size, np.int32))
         return state
@@ -140,7 +169,53 @@ class Step:
     def _run(self, bucket: _Bucket, state: State, batch: Batch, names: Names = frozenset()) -> Any:
         if (bucket, names) not in self._compiled:
             self._compiled[bucket, names] = self._compile(bucket, state, names)
-        return self._compiled[bucket, names](self.weights, state, self._pack(bucket, batch))
+        packed = self._pack(bucket, batch)
+        state, sampled, taps, logits_RV = self._compiled[bucket, names](self.weights, state, packed)
+        if batch.adjusts:
+            state, sampled = self._choose_changed(state, batch, logits_RV)
+            taps |= {"tokens": sampled.tokens} if "tokens" in taps else {}
+        return state, sampled, taps
+
+    def _choose_changed(self, state: State, batch: Batch, logits_RV: Array) -> tuple[State, sampling.Sampled]:
+        """Choose the step's tokens anew, from changed logits: so a step that changes none stays one program."""
+        R, changed_RV, last_tokens = logits_RV.shape[0], logits_RV, state.last_tokens
+        choose, layout = self._chooser(R)
+        choice = self._choice(batch, R)
+        count = 0 if batch.edit_rows is None else len(batch.edit_rows)
+        for at in range(0, max(count, 1), _EDITS):
+            packed = _pack(layout, _change(batch, R, at, choice))
+            last_tokens, changed_RV, sampled = choose(last_tokens, logits_RV, changed_RV, packed)
+        return state._replace(last_tokens=last_tokens), sampled
+
+    def _chooser(self, R: int) -> tuple[Any, Any]:
+        """The program that changes R rows of logits and chooses from them, and the layout of its inputs."""
+        if R not in self._choosers:
+            V, config = self.model_config.vocab_size, self.config
+            layout = _layout(_change_shape(R, V))
+            program = jax.jit(lambda *args: self._choose_from(layout, *args), donate_argnums=0)
+            shape = lambda *dims, dtype=jnp.float32: jax.ShapeDtypeStruct(dims, dtype)  # noqa: E731
+            rows, inputs = (shape(n, dtype=jnp.int32) for n in (config.max_num_seqs + 1, _size(layout)))
+            self._choosers[R] = program.lower(rows, shape(R, V), shape(R, V), inputs).compile(), layout
+        return self._choosers[R]
+
+    def _choose_from(
+        self, layout: Any, last_tokens: Array, logits_RV: Array, changed_RV: Array, packed: Array
+    ) -> tuple[Array, Array, sampling.Sampled]:
+        """The pure function that is compiled: the last tokens, the logits changed further, and what is chosen from them."""
+        change: _Change = _unpack(layout, packed)
+        changed_RV = lax.cond(
+            change.counts[1] > 0,
+            lambda: sampling.mask(changed_RV, change.mask_rows, change.masks),
+            lambda: changed_RV,
+        )
+
+        def edit(i: Array, x_RV: Array) -> Array:
+            block = lambda array: lax.dynamic_slice_in_dim(array, i * _EDIT_BLOCK, _EDIT_BLOCK)  # noqa: E731
+            return sampling.edit(x_RV, block(change.edit_rows), block(change.edit_ids), block(change.edits))
+
+        changed_RV = lax.fori_loop(0, -(-change.counts[0] // _EDIT_BLOCK), edit, changed_RV)
+        sampled = self._choose(logits_RV, changed_RV, change.choice)
+        return last_tokens.at[change.choice.rows].set(sampled.tokens), changed_RV, sampled
 
     def _compile(self, bucket: _Bucket, state: State, names: Names = frozenset()) -> Any:
         step = jax.jit(lambda weights, state, packed: self._step(bucket, names, weights, state, packed), donate_argnums=1)
@@ -148,70 +223,83 @@ class Step:
 
     def _pack(self, bucket: _Bucket, batch: Batch) -> np.ndarray:
         """A batch as the one array of inputs of its bucket."""
-        R, owner = len(batch.logit_rows), batch.logit_owner
         fill_row = np.full(bucket.tokens, -1, np.int32)
         fill_row[batch.fill_at] = batch.fill_row
-        rows = np.full(bucket.seqs, self.config.max_num_seqs, np.int32)
-        rows[:R] = batch.rows[owner]
+        choice = self._choice(batch, bucket.seqs)
+        if batch.adjusts:
+            choice = choice._replace(modes=None)  # what it chooses is chosen anew
+        plan = make_plan(batch, self.model_config, self.config.block_size)
+        return _pack(bucket.layout, Inputs(batch.token_ids, batch.positions, fill_row, batch.logit_rows, choice, plan))
+
+    def _choice(self, batch: Batch, R: int) -> _Choice:
+        owner = batch.logit_owner
+        rows = np.full(R, self.config.max_num_seqs, np.int32)
+        rows[: len(owner)] = np.where(batch.want & Want.SAMPLE, batch.rows[owner], rows[0])
         by_owner = lambda array: None if array is None else array[owner]  # noqa: E731
-        modes = np.array([batch.seeds is not None, batch.top_k is not None, batch.num_top is not None], np.int32)
-        values = Inputs(
-            batch.token_ids,
-            batch.positions,
-            fill_row,
-            batch.logit_rows,
+        return _Choice(
             rows,
+            batch.positions[batch.logit_rows] + 1,
+            None if batch.score_ids is None else batch.score_ids + 1,
             by_owner(batch.seeds),
             by_owner(batch.temperature),
             by_owner(batch.top_k),
             by_owner(batch.top_p),
             by_owner(batch.min_p),
-            modes,
-            make_plan(batch, self.model_config, self.config.block_size),
+            np.array([batch.seeds is not None, batch.top_k is not None, batch.num_top is not None], np.int32),
         )
-        packed = np.zeros(bucket.size, np.int32)
-        layout = bucket.layout
-        for (at, shape, dtype), value in zip((*layout[:-1], *layout.plan), (*values[:-1], *values.plan), strict=True):
-            if value is not None:
-                view = packed[at : at + math.prod(shape)].view(dtype).reshape(shape)
-                view[tuple(slice(size) for size in value.shape)] = value
-        return packed
 
     def _step(
         self, bucket: _Bucket, names: Names, weights: tuple[Array, ...], state: State, packed: Array
-    ) -> tuple[State, sampling.Sampled, dict[str, Array]]:
-        """The pure function that is compiled."""
+    ) -> tuple[State, sampling.Sampled, dict[str, Array], Array]:
+        """The pure function that is compiled: its last result are the logits, for a step that changes them."""
         taps, keep = keeper(names)
-
-        def unpack(entry: tuple[int, tuple[int, ...], Any]) -> Array:
-            at, shape, dtype = entry
-            return lax.bitcast_convert_type(lax.slice(packed, (at,), (at + math.prod(shape),)), dtype).reshape(shape)
-
-        x: Inputs = jax.tree.map(unpack, bucket.layout, is_leaf=lambda x: type(x) is tuple)
-        model = self.model(weights)
+        x: Inputs = _unpack(bucket.layout, packed)
+        model: Decoder = self.model(weights)
         token_ids = jnp.where(x.fill_row >= 0, state.last_tokens[x.fill_row], x.token_ids)
         attend = paged_attention(self.model_config, x.plan)
         hidden_TD, cache = forward(model, token_ids, x.positions, attend, state.cache, keep)
         logits_RV = logits(model, hidden_TD[x.logit_rows])
-        sampled = self._sample(logits_RV, x)
+        sampled = self._choose(logits_RV, logits_RV, x.choice)
         keep(logits=logits_RV, tokens=sampled.tokens)
-        return State(cache, state.last_tokens.at[x.rows].set(sampled.tokens)), sampled, taps
+        return State(cache, state.last_tokens.at[x.choice.rows].set(sampled.tokens)), sampled, taps, logits_RV
 
-    def _sample(self, logits_RV: Array, x: Inputs) -> sampling.Sampled:
+    def _choose(self, logits_RV: Array, changed_RV: Array, x: _Choice) -> sampling.Sampled:
+        """Tokens from `changed_RV`, and what is reported of them from `logits_RV`."""
         sampled, filtered, logprobs = x.modes[0] > 0, x.modes[1] > 0, x.modes[2] > 0
-        u = sampling.uniform(x.seeds, x.positions[x.logit_rows] + 1)
+        u = sampling.uniform(x.seeds, x.positions)
         tokens = lax.cond(
             sampled,
-            lambda: sampling.sample(logits_RV, x.temperature, x.top_k, x.top_p, x.min_p, u, filtered),
-            lambda: sampling.greedy(logits_RV),
+            lambda: sampling.sample(changed_RV, x.temperature, x.top_k, x.top_p, x.min_p, u, filtered),
+            lambda: sampling.greedy(changed_RV),
         )
-        shapes = jax.eval_shape(sampling.logprobs_of, logits_RV, tokens)
+        reported = jnp.where(x.score > 0, x.score - 1, tokens)
+        shapes = jax.eval_shape(sampling.logprobs_of, logits_RV, reported)
         extra = lax.cond(
             logprobs,
-            lambda: sampling.logprobs_of(logits_RV, tokens),
+            lambda: sampling.logprobs_of(logits_RV, reported),
             lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
         )
         return sampling.Sampled(tokens, jnp.isfinite(logits_RV.sum(axis=-1)), *extra)
+
+
+def _change(batch: Batch, R: int, at: int, choice: _Choice) -> _Change:
+    """The edits of a batch from place `at` on, as many as one call takes; with the first come all masks."""
+    rows, mask_rows = np.full(_EDITS, R, np.int32), np.full(R, R, np.int32)
+    part = lambda array: None if array is None else array[at : at + _EDITS]  # noqa: E731
+    edit_rows, masked = part(batch.edit_rows), batch.mask_rows if at == 0 else None
+    counts = [0 if array is None else len(array) for array in (edit_rows, masked)]
+    rows[: counts[0]] = () if edit_rows is None else edit_rows
+    mask_rows[: counts[1]] = () if masked is None else masked
+    masks = batch.masks if counts[1] else None
+    return _Change(rows, part(batch.edit_ids), part(batch.edits), mask_rows, masks, np.array(counts, np.int32), choice)
+
+
+def _choice_shape(R: int) -> _Choice:
+    return _Choice((R,), (R,), (R,), (R, 2), (R,), (R,), (R,), (R,), (3,))
+
+
+def _change_shape(R: int, V: int) -> _Change:
+    return _Change((_EDITS,), (_EDITS,), (_EDITS, 3), (R,), (R, -(-V // 32)), (2,), _choice_shape(R))
 
 
 @dataclass(frozen=True)
@@ -223,25 +311,58 @@ class _Bucket:
     pages: int
     chunked: bool
 
-    def shapes(self) -> Inputs:
-        T, R = (self.tokens,), (self.seqs,)
-        return Inputs(T, T, T, R, R, (*R, 2), R, R, R, R, (3,), _plan_shape(self.tokens, self.seqs, self.pages, self.chunked))
-
     @cached_property
     def layout(self) -> Inputs:
-        """(offset, shape, dtype) of each input in the packed array."""
-        dtypes = {"seeds": np.uint32, "temperature": np.float32, "top_p": np.float32, "min_p": np.float32}
-        flat, tree = jax.tree.flatten(self.shapes(), is_leaf=lambda x: type(x) is tuple)
-        starts = np.cumsum([0, *(math.prod(shape) for shape in flat)])
-        names = [*Inputs._fields[:-1], *Plan._fields]
-        entries = [
-            (int(at), shape, dtypes.get(name, np.int32)) for at, shape, name in zip(starts[:-1], flat, names, strict=True)
-        ]
-        return jax.tree.unflatten(tree, entries)
+        """Of its inputs in the packed array."""
+        T, plan = (self.tokens,), _plan_shape(self.tokens, self.seqs, self.pages, self.chunked)
+        return _layout(Inputs(T, T, T, (self.seqs,), _choice_shape(self.seqs), plan))
 
-    @cached_property
+    @property
     def size(self) -> int:
-        return sum(math.prod(shape) for shape in jax.tree.leaves(self.shapes(), is_leaf=lambda x: type(x) is tuple))
+        return _size(self.layout)
+
+
+_DTYPES = {"seeds": np.uint32, "masks": np.uint32} | dict.fromkeys(("temperature", "top_p", "min_p", "edits"), np.float32)
+
+
+def _is_leaf(x: Any) -> bool:
+    return x is None or type(x) is tuple
+
+
+def _layout(shapes: Any) -> Any:
+    """(offset, shape, dtype) of each array of a tree of shapes, in one array of 32-bit words."""
+    flat, tree = jax.tree_util.tree_flatten_with_path(shapes, is_leaf=_is_leaf)
+    starts = np.cumsum([0, *(math.prod(shape) for _, shape in flat)])
+    entries = [
+        (int(at), shape, _DTYPES.get(path[-1].name, np.int32)) for at, (path, shape) in zip(starts[:-1], flat, strict=True)
+    ]
+    return jax.tree.unflatten(tree, entries)
+
+
+def _size(layout: Any) -> int:
+    *_, (at, shape, _) = jax.tree.leaves(layout, is_leaf=_is_leaf)
+    return at + math.prod(shape)
+
+
+def _pack(layout: Any, values: Any) -> np.ndarray:
+    """int32[n]: a tree of arrays in their places; what is None or smaller than its place is zero there."""
+    packed = np.zeros(_size(layout), np.int32)
+    entries, arrays = (jax.tree.leaves(tree, is_leaf=_is_leaf) for tree in (layout, values))
+    for (at, shape, dtype), value in zip(entries, arrays, strict=True):
+        if value is not None:
+            view = packed[at : at + math.prod(shape)].view(dtype).reshape(shape)
+            view[tuple(slice(size) for size in value.shape)] = value
+    return packed
+
+
+def _unpack(layout: Any, packed: Array) -> Any:
+    """The inverse of `_pack`, inside a compiled function."""
+
+    def array(entry: tuple[int, tuple[int, ...], Any]) -> Array:
+        at, shape, dtype = entry
+        return lax.bitcast_convert_type(lax.slice(packed, (at,), (at + math.prod(shape),)), dtype).reshape(shape)
+
+    return jax.tree.map(array, layout, is_leaf=_is_leaf)
 
 
 def _decode_buckets(most: int) -> tuple[int, ...]:

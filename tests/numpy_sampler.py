@@ -5,9 +5,13 @@ Threefry is from Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from common.request import Request
 
 ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
 MASK = 0xFFFF_FFFF
@@ -21,6 +25,34 @@ class Filters:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+
+
+def adjusted(logits: np.ndarray, request: Request, output: Sequence[int]) -> np.ndarray:
+    """The logits float64[V] that a request chooses from behind an output: masks, bias, penalties, in DESIGN's order."""
+    x, params = logits.astype(np.float64), request.params
+    if params.allowed_token_ids is not None:
+        x[[token for token in range(len(x)) if token not in params.allowed_token_ids]] = -np.inf
+    for *before, last in request.bad_words:
+        if list(output[len(output) - len(before) :]) == before:
+            x[last] = -np.inf
+    if len(output) < params.min_tokens:
+        x[[*params.stop_token_ids, *(() if params.ignore_eos else request.eos_token_ids)]] = -np.inf
+    for token, bias in params.logit_bias or ():
+        x[token] += bias
+    for token in {*request.prompt_token_ids, *output}:
+        x[token] = x[token] / params.repetition_penalty if x[token] > 0 else x[token] * params.repetition_penalty
+    for token, count in Counter(output).items():
+        x[token] -= count * params.frequency_penalty + params.presence_penalty
+    return x
+
+
+def scores(logits: np.ndarray, token: int, k: int) -> tuple[float, int, list[int], list[float]]:
+    """Logprob and rank of a token, and the k likeliest with theirs."""
+    x = logits.astype(np.float64)
+    x = x - x.max()
+    x -= np.log(np.exp(x).sum())
+    top = np.argsort(-logits, kind="stable")[:k]
+    return float(x[token]), 1 + int((logits > logits[token]).sum()), top.tolist(), x[top].tolist()
 
 
 def threefry(key: tuple[int, int], counter: tuple[int, int]) -> tuple[int, int]:
@@ -63,7 +95,7 @@ def inverse_cdf(p: np.ndarray, u: float) -> int:
 
 def choices(logits: np.ndarray, filters: Filters, u: float, slack: float = 0.0) -> set[int]:
     """The tokens that a row may choose if every sum is known up to a relative error of `slack`: most often one."""
-    if filters.temperature == 0:
+    if filters.temperature == 0 or not np.isfinite(logits.max()):
         return {int(np.argmax(logits))}
     tokens = set()
     for nudge in {-slack, 0.0, slack}:

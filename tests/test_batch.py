@@ -10,7 +10,7 @@ import pytest
 
 from common.request import SamplingParams
 from common.schedule.batch import ALIGN, REQUIRED, VIEWS, Batch, BatchError, Want
-from common.schedule.rows import Rows
+from common.schedule.rows import Change, Rows, Score
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -24,14 +24,19 @@ def make_rows(*params: SamplingParams, groups: int = 1) -> Rows:
 
 
 def mixed_batch() -> Batch:
-    """Row 1 decodes from position 9; row 0 runs a chunk of three from 6, its last; row 2 one of five from 0, not its last."""
+    """Row 1 decodes from position 9; row 0 runs a chunk of three from 6, its last; row 2 one of five from 0, not its last, of
+    which two tokens are scored. Row 1 has edits, row 0 edits and allowed ids."""
     rows = make_rows(
         SamplingParams(temperature=0.5, top_k=3, min_p=0.25),
         SamplingParams(temperature=0.0, logprobs=2),
         SamplingParams(temperature=1.0, top_p=0.5),
         groups=2,
     )
-    return rows.build([1, 0, 2], [9, 6, 0], [1, 3, 5], samples=[0, 1], fills=[0])
+    changes = {
+        0: Change(np.array([4]), np.array([[1, 2, 3]]), None),
+        1: Change(np.array([7, 2]), np.eye(2, 3), np.array([5, 6])),
+    }
+    return rows.build([1, 0, 2], [9, 6, 0], [1, 3, 5], samples=[0, 1], fills=[0], scores=[Score(2, 1, 3, 4)], changes=changes)
 
 
 def test_every_view_of_a_mixed_step() -> None:
@@ -49,14 +54,23 @@ def test_every_view_of_a_mixed_step() -> None:
     assert batch.slots.tolist() == [slots, slots]
     assert batch.copies.shape == (2, 0, 2)
     assert (batch.fill_at.tolist(), batch.fill_row.tolist()) == ([0], [1])
-    assert (batch.logit_rows.tolist(), batch.logit_owner.tolist()) == ([0, 3], [0, 1])
-    assert batch.want.tolist() == [Want.SAMPLE | Want.LOGPROBS, Want.SAMPLE]
-    assert batch.num_top is not None and batch.num_top.tolist() == [2, 0]
+    assert (batch.logit_rows.tolist(), batch.logit_owner.tolist()) == ([0, 3, 5, 6], [0, 1, 2, 2])
+    assert batch.want.tolist() == [Want.SAMPLE | Want.LOGPROBS, Want.SAMPLE, *[Want.SCORE | Want.LOGPROBS] * 2]
+    assert batch.num_top is not None and batch.num_top.tolist() == [2, 0, 4, 4]
+    assert batch.score_ids is not None and batch.score_ids.tolist() == [-1, -1, 202, 203]
+    assert batch.edit_rows is not None and batch.edit_rows.tolist() == [0, 1, 1]
+    assert batch.edit_ids is not None and batch.edit_ids.tolist() == [4, 7, 2]
+    assert batch.edits is not None and batch.edits.tolist() == [[1, 2, 3], [1, 0, 0], [0, 1, 0]]
+    assert batch.mask_rows is not None and batch.mask_rows.tolist() == [1]
+    assert batch.masks is not None and batch.masks.tolist() == [[5, 6]]
     assert batch.seeds is not None and batch.seeds.tolist() == [[7, 1], [7, 0], [7, 2]]
     assert batch.temperature is not None and batch.temperature.tolist() == [0.0, 0.5, 1.0]
     assert batch.top_k is not None and batch.top_k.tolist() == [0, 3, 0]
     assert batch.top_p is not None and batch.top_p.tolist() == [1.0, 1.0, 0.5]
     assert batch.min_p is not None and batch.min_p.tolist() == [0.0, 0.25, 0.0]
+
+
+CHANGES = {"score_ids", "edit_rows", "edit_ids", "edits", "mask_rows", "masks"}
 
 
 @pytest.mark.parametrize(
@@ -71,7 +85,7 @@ def test_every_view_of_a_mixed_step() -> None:
 )
 def test_what_nobody_in_the_step_uses_is_absent(params: list[SamplingParams], absent: set[str]) -> None:
     batch = make_rows(*params).build([0, 1], [4, 4], [1, 1], samples=[0, 1], fills=[])
-    assert {name for name in VIEWS if getattr(batch, name) is None} == absent
+    assert {name for name in VIEWS if getattr(batch, name) is None} == absent | CHANGES
 
 
 def test_a_step_without_tokens_is_legal() -> None:

@@ -18,13 +18,14 @@ from common.config import EngineConfig
 from common.errors import BackendError, ConfigError
 from common.kernels.cpu import build, usable
 from common.kernels.cpu.pages import keys_in, keys_out, values_in, values_out
-from common.kernels.cpu.step import max_step_size, pack_step
+from common.kernels.cpu.step import max_step_size, pack_changes, pack_step
 from common.platform import cxx_compiler
 from common.schedule.batch import null_batch
 from experiments.reference import NumpyModel
 from tests.backends import BACKENDS, Packer, checkpoint, device, native_logits, native_weights, paged_logits, part
 from tests.families import BOUND, FAMILIES
 from tests.test_model import PROMPTS, STEPS
+from tests.test_sampling import changed, changes
 
 BF16_BOUND = 0.11
 """How far bfloat16 logits of a tiny model may be from the float64 judge's, in standard deviations of the logits."""
@@ -188,6 +189,21 @@ def test_a_native_step_of_torch_is_operators_and_nothing_else(families: dict[str
     assert np.array_equal(eager[:, :3], compiled[:, :3])  # token, finite, digest; nobody asked for more
 
 
+@pytest.mark.parametrize("most", [None, 7])
+def test_logits_are_changed_exactly_whatever_the_pieces(backend: str, most: int | None, families: dict[str, Path]) -> None:
+    kernels = part(backend, "kernels")
+    kernels.open_library()
+    vocab, words = 199, (lambda x: x) if backend == "jax" else torch.from_numpy
+    packer = Packer(8, 16)
+    c = changes(3, vocab)
+    batch = packer.step([(packer.add(PROMPTS[0][:4]), 0, 4) for _ in range(3)], **c)
+    logits = np.random.default_rng(0).standard_normal((3, vocab)).astype(np.float32) * 5
+    step, got = words(pack_step(batch)), words(logits)
+    for at in range(0, len(c["edit_rows"]), most or len(c["edit_rows"])):
+        got = kernels.adjust(step, words(pack_changes(batch, at, most)), got)
+    assert np.array_equal(np.asarray(got), changed(logits, c))
+
+
 def test_a_layer_in_parts_computes_the_same_bits(backend: str, families: dict[str, Path]) -> None:
     path, kernels = families["gemma3"], part(backend, "kernels")
     config = checkpoint(path).config
@@ -252,6 +268,34 @@ def test_an_operator_refuses_what_does_not_fit(families: dict[str, Path]) -> Non
         ops.attend(bad, layer, k, v, q)
     with pytest.raises(ValueError, match="page of the table"):
         ops.attend(words, layer, k[:, :2].contiguous(), v[:, :2].contiguous(), q)
+
+
+def test_changes_that_do_not_fit_are_refused() -> None:
+    ops, packer = operators(), Packer(8, 16)
+    batch = packer.step([(packer.add(PROMPTS[0][:4]), 0, 4)], **changes(1, 40))
+    step, logits, edits = torch.from_numpy(pack_step(batch)), torch.zeros((1, 40)), changes(1, 40) | {"mask_rows": [0] * 3}
+    good = {name: np.asarray(array) for name, array in edits.items()}
+    for wrong, change in (
+        ("a token to edit", {"edit_ids": good["edit_ids"] + 40}),
+        ("a token to edit", {"edit_ids": good["edit_ids"] - 40}),
+        ("a row to edit", {"edit_rows": good["edit_rows"] + 1}),
+        ("a row to edit", {"edit_rows": good["edit_rows"] - 1}),
+        ("a row to mask", {"mask_rows": good["mask_rows"] + 1}),
+        ("a row to mask", {"mask_rows": good["mask_rows"] - 1}),
+        ("changes: expected the counts", {"masks": good["masks"][:, :1]}),
+    ):
+        packed = torch.from_numpy(pack_changes(packer.step([(0, 0, 4)], **(good | change))))
+        with pytest.raises(ValueError, match=wrong):
+            ops.adjust(step, packed, logits, logits.clone())
+    packed = torch.from_numpy(pack_changes(packer.step([(0, 0, 4)], **good)))
+    ops.adjust(step, packed, logits, logits.clone())
+    for wrong, arguments in (
+        ("changes: expected int32", (step, packed[:-1].clone(), logits, logits.clone())),
+        ("logits: expected a row for each", (step, packed, logits[:0], logits[:0])),
+        ("changed: expected float32", (step, packed, logits, logits[:, 1:].contiguous())),
+    ):
+        with pytest.raises(ValueError, match=wrong):
+            ops.adjust(*arguments)
 
 
 def test_jax_reports_what_does_not_fit(families: dict[str, Path]) -> None:

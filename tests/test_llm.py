@@ -130,6 +130,27 @@ def test_logprobs_hold_the_chosen_token_and_the_likeliest(llm: LLM) -> None:
     assert completion.cumulative_logprob == pytest.approx(total, abs=1e-6)
 
 
+def test_prompt_logprobs_hold_every_token_of_the_prompt_but_the_first(llm: LLM) -> None:
+    (output,) = llm.generate("the cat sat", greedy(prompt_logprobs=2, max_tokens=3))
+    assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == len(output.prompt_token_ids) > 2
+    first, *others = output.prompt_logprobs
+    assert first is None
+    for token, found in zip(output.prompt_token_ids[1:], others, strict=True):
+        assert found is not None and len(found) == (2 if found[token].rank <= 2 else 3)
+    (plain,) = llm.generate("the cat sat", greedy(max_tokens=3))
+    assert plain.prompt_logprobs is None and plain.outputs[0].token_ids == output.outputs[0].token_ids
+
+
+def test_a_bad_word_does_not_come_up(llm: LLM) -> None:
+    free = only(llm.generate("the", greedy()))
+    word = llm.tokenizer.decode(free.token_ids[3:6]).strip()
+    assert word
+    kept = only(llm.generate("the", greedy(bad_words=[word])))
+    spelt = llm.tokenizer.bad_words([word])
+    assert kept.token_ids != free.token_ids
+    assert not any(tuple(kept.token_ids[i : i + len(ids)]) == ids for ids in spelt for i in range(len(kept.token_ids)))
+
+
 def test_a_stop_string_ends_the_request_wherever_it_lies(llm: LLM) -> None:
     free = only(llm.generate("the", GREEDY))
     for begin, length in ((1, 1), (3, 4), (7, 9)):

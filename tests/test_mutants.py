@@ -330,8 +330,8 @@ def an_abort_ends_every_request_whose_id_starts_alike(patch: Patch, ran: Ran) ->
 def the_budget_is_one_token_too_large(patch: Patch, ran: Ran) -> None:
     original = Scheduler._admit
 
-    def admit(self: Scheduler, budget: int) -> list[tuple[Sequence, int]]:
-        chunks = original(self, budget + 1)
+    def admit(self: Scheduler, budget: int, logit_rows: int) -> list[tuple[Sequence, int]]:
+        chunks = original(self, budget + 1, logit_rows)
         ran.extend([1] if sum(count for _, count in chunks) > budget else [])
         return chunks
 
@@ -396,9 +396,9 @@ def a_step_in_flight_may_pass_the_cap(patch: Patch, ran: Ran) -> None:
 def a_token_that_the_host_does_not_know_is_not_filled(patch: Patch, ran: Ran) -> None:
     original = Rows.build
 
-    def build(self: Rows, rows: Any, starts: Any, counts: Any, samples: Any, fills: list[int], copies: Any) -> Batch:
+    def build(self: Rows, rows: Any, starts: Any, counts: Any, samples: Any, fills: list[int], *more: Any) -> Batch:
         ran.extend(fills)
-        return original(self, rows, starts, counts, samples, [], copies)
+        return original(self, rows, starts, counts, samples, [], *more)
 
     patch.setattr(Rows, "build", build)
 

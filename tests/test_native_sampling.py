@@ -27,6 +27,7 @@ PARAMS = np.dtype(
         ("top_p", np.float32),
         ("min_p", np.float32),
         ("top_k", np.int32),
+        ("score", np.int32),
         ("sampled", np.bool_),
         ("filtered", np.bool_),
         ("logprobs", np.bool_),
@@ -89,7 +90,7 @@ def sampler(*options: str) -> Sample:
         plain = [(f.top_k, f.top_p, f.min_p) == (0, 1.0, 0.0) for f in filters]
         params["filtered"] = np.logical_not(plain) if filtered is None else filtered
         params["sampled"], params["logprobs"] = params["temperature"] > 0, logprobs
-        params["seed"], params["position"] = seeds, positions
+        params["seed"], params["position"], params["score"] = seeds, positions, -1
         scratch = np.full(threads * vocab + 64, 7e7, np.float32)  # what an earlier call left, and a fence
         out = np.zeros(rows, SAMPLED)
         out.view(np.uint8)[:] = 0xA5

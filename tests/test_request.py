@@ -1,6 +1,7 @@
 """Sampling values that cannot be served are refused as they are built."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,13 @@ from common.request import Request, SamplingParams, fan_out
         *(("max_tokens", x) for x in (0, -1, 2**31, 1.5, "10", True)),
         *(("min_tokens", x) for x in (-1, 17, 0.5)),  # 17 exceeds the default cap
         *(("seed", x) for x in (-1, 2**64, 1.0, "a")),
-        *(("logprobs", x) for x in (-1, 21, True)),
+        *((name, x) for name in ("logprobs", "prompt_logprobs") for x in (-1, 21, True, 1.0)),
+        *((name, x) for name in ("presence_penalty", "frequency_penalty") for x in (-2.1, 2.1, math.nan, "a", True, None)),
+        *(("repetition_penalty", x) for x in (0.0, -1.0, 1e-9, math.inf, math.nan, True)),
+        *(("logit_bias", x) for x in ({-1: 1.0}, {"5": 1.0}, {1.0: 1.0}, {1: "a"}, {1: math.nan}, {1: None}, 5, [(1, 2, 3)])),
+        ("logit_bias", [(1, 2.0), (1, 3.0)]),
+        *(("allowed_token_ids", x) for x in ([], 5, [-1], [2**31], [1.0], "ab")),
+        *(("bad_words", x) for x in (5, [""], [" "], [b"a"], [None])),
         *(("stop", x) for x in (5, [""], [b"a"], ["a", None])),
         *(("stop_token_ids", x) for x in (5, [-1], [1.0], [2**31])),
         *((flag, "no") for flag in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize")),
@@ -53,6 +60,19 @@ def test_stop_takes_one_string_a_list_or_nothing() -> None:
     assert SamplingParams(stop="a").stop == ("a",)
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
     assert SamplingParams(stop=nothing, stop_token_ids=nothing) == SamplingParams()
+
+
+def test_biases_are_clamped_and_kept_in_the_order_of_ids() -> None:
+    params = SamplingParams(logit_bias={9: 1000, 3: -0.5, 4: -(10**400)})
+    assert params.logit_bias == ((3, -0.5), (4, -100.0), (9, 100.0))
+    assert replace(params, top_k=3).logit_bias == params.logit_bias
+
+
+def test_bad_words_need_their_tokens() -> None:
+    with pytest.raises(RequestError, match="brings no tokens"):
+        Request(request_id="a", prompt_token_ids=(1,), params=SamplingParams(bad_words=["x"]))
+    with pytest.raises(RequestError, match="has no tokens"):
+        Request(request_id="a", prompt_token_ids=(1,), bad_words=((1,), ()))
 
 
 def test_a_misspelt_parameter_is_told_the_nearest() -> None:

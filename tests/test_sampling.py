@@ -215,6 +215,45 @@ def test_logits_that_are_not_numbers_give_a_token_all_the_same(backend: str) -> 
         assert ((tokens >= 0) & (tokens < 300)).all() and tokens[0] == beside[0]
 
 
+# ── changes ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def changes(rows: int, vocab: int) -> dict[str, np.ndarray]:
+    """Random masks and edits of every kind, as a batch carries them; row 1 has two masks."""
+    rng = np.random.default_rng(vocab)
+    places = np.sort(rng.choice(rows * vocab, rows * vocab // 2, replace=False))
+    edits = np.stack(
+        (rng.choice([0, 3.5, -np.inf], len(places)), rng.choice([1, 1.3, 0.7], len(places)), rng.random(len(places))), 1
+    )
+    masks = rng.integers(0, 2**32, (3, -(-vocab // 32)), np.uint32)
+    return {
+        "mask_rows": np.array([0, 1, 1], np.int32),
+        "masks": masks,
+        "edit_rows": (places // vocab).astype(np.int32),
+        "edit_ids": (places % vocab).astype(np.int32),
+        "edits": edits.astype(np.float32),
+    }
+
+
+def changed(logits: np.ndarray, c: dict[str, np.ndarray]) -> np.ndarray:
+    """One after the other, in float32: every engine's arithmetic."""
+    x = logits.copy()
+    for row, mask in zip(c["mask_rows"], c["masks"], strict=True):
+        x[row, [v for v in range(x.shape[1]) if not mask[v // 32] >> np.uint32(v % 32) & np.uint32(1)]] = -np.inf
+    for row, token, (bias, repetition, penalty) in zip(c["edit_rows"], c["edit_ids"], c["edits"], strict=True):
+        y = x[row, token] + bias
+        x[row, token] = (y / repetition if y > 0 else y * repetition) - penalty
+    return x
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 200])
+def test_masks_and_edits_are_exact(backend: str, vocab: int) -> None:
+    logits = np.random.default_rng(0).standard_normal((4, vocab)).astype(np.float32) * 5
+    c, lib = changes(4, vocab), part(backend, "sampling")
+    got = call(backend, lambda x, a, b, *edits: lib.edit(lib.mask(x, a, b), *edits), logits, *c.values())
+    assert np.array_equal(got, changed(logits, c))
+
+
 # ── logprobs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

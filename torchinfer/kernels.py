@@ -21,7 +21,7 @@ from common.kernels.cpu import usable as cpu
 from common.kernels.cpu.build import build
 from common.kernels.cpu.pack import pack_head, pack_layer
 from common.kernels.cpu.pages import keys_in, keys_out, pool_shapes, values_in, values_out
-from common.kernels.cpu.step import SAMPLED, pack_step, unpack_sampled
+from common.kernels.cpu.step import SAMPLED, pack_changes, pack_step, unpack_sampled
 from common.platform import cores
 from common.rope import rope_tables
 from common.schedule.batch import Batch, null_batch
@@ -165,10 +165,19 @@ def forward(
     return logits_RV, state
 
 
-def sample(state: State, step: Tensor, logits_RV: Tensor) -> tuple[Tensor, State]:
-    """int32[R, SAMPLED]: tokens and what was asked about them; the state remembers each row's token."""
+def adjust(step: Tensor, changes: Tensor, logits_RV: Tensor) -> Tensor:
+    """Logits float32[R, V] with packed changes: masks, then edits."""
+    changed_RV = torch.empty_like(logits_RV)
+    torch.ops.tandem.adjust.default(step, changes, logits_RV, changed_RV)
+    return changed_RV
+
+
+def sample(state: State, step: Tensor, logits_RV: Tensor, changed_RV: Tensor | None = None) -> tuple[Tensor, State]:
+    """int32[R, SAMPLED]: tokens, from changed logits if there are any, and what was asked about them, from the raw ones; the
+    state remembers each row's token."""
+    changed_RV = logits_RV if changed_RV is None else changed_RV
     sampled = torch.empty((logits_RV.shape[0], SAMPLED), dtype=torch.int32, device="cpu")
-    torch.ops.tandem.sample.default(step, logits_RV, state.last_tokens, sampled)
+    torch.ops.tandem.sample.default(step, logits_RV, changed_RV, state.last_tokens, sampled)
     return sampled, state
 
 
@@ -236,7 +245,8 @@ class Step:
         torch.ops.tandem.threads(self._threads)  # another engine of this process may have another number
         step, rows = torch.from_numpy(pack_step(batch)), len(batch.logit_rows)
         logits_RV, state = forward(self.model_config, self.weights, state, step, batch.num_tokens, rows, layer, keep)
-        sampled, state = sample(state, step, logits_RV)
+        changed_RV = adjust(step, torch.from_numpy(pack_changes(batch)), logits_RV) if batch.adjusts else None
+        sampled, state = sample(state, step, logits_RV, changed_RV)
         keep(tokens=sampled[:, 0])
         return state, sampled
 

@@ -1,7 +1,7 @@
 """Logits to tokens. Every token is a pure function of its logits, its request's seed and its position: no generator has a
 state, so batch, order and preemption cannot change it.
 
-Letters: R logit rows · V vocabulary.
+Letters: R logit rows · V vocabulary · E edits · M masks · W = ceil(V / 32).
 """
 
 from __future__ import annotations
@@ -49,6 +49,23 @@ def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
             y = (((y << turn) | (y >> (32 - turn))) & word) ^ x
         x, y = (x + key[(group + 1) % 3]) & word, (y + key[(group + 2) % 3] + group + 1) & word
     return ((x >> 9).float() + 0.5) * 2**-23
+
+
+def mask(logits: Tensor, rows: Tensor, masks: Tensor) -> Tensor:
+    """Logits float32[R, V] with -inf where one of int64[M, W] of 32 bits, each for the row of int64[M], has no bit."""
+    missing = (~masks[:, :, None] >> torch.arange(32, device=masks.device)) & 1
+    count = torch.zeros(logits.shape, dtype=torch.int64, device=logits.device)
+    count = count.index_add(0, rows, missing.flatten(1)[:, : logits.shape[1]])  # a row may have several masks
+    return logits.masked_fill(count > 0, -torch.inf)
+
+
+def edit(logits: Tensor, rows: Tensor, ids: Tensor, edits: Tensor) -> Tensor:
+    """Logits float32[R, V], changed at int64[E] rows and ids, none twice, by float32[E, 3]: bias, repetition factor,
+    penalty."""
+    bias, repetition, penalty = edits.unbind(1)
+    x = logits[rows, ids] + bias
+    x = torch.where(x > 0, x / repetition, x * repetition) - penalty
+    return logits.index_put((rows, ids), x)
 
 
 def greedy(logits: Tensor) -> Tensor:

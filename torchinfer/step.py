@@ -17,7 +17,7 @@ from common.config import EngineConfig, ModelConfig
 from common.errors import BackendError
 from common.interface import Progress
 from common.platform import cxx_compiler
-from common.schedule.batch import Batch, null_batch
+from common.schedule.batch import Batch, Want, null_batch
 from common.weights.checkpoint import Checkpoint
 from torchinfer import cache as pages
 from torchinfer import sampling
@@ -35,7 +35,7 @@ class State(NamedTuple):
 
     cache: KVCache
     last_tokens: Tensor
-    """int64[rows]: the last token sampled for each permanent row."""
+    """int64[rows + 1]: the last token sampled for each permanent row; the spare one takes what is not sampled."""
 
 
 class Inputs(NamedTuple):
@@ -46,12 +46,15 @@ class Inputs(NamedTuple):
     fill_at: Any  # [F], tokens the host does not know ...
     fill_row: Any  # [F], ... and the row whose last token goes there
     logit_rows: Any  # [R]
-    rows: Any  # [R], permanent row of each logit row
+    rows: Any  # [R], permanent row of each logit row that samples
+    score_ids: Any  # [R], the token to report on, or -1 for the chosen one; None where nothing is scored
     seeds: Any  # [R, 2], None when every row is greedy, like the following
     temperature: Any  # [R], float32
     top_k: Any  # [R]
     top_p: Any  # [R], float32
     min_p: Any  # [R], float32
+    masks: Any  # [M], [M, W]: rows and their masks, or None
+    edits: Any  # [E], [E], [E, 3]: rows, ids and their edits, or None
     modes: tuple[bool, bool, bool]  # any row samples, any row filters, any row wants logprobs
     plan: Plan
 
@@ -91,7 +94,7 @@ class Step:
         """Empty pages and rows."""
         config = self.config
         cache = pages.make_cache(self.model_config, num_pages, config.block_size, config.dtype, self.device)
-        return State(cache, torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self.device))
+        return State(cache, torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=self.device))
 
     def warmup(self, state: State, progress: Progress | None = None) -> State:
         """Compile what later steps need."""
@@ -129,7 +132,8 @@ class Step:
 
     def _inputs(self, batch: Batch) -> Inputs:
         owner = batch.logit_owner
-        wide = lambda array: array.astype(np.int64)  # noqa: E731
+        wide = lambda array: None if array is None else array.astype(np.int64)  # noqa: E731
+        sampled = (batch.want & Want.SAMPLE) > 0
         by_owner = lambda array: None if array is None else array[owner]  # noqa: E731
         return Inputs(
             wide(batch.token_ids),
@@ -137,12 +141,15 @@ class Step:
             wide(batch.fill_at),
             wide(batch.fill_row),
             wide(batch.logit_rows),
-            wide(batch.rows[owner]),
-            None if batch.seeds is None else wide(batch.seeds[owner]),
+            wide(np.where(sampled, batch.rows[owner], self.config.max_num_seqs)),
+            wide(batch.score_ids),
+            wide(by_owner(batch.seeds)),
             by_owner(batch.temperature),
             by_owner(batch.top_k),
             by_owner(batch.top_p),
             by_owner(batch.min_p),
+            None if batch.mask_rows is None else (wide(batch.mask_rows), wide(batch.masks)),
+            None if batch.edit_rows is None else (wide(batch.edit_rows), wide(batch.edit_ids), batch.edits),
             (batch.seeds is not None, batch.top_k is not None, batch.num_top is not None),
             make_plan(batch, self.model_config, self.config.block_size),
         )
@@ -161,12 +168,15 @@ class Step:
 
     def _sample(self, logits_RV: Tensor, x: Inputs) -> sampling.Sampled:
         sampled, filtered, logprobs = x.modes
+        changed_RV = logits_RV if x.masks is None else sampling.mask(logits_RV, *x.masks)
+        changed_RV = changed_RV if x.edits is None else sampling.edit(changed_RV, *x.edits)
         if sampled:
             u = sampling.uniform(x.seeds, x.positions[x.logit_rows] + 1)
-            tokens = sampling.sample(logits_RV, x.temperature, x.top_k, x.top_p, x.min_p, u, filtered)
+            tokens = sampling.sample(changed_RV, x.temperature, x.top_k, x.top_p, x.min_p, u, filtered)
         else:
-            tokens = sampling.greedy(logits_RV)
-        extra = sampling.logprobs_of(logits_RV, tokens) if logprobs else (None, None, None, None)
+            tokens = sampling.greedy(changed_RV)
+        reported = tokens if x.score_ids is None else torch.where(x.score_ids < 0, tokens, x.score_ids)
+        extra = sampling.logprobs_of(logits_RV, reported) if logprobs else (None, None, None, None)
         return sampling.Sampled(tokens, logits_RV.sum(dim=-1).isfinite(), *extra)
 
 

@@ -4,7 +4,8 @@ One buffer means one copy to a device, one broadcast to another process without 
 describe themselves: a header lists the views that are present, so `Batch.from_bytes(batch.buffer.tobytes())` is the same batch.
 
 Sequences with one token come first, `num_decodes` of them: both frameworks want two attention paths.
-Letters: T packed tokens · S sequences · R logit rows · G page groups · P pages of the longest sequence · C copies · F fills.
+Letters: T packed tokens · S sequences · R logit rows · G page groups · P pages of the longest sequence · C copies · F fills ·
+E edits · M masks · W words of a mask.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class Want(IntFlag):
 
     SAMPLE = 1
     LOGPROBS = 2
+    SCORE = 4
+    """Not to sample: to report on a given token."""
 
 
 # name -> (dtype, axes). The place of a name in this table is its code in the bytes: append, never reorder.
@@ -56,6 +59,12 @@ VIEWS: dict[str, tuple[str, str]] = {
     "top_k": ("<i4", "S"),  # 0 keeps all; absent when nobody filters
     "top_p": ("<f4", "S"),
     "min_p": ("<f4", "S"),
+    "score_ids": ("<i4", "R"),  # the token to report on, or -1 for the sampled one; absent when nothing is scored
+    "edit_rows": ("<i4", "E"),  # places in R, rising; absent like the following when no logit is edited
+    "edit_ids": ("<i4", "E"),  # tokens; no two edits have the same row and token
+    "edits": ("<f4", "E3"),  # bias, repetition factor, penalty; see schedule/edits.py
+    "mask_rows": ("<i4", "M"),  # places in R, rising; absent like the following when all ids are allowed
+    "masks": ("<u4", "MW"),  # one bit a token, 1 where it is allowed
 }
 REQUIRED = tuple(VIEWS)[: list(VIEWS).index("num_top")]
 _CODES = {name: code for code, name in enumerate(VIEWS)}
@@ -89,6 +98,12 @@ class Batch:
     top_k: np.ndarray | None
     top_p: np.ndarray | None
     min_p: np.ndarray | None
+    score_ids: np.ndarray | None
+    edit_rows: np.ndarray | None
+    edit_ids: np.ndarray | None
+    edits: np.ndarray | None
+    mask_rows: np.ndarray | None
+    masks: np.ndarray | None
 
     def __init__(self, buffer: np.ndarray, views: dict[str, np.ndarray]) -> None:
         self.buffer = buffer
@@ -104,6 +119,11 @@ class Batch:
     def num_seqs(self) -> int:
         """S"""
         return len(self.rows)
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether any logit is edited or masked."""
+        return self.edit_rows is not None or self.mask_rows is not None
 
     @classmethod
     def pack(cls, **arrays: Any) -> Self:
@@ -155,7 +175,7 @@ class Batch:
         return batch
 
     def _check_shapes(self) -> None:
-        sizes: dict[str, int] = {"1": 1, "2": 2, "S1": len(self.rows) + 1}
+        sizes: dict[str, int] = {"1": 1, "2": 2, "3": 3, "S1": len(self.rows) + 1}
         for name, (_, axes) in VIEWS.items():
             view = getattr(self, name)
             if view is None:

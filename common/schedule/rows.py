@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from common.request import SamplingParams
 from common.schedule.batch import Batch, Want
+
+
+class Score(NamedTuple):
+    """Tokens of a sequence to report on, given what is before them: those behind the positions `first` to `stop` - 1."""
+
+    seq: int
+    first: int
+    stop: int
+    num_top: int
+    """How many of the likeliest to report beside each."""
+
+
+class Change(NamedTuple):
+    """What is done to the logits that a sequence is sampled from."""
+
+    ids: np.ndarray
+    """int32[n]"""
+    values: np.ndarray
+    """float32[n, 3]: of each id the bias, the repetition factor and the penalty."""
+    allowed: np.ndarray | None
+    """uint32[W], a bit a token; None allows all."""
 
 
 class Rows:
@@ -56,12 +78,15 @@ class Rows:
         count_list: list[int],
         samples: list[int],
         fills: list[int],
+        scores: Sequence[Score] = (),
+        changes: Mapping[int, Change] | None = None,
         copies: Sequence[tuple[int, int]] = (),
     ) -> Batch:
         """The batch in which sequence s runs `count_list[s]` tokens from position `start_list[s]` of its row on.
 
-        `samples`: the sequences whose last token asks for a next one. `fills`: those whose last token only the device knows.
-        `copies`: pages (from, to) to copy first. Sequences of one token must come first.
+        `samples`: the sequences whose last token asks for a next one, rising. `fills`: those whose last token only the device
+        knows. `scores`: tokens to report on. `changes`: by sequence of `samples`, what is done to its logits. `copies`: pages
+        (from, to) to copy first. Sequences of one token must come first.
         """
         rows, starts, counts = np.array(row_list, np.int32), np.array(start_list, np.int32), np.array(count_list, np.int32)
         size, num_seqs = self.block_size, len(rows)
@@ -82,7 +107,7 @@ class Rows:
         logit_owner = np.array(samples, np.int32)
         fill_at = last[fills] if fills else self._nothing
         token_ids[fill_at] = 0
-        views = {
+        views: dict[str, Any] = {
             "token_ids": token_ids,
             "positions": positions,
             "query_starts": query_starts,
@@ -102,9 +127,50 @@ class Rows:
         if num_top.max(initial=-1) >= 0:
             views["want"] = np.where(num_top >= 0, Want.SAMPLE | Want.LOGPROBS, Want.SAMPLE)
             views["num_top"] = np.maximum(num_top, 0)
+        if scores:
+            views |= self._score(views, rows, starts, scores)
+        if changes:
+            views |= _change(views["want"] & Want.SAMPLE, views["logit_owner"], changes)
         temperature = self.temperature[rows]
         if temperature.any():
             views["seeds"], views["temperature"] = self.seeds[rows], temperature
             if self.filters[rows].any():
                 views["top_k"], views["top_p"], views["min_p"] = self.top_k[rows], self.top_p[rows], self.min_p[rows]
         return Batch.pack(**views)
+
+    def _score(
+        self, views: Mapping[str, np.ndarray], rows: np.ndarray, starts: np.ndarray, scores: Sequence[Score]
+    ) -> dict[str, np.ndarray]:
+        """The views by logit row, with the tokens to score among those to sample."""
+        counts = [score.stop - score.first for score in scores]
+        each = np.arange(len(scores)).repeat(counts)
+        seq, first, _, num_top = np.array(scores, np.int32)[each].T
+        position = first + np.arange(len(each), dtype=np.int32) - (np.cumsum(counts) - counts)[each]
+        samples = len(views["logit_rows"])
+        logit_rows = np.concatenate([views["logit_rows"], views["query_starts"][seq] + position - starts[seq]])
+        order = logit_rows.argsort()
+        merged = lambda sampled, scored: np.concatenate([sampled, scored])[order]  # noqa: E731
+        return {
+            "logit_rows": logit_rows[order],
+            "logit_owner": merged(views["logit_owner"], seq),
+            "want": merged(views["want"], np.full(len(each), Want.SCORE | Want.LOGPROBS)),
+            "num_top": merged(views.get("num_top", np.zeros(samples, np.int32)), num_top),
+            "score_ids": merged(np.full(samples, -1), self.tokens[rows[seq], position + 1]),
+        }
+
+
+def _change(sampled: np.ndarray, owner: np.ndarray, changes: Mapping[int, Change]) -> dict[str, np.ndarray]:
+    """The views of edits and masks."""
+    place = dict(zip(owner[sampled > 0].tolist(), np.flatnonzero(sampled).tolist(), strict=True))
+    made = [(place[seq], change) for seq, change in changes.items()]
+    views = {}
+    edited = [(row, change) for row, change in made if len(change.ids)]
+    if edited:
+        views["edit_rows"] = np.array([row for row, _ in edited], np.int32).repeat([len(c.ids) for _, c in edited])
+        views["edit_ids"] = np.concatenate([change.ids for _, change in edited])
+        views["edits"] = np.concatenate([change.values for _, change in edited])
+    masked = [(row, change.allowed) for row, change in made if change.allowed is not None]
+    if masked:
+        views["mask_rows"] = np.array([row for row, _ in masked], np.int32)
+        views["masks"] = np.stack([allowed for _, allowed in masked])
+    return views

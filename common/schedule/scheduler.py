@@ -40,9 +40,10 @@ from common.config import Cache, Schedule
 from common.errors import BackendError, DrainingError, QueueFullError
 from common.interface import Caps, Result
 from common.request import Logprobs, Request, Status, TokenEvent, expect
-from common.schedule.batch import Batch
+from common.schedule.batch import Batch, Want
+from common.schedule.edits import Edits
 from common.schedule.pages import PageKey, PagePool, next_key
-from common.schedule.rows import Rows
+from common.schedule.rows import Change, Rows, Score
 
 _urgency = attrgetter("urgency")
 
@@ -65,6 +66,10 @@ class Sequence:
     """Tokens the host knows."""
     stops: dict[int, int | None]
     """Tokens that end it -> the reason to report: None for EOS."""
+    edits: Edits | None = None
+    """What it asks of its logits; None if nothing."""
+    scores: list[Logprobs | None] | None = None
+    """Of its prompt's tokens, as far as they are known; None if nobody asked."""
     parent: Sequence | None = None
     """From whose pages it starts; None once it has started."""
     status: Status = Status.WAITING
@@ -103,6 +108,11 @@ class Sequence:
     def left(self) -> int:
         """Tokens to compute before the next can be sampled."""
         return self.known + self.pending - self.computed
+
+    @property
+    def scoring(self) -> bool:
+        """Whether tokens of its prompt are still to be scored."""
+        return self.scores is not None and len(self.scores) < len(self.request.prompt_token_ids)
 
     def tokens(self) -> np.ndarray:
         """All that the host knows: prompt and output, int32[known]."""
@@ -221,14 +231,17 @@ class Scheduler:
                 "later, or raise max_waiting."
             )
         eos = () if params.ignore_eos else request.eos_token_ids
+        stops: dict[int, int | None] = {**{token: token for token in params.stop_token_ids}, **dict.fromkeys(eos)}
         seq = Sequence(
             request=request,
             number=self.num_requests,
             max_tokens=max_tokens,
             seed=mix64(self.seed, self.num_requests) if params.seed is None else params.seed,
             known=prompt_len,
-            stops={**{token: token for token in params.stop_token_ids}, **dict.fromkeys(eos)},
-            parent=parent,
+            stops=stops,
+            edits=Edits.of(request, stops, self.caps.vocab_size),
+            scores=None if params.prompt_logprobs is None else [None],
+            parent=None if params.prompt_logprobs is not None else parent,  # which has to be computed for that
         )
         self.num_requests += 1
         self.live[name] = seq
@@ -308,7 +321,8 @@ class Scheduler:
         decodes, chunks = self._continue()
         admitted: list[tuple[Sequence, int]] = []
         if self.num_preemptions == preemptions:
-            admitted = self._admit(self.budget - len(decodes) - sum(count for _, count in chunks))
+            logit_rows = self.caps.max_seqs - len(self.running) - sum(count - 1 for seq, count in chunks if seq.scoring)
+            admitted = self._admit(self.budget - len(decodes) - sum(count for _, count in chunks), logit_rows)
         started = tuple(seq.request.request_id for seq, _ in admitted if seq.admissions == 1)
         chunks += admitted
         self._fit_bucket(len(decodes), chunks)
@@ -335,15 +349,24 @@ class Scheduler:
                 break  # preempted just now, and so is everyone less urgent
             if seq.known + seq.pending - seq.computed > 1:
                 prefills.append(seq)
+            elif seq.pending and seq.edits is not None and seq.edits.follow:
+                continue  # what its next logits become depends on a token in flight
             elif len(seq.output) + seq.pending < seq.max_tokens and self._has_page(seq):
                 decodes.append(seq)
         budget, chunks = self.budget - len(decodes), []
+        logit_rows = self.caps.max_seqs - len(self.running)  # beside one for each
         for seq in prefills:
-            count = min(seq.left, budget, self.chunk)
+            count = self._chunk_of(seq, budget, 1 + logit_rows)
             if count and seq.status is Status.RUNNING:
                 chunks.append((seq, count))
                 budget -= count
+                logit_rows -= count - 1 if seq.scoring else 0
         return decodes, chunks
+
+    def _chunk_of(self, seq: Sequence, budget: int, logit_rows: int) -> int:
+        """How many tokens of a sequence to run: where its prompt is scored, every token takes a logit row."""
+        count = min(seq.left, budget, self.chunk)
+        return min(count, logit_rows) if seq.scoring else count
 
     def _has_page(self, seq: Sequence) -> bool:
         """Make sure of a page for the next token, preempting the least urgent as long as it takes; False if it must wait."""
@@ -360,13 +383,13 @@ class Scheduler:
         seq.pages += page
         return True
 
-    def _admit(self, budget: int) -> list[tuple[Sequence, int]]:
+    def _admit(self, budget: int, logit_rows: int) -> list[tuple[Sequence, int]]:
         """Waiting requests, the most urgent first, each with pages for all its tokens, until one does not fit."""
         if self.static and not self._form_batch():
             return []
         chunks: list[tuple[Sequence, int]] = []
         at = 0
-        while budget and self.rows.free and at < len(self.waiting):
+        while budget and logit_rows and self.rows.free and at < len(self.waiting):
             seq = self.waiting[at]
             if not self._is_ready(seq):
                 at += 1
@@ -395,9 +418,10 @@ class Scheduler:
             del self.waiting[at]
             seq.become(Status.RUNNING)
             insort(self.running, seq, key=_urgency)
-            count = min(seq.left, budget, self.chunk)
+            count = self._chunk_of(seq, budget, logit_rows)
             chunks.append((seq, count))
             budget -= count
+            logit_rows -= count if seq.scoring else 1
         return chunks
 
     def _is_ready(self, seq: Sequence) -> bool:
@@ -435,12 +459,12 @@ class Scheduler:
 
     def _may_split(self, seq: Sequence) -> bool:
         """Whether a step may compute a part of its prompt. Without chunked prefill only where no step could hold all of it:
-        where a request was preempted after its output had made it that long."""
-        return self.chunked_prefill or seq.known > self.budget
+        where a request was preempted after its output had made it that long, or where its prompt is scored."""
+        return self.chunked_prefill or seq.known > self.budget or seq.scoring
 
     def _lookup(self, seq: Sequence) -> list[int]:
         """Cached pages of its prefix, looked up anew at every attempt. The last token is always left to compute."""
-        if not self.prefix_caching:
+        if not self.prefix_caching or seq.scoring:
             return []
         full, size = (seq.known - 1) // self.block_size, self.block_size
         if len(seq.keys) < full:
@@ -464,6 +488,8 @@ class Scheduler:
     def _commit(self, plan: list[tuple[Sequence, int]], started: tuple[str, ...]) -> Step:
         """Advance every sequence of the plan, as of now, and pack the step."""
         rows, starts, counts, samples, fills = [], [], [], [], []
+        scores: list[Score] = []
+        changes: dict[int, Change] = {}
         for i, (seq, count) in enumerate(plan):
             end = seq.computed + count
             rows.append(seq.row)
@@ -471,13 +497,19 @@ class Scheduler:
             counts.append(count)
             if end > seq.known:
                 fills.append(i)
+            if seq.scoring:
+                scores += _scores(i, seq, end)
             if end == seq.known + seq.pending:
                 samples.append(i)
+                if seq.edits is not None:
+                    edits = seq.edits.at(seq.output, len(seq.output) + seq.pending)
+                    changes[i] = Change(*edits, seq.edits.allowed)
                 seq.pending += 1
             seq.computed = end
             seq.in_flight += 1
         copies, self.copies = self.copies, []
-        return Step([seq for seq, _ in plan], self.rows.build(rows, starts, counts, samples, fills, copies), started)
+        batch = self.rows.build(rows, starts, counts, samples, fills, scores, changes, copies)
+        return Step([seq for seq, _ in plan], batch, started)
 
     # ── one step: its result ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -487,6 +519,9 @@ class Scheduler:
         self.faults_in_a_row = 0
         tokens, starts, ends = result.tokens.tolist(), result.token_starts.tolist(), batch.kv_lengths.tolist()
         bad = set() if result.finite.all() else set(batch.logit_owner[~result.finite].tolist())
+        places = np.flatnonzero(batch.want & Want.SAMPLE).tolist()  # of the tokens among the logit rows
+        if batch.score_ids is not None:
+            _take_scores(step, result, bad)
         for i, seq in enumerate(step.seqs):
             seq.in_flight -= 1
             seq.landed = ends[i]
@@ -499,7 +534,9 @@ class Scheduler:
             for j in range(starts[i], starts[i + 1]):
                 if seq.status.finished:
                     break  # just now, or while this step was in flight
-                events.append(self._append(seq, result, j, tokens[j], time))
+                k = seq.request.params.logprobs
+                logprobs = None if k is None else logprobs_of(result, places[j], k)
+                events.append(self._append(seq, tokens[j], logprobs, time))
             if not seq.in_flight and seq.row >= 0 and seq.status is not Status.RUNNING:
                 self.leaving.remove(seq)
                 self._give_back(seq)
@@ -523,13 +560,15 @@ class Scheduler:
         parent = seq.keys[-1] if seq.keys else None
         seq.keys.append(next_key(self.pool.secret, parent, tokens.tobytes(), seq.request.cache_salt))
 
-    def _append(self, seq: Sequence, result: Result, j: int, token: int, time: float) -> TokenEvent:
-        """Give a sequence the step's token j, and end it if that was its last."""
+    def _append(self, seq: Sequence, token: int, logprobs: Logprobs | None, time: float) -> TokenEvent:
+        """Give a sequence its next token, and end it if that was its last."""
         params = seq.request.params
         seq.output.append(token)
         self.rows.tokens[seq.row, seq.known] = token
         seq.known += 1
         seq.pending -= 1
+        if seq.edits is not None:
+            seq.edits.append(token)
         finish, stop_reason = None, None
         if token in seq.stops and len(seq.output) >= params.min_tokens:
             finish, stop_reason = Status.FINISHED_STOP, seq.stops[token]
@@ -537,8 +576,8 @@ class Scheduler:
             finish = Status.FINISHED_LENGTH
         if finish:
             self._finish(seq, finish)
-        logprobs = None if params.logprobs is None else logprobs_of(result, j, params.logprobs)
-        return TokenEvent(seq.request.request_id, token, time, logprobs, finish, stop_reason)
+        prompt_logprobs = seq.scores if len(seq.output) == 1 else None
+        return TokenEvent(seq.request.request_id, token, time, logprobs, finish, stop_reason, prompt_logprobs=prompt_logprobs)
 
     def _spoil(self, seq: Sequence, time: float) -> TokenEvent:
         """End a sequence whose logits are not finite, and withdraw its pages: whatever is wrong may be in any of them."""
@@ -587,8 +626,27 @@ class Scheduler:
         seq.row, seq.pages, seq.computed, seq.landed, seq.published, seq.pending = -1, [], 0, 0, 0, 0
 
 
+def _scores(i: int, seq: Sequence, end: int) -> list[Score]:
+    """What the step in which it is sequence i, and comes to `end`, is to report on its prompt."""
+    known, k = len(seq.scores or ()), seq.request.params.prompt_logprobs or 0
+    first, stop = max(seq.computed, known - 1), min(end, len(seq.request.prompt_token_ids) - 1)
+    return [Score(i, first, stop, k)] if first < stop else []
+
+
+def _take_scores(step: Step, result: Result, bad: set[int]) -> None:
+    """Add what a step reports on prompts to what is known of them, in order."""
+    owner = step.batch.logit_owner.tolist()
+    for row in np.flatnonzero(step.batch.want & Want.SCORE).tolist():
+        seq = step.seqs[owner[row]]
+        if owner[row] not in bad and seq.scores is not None:
+            seq.scores.append(logprobs_of(result, row, seq.request.params.prompt_logprobs or 0))
+
+
 def logprobs_of(result: Result, j: int, k: int) -> Logprobs:
-    """What a result says about its token j, with the k likeliest. The runner reports logprobs in every step that wants any."""
+    """What a result says about the token of logit row j, with the k likeliest.
+
+    The runner reports logprobs in every step that wants any.
+    """
     if result.logprobs is None or result.ranks is None:
         raise BackendError("A request wanted logprobs, and the runner reported none.")
     top_ids, top_logprobs = (), ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.request import Logprobs, Request, Status, TokenEvent
@@ -23,6 +24,8 @@ class Delta:
     stop_reason: int | str | None = None
     """The stop id or stop string that ended it; None for EOS."""
     error: str | None = None
+    prompt_logprobs: Sequence[Logprobs | None] | None = None
+    """As `TokenEvent` brings them."""
 
     @property
     def finish_reason(self) -> str | None:
@@ -61,5 +64,5 @@ class OutputText:
             if finish and matched is None:
                 text += self._stop.flush()
         if matched is not None:
-            return Delta(text, token_ids, event.logprobs, Status.FINISHED_STOP, matched)
-        return Delta(text, token_ids, event.logprobs, finish, event.stop_reason, event.error)
+            return Delta(text, token_ids, event.logprobs, Status.FINISHED_STOP, matched, None, event.prompt_logprobs)
+        return Delta(text, token_ids, event.logprobs, finish, event.stop_reason, event.error, event.prompt_logprobs)

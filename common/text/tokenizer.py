@@ -76,6 +76,11 @@ class Tokenizer:
         except (TypeError, UnicodeEncodeError) as error:
             raise RequestError(f"A prompt must be Unicode text, got {type(text).__name__}: {error}.") from error
 
+    def bad_words(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+        """The ids of each word as it stands at the start of a text and behind a space, for `Request.bad_words`."""
+        spelt = [space + word.strip() for word in words for space in ("", " ")]
+        return tuple(dict.fromkeys(tuple(self.encode(text, add_special_tokens=False)) for text in spelt))
+
     def find_special(self, text: str) -> list[tuple[int, int]]:
         """Where `text` spells special tokens, as (start, end) in order."""
         return self._finder.encode(text).offsets

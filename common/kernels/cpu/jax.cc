@@ -66,8 +66,12 @@ ffi::Error head(Buffer step, Buffer weights, Buffer x, Out logits) {
   return status([&] { tandem::head(view(step), view(weights), view(x), view(logits)); });
 }
 
-ffi::Error sample(Buffer step, Buffer logits, Buffer, Out sampled, Out last_tokens) {
-  return status([&] { tandem::sample(view(step), view(logits), view(last_tokens), view(sampled)); });
+ffi::Error adjust(Buffer step, Buffer changes, Buffer logits, Out changed) {
+  return status([&] { tandem::adjust(view(step), view(changes), view(logits), view(changed)); });
+}
+
+ffi::Error sample(Buffer step, Buffer logits, Buffer changed, Buffer, Out sampled, Out last_tokens) {
+  return status([&] { tandem::sample(view(step), view(logits), view(changed), view(last_tokens), view(sampled)); });
 }
 
 }  // namespace
@@ -85,6 +89,7 @@ TANDEM_HANDLER(project)
 TANDEM_HANDLER(attend)
 TANDEM_HANDLER(combine)
 TANDEM_HANDLER(head)
+TANDEM_HANDLER(adjust)
 TANDEM_HANDLER(sample)
 
 TANDEM_EXPORT void tandem_threads(int threads) { tandem::threads(threads); }

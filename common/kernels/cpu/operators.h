@@ -2,6 +2,8 @@
 // and what came, before it writes anything.
 #pragma once
 
+#include <algorithm>
+#include <cstring>
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
@@ -57,7 +59,7 @@ inline Step read_step(const View& step) {
   for (int i = 0; i < Step::HEADER; ++i)
     if (p[i] < 0) refuse("step: expected the counts that step.py packs, got " + std::to_string(p[i]));
   const int64_t T = p[0], S = p[1], R = p[2], P = p[3], F = p[4];
-  const int64_t arrays = 3 * T + 2 * S + 1 + S * P + 2 * F + 2 * R + (p[5] ? 3 * R : 0) + (p[6] ? 3 * R : 0);
+  const int64_t arrays = 3 * T + 2 * S + 1 + S * P + 2 * F + 2 * R + (p[5] ? 3 * R : 0) + (p[6] ? 3 * R : 0) + (p[7] > 1 ? R : 0);
   expect("step", step, "int32", Step::HEADER + arrays);
   const Step s(p);
   if (s.query_starts[0] != 0 || s.query_starts[s.seqs] != s.tokens) refuse("the sequences of the step do not cover its tokens");
@@ -219,17 +221,58 @@ inline void head(const View& step, const View& weights, const View& x, const Vie
   typed(w, [&](auto e) { head<decltype(e)>(s, w, (const float*)x.data, (float*)logits.data); });
 }
 
+inline Changes read_changes(const View& changes, const Step& s, int64_t vocab) {
+  expect("changes", changes, "int32", Changes::HEADER);
+  const auto* p = (const int32_t*)changes.data;
+  const int64_t E = p[0], M = p[1], W = p[2];
+  if (E < 0 || M < 0 || W != (M ? (vocab + 31) / 32 : 0)) refuse("changes: expected the counts that step.py packs, got others");
+  expect("changes", changes, "int32", Changes::HEADER + 5 * E + M * (1 + W));
+  const Changes c(p);
+  for (int i = 0; i < c.edits; ++i) {
+    if (c.edit_rows[i] < (i ? c.edit_rows[i - 1] : 0) || c.edit_rows[i] >= s.rows)
+      refuse("a row to edit lies outside the step or its order");
+    if (c.edit_ids[i] < 0 || c.edit_ids[i] >= vocab) refuse("a token to edit lies outside the vocabulary");
+  }
+  for (int i = 0; i < c.masks; ++i)
+    if (c.mask_rows[i] < 0 || c.mask_rows[i] >= s.rows) refuse("a row to mask lies outside the step");
+  return c;
+}
+
+// changed[R, V]: logits, first with -inf where a mask of their row has no bit, then edited.
+inline void adjust(const View& step, const View& changes, const View& logits, const View& changed) {
+  const Step s = read_step(step);
+  expect("logits", logits, "float32", {ANY, ANY});
+  expect("changed", changed, "float32", {logits.dims[0], logits.dims[1]});
+  if (logits.dims[0] < s.rows) refuse("logits: expected a row for each of the step, got fewer");
+  const int64_t vocab = logits.dims[1];
+  const Changes c = read_changes(changes, s, vocab);
+  Pool::get().run([&](Member& team) {
+    team.share(s.rows, [&](int r) {
+      float* x = (float*)changed.data + r * vocab;
+      std::memcpy(x, (const float*)logits.data + r * vocab, vocab * sizeof(float));
+      for (int i = 0; i < c.masks; ++i)
+        if (c.mask_rows[i] == r) sampling::mask_row(x, int(vocab), c.bits + size_t(i) * c.words);
+      const int first = int(std::lower_bound(c.edit_rows, c.edit_rows + c.edits, r) - c.edit_rows);
+      for (int i = first; i < c.edits && c.edit_rows[i] == r; ++i)
+        x[c.edit_ids[i]] = sampling::edited(x[c.edit_ids[i]], c.values + 3 * i);
+    });
+  });
+}
+
 // sampled[R] of struct Sampled, as int32 words; each row's token also becomes the last one of its permanent row.
-inline void sample(const View& step, const View& logits, const View& last_tokens, const View& sampled) {
+inline void sample(const View& step, const View& logits, const View& changed, const View& last_tokens, const View& sampled) {
   const Step s = read_step(step);
   expect("logits", logits, "float32", {ANY, ANY});
   if (logits.dims[0] < s.rows || logits.dims[1] < 1)
     refuse("logits: expected " + std::to_string(s.rows) + " rows or more, got " + describe(logits.type, logits.dims, 2));
+  expect("changed", changed, "float32", {logits.dims[0], logits.dims[1]});
   expect("last_tokens", last_tokens, "int32", {ANY});
   expect("sampled", sampled, "int32", int64_t(s.rows) * int64_t(sizeof(Sampled) / 4));
   for (int r = 0; r < s.rows; ++r)
     if (s.row[r] < 0 || s.row[r] >= last_tokens.size()) refuse("a permanent row lies outside last_tokens");
   const int vocab = int(logits.dims[1]);
+  for (int r = 0; s.score_ids && r < s.rows; ++r)
+    if (s.score_ids[r] >= vocab) refuse("a token to score lies outside the vocabulary");
   std::lock_guard<std::mutex> lock(Scratch::get().lock);
   const int size = padded(vocab);
   float* scratch = Scratch::get().take<float>(1, s.sampled ? size_t(Pool::get().wanted()) * size : 0);
@@ -237,12 +280,15 @@ inline void sample(const View& step, const View& logits, const View& last_tokens
     team.share(s.rows, [&](int r) {
       SampleParams p{};
       p.position = s.positions[s.logit_rows[r]] + 1;
-      p.sampled = s.sampled && s.temperature[r] > 0, p.filtered = p.sampled && s.filtered, p.logprobs = s.logprobs;
+      p.score = s.score_ids ? s.score_ids[r] : -1;
+      p.sampled = s.sampled && s.temperature[r] > 0 && p.score < 0, p.filtered = p.sampled && s.filtered, p.logprobs = s.logprobs;
       if (p.sampled) p.seed[0] = s.seeds[2 * r], p.seed[1] = s.seeds[2 * r + 1], p.temperature = s.temperature[r];
       p.top_p = p.filtered ? s.top_p[r] : 1.0f, p.min_p = p.filtered ? s.min_p[r] : 0.0f, p.top_k = p.filtered ? s.top_k[r] : 0;
       Sampled& out = ((Sampled*)sampled.data)[r];
-      sample_row((const float*)logits.data + size_t(r) * vocab, vocab, p, p.sampled ? scratch + size_t(team.id) * size : nullptr, out);
-      ((int32_t*)last_tokens.data)[s.row[r]] = out.token;
+      const size_t at = size_t(r) * vocab;
+      sample_row((const float*)logits.data + at, (const float*)changed.data + at, vocab, p,
+                 p.sampled ? scratch + size_t(team.id) * size : nullptr, out);
+      if (p.score < 0) ((int32_t*)last_tokens.data)[s.row[r]] = out.token;
     });
   });
 }

@@ -22,6 +22,7 @@ struct SampleParams {
   float temperature;   // 0 is greedy
   float top_p, min_p;  // 1 and 0 keep all
   int32_t top_k;       // 0 keeps all
+  int32_t score;       // the token to report on; negative: the chosen one
   bool sampled;        // otherwise greedy
   bool filtered;       // otherwise top_k, top_p and min_p are not looked at
   bool logprobs;
@@ -387,11 +388,27 @@ inline int32_t inverse_cdf(const float* x, int n, const Weight& weight, float u,
   return which * BLOCK + last;
 }
 
+// ── changes ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+// -inf where a token has no bit.
+inline void mask_row(float* x, int n, const uint32_t* bits) {
+  for (int begin = 0; begin < n; begin += 32)
+    if (const uint32_t word = bits[begin / 32]; word != 0xffffffff)
+      for (int i = begin; i < n && i < begin + 32; ++i) x[i] = word >> (i - begin) & 1 ? x[i] : -INF;
+}
+
+// A logit under a bias, a repetition factor and a penalty.
+inline float edited(float x, const float values[3]) {
+  const float biased = x + values[0];
+  const float repeated = biased > 0 ? biased / values[1] : biased * values[1];
+  return repeated - values[2];
+}
+
 // ── logprobs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-inline void logprobs(const float* x, int n, const Scan& s, Sampled& out) {
+inline void logprobs(const float* x, int n, int32_t token, const Scan& s, Sampled& out) {
   const Weight weight{1, s.peak, -INF};
-  const V chosen = set1(x[out.token]);
+  const V chosen = set1(x[token]);
   float top[TOP];
   int filled = 0;
   I higher{};
@@ -418,7 +435,7 @@ inline void logprobs(const float* x, int n, const Scan& s, Sampled& out) {
     }
   }
   const double norm = s.numbers ? s.peak + std::log(sum.total()) : NOT_A_NUMBER;
-  out.logprob = float(x[out.token] - norm);
+  out.logprob = float(x[token] - norm);
   out.rank = 1;
   for (int i = 0; i < LANES; ++i) out.rank += higher[i];
   for (int i = 0; i < TOP; ++i) {
@@ -429,22 +446,23 @@ inline void logprobs(const float* x, int n, const Scan& s, Sampled& out) {
 
 }  // namespace sampling
 
-// float32[vocab] -> its token and what else was asked for. `scratch` has room for `vocab` floats. To be called in the pool's
-// `FloatMode`. Where NaN or inf is among the logits, all are -inf, or the highest overflows over the temperature, the token is
-// greedy.
-inline void sample_row(const float* logits, int vocab, const SampleParams& p, float* scratch, Sampled& out) {
+// float32[vocab] as changed -> its token; raw -> what else was asked for. `scratch` has room for `vocab` floats. To be called in
+// the pool's `FloatMode`. Where NaN or inf is among the logits, all are -inf, or the highest overflows over the temperature, the
+// token is greedy.
+inline void sample_row(const float* raw, const float* changed, int vocab, const SampleParams& p, float* scratch, Sampled& out) {
   using namespace sampling;
   const bool hot = p.sampled && p.temperature > 0;
-  const Scan s = scan(logits, vocab, hot && p.filtered && p.top_k > 0 ? scratch : nullptr);
+  float* maxima = hot && p.filtered && p.top_k > 0 ? scratch : nullptr;
+  const Scan s = scan(changed, vocab, maxima), before = raw == changed ? s : scan(raw, vocab, nullptr);
   out.token = s.token;
-  out.finite = s.finite;
-  out.digest = s.digest;
+  out.finite = before.finite;
+  out.digest = before.digest;
   const float peak = s.peak / p.temperature;
   if (hot && s.numbers && std::isfinite(peak)) {
-    const float bound = p.filtered ? filter(logits, vocab, p, s.peak, scratch) : -INF;
-    out.token = inverse_cdf(logits, vocab, Weight{p.temperature, peak, bound}, uniform(p.seed, p.position), scratch);
+    const float bound = p.filtered ? filter(changed, vocab, p, s.peak, scratch) : -INF;
+    out.token = inverse_cdf(changed, vocab, Weight{p.temperature, peak, bound}, uniform(p.seed, p.position), scratch);
   }
-  if (p.logprobs) logprobs(logits, vocab, s, out);
+  if (p.logprobs) logprobs(raw, vocab, p.score < 0 ? out.token : p.score, before, out);
 }
 
 }  // namespace tandem

@@ -18,6 +18,7 @@ struct Step {
   const int32_t *seeds;                            // [R, 2], like the following only if `sampled`
   const float *temperature, *top_p, *min_p;        // [R]
   const int32_t *top_k;                            // [R]
+  const int32_t *score_ids;                        // [R], null unless `logprobs` is 2; -1 is the sampled token
 
   explicit Step(const int32_t* p) {
     tokens = p[0], seqs = p[1], rows = p[2], pages = p[3], fills = p[4], sampled = p[5], filtered = p[6], logprobs = p[7];
@@ -32,6 +33,25 @@ struct Step {
     top_p = (const float*)take(filtered ? rows : 0);
     min_p = (const float*)take(filtered ? rows : 0);
     top_k = take(filtered ? rows : 0);
+    score_ids = logprobs > 1 ? take(rows) : nullptr;
+  }
+};
+
+// What is done to a step's logits before a token is chosen: int32 words, a header, then the arrays. Mirrors `step.py`.
+struct Changes {
+  static constexpr int HEADER = 4;
+  int edits, masks, words;
+  const int32_t *edit_rows, *edit_ids;  // [E], rows rising
+  const float* values;                  // [E, 3]: bias, repetition factor, penalty
+  const int32_t* mask_rows;             // [M]
+  const uint32_t* bits;                 // [M, W]
+
+  explicit Changes(const int32_t* p) {
+    edits = p[0], masks = p[1], words = p[2];
+    p += HEADER;
+    auto take = [&p](size_t n) { return (p += n) - n; };
+    edit_rows = take(edits), edit_ids = take(edits), values = (const float*)take(size_t(3) * edits);
+    mask_rows = take(masks), bits = (const uint32_t*)take(size_t(masks) * words);
   }
 };
 

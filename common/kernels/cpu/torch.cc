@@ -52,8 +52,12 @@ void head(const Tensor& step, const Tensor& weights, const Tensor& x, const Tens
   tandem::head(view(step), view(weights), view(x), view(logits));
 }
 
-void sample(const Tensor& step, const Tensor& logits, const Tensor& last_tokens, const Tensor& sampled) {
-  tandem::sample(view(step), view(logits), view(last_tokens), view(sampled));
+void adjust(const Tensor& step, const Tensor& changes, const Tensor& logits, const Tensor& changed) {
+  tandem::adjust(view(step), view(changes), view(logits), view(changed));
+}
+
+void sample(const Tensor& step, const Tensor& logits, const Tensor& changed, const Tensor& last_tokens, const Tensor& sampled) {
+  tandem::sample(view(step), view(logits), view(changed), view(last_tokens), view(sampled));
 }
 
 void huge(const Tensor& t) { tandem::huge(t.data_ptr(), t.nbytes()); }
@@ -69,7 +73,8 @@ TORCH_LIBRARY(tandem, m) {
   m.def("attend(Tensor step, Tensor weights, Tensor k, Tensor v, Tensor(a!) q) -> ()");
   m.def("combine(Tensor step, Tensor weights, Tensor attended, Tensor(a!) x) -> ()");
   m.def("head(Tensor step, Tensor weights, Tensor x, Tensor(a!) logits) -> ()");
-  m.def("sample(Tensor step, Tensor logits, Tensor(a!) last_tokens, Tensor(b!) sampled) -> ()");
+  m.def("adjust(Tensor step, Tensor changes, Tensor logits, Tensor(a!) changed) -> ()");
+  m.def("sample(Tensor step, Tensor logits, Tensor changed, Tensor(a!) last_tokens, Tensor(b!) sampled) -> ()");
   m.def("huge(Tensor data) -> ()");
   m.def("threads(int count) -> ()", &threads);
 }
@@ -82,5 +87,6 @@ TORCH_LIBRARY_IMPL(tandem, CPU, m) {
   m.impl("attend", &attend);
   m.impl("combine", &combine);
   m.impl("head", &head);
+  m.impl("adjust", &adjust);
   m.impl("sample", &sample);
 }
