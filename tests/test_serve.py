@@ -203,6 +203,43 @@ def test_logprobs_of_completions_stand_side_by_side(served: Served) -> None:
     assert choice["logprobs"]["tokens"] == [f"token_id:{token}" for token in choice["token_ids"]]
 
 
+def test_with_echo_the_prompt_is_scored(served: Served, tokenizer: Tokenizer) -> None:
+    """As lm-eval asks for likelihoods."""
+    first = served.complete(prompt=PROMPT, max_tokens=6, logprobs=1, return_token_ids=True, ignore_eos=True)["choices"][0]
+    ids = first["prompt_token_ids"] + first["token_ids"]
+    body = {"prompt": [ids], "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+    choice = served.complete(**body)["choices"][0]
+    lists = choice["logprobs"]
+    assert {len(values) for values in lists.values()} == {len(ids) + 1}
+    assert lists["token_logprobs"][0] is lists["top_logprobs"][0] is None
+    for token, logprob, top in list(zip(lists["tokens"], lists["token_logprobs"], lists["top_logprobs"], strict=True))[1:]:
+        assert top[token] == logprob <= max(top.values()) and len(top) <= 2
+    assert lists["token_logprobs"][-7:-1] == pytest.approx(first["logprobs"]["token_logprobs"], abs=2e-4)
+    given = list(zip(lists["text_offset"], lists["tokens"], strict=True))[: len(first["prompt_token_ids"])]
+    assert [choice["text"][at : at + len(token)] for at, token in given] == [token for _, token in given]
+    chunks = [chunk["choices"][0]["logprobs"] for chunk in served.events(**body)]
+    assert {name: [value for chunk in chunks for value in chunk[name]] for name in lists} == lists
+    scores = served.complete(prompt=ids, max_tokens=1, prompt_logprobs=2)["choices"][0]["prompt_logprobs"]
+    assert scores[0] is None and len(scores) == len(ids)
+    assert [entry[str(token)]["logprob"] for entry, token in zip(scores[1:], ids[1:], strict=True)] == pytest.approx(
+        lists["token_logprobs"][1:-1], abs=2e-4
+    )
+
+
+def test_what_may_not_come_does_not(served: Served, tokenizer: Tokenizer) -> None:
+    body: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 8, "ignore_eos": True, "return_token_ids": True}
+    free = served.complete(**body)["choices"][0]
+    token = next(token for token in free["token_ids"] if tokenizer.decode([token]).strip().isalpha())
+    assert served.complete(**body, allowed_token_ids=[70])["choices"][0]["token_ids"] == [70] * 8
+    assert served.complete(**body, logit_bias={"71": 100})["choices"][0]["token_ids"] == [71] * 8
+    for given in ({"logit_bias": {str(token): -100}}, {"bad_words": [tokenizer.decode([token])]}):
+        assert token not in served.complete(**body, **given)["choices"][0]["token_ids"]
+    penalized = served.complete(**body, presence_penalty=2, frequency_penalty=2, repetition_penalty=5)["choices"][0][
+        "token_ids"
+    ]
+    assert penalized != free["token_ids"] or len(set(penalized)) == 8
+
+
 def test_text_becomes_tokens_and_text_again(served: Served, tokenizer: Tokenizer) -> None:
     told = served.post("/tokenize", prompt=PROMPT, return_token_strs=True).json()
     assert told["tokens"] == tokenizer.encode(PROMPT) and told["count"] == len(told["tokens"]) == len(told["token_strs"])

@@ -31,7 +31,10 @@ async def chat(http: HttpRequest) -> Response:
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     params = body.params(asked, (body.top_logprobs or 0) if body.logprobs else None)
     prompt = await asyncio.to_thread(chat_prompt, serving.model, body)
-    answer = Answer(serving=serving, id=new_id("chatcmpl"), body=body, prompts=[prompt], params=params, arrival=arrival)
+    words = await asyncio.to_thread(serving.model.tokenizer.bad_words, params.bad_words)
+    answer = Answer(
+        serving=serving, id=new_id("chatcmpl"), body=body, prompts=[prompt], params=params, bad_words=words, arrival=arrival
+    )
     uses_tools = bool(body.tools) and body.tool_choice != "none"
     choices = [Choice(answer, i, ToolCalls() if uses_tools else None) for i in range(answer.num_choices)]
     return await answer.respond(http, lambda: full(answer, choices), lambda: chunks(answer, choices))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from common.request import Logprobs
 from common.serve.model import ServedModel
 from common.serve.protocol import CompletionRequest
 from common.serve.serving import Answer, Serving, finite, new_id, read
+from common.serve.worker import Piece
 from common.text.detokenizer import IncrementalDetokenizer
 from common.text.output import Delta
 
@@ -30,9 +31,14 @@ async def completions(http: HttpRequest) -> Response:
     serving.model.check_name(body.model)
     body.check()
     most = 1 if body.prompt_only else 16 if body.max_tokens is None else body.max_tokens
-    params = body.params(most, body.logprobs, body.logprobs if body.echo else None)
+    params = body.params(
+        most, body.logprobs, body.logprobs if body.echo and body.prompt_logprobs is None else body.prompt_logprobs
+    )
     prompts = await asyncio.to_thread(serving.model.prompts, body.prompt, body.add_special_tokens, body.truncate_prompt_tokens)
-    answer = Answer(serving=serving, id=new_id("cmpl"), body=body, prompts=prompts, params=params, arrival=arrival)
+    words = await asyncio.to_thread(serving.model.tokenizer.bad_words, params.bad_words)
+    answer = Answer(
+        serving=serving, id=new_id("cmpl"), body=body, prompts=prompts, params=params, bad_words=words, arrival=arrival
+    )
     choices = [Choice(answer, i) for i in range(answer.num_choices)]
     return await answer.respond(http, lambda: full(answer, choices), lambda: chunks(answer, choices))
 
@@ -44,6 +50,7 @@ class Choice:
     answer: Answer
     index: int
     logprobs: LogprobList | None = None
+    prompt_logprobs: Sequence[Logprobs | None] | None = None
     begun: bool = False
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -60,27 +67,30 @@ class Choice:
         assert isinstance(self.answer.body, CompletionRequest)
         return self.answer.body
 
-    def push(self, delta: Delta) -> list[dict[str, Any]]:
-        """The chunks that a delta makes."""
+    def push(self, piece: Piece) -> list[dict[str, Any]]:
+        """The chunks that a token or an end makes."""
+        delta = piece.delta
         if self._body.prompt_only:
             delta = Delta("", (), finish=delta.finish)
         self.answer.completion_tokens += len(delta.token_ids)
-        begin = [] if self.begun else self._begin()
+        begin = [] if self.begun else self._begin(piece.event.prompt_logprobs)
         self.begun = True
         shown = None
         if self.logprobs is not None:
-            shown = self.logprobs.push(delta.token_ids, delta.logprobs)
+            shown = self.logprobs.push(delta.token_ids, [delta.logprobs] * len(delta.token_ids))
         return [*begin, self._chunk(delta.text, list(delta.token_ids), shown, delta.finish_reason, delta.stop_reason)]
 
-    def _begin(self) -> list[dict[str, Any]]:
+    def _begin(self, scored: Sequence[Logprobs | None] | None) -> list[dict[str, Any]]:
         """With `echo`, a chunk for the prompt."""
+        self.prompt_logprobs = scored
         if not self._body.echo:
             return []
         model, prompt = self.answer.serving.model, self.answer.prompt_of(self.index)
         text = model.tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
+        shown = None
         if self.logprobs is not None:
-            self.logprobs.begin(prompt.token_ids)
-        return [self._chunk(text, [], None, None, None)]
+            shown = self.logprobs.push(prompt.token_ids, scored or [None] * len(prompt.token_ids))
+        return [self._chunk(text, [], shown, None, None)]
 
     def _chunk(self, text: str, token_ids: list[int], logprobs: Any, finish: str | None, stop: Any) -> dict[str, Any]:
         self.text += text
@@ -104,7 +114,23 @@ class Choice:
         choice = self.as_dict(self.text, self.token_ids, self.logprobs.whole() if self.logprobs else None)
         if self._body.return_token_ids:
             choice["prompt_token_ids"] = list(self.answer.prompt_of(self.index).token_ids)
+        if self._body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = self._prompt_logprobs()
         return choice
+
+    def _prompt_logprobs(self) -> list[dict[str, Any] | None]:
+        """As vLLM gives them: for each token of the prompt, itself and the likeliest by id; None for the first."""
+        model, prompt = self.answer.serving.model, self.answer.prompt_of(self.index)
+        entry = lambda token, p, rank: {"logprob": finite(p), "rank": rank, "decoded_token": model.token_text(token)}  # noqa: E731
+        entries: list[dict[str, Any] | None] = []
+        for token, scored in zip(prompt.token_ids, self.prompt_logprobs or (), strict=False):
+            if scored is None:
+                entries.append(None)
+                continue
+            top = enumerate(zip(scored.top_ids, scored.top_logprobs, strict=True), 1)
+            likeliest = {str(other): entry(other, p, rank) for rank, (other, p) in top}
+            entries.append({str(token): entry(token, scored.logprob, scored.rank)} | likeliest)
+        return entries
 
 
 class LogprobList:
@@ -116,14 +142,10 @@ class LogprobList:
         self._offset = 0
         self._lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
-    def begin(self, prompt_ids: Iterable[int]) -> None:
-        """The prompt stands before these."""
-        self._offset = sum(len(self._text.push(token)) for token in prompt_ids)
-
-    def push(self, token_ids: Iterable[int], logprobs: Logprobs | None) -> dict[str, list[Any]]:
-        """The entries of these tokens."""
+    def push(self, token_ids: Sequence[int], scored: Sequence[Logprobs | None]) -> dict[str, list[Any]]:
+        """The entries of these tokens; None scores the first of a prompt."""
         fresh: dict[str, list[Any]] = {name: [] for name in self._lists}
-        for token in token_ids:
+        for token, logprobs in zip(token_ids, scored, strict=True):
             fresh["tokens"].append(self._name(token))
             fresh["token_logprobs"].append(None if logprobs is None else finite(logprobs.logprob))
             fresh["top_logprobs"].append(None if logprobs is None else self._top(token, logprobs))
@@ -151,10 +173,10 @@ class LogprobList:
 async def full(answer: Answer, choices: Sequence[Choice]) -> dict[str, Any]:
     async for pieces in answer.pieces():
         for piece in pieces:
-            choices[piece.number].push(piece.delta)
+            choices[piece.number].push(piece)
     return answer.envelope(KIND, [choice.whole() for choice in choices], usage=answer.usage())
 
 
 async def chunks(answer: Answer, choices: Sequence[Choice]) -> AsyncIterator[list[dict[str, Any]]]:
     async for pieces in answer.pieces():
-        yield [answer.envelope(KIND, [chunk]) for piece in pieces for chunk in choices[piece.number].push(piece.delta)]
+        yield [answer.envelope(KIND, [chunk]) for piece in pieces for chunk in choices[piece.number].push(piece)]

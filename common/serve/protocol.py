@@ -35,7 +35,7 @@ NEUTRAL: dict[str, Any] = {
 SAMPLING = (
     "temperature", "top_k", "top_p", "min_p", "seed", "min_tokens", "stop", "stop_token_ids", "ignore_eos",
     "include_stop_str_in_output", "skip_special_tokens", "presence_penalty", "frequency_penalty", "repetition_penalty",
-    "logit_bias", "allowed_token_ids", "bad_words", "prompt_logprobs", "response_format", "use_beam_search", "length_penalty",
+    "logit_bias", "allowed_token_ids", "bad_words", "response_format", "use_beam_search", "length_penalty",
 )  # fmt: skip
 """Fields that are sampling parameters of the same name."""
 REQUEST = ("cache_salt", "priority", "deadline")
@@ -86,8 +86,7 @@ class Sampled(Body):
     repetition_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
-    prompt_logprobs: int | None = None
+    bad_words: Annotated[list[StopText], Field(max_length=1024)] | None = None
     response_format: dict[str, Any] | None = None
     use_beam_search: bool | None = None
     length_penalty: float | None = None
@@ -104,12 +103,12 @@ class Sampled(Body):
     def params(self, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None) -> SamplingParams:
         """As the engine takes them. What it does not know yet is refused, unless it asks for nothing."""
         asked = {name: getattr(self, name) for name in SAMPLING}
-        if self.prompt_logprobs is None:
-            asked["prompt_logprobs"] = prompt_logprobs
         if self.logit_bias:
             expect(all(key.isdecimal() for key in self.logit_bias), "The keys of logit_bias must be token ids.")
             asked["logit_bias"] = {int(key): value for key, value in self.logit_bias.items()}
-        return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **supported(asked, SamplingParams))
+        return SamplingParams(
+            max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **supported(asked, SamplingParams)
+        )
 
     def request_fields(self, arrival: float) -> dict[str, Any]:
         """Those of `Request` that this one sets."""
@@ -129,6 +128,7 @@ class CompletionRequest(Sampled):
     prompt: Any = None
     echo: bool | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     best_of: int | None = None
     suffix: str | None = None
     add_special_tokens: bool = True

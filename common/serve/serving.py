@@ -82,6 +82,7 @@ class Answer:
     body: Sampled
     prompts: Sequence[Prompt]
     params: SamplingParams
+    bad_words: Sequence[Sequence[int]]
     arrival: float
     created: int = field(default_factory=lambda: int(time.time()))
     completion_tokens: int = 0
@@ -96,6 +97,7 @@ class Answer:
                 prompt_token_ids=tuple(prompt.token_ids),
                 params=self.params if seed is None else replace(self.params, seed=(seed + i) % 2**64),
                 eos_token_ids=self.serving.model.eos_token_ids,
+                bad_words=tuple(map(tuple, self.bad_words)),
                 parent=f"{self.id}-{p * n}" if i else None,
                 **self.body.request_fields(self.arrival),
             )
