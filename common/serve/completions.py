@@ -73,7 +73,7 @@ class Choice:
         if self._body.prompt_only:
             delta = Delta("", (), finish=delta.finish)
         self.answer.completion_tokens += len(delta.token_ids)
-        begin = [] if self.begun else self._begin(piece.event.prompt_logprobs)
+        begin = [] if self.begun else self._begin(piece.delta.prompt_logprobs)
         self.begun = True
         shown = None
         if self.logprobs is not None:
