@@ -292,13 +292,14 @@ class Scheduler:
         """Who of those whose step raised is guilty: one that was on trial, and alone. Otherwise they are to be tried in halves.
 
         Where many steps raise and none lands between, it is hardly for what is in them, and all who are under suspicion end. So
-        a lost device does not cost a step for each request; eight culprits side by side among 64 do not come to as many.
+        a lost device does not cost a step for each request; eight culprits side by side among 64, or one after another where
+        one runs at a time, do not come to as many.
         """
         if not suspects:
             return []
         self.faults_in_a_row += 1
         tried = self.trials.pop() if self.trials else []
-        if self.faults_in_a_row > 4 * self.max_num_seqs.bit_length():
+        if self.faults_in_a_row > max(16, 4 * self.max_num_seqs.bit_length()):
             everyone = dict.fromkeys([*suspects, *tried, *(seq for group in self.trials for seq in group)])
             self.trials = []
             return [seq for seq in everyone if seq.suspect]
