@@ -127,7 +127,7 @@ def native_programs(backend: str, config: ModelConfig) -> tuple[Program, ...]:
         return {"k": k, "v": v, "x": x}
 
     def head(weights: Any, step: Any, x: Any, logits: Any) -> Held:
-        return {"logits": kernels.head(config, weights, step, x, len(logits))}
+        return {"logits": kernels.head(weights, step, x, logits)}
 
     def sample(step: Any, logits: Any, last: Any) -> Held:
         sampled, after = kernels.sample(State(None, last), step, logits)

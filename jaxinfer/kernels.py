@@ -133,9 +133,9 @@ def layer_in_parts(
     return pools, x_TD
 
 
-def head(config: ModelConfig, weights: Weights, step: Array, x_TD: Array, rows: int) -> Array:
-    """Logits float32[rows, V] of the residual stream after the last layer."""
-    return _call("head", _shape((rows, config.vocab_size)), step, weights.head, x_TD)
+def head(weights: Weights, step: Array, x_TD: Array, logits_RV: Array) -> Array:
+    """Logits of the residual stream after the last layer, in the place of `logits_RV`, which may have more rows."""
+    return _call("head", logits_RV, step, weights.head, x_TD, logits_RV, aliases={3: 0})
 
 
 def forward(
@@ -144,17 +144,17 @@ def forward(
     state: State,
     step: Array,
     tokens: int,
-    rows: int,
+    logits_RV: Array,
     layer: Any = layer,
     keep: Keep = ignore,
 ) -> tuple[Array, State]:
-    """Logits float32[rows, V] of a packed step of `tokens` tokens; its keys and values go into the state's pages."""
+    """Logits of a packed step of `tokens` tokens, in the place of `logits_RV`; keys and values go into the state's pages."""
     k, v = map(list, state.cache)
     x_TD = embed(config, weights, step, state.last_tokens, tokens)
     keep(embedding=x_TD)
     for number in range(config.num_layers):
         (k[number], v[number]), x_TD = layer(config, weights, number, step, (k[number], v[number]), x_TD, keep)
-    logits_RV = head(config, weights, step, x_TD, rows)
+    logits_RV = head(weights, step, x_TD, logits_RV)
     keep(logits=logits_RV)
     return logits_RV, state._replace(cache=KVCache(tuple(k), tuple(v)))
 
@@ -198,27 +198,30 @@ class Step:
         """Empty pages and rows."""
         config = self.config
         cache = make_cache(self.model_config, num_pages, config.block_size, config.dtype)
-        return State(cache, jnp.zeros((config.max_num_seqs,), jnp.int32, device=self.device))
+        logits_RV = jnp.zeros((config.max_num_seqs, self.model_config.vocab_size), device=self.device)
+        _huge(logits_RV.unsafe_buffer_pointer(), logits_RV.nbytes)
+        return State(cache, jnp.zeros((config.max_num_seqs,), jnp.int32, device=self.device), logits_RV)
 
     def warmup(self, state: State, progress: Progress | None = None) -> State:
         """Compile what later steps need."""
         for done, tokens in enumerate(self._sizes):
             # No tokens: the program runs through its operators and changes nothing.
-            state, *_ = self._run(tokens, self.config.max_num_seqs, state, None)
+            state, *_ = self._run(tokens, state, None)
             if progress:
                 progress(done + 1, len(self._sizes), f"compiled steps of up to {tokens} tokens")
         return state
 
     def run(self, state: State, batch: Batch) -> tuple[State, Callable[[], tuple[Any, ...]]]:
         """One step, and what brings its results to the host: the arguments of `interface.make_result`."""
-        state, sampled, _ = self._run(self._tokens(batch), self.config.max_num_seqs, state, batch)
+        state, sampled, _ = self._run(self._tokens(batch), state, batch)
         return state, lambda: unpack_sampled(np.asarray(sampled)[: len(batch.logit_rows)], batch)
 
     def observe(self, state: State, batch: Batch, names: Names) -> tuple[State, dict[str, Array]]:
         """One step, and what it computes on the way, padded and on the device: those of `names`, or all."""
-        tokens = rows = self._tokens(batch)  # every token may ask for logits
-        state, _, taps = self._run(tokens, rows, state, batch, names)
-        return state, taps
+        tokens = self._tokens(batch)
+        wide = state._replace(logits=jnp.zeros((tokens, self.model_config.vocab_size)))  # every token may ask for logits
+        wide, _, taps = self._run(tokens, wide, batch, names)
+        return wide._replace(logits=state.logits), taps
 
     def read_pages(self, state: State, pages_: Sequence[int]) -> dict[str, np.ndarray]:
         """Copies `k` and `v`: [L, pages, B, K, H]."""
@@ -246,24 +249,26 @@ class Step:
     def _tokens(self, batch: Batch) -> int:
         return next(size for size in self._sizes if size >= batch.num_tokens)
 
-    def _run(self, tokens: int, rows: int, state: State, batch: Batch | None, names: Names = frozenset()) -> Any:
-        """A step in `tokens` and `rows` as they are compiled; without a batch one that has none."""
+    def _run(self, tokens: int, state: State, batch: Batch | None, names: Names = frozenset()) -> Any:
+        """A step in `tokens` as they are compiled, and in the rows of the state's logits; without a batch one that has none."""
+        rows = len(state.logits)
         program = tokens, rows, names
         open_library().tandem_threads(self._threads)  # another engine of this process may have another number
         size = max_step_size(self.config.max_num_batched_tokens, rows, self._pages)
         step = np.zeros(size, np.int32) if batch is None else _filled(size, pack_step(batch))
         first = without_modes(step) if batch is not None and batch.adjusts else step  # what it chooses is chosen anew
         if program not in self._compiled:
-            run = jax.jit(lambda weights, state, step: self._step(*program, weights, state, step), donate_argnums=1)
+            run = jax.jit(lambda weights, state, step: self._step(tokens, names, weights, state, step), donate_argnums=1)
             self._compiled[program] = run.lower(self.weights, state, step).compile()
-        state, sampled, taps, logits_RV = self._compiled[program](self.weights, state, first)
+        state, sampled, taps = self._compiled[program](self.weights, state, first)
         if batch is None or batch.adjusts:
-            state, sampled = self._choose_changed(state, batch, step, logits_RV)
+            state, sampled = self._choose_changed(state, batch, step)
             taps |= {"tokens": sampled[:, 0]} if "tokens" in taps else {}
         return state, sampled, taps
 
-    def _choose_changed(self, state: State, batch: Batch | None, step: np.ndarray, logits_RV: Array) -> tuple[State, Array]:
+    def _choose_changed(self, state: State, batch: Batch | None, step: np.ndarray) -> tuple[State, Array]:
         """Choose the step's tokens anew, from changed logits: so a step that changes none stays one program."""
+        logits_RV = state.logits
         rows, vocab = logits_RV.shape
         size = HEADER + 5 * _EDITS + rows * (1 + -(-vocab // 32))
         if rows not in self._choosers:
@@ -279,15 +284,15 @@ class Step:
         return state._replace(last_tokens=last_tokens), sampled
 
     def _step(
-        self, tokens: int, rows: int, names: Names, weights: Weights, state: State, step: Array
-    ) -> tuple[State, Array, dict[str, Array], Array]:
-        """The pure function that is compiled: its last result are the logits, for a step that changes them."""
+        self, tokens: int, names: Names, weights: Weights, state: State, step: Array
+    ) -> tuple[State, Array, dict[str, Array]]:
+        """The pure function that is compiled."""
         taps, keep = keeper(names)
         kind = layer if names == frozenset() else layer_in_parts
-        logits_RV, state = forward(self.model_config, weights, state, step, tokens, rows, kind, keep)
+        logits_RV, state = forward(self.model_config, weights, state, step, tokens, state.logits, kind, keep)
         sampled, state = sample(state, step, logits_RV)
         keep(tokens=sampled[:, 0])
-        return state, sampled, taps, logits_RV
+        return state._replace(logits=logits_RV), sampled, taps
 
 
 def _choose(last_tokens: Array, step: Array, changes: Array, logits_RV: Array, changed_RV: Array) -> tuple[Array, Array, Array]:

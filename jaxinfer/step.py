@@ -45,6 +45,8 @@ class State(NamedTuple):
     cache: KVCache
     last_tokens: Array
     """int32[rows + 1]: the last token sampled for each permanent row; the spare one takes what padding writes."""
+    logits: Any = None
+    """float32[rows, V]: where native kernels leave a step's logits, so that no step asks the system for that much memory."""
 
 
 class _Choice(NamedTuple):

@@ -210,7 +210,8 @@ def native_logits(
         owner = np.repeat(np.arange(batch.num_seqs), np.diff(batch.query_starts))
         every = {"logit_rows": np.arange(batch.num_tokens), "logit_owner": owner, "want": np.ones(batch.num_tokens)}
         batch = Batch.pack(**({name: getattr(batch, name) for name in VIEWS} | every))
-        logits, state = _native_step(backend, path)(weights, state, pack_step(batch), batch.num_tokens)
+        room = to_device(backend, np.zeros((batch.num_tokens, config.vocab_size), np.float32))
+        logits, state = _native_step(backend, path)(weights, state, pack_step(batch), batch.num_tokens, room)
         host = part(backend, "arrays").to_host(logits)
         for (i, start, count), at in zip(plan, batch.query_starts, strict=False):
             out[i][start : start + count] = host[at : at + count]
@@ -227,14 +228,13 @@ def native_weights(backend: str, path: str | Path, dtype: str) -> Any:
 
 @cache
 def _native_step(backend: str, path: str | Path) -> Callable[..., Any]:
-    """(weights, state, packed step, tokens) → logits of every token, and the state."""
+    """(weights, state, packed step, tokens, room for logits) → logits of every token, and the state."""
     kernels, config = part(backend, "kernels"), checkpoint(path).config
     if backend == "jax":
-        run = lambda weights, state, step, tokens: kernels.forward(config, weights, state, step, tokens, tokens)  # noqa: E731
-        return jax.jit(run, static_argnums=3)
+        return jax.jit(lambda *args: kernels.forward(config, *args), static_argnums=3)
 
-    def eager(weights: Any, state: Any, step: np.ndarray, tokens: int) -> tuple[Any, Any]:
-        return kernels.forward(config, weights, state, to_tensor(step), tokens, tokens)
+    def eager(weights: Any, state: Any, step: np.ndarray, tokens: int, room: Any) -> tuple[Any, Any]:
+        return kernels.forward(config, weights, state, to_tensor(step), tokens, room)
 
     return eager
 

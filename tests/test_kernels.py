@@ -145,8 +145,9 @@ def native_state(backend: str, path: Path) -> tuple[Any, Any, np.ndarray, int]:
     weights = native_weights(backend, path, "bfloat16")
     packer = Packer(8, 16)
     batch = packer.step([(packer.add(PROMPTS[0]), 0, 48)])
-    last = part(backend, "arrays").to_device(np.zeros(4, np.int32), device(backend))
-    state = part(backend, "step").State(kernels.make_cache(config, 8, 16, "bfloat16"), last)
+    arrays = np.zeros(4, np.int32), np.zeros((1, config.vocab_size), np.float32)
+    last, logits = part(backend, "arrays").to_device(arrays, device(backend))
+    state = part(backend, "step").State(kernels.make_cache(config, 8, 16, "bfloat16"), last, logits)
     return weights, state, pack_step(batch), batch.num_tokens
 
 
@@ -156,7 +157,7 @@ def test_a_native_step_of_jax_is_operators_and_nothing_else(families: dict[str, 
     weights, state, step, tokens = native_state("jax", path)
 
     def run(weights: Any, state: Any, step: Any) -> Any:
-        logits, state = kernels.forward(config, weights, state, step, tokens, 1)
+        logits, state = kernels.forward(config, weights, state, step, tokens, state.logits)
         return kernels.sample(state, step, logits)
 
     seen = list(primitives(jax.make_jaxpr(run)(weights, state, step).jaxpr))
@@ -176,7 +177,7 @@ def test_a_native_step_of_torch_is_operators_and_nothing_else(families: dict[str
         return graph.forward
 
     def run(step: torch.Tensor) -> torch.Tensor:
-        logits, _ = kernels.forward(config, weights, state, step, tokens, 1)
+        logits, _ = kernels.forward(config, weights, state, step, tokens, state.logits)
         return kernels.sample(state, step, logits)[0]
 
     torch._dynamo.reset()
@@ -211,7 +212,7 @@ def test_a_layer_in_parts_computes_the_same_bits(backend: str, families: dict[st
     for layer in (kernels.layer, kernels.layer_in_parts):
         weights, state, step, tokens = native_state(backend, path)
         words = step if backend == "jax" else torch.from_numpy(step)
-        logits, state = kernels.forward(config, weights, state, words, tokens, 1, layer)
+        logits, state = kernels.forward(config, weights, state, words, tokens, state.logits, layer)
         host = part(backend, "arrays").to_host((logits, state.cache.k[-1], state.cache.v[-1]))
         results.append([np.ascontiguousarray(array).tobytes() for array in host])
     assert results[0] == results[1]
@@ -303,7 +304,7 @@ def test_jax_reports_what_does_not_fit(families: dict[str, Path]) -> None:
     weights, state, step, tokens = native_state("jax", families["llama2"])
     config = checkpoint(families["llama2"]).config
     x, pools = np.zeros((tokens, config.hidden_size), np.float32), (state.cache.k[0], state.cache.v[0])
-    forward = jax.jit(lambda w, s, x: kernels.forward(config, w, s, x, tokens, 1)[0])
+    forward = jax.jit(lambda w, s, x: kernels.forward(config, w, s, x, tokens, s.logits)[0])
     layer = jax.jit(lambda w, s, pools, x: kernels.layer(config, w, 0, s, pools, x))
     for wrong, run in (
         ("step: expected int32 of at least", lambda: forward(weights, state, step[:20])),

@@ -137,9 +137,8 @@ def layer_in_parts(
     return pools, x_TD
 
 
-def head(config: ModelConfig, weights: Weights, step: Tensor, x_TD: Tensor, rows: int) -> Tensor:
-    """Logits float32[rows, V] of the residual stream after the last layer."""
-    logits_RV = torch.empty((rows, config.vocab_size), dtype=torch.float32, device="cpu")
+def head(weights: Weights, step: Tensor, x_TD: Tensor, logits_RV: Tensor) -> Tensor:
+    """Logits of the residual stream after the last layer, in the place of `logits_RV`, which may have more rows."""
     torch.ops.tandem.head.default(step, weights.head, x_TD, logits_RV)
     return logits_RV
 
@@ -150,17 +149,17 @@ def forward(
     state: State,
     step: Tensor,
     tokens: int,
-    rows: int,
+    logits_RV: Tensor,
     layer: Any = layer,
     keep: Keep = ignore,
 ) -> tuple[Tensor, State]:
-    """Logits float32[rows, V] of a packed step of `tokens` tokens; its keys and values go into the state's pages."""
+    """Logits of a packed step of `tokens` tokens, in the place of `logits_RV`; keys and values go into the state's pages."""
     k, v = state.cache
     x_TD = embed(config, weights, step, state.last_tokens, tokens)
     keep(embedding=x_TD)
     for number in range(config.num_layers):
         _, x_TD = layer(config, weights, number, step, (k[number], v[number]), x_TD, keep)
-    logits_RV = head(config, weights, step, x_TD, rows)
+    logits_RV = head(weights, step, x_TD, logits_RV)
     keep(logits=logits_RV)
     return logits_RV, state
 
@@ -202,7 +201,9 @@ class Step:
         """Empty pages and rows."""
         config = self.config
         cache = make_cache(self.model_config, num_pages, config.block_size, config.dtype)
-        return State(cache, torch.zeros(config.max_num_seqs, dtype=torch.int32, device="cpu"))
+        logits_RV = torch.zeros((config.max_num_seqs, self.model_config.vocab_size), device="cpu")
+        torch.ops.tandem.huge(logits_RV)
+        return State(cache, torch.zeros(config.max_num_seqs, dtype=torch.int32, device="cpu"), logits_RV)
 
     def warmup(self, state: State, progress: Progress | None = None) -> State:
         """Nothing is compiled: one step wakes the threads and brings the weights to memory."""
@@ -220,7 +221,8 @@ class Step:
     def observe(self, state: State, batch: Batch, names: Names) -> tuple[State, dict[str, Tensor]]:
         """One step, and what it computes on the way, on the device: those of `names`, or all."""
         taps, keep = keeper(names)
-        state, _ = self._step(state, batch, layer_in_parts, keep)
+        wide = state._replace(logits=torch.zeros((len(batch.logit_rows), self.model_config.vocab_size)))  # more than `rows`
+        self._step(wide, batch, layer_in_parts, keep)
         return state, taps
 
     def read_pages(self, state: State, pages_: Sequence[int]) -> dict[str, np.ndarray]:
@@ -243,8 +245,8 @@ class Step:
     @torch.inference_mode()
     def _step(self, state: State, batch: Batch, layer: Any = layer, keep: Keep = ignore) -> tuple[State, Tensor]:
         torch.ops.tandem.threads(self._threads)  # another engine of this process may have another number
-        step, rows = torch.from_numpy(pack_step(batch)), len(batch.logit_rows)
-        logits_RV, state = forward(self.model_config, self.weights, state, step, batch.num_tokens, rows, layer, keep)
+        step, logits_RV = torch.from_numpy(pack_step(batch)), state.logits[: len(batch.logit_rows)]
+        logits_RV, state = forward(self.model_config, self.weights, state, step, batch.num_tokens, logits_RV, layer, keep)
         changed_RV = adjust(step, torch.from_numpy(pack_changes(batch)), logits_RV) if batch.adjusts else None
         sampled, state = sample(state, step, logits_RV, changed_RV)
         keep(tokens=sampled[:, 0])

@@ -36,6 +36,8 @@ class State(NamedTuple):
     cache: KVCache
     last_tokens: Tensor
     """int64[rows + 1]: the last token sampled for each permanent row; the spare one takes what is not sampled."""
+    logits: Any = None
+    """float32[rows, V]: where native kernels leave a step's logits, so that no step asks the system for that much memory."""
 
 
 class Inputs(NamedTuple):

@@ -62,7 +62,7 @@ ffi::Error combine(Buffer step, Buffer weights, Buffer attended, Buffer, Out x) 
   return status([&] { tandem::combine(view(step), view(weights), view(attended), view(x)); });
 }
 
-ffi::Error head(Buffer step, Buffer weights, Buffer x, Out logits) {
+ffi::Error head(Buffer step, Buffer weights, Buffer x, Buffer, Out logits) {
   return status([&] { tandem::head(view(step), view(weights), view(x), view(logits)); });
 }
 
