@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, Self
 
@@ -20,12 +20,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 
+from common.beam import Beam, BeamSearchParams, beam_search
 from common.config import EngineConfig
 from common.engine import build_engine
-from common.errors import RequestError, TandemError
+from common.errors import BackendError, RequestError, TandemError
 from common.interface import Progress
 from common.options import add_engine_options, engine_options, flag, parse
-from common.request import Logprobs, Request, SamplingParams, expect, fan_out
+from common.request import Logprobs, Request, SamplingParams, Status, TokenEvent, expect, fan_out
 from common.text.chat import ChatTemplate, Message
 from common.text.output import Delta, OutputText
 from common.text.tokenizer import Tokenizer, open_tokenizer
@@ -155,6 +156,30 @@ class LLM:
         self._chat = self._chat or ChatTemplate(self.tokenizer)
         text, token_ids = self._chat.encode(messages, tools=tools, add_generation_prompt=add_generation_prompt)
         return {"prompt": text, "prompt_token_ids": token_ids}
+
+    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[RequestOutput]:
+        """The continuations of every prompt that a beam search finds, best first; see `common.beam`.
+
+        If a prompt is refused (`RequestError`), none is run. Raises `BackendError` where the model gives no logprobs.
+        """
+        expect(isinstance(params, BeamSearchParams), f"params must be BeamSearchParams, got {type(params).__name__}.")
+        many = [prompts] if _is_one(prompts) else list(prompts)
+        texts, requests = self._requests(many, SamplingParams(max_tokens=params.max_tokens, ignore_eos=params.ignore_eos))
+        with self._admitted(requests):  # refuses here what could not be followed to its end
+            pass
+        for request in requests:
+            del self._deltas[request.request_id]
+        found = beam_search([request.prompt_token_ids for request in requests], params, self._eos, self._likeliest)
+        return [
+            RequestOutput(
+                request_id=request.request_id,
+                prompt=text,
+                prompt_token_ids=list(request.prompt_token_ids),
+                outputs=[self._beam(i, request, beam) for i, beam in enumerate(beams)],
+                finished=True,
+            )
+            for text, request, beams in zip(texts, requests, found, strict=True)
+        ]
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Delta]:
         """Continue one prompt token by token. Several streams may be read in turn; leaving one early aborts its request."""
@@ -291,6 +316,24 @@ class LLM:
             stop_reason=last.stop_reason,
             error=last.error,
         )
+
+    def _likeliest(self, sequences: Sequence[tuple[int, ...]], k: int) -> list[list[tuple[int, float]]]:
+        params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=k, detokenize=False)
+        requests = [Request(request_id=str(next(self._numbers)), prompt_token_ids=ids, params=params) for ids in sequences]
+        self._run(requests, use_tqdm=False)
+        answers = []
+        for (delta,) in [self._deltas.pop(request.request_id) for request in requests]:
+            if delta.logprobs is None:
+                raise BackendError(f"A beam search cannot go on: {delta.error}")
+            answers.append(list(zip(delta.logprobs.top_ids, delta.logprobs.top_logprobs, strict=True)))
+        return answers
+
+    def _beam(self, index: int, request: Request, beam: Beam) -> CompletionOutput:
+        *before, last = [TokenEvent(request.request_id, token, 0.0) for token in beam.token_ids]
+        text = OutputText(self.tokenizer, request)
+        last = replace(last, finish=Status.FINISHED_STOP if beam.ended else Status.FINISHED_LENGTH)
+        output = self._output(index, request, [text.push(event) for event in (*before, last)])
+        return replace(output, cumulative_logprob=beam.logprob)
 
     def _prompt_logprobs(self, request: Request, deltas: Sequence[Delta]) -> list[dict[int, Logprob] | None] | None:
         scored = deltas[0].prompt_logprobs

@@ -2,12 +2,13 @@
 
 Its KV of position p is a hash chain over the tokens up to p, taken from the KV of position p - 1 as the page table finds it.
 Its next token is a hash over the KV of every position, each weighted by its place, and of how the request samples. So a wrong
-page, row, position, token, length or sampling parameter gives a wrong token, and `expected` says which would have been right
-from the request alone. All arithmetic is in unsigned 64-bit integers.
+page, row, position, token, length, sampling parameter or edit gives a wrong token, and `expected` says which would have been
+right from the request alone. Of n tokens that are not masked, it is one. All arithmetic is in unsigned 64-bit integers.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from common.interface import Caps, KVGroup, ModelRunner, Pending, Progress, Result, make_result
 from common.request import Logprobs, Request, Status
-from common.schedule.batch import Batch
+from common.schedule.batch import Batch, Want
 
 MASK = (1 << 64) - 1
 A, B, C = 0xBF58_476D_1CE4_E5B9, 0x94D0_49BB_1331_11EB, 0x9E37_79B9_7F4A_7C15
@@ -43,6 +44,14 @@ def sampling_code(temperature: float, top_k: int, top_p: float, min_p: float, se
     code = seed
     for value in (round(temperature * 4096), top_k, round(top_p * 4096), round(min_p * 4096)):
         code = mix((code + value + C) & MASK)
+    return code
+
+
+def edit_code(token: int, edit: Sequence[float]) -> int:
+    """One number for what is done to the logit of a token."""
+    code = mix(token + C)
+    for bits in np.array(edit, np.float32).view(np.uint32).tolist():
+        code = mix((code + bits) & MASK)
     return code
 
 
@@ -176,9 +185,12 @@ class HistoryRunner(ModelRunner):
         self.chain[slots] = chain
         self.at[slots] = positions
 
-        # Read: every position of every sequence that wants a token, through its pages.
+        # Read: every position up to that of every logit row, through its sequence's pages.
         owner = batch.logit_owner
-        lengths = kv_lengths[owner]
+        sample = (batch.want & Want.SAMPLE) > 0
+        lengths = positions[batch.logit_rows] + 1
+        if not (lengths == kv_lengths[owner])[sample].all() or len(owner) > self._caps.max_seqs:
+            self.violations.append(f"a token is sampled before the end, or {len(owner)} logit rows are too many")
         width = int(lengths.max(initial=0))
         span = np.arange(width)
         read = table[owner][:, span // size] * size + span % size
@@ -187,10 +199,20 @@ class HistoryRunner(ModelRunner):
         weighed = mix_array(self.chain[read]) * self._odd[:width]
         value = np.where(inside, weighed, np.uint64(0)).sum(axis=1, dtype=np.uint64)
         if batch.seeds is not None:
-            value = value + self._codes(batch)[owner]
+            value = value + np.where(sample, self._codes(batch)[owner], np.uint64(0))
+        if batch.score_ids is not None:
+            value = value + np.where(sample, 0, batch.score_ids).astype(np.uint64)
+        if batch.adjusts:
+            value = value + self._change_codes(batch)
         value = mix_array(value)
         sampled = (value % np.uint64(vocab)).astype(np.int32)
-        self.last[rows[owner]] = sampled
+        if batch.adjusts:
+            allowed = self._allowed(batch)
+            place = value % np.maximum(allowed.sum(axis=1), 1).astype(np.uint64)
+            sampled = (allowed.cumsum(axis=1) > place[:, None]).argmax(axis=1).astype(np.int32)
+        self.last[rows[owner[sample]]] = sampled[sample]
+        if batch.score_ids is not None:
+            sampled = np.where(sample, sampled, batch.score_ids)
 
         finite = np.ones(len(owner), bool) if self.nan_token is None else tokens[batch.logit_rows] != self.nan_token
         return make_result(batch, sampled, finite, *self._logprobs(batch, value, sampled))
@@ -207,6 +229,28 @@ class HistoryRunner(ModelRunner):
             seed = int(seeds[s, 0]) | int(seeds[s, 1]) << 32
             codes.append(sampling_code(float(temperature[s]), int(top_k[s]), float(top_p[s]), float(min_p[s]), seed))
         return np.array(codes, np.uint64)
+
+    def _change_codes(self, batch: Batch) -> np.ndarray:
+        codes = np.zeros(len(batch.want), np.uint64)
+        if batch.edit_rows is not None and batch.edit_ids is not None and batch.edits is not None:
+            code = mix_array(batch.edit_ids.astype(np.uint64) + np.uint64(C))
+            for bits in batch.edits.view(np.uint32).T:
+                code = mix_array(code + bits)
+            np.add.at(codes, batch.edit_rows, code)
+            if len(set(zip(batch.edit_rows.tolist(), batch.edit_ids.tolist(), strict=True))) < len(code):
+                self.violations.append("a logit is edited twice")
+        return codes
+
+    def _allowed(self, batch: Batch) -> np.ndarray:
+        """bool[R, V]: what is left to choose from."""
+        allowed = np.ones((len(batch.want), self._caps.vocab_size), bool)
+        if batch.mask_rows is not None and batch.masks is not None:
+            bits = np.unpackbits(batch.masks.view(np.uint8), axis=1, bitorder="little")
+            allowed[batch.mask_rows] = bits[:, : allowed.shape[1]]
+        if batch.edit_rows is not None and batch.edit_ids is not None and batch.edits is not None:
+            never = batch.edits[:, 0] == -np.inf
+            allowed[batch.edit_rows[never], batch.edit_ids[never]] = False
+        return allowed
 
     def _logprobs(
         self, batch: Batch, value: np.ndarray, sampled: np.ndarray
@@ -238,17 +282,39 @@ class _Done(Pending):
 
 @dataclass(frozen=True)
 class Expected:
-    """What is right for a request: its tokens, the hash that each came from, and how it ends."""
+    """What is right for a request: its tokens, the hash that each came from, how it ends, and what its prompt scores."""
 
     tokens: list[int]
     values: list[int]
     finish: Status
+    prompt_logprobs: list[Logprobs | None] | None = None
 
     def logprobs(self, i: int, k: int, vocab_size: int) -> Logprobs:
         """What the runner reports of output token i when k are asked for."""
-        top_ids = [(self.tokens[i] + j) % vocab_size for j in range(k)]
-        rank = (self.values[i] >> 40) % vocab_size + 1
-        return Logprobs(-float(self.values[i] >> 48), rank, top_ids, [-float(t) for t in top_ids])
+        return _logprobs(self.tokens[i], self.values[i], k, vocab_size)
+
+
+def _logprobs(token: int, value: int, k: int, vocab_size: int) -> Logprobs:
+    top_ids = [(token + j) % vocab_size for j in range(k)]
+    rank = (value >> 40) % vocab_size + 1
+    return Logprobs(-float(value >> 48), rank, top_ids, [-float(t) for t in top_ids])
+
+
+def expected_edits(request: Request, output: Sequence[int]) -> dict[int, tuple[float, float, float]]:
+    """Token → bias, repetition factor and penalty, for the token behind an output; without those that change nothing."""
+    params, counts = request.params, Counter(output)
+    bias: dict[int, float] = dict(params.logit_bias or ())
+    for *before, last in request.bad_words:
+        if list(output[len(output) - len(before) :]) == before:
+            bias[last] = -np.inf
+    if len(output) < params.min_tokens:
+        bias |= dict.fromkeys((*params.stop_token_ids, *(() if params.ignore_eos else request.eos_token_ids)), -np.inf)
+    edits = {}
+    for token in {*bias, *request.prompt_token_ids, *output}:
+        repetition = params.repetition_penalty if token in counts or token in request.prompt_token_ids else 1.0
+        penalty = params.frequency_penalty * counts[token] + params.presence_penalty if token in counts else 0.0
+        edits[token] = (bias.get(token, 0.0), repetition, penalty)
+    return {token: edit for token, edit in edits.items() if edit != (0.0, 1.0, 0.0)}
 
 
 def expected(request: Request, *, vocab_size: int, max_tokens: int, seed: int = 0, nan_token: int | None = None) -> Expected:
@@ -257,22 +323,32 @@ def expected(request: Request, *, vocab_size: int, max_tokens: int, seed: int = 
     if not params.greedy:
         rounded = [float(np.float32(x)) for x in (params.temperature, params.top_p, params.min_p)]
         code = sampling_code(rounded[0], params.top_k, *rounded[1:], seed if params.seed is None else params.seed)
+    ids = range(vocab_size) if params.allowed_token_ids is None else sorted({*params.allowed_token_ids})
+    changes = bool(request.bad_words or params.min_tokens or params.logit_bias or params.allowed_token_ids)
+    changes |= (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) != (0, 0, 1)
+    scores: list[Logprobs | None] | None = None if params.prompt_logprobs is None else [None]
     chain = total = position = 0
     tokens: list[int] = []
     values: list[int] = []
     fresh = list(request.prompt_token_ids)
     while True:
-        for token in fresh:
+        for i, token in enumerate(fresh):
             chain = (chain + mix((token * C + position + 1) & MASK)) & MASK
             total = (total + mix(chain) * (2 * position + 1)) & MASK
             position += 1
-        if fresh[-1] == nan_token:
-            return Expected(tokens, values, Status.FINISHED_ERROR)
-        values.append(mix((total + code) & MASK))
-        fresh = [values[-1] % vocab_size]
+            if token == nan_token and (i == len(fresh) - 1 or scores is not None):
+                return Expected(tokens, values, Status.FINISHED_ERROR, scores)
+            if scores is not None and not tokens and i + 1 < len(fresh):
+                scores.append(
+                    _logprobs(fresh[i + 1], mix((total + fresh[i + 1]) & MASK), params.prompt_logprobs or 0, vocab_size)
+                )
+        edits = expected_edits(request, tokens) if changes else {}
+        values.append(mix((total + code + sum(edit_code(*edit) for edit in edits.items())) & MASK))
+        allowed = [token for token in ids if edits.get(token, (0.0,))[0] != -np.inf] or [0]
+        fresh = [allowed[values[-1] % len(allowed)]]
         tokens += fresh
         ends = (not params.ignore_eos and fresh[0] in request.eos_token_ids) or fresh[0] in params.stop_token_ids
         if ends and len(tokens) >= params.min_tokens:
-            return Expected(tokens, values, Status.FINISHED_STOP)
+            return Expected(tokens, values, Status.FINISHED_STOP, scores)
         if len(tokens) >= (params.max_tokens or max_tokens):
-            return Expected(tokens, values, Status.FINISHED_LENGTH)
+            return Expected(tokens, values, Status.FINISHED_LENGTH, scores)

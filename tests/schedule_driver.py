@@ -6,13 +6,14 @@ import random
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from common.config import Cache, EngineConfig
 from common.engine import Engine, shared_pages
 from common.errors import DrainingError, QueueFullError, RequestError
-from common.request import Request, SamplingParams, Status, TokenEvent
+from common.request import Logprobs, Request, SamplingParams, Status, TokenEvent
 from common.schedule.batch import Batch
 from common.schedule.scheduler import Scheduler, Sequence, mix64
 from tests.history_runner import Expected, HistoryRunner, expected
@@ -117,6 +118,11 @@ def awaits_parent(seq: Sequence) -> bool:
     return urgency(parent) < urgency(seq)  # a preempted one may run again before it in the same step
 
 
+def plain(logprobs: Logprobs | None) -> tuple[float, int, list[int]] | None:
+    """To be compared."""
+    return logprobs and (logprobs.logprob, logprobs.rank, list(logprobs.top_ids))
+
+
 def is_late(request: Request, now: float) -> bool:
     return request.deadline is not None and request.deadline <= now
 
@@ -150,12 +156,13 @@ class Order:
 
 
 def check_whole(scheduler: Scheduler, batches: Iterable[Batch]) -> None:
-    """Without chunked prefill every sequence of a step comes to its end in it, but for one that is longer than any step."""
-    known = {seq.row: seq.known for seq in (*scheduler.running, *scheduler.leaving)}
+    """Without chunked prefill every sequence of a step comes to its end in it, but for those that are longer than any step, or
+    scored."""
+    running = {seq.row: seq for seq in (*scheduler.running, *scheduler.leaving)}
+    may = {row for row, seq in running.items() if seq.known > scheduler.budget or seq.scores is not None}
     for batch in batches:
-        inside = set(range(batch.num_seqs)) - set(batch.logit_owner.tolist())
-        long = [known.get(int(batch.rows[i]), 1 << 30) > scheduler.budget for i in inside]  # no row: the step raised
-        require(all(long), "a prompt was computed in parts")
+        inside = set(batch.rows.tolist()) - set(batch.rows[batch.logit_owner].tolist())
+        require(inside & {*running} <= may, "a prompt was computed in parts")  # who has no row: the step raised
 
 
 def check_in_flight(engine: Engine) -> None:
@@ -237,6 +244,7 @@ class Episode:
         """Requests of which every step raises that computes a token behind so many."""
         self.wicked = rng.choice((0.0, 0.0, 0.0, 0.0, 0.05, 0.3))
         self.runner.poison_of, self.runner.fails_late = self.poison_of, rng.random() < 0.5
+        self.changing = rng.choice((0.0, 0.0, 0.1, 0.5))
         self.added = self.injected = 0
         self.refused = 0
         """Requests that could have been served, but not then."""
@@ -305,14 +313,17 @@ class Episode:
             logprobs=rng.choice((None, None, 0, 3)),
             stop_token_ids=(rng.randrange(VOCAB),) * (rng.random() < 0.3),
             ignore_eos=rng.random() < 0.3,
+            **self.changes(),
         )
         eos = (rng.randrange(VOCAB),) * (rng.random() < 0.5)
+        words = self.bad_words()
         try:
             request = Request(
                 request_id=name,
                 prompt_token_ids=prompt,
                 params=params,
                 eos_token_ids=eos,
+                bad_words=words,
                 cache_salt=salt,
                 parent=parent,
                 priority=rng.choice(self.priorities),
@@ -331,13 +342,40 @@ class Episode:
             prompt_len, cap = len(prompt), cap or 1
             limit = min(self.max_model_len, (self.runner.num_pages - 1) * self.block_size + 1)
             whole = self.chunked or prompt_len <= self.engine.scheduler.budget
-            require(not prompt or prompt_len + cap > limit or not whole, "a request was refused that fits")
+            misfit = not prompt or prompt_len + cap > limit or not whole
+            require(misfit or self.masks_all(params, eos, words), "a request was refused that fits")
             return
         require(not self.engine.scheduler.draining, "an engine that drains took a request")
         if rng.random() < self.wicked:
             self.bad[name] = rng.randrange(len(prompt) + 5)
         self.requests[name], self.tokens[name] = (request, number), []
         self.added += 1
+
+    def changes(self) -> dict[str, Any]:
+        """What a request may ask of its logits, and of its prompt's: mostly nothing."""
+        rng = self.rng
+        if rng.random() >= self.changing:
+            return {}
+        ids = lambda most: tuple(rng.sample(range(VOCAB), rng.randrange(1, most)))  # noqa: E731
+        return {
+            "presence_penalty": rng.choice((0.0, 0.0, 1.5)),
+            "frequency_penalty": rng.choice((0.0, 0.0, -0.25)),
+            "repetition_penalty": rng.choice((1.0, 1.0, 1.25)),
+            "logit_bias": rng.choice((None, {token: rng.choice((-100.0, 3.0)) for token in ids(4)})),
+            "allowed_token_ids": rng.choice((None, None, ids(VOCAB))),
+            "prompt_logprobs": rng.choice((None, 0, 3)),
+        }
+
+    def bad_words(self) -> list[tuple[int, ...]]:
+        rng = self.rng
+        some = rng.randrange(1, 9) if rng.random() < self.changing / 2 else 0
+        return [tuple(rng.randrange(VOCAB) for _ in range(rng.choice((1, 2, 2, 3)))) for _ in range(some)]
+
+    def masks_all(self, params: SamplingParams, eos: Iterable[int], words: Iterable[tuple[int, ...]]) -> bool:
+        """Whether a request may be refused because it leaves no token to choose."""
+        never = {word[0] for word in words if len(word) == 1}
+        early = {*params.stop_token_ids, *(() if params.ignore_eos else eos)} if params.min_tokens else set()
+        return params.allowed_token_ids is not None and {*params.allowed_token_ids} <= never | early
 
     def end(self, name: str) -> None:
         if self.rng.random() < 0.3:
@@ -425,9 +463,10 @@ class Episode:
     def judge_details(self, request: Request, events: list[TokenEvent], right: Expected) -> None:
         k = request.params.logprobs
         for i, event in enumerate(events):
-            logprobs = None if k is None else right.logprobs(i, k, VOCAB)
-            got = event.logprobs and (event.logprobs.logprob, event.logprobs.rank, list(event.logprobs.top_ids))
-            want = logprobs and (logprobs.logprob, logprobs.rank, list(logprobs.top_ids))
+            scores, scored = (right.prompt_logprobs if i == 0 else None), event.prompt_logprobs
+            same = (scored is None) == (scores is None) and [*map(plain, scored or ())] == [*map(plain, scores or ())]
+            require(same, f"{request.request_id} token {i} has the prompt scores {scored}, not {scores}")
+            got, want = plain(event.logprobs), plain(None if k is None else right.logprobs(i, k, VOCAB))
             require(got == want, f"{request.request_id} token {i} has logprobs {got}, not {want}")
             if event.finish is Status.FINISHED_STOP and event.token_id is not None:
                 by_eos = event.token_id in request.eos_token_ids and not request.params.ignore_eos

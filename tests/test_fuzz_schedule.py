@@ -11,7 +11,10 @@ from collections.abc import Iterable
 
 import pytest
 
-from common.request import Status
+from common.config import EngineConfig
+from common.engine import Engine
+from common.request import Request, SamplingParams, Status
+from tests.history_runner import HistoryRunner
 from tests.schedule_driver import Episode
 
 STEPS = 200
@@ -38,6 +41,9 @@ def run_episodes(seeds: Iterable[int], depth: int) -> Counter:
             forks=scheduler.num_forks,
             copies=sum(batch.copies.shape[1] for batch in episode.batches),
             culprits=len(episode.bad),
+            changed=sum(batch.adjusts for batch in episode.batches),
+            masked=sum(batch.mask_rows is not None for batch in episode.batches),
+            scored=sum(batch.score_ids is not None for batch in episode.batches),
             static=scheduler.static,
             dense=scheduler.dense,
             whole=not scheduler.chunked_prefill,
@@ -52,13 +58,23 @@ def test_random_work_leaves_every_invariant_standing_and_every_output_right(dept
     # The work was worth judging: everything that can happen did, and often.
     often = {"preemptions": 300, "hits": 2000, "resets": 100, "evictions": 1000}
     often |= {"refused": 300, "forks": 300, "copies": 100, "culprits": 150}
+    often |= {"changed": 3000, "masked": 500, "scored": 500}
     often |= dict.fromkeys(("static", "dense", "whole"), 20) | dict.fromkeys((s for s in Status if s.finished), 50)
     for what, least in often.items():
         assert totals[what] > least, (what, totals)
 
 
 def test_culprits_one_after_another_take_no_innocent_with_them() -> None:
-    Episode(101_217, depth=0).run(STEPS)  # one request at a time, two that raise, and then a step that raises by itself
+    """One request at a time: two that raise, and then a step that raises by itself, none of which has landed before."""
+    runner = HistoryRunner(num_pages=8, vocab_size=32, max_seqs=1)
+    config = EngineConfig(max_num_seqs=1, max_num_batched_tokens=8, max_model_len=32)
+    engine, by_itself = Engine(runner, config, num_pages=8), iter([True])
+    runner.poison_of = lambda batch: RuntimeError("poison") if batch.token_ids[0] < 2 or next(by_itself, False) else None
+    events = engine.run(
+        Request(request_id=str(i), prompt_token_ids=(i,), params=SamplingParams(max_tokens=3)) for i in range(3)
+    )
+    ends = [events[str(i)][-1].finish for i in range(3)]
+    assert ends == [Status.FINISHED_ERROR, Status.FINISHED_ERROR, Status.FINISHED_LENGTH] and runner.faults == 5
 
 
 @pytest.mark.fuzz

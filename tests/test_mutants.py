@@ -15,8 +15,9 @@ import pytest
 import common.schedule.scheduler as scheduler_module
 from common.request import Status
 from common.schedule.batch import Batch
+from common.schedule.edits import Edits
 from common.schedule.pages import PageError, PageKey, PagePool
-from common.schedule.rows import Rows
+from common.schedule.rows import Rows, Score
 from common.schedule.scheduler import Scheduler, Sequence, Step
 from tests.schedule_driver import Episode, Violation
 
@@ -591,6 +592,79 @@ def a_fork_shares_a_page_that_both_will_write(patch: Patch, ran: Ran) -> None:
         return original(self, plan, started)
 
     patch.setattr(Scheduler, "_commit", commit)
+
+
+# ── logits ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@mutant
+def the_output_is_not_counted(patch: Patch, ran: Ran) -> None:
+    patch.setattr(Edits, "append", lambda self, token: ran.append(token))
+
+
+@mutant
+def a_penalty_does_not_wait_for_the_token_in_flight(patch: Patch, ran: Ran) -> None:
+    def follow(self: Edits) -> bool:
+        ran.append(1)
+        return False
+
+    patch.setattr(Edits, "follow", property(follow))
+
+
+@mutant
+def min_tokens_count_only_what_has_landed(patch: Patch, ran: Ran) -> None:
+    original = Edits.at
+
+    def at(self: Edits, output: list[int], length: int) -> Any:
+        ran.extend([1] if length > len(output) else [])
+        return original(self, output, len(output))
+
+    patch.setattr(Edits, "at", at)
+
+
+@mutant
+def a_change_goes_to_the_row_beside(patch: Patch, ran: Ran) -> None:
+    original = Rows.build
+
+    def build(self: Rows, rows: list[int], starts: list[int], counts: list[int], samples: list[int], *rest: Any) -> Batch:
+        fills, scores, changes, *more = rest
+        if len(samples) > 1 and changes and set(changes) < set(samples):
+            beside = dict(zip(samples, [*samples[1:], samples[0]], strict=True))
+            changes = {beside[i]: change for i, change in changes.items()}
+            ran.append(1)
+        return original(self, rows, starts, counts, samples, fills, scores, changes, *more)
+
+    patch.setattr(Rows, "build", build)
+
+
+@mutant
+def a_scored_prompt_is_looked_up(patch: Patch, ran: Ran) -> None:
+    original = Scheduler._lookup
+
+    def lookup(self: Scheduler, seq: Sequence) -> list[int]:
+        scores, seq.scores = seq.scores, None
+        pages = original(self, seq)
+        ran.extend([1] if pages and scores is not None else [])
+        seq.scores = scores
+        return pages
+
+    patch.setattr(Scheduler, "_lookup", lookup)
+
+
+@mutant
+def a_prompt_is_scored_anew_after_a_preemption(patch: Patch, ran: Ran) -> None:
+    original = scheduler_module._scores
+
+    def scores(i: int, seq: Sequence, end: int) -> Any:
+        stop = min(end, len(seq.request.prompt_token_ids) - 1)
+        if seq.computed >= stop:
+            return []
+        if seq.computed < len(seq.scores or ()) - 1:
+            ran.append(1)
+            return [Score(i, seq.computed, stop, seq.request.params.prompt_logprobs or 0)]
+        return original(i, seq, end)
+
+    patch.setattr(scheduler_module, "_scores", scores)
 
 
 # ── ideas left out ───────────────────────────────────────────────────────────────────────────────────────────────────────

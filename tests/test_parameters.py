@@ -102,7 +102,7 @@ def config(request: pytest.FixtureRequest) -> EngineConfig:
 
 def judged_run(backend: str, config: EngineConfig, requests: list[Request], few: int = PAGES) -> tuple[Judged, dict, Engine]:
     """The requests' events, held against the judge."""
-    runner = shared_runner(backend, MODEL, PAGES, config)
+    runner = shared_runner(backend, MODEL, PAGES, replace(config, seed=0))
     spy = Judged(runner)
     engine = spy.engine = Engine(spy, config, num_pages=few)
     events = engine.run(requests)
@@ -257,7 +257,7 @@ def test_check_26_each_parameter_does_what_it_is_for(backend: str, config: Engin
     two = greedy_output(backend, config, bad_words=[(first, second)])
     assert two[0] == first and two[1] != second
     assert greedy_output(backend, config, logit_bias={30: 100.0}, bad_words=[(30, 30, 30)])[:3] != [30, 30, 30]
-    assert greedy_output(backend, config, stop_token_ids=[first]) == [first]
+    assert greedy_output(backend, config, stop_token_ids=[second, first]) == [first]  # check 30: whichever comes first
     late = greedy_output(backend, config, stop_token_ids=[first], min_tokens=3)
     assert first not in late[:3] and len(late) > 3
 
@@ -274,6 +274,16 @@ def test_check_31_a_row_does_not_depend_on_the_rows_beside_it(backend: str, conf
         _, alone, _ = judged_run(backend, config, [one])
         ids = [[e.token_id for e in events[one.request_id]] for events in (together, alone)]
         assert ids[0] == ids[1]
+
+
+def test_check_28_seeds_of_half_a_batch_hold_and_the_others_are_the_engines(backend: str, config: EngineConfig) -> None:
+    outputs = []
+    for engine_seed in (0, 1):
+        requests = [request(str(i), PROMPT[:6], max_tokens=8, ignore_eos=True, seed=9 if i % 2 else None) for i in range(4)]
+        _, events, _ = judged_run(backend, replace(config, seed=engine_seed), requests)
+        outputs.append([[event.token_id for event in events[str(i)]] for i in range(4)])
+    (a, seeded, b, same), (c, again, d, _) = outputs
+    assert seeded == same == again and len({*map(tuple, (a, b, c, d, seeded))}) == 5
 
 
 def test_nothing_is_compiled_after_the_warm_up(backend: str, config: EngineConfig) -> None:

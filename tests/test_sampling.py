@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from scipy import stats
 
-from common.request import MAX_LOGPROBS
-from tests.backends import call, part
-from tests.numpy_sampler import Filters, choices, probabilities, threefry, uniform
+from common.kernels.cpu.step import pack_changes, pack_step
+from common.platform import cxx_compiler
+from common.request import MAX_LOGPROBS, Request, SamplingParams
+from common.schedule.batch import Batch
+from common.schedule.edits import Edits
+from tests.backends import call, device, part
+from tests.numpy_sampler import Filters, adjusted, choices, probabilities, threefry, uniform
+
+NATIVE = pytest.param("native", marks=pytest.mark.skipif(cxx_compiler() is None, reason="there is no C++ compiler"))
 
 SLACK = 1e-5
 """Relative error of the engines' float32 sums over V <= 1000 weights: (128 + V / 128) * 2**-24 = 8e-6, and exp's own 1e-6."""
@@ -109,23 +117,6 @@ def test_tokens_equal_the_judges(backend: str, vocab: int) -> None:
     assert undecided <= 2 + 600 * 2 * SLACK * vocab
 
 
-@pytest.mark.parametrize("filters", MIXTURES, ids=str)
-def test_ten_thousand_samples_follow_the_distribution(backend: str, filters: Filters) -> None:
-    n = 10_000
-    logits = np.random.default_rng(5).standard_normal(40).astype(np.float32) * 1.5
-    p = probabilities(logits, filters)
-    u = uniforms(backend, np.stack((np.arange(n), np.full(n, 77)), 1), np.full(n, 12))
-    tokens = sample(backend, np.broadcast_to(logits, (n, 40)), [filters] * n, u)
-    counts = np.bincount(tokens, minlength=40)
-    assert not counts[p == 0].any()
-    common = p * n >= 5
-    rare = ~common & (p > 0)
-    expected, seen = p[common] * n, counts[common]
-    if rare.any():
-        expected, seen = np.append(expected, p[rare].sum() * n), np.append(seen, counts[rare].sum())
-    assert stats.chisquare(seen, expected).pvalue > 0.001
-
-
 def test_a_row_does_not_depend_on_the_rows_beside_it(backend: str) -> None:
     rng = np.random.default_rng(3)
     logits = rng.standard_normal((12, 300)) * 3
@@ -156,6 +147,120 @@ def test_the_ends_of_the_distribution_are_reached_and_never_passed(backend: str)
         logits[:, 1:-1:3] = 0.25
         tokens = sample(backend, logits, [Filters()] * 2, ends)
         assert tokens.tolist() == [1, np.flatnonzero(np.isfinite(logits[0]))[-1]]
+
+
+# ── distributions ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+DRAWS, WORDS = 10_000, 40
+LOGITS = np.random.default_rng(5).standard_normal(WORDS).astype(np.float32) * 1.5
+OUTPUT = (3, 3, 9, 14, 3, 27)
+CHANGES: tuple[dict[str, Any], ...] = (
+    {},
+    {"repetition_penalty": 1.3, "frequency_penalty": 0.4, "presence_penalty": -0.8},
+    {"logit_bias": {1: 2.5, 9: -1.5, 20: 1.0, 33: -100.0}, "min_tokens": 9, "stop_token_ids": [5, 6]},
+    {"allowed_token_ids": [*range(2, WORDS, 3), 3, 9], "presence_penalty": 0.9},
+    {"logit_bias": {3: 2.0}, "allowed_token_ids": list(range(30)), "repetition_penalty": 0.7},
+)
+
+
+def asking(filters: Filters, change: dict[str, Any]) -> Request:
+    """A request that samples and changes logits like that; it has some bad words too, if it changes any."""
+    words = ((12,), (27, 22), (14, 3, 27, 8), (3, 28)) if change else ()
+    params = SamplingParams(max_tokens=20, **asdict(filters), **change)
+    return Request(request_id="r", prompt_token_ids=(2, 9, 30), params=params, bad_words=words)
+
+
+def draw(backend: str, kernels: str, request: Request) -> np.ndarray:
+    """Tokens of as many requests behind `OUTPUT`, that have nothing but their seeds of their own."""
+    params, each, ones = request.params, np.arange(DRAWS), np.ones(DRAWS)
+    views = {"token_ids": 0 * each, "positions": 12 * ones, "kv_lengths": 13 * ones, "rows": each, "num_decodes": [DRAWS]}
+    views |= {"query_starts": np.arange(DRAWS + 1), "logit_rows": each, "logit_owner": each, "want": ones}
+    views |= {"page_table": np.zeros((1, DRAWS, 1)), "slots": np.zeros((1, DRAWS)), "copies": np.zeros((1, 0, 2))}
+    views |= {"fill_at": [], "fill_row": [], "seeds": np.stack((each, 77 * ones), 1)}
+    views |= {name: getattr(params, name) * ones for name in ("temperature", "top_k", "top_p", "min_p")}
+    edits = Edits.of(request, params.stop_token_ids, WORDS)
+    if edits is not None:
+        for token in OUTPUT:
+            edits.append(token)
+        ids, values = edits.at(OUTPUT, len(OUTPUT))
+        if len(ids):
+            views |= {"edit_rows": each.repeat(len(ids)), "edit_ids": np.tile(ids, DRAWS), "edits": np.tile(values, (DRAWS, 1))}
+        if edits.allowed is not None:
+            views |= {"mask_rows": each, "masks": np.tile(edits.allowed, (DRAWS, 1))}
+    batch = Batch.pack(**views)
+    return (by_kernels if kernels == "native" else by_framework)(backend, batch, np.tile(LOGITS, (DRAWS, 1)))
+
+
+def by_framework(backend: str, batch: Batch, logits: np.ndarray) -> np.ndarray:
+    lib = part(backend, "sampling")
+    if batch.mask_rows is not None:
+        logits = call(backend, lib.mask, logits, batch.mask_rows, batch.masks)
+    if batch.edit_rows is not None:
+        logits = call(backend, lib.edit, logits, batch.edit_rows, batch.edit_ids, batch.edits)
+    run = lambda x, seeds, positions, *filters: lib.sample(x, *filters, lib.uniform(seeds, positions), True)  # noqa: E731
+    filters = (batch.temperature, batch.top_k, batch.top_p, batch.min_p)
+    tokens: np.ndarray = call(backend, run, logits, batch.seeds, batch.positions + 1, *filters)
+    return tokens
+
+
+def by_kernels(backend: str, batch: Batch, logits: np.ndarray) -> np.ndarray:
+    lib = part(backend, "kernels")
+    lib.open_library()
+
+    def run(step: Any, changes: Any, logits: Any, last: Any) -> Any:
+        changed = lib.adjust(step, changes, logits) if batch.adjusts else None
+        return lib.sample(part(backend, "step").State(None, last), step, logits, changed)[0]
+
+    arrays = pack_step(batch), pack_changes(batch) if batch.adjusts else np.zeros(4, np.int32), logits
+    inputs = part(backend, "arrays").to_device((*arrays, np.zeros(DRAWS, np.int32)), device(backend))
+    sampled = (jax.jit(run) if backend == "jax" else run)(*inputs)
+    tokens: np.ndarray = part(backend, "arrays").to_host(sampled)[:, 0]
+    return tokens
+
+
+def follows(tokens: np.ndarray, request: Request) -> bool:
+    """Whether tokens are drawn from what the judge makes of the logits: no other comes up, and chi-square finds nothing."""
+    p, params = adjusted(LOGITS, request, OUTPUT), request.params
+    p = probabilities(p, Filters(**{name: getattr(params, name) for name in ("temperature", "top_k", "top_p", "min_p")}))
+    counts = np.bincount(tokens, minlength=WORDS)
+    common = p * DRAWS >= 5
+    seen, expected = np.append(counts[common], counts[~common].sum()), np.append(p[common], p[~common].sum()) * DRAWS
+    some = expected > 0
+    return not counts[p == 0].any() and bool(stats.chisquare(seen[some], expected[some]).pvalue > 0.001)
+
+
+@pytest.mark.parametrize("kernels", ["framework", NATIVE])
+@pytest.mark.parametrize("number", range(len(MIXTURES)), ids=lambda i: str(MIXTURES[i]))
+def test_ten_thousand_samples_follow_the_distribution(backend: str, kernels: str, number: int) -> None:
+    for change in ({}, CHANGES[1 + number % (len(CHANGES) - 1)]):
+        request = asking(MIXTURES[number], change)
+        assert follows(draw(backend, kernels, request), request), change
+
+
+@pytest.mark.parametrize("kernels", ["framework", NATIVE])
+@pytest.mark.parametrize(
+    ("filter_", "change"),
+    [
+        ({"temperature": 0.75}, {}),
+        ({"top_k": 9}, {}),
+        ({"top_p": 0.85}, {}),
+        ({"min_p": 0.05}, {}),
+        ({}, {"repetition_penalty": 1.0}),
+        ({}, {"frequency_penalty": 0.0}),
+        ({}, {"presence_penalty": 0.0}),
+        ({}, {"logit_bias": {13: 0.3}}),
+        ({}, {"allowed_token_ids": [token for token in range(WORDS) if token != 13]}),
+    ],
+    ids=lambda error: "".join(error),
+)
+def test_a_wrong_sampler_does_not_follow_it(
+    backend: str, kernels: str, filter_: dict[str, Any], change: dict[str, Any]
+) -> None:
+    filters = Filters(temperature=0.7, top_k=8 if "top_k" in filter_ else 0, top_p=0.8 if "top_p" in filter_ else 1.0)
+    changes = CHANGES[1] if change else {}
+    right, wrong = asking(filters, changes), asking(replace(filters, **filter_), changes | change)
+    assert follows(draw(backend, kernels, right), right)
+    assert not follows(draw(backend, kernels, wrong), right)
 
 
 # ── filters ──────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -192,6 +192,17 @@ def test_echo_puts_the_prompt_before_the_answer(served: Served, tokenizer: Token
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == PROMPT + plain
 
 
+def test_check_38_only_the_end_of_a_prompt_is_kept_where_asked(served: Served, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(PROMPT)
+    body: dict[str, Any] = {"max_tokens": 3, "return_token_ids": True}
+    for kept in (1, 3, len(ids), len(ids) + 5):
+        cut = served.complete(prompt=PROMPT, truncate_prompt_tokens=kept, **body)["choices"][0]
+        assert cut["prompt_token_ids"] == ids[-kept:]
+        assert cut["token_ids"] == served.complete(prompt=ids[-kept:], **body)["choices"][0]["token_ids"]
+    long = served.complete(prompt=ids * 200, truncate_prompt_tokens=-1, max_tokens=1)
+    assert long["usage"]["prompt_tokens"] == 511
+
+
 def test_logprobs_of_completions_stand_side_by_side(served: Served) -> None:
     choice = served.complete(prompt=PROMPT, max_tokens=6, logprobs=3)["choices"][0]
     lists = choice["logprobs"]
