@@ -105,9 +105,9 @@ def _schema(given: Any) -> str:
 class SamplingParams:
     """How tokens are chosen and when to stop. Names, units and defaults as in vLLM.
 
-    Order of operations on the logits: allowed_token_ids and structured_outputs → bad_words → min_tokens → logit_bias → repetition, frequency and
-    presence penalty → temperature → min_p → top_k → top_p → inverse CDF. What is masked has no probability. If nothing is left,
-    the token is 0.
+    Order of operations on the logits: allowed_token_ids and structured_outputs → bad_words → min_tokens → logit_bias →
+    repetition, frequency and presence penalty → temperature → min_p → top_k → top_p → inverse CDF. What is masked has no
+    probability. If nothing is left, the token is 0, or the request ends with an error if it has structured_outputs.
     """
 
     n: int = 1

@@ -159,19 +159,17 @@ class Step:
         attend = paged_attention(self.model_config, x.plan)
         hidden_TD, cache = forward(self.weights, x.token_ids, x.positions, attend, state.cache, keep)
         logits_RV = logits(self.weights, hidden_TD[x.logit_rows])
-        allowed = None if batch.mask_rows is None else self._masks(masked(batch, mask))
-        sampled = self._sample(logits_RV, allowed, x)
+        sampled = self._sample(logits_RV, x, masked(batch, mask))
         keep(logits=logits_RV, tokens=sampled.tokens)
         state.last_tokens.index_copy_(0, x.rows, sampled.tokens)
         return State(cache, state.last_tokens), sampled
 
-    def _masks(self, batch: Batch) -> Any:
-        """Rows [M] and their masks [M, W]."""
-        return to_device((batch.mask_rows.astype(np.int64), batch.masks.astype(np.int64)), self.device)
-
-    def _sample(self, logits_RV: Tensor, allowed: Any, x: Inputs) -> sampling.Sampled:
+    def _sample(self, logits_RV: Tensor, x: Inputs, batch: Batch) -> sampling.Sampled:
         sampled, filtered, logprobs = x.modes
-        changed_RV = logits_RV if allowed is None else sampling.mask(logits_RV, *allowed)
+        changed_RV = logits_RV
+        if batch.mask_rows is not None and batch.masks is not None:
+            masks = to_device((batch.mask_rows.astype(np.int64), batch.masks.astype(np.int64)), self.device)
+            changed_RV = sampling.mask(logits_RV, *masks)
         changed_RV = changed_RV if x.edits is None else sampling.edit(changed_RV, *x.edits)
         if sampled:
             u = sampling.uniform(x.seeds, x.positions[x.logit_rows] + 1)

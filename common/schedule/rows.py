@@ -175,8 +175,8 @@ def _change(sampled: np.ndarray, owner: np.ndarray, changes: Mapping[int, Change
     masked = [(row, change) for row, change in made if change.allowed is not None or change.matcher is not None]
     if masked:
         views["mask_rows"] = np.array([row for row, _ in masked], np.int32)
-        if not any(change.matcher for _, change in masked):
-            views["masks"] = np.stack([change.allowed for _, change in masked])
+        if all(change.matcher is None for _, change in masked):
+            views["masks"] = masks_of([change for _, change in masked])
     return views
 
 

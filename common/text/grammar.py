@@ -30,7 +30,7 @@ MAX_KEPT = 64
 """Grammars that are kept compiled, for those who ask for the same."""
 SPACES = r" |\n {0,64}"
 """Between the tokens of JSON, or nothing: what printers of JSON write, and bounded, so that no output is spaces for ever."""
-LIMITS = {
+LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 200_000,
     "step_max_items": 10_000,
