@@ -57,7 +57,7 @@ class Matcher:
         """Go on by a token; or what is wrong, if the grammar cannot. It never can again then."""
         if self._inner.consume_token(token):
             return None
-        return f"The output cannot go on as its grammar demands: {_first_line(self._inner.get_error())}"
+        return f"The output cannot go on as its grammar demands: {_in_short(self._inner.get_error())}"
 
     @property
     def done(self) -> bool:
@@ -146,7 +146,7 @@ def _compile(vocabulary: Future[LLTokenizer], wanted: StructuredOutputsParams) -
     if not inner.is_error():
         inner.compute_bitmask()  # which finds that nothing can begin, and warms what the copies share
     if inner.is_error():
-        reason = _first_line(inner.get_error()) or "there is no output that it allows"
+        reason = _in_short(inner.get_error()) or "there is no output that it allows"
         raise RequestError(f"structured_outputs cannot be compiled: {reason}")
     return Grammar(inner, vocabulary.result().vocab_size)
 
@@ -164,13 +164,14 @@ def _source(wanted: StructuredOutputsParams) -> str:
         try:
             return LLMatcher.grammar_from_lark(any_to_lark(wanted.grammar))
         except (Exception, RecursionError) as error:  # the library raises nothing narrower
-            raise RequestError(f"structured_outputs cannot be compiled: as GBNF, {_first_line(str(error))}") from error
+            raise RequestError(f"structured_outputs cannot be compiled: as GBNF, {_in_short(str(error))}") from error
     schema: Any = {"type": "object"} if wanted.json is None else wanted.json
     try:
         return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": SPACES})
     except ValueError as error:
-        raise RequestError(f"structured_outputs cannot be compiled: {_first_line(str(error))}") from error
+        raise RequestError(f"structured_outputs cannot be compiled: {_in_short(str(error))}") from error
 
 
-def _first_line(text: str) -> str:
-    return text.partition("\n")[0][:300]
+def _in_short(text: str) -> str:
+    """A message of the library's, which may be long and in several lines."""
+    return " ".join(text[:1000].split())[:300]
