@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 MAX_POOL_BYTES = 2 << 30
 """Of KV pages, unless `num_blocks` asks for more."""
+_PATIENCE_S = 0.01
+"""How long a step waits for a grammar where there is nothing else to do."""
 
 
 class StepRecord(NamedTuple):
@@ -87,6 +90,7 @@ class Engine(InferenceEngine):
             seed=config.seed,
         )
         self._caps = replace(runner.caps, max_model_len=limit, max_seqs=self.scheduler.max_num_seqs)
+        self._masking = ThreadPoolExecutor(1, "masks")  # whose thread starts with the first mask
         self._in_flight: deque[tuple[Step, Pending, StepRecord | None]] = deque()
         self._events: list[TokenEvent] = []  # ends that no step brought: they go out with the next one
         self._counters = dict.fromkeys(
@@ -124,6 +128,8 @@ class Engine(InferenceEngine):
         begin, device = perf_counter(), self._device_seconds
         for name in self.scheduler.expire(self._clock()):
             self._events.append(TokenEvent(name, None, begin, finish=Status.FINISHED_TIMEOUT))
+        for name, error in self.scheduler.take_grammars():
+            self._events.append(TokenEvent(name, None, begin, finish=Status.FINISHED_ERROR, error=error))
         try:
             step = self.scheduler.schedule()
         except BaseException:  # Ctrl-C above all: requests may have been moved on for a step that will never land
@@ -131,7 +137,7 @@ class Engine(InferenceEngine):
             raise
         if step is not None:
             self._submit(step)
-        elif self.scheduler.live and not self._in_flight:
+        elif self.scheduler.live and not self._in_flight and not self.scheduler.await_grammar(_PATIENCE_S):
             raise RuntimeError("The scheduler has requests, but neither runs nor awaits any; this is a bug.")
         if self._in_flight and (step is None or len(self._in_flight) > self.caps.depth):
             self._land()
@@ -141,12 +147,16 @@ class Engine(InferenceEngine):
 
     def _submit(self, step: Step) -> None:
         begin = perf_counter()
+        # On a thread of their own, for where the runner dispatches it may as well compute.
+        masks = None if step.masks is None else self._masking.submit(step.masks)
         try:
-            pending = self.runner.submit(step.batch)
+            pending = self.runner.submit(step.batch, None if masks is None else masks.result)
             returned = perf_counter()
             record = self._record(step, begin)
         except BaseException as error:
             self._device_seconds += perf_counter() - begin
+            if masks is not None:
+                wait([masks])  # nobody else may use the matchers before
             self._recover(step, error)
         else:
             self._device_seconds += returned - begin
@@ -257,6 +267,7 @@ class Engine(InferenceEngine):
         return self.scheduler.pool.forget()
 
     def close(self) -> None:
+        self._masking.shutdown()
         self.runner.close()
 
 

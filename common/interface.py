@@ -16,7 +16,7 @@ import numpy as np
 
 from common.errors import BackendError, nearest_hint
 from common.request import Request, TokenEvent
-from common.schedule.batch import Batch, Want
+from common.schedule.batch import Batch, Mask, Want
 
 if TYPE_CHECKING:
     from common.config import EngineConfig, ModelConfig
@@ -199,8 +199,9 @@ class ModelRunner(ABC):
         """Programs compiled so far in this process, by this runner."""
 
     @abstractmethod
-    def submit(self, batch: Batch) -> Pending:
-        """Start one step. It runs after every earlier one."""
+    def submit(self, batch: Batch, mask: Mask = None) -> Pending:
+        """Start one step. It runs after every earlier one. `mask` gives the masks of a batch that has `mask_rows` alone: it is
+        called once, after the forward pass has been dispatched and before tokens are chosen, and may block until then."""
 
     def observe(self, batch: Batch, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
         """Run one step as `submit` does, and return what it computes on the way, by name, in the order of computation, float32.

@@ -28,6 +28,7 @@ from common.interface import Progress
 from common.options import add_engine_options, engine_options, flag, parse
 from common.request import Logprobs, Request, SamplingParams, Status, TokenEvent, expect, fan_out
 from common.text.chat import ChatTemplate, Message
+from common.text.grammar import Grammars
 from common.text.output import Delta, OutputText
 from common.text.tokenizer import Tokenizer, open_tokenizer
 from common.weights.checkpoint import open_checkpoint
@@ -93,6 +94,7 @@ class LLM:
         self.tokenizer: Tokenizer = open_tokenizer(checkpoint.path)
         self.tokenizer.check_fits(checkpoint.config.vocab_size)
         self._eos = tuple(dict.fromkeys((*checkpoint.config.eos_token_ids, *self.tokenizer.eos_token_ids)))
+        self._grammars = Grammars(self.tokenizer, self._eos, checkpoint.config.vocab_size)
         with _progress(use_tqdm) as progress:
             self.engine = build_engine(backend, checkpoint, config, progress)
         self._chat: ChatTemplate | None = None
@@ -191,6 +193,7 @@ class LLM:
         """Idempotent."""
         if not self._closed:
             self._closed = True
+            self._grammars.close()
             self.engine.close()
             if self._chat is not None:
                 self._chat.close()
@@ -222,6 +225,7 @@ class LLM:
                 params=params,
                 eos_token_ids=self._eos,
                 bad_words=self.tokenizer.bad_words(params.bad_words),
+                grammar=self._grammars.compile(params.structured_outputs),
             )
             for (_, ids), params in zip(pairs, each, strict=True)
         ]

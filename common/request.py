@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from math import inf
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from common.errors import RequestError, nearest_hint
+
+if TYPE_CHECKING:
+    from common.text.grammar import Grammar
 
 MAX_LOGPROBS = 20
 MAX_BIAS = 100.0
 MAX_N = 64
+MAX_GRAMMAR = 1 << 15
+"""Characters of what an output is held to."""
 GREEDY_EPSILON = 1e-5
 """Temperatures below this are greedy."""
 
@@ -48,12 +55,59 @@ def _biases(given: Any) -> tuple[tuple[int, float], ...] | None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StructuredOutputsParams:
+    """What the output has to be, as exactly one of these. Names as in vLLM. `common.text.grammar` says what each may hold."""
+
+    json: str | Mapping[str, Any] | None = None
+    """A JSON Schema, of which the output is an instance. Kept as text."""
+    regex: str | None = None
+    """A regular expression, which the whole output matches."""
+    choice: tuple[str, ...] | list[str] | None = None
+    """The output is one of these."""
+    grammar: str | None = None
+    """A context-free grammar, in the syntax of Lark (from `start`) or of llama.cpp's GBNF (from `root`)."""
+    json_object: bool | None = None
+    """True: any JSON object."""
+
+    def __post_init__(self) -> None:
+        given = [f.name for f in fields(self) if getattr(self, f.name) is not None]
+        expect(
+            len(given) == 1, f"structured_outputs must hold one of json, regex, choice, grammar and json_object, got {given}."
+        )
+        if self.json is not None:
+            object.__setattr__(self, "json", _schema(self.json))
+        if self.choice is not None:
+            expect(
+                isinstance(self.choice, (tuple, list)) and len(self.choice) > 0,
+                f"choice must be a list of texts, got {self.choice!r:.80}.",
+            )
+            object.__setattr__(self, "choice", tuple(self.choice))
+        texts = self.choice or [text for text in (self.json, self.regex, self.grammar) if text is not None]
+        for text in texts:
+            expect(isinstance(text, str) and text != "", f"{given[0]} must hold texts that are not empty, got {text!r:.80}.")
+        size = sum(map(len, texts))
+        expect(size <= MAX_GRAMMAR, f"{given[0]} may have {MAX_GRAMMAR} characters, got {size}.")
+        expect(self.json_object in (None, True), f"json_object must be true, or be left out, got {self.json_object!r}.")
+
+
+def _schema(given: Any) -> str:
+    """A JSON Schema as text."""
+    try:
+        schema = json.loads(given) if isinstance(given, str) else given
+        text = json.dumps(schema, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"json must be a JSON Schema, as an object or as text: {error}.") from error
+    expect(isinstance(schema, Mapping), f"json must be a JSON Schema, which is an object, got {schema!r:.80}.")
+    return text
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How tokens are chosen and when to stop. Names, units and defaults as in vLLM.
 
-    Order of operations on the logits: allowed_token_ids → bad_words → min_tokens → logit_bias → repetition, frequency and
-    presence penalty → temperature → min_p → top_k → top_p → inverse CDF. What is masked has no probability. If nothing is left,
-    the token is 0.
+    Order of operations on the logits: allowed_token_ids and structured_outputs → bad_words → min_tokens → logit_bias →
+    repetition, frequency and presence penalty → temperature → min_p → top_k → top_p → inverse CDF. What is masked has no
+    probability. If nothing is left, the token is 0, or the request ends with an error if it has structured_outputs.
     """
 
     n: int = 1
@@ -84,6 +138,9 @@ class SamplingParams:
     bad_words: tuple[str, ...] | list[str] = ()
     """Texts that do not come up, with or without a space before them: where the tokens of one but for its last end the output,
     the last is masked. `Request.bad_words` has the tokens."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """What the output has to be. It ends where nothing can follow, or with EOS where it may end, `ignore_eos` or not. What is
+    cut short, by max_tokens or a stop string, is the beginning of such an output. It compiles to `Request.grammar`."""
     seed: int | None = None
     """None draws one from the engine's seed and the request's number."""
     logprobs: int | None = None
@@ -153,6 +210,10 @@ class SamplingParams:
             value = getattr(self, name) or ()
             expect(all(_whole(t, 0, 2**31 - 1) for t in value), f"{name} must hold token ids ≥ 0, got {value!r}.")
         expect(self.allowed_token_ids != (), "allowed_token_ids must not be empty; None allows all.")
+        expect(
+            self.structured_outputs is None or isinstance(self.structured_outputs, StructuredOutputsParams),
+            f"structured_outputs must be StructuredOutputsParams, got {self.structured_outputs!r:.80}.",
+        )
         put("top_k", 0 if self.top_k == -1 else self.top_k)
         expect(_whole(self.n, 1, MAX_N), f"n must be an integer in [1, {MAX_N}], got {self.n!r}.")
         expect(self.n == 1 or not self.greedy, f"n must be 1 where temperature is 0: all {self.n} continuations were the same.")
@@ -204,6 +265,9 @@ class Request:
     eos_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
     """`params.bad_words` as token ids, from whoever has the tokenizer (`Tokenizer.bad_words`)."""
+    grammar: Future[Grammar] | None = None
+    """What `params.structured_outputs` compiles to, from whoever has the tokenizer (`Grammars.compile`). Until it is there the
+    request waits, and holds up nobody; if it fails, the request ends with `FINISHED_ERROR`."""
     cache_salt: str = ""
     """Requests share cached pages only with requests of the same salt."""
     priority: int = 0
@@ -225,6 +289,10 @@ class Request:
         expect(
             bool(self.bad_words) or not self.params.bad_words,
             f"Request {self.request_id!r}: bad_words are texts, and this request brings no tokens for them.",
+        )
+        expect(
+            self.grammar is not None or self.params.structured_outputs is None,
+            f"Request {self.request_id!r}: structured_outputs are texts, and this request brings no grammar for them.",
         )
         expect(
             _whole(self.priority, -(2**63), 2**63 - 1),

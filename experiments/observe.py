@@ -15,7 +15,7 @@ import numpy as np
 
 from common.engine import Engine
 from common.interface import ModelRunner, Pending, Progress
-from common.schedule.batch import Batch
+from common.schedule.batch import Batch, Mask
 from common.schedule.trace import Kind, Recorder, pack_arrays, read_frames, retrace
 from experiments import perplexity
 from experiments.drive import drive
@@ -58,8 +58,8 @@ class Roll(Recorder):
         self._engine = engine
         self.requests: list[list[int]] = []
 
-    def submit(self, batch: Batch) -> Pending:
-        pending = super().submit(batch)
+    def submit(self, batch: Batch, mask: Mask = None) -> Pending:
+        pending = super().submit(batch, mask)
         by_row = {seq.row: int(seq.request.request_id) for seq in self._engine.scheduler.running}
         self.requests.append([by_row[row] for row in batch.rows.tolist()])
         return pending

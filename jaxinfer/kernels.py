@@ -26,7 +26,7 @@ from common.kernels.cpu.pages import keys_in, keys_out, pool_shapes, values_in, 
 from common.kernels.cpu.step import HEADER, SAMPLED, max_step_size, pack_changes, pack_step, unpack_sampled, without_modes
 from common.platform import cores
 from common.rope import rope_tables
-from common.schedule.batch import Batch
+from common.schedule.batch import Batch, Mask, masked
 from common.weights.checkpoint import Checkpoint
 from jaxinfer.cache import KVCache
 from jaxinfer.observe import Keep, Names, ignore, keeper
@@ -211,9 +211,9 @@ class Step:
                 progress(done + 1, len(self._sizes), f"compiled steps of up to {tokens} tokens")
         return state
 
-    def run(self, state: State, batch: Batch) -> tuple[State, Callable[[], tuple[Any, ...]]]:
+    def run(self, state: State, batch: Batch, mask: Mask = None) -> tuple[State, Callable[[], tuple[Any, ...]]]:
         """One step, and what brings its results to the host: the arguments of `interface.make_result`."""
-        state, sampled, _ = self._run(self._tokens(batch), state, batch)
+        state, sampled, _ = self._run(self._tokens(batch), state, batch, mask=mask)
         return state, lambda: unpack_sampled(np.asarray(sampled)[: len(batch.logit_rows)], batch)
 
     def observe(self, state: State, batch: Batch, names: Names) -> tuple[State, dict[str, Array]]:
@@ -249,7 +249,7 @@ class Step:
     def _tokens(self, batch: Batch) -> int:
         return next(size for size in self._sizes if size >= batch.num_tokens)
 
-    def _run(self, tokens: int, state: State, batch: Batch | None, names: Names = frozenset()) -> Any:
+    def _run(self, tokens: int, state: State, batch: Batch | None, names: Names = frozenset(), mask: Mask = None) -> Any:
         """A step in `tokens` as they are compiled, and in the rows of the state's logits; without a batch one that has none."""
         rows = len(state.logits)
         program = tokens, rows, names
@@ -262,7 +262,7 @@ class Step:
             self._compiled[program] = run.lower(self.weights, state, step).compile()
         state, sampled, taps = self._compiled[program](self.weights, state, first)
         if batch is None or batch.adjusts:
-            state, sampled = self._choose_changed(state, batch, step)
+            state, sampled = self._choose_changed(state, batch and masked(batch, mask), step)
             taps |= {"tokens": sampled[:, 0]} if "tokens" in taps else {}
         return state, sampled, taps
 

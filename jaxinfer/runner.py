@@ -12,7 +12,7 @@ from common import interface
 from common.config import EngineConfig, ModelConfig
 from common.errors import BackendError
 from common.interface import Caps, KVGroup, Progress
-from common.schedule.batch import Batch
+from common.schedule.batch import Batch, Mask
 from common.weights.checkpoint import Checkpoint
 from jaxinfer import kernels
 from jaxinfer.arrays import to_device
@@ -81,10 +81,10 @@ class ModelRunner(interface.ModelRunner):
     def compilations(self) -> int:
         return self._compilations()
 
-    def submit(self, batch: Batch) -> interface.Pending:
+    def submit(self, batch: Batch, mask: Mask = None) -> interface.Pending:
         self._expect_open()
         self._copy(batch)
-        self.state, fetch = self._step.run(self.state, batch)
+        self.state, fetch = self._step.run(self.state, batch, mask)
         return interface.Fetched(batch, fetch)
 
     def observe(self, batch: Batch, names: Collection[str] | None = None) -> dict[str, np.ndarray]:

@@ -22,7 +22,7 @@ from jax import Array, lax
 
 from common.config import EngineConfig, ModelConfig
 from common.interface import Progress
-from common.schedule.batch import Batch, Want
+from common.schedule.batch import Batch, Mask, Want, masked
 from common.weights.checkpoint import Checkpoint
 from jaxinfer import cache as pages
 from jaxinfer import sampling
@@ -136,11 +136,11 @@ class Step:
             state, *_ = step(self.weights, state, np.zeros(bucket.size, np.int32))
         return state
 
-    def run(self, state: State, batch: Batch) -> tuple[State, Callable[[], tuple[Any, ...]]]:
+    def run(self, state: State, batch: Batch, mask: Mask = None) -> tuple[State, Callable[[], tuple[Any, ...]]]:
         """One step, and what brings its results to the host: the arguments of `interface.make_result`."""
         sizes, chunked = self._sizes(batch)
         bucket = self._bucket(next(size for size in sizes if size >= batch.num_tokens), chunked)
-        state, sampled, _ = self._run(bucket, state, batch)
+        state, sampled, _ = self._run(bucket, state, batch, mask=mask)
         return state, lambda: to_host(sampled)
 
     def observe(self, state: State, batch: Batch, names: Names) -> tuple[State, dict[str, Array]]:
@@ -168,13 +168,13 @@ class Step:
         seqs = min(tokens, max(config.max_num_seqs, 2))
         return _Bucket(tokens, seqs, -(-self._positions // config.block_size), chunked)
 
-    def _run(self, bucket: _Bucket, state: State, batch: Batch, names: Names = frozenset()) -> Any:
+    def _run(self, bucket: _Bucket, state: State, batch: Batch, names: Names = frozenset(), mask: Mask = None) -> Any:
         if (bucket, names) not in self._compiled:
             self._compiled[bucket, names] = self._compile(bucket, state, names)
         packed = self._pack(bucket, batch)
         state, sampled, taps, logits_RV = self._compiled[bucket, names](self.weights, state, packed)
         if batch.adjusts:
-            state, sampled = self._choose_changed(state, batch, logits_RV)
+            state, sampled = self._choose_changed(state, masked(batch, mask), logits_RV)
             taps |= {"tokens": sampled.tokens} if "tokens" in taps else {}
         return state, sampled, taps
 

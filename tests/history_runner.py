@@ -16,7 +16,7 @@ import numpy as np
 
 from common.interface import Caps, KVGroup, ModelRunner, Pending, Progress, Result, make_result
 from common.request import Logprobs, Request, Status
-from common.schedule.batch import Batch, Want
+from common.schedule.batch import Batch, Mask, Want, masked
 
 MASK = (1 << 64) - 1
 A, B, C = 0xBF58_476D_1CE4_E5B9, 0x94D0_49BB_1331_11EB, 0x9E37_79B9_7F4A_7C15
@@ -143,8 +143,9 @@ class HistoryRunner(ModelRunner):
     def close(self) -> None:
         pass
 
-    def submit(self, batch: Batch) -> Pending:
+    def submit(self, batch: Batch, mask: Mask = None) -> Pending:
         """Runs at once; what the engine cannot know before `result` it does not get before."""
+        batch = masked(batch, mask)
         if self.batches is not None:
             self.batches.append(batch)
         poison = self.poison_of(batch)

@@ -14,14 +14,14 @@ from common.config import EngineConfig
 from common.engine import Engine
 from common.interface import Pending, Result
 from common.request import Request, SamplingParams
-from common.schedule.batch import Batch
+from common.schedule.batch import Batch, Mask
 from tests.history_runner import HistoryRunner
 
 
 class IdleRunner(HistoryRunner, Pending):
     """Answers every step with token 1 for everyone."""
 
-    def submit(self, batch: Batch) -> Pending:
+    def submit(self, batch: Batch, mask: Mask = None) -> Pending:
         self._batch = batch
         return self
 

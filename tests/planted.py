@@ -18,7 +18,7 @@ import numpy as np
 from common.config import EngineConfig, ModelConfig
 from common.engine import Engine
 from common.interface import ModelRunner, Pending, Progress, Result
-from common.schedule.batch import VIEWS, Batch
+from common.schedule.batch import VIEWS, Batch, Mask
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from common.weights.tiny import RECIPES, _write
 from experiments import observe
@@ -110,9 +110,9 @@ def planted(base: type[ModelRunner], defect: str) -> type[ModelRunner]:
             super().reset()
             self._steps = 0
 
-        def submit(self, batch: Batch) -> Pending:
+        def submit(self, batch: Batch, mask: Mask = None) -> Pending:
             with self._defect(batch) as batch:
-                pending = super().submit(batch)
+                pending = super().submit(batch, mask)
                 return Sampled(pending) if defect == "sampler" else pending
 
         def observe(self, batch: Batch, names: Collection[str] | None = None) -> dict[str, np.ndarray]:

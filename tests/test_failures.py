@@ -12,7 +12,7 @@ import pytest
 from common.engine import Engine
 from common.interface import ModelRunner, Pending, Result
 from common.request import Request, SamplingParams, Status, TokenEvent
-from common.schedule.batch import Batch
+from common.schedule.batch import Batch, Mask
 from tests.backends import engine_config, make_engine
 
 MODEL = "tiny-qwen3"
@@ -73,13 +73,13 @@ def test_all_requests_finish_with_the_same_tokens(backend: str, where: str, monk
     again = engine(backend)
     submit, count = again.runner.submit, 0
 
-    def faulty(batch: Batch) -> Pending:
+    def faulty(batch: Batch, mask: Mask = None) -> Pending:
         nonlocal count
         count += 1
         if count not in (2, 9, 17):
-            return submit(batch)
+            return submit(batch, mask)
         if where != "before the step":
-            submit(batch)
+            submit(batch, mask)
         ruin(again.runner)
         if where == "in its result":
             return Fails()
@@ -96,8 +96,8 @@ def test_a_request_that_always_fails_ends_alone(backend: str, monkeypatch: pytes
     again = engine(backend)
     submit = again.runner.submit
 
-    def faulty(batch: Batch) -> Pending:
-        pending = submit(batch)
+    def faulty(batch: Batch, mask: Mask = None) -> Pending:
+        pending = submit(batch, mask)
         if (batch.token_ids == POISON).any():
             ruin(again.runner)
             raise Injected("this prompt is poison")
@@ -116,10 +116,10 @@ def test_an_interrupt_reaches_the_caller_and_loses_nothing(backend: str, monkeyp
     again = engine(backend)
     submit, count = again.runner.submit, 0
 
-    def interrupted(batch: Batch) -> Pending:
+    def interrupted(batch: Batch, mask: Mask = None) -> Pending:
         nonlocal count
         count += 1
-        pending = submit(batch)
+        pending = submit(batch, mask)
         if count == 5:
             ruin(again.runner)
             raise KeyboardInterrupt

@@ -17,7 +17,7 @@ from common.errors import RequestError
 from common.interface import Caps, KVGroup, ModelRunner, Pending, Progress, load_backend
 from common.platform import cxx_compiler
 from common.request import Logprobs, Request, SamplingParams, TokenEvent
-from common.schedule.batch import Batch, Want
+from common.schedule.batch import Batch, Mask, Want, masked
 from common.schedule.scheduler import mix64
 from tests.backends import Packer, checkpoint, engine_config, shared_runner
 from tests.numpy_sampler import Filters, adjusted, choices, scores, uniform
@@ -42,7 +42,8 @@ class Judged(ModelRunner):
         """(request, place in its prompt) → logits."""
         self.changed = 0
 
-    def submit(self, batch: Batch) -> Pending:
+    def submit(self, batch: Batch, mask: Mask = None) -> Pending:
+        batch = masked(batch, mask)
         names: Collection[str] = ("logits", "tokens")
         taps = self._runner.observe(batch, names)
         running = {seq.row: seq for seq in self.engine.scheduler.running}

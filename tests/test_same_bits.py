@@ -14,7 +14,7 @@ from common.config import EngineConfig
 from common.engine import Engine
 from common.interface import ModelRunner, Pending, load_backend
 from common.request import Request, SamplingParams
-from common.schedule.batch import Batch
+from common.schedule.batch import Batch, Mask
 from tests.backends import BACKENDS, checkpoint
 
 
@@ -28,8 +28,8 @@ class Spy:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
 
-    def submit(self, batch: Batch) -> Pending:
-        pending = self._runner.submit(batch)
+    def submit(self, batch: Batch, mask: Mask = None) -> Pending:
+        pending = self._runner.submit(batch, mask)
         digests = pending.result().digests
         assert digests is not None and len(digests) == len(batch.logit_rows)
         rows = zip(batch.rows[batch.logit_owner], batch.positions[batch.logit_rows], digests, strict=True)

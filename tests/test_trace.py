@@ -77,10 +77,10 @@ def test_a_runner_that_computes_something_else_is_found_at_the_step_where_it_fir
     recorded_run(path)
 
     class Defect(HistoryRunner):
-        def submit(self, batch):  # type: ignore[no-untyped-def]
+        def submit(self, batch, *more):  # type: ignore[no-untyped-def]
             if len(self.batches or []) == 10:
                 self.poison([batch.page_table[0, 0, 0]])
-            return super().submit(batch)
+            return super().submit(batch, *more)
 
     runner = Defect(num_pages=1, block_size=4, max_seqs=4)
     runner.batches = []

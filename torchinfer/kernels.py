@@ -24,7 +24,7 @@ from common.kernels.cpu.pages import keys_in, keys_out, pool_shapes, values_in, 
 from common.kernels.cpu.step import SAMPLED, pack_changes, pack_step, unpack_sampled
 from common.platform import cores
 from common.rope import rope_tables
-from common.schedule.batch import Batch, null_batch
+from common.schedule.batch import Batch, Mask, masked, null_batch
 from common.weights.checkpoint import Checkpoint
 from torchinfer.arrays import to_device, to_host
 from torchinfer.cache import KVCache
@@ -213,9 +213,9 @@ class Step:
             progress(1, 1, "ran a step")
         return state
 
-    def run(self, state: State, batch: Batch) -> tuple[State, Callable[[], tuple[Any, ...]]]:
+    def run(self, state: State, batch: Batch, mask: Mask = None) -> tuple[State, Callable[[], tuple[Any, ...]]]:
         """One step, and what brings its results to the host: the arguments of `interface.make_result`."""
-        state, sampled = self._step(state, batch)
+        state, sampled = self._step(state, batch, mask=mask)
         return state, lambda: unpack_sampled(sampled.numpy(), batch)
 
     def observe(self, state: State, batch: Batch, names: Names) -> tuple[State, dict[str, Tensor]]:
@@ -243,11 +243,13 @@ class Step:
         return state
 
     @torch.inference_mode()
-    def _step(self, state: State, batch: Batch, layer: Any = layer, keep: Keep = ignore) -> tuple[State, Tensor]:
+    def _step(
+        self, state: State, batch: Batch, layer: Any = layer, keep: Keep = ignore, mask: Mask = None
+    ) -> tuple[State, Tensor]:
         torch.ops.tandem.threads(self._threads)  # another engine of this process may have another number
         step, logits_RV = torch.from_numpy(pack_step(batch)), state.logits[: len(batch.logit_rows)]
         logits_RV, state = forward(self.model_config, self.weights, state, step, batch.num_tokens, logits_RV, layer, keep)
-        changed_RV = adjust(step, torch.from_numpy(pack_changes(batch)), logits_RV) if batch.adjusts else None
+        changed_RV = adjust(step, torch.from_numpy(pack_changes(masked(batch, mask))), logits_RV) if batch.adjusts else None
         sampled, state = sample(state, step, logits_RV, changed_RV)
         keep(tokens=sampled[:, 0])
         return state, sampled

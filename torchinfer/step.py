@@ -17,7 +17,7 @@ from common.config import EngineConfig, ModelConfig
 from common.errors import BackendError
 from common.interface import Progress
 from common.platform import cxx_compiler
-from common.schedule.batch import Batch, Want, null_batch
+from common.schedule.batch import Batch, Mask, Want, masked, null_batch
 from common.weights.checkpoint import Checkpoint
 from torchinfer import cache as pages
 from torchinfer import sampling
@@ -55,7 +55,6 @@ class Inputs(NamedTuple):
     top_k: Any  # [R]
     top_p: Any  # [R], float32
     min_p: Any  # [R], float32
-    masks: Any  # [M], [M, W]: rows and their masks, or None
     edits: Any  # [E], [E], [E, 3]: rows, ids and their edits, or None
     modes: tuple[bool, bool, bool]  # any row samples, any row filters, any row wants logprobs
     plan: Plan
@@ -113,9 +112,9 @@ class Step:
                 progress(done + 1, len(shapes), f"ran a step of {tokens} tokens")
         return state
 
-    def run(self, state: State, batch: Batch) -> tuple[State, Callable[[], tuple[Any, ...]]]:
+    def run(self, state: State, batch: Batch, mask: Mask = None) -> tuple[State, Callable[[], tuple[Any, ...]]]:
         """One step, and what brings its results to the host: the arguments of `interface.make_result`."""
-        state, sampled = self._step(state, batch)
+        state, sampled = self._step(state, batch, mask=mask)
         return state, lambda: to_host(sampled)
 
     def observe(self, state: State, batch: Batch, names: Names) -> tuple[State, dict[str, Tensor]]:
@@ -150,27 +149,29 @@ class Step:
             by_owner(batch.top_k),
             by_owner(batch.top_p),
             by_owner(batch.min_p),
-            None if batch.mask_rows is None else (wide(batch.mask_rows), wide(batch.masks)),
             None if batch.edit_rows is None else (wide(batch.edit_rows), wide(batch.edit_ids), batch.edits),
             (batch.seeds is not None, batch.top_k is not None, batch.num_top is not None),
             make_plan(batch, self.model_config, self.config.block_size),
         )
 
     @torch.inference_mode()
-    def _step(self, state: State, batch: Batch, keep: Keep = ignore) -> tuple[State, sampling.Sampled]:
+    def _step(self, state: State, batch: Batch, keep: Keep = ignore, mask: Mask = None) -> tuple[State, sampling.Sampled]:
         x: Inputs = to_device(self._inputs(batch), self.device)
         x.token_ids.index_copy_(0, x.fill_at, state.last_tokens[x.fill_row])
         attend = paged_attention(self.model_config, x.plan)
         hidden_TD, cache = forward(self.weights, x.token_ids, x.positions, attend, state.cache, keep)
         logits_RV = logits(self.weights, hidden_TD[x.logit_rows])
-        sampled = self._sample(logits_RV, x)
+        sampled = self._sample(logits_RV, x, masked(batch, mask))
         keep(logits=logits_RV, tokens=sampled.tokens)
         state.last_tokens.index_copy_(0, x.rows, sampled.tokens)
         return State(cache, state.last_tokens), sampled
 
-    def _sample(self, logits_RV: Tensor, x: Inputs) -> sampling.Sampled:
+    def _sample(self, logits_RV: Tensor, x: Inputs, batch: Batch) -> sampling.Sampled:
         sampled, filtered, logprobs = x.modes
-        changed_RV = logits_RV if x.masks is None else sampling.mask(logits_RV, *x.masks)
+        changed_RV = logits_RV
+        if batch.mask_rows is not None and batch.masks is not None:
+            masks = to_device((batch.mask_rows.astype(np.int64), batch.masks.astype(np.int64)), self.device)
+            changed_RV = sampling.mask(logits_RV, *masks)
         changed_RV = changed_RV if x.edits is None else sampling.edit(changed_RV, *x.edits)
         if sampled:
             u = sampling.uniform(x.seeds, x.positions[x.logit_rows] + 1)

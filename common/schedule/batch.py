@@ -11,6 +11,7 @@ E edits · M masks · W words of a mask.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from enum import IntFlag
 from functools import lru_cache
 from typing import Any, Self
@@ -64,11 +65,15 @@ VIEWS: dict[str, tuple[str, str]] = {
     "edit_ids": ("<i4", "E"),  # tokens; no two edits have the same row and token
     "edits": ("<f4", "E3"),  # bias, repetition factor, penalty; see schedule/edits.py
     "mask_rows": ("<i4", "M"),  # places in R, rising; absent like the following when all ids are allowed
-    "masks": ("<u4", "MW"),  # one bit a token, 1 where it is allowed
+    "masks": ("<u4", "MW"),  # one bit a token, 1 where it is allowed; absent where they come while the step runs
 }
 REQUIRED = tuple(VIEWS)[: list(VIEWS).index("num_top")]
 _CODES = {name: code for code, name in enumerate(VIEWS)}
 _ENTRY = 5  # int32s for a header entry: code, three dims, offset
+
+
+Mask = Callable[[], np.ndarray] | None
+"""Gives the masks uint32[M, W] of a batch that has `mask_rows` alone; None for all others."""
 
 
 class Batch:
@@ -183,6 +188,11 @@ class Batch:
             for axis, size in zip((axes,) if axes == "S1" else axes, view.shape, strict=True):
                 if sizes.setdefault(axis, size) != size:
                     raise BatchError(f"View {name!r} of a batch has {size} along {axis}, others have {sizes[axis]}.")
+
+
+def masked(batch: Batch, mask: Mask) -> Batch:
+    """The batch with its masks, whether they are there or come from `mask`."""
+    return batch if mask is None else Batch.pack(**{name: getattr(batch, name) for name in VIEWS} | {"masks": mask()})
 
 
 def null_batch(tokens: int, seqs: int, page_size: int) -> Batch:

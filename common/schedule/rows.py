@@ -9,6 +9,7 @@ import numpy as np
 
 from common.request import SamplingParams
 from common.schedule.batch import Batch, Want
+from common.text.grammar import Matcher
 
 
 class Score(NamedTuple):
@@ -28,8 +29,10 @@ class Change(NamedTuple):
     """int32[n]"""
     values: np.ndarray
     """float32[n, 3]: of each id the bias, the repetition factor and the penalty."""
-    allowed: np.ndarray | None
+    allowed: np.ndarray | None = None
     """uint32[W], a bit a token; None allows all."""
+    matcher: Matcher | None = None
+    """Allows less, and says what only while the step runs."""
 
 
 class Rows:
@@ -169,8 +172,20 @@ def _change(sampled: np.ndarray, owner: np.ndarray, changes: Mapping[int, Change
         views["edit_rows"] = np.array([row for row, _ in edited], np.int32).repeat([len(c.ids) for _, c in edited])
         views["edit_ids"] = np.concatenate([change.ids for _, change in edited])
         views["edits"] = np.concatenate([change.values for _, change in edited])
-    masked = [(row, change.allowed) for row, change in made if change.allowed is not None]
+    masked = [(row, change) for row, change in made if change.allowed is not None or change.matcher is not None]
     if masked:
         views["mask_rows"] = np.array([row for row, _ in masked], np.int32)
-        views["masks"] = np.stack([allowed for _, allowed in masked])
+        if all(change.matcher is None for _, change in masked):
+            views["masks"] = masks_of([change for _, change in masked])
     return views
+
+
+def masks_of(changes: Sequence[Change]) -> np.ndarray:
+    """uint32[M, W]: what each change that allows less than all does allow, their matchers asked."""
+    rows = []
+    for allowed, matcher in ((change.allowed, change.matcher) for change in changes):
+        if matcher is not None:
+            rows.append(matcher.mask() if allowed is None else matcher.mask() & allowed)
+        elif allowed is not None:
+            rows.append(allowed)
+    return np.stack(rows)

@@ -30,7 +30,10 @@ the mildest form of doing without it, so that its worth is not overstated:
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
+from functools import partial
 from heapq import heapify, heappop, heappush
 from operator import attrgetter
 
@@ -43,7 +46,8 @@ from common.request import Logprobs, Request, Status, TokenEvent, expect
 from common.schedule.batch import Batch, Want
 from common.schedule.edits import Edits
 from common.schedule.pages import PageKey, PagePool, next_key
-from common.schedule.rows import Change, Rows, Score
+from common.schedule.rows import Change, Rows, Score, masks_of
+from common.text.grammar import Grammar, Matcher
 
 _urgency = attrgetter("urgency")
 
@@ -70,6 +74,8 @@ class Sequence:
     """What it asks of its logits; None if nothing."""
     scores: list[Logprobs | None] | None = None
     """Of its prompt's tokens, as far as they are known; None if nobody asked."""
+    matcher: Matcher | None = None
+    """How far its output has come in its grammar; None without one, and until that is compiled."""
     parent: Sequence | None = None
     """From whose pages it starts; None once it has started."""
     status: Status = Status.WAITING
@@ -114,6 +120,11 @@ class Sequence:
         """Whether tokens of its prompt are still to be scored."""
         return self.scores is not None and len(self.scores) < len(self.request.prompt_token_ids)
 
+    @property
+    def follows(self) -> bool:
+        """Whether what its next logits become depends on all tokens before."""
+        return self.matcher is not None or (self.edits is not None and self.edits.follow)
+
     def tokens(self) -> np.ndarray:
         """All that the host knows: prompt and output, int32[known]."""
         return np.array((*self.request.prompt_token_ids, *self.output), np.int32)
@@ -127,6 +138,8 @@ class Step:
     batch: Batch
     started: tuple[str, ...] = ()
     """The ids of requests that were admitted for the first time, and so run their first tokens in it."""
+    masks: Callable[[], np.ndarray] | None = None
+    """The masks that the batch lacks, uint32[M, W]: to be called once, while the step runs; None where it lacks none."""
 
 
 class Scheduler:
@@ -174,6 +187,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # the most urgent first, the preempted among them
         self.running: list[Sequence] = []  # the most urgent first
         self.leaving: list[Sequence] = []  # no longer running, but a step in flight still names their pages and row
+        self.compiling: list[tuple[Sequence, Future[Grammar]]] = []  # who has ended stays until the next look
         self.deadlines: list[tuple[float, int, Sequence]] = []  # a heap; who has ended stays until it comes up
         self.num_requests = 0
         self.num_preemptions = 0
@@ -246,6 +260,8 @@ class Scheduler:
         self.num_requests += 1
         self.live[name] = seq
         insort(self.waiting, seq, key=_urgency)
+        if request.grammar is not None:
+            self.compiling.append((seq, request.grammar))
         if request.deadline is not None:
             if len(self.deadlines) > 2 * len(self.live):  # mostly of requests that have ended
                 self.deadlines = [item for item in self.deadlines if not item[-1].status.finished]
@@ -268,6 +284,28 @@ class Scheduler:
                 self._finish(seq, Status.FINISHED_TIMEOUT)
                 expired.append(seq.request.request_id)
         return expired
+
+    def take_grammars(self) -> list[tuple[str, str]]:
+        """Let requests start whose grammars have been compiled since the last call. Ends those whose have failed; returns the
+        ids of these and what went wrong."""
+        failed = []
+        compiling, self.compiling = self.compiling, []
+        for seq, grammar in compiling:
+            if seq.status.finished:
+                continue
+            if not grammar.done():
+                self.compiling.append((seq, grammar))
+                continue
+            try:
+                seq.matcher = grammar.result().start(self.caps.vocab_size)
+            except Exception as error:
+                self._finish(seq, Status.FINISHED_ERROR)
+                failed.append((seq.request.request_id, f"The grammar of this request cannot be used: {error}"))
+        return failed
+
+    def await_grammar(self, seconds: float) -> bool:
+        """Wait until a grammar has been compiled, at most so long; False if there is none to wait for."""
+        return bool(self.compiling) and bool(wait([f for _, f in self.compiling], seconds, FIRST_COMPLETED))
 
     def recover(self, suspects: list[Sequence]) -> list[str]:
         """After a step raised, and the runner lost its pages and rows: everyone who ran waits again and keeps the emitted
@@ -350,8 +388,8 @@ class Scheduler:
                 break  # preempted just now, and so is everyone less urgent
             if seq.known + seq.pending - seq.computed > 1:
                 prefills.append(seq)
-            elif seq.pending and seq.edits is not None and seq.edits.follow:
-                continue  # what its next logits become depends on a token in flight
+            elif seq.pending and seq.follows:
+                continue  # one of them is in flight
             elif len(seq.output) + seq.pending < seq.max_tokens and self._has_page(seq):
                 decodes.append(seq)
         budget, chunks = self.budget - len(decodes), []
@@ -431,6 +469,8 @@ class Scheduler:
             return False
         if self.trials and seq not in self.trials[-1]:
             return False
+        if seq.matcher is None and seq.request.grammar is not None:  # it is being compiled
+            return False
         return (not self.static or seq in self.batch) and not self._awaits_parent(seq)
 
     def _awaits_parent(self, seq: Sequence) -> bool:
@@ -502,15 +542,15 @@ class Scheduler:
                 scores += _scores(i, seq, end)
             if end == seq.known + seq.pending:
                 samples.append(i)
-                if seq.edits is not None:
-                    edits = seq.edits.at(seq.output, len(seq.output) + seq.pending)
-                    changes[i] = Change(*edits, seq.edits.allowed)
+                if seq.edits is not None or seq.matcher is not None:
+                    changes[i] = _change(seq)
                 seq.pending += 1
             seq.computed = end
             seq.in_flight += 1
         copies, self.copies = self.copies, []
         batch = self.rows.build(rows, starts, counts, samples, fills, scores, changes, copies)
-        return Step([seq for seq, _ in plan], batch, started)
+        lacks_masks = batch.mask_rows is not None and batch.masks is None
+        return Step([seq for seq, _ in plan], batch, started, partial(masks_of, [*changes.values()]) if lacks_masks else None)
 
     # ── one step: its result ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -535,6 +575,9 @@ class Scheduler:
             for j in range(starts[i], starts[i + 1]):
                 if seq.status.finished:
                     break  # just now, or while this step was in flight
+                if seq.matcher is not None and (error := seq.matcher.accept(tokens[j])):
+                    events.append(self._fail(seq, error, time))
+                    break
                 k = seq.request.params.logprobs
                 logprobs = None if k is None else logprobs_of(result, places[j], k)
                 events.append(self._append(seq, tokens[j], logprobs, time))
@@ -573,6 +616,8 @@ class Scheduler:
         finish, stop_reason = None, None
         if token in seq.stops and len(seq.output) >= params.min_tokens:
             finish, stop_reason = Status.FINISHED_STOP, seq.stops[token]
+        elif seq.matcher is not None and seq.matcher.done:
+            finish = Status.FINISHED_STOP
         elif len(seq.output) >= seq.max_tokens:
             finish = Status.FINISHED_LENGTH
         if finish:
@@ -584,8 +629,10 @@ class Scheduler:
         """End a sequence whose logits are not finite, and withdraw its pages: whatever is wrong may be in any of them."""
         for page in seq.pages:
             self.pool.unpublish(page)
+        return self._fail(seq, "The model's logits were not finite (NaN or infinite) for this request.", time)
+
+    def _fail(self, seq: Sequence, error: str, time: float) -> TokenEvent:
         self._finish(seq, Status.FINISHED_ERROR)
-        error = "The model's logits were not finite (NaN or infinite) for this request."
         return TokenEvent(seq.request.request_id, None, time, finish=Status.FINISHED_ERROR, error=error)
 
     # ── leaving ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -625,6 +672,13 @@ class Scheduler:
         self.pool.release(seq.pages)
         self.rows.give_back(seq.row)
         seq.row, seq.pages, seq.computed, seq.landed, seq.published, seq.pending = -1, [], 0, 0, 0, 0
+
+
+def _change(seq: Sequence) -> Change:
+    """What is done to the logits of its next token."""
+    if seq.edits is None:
+        return Change(np.empty(0, np.int32), np.empty((0, 3), np.float32), matcher=seq.matcher)
+    return Change(*seq.edits.at(seq.output, len(seq.output) + seq.pending), seq.edits.allowed, seq.matcher)
 
 
 def _scores(i: int, seq: Sequence, end: int) -> list[Score]:

@@ -23,7 +23,7 @@ import numpy as np
 
 from common.errors import TandemError
 from common.interface import Caps, KVGroup, ModelRunner, Pending, Progress, Result
-from common.schedule.batch import Batch
+from common.schedule.batch import Batch, Mask, masked
 
 if TYPE_CHECKING:
     from common.weights.checkpoint import Checkpoint
@@ -198,7 +198,8 @@ class Recorder(ModelRunner):
     def warmup(self, progress: Progress | None = None) -> None:
         self._runner.warmup(progress)
 
-    def submit(self, batch: Batch) -> Pending:
+    def submit(self, batch: Batch, mask: Mask = None) -> Pending:
+        batch = masked(batch, mask)
         pending = self._runner.submit(batch)
         step, self._steps = self._steps, self._steps + 1
         self._write(Kind.SUBMIT, step, batch.buffer.tobytes())

@@ -11,6 +11,7 @@ from common.engine import is_token
 from common.request import expect
 from common.serve.errors import ApiError
 from common.text.chat import ChatTemplate
+from common.text.grammar import Grammars
 from common.text.tokenizer import Tokenizer
 from common.weights.checkpoint import Checkpoint
 
@@ -35,6 +36,7 @@ class ServedModel:
     root: Path
     tokenizer: Tokenizer
     template: ChatTemplate | None
+    grammars: Grammars
     eos_token_ids: tuple[int, ...]
     max_model_len: int
     vocab_size: int
@@ -43,18 +45,21 @@ class ServedModel:
 
     @classmethod
     def of(cls, names: Sequence[str], checkpoint: Checkpoint, tokenizer: Tokenizer, max_model_len: int) -> ServedModel:
+        eos = tuple(dict.fromkeys((*checkpoint.config.eos_token_ids, *tokenizer.eos_token_ids)))
         return cls(
             names=tuple(names),
             root=checkpoint.path,
             tokenizer=tokenizer,
             template=ChatTemplate(tokenizer) if tokenizer.chat_template else None,
-            eos_token_ids=tuple(dict.fromkeys((*checkpoint.config.eos_token_ids, *tokenizer.eos_token_ids))),
+            grammars=Grammars(tokenizer, eos, checkpoint.config.vocab_size),
+            eos_token_ids=eos,
             max_model_len=max_model_len,
             vocab_size=checkpoint.config.vocab_size,
             longest_token=max(len(tokenizer.token_bytes(i, False)) for i in range(tokenizer.vocab_size)),
         )
 
     def close(self) -> None:
+        self.grammars.close()
         if self.template is not None:
             self.template.close()
 

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from common.request import Request, SamplingParams, expect
+from common.request import Request, SamplingParams, StructuredOutputsParams, expect
 from common.serve.errors import ApiError
+from common.serve.tools import call_grammar
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,6 @@ NEUTRAL: dict[str, Any] = {
     "logit_bias": {},
     "bad_words": [],
     "priority": 0,
-    "response_format": {"type": "text"},
     "use_beam_search": False,
     "length_penalty": 1,
     "suffix": "",
@@ -35,7 +35,7 @@ NEUTRAL: dict[str, Any] = {
 SAMPLING = (
     "temperature", "top_k", "top_p", "min_p", "seed", "min_tokens", "stop", "stop_token_ids", "ignore_eos",
     "include_stop_str_in_output", "skip_special_tokens", "presence_penalty", "frequency_penalty", "repetition_penalty",
-    "logit_bias", "allowed_token_ids", "bad_words", "response_format", "use_beam_search", "length_penalty",
+    "logit_bias", "allowed_token_ids", "bad_words", "use_beam_search", "length_penalty",
 )  # fmt: skip
 """Fields that are sampling parameters of the same name."""
 REQUEST = ("cache_salt", "priority", "deadline")
@@ -50,8 +50,8 @@ class Body(BaseModel):
 
     model: str | None = None
 
-    def warn(self) -> None:
-        """Log the fields that mean nothing here, each name once."""
+    def settle(self) -> None:
+        """What takes time: called once, on a thread. Logs the fields that mean nothing here, each name once."""
         for name in self.model_extra or {}:
             if name not in _ignored and len(_ignored) < 1000:
                 _ignored.add(name)
@@ -88,6 +88,11 @@ class Sampled(Body):
     allowed_token_ids: list[int] | None = None
     bad_words: Annotated[list[StopText], Field(max_length=1024)] | None = None
     response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     use_beam_search: bool | None = None
     length_penalty: float | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
@@ -99,6 +104,27 @@ class Sampled(Body):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
+    _structured: StructuredOutputsParams | None = PrivateAttr(None)
+
+    def settle(self) -> None:
+        super().settle()
+        asked = {name: wanted for name, wanted in self.formats().items() if wanted is not None}
+        if len(asked) > 1:
+            raise ApiError(400, f"A request has one format, got {' and '.join(asked)}.", [*asked][-1])
+        for name, wanted in asked.items():
+            for field in set(wanted) - STRUCTURED:
+                raise ApiError(400, f"{name}.{field:.80} is not supported by this server; leave it out.", name)
+            self._structured = StructuredOutputsParams(**wanted)
+
+    def formats(self) -> dict[str, dict[str, Any] | None]:
+        """What the output is to be, by the name of the field that asks for it."""
+        guided = {f"guided_{kind}": kind for kind in ("json", "regex", "choice", "grammar")}
+        given = {name: value for name, value in (self.structured_outputs or {}).items() if value is not None}
+        return {
+            "response_format": response_format(self.response_format),
+            "structured_outputs": None if self.structured_outputs is None else given,
+            **{name: None if getattr(self, name) is None else {kind: getattr(self, name)} for name, kind in guided.items()},
+        }
 
     def params(self, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None) -> SamplingParams:
         """As the engine takes them. What it does not know yet is refused, unless it asks for nothing."""
@@ -107,7 +133,11 @@ class Sampled(Body):
             expect(all(key.isdecimal() for key in self.logit_bias), "The keys of logit_bias must be token ids.")
             asked["logit_bias"] = {int(key): value for key, value in self.logit_bias.items()}
         return SamplingParams(
-            max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs, **supported(asked, SamplingParams)
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            structured_outputs=self._structured,
+            **supported(asked, SamplingParams),
         )
 
     def request_fields(self, arrival: float) -> dict[str, Any]:
@@ -122,6 +152,22 @@ class Sampled(Body):
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options are for streams: set stream=true.", "stream_options")
         expect(self.truncate_prompt_tokens != 0, "truncate_prompt_tokens must be -1 or at least 1.")
+
+
+STRUCTURED = {field.name for field in fields(StructuredOutputsParams)}
+
+
+def response_format(given: dict[str, Any] | None) -> dict[str, Any] | None:
+    """OpenAI's way to ask for a format, as a field of `StructuredOutputsParams`."""
+    match given:
+        case None | {"type": "text"}:
+            return None
+        case {"type": "json_object"}:
+            return {"json_object": True}
+        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+            return {"json": schema}
+    expected = 'text, json_object, or json_schema with {"json_schema": {"name": …, "schema": {…}}}'
+    raise ApiError(400, f"response_format must have the type {expected}.", "response_format")
 
 
 class CompletionRequest(Sampled):
@@ -172,8 +218,25 @@ class ChatRequest(Sampled):
                 raise ApiError(400, f"{name} is not taken from requests: the model's own template is used as it is.", name)
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true.", "top_logprobs")
-        if self.tool_choice not in (None, "auto", "none"):
-            raise ApiError(400, "tool_choice must be auto or none: no call can be enforced yet.", "tool_choice")
+
+    def formats(self) -> dict[str, dict[str, Any] | None]:
+        return super().formats() | {"tool_choice": self.enforced_call()}
+
+    def enforced_call(self) -> dict[str, Any] | None:
+        """The format of a call of a tool, where there has to be one."""
+        functions = {tool.function.name: tool.function.parameters for tool in self.tools or ()}
+        match self.tool_choice:
+            case None | "auto" | "none":
+                return None
+            case "required":
+                names = list(functions)
+            case {"type": "function", "function": {"name": str(name)}}:
+                names = [name]
+            case _:
+                raise ApiError(400, "tool_choice must be auto, none, required, or name a function.", "tool_choice")
+        if not names or not set(names) <= set(functions):
+            raise ApiError(400, "tool_choice asks for a call, and tools do not hold what it names.", "tool_choice")
+        return {"grammar": call_grammar({name: functions[name] for name in names})}
 
 
 class Function(Body):
@@ -214,7 +277,7 @@ def parse(kind: type[B], data: bytes) -> B:
         where = ".".join(str(part)[:80] for part in first["loc"] if part != "[key]")
         text = f"{where}: {first['msg']}." if where else f"The body must be a JSON object: {first['msg']}."
         raise ApiError(400, text, where.partition(".")[0] or None) from None
-    body.warn()
+    body.settle()
     return body
 
 

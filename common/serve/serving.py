@@ -91,6 +91,7 @@ class Answer:
 
     def __post_init__(self) -> None:
         n, seed = self.body.n or 1, self.params.seed
+        grammar = self.serving.model.grammars.compile(self.params.structured_outputs)
         requests = [
             Request(
                 request_id=f"{self.id}-{p * n + i}",
@@ -98,6 +99,7 @@ class Answer:
                 params=self.params if seed is None else replace(self.params, seed=(seed + i) % 2**64),
                 eos_token_ids=self.serving.model.eos_token_ids,
                 bad_words=tuple(map(tuple, self.bad_words)),
+                grammar=grammar,
                 parent=f"{self.id}-{p * n}" if i else None,
                 **self.body.request_fields(self.arrival),
             )
@@ -140,6 +142,8 @@ class Answer:
         chunks: Callable[[], AsyncIterator[Sequence[dict[str, Any]]]],
     ) -> Response:
         """Admit the requests and answer: with a stream of events where asked for, else with one object."""
+        if (grammar := self.call.requests[0].grammar) is not None:  # one that cannot be compiled is told before it is too late
+            await asyncio.shield(asyncio.wrap_future(grammar))
         self.serving.metrics.begin(self.call)
         try:
             await self.serving.worker.run(self.call)

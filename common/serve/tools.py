@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 BEGIN, END = "<tool_call>", "</tool_call>"
@@ -53,3 +54,17 @@ def parse_call(text: str) -> dict[str, str] | None:
         case {"name": str(name), "arguments": dict(arguments)} | {"name": str(name), "parameters": dict(arguments)}:
             return {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
     return None
+
+
+def call_grammar(functions: Mapping[str, Any]) -> str:
+    """A grammar, as `StructuredOutputsParams` takes it, of one call of one of these functions: name → JSON Schema."""
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": name}, "arguments": {"type": "object"} if schema is None else schema},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+        for name, schema in functions.items()
+    ]
+    return f'start: "{BEGIN}\\n" call "\\n{END}"\ncall: %json {json.dumps({"anyOf": calls})}'

@@ -1,0 +1,177 @@
+"""What an output has to be, compiled for a vocabulary and followed token by token. The work is llguidance's (`grammar` extra).
+
+A grammar is compiled on a thread of its own, and copied for each request that it holds for. Limits are in the library's units
+of work, not in seconds, so that what is refused does not depend on the machine: some seconds of one core at the very most.
+
+What may be asked: JSON Schema as llguidance knows it, and no keyword of it is ignored; regular expressions of Rust's `regex`,
+without look-around and back-references; grammars of Lark's syntax with llguidance's additions, or of llama.cpp's GBNF.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from common.errors import RequestError
+from common.request import StructuredOutputsParams, expect
+from common.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+MAX_KEPT = 64
+"""Grammars that are kept compiled, for those who ask for the same."""
+SPACES = r" |\n {0,64}"
+"""Between the tokens of JSON, or nothing: what printers of JSON write, and bounded, so that no output is spaces for ever."""
+LIMITS: dict[str, Any] = {
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 200_000,
+    "step_max_items": 10_000,
+    "max_lexer_states": 50_000,
+    "max_grammar_size": 10_000,
+}
+"""Symbols of a grammar: an object of 1,000 properties fits. A token may take about 15 ms of the lexer, its states 100 MB."""
+
+
+class Matcher:
+    """How far one output has come in its grammar."""
+
+    def __init__(self, inner: LLMatcher, vocab_size: int) -> None:
+        self._inner, self._words = inner, -(-vocab_size // 32)
+
+    def mask(self) -> np.ndarray:
+        """uint32[ceil(V / 32)]: bit v % 32 of word v // 32 says whether token v may come next, EOS among them where the output
+        may end. The library holds no lock of Python's meanwhile."""
+        mask = np.empty(self._words, np.uint32)
+        self._inner.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        return mask
+
+    def accept(self, token: int) -> str | None:
+        """Go on by a token; or what is wrong, if the grammar cannot. It never can again then."""
+        if self._inner.consume_token(token):
+            return None
+        return f"The output cannot go on as its grammar demands: {_in_short(self._inner.get_error())}"
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing can follow."""
+        return self._inner.is_stopped()
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """A compiled grammar."""
+
+    inner: LLMatcher
+    vocab_size: int
+
+    def start(self, vocab_size: int) -> Matcher:
+        """A matcher at the beginning, for a model of so many tokens."""
+        expect(
+            vocab_size == self.vocab_size,
+            f"the grammar was compiled for a vocabulary of {self.vocab_size} tokens, and the model has {vocab_size}.",
+        )
+        return Matcher(self.inner.deep_copy(), vocab_size)
+
+
+class Grammars:
+    """Compiles for one vocabulary. `vocab_size` is the model's, which may have more ids than the tokenizer has tokens.
+
+    Threads start with the first grammar; `close` ends them. Any thread may call `compile`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, eos_token_ids: tuple[int, ...], vocab_size: int) -> None:
+        self._tokenizer, self._eos, self._vocab_size = tokenizer, eos_token_ids, vocab_size
+        self._pool = ThreadPoolExecutor(2, "grammars")
+        self._lock = threading.Lock()
+        self._vocabulary: Future[LLTokenizer] | None = None
+        self._kept: OrderedDict[StructuredOutputsParams, Future[Grammar]] = OrderedDict()
+
+    def compile(self, wanted: StructuredOutputsParams | None) -> Future[Grammar] | None:
+        """Begin to compile; None where nothing is wanted. The future raises `RequestError` for what cannot be compiled, as this
+        does where there is no llguidance, or no EOS to end with."""
+        if wanted is None:
+            return None
+        expect(find_spec("llguidance") is not None, "structured_outputs need llguidance: pip install 'tandem-infer[grammar]'.")
+        expect(bool(self._eos), "structured_outputs need a token that ends an output, and this model has none (EOS).")
+        with self._lock:
+            if self._vocabulary is None:
+                self._vocabulary = self._pool.submit(_read, self._tokenizer, self._eos, self._vocab_size)
+            if wanted not in self._kept:
+                self._kept[wanted] = self._pool.submit(_compile, self._vocabulary, wanted)
+            self._kept.move_to_end(wanted)
+            if len(self._kept) > MAX_KEPT:
+                self._kept.popitem(last=False)
+            return self._kept[wanted]
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _read(tokenizer: Tokenizer, eos_token_ids: tuple[int, ...], vocab_size: int) -> LLTokenizer:
+    """The vocabulary as the library wants it. Control tokens are no text; ids without a token are never allowed."""
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    class Described:
+        eos_token_id = eos_token_ids[0]
+        bos_token_id = tokenizer.bos_token_id
+        tokens = tuple(tokenizer.token_bytes(i, skip_special_tokens=False) for i in range(vocab_size))
+        special_token_ids = tuple(sorted(tokenizer.special_ids))
+
+        def __call__(self, text: str) -> list[int]:
+            return tokenizer.encode(text, add_special_tokens=False, parse_special=False)
+
+    return LLTokenizer(TokenizerWrapper(Described()), eos_token=list(eos_token_ids))
+
+
+def _compile(vocabulary: Future[LLTokenizer], wanted: StructuredOutputsParams) -> Grammar:
+    """Raises `RequestError`."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    inner = LLMatcher(vocabulary.result(), _source(wanted), log_level=0, limits=LLParserLimits(**LIMITS, verbose_errors=False))
+    if not inner.is_error():
+        inner.compute_bitmask()  # which finds that nothing can begin, and warms what the copies share
+    if inner.is_error():
+        reason = _in_short(inner.get_error()) or "there is no output that it allows"
+        raise RequestError(f"structured_outputs cannot be compiled: {reason}")
+    return Grammar(inner, vocabulary.result().vocab_size)
+
+
+def _source(wanted: StructuredOutputsParams) -> str:
+    """As the library reads grammars."""
+    from llguidance import LLMatcher
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    if wanted.regex is not None:
+        return LLMatcher.grammar_from_regex(wanted.regex)
+    if wanted.choice is not None:
+        return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, wanted.choice)))
+    if wanted.grammar is not None:
+        try:
+            return LLMatcher.grammar_from_lark(any_to_lark(wanted.grammar))
+        except (Exception, RecursionError) as error:  # the library raises nothing narrower
+            raise RequestError(f"structured_outputs cannot be compiled: as GBNF, {_in_short(str(error))}") from error
+    schema: Any = {"type": "object"} if wanted.json is None else wanted.json
+    try:
+        return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": SPACES})
+    except ValueError as error:
+        raise RequestError(f"structured_outputs cannot be compiled: {_in_short(str(error))}") from error
+
+
+def _in_short(text: str) -> str:
+    """A message of the library's, which may be long and in several lines."""
+    return " ".join(text[:1000].split())[:300]
