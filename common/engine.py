@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Listed
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from common.request import Request, Status, TokenEvent, expect
 from common.schedule.batch import Batch
 from common.schedule.scheduler import Scheduler, Sequence, Step
 from common.schedule.trace import record
+from common.states import hidden_states, num_fitting
 from common.weights.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -117,9 +119,7 @@ class Engine(InferenceEngine):
             *(("bad_words", word) for word in request.bad_words),
         ]
         for what, ids in listed:
-            bad = next((i for i, token in enumerate(ids) if not is_token(token, vocab)), None)
-            if bad is not None:
-                expect(False, f"Request {name!r}: {what}[{bad}] must be an integer in [0, {vocab}), got {ids[bad]!r}.")
+            check_tokens(f"Request {name!r}: {what}", ids, vocab)
         self.scheduler.add(request)
         self._counters["prompt_tokens"] += len(request.prompt_token_ids)
 
@@ -222,6 +222,35 @@ class Engine(InferenceEngine):
             raise error
         log.warning("A step of %d requests raised; starting over with all of them.", len(step.seqs), exc_info=error)
 
+    def hidden_states(self, prompts: Listed[Listed[int]]) -> list[np.ndarray]:
+        """The residual stream behind the last layer, float32[T, D], of as many `prompts`, from the first on, as one step takes;
+        computed at once, between two steps, on pages that are given back. A prompt that no step takes is computed in several.
+        Raises `RequestError`, before it computes any, for a prompt that can never be computed."""
+        scheduler, size = self.scheduler, self.config.block_size
+        room = scheduler.pool.num_pages - 1
+        most = min(self.caps.max_model_len, room * size)
+        expect(self.caps.observes, f"The {self.caps.backend} engine does not show its states, so it has no embeddings.")
+        lengths = [len(prompt) for prompt in prompts[: scheduler.max_num_seqs]]
+        for i, length in enumerate(lengths):
+            expect(0 < length <= most, f"Prompt {i} has {length} tokens; expected 1 to {most}.")
+        some = prompts[: num_fitting(lengths, scheduler.budget, room, size)]
+        for i, prompt in enumerate(some):
+            check_tokens(f"Prompt {i}", prompt, self.caps.vocab_size)
+        while self._in_flight:
+            self._land()
+        begin, counts = perf_counter(), [-(-len(prompt) // size) for prompt in some]
+        pages = scheduler.lend(sum(counts))
+        ends = np.cumsum(counts).tolist()
+        held = [pages[end - count : end] for count, end in zip(counts, ends, strict=True)]
+        try:
+            states = hidden_states(self.runner, some, held, size, scheduler.budget)
+        except BaseException:
+            self._start_over([])
+            raise
+        scheduler.pool.release(pages)
+        self._device_seconds += perf_counter() - begin
+        return states
+
     def drain(self) -> None:
         """From now on `add` raises `DrainingError`; what was added before goes on to its end. Idempotent."""
         self.scheduler.draining = True
@@ -291,6 +320,13 @@ def shared_pages(page_table: np.ndarray) -> np.ndarray:
 def is_token(value: Any, vocab_size: int) -> bool:
     """Whether `value` is an integer in [0, vocab_size); True and 1.0 are none."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 0 <= int(value) < vocab_size
+
+
+def check_tokens(what: str, ids: Listed[Any], vocab_size: int) -> None:
+    """Raise `RequestError` for the first of `ids` that is no token id."""
+    bad = next((i for i, token in enumerate(ids) if not is_token(token, vocab_size)), None)
+    if bad is not None:
+        expect(False, f"{what}[{bad}] must be an integer in [0, {vocab_size}), got {ids[bad]!r}.")
 
 
 def pool_size(config: EngineConfig, max_model_len: int, page_bytes: int) -> int:

@@ -25,14 +25,15 @@ from common.config import EngineConfig
 from common.engine import build_engine
 from common.errors import BackendError, RequestError, TandemError
 from common.interface import Progress
-from common.options import add_engine_options, engine_options, flag, parse
+from common.options import add_engine_options, add_model_options, engine_options, flag, parse
 from common.request import Logprobs, Request, SamplingParams, Status, TokenEvent, expect, fan_out
+from common.states import Pooler, Pooling, check_pooling
 from common.text.chat import ChatTemplate, Message
 from common.text.grammar import Grammars
 from common.text.output import Delta, OutputText
 from common.text.tokenizer import Tokenizer, open_tokenizer
 from common.weights.checkpoint import open_checkpoint
-from common.weights.zoo import names, resolve
+from common.weights.zoo import resolve
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 """Text, token ids, or a mapping with `prompt` or `prompt_token_ids`."""
@@ -81,6 +82,24 @@ class RequestOutput:
     """For each token of the prompt: itself and the likeliest others, by id; None for the first, and unless asked for."""
 
 
+@dataclass(frozen=True)
+class EmbeddingOutput:
+    """Of length 1."""
+
+    embedding: list[float]
+    """D numbers."""
+
+
+@dataclass(frozen=True)
+class EmbeddingRequestOutput:
+    """One prompt and where it lies."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    outputs: EmbeddingOutput
+    finished: bool = True
+
+
 class LLM:
     """A model with its tokenizer on one engine, for one thread. `close` gives its memory back; so does a `with` block."""
 
@@ -93,6 +112,7 @@ class LLM:
         checkpoint = open_checkpoint(resolve(model))
         self.tokenizer: Tokenizer = open_tokenizer(checkpoint.path)
         self.tokenizer.check_fits(checkpoint.config.vocab_size)
+        self._pooler = Pooler.of(checkpoint)
         self._eos = tuple(dict.fromkeys((*checkpoint.config.eos_token_ids, *self.tokenizer.eos_token_ids)))
         self._grammars = Grammars(self.tokenizer, self._eos, checkpoint.config.vocab_size)
         with _progress(use_tqdm) as progress:
@@ -188,6 +208,23 @@ class LLM:
         _, (request,) = self._requests([prompt], sampling_params)
         expect(request.params.n == 1, f"A stream has one continuation, got n={request.params.n}; use generate, or n streams.")
         return self._stream(request)
+
+    def embed(self, prompts: Prompt | Sequence[Prompt], *, pooling: Pooling = "last") -> list[EmbeddingRequestOutput]:
+        """Where every prompt lies: the final normed state of its last token, or the mean of all tokens', made length 1.
+
+        Streams that are open go on afterwards. Raises `RequestError` for a prompt that cannot be computed.
+        """
+        expect(not self._closed, "This LLM is closed; make a new one.")
+        check_pooling(pooling)
+        many = [prompts] if _is_one(prompts) else list(prompts)
+        tokens = [list(self._tokens(i, prompt)[1]) for i, prompt in enumerate(many)]
+        pooled: list[np.ndarray] = []
+        while len(pooled) < len(tokens):
+            pooled += [self._pooler.pool(x_TD, pooling) for x_TD in self.engine.hidden_states(tokens[len(pooled) :])]
+        return [
+            EmbeddingRequestOutput(str(next(self._numbers)), ids, EmbeddingOutput(x_D.tolist()))
+            for ids, x_D in zip(tokens, pooled, strict=True)
+        ]
 
     def close(self) -> None:
         """Idempotent."""
@@ -397,8 +434,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("prompt", help="the text to continue, or with --chat the user's message; - reads standard input")
-    parser.add_argument("--model", default="smollm2-135m", help=f"a path, a hub id, or one of {', '.join(names())}")
-    parser.add_argument("--backend", default="jax", help="jax or torch")
+    add_model_options(parser, "jax or torch")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     parser.add_argument("--system", help="a system message for --chat")
     parser.add_argument("--verbose", action="store_true", help="log what is chosen and why")

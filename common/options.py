@@ -9,6 +9,13 @@ from typing import Any, get_args, get_type_hints
 
 from common.config import EngineConfig
 from common.errors import ConfigError, nearest_hint
+from common.weights.zoo import names
+
+
+def add_model_options(parser: argparse.ArgumentParser, backends: str) -> None:
+    """Which model, on which backend."""
+    parser.add_argument("--model", default="smollm2-135m", help=f"a path, a hub id, or one of {', '.join(names())}")
+    parser.add_argument("--backend", default="jax", help=backends)
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:

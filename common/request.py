@@ -155,6 +155,12 @@ class SamplingParams:
     skip_special_tokens: bool = True
     detokenize: bool = True
 
+    def __new__(cls, **options: Any) -> Self:
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            expect(name in known, f"Unknown sampling parameter {name!r}.{nearest_hint(name, known)} Known: {', '.join(known)}.")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
         for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids"):
@@ -221,14 +227,6 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_EPSILON
-
-    @classmethod
-    def of(cls, **options: Any) -> Self:
-        """Build from loose options; an unknown name is refused with the nearest known one."""
-        known = [f.name for f in fields(cls)]
-        for name in options:
-            expect(name in known, f"Unknown sampling parameter {name!r}.{nearest_hint(name, known)} Known: {', '.join(known)}.")
-        return cls(**options)
 
 
 class Status(Enum):
@@ -351,3 +349,5 @@ class TokenEvent:
     error: str | None = None
     prompt_logprobs: Sequence[Logprobs | None] | None = None
     """On the first token of a request that asked: one entry for each token of the prompt, None for the first."""
+    num_cached_tokens: int | None = None
+    """On the first token: how many of the prompt's were found in the prefix cache."""

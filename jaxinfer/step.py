@@ -145,9 +145,11 @@ class Step:
 
     def observe(self, state: State, batch: Batch, names: Names) -> tuple[State, dict[str, Array]]:
         """One step, and what it computes on the way, padded and on the device: those of `names`, or all."""
-        # Two sizes serve all steps, and every token may ask for logits.
         sizes, chunked = self._sizes(batch)
-        bucket = replace(self._bucket(sizes[-1], chunked), seqs=sizes[-1])
+        if len(batch.logit_rows):  # two sizes serve all such steps, and every token may ask for logits
+            bucket = replace(self._bucket(sizes[-1], chunked), seqs=sizes[-1])
+        else:
+            bucket = self._bucket(next(size for size in sizes if size >= batch.num_tokens), chunked)
         state, _, taps = self._run(bucket, state, batch, names)
         return state, taps
 

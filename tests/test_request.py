@@ -77,7 +77,7 @@ def test_bad_words_need_their_tokens() -> None:
 
 def test_a_misspelt_parameter_is_told_the_nearest() -> None:
     with pytest.raises(RequestError, match="Did you mean 'temperature'"):
-        SamplingParams.of(temprature=1)
+        SamplingParams(temprature=1)  # type: ignore[call-arg]
 
 
 def test_an_empty_prompt_or_name_is_refused() -> None:

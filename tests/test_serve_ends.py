@@ -58,6 +58,7 @@ def test_told_to_end_it_finishes_what_runs_and_takes_nothing_new(mortal: Server)
     reader.join()
     assert sum(len(chunk["choices"][0]["token_ids"]) for chunk in whole) == 60
     assert whole[-1]["choices"][0]["finish_reason"] == "length"
+    assert "Told to end: takes nothing new; 1 HTTP requests are unfinished and have 60 s." in served.log.read_text()
 
 
 def test_a_step_loop_that_died_is_not_healthy_and_requests_learn_of_it(mortal: Server) -> None:

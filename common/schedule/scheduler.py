@@ -87,6 +87,8 @@ class Sequence:
     computed: int = 0
     landed: int = 0
     """Tokens at its start whose KV is written: those of steps that have landed, and hits."""
+    cached: int = 0
+    """Tokens of its prompt that the prefix cache had."""
     published: int = 0
     """Of `pages`, how many were hits or are offered to others."""
     pending: int = 0
@@ -453,6 +455,7 @@ class Scheduler:
             elif not seq.admissions:  # what a preempted request finds again is no merit of the cache
                 self.prefix_cache_queries += seq.known
                 self.prefix_cache_hits += seq.computed
+                seq.cached = seq.computed
             seq.admissions += 1
             del self.waiting[at]
             seq.become(Status.RUNNING)
@@ -622,8 +625,8 @@ class Scheduler:
             finish = Status.FINISHED_LENGTH
         if finish:
             self._finish(seq, finish)
-        prompt_logprobs = seq.scores if len(seq.output) == 1 else None
-        return TokenEvent(seq.request.request_id, token, time, logprobs, finish, stop_reason, prompt_logprobs=prompt_logprobs)
+        scores, cached = (seq.scores, seq.cached) if len(seq.output) == 1 else (None, None)
+        return TokenEvent(seq.request.request_id, token, time, logprobs, finish, stop_reason, None, scores, cached)
 
     def _spoil(self, seq: Sequence, time: float) -> TokenEvent:
         """End a sequence whose logits are not finite, and withdraw its pages: whatever is wrong may be in any of them."""
@@ -634,6 +637,15 @@ class Scheduler:
     def _fail(self, seq: Sequence, error: str, time: float) -> TokenEvent:
         self._finish(seq, Status.FINISHED_ERROR)
         return TokenEvent(seq.request.request_id, None, time, finish=Status.FINISHED_ERROR, error=error)
+
+    # ── beside the steps ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def lend(self, count: int) -> list[int]:
+        """Pages for whoever gives them back (`pool.release`) before the next step, while none is in flight. Where there are too
+        few, the least urgent that run are sent back to waiting."""
+        while (pages := self.pool.allocate(count)) is None:
+            self._preempt(self.running[-1])
+        return pages
 
     # ── leaving ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 

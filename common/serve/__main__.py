@@ -18,17 +18,19 @@ from common.config import EngineConfig
 from common.config import expect as expect_config
 from common.engine import build_engine
 from common.errors import ConfigError, TandemError
-from common.options import add_engine_options, engine_options, parse
+from common.options import add_engine_options, add_model_options, engine_options, parse
 from common.serve.app import create_app
 from common.serve.front import Backends, create_front
 from common.serve.guard import JsonLines, TextLines
 from common.serve.metrics import Metrics
 from common.serve.model import ServedModel
+from common.serve.profiler import Profiler
 from common.serve.serving import Serving
+from common.serve.spans import Spans
 from common.serve.worker import Worker
 from common.text.tokenizer import open_tokenizer
 from common.weights.checkpoint import open_checkpoint
-from common.weights.zoo import names, resolve
+from common.weights.zoo import resolve
 
 log = logging.getLogger("common.serve")
 
@@ -40,14 +42,17 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--model", default="smollm2-135m", help=f"a path, a hub id, or one of {', '.join(names())}")
-    parser.add_argument("--backend", default="jax", help="jax, torch, or jax,torch: each in a process of its own")
+    add_model_options(parser, "jax, torch, or jax,torch: each in a process of its own")
     parser.add_argument("--served-model-name", nargs="+", default=[], help="names to serve it by, instead of --model")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every one of this machine")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     parser.add_argument("--uds", help=argparse.SUPPRESS)  # a socket in the file system; ends when standard input does
     parser.add_argument("--api-key", help="ask for it; None takes $TANDEM_API_KEY")
-    parser.add_argument("--admin", action="store_true", help="offer /reset_prefix_cache")
+    parser.add_argument("--admin", action="store_true", help="offer /reset_prefix_cache, and /start_profile")
+    parser.add_argument("--profile-dir", help="where /stop_profile writes a trace for Perfetto; needs --admin")
+    parser.add_argument(
+        "--otlp-endpoint", help="send a span for each request there: OTLP over HTTP, http://host:4318/v1/traces"
+    )
     parser.add_argument("--drain-s", type=int, default=60, help="seconds that running requests have once it is told to end")
     parser.add_argument("--stall-s", type=float, default=30.0, help="a step that takes longer makes /health answer 503")
     parser.add_argument("--log-json", action="store_true", help="log lines are JSON objects")
@@ -92,8 +97,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         host, port = listener.getsockname()[:2]
         log.info("Serving %s (%s) at http://%s:%d", options.model, options.backend, f"[{host}]" if ":" in host else host, port)
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(config).run(sockets=[listener])
+    log.info("Ended.")
     return 0
+
+
+class Server(uvicorn.Server):
+    """Says that it ends when it begins to."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        left, most = len(self.server_state.tasks), self.config.timeout_graceful_shutdown
+        log.info("Told to end: takes nothing new; %d HTTP requests are unfinished and have %s s.", left, most)
+        await super().shutdown(sockets)
 
 
 def make_app(options: argparse.Namespace) -> FastAPI:
@@ -102,6 +117,9 @@ def make_app(options: argparse.Namespace) -> FastAPI:
     checkpoint = open_checkpoint(resolve(options.model))
     tokenizer = open_tokenizer(checkpoint.path)
     tokenizer.check_fits(checkpoint.config.vocab_size)
+    expect_config(options.admin or not options.profile_dir, "--profile-dir is for /start_profile, which needs --admin.")
+    profiler = Profiler.of(options.backend, options.profile_dir) if options.profile_dir else None
+    spans = Spans.to(options.otlp_endpoint) if options.otlp_endpoint else None
     worker = Worker(lambda: build_engine(options.backend, checkpoint, config), tokenizer)
     engine = worker.wait_ready()
     name = os.path.basename(os.path.normpath(options.model)) if os.path.exists(options.model) else options.model
@@ -112,6 +130,8 @@ def make_app(options: argparse.Namespace) -> FastAPI:
         metrics=Metrics(served[0], options.backend),
         stall_s=options.stall_s,
         log_prompts=options.log_prompts,
+        profiler=profiler,
+        spans=spans,
     )
     return create_app(serving, api_key=api_key(options), with_admin=options.admin)
 

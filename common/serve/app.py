@@ -16,14 +16,17 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, Response
 
 from common.errors import TandemError
-from common.serve import chat, completions, tokens
+from common.serve import chat, completions, embeddings, tokens
 from common.serve.errors import ApiError, api_error
 from common.serve.guard import Guard
+from common.serve.profiler import Profiler
 from common.serve.serving import Serving, error_response, json_response
 
 STATS_PATIENCE_S = 2.0
 PAGE = Path(__file__).with_name("page.html")
 VERSION = version("tandem-infer")
+UNKNOWN = {404: "There is nothing at this path; the README lists what is.", 405: "This path does not take this method."}
+"""What Starlette says in two words."""
 STARTED = int(time.time())
 
 router = APIRouter()
@@ -80,6 +83,26 @@ async def reset_prefix_cache(http: HttpRequest) -> Response:
     return Response()
 
 
+@admin.post("/start_profile")
+async def start_profile(http: HttpRequest) -> Response:
+    serving = Serving.of(http)
+    profiler_of(serving).start(serving.worker)
+    return Response()
+
+
+@admin.post("/stop_profile")
+async def stop_profile(http: HttpRequest) -> Response:
+    """Tells the name of the trace, which lies where the server was told to put it."""
+    serving = Serving.of(http)
+    return json_response({"file": await profiler_of(serving).stop(serving.worker)})
+
+
+def profiler_of(serving: Serving) -> Profiler:
+    if serving.profiler is None:
+        raise ApiError(501, "This server was not told where profiles go: start it with --profile-dir.")
+    return serving.profiler
+
+
 def create_app(serving: Serving, *, api_key: str | None = None, with_admin: bool = False) -> FastAPI:
     """The application. It closes worker and model when it ends."""
 
@@ -89,10 +112,12 @@ def create_app(serving: Serving, *, api_key: str | None = None, with_admin: bool
         yield
         await asyncio.to_thread(serving.worker.close)
         serving.model.close()
+        if serving.spans is not None:
+            await asyncio.to_thread(serving.spans.close)
 
     app = new_app(lifespan)
     app.state.serving = serving
-    for part in (router, completions.router, chat.router, tokens.router, *([admin] if with_admin else [])):
+    for part in (router, completions.router, chat.router, embeddings.router, tokens.router, *([admin] if with_admin else [])):
         app.include_router(part)
     app.add_middleware(Guard, api_key=api_key)
     return app
@@ -104,7 +129,8 @@ def new_app(lifespan: Callable[[FastAPI], Any]) -> FastAPI:
 
     async def refuse(_: HttpRequest, error: Exception) -> Response:
         if isinstance(error, HTTPException):
-            error = ApiError(error.status_code, str(error.detail), headers=error.headers)
+            told = UNKNOWN.get(error.status_code, str(error.detail))
+            error = ApiError(error.status_code, told, headers=error.headers)
         return error_response(api_error(error))
 
     for kind in (ApiError, TandemError, HTTPException):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from starlette.responses import Response
 from common.request import Logprobs
 from common.serve.model import Prompt, ServedModel
 from common.serve.protocol import ChatRequest
-from common.serve.serving import Answer, Serving, finite, new_id, read
+from common.serve.serving import Answer, Serving, finite, read
 from common.serve.tools import ToolCalls
 from common.text.output import Delta
 
@@ -24,17 +23,10 @@ router = APIRouter()
 
 @router.post("/v1/chat/completions")
 async def chat(http: HttpRequest) -> Response:
-    arrival, serving = time.perf_counter(), Serving.of(http)
-    body = await read(http, ChatRequest)
-    serving.model.check_name(body.model)
-    body.check()
+    arrival, serving, body = time.perf_counter(), Serving.of(http), await read(http, ChatRequest)
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     params = body.params(asked, (body.top_logprobs or 0) if body.logprobs else None)
-    prompt = await asyncio.to_thread(chat_prompt, serving.model, body)
-    words = await asyncio.to_thread(serving.model.tokenizer.bad_words, params.bad_words)
-    answer = Answer(
-        serving=serving, id=new_id("chatcmpl"), body=body, prompts=[prompt], params=params, bad_words=words, arrival=arrival
-    )
+    answer = await Answer.of(serving, "chat", "chatcmpl", body, arrival, params, lambda: [chat_prompt(serving.model, body)])
     uses_tools = bool(body.tools) and body.tool_choice != "none"
     choices = [Choice(answer, i, ToolCalls() if uses_tools else None) for i in range(answer.num_choices)]
     return await answer.respond(http, lambda: full(answer, choices), lambda: chunks(answer, choices))

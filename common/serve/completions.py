@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import codecs
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from starlette.responses import Response
 from common.request import Logprobs
 from common.serve.model import ServedModel
 from common.serve.protocol import CompletionRequest
-from common.serve.serving import Answer, Serving, finite, new_id, read
+from common.serve.serving import Answer, Serving, finite, read
 from common.serve.worker import Piece
 from common.text.detokenizer import IncrementalDetokenizer
 from common.text.output import Delta
@@ -26,19 +26,12 @@ KIND = "text_completion"
 
 @router.post("/v1/completions")
 async def completions(http: HttpRequest) -> Response:
-    arrival, serving = time.perf_counter(), Serving.of(http)
-    body = await read(http, CompletionRequest)
-    serving.model.check_name(body.model)
-    body.check()
+    arrival, serving, body = time.perf_counter(), Serving.of(http), await read(http, CompletionRequest)
     most = 1 if body.prompt_only else 16 if body.max_tokens is None else body.max_tokens
-    params = body.params(
-        most, body.logprobs, body.logprobs if body.echo and body.prompt_logprobs is None else body.prompt_logprobs
-    )
-    prompts = await asyncio.to_thread(serving.model.prompts, body.prompt, body.add_special_tokens, body.truncate_prompt_tokens)
-    words = await asyncio.to_thread(serving.model.tokenizer.bad_words, params.bad_words)
-    answer = Answer(
-        serving=serving, id=new_id("cmpl"), body=body, prompts=prompts, params=params, bad_words=words, arrival=arrival
-    )
+    scored = body.logprobs if body.echo and body.prompt_logprobs is None else body.prompt_logprobs
+    params = body.params(most, body.logprobs, scored)
+    prompts = lambda: serving.model.prompts(body.prompt, body.add_special_tokens, body.truncate_prompt_tokens)  # noqa: E731
+    answer = await Answer.of(serving, "text_completion", "cmpl", body, arrival, params, prompts)
     choices = [Choice(answer, i) for i in range(answer.num_choices)]
     return await answer.respond(http, lambda: full(answer, choices), lambda: chunks(answer, choices))
 
@@ -149,11 +142,21 @@ class LogprobList:
             fresh["tokens"].append(self._name(token))
             fresh["token_logprobs"].append(None if logprobs is None else finite(logprobs.logprob))
             fresh["top_logprobs"].append(None if logprobs is None else self._top(token, logprobs))
-            fresh["text_offset"].append(self._offset)
-            self._offset += len(self._text.push(token))
+            fresh["text_offset"].append(self._place(token))
         for name, values in fresh.items():
             self._lists[name] += values
         return fresh
+
+    def _place(self, token: int) -> int:
+        """Where the character begins to which the token's first byte belongs. Bytes before it that became none, which come out
+        with it as U+FFFD, are not its own."""
+        begin, text = self._offset, self._text.push(token)
+        self._offset += len(text)
+        raw = self._model.tokenizer.token_bytes(token)
+        if not raw or 0x80 <= raw[0] < 0xC0:  # goes on with a character
+            return begin
+        own = codecs.getincrementaldecoder("utf-8")(errors="replace").decode(raw)
+        return max(self._offset - len(own), begin)
 
     def whole(self) -> dict[str, list[Any]]:
         return self._lists

@@ -36,7 +36,7 @@ from common.serve.serving import event, json_response, read_bytes, unless_left
 POLL_S = 0.1
 PATIENCE_S = 5.0
 """For an answer that takes no computing, and for a process to end after it was asked to."""
-PASSED_ON = ("content-type", "accept", "x-request-id")
+PASSED_ON = ("content-type", "accept", "x-request-id", "traceparent")
 
 router = APIRouter()
 router.get("/")(page)

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from common.engine import is_token
 from common.request import expect
 from common.serve.errors import ApiError
+from common.serve.protocol import several
+from common.states import Pooler
 from common.text.chat import ChatTemplate
 from common.text.grammar import Grammars
 from common.text.tokenizer import Tokenizer
@@ -37,6 +39,7 @@ class ServedModel:
     tokenizer: Tokenizer
     template: ChatTemplate | None
     grammars: Grammars
+    pooler: Pooler
     eos_token_ids: tuple[int, ...]
     max_model_len: int
     vocab_size: int
@@ -52,6 +55,7 @@ class ServedModel:
             tokenizer=tokenizer,
             template=ChatTemplate(tokenizer) if tokenizer.chat_template else None,
             grammars=Grammars(tokenizer, eos, checkpoint.config.vocab_size),
+            pooler=Pooler.of(checkpoint),
             eos_token_ids=eos,
             max_model_len=max_model_len,
             vocab_size=checkpoint.config.vocab_size,
@@ -68,28 +72,30 @@ class ServedModel:
         if name is not None and name not in self.names:
             raise ApiError(404, f"The model {name!r:.80} does not exist; served here: {', '.join(self.names)}.", "model")
 
-    def prompts(self, prompt: Any, add_special_tokens: bool = True, truncate: int | None = None) -> list[Prompt]:
+    def prompts(
+        self, prompt: Any, add_special_tokens: bool = True, truncate: int | None = None, name: str = "prompt"
+    ) -> list[Prompt]:
         """`prompt` as OpenAI's completions take it: a text, token ids, or a list of one of these. `truncate` keeps so many
-        tokens at the end; -1 as many as the context holds."""
+        tokens at the end; -1 as many as the context holds. `name` is how messages call it."""
         if isinstance(prompt, str):
             given: list[Any] = [prompt]
         else:
-            expect(isinstance(prompt, list) and len(prompt) > 0, "prompt must be a text, token ids, or a list of these.")
-            given = prompt if isinstance(prompt[0], str | list) else [prompt]
-        return [self.prompt(each, add_special_tokens, truncate) for each in given]
+            expect(isinstance(prompt, list) and len(prompt) > 0, f"{name} must be a text, token ids, or a list of these.")
+            given = prompt if several(prompt) else [prompt]
+        return [self.prompt(each, add_special_tokens, truncate, name) for each in given]
 
-    def prompt(self, prompt: Any, add_special_tokens: bool = True, truncate: int | None = None) -> Prompt:
+    def prompt(self, prompt: Any, add_special_tokens: bool = True, truncate: int | None = None, name: str = "prompt") -> Prompt:
         text, token_ids = None, prompt
         if isinstance(prompt, str):
             text, token_ids = prompt, self.encode(prompt, add_special_tokens, checked=truncate is None)
         else:
-            self.check_tokens(prompt, "prompt")
+            self.check_tokens(prompt, name)
         if truncate is not None:
             token_ids = token_ids[-(self.max_model_len - 1 if truncate == -1 else truncate) :]
-        expect(len(token_ids) > 0, "The prompt is empty; give at least one token.")
+        expect(len(token_ids) > 0, f"The {name} is empty; give at least one token.")
         expect(
             len(token_ids) < self.max_model_len,
-            f"A prompt of {len(token_ids)} tokens leaves no room for output in a context of {self.max_model_len}; "
+            f"A {name} of {len(token_ids)} tokens leaves no room for output in a context of {self.max_model_len}; "
             f"shorten it to at most {self.max_model_len - 1}.",
         )
         return Prompt(text, token_ids)

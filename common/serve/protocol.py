@@ -9,14 +9,15 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from common.request import Request, SamplingParams, StructuredOutputsParams, expect
+from common.request import MAX_N, Request, SamplingParams, StructuredOutputsParams, expect
 from common.serve.errors import ApiError
 from common.serve.tools import call_grammar
+from common.states import Pooling
 
 log = logging.getLogger(__name__)
 
-MAX_CHOICES = 128
 MAX_PROMPTS = 1024
+MAX_INPUTS = 2048
 StopText = Annotated[str, Field(max_length=1024)]
 NEUTRAL: dict[str, Any] = {
     "presence_penalty": 0,
@@ -50,6 +51,9 @@ class Body(BaseModel):
 
     model: str | None = None
 
+    def check(self) -> None:
+        """Raise for combinations that can never be served."""
+
     def settle(self) -> None:
         """What takes time: called once, on a thread. Logs the fields that mean nothing here, each name once."""
         for name in self.model_extra or {}:
@@ -68,7 +72,7 @@ class Sampled(Body):
 
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -132,12 +136,14 @@ class Sampled(Body):
         if self.logit_bias:
             expect(all(key.isdecimal() for key in self.logit_bias), "The keys of logit_bias must be token ids.")
             asked["logit_bias"] = {int(key): value for key, value in self.logit_bias.items()}
+        options = supported(asked, SamplingParams)
         return SamplingParams(
+            n=self.n or 1,
             max_tokens=max_tokens,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             structured_outputs=self._structured,
-            **supported(asked, SamplingParams),
+            **options,
         )
 
     def request_fields(self, arrival: float) -> dict[str, Any]:
@@ -148,7 +154,6 @@ class Sampled(Body):
         return supported(asked, Request)
 
     def check(self) -> None:
-        """Raise for combinations that no engine could serve."""
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options are for streams: set stream=true.", "stream_options")
         expect(self.truncate_prompt_tokens != 0, "truncate_prompt_tokens must be -1 or at least 1.")
@@ -188,8 +193,7 @@ class CompletionRequest(Sampled):
         super().check()
         if self.prompt is None:
             raise ApiError(400, "prompt is missing: a text, token ids, or a list of these.", "prompt")
-        several = isinstance(self.prompt, list) and bool(self.prompt) and isinstance(self.prompt[0], str | list)
-        if several and len(self.prompt) * (self.n or 1) > MAX_PROMPTS:
+        if several(self.prompt) and len(self.prompt) * (self.n or 1) > MAX_PROMPTS:
             raise ApiError(
                 400, f"A request may ask for {MAX_PROMPTS} choices in all, got {len(self.prompt)} prompts.", "prompt"
             )
@@ -250,6 +254,24 @@ class Tool(Body):
     function: Function
 
 
+class EmbeddingRequest(Body):
+    input: Any = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    pooling: Pooling = "last"
+    """Of the final states: the last token's, or the mean of all tokens'. OpenAI has no name for it; vLLM takes the last."""
+    add_special_tokens: bool = True
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    user: Annotated[str, Field(max_length=512)] | None = None
+
+    def check(self) -> None:
+        expect(self.truncate_prompt_tokens != 0, "truncate_prompt_tokens must be -1 or at least 1.")
+        if self.input is None:
+            raise ApiError(400, "input is missing: a text, token ids, or a list of these.", "input")
+        if several(self.input) and len(self.input) > MAX_INPUTS:
+            raise ApiError(400, f"A request may have {MAX_INPUTS} inputs, got {len(self.input)}.", "input")
+
+
 class TokenizeRequest(Body):
     prompt: str | None = None
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=10_000)] | None = None
@@ -279,6 +301,11 @@ def parse(kind: type[B], data: bytes) -> B:
         raise ApiError(400, text, where.partition(".")[0] or None) from None
     body.settle()
     return body
+
+
+def several(prompt: Any) -> bool:
+    """Whether these are several prompts rather than one."""
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str | list)
 
 
 def supported(asked: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:

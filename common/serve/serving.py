@@ -10,7 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from fastapi import Request as HttpRequest
 from starlette.responses import Response, StreamingResponse
@@ -20,7 +20,9 @@ from common.request import Request, SamplingParams, Status
 from common.serve.errors import ApiError, api_error, error_body
 from common.serve.metrics import Metrics
 from common.serve.model import Prompt, ServedModel
+from common.serve.profiler import Profiler
 from common.serve.protocol import B, Sampled, parse
+from common.serve.spans import Spans
 from common.serve.worker import Call, Piece, Worker
 from common.text.output import Delta
 
@@ -43,6 +45,8 @@ class Serving:
     stall_s: float = 30.0
     """A step that takes longer makes the server unhealthy."""
     log_prompts: bool = False
+    profiler: Profiler | None = None
+    spans: Spans | None = None
 
     @classmethod
     def of(cls, http: HttpRequest) -> Serving:
@@ -51,8 +55,11 @@ class Serving:
 
 
 async def read(http: HttpRequest, kind: type[B]) -> B:
-    """The body of a request, parsed on a thread."""
-    return await asyncio.to_thread(parse, kind, await read_bytes(http))
+    """The body of a request, parsed on a thread and checked, for the model that is served."""
+    body = await asyncio.to_thread(parse, kind, await read_bytes(http))
+    Serving.of(http).model.check_name(body.model)
+    body.check()
+    return body
 
 
 async def read_bytes(http: HttpRequest) -> bytes:
@@ -78,6 +85,8 @@ class Answer:
     """One HTTP request being answered. Choice `i` continues prompt `i // n`."""
 
     serving: Serving
+    operation: str
+    """As OpenTelemetry names it."""
     id: str
     body: Sampled
     prompts: Sequence[Prompt]
@@ -87,6 +96,12 @@ class Answer:
     created: int = field(default_factory=lambda: int(time.time()))
     completion_tokens: int = 0
     """Those that were shown so far."""
+    cached_tokens: int = 0
+    """Of the prompts', those that the prefix cache had, as far as it is known."""
+    first_token: float | None = None
+    """When the host saw it."""
+    finish_reasons: dict[int, str] = field(default_factory=dict)
+    """By choice."""
     call: Call = field(init=False)
 
     def __post_init__(self) -> None:
@@ -96,7 +111,7 @@ class Answer:
             Request(
                 request_id=f"{self.id}-{p * n + i}",
                 prompt_token_ids=tuple(prompt.token_ids),
-                params=self.params if seed is None else replace(self.params, seed=(seed + i) % 2**64),
+                params=replace(self.params, n=1, seed=None if seed is None else (seed + i) % 2**64),
                 eos_token_ids=self.serving.model.eos_token_ids,
                 bad_words=tuple(map(tuple, self.bad_words)),
                 grammar=grammar,
@@ -107,6 +122,26 @@ class Answer:
             for i in range(n)
         ]
         self.call = Call(requests, self.arrival)
+
+    @classmethod
+    async def of(
+        cls,
+        serving: Serving,
+        operation: str,
+        prefix: str,
+        body: Sampled,
+        arrival: float,
+        params: SamplingParams,
+        prompts: Callable[[], Sequence[Prompt]],
+    ) -> Self:
+        """The answer to a body that was read at `arrival`. `prompts` takes time, and so is called on a thread."""
+        words = serving.model.tokenizer.bad_words
+        made, bad_words = await asyncio.to_thread(lambda: (prompts(), words(params.bad_words)))
+        name = f"{prefix}-{uuid.uuid4().hex}"
+        return cls(
+            serving=serving, operation=operation, id=name, body=body, prompts=made, params=params, bad_words=bad_words,
+            arrival=arrival,
+        )  # fmt: skip
 
     @property
     def num_choices(self) -> int:
@@ -121,6 +156,7 @@ class Answer:
             "prompt_tokens": given,
             "completion_tokens": self.completion_tokens,
             "total_tokens": given + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
     def envelope(self, kind: str, choices: Sequence[Any], **more: Any) -> dict[str, Any]:
@@ -132,8 +168,18 @@ class Answer:
         """What each step brings. Raises `ApiError` where a request fails."""
         async for pieces in self.call:
             for piece in pieces:
+                self._note(piece)
                 check_end(piece.delta)
             yield pieces
+
+    def _note(self, piece: Piece) -> None:
+        event, reason = piece.event, piece.delta.finish_reason
+        if self.first_token is None and event.token_id is not None:
+            self.first_token = event.time
+        if event.num_cached_tokens is not None and piece.number % (self.body.n or 1) == 0:  # a prompt counts once
+            self.cached_tokens += event.num_cached_tokens
+        if reason is not None:
+            self.finish_reasons[piece.number] = reason
 
     async def respond(
         self,
@@ -150,7 +196,7 @@ class Answer:
         except BaseException:
             self.serving.metrics.end(self.call)
             raise
-        leave = partial(self._leave, http.headers["x-request-id"])
+        leave = partial(self._leave, http)
         if self.body.stream:
             return EventStream(self._events(chunks), leave)
         try:
@@ -158,15 +204,21 @@ class Answer:
         finally:
             leave()
 
-    def _leave(self, request_id: str) -> None:
-        """Whatever is not finished by now has lost its reader."""
+    def _leave(self, http: HttpRequest) -> None:
+        """Whatever is not finished by now has lost its reader, or stood beside a choice that failed."""
         if self.call.left:
             self.serving.worker.abort(self.call)
+        if self.serving.spans is not None:
+            bad = {"error", "timeout"}.intersection(self.finish_reasons.values())
+            error = min(bad, default="cancelled" if self.call.left else None)
+            self.serving.spans.end(self, self.operation, http.headers, error)
         self.serving.metrics.end(self.call, aborted=True)
-        facts = {"request_id": request_id, "id": self.id, **self.usage(), "unfinished": self.call.left}
+        facts: dict[str, Any] = {"request_id": http.headers["x-request-id"], "id": self.id, **self.usage()}
+        del facts["prompt_tokens_details"]
+        facts |= {"cached_tokens": self.cached_tokens, "unfinished": self.call.left}
         if self.serving.log_prompts:
             facts["prompts"] = [prompt.token_ids if prompt.text is None else prompt.text for prompt in self.prompts]
-        log.info("Ended.", extra={"facts": facts})
+        log.info("Ended early: the client left, or a choice failed." if self.call.left else "Ended.", extra={"facts": facts})
 
     async def _events(self, chunks: Callable[[], AsyncIterator[Sequence[dict[str, Any]]]]) -> AsyncIterator[bytes]:
         """Server-sent events; those of one step in one write."""
@@ -242,10 +294,6 @@ def error_response(error: ApiError) -> Response:
     return Response(
         encode(error_body(error.status, str(error), error.param)), error.status, error.headers, media_type="application/json"
     )
-
-
-def new_id(prefix: str) -> str:
-    return f"{prefix}-{uuid.uuid4().hex}"
 
 
 def finite(logprob: float) -> float:

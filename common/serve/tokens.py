@@ -20,7 +20,6 @@ router = APIRouter()
 @router.post("/tokenize")
 async def tokenize(http: HttpRequest) -> Response:
     model, body = Serving.of(http).model, await read(http, TokenizeRequest)
-    model.check_name(body.model)
     return await asyncio.to_thread(lambda: json_response(tokens_of(model, body)))
 
 
@@ -37,7 +36,6 @@ def tokens_of(model: ServedModel, body: TokenizeRequest) -> dict[str, Any]:
 @router.post("/detokenize")
 async def detokenize(http: HttpRequest) -> Response:
     model, body = Serving.of(http).model, await read(http, DetokenizeRequest)
-    model.check_name(body.model)
 
     def text() -> Response:
         model.check_tokens(body.tokens, "tokens")

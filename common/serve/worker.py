@@ -86,7 +86,7 @@ class Worker:
         self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self._live: dict[str, _Live] = {}
         self._lock = threading.Lock()
-        self._dead = False
+        self._dead = self._ending = False
         self._step_began: float | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._observe: Observer | None = None
@@ -144,6 +144,26 @@ class Worker:
             raise gone()
         return await asyncio.wrap_future(answer)
 
+    def profile(self, profile: Callable[[Callable[[], object]], T], stop: threading.Event) -> Future[T]:
+        """What `profile` says of everything that the thread does from now on until `stop` is set between two steps."""
+        found: Future[T] = Future()
+
+        def order(engine: Engine | None) -> None:
+            try:
+                if engine is None:
+                    raise gone()
+                found.set_result(profile(lambda: self._work(engine, stop)))
+            except Exception as error:
+                log.warning("A profile failed.", exc_info=error)
+                found.set_exception(error)
+            finally:
+                if not found.done():
+                    found.set_exception(gone())
+
+        if not self._order(order):
+            raise gone()
+        return found
+
     def close(self) -> None:
         """End the thread and its engine. Idempotent; waits for the step in progress."""
         self._order(None)
@@ -168,25 +188,31 @@ class Worker:
         engine.step_log = []
         self._ready.set_result(engine)
         try:
-            while self._obey(engine):
-                self._step(engine)
+            self._work(engine)
         except BaseException:
             log.critical("The step loop has died; every request fails from now on.", exc_info=True)
         finally:
             self._end(engine)
 
+    def _work(self, engine: Engine, stop: threading.Event | None = None) -> None:
+        """Step, and do what is ordered, until the order to end; or until `stop` is set between two steps."""
+        while self._obey(engine) and not (stop and stop.is_set()):
+            self._step(engine)
+
     def _obey(self, engine: Engine) -> bool:
-        """Do what was ordered, waiting for an order if there is nothing else to do; False for the order to end."""
+        """Do what was ordered, waiting for an order if there is nothing else to do; False from the order to end on."""
         wait = not engine.has_work
-        while True:
+        while not self._ending:
             try:
                 order = self._orders.get(wait)
             except queue.Empty:
                 return True
             if order is None:
-                return False
+                self._ending = True
+                break
             order(engine)
             wait = False
+        return False
 
     def _step(self, engine: Engine) -> None:
         if not engine.has_work:

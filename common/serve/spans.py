@@ -1,0 +1,76 @@
+"""A span of OpenTelemetry for every request that was admitted, by the semantic conventions for generative AI."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+from common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import SpanExporter
+
+    from common.serve.serving import Answer
+
+REQUESTED = ("temperature", "top_p", "top_k", "seed", "presence_penalty", "frequency_penalty", "max_tokens")
+"""Sampling parameters that the conventions name."""
+
+
+class Spans:
+    """Goes on with the trace of whoever asks, where a `traceparent` came. Spans are exported by a thread of their own."""
+
+    def __init__(self, exporter: SpanExporter) -> None:
+        from opentelemetry.propagate import extract
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.trace import SpanKind, StatusCode
+
+        self._extract, self._kind, self._failed = extract, SpanKind.SERVER, StatusCode.ERROR
+        self._provider = TracerProvider(resource=Resource.create({"service.name": "tandem"}))
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._tracer = self._provider.get_tracer("tandem")
+
+    @classmethod
+    def to(cls, endpoint: str) -> Self:
+        """`endpoint` takes OTLP over HTTP, in protobuf. Raises `ConfigError` where the packages are missing."""
+        try:
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        except ImportError as error:
+            raise ConfigError(f"--otlp-endpoint needs OpenTelemetry ({error}): pip install 'tandem-infer[otel]'.") from error
+        return cls(OTLPSpanExporter(endpoint=endpoint))
+
+    def end(self, answer: Answer, operation: str, headers: Mapping[str, str], error: str | None = None) -> None:
+        """The span of one answer, which ends now. `error`: why it is none."""
+        now, wall = time.perf_counter(), time.time_ns()
+        at = lambda moment: wall - int((now - moment) * 1e9)  # noqa: E731
+        name = answer.serving.model.names[0]
+        usage = answer.usage()
+        facts: dict[str, Any] = {
+            "gen_ai.operation.name": operation,
+            "gen_ai.provider.name": "tandem",
+            "gen_ai.request.model": answer.body.model or name,
+            "gen_ai.response.model": name,
+            "gen_ai.response.id": answer.id,
+            "gen_ai.request.choice.count": answer.body.n or 1,
+            "gen_ai.usage.input_tokens": usage["prompt_tokens"],
+            "gen_ai.usage.output_tokens": usage["completion_tokens"],
+            "gen_ai.usage.cache_read.input_tokens": answer.cached_tokens,
+            "gen_ai.response.finish_reasons": [reason for _, reason in sorted(answer.finish_reasons.items())],
+        }
+        asked = {f"gen_ai.request.{key}": getattr(answer.params, key) for key in REQUESTED}
+        facts |= {key: value for key, value in asked.items() if value is not None}
+        if answer.first_token is not None:
+            facts["gen_ai.response.time_to_first_chunk"] = answer.first_token - answer.arrival
+        span = self._tracer.start_span(
+            f"{operation} {name}", self._extract(headers), self._kind, facts, start_time=at(answer.arrival)
+        )
+        if error is not None:
+            span.set_attribute("error.type", error)
+            span.set_status(self._failed)
+        span.end(at(now))
+
+    def close(self) -> None:
+        """Export what is left."""
+        self._provider.shutdown()

@@ -1,0 +1,191 @@
+"""Routes beside completions over both engines: embeddings, profiles; and what an answer tells beside its text."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+
+from common.serve.completions import LogprobList
+from common.serve.model import ServedModel
+from common.serve.profiler import trace
+from common.text.tokenizer import open_tokenizer
+from common.weights.zoo import resolve
+from tests.backends import checkpoint
+from tests.http_server import SMALL, Served, history, serving
+from tests.test_embed import expected
+
+MODEL, PROMPT = "tiny-llama", "the and of "
+LONG = PROMPT * 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("routes")
+
+
+@pytest.fixture(scope="module")
+def served(backend: str, folder: Path) -> Iterator[Served]:
+    options = ("--backend", backend, "--admin", "--profile-dir", str(folder / "profiles"))
+    with serving(folder, *options, *SMALL) as server:
+        yield server
+
+
+def test_the_openai_client_gets_the_embeddings_that_transformers_computes(served: Served) -> None:
+    texts = ["a", PROMPT, LONG, "who"]
+    tokens = [open_tokenizer(resolve(MODEL)).encode(text) for text in texts]
+    right = [expected(MODEL, ids, "last") for ids in tokens]
+    given: list[Any] = [texts, tokens]
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        for what in given:
+            found = client.embeddings.create(model=MODEL, input=what)  # it asks for base64 by itself
+            assert [each.index for each in found.data] == [0, 1, 2, 3]
+            np.testing.assert_allclose([each.embedding for each in found.data], right, atol=2e-6)
+            assert found.usage.prompt_tokens == found.usage.total_tokens == sum(map(len, tokens))
+        one = client.embeddings.create(model=MODEL, input=tokens[1], encoding_format="float", extra_body={"pooling": "mean"})
+        np.testing.assert_allclose(one.data[0].embedding, expected(MODEL, tokens[1], "mean"), atol=2e-6)
+        size = len(right[0])
+        assert len(client.embeddings.create(model=MODEL, input="a", dimensions=size).data[0].embedding) == size
+        with pytest.raises(openai.BadRequestError, match="dimensions"):
+            client.embeddings.create(model=MODEL, input="a", dimensions=size - 1)
+    raw = served.post("/v1/embeddings", input="a", encoding_format="base64").json()["data"][0]["embedding"]
+    np.testing.assert_allclose(np.frombuffer(base64.b64decode(raw), "<f4"), right[0], atol=2e-6)
+    served.wait_idle()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{}, {"input": ""}, {"input": []}, {"input": ["a", ""]}, {"input": [[1], []]}, {"input": [1, 320]}, {"input": [1, -1]},
+     {"input": 5}, {"input": [1, "a"]}, {"input": "a", "encoding_format": "int8"}, {"input": "a", "pooling": "max"},
+     {"input": [5] * 513}, {"input": ["a"] * 2049}, {"input": "a", "dimensions": 0}],
+)  # fmt: skip
+def test_what_cannot_be_embedded_is_refused(served: Served, body: dict[str, Any]) -> None:
+    answer = served.post("/v1/embeddings", **body)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "BadRequestError")
+
+
+def test_embeddings_and_completions_do_not_disturb_each_other(served: Served) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 100, "ignore_eos": True, "return_token_ids": True}
+    right = served.complete(**body)["choices"][0]["token_ids"]
+    alone = served.post("/v1/embeddings", input=LONG).json()
+    got: list[Any] = []
+    reader = threading.Thread(target=lambda: got.append(served.complete(**body)["choices"][0]["token_ids"]))
+    reader.start()
+    embedded = [served.post("/v1/embeddings", input=LONG).json() for _ in range(5)]
+    reader.join()
+    assert got == [right] and embedded == [alone] * 5
+    served.wait_idle()
+
+
+def test_usage_tells_how_much_of_a_prompt_the_cache_had(served: Served) -> None:
+    def cached(**more: Any) -> int:
+        usage = served.complete(prompt=LONG, max_tokens=2, cache_salt="own", **more)["usage"]
+        return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+    length = len(open_tokenizer(resolve(MODEL)).encode(LONG))
+    full = (length - 1) // 16 * 16
+    assert [cached(), cached(), cached(n=3, temperature=1.0)] == [0, full, full] and full > 0
+    chunks = served.events(prompt=LONG, max_tokens=2, cache_salt="own", stream_options={"include_usage": True})
+    assert chunks[-1]["usage"]["prompt_tokens_details"] == {"cached_tokens": full}
+
+
+def test_a_profile_says_what_ran_between_its_start_and_its_stop(served: Served, folder: Path) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 6, "ignore_eos": True}
+    right = served.complete(**body)["choices"][0]["text"]
+    assert served.post("/stop_profile").status_code == 409
+    assert served.post("/start_profile").status_code == 200
+    assert served.post("/start_profile").status_code == 409
+    assert served.complete(**body)["choices"][0]["text"] == right
+    stopped = served.post("/stop_profile")
+    assert stopped.status_code == 200, stopped.text
+    events = json.loads((folder / "profiles" / stopped.json()["file"]).read_text())["traceEvents"]
+    ran = [event for event in events if event["ph"] == "X"]
+    assert ran and min(event["ts"] for event in ran) == 0 and all(event["dur"] >= 0 for event in ran)
+    assert served.complete(**body)["choices"][0]["text"] == right
+
+
+def test_a_profile_of_nothing_is_a_trace_without_events() -> None:
+    assert trace([])["traceEvents"] == []
+
+
+def test_many_greedy_choices_are_refused_as_in_python(served: Served) -> None:
+    answer = served.post(prompt=PROMPT, temperature=0.0, n=2)
+    assert answer.status_code == 400 and "n must be 1 where temperature is 0" in answer.json()["error"]["message"]
+
+
+def test_what_is_not_there_is_an_error_as_openai_has_them(served: Served) -> None:
+    missing, method = served.client.get("/v1/nothing"), served.client.get("/v1/completions")
+    assert (missing.status_code, missing.json()["error"]["type"]) == (404, "NotFoundError")
+    assert (method.status_code, method.json()["error"]["type"]) == (405, "MethodNotAllowedError")
+    assert "path" in missing.json()["error"]["message"] and "method" in method.json()["error"]["message"]
+
+
+def test_a_character_that_never_came_moves_what_follows_it() -> None:
+    """`text_offset` points into the text, in which bytes that became no character are U+FFFD."""
+    tokenizer = open_tokenizer(resolve(MODEL))
+    of = {tokenizer.token_bytes(i): i for i in range(tokenizer.vocab_size)}
+    model = ServedModel.of(["m"], checkpoint(MODEL), tokenizer, 512)
+    try:
+        for parts, offsets in (
+            ([b"a", b"\xe2", b"\x82", b"\xac", b"b"], [0, 1, 1, 1, 2]),
+            ([b"a", b"\xe2", b"b", b"c"], [0, 1, 2, 3]),
+            ([b"\xe2", b"\xe2", b"b"], [0, 1, 2]),
+        ):
+            listed = LogprobList(model, False)
+            listed.push([of[part] for part in parts], [None] * len(parts))
+            assert listed.whole()["text_offset"] == offsets
+    finally:
+        model.close()
+
+
+def test_a_span_for_each_request_reaches_a_collector(tmp_path: Path) -> None:
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            got.append(ExportTraceServiceRequest.FromString(self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    got: list[Any] = []
+    collector = HTTPServer(("127.0.0.1", 0), Collector)
+    thread = threading.Thread(target=collector.serve_forever)
+    thread.start()
+    trace_id = "0af7651916cd43dd8448eb211c80319c"
+    try:
+        packages, _ = history(tmp_path)
+        endpoint = f"http://127.0.0.1:{collector.server_port}/v1/traces"
+        options = ("--backend", "history", "--max-model-len", "512", "--otlp-endpoint", endpoint)
+        with serving(tmp_path, *options, packages=[packages]) as server:
+            body = {"prompt": "a", "max_tokens": 7, "ignore_eos": True, "temperature": 0.5, "seed": 3}
+            headers = {"traceparent": f"00-{trace_id}-b7ad6b7169203331-01"}
+            answer = server.client.post("/v1/completions", json=body, headers=headers).json()
+            server.post(prompt="a", deadline=0.0)
+            assert server.stop() == 0  # by then all are exported
+    finally:
+        collector.shutdown()
+        thread.join()
+        collector.server_close()
+    spans = [span for one in got for resource in one.resource_spans for scope in resource.scope_spans for span in scope.spans]
+    first, late = sorted(spans, key=lambda span: span.start_time_unix_nano)
+    facts = {attribute.key: attribute.value for attribute in first.attributes}
+    assert (first.trace_id.hex(), first.name) == (trace_id, "text_completion tiny-llama")
+    assert facts["gen_ai.response.id"].string_value == answer["id"]
+    assert facts["gen_ai.usage.output_tokens"].int_value == facts["gen_ai.request.max_tokens"].int_value == 7
+    assert facts["gen_ai.usage.input_tokens"].int_value == answer["usage"]["prompt_tokens"]
+    assert facts["gen_ai.request.temperature"].double_value == 0.5
+    assert [each.string_value for each in facts["gen_ai.response.finish_reasons"].array_value.values] == ["length"]
+    whole = (first.end_time_unix_nano - first.start_time_unix_nano) * 1e-9
+    assert 0 < facts["gen_ai.response.time_to_first_chunk"].double_value <= whole
+    assert {each.key: each.value.string_value for each in late.attributes}["error.type"] == "timeout"
