@@ -20,13 +20,33 @@ def block_order(labels: Sequence[str], number: int, seed: int) -> list[str]:
     return drawn if number % 2 == 0 else drawn[::-1]
 
 
+def first_look(config: MeasureConfig, comparisons: int) -> int | None:
+    """After how many blocks a run of so many comparisons may first end by what it found; None if only at its last."""
+    fewest = max(config.blocks, fewest_blocks(comparisons, config.confidence))
+    first = fewest + fewest % 2
+    return first if first < config.most_blocks else None
+
+
+def level(config: MeasureConfig, comparisons: int, ended: bool) -> float:
+    """The greatest p value of a difference on which not all blocks agree, in a run that has `ended` or only looks whether to.
+
+    To look more often must not mean to be wrong more often. Until a run has ended, then, all blocks must agree. Of engines
+    that do not differ they do so with probability 2^(1 - n), which is spent once, at the first look: blocks that all agree at a
+    later one did so then. The end has the rest of 1 - confidence.
+    """
+    first = first_look(config, comparisons)
+    if first is None:
+        return 1 - config.confidence
+    return 1 - config.confidence - comparisons * 2.0 ** (1 - first) if ended else 0.0
+
+
 def reason_to_stop(
-    config: MeasureConfig, done: int, elapsed: float, longest: float, comparisons: int, width: Callable[[], float]
+    config: MeasureConfig, done: int, elapsed: float, longest: float, comparisons: int, settled: Callable[[], bool]
 ) -> str | None:
     """Why no block follows the `done` that took `elapsed` seconds, the longest of them `longest`; None if one does.
 
-    `width` finds that of the widest interval of the `comparisons` ratios. It is asked only where it decides: after an even
-    number of blocks, `config.blocks` at least, of which a difference can be told.
+    `settled` tells whether every interval of the `comparisons` ratios is narrow, and none shows a difference that is yet to be
+    proven. It is asked only where it decides: after an even number of blocks, from the first look on.
     """
     if done < min(ALWAYS, config.blocks):
         return None
@@ -38,6 +58,7 @@ def reason_to_stop(
         return f"the budget of {config.budget_s:g} s was used up after {done} blocks"
     if not extra or done % 2 == 1:
         return None
-    if done >= fewest_blocks(comparisons, config.confidence) and width() <= config.precision:
+    first = first_look(config, comparisons)
+    if first is not None and done >= first and settled():
         return f"after {done} blocks every interval of a ratio was narrower than {config.precision:g}"
     return None

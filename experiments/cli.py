@@ -8,17 +8,19 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib import resources
+from dataclasses import fields
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from common.config import expect
+from common.config import EngineConfig, expect
 from common.errors import TandemError, nearest_hint
 from experiments.fail_if import Condition, violations
 from experiments.isolate import EngineFailure
@@ -34,6 +36,11 @@ INTERRUPTED = 130
 READER_GONE = 128 + signal.SIGPIPE
 ROOT_OPTIONS = ("engine", "engines", "peers", "model", "workload", "kernels", "dtype", "seed", "device", "fail_if")
 """Overrides at the root that stay as they are from version to version."""
+ENGINE_OPTIONS = frozenset(field.name for field in fields(EngineConfig))
+IN_BRACES = (
+    "This command runs several engines, so each takes its options in braces: "
+    "'engines=[{name:jax,max_num_seqs:4},{name:torch,max_num_seqs:4}]'."
+)
 
 
 def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
@@ -46,6 +53,11 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
         Plugins.instance().class_name_to_class[f"hydra_plugins.tandem.{plugin.__name__}"] = plugin
     if value := torn(sys.argv[1:]):
         fail(f"No spaces inside […], or quote the word: {shlex.quote(value)}", USER_ERROR)
+    if unknown := next((word for word in sys.argv[1:] if word.startswith("--") and not hydras(word)), None):
+        fail(no_such_flag(unknown), USER_ERROR)
+    if "--version" in sys.argv[1:]:
+        print(f"tandem {metadata.version('tandem-infer')}")
+        return
     sys.argv[1:] = [piece for argument in sys.argv[1:] for piece in spell_out_model(set_not_added(argument))]
 
     composed = False
@@ -113,6 +125,20 @@ def conclude(conditions: Sequence[Condition], result: Mapping[str, Any], reporte
         fail(f"The report could not be made; all else is there. Try again: {again}", FAILURE)
 
 
+def hydras(word: str) -> bool:
+    """Whether an option that starts with dashes is one of Hydra's, be it shortened, or asks for the version of ours."""
+    known = [name for action in get_args_parser()._actions for name in action.option_strings]
+    return any(name.startswith(word.partition("=")[0]) for name in ("--version", *known))
+
+
+def no_such_flag(word: str) -> str:
+    name = word.lstrip("-").partition("=")[0]
+    hint = nearest_hint(name, [*ROOT_OPTIONS, "measure", "sweep", "runs", "report"])
+    return (
+        f"There is no option {word!r}.{hint} Options are written without dashes, as in model=smollm2-135m; --help lists them."
+    )
+
+
 def torn(words: Sequence[str]) -> str | None:
     """The override with spaces in its brackets that a shell has made several words of, as one again; None if there is none."""
     for start, word in enumerate(words):
@@ -160,6 +186,8 @@ def explain(error: BaseException) -> str:
         if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and isinstance(cause.parent_node, DictConfig):
             known = [str(key) for key in cause.parent_node if key != "hydra"]
             name = str(cause.key)
+            if "engines" in cause.parent_node and (name == "engine" or name in ENGINE_OPTIONS):
+                return IN_BRACES
             hint = level_hint(name, cause.parent_node) or nearest_hint(name, known)
             return f"Unknown option {cause.full_key!r}.{hint} Known here: {', '.join(known) or 'none'}."
         if several := re.match(r"Ambiguous value for argument '(?P<key>[^=]+)=(?P<values>.*)'$", str(cause), re.MULTILINE):

@@ -42,11 +42,12 @@ class EngineSpec:
 
 
 def engine_spec(options: DictConfig, label: str | None = None) -> EngineSpec:
-    """Check the composed group `engine`."""
+    """Check the composed group `engine`. Raises `BackendError` where what runs it is not installed."""
     values: dict[str, Any] = dict(resolved(options))
     name = values.pop("name")
     expect(isinstance(name, str), f"engine.name must be the name of an engine, such as jax, got {name!r}.")
     own = own_options(name, values)
+    interpreter(name)
     engine = EngineConfig.of(**{key: value for key, value in values.items() if key not in own})
     expect(
         not (engine.compile and engine.kernels == "native") or name in PEERS,  # a peer has kernels of its own
@@ -72,7 +73,7 @@ def own_options(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def engine_specs(config: DictConfig) -> list[EngineSpec]:
     """Expand `engines`, then `peers`: lists of names or of mappings with a name. Each takes its group's defaults, then its own
-    options. Raises `BackendError` for one that has no interpreter to run it."""
+    options."""
     values = resolved(config)
     engines, peers = values["engines"], values["peers"]
     expect(isinstance(engines, list) and len(engines) >= 1, f"engines must be a list such as [jax,torch], got {engines!r}.")
@@ -96,7 +97,6 @@ def engine_specs(config: DictConfig) -> list[EngineSpec]:
         count = 1 + labels.count(label)
         labels.append(label)
         specs.append(engine_spec(composed, f"{label}-{count}" if count > 1 else label))
-        interpreter(name)
     return specs
 
 
@@ -170,7 +170,7 @@ class MeasureConfig:
     warmup_requests: int
     warmup_output_len: int
     limits_s: float
-    max_blocks: int = 12
+    max_blocks: int = 20
     precision: float = 0.04
     """Width of the interval of a ratio that is narrow enough."""
     confidence: float = Criteria.confidence

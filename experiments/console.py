@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from common.interface import Progress as Callback
-from experiments.metrics import BUSY, COARSE_S
+from experiments.metrics import LIMITED
 
 LINE_PERIOD_S = 10.0
 COLOURS = {"faster": "bold cyan", "slower": "bold magenta", "equivalent": "bold green", "undecided": "bold yellow"}
@@ -31,7 +31,8 @@ GROUPS = (
         ("num_steps", "steps"),
     ),
     (
-        ("mean_queue_ms", "queue mean, ms"),
+        ("mean_queue_ms", "sent late mean, ms"),
+        ("mean_admission_ms", "admission mean, ms"),
         ("mean_ttft_ms", "TTFT mean, ms"),
         ("median_ttft_ms", "TTFT median, ms"),
         ("p99_ttft_ms", "TTFT p99, ms"),
@@ -60,6 +61,7 @@ GROUPS = (
         ("num_preemptions", "preemptions"),
     ),
     (
+        ("kernels", "kernels"),
         ("weights_mb", "weights in this dtype, MB"),
         ("kv_pool_mb", "KV pages, MB"),
         ("rss_mb", "memory after warm-up, MB"),
@@ -185,16 +187,19 @@ def print_table(
     for label, figures in engines.items():
         for reason in figures["contaminated"]:
             console.print(f"[bold red]contaminated[/] {escape(label)}: {escape(reason)}.", highlight=False)
-        if (share := figures.get("foreign_cpu_share") or 0) > BUSY and (figures.get("duration") or 0) <= COARSE_S:
-            console.print(
-                f"{escape(label)}: {share:.0%} of the processors for others, but too short a time to judge by.", style="dim"
-            )
+        for reason in figures.get("unsure") or ():
+            console.print(f"{escape(label)}: {escape(reason)}.", style="dim", highlight=False)
 
 
 def figure(key: str, figures: Mapping[str, Any]) -> str:
-    """A figure of an engine: a share in per cent, a percentile in brackets if it has fewer samples than it needs."""
+    """A figure of an engine: a word as it is, a share in per cent, a percentile of fewer samples than it needs in brackets."""
     value = figures.get(key)
-    text = f"{value:.2%}" if value is not None and key.endswith(("_share", "_rate")) else number(value)
+    if isinstance(value, str):
+        return value
+    if value is not None and math.isfinite(value) and (key in LIMITED or key.endswith(("_share", "_rate"))):
+        text = f"{value:.1%}" if key in LIMITED else f"{value:.2%}"
+    else:
+        text = number(value)
     return f"({text})" if key in (figures.get("unsupported") or ()) else text
 
 

@@ -4,12 +4,14 @@
 requests and its steps are recorded; both repeat them, on the first one's tokens, and whole rows of logits are compared. The
 first step whose logits are farther apart than rounding explains is repeated with its insides shown, and held against float64. A
 choice that differs where nothing exceeds the tolerance is a tie if the float64 margin is within the measured error. Both work
-with the first one's pages and budgets. The last line of standard output is one JSON object, kept as `diverge.json` in RUN.
+with the first one's pages and budgets. The last line of standard output is one JSON object, kept in RUN as `diverge-1.json`,
+the next as `diverge-2.json`, and named in RUN's report.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,12 +30,14 @@ from experiments.agreement import SHAPE, record, small
 from experiments.cli import launch, torn
 from experiments.config import EngineSpec, engine_specs, resolved
 from experiments.console import Narrator, number, print_json, wide_console
+from experiments.findings import findings_of
 from experiments.isolate import IsolatedEngine
-from experiments.job import is_whole
+from experiments.job import JOBS, is_whole
 from experiments.localise import Finding
 from experiments.measure import Plan, make_plan
 from experiments.observe import Compared
 from experiments.reference import NumpyModel
+from experiments.results import is_sweep
 from experiments.rundir import write_json
 from experiments.search import LOGITS, LOOKS, Search, Trace
 from experiments.workload import Workload
@@ -53,8 +57,14 @@ def run(config: DictConfig) -> None:
     with Narrator() as narrator, TemporaryDirectory(prefix="diverge-", dir=directory) as scratch:
         result = search(plan, specs, asked, dtype, directory, Path(scratch), narrator)
     result["said"] = " ".join(filter(None, [sentence(result), windows_of(recorded, directory, dtype)]))
-    write_json(directory / "diverge.json", result)
-    print_finding(result)
+    number = 1 + max(findings_of(directory), default=0)
+    file = directory / f"diverge-{number}.json"
+    write_json(file, result)
+    print_finding(result, file.name)
+    if (directory / "report.html").exists():
+        from experiments.report import make_report  # matplotlib, for which nobody else should wait
+
+        make_report(directory)
     print_json(result)
 
 
@@ -67,6 +77,10 @@ def newest_run() -> str:
 def recorded_run(directory: Path, config: DictConfig) -> tuple[DictConfig, list[EngineSpec]]:
     """The configuration of a run, and the two engines that are wanted. Raises `ConfigError` for a folder that is no run."""
     file = directory / "config.yaml"
+    if is_sweep(directory):
+        jobs = [path for path in sorted((directory / JOBS).iterdir()) if is_whole(path)]
+        which = f"such as {shlex.quote(str(jobs[0]))}" if jobs else "but none has ended yet"
+        expect(False, f"{directory} is a sweep; give the directory of one of its jobs, {which}.")
     expect(file.is_file(), f"{directory} is no run directory: it has no config.yaml. Give one that compare has made.")
     recorded = OmegaConf.load(file)
     assert isinstance(recorded, DictConfig)
@@ -122,7 +136,7 @@ def search(
     scratch: Path,
     narrator: Narrator,
 ) -> dict[str, Any]:
-    """The whole of it: both engines in processes of their own; what `diverge.json` holds, but for the sentence."""
+    """The whole of it: both engines in processes of their own; what is written, but for the sentence."""
     share = plan.workload.share(*asked)
     first, second = (small(spec, len(share.items), dtype) for spec in specs)
     second = replace(second, config=replace(second.config, **{name: getattr(first.config, name) for name in SHAPE}))
@@ -232,7 +246,7 @@ def shown(value: float | None) -> str:
     return "a value that is not finite" if value is None else f"{value:.1e}"
 
 
-def print_finding(result: Mapping[str, Any]) -> None:
+def print_finding(result: Mapping[str, Any], file: str) -> None:
     console = wide_console()
     colour = {"defect": "red", "undecided": "yellow"}.get(result["verdict"], "green")
     console.print(f"[bold {colour}]{result['verdict']}[/]: {result['said']}", highlight=False)
@@ -254,12 +268,19 @@ def print_finding(result: Mapping[str, Any]) -> None:
     if table.columns:
         console.print(table)
     if (judged := len(result["choices"])) > SHOWN:
-        console.print(f"[dim]The first {SHOWN} of the {judged} judged; all {judged} are in diverge.json.[/]", highlight=False)
+        console.print(f"[dim]The first {SHOWN} of the {judged} judged; all {judged} are in {file}.[/]", highlight=False)
 
 
 def main() -> None:
-    sys.argv[1:] = positional(sys.argv[1:])
+    sys.argv[1:] = positional([quoted(argument) for argument in sys.argv[1:]])
     launch(run, "diverge")
+
+
+def quoted(argument: str) -> str:
+    """`engines=[…]` with the labels in it that hold an equals sign in quotes, as Hydra's grammar wants them."""
+    if not argument.startswith("engines="):
+        return argument
+    return re.sub(r"(?<=[\[,])(\s*)([\w.+-]+(?:=[\w.+-]+)+)(?=\s*[,\]])", r'\1"\2"', argument)
 
 
 def positional(arguments: Sequence[str]) -> list[str]:
@@ -269,8 +290,8 @@ def positional(arguments: Sequence[str]) -> list[str]:
     before = ["", *arguments]  # what follows an option is its value
     bare = lambda i, a: not a.startswith("-") and not before[i].startswith("--config") and ("=" not in a or Path(a).is_dir())  # noqa: E731
     place = next((i for i, argument in enumerate(arguments) if bare(i, argument)), None)
-    quoted = lambda path: "run='" + path.replace("\\", "\\\\").replace("'", "\\'") + "'"  # noqa: E731
-    return [quoted(argument) if i == place else argument for i, argument in enumerate(arguments)]
+    run_at = lambda path: "run='" + path.replace("\\", "\\\\").replace("'", "\\'") + "'"  # noqa: E731
+    return [run_at(argument) if i == place else argument for i, argument in enumerate(arguments)]
 
 
 if __name__ == "__main__":

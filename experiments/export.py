@@ -7,6 +7,7 @@ over all `vllm/summary.csv`: what `vllm bench sweep serve` leaves, and `vllm ben
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -148,9 +149,12 @@ def peaks(rows: Sequence[Record]) -> Record:
 
 def main() -> None:
     """`python -m experiments.export RUN_OR_SWEEP`: prints the files that it wrote."""
+    parser = argparse.ArgumentParser(prog="experiments.export", description="Write a run or a sweep as vllm bench would.")
+    parser.add_argument(
+        "directory", type=Path, help="the folder of a run (it holds results.json) or of a sweep (it holds jobs)"
+    )
     try:
-        expect(len(sys.argv) == 2, "Give one run or sweep: python -m experiments.export runs/sweeps/NAME")
-        files = export(sys.argv[1])
+        files = export(parser.parse_args().directory)
     except TandemError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR)

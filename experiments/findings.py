@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import shlex
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -136,18 +138,37 @@ def in_float32(results: Mapping[str, Any], more: str = "") -> Verdict:
     return Verdict("bad", str(wrong), "divergences that rounding does not explain", said + more)
 
 
+def findings_of(directory: Path) -> dict[int, Path]:
+    """What `experiments.diverge` has left in a run, by number."""
+    found = ((re.fullmatch(r"diverge-(\d+)\.json", file.name), file) for file in directory.iterdir())
+    return dict(sorted((int(match[1]), file) for match, file in found if match))
+
+
+def divergences(run: RunFiles) -> Iterator[Verdict]:
+    """What `experiments.diverge` found, each time it was asked."""
+    tones: Mapping[str, Tone] = {"defect": "bad", "undecided": "warn"}
+    for file in findings_of(run.directory).values():
+        found = json.loads(file.read_text())
+        against = f"{' and '.join(found['engines'])} in {found['dtype']}"
+        yield Verdict(
+            tones.get(found["verdict"], "good"), found["verdict"].capitalize(), against, f"{found['said']} ({file.name})"
+        )
+
+
 def plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def notices(run: RunFiles) -> Iterator[Notice]:
-    """Failures with the end of their logs, then what contaminated the rest."""
+    """Failures with the end of their logs, then what contaminated the rest, or may have."""
     for label, failure in (run.results.get("failures") or {}).items():
         name, message = str(failure.get("log") or f"{label}.log"), str(failure.get("message") or "")
         yield Notice("bad", f"{label} failed: {failure.get('kind') or 'error'}", message, log_end(run.directory, name))
     for label, mine in run.engines.items():
         for reason in mine.get("contaminated") or ():
             yield Notice("warn", f"{label} is contaminated", f"{reason}.")
+        for reason in mine.get("unsure") or ():
+            yield Notice("calm", f"{label} may be contaminated", f"{reason}.")
 
 
 def log_end(directory: Path, log: str) -> str:

@@ -28,7 +28,7 @@ from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from experiments.cli import USER_ERROR, explain, spell_out_model
 from experiments.config import engine_spec, resolved
-from experiments.console import FIGURES, number
+from experiments.console import FIGURES, figure
 from experiments.isolate import EngineFailure
 from experiments.records import read_rows, read_steps
 from experiments.results import RunFiles, open_run
@@ -185,7 +185,7 @@ class Run:
         """Title, sentences and figures, as they are shown."""
         engines, results = self.files.engines, self.results
         rows = [
-            (name, *(number(figures.get(key)) for figures in engines.values()))
+            (name, *(figure(key, figures) for figures in engines.values()))
             for key, name in FIGURES
             if any(figures.get(key) is not None for figures in engines.values())
         ]

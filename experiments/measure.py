@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from omegaconf import DictConfig
 from common.config import expect
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
-from experiments.blocks import block_order, reason_to_stop
+from experiments.blocks import block_order, level, reason_to_stop
 from experiments.config import EngineSpec, MeasureConfig, resolved
 from experiments.console import Narrator
 from experiments.drive import Window
 from experiments.isolate import EngineFailure, IsolatedEngine
-from experiments.metrics import contaminations, output_throughput, summarize
+from experiments.metrics import contaminations, output_throughput, summarize, unsure
 from experiments.profiled import Profile
 from experiments.roofline import Limits, bandwidth_probe, better, efficiency, measure_limits, weights_bytes
 from experiments.statistics import Comparison, compare_all
@@ -146,10 +147,17 @@ class Outcome:
             narrator.alarm(failure.message)
             engine.close()
 
-    def compared(self, plan: Plan) -> dict[str, Comparison]:
+    def compared(self, plan: Plan, ended: bool) -> dict[str, Comparison]:
         """Each survivor but the first with that one, by what has been measured so far."""
         throughputs = {label: [output_throughput(window) for window in self.windows[label]] for label in self.survivors}
-        return compare_all(throughputs, plan.measure.criteria, plan.seed) if throughputs else {}
+        if len(throughputs) < 2:
+            return {}
+        return compare_all(throughputs, plan.measure.criteria, plan.seed, level(plan.measure, len(throughputs) - 1, ended))
+
+    def settled(self, plan: Plan) -> bool:
+        """Whether every interval is narrow, and none shows a difference that is yet to be proven."""
+        found = self.compared(plan, ended=False).values()
+        return all(each.width <= plan.measure.precision and not each.unproven for each in found)
 
 
 def measure(plan: Plan, directory: Path, narrator: Narrator) -> Outcome:
@@ -175,9 +183,10 @@ def measure(plan: Plan, directory: Path, narrator: Narrator) -> Outcome:
             figures |= window_figures(outcome.windows[label], plan, engine.spec, here)
             figures["limits"] = before and after and {"before": before.summary(), "after": after.summary()}
             figures["contaminated"] = contaminations(figures, plan.shares_prefixes)
+            figures["unsure"] = unsure(figures)
         if plan.measure.profile:
             profile_engines(outcome, engines, plan, narrator)
-    outcome.comparisons = outcome.compared(plan)
+    outcome.comparisons = outcome.compared(plan, ended=True)
     return outcome
 
 
@@ -185,12 +194,12 @@ def run_blocks(outcome: Outcome, engines: Mapping[str, IsolatedEngine], plan: Pl
     """Run blocks until there is a reason to stop. Nothing is computed or drawn while a window runs."""
     config = plan.measure
     probe: Probe = sparing(bandwidth_probe(config.limits_s / 2)) if config.limits_s else lambda: None
-    widest = lambda: max(comparison.width for comparison in outcome.compared(plan).values())  # noqa: E731
+    settled = lambda: outcome.settled(plan)  # noqa: E731
     bandwidth = probe()
     begin, longest = time.perf_counter(), 0.0
     while outcome.survivors:
         done, start = len(outcome.order), time.perf_counter()
-        if stopped := reason_to_stop(config, done, start - begin, longest, len(outcome.survivors) - 1, widest):
+        if stopped := reason_to_stop(config, done, start - begin, longest, len(outcome.survivors) - 1, settled):
             outcome.stopped = stopped
             break
         order = [label for label in block_order(list(engines), done, plan.seed) if label in outcome.survivors]
@@ -264,7 +273,8 @@ def window_figures(windows: Sequence[Window], plan: Plan, spec: EngineSpec, limi
 def figure_names(plan: Plan) -> list[str]:
     """Every figure that a row can have, known before anything runs."""
     named = window_figures([], plan, plan.engines[0], None)
-    return [*named, "device", "load_s", "warmup_s", *LOADED, "weights_mb", "peak_rss_mb", "limits", "contaminated"]
+    loaded = ("device", "kernels", "load_s", "warmup_s", *LOADED, "weights_mb", "peak_rss_mb")
+    return [*named, *loaded, "limits", "contaminated", "unsure"]
 
 
 def machine_limits(config: MeasureConfig, narrator: Narrator) -> Limits | None:
@@ -285,7 +295,10 @@ def prepare(engine: IsolatedEngine, plan: Plan, narrator: Narrator) -> dict[str,
     warmup = loaded["warmup_s"] + time.perf_counter() - start
     memory = {name: loaded[name] for name in LOADED}
     memory["weights_mb"] = weights_bytes(plan.checkpoint.config, engine.spec.config.dtype) / 2**20
-    return {"device": loaded["caps"]["device"], "load_s": loaded["load_s"], "warmup_s": warmup} | memory
+    caps = loaded["caps"]
+    ours = util.find_spec(f"{engine.spec.name}infer")  # what outside engines compute by is their own
+    kernels = ", ".join(caps["kernels"]) if ours else None
+    return {"device": caps["device"], "kernels": kernels, "load_s": loaded["load_s"], "warmup_s": warmup} | memory
 
 
 def setting(config: DictConfig, plan: Plan) -> dict[str, Any]:

@@ -196,3 +196,11 @@ def contaminations(figures: Mapping[str, Any], shares_prefixes: bool, relied_on:
             percent = int(name[1:].partition("_")[0])
             reasons.append(f"{name} rests on fewer than the {needed(percent)} samples that it needs")
     return reasons
+
+
+def unsure(figures: Mapping[str, Any]) -> list[str]:
+    """What would contaminate figures, were the time long enough to judge by."""
+    share, duration = figures.get("foreign_cpu_share") or 0, figures.get("duration") or 0
+    if share > BUSY and duration <= COARSE_S:
+        return [f"other programs used {share:.0%} of the processors, but that is too short a time to judge by"]
+    return []

@@ -84,7 +84,7 @@ def request_events(row: Mapping[str, Any], pid: int, begin: float) -> Iterator[d
     }
     if isinstance(row["error"], str):
         args["error"] = row["error"]
-    phases = [("queued", row["scheduled"], sent)]
+    phases = [("sent late", row["scheduled"], sent)]
     if len(times):
         started = row["started"] if told(row, "started") else sent
         phases += [("admission", sent, started), ("prefill", started, times[0]), ("decode", times[0], last)]

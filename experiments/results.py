@@ -142,7 +142,8 @@ def rows_of_run(run: RunFiles, job: Job | None, overrides: Mapping[str, Any]) ->
     rows = []
     for label in dict.fromkeys((*run.engines, *failures)):
         failure = failures.get(label) or (job.failure if job else None)
-        figures = shared | scalars(run.engines.get(label, {})) | against(run.results, label)
+        mine = run.engines.get(label, {})
+        figures = shared | scalars(mine) | joined(mine) | against(run.results, label)
         figures = {name: value for name, value in figures.items() if name not in ("run", "engine")}
         status = {"status": "failed" if failure else "ok", "failure": said(failure), "engine": label}
         rows.append({**overrides, **status, **figures})
@@ -154,6 +155,11 @@ def against(results: Mapping[str, Any], label: str) -> dict[str, Any]:
     comparison = (results.get("comparisons") or {}).get(label) or {}
     wanted = {"ratio": "ratio", "low": "ratio_low", "high": "ratio_high", "p_value": "p_value", "verdict": "verdict"}
     return {name: comparison[key] for key, name in wanted.items() if key in comparison}
+
+
+def joined(figures: Mapping[str, Any]) -> dict[str, str]:
+    """What must be known of an engine's figures, each in one cell."""
+    return {key: "; ".join(figures[key]) for key in ("contaminated", "unsure", "unsupported") if figures.get(key)}
 
 
 def scalars(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from experiments.console import FIGURES
-from experiments.findings import correctness, notices, open_loop, plural, speed
+from experiments.findings import correctness, divergences, notices, open_loop, plural, speed
 from experiments.glossary import GLOSSARY
 from experiments.page import Page, known
 from experiments.results import RunFiles
@@ -41,7 +41,7 @@ def run_page(run: RunFiles) -> tuple[Page, pd.DataFrame, pd.DataFrame]:
         kind="comparison" if len(engines) > 1 else "run",
         title=title(run.results, engines),
         facts=facts(run),
-        verdicts=[*speed(run, paced), *correctness(run)],
+        verdicts=[*speed(run, paced), *correctness(run), *divergences(run)],
         notices=list(notices(run)),
         summary=figures_table(run.engines, [row for row in FIGURES if row[0] in SUMMARY], run.results.get("comparisons")),
         sections=sections(run, rows, steps, paced),
@@ -63,7 +63,7 @@ def facts(run: RunFiles) -> list[str]:
     told = {
         "{}": results.get("model"),
         "{} ": results.get("dtype"),
-        "{} kernels": results.get("kernels"),
+        "{} kernels": kernels(run),
         "workload {}": results.get("workload"),
         "{} requests": results.get("num_prompts"),
         "{}   ": plural(blocks, "block") if blocks else None,
@@ -72,6 +72,12 @@ def facts(run: RunFiles) -> list[str]:
         "on {}": run.environment.get("cpu"),
     }
     return [form.format(value).strip() for form, value in known(told).items()]
+
+
+def kernels(run: RunFiles) -> str | None:
+    """Those that ran, where all engines of ours that tell had the same; else what was asked for."""
+    ran = {mine["kernels"] for mine in run.engines.values() if mine.get("kernels")}
+    return ran.pop() if len(ran) == 1 else run.results.get("kernels")
 
 
 def command(environment: Mapping[str, Any]) -> str:

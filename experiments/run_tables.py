@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from common.interface import KernelEvent
-from experiments.console import number
+from experiments.console import figure, number
 from experiments.page import Table, known
 from experiments.profiled import own_seconds
 
@@ -37,7 +37,7 @@ def figures_table(
     rows = [
         (
             goodput(engines) or name if key == "goodput" else name,
-            *(told(mine, key) for mine in engines.values()),
+            *(figure(key, mine) for mine in engines.values()),
         )
         for key, name in figures
         if any(mine.get(key) is not None for mine in engines.values())
@@ -54,13 +54,6 @@ def goodput(engines: Mapping[str, Mapping[str, Any]]) -> str:
     slo: Mapping[str, float] = next((mine["slo"] for mine in engines.values() if mine.get("slo")), {})
     limits = [f"{LIMITS.get(name, name)} ≤ {limit:g} ms" for name, limit in slo.items() if limit is not None]
     return f"goodput: requests/s with {', '.join(limits)}" if limits else ""
-
-
-def told(mine: Mapping[str, Any], key: str) -> str:
-    figure = mine.get(key)
-    if not isinstance(figure, (int, float)):
-        return "–"
-    return f"({number(figure)})" if key in (mine.get("unsupported") or ()) else number(figure)
 
 
 def interval(found: Mapping[str, Any]) -> str:

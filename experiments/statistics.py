@@ -60,6 +60,8 @@ class Comparison:
     p_adjusted: float | None
     """The same, after Benjamini and Hochberg over all comparisons of the run."""
     verdict: Verdict
+    unproven: bool
+    """Whether the interval shows a difference that the sign-flip test does not bear out."""
     blocks: int
     interval: Literal["t", "bca"] | None
     block_ratios: tuple[float, ...]
@@ -72,9 +74,15 @@ class Comparison:
         return math.inf if self.low is None or self.high is None else self.high - self.low
 
 
-def compare_all(throughputs: Mapping[str, Sequence[float | None]], criteria: Criteria, seed: int) -> dict[str, Comparison]:
+def compare_all(
+    throughputs: Mapping[str, Sequence[float | None]], criteria: Criteria, seed: int, level: float | None = None
+) -> dict[str, Comparison]:
     """Each engine but the first against the first. `throughputs` by label and block; a block in which either has none is left
-    out. With several comparisons the intervals are widened by `shared_confidence`."""
+    out. With several comparisons the intervals are widened by `shared_confidence`.
+
+    `level` is the greatest p value of a difference on which not all blocks agree, 1 - confidence unless given: a run that ends
+    when it likes has less to spend on it (`experiments.blocks.level`).
+    """
     first, *others = throughputs
     logs = {label: log_ratios(throughputs[label], throughputs[first]) for label in others}
     usable = [label for label in others if len(logs[label]) >= LEAST_BLOCKS]
@@ -87,7 +95,7 @@ def compare_all(throughputs: Mapping[str, Sequence[float | None]], criteria: Cri
         mine = logs[label]
         ratio = float(np.exp(mine.mean())) if len(mine) else None
         low, high, kind = interval(mine, confidence, seed) if label in usable else (None, None, None)
-        called = verdict(ratio, low, high, adjusted.get(label), criteria)
+        called = verdict(ratio, low, high, adjusted.get(label), criteria, None if unanimous(mine) else level)
         answer[label] = Comparison(
             against=first,
             ratio=ratio,
@@ -97,6 +105,7 @@ def compare_all(throughputs: Mapping[str, Sequence[float | None]], criteria: Cri
             p_value=p_values.get(label),
             p_adjusted=adjusted.get(label),
             verdict=called,
+            unproven=called == "undecided" and difference(ratio, low, high, criteria.equivalence) is not None,
             blocks=len(mine),
             interval=kind,
             block_ratios=tuple(np.exp(mine).tolist()),
@@ -173,23 +182,36 @@ def fewest_blocks(comparisons: int, confidence: float) -> int:
     return math.ceil(1 + math.log2(comparisons / (1 - confidence)) - 1e-9)
 
 
+def unanimous(logs: np.ndarray) -> bool:
+    """Whether in every block the same engine was the faster one."""
+    return bool(np.all(logs > 0) or np.all(logs < 0))
+
+
 def verdict(
-    ratio: float | None, low: float | None, high: float | None, p_adjusted: float | None, criteria: Criteria
+    ratio: float | None,
+    low: float | None,
+    high: float | None,
+    p_adjusted: float | None,
+    criteria: Criteria,
+    level: float | None = None,
 ) -> Verdict:
     """`equivalent` where the whole interval lies in the band [1 / (1 + equivalence), 1 + equivalence]. `faster` and `slower`
-    need three keys: the interval excludes 1, the ratio is outside the band, and the sign-flip test agrees. That is, a
-    difference is sure, matters, and does not hang on how the blocks are distributed."""
+    need three keys: the interval excludes 1, the ratio is outside the band, and the sign-flip test agrees at `level`, which
+    is 1 - confidence unless given. That is, a difference is sure, matters, and does not hang on how the blocks are
+    distributed."""
     if ratio is None or low is None or high is None or p_adjusted is None:
         return "undecided"
     band = criteria.equivalence
     if 1 / (1 + band) <= low and high <= 1 + band:
         return "equivalent"
-    agrees = p_adjusted <= 1 - criteria.confidence + 1e-9
+    agrees = p_adjusted <= (1 - criteria.confidence if level is None else level) + 1e-9
     return (agrees and difference(ratio, low, high, band)) or "undecided"
 
 
-def difference(ratio: float, low: float, high: float, band: float) -> Literal["faster", "slower"] | None:
+def difference(ratio: float | None, low: float | None, high: float | None, band: float) -> Literal["faster", "slower"] | None:
     """What the first two keys open."""
+    if ratio is None or low is None or high is None:
+        return None
     if low > 1 and ratio > 1 + band:
         return "faster"
     return "slower" if high < 1 and ratio < 1 / (1 + band) else None
@@ -218,6 +240,6 @@ def sentence(
     reason = ""
     if blocks < fewest:
         reason = f": {fewest} blocks are the fewest that can tell a difference"
-    elif low is not None and high is not None and difference(ratio, low, high, band):
+    elif difference(ratio, low, high, band):
         reason = ": the sign-flip test does not bear the interval out"
     return f"{label} against {first}: undecided {evidence}{reason}"

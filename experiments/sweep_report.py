@@ -10,12 +10,12 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.console import number
+from experiments.console import figure, number
 from experiments.figures.scatter import scatter
 from experiments.findings import log_end, plural
 from experiments.glossary import GLOSSARY
 from experiments.job import Job, read_jobs
-from experiments.page import Drawing, Notice, Page, Section, Table, Verdict
+from experiments.page import Drawing, Notice, Page, Section, Table, Tone, Verdict
 from experiments.results import open_run, sweep_table
 from experiments.run_report import command
 from experiments.run_sections import some
@@ -86,7 +86,7 @@ def cells_table(table: pd.DataFrame, swept: Sequence[str]) -> Table:
             value(row["job"]),
             value(row["engine"]),
             *(value(row[name]) for name in told),
-            *(cell(row[key]) for key, _ in shown),
+            *(cell(key, row) for key, _ in shown),
             str(row["status"]),
         )
         for row in table.to_dict("records")
@@ -94,10 +94,11 @@ def cells_table(table: pd.DataFrame, swept: Sequence[str]) -> Table:
     return Table(("job", "engine", *map(last, told), *(name for _, name in shown), "status"), rows)
 
 
-def cell(figure: Any) -> str:
-    if isinstance(figure, str):
-        return figure
-    return "–" if figure is None or pd.isna(figure) else number(float(figure))
+def cell(key: str, row: Mapping[Any, Any]) -> str:
+    few = row.get("unsupported")
+    return figure(
+        key, {key: None if pd.isna(row[key]) else row[key], "unsupported": few.split("; ") if isinstance(few, str) else ()}
+    )
 
 
 def facts(table: pd.DataFrame, environments: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -132,8 +133,12 @@ def verdicts(table: pd.DataFrame, swept: Sequence[str]) -> Iterator[Verdict]:
 
 
 def notices(folder: Path, table: pd.DataFrame, jobs: dict[str, Job]) -> Iterator[Notice]:
-    """Each failure with the end of its log."""
+    """Each failure with the end of its log, and what contaminated other cells, or may have."""
     for row in table.to_dict("records"):
+        for key, title in (("contaminated", "is contaminated"), ("unsure", "may be contaminated")):
+            if isinstance(why := row.get(key), str):
+                tone: Tone = "warn" if key == "contaminated" else "calm"
+                yield Notice(tone, f"{row['engine']} of job {value(row['job'])} {title}", f"{why}.")
         if row["status"] != "failed":
             continue
         job = jobs.get(Path(row["run"]).name)
@@ -148,9 +153,9 @@ def notices(folder: Path, table: pd.DataFrame, jobs: dict[str, Job]) -> Iterator
 
 def over(table: pd.DataFrame, engines: Sequence[str], swept: Sequence[str]) -> Iterator[Drawing | None]:
     for axis in [name for name in swept if name != "engine"][:AXES]:
-        for figure, title, unit in OVER:
-            if figure in table:
-                yield over_axis(table, engines, swept, axis, figure, title, unit)
+        for key, title, unit in OVER:
+            if key in table:
+                yield over_axis(table, engines, swept, axis, key, title, unit)
 
 
 def clouds(done: pd.DataFrame, engines: Sequence[str], swept: Sequence[str]) -> Drawing | None:

@@ -13,7 +13,7 @@ from experiments.canvas import BARS, MUTED, POINTS, colour, draw, shorten
 from experiments.console import number
 from experiments.page import Drawing, Table
 
-PHASES = (("queue", 0.16), ("admission", 0.3), ("prompt", 0.55), ("decode", 1.0))
+PHASES = (("sent late", 0.16), ("admission", 0.3), ("prompt", 0.55), ("decode", 1.0))
 """Of a request, with the strength of their colour: until it is sent, until it has a place in the batch, until its first token,
 until its last. An engine that does not tell when it gave the place has a longer prompt phase instead."""
 

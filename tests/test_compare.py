@@ -8,7 +8,7 @@ import pytest
 
 from experiments import compare, records
 from experiments.agreement import tokens_equal_share, verdict
-from experiments.blocks import block_order, reason_to_stop
+from experiments.blocks import block_order, level, reason_to_stop
 from experiments.compare import ratios
 from experiments.config import MeasureConfig
 from experiments.correctness import Agreement, Divergence
@@ -31,11 +31,11 @@ def config(blocks: int, **more: float) -> MeasureConfig:
     return MeasureConfig(**{"blocks": blocks} | fixed | more)  # type: ignore[arg-type]
 
 
-def count(config: MeasureConfig, block_s: float = 1.0, width: float = 1.0, comparisons: int = 1) -> tuple[int, str]:
-    """How many blocks of `block_s` seconds run, and why no more, where the interval stays `width` wide."""
+def count(config: MeasureConfig, block_s: float = 1.0, settled: bool = False, comparisons: int = 1) -> tuple[int, str]:
+    """How many blocks of `block_s` seconds run, and why no more, where every comparison is `settled` or stays open."""
     done = 0
     while (
-        reason := reason_to_stop(config, done, done * block_s, block_s if done else 0.0, comparisons, lambda: width)
+        reason := reason_to_stop(config, done, done * block_s, block_s if done else 0.0, comparisons, lambda: settled)
     ) is None:
         done += 1
     return done, reason
@@ -57,8 +57,8 @@ def test_two_engines_lead_about_equally_often_over_the_seeds() -> None:
 
 
 def test_blocks_go_on_by_pairs_until_the_interval_is_narrow_or_there_are_enough() -> None:
-    assert count(config(6), width=0.03) == (6, "after 6 blocks every interval of a ratio was narrower than 0.04")
-    assert count(config(7), width=0.03)[0] == 8
+    assert count(config(6), settled=True) == (6, "after 6 blocks every interval of a ratio was narrower than 0.04")
+    assert count(config(7), settled=True)[0] == 8
     assert count(config(6, max_blocks=12)) == (12, "all 12 blocks were run")
     assert count(config(6, max_blocks=9))[0] == 9
     assert count(config(30, max_blocks=30))[0] == 30
@@ -71,19 +71,27 @@ def test_without_anything_to_compare_or_with_too_few_blocks_for_it_they_are_as_m
 
 
 def test_blocks_go_on_where_fewer_could_not_tell_one_difference_among_so_many() -> None:
-    assert [count(config(6), width=0.03, comparisons=several)[0] for several in (1, 2, 3, 4)] == [6, 8, 8, 8]
-    assert count(config(6, confidence=0.99), width=0.03)[0] == 8
+    assert [count(config(6), settled=True, comparisons=several)[0] for several in (1, 2, 3, 4)] == [6, 8, 8, 8]
+    assert count(config(6, confidence=0.99), settled=True)[0] == 8
+
+
+def test_looks_on_the_way_leave_less_to_tell_a_difference_by_at_the_end() -> None:
+    assert level(config(6), 1, ended=False) == 0  # until then all blocks must agree
+    assert level(config(6), 1, ended=True) == pytest.approx(0.05 - 2 / 64)
+    assert level(config(6), 2, ended=True) == pytest.approx(0.05 - 2 * 2 / 256)  # two need eight blocks for a first look
+    for once in (config(6, max_blocks=6), config(5), config(12, max_blocks=12)):
+        assert level(once, 1, ended=True) == pytest.approx(0.05)
 
 
 def test_the_interval_is_asked_for_only_where_it_decides() -> None:
     asked = []
 
-    def widths(at: int) -> float:
+    def settled(at: int) -> bool:
         asked.append(at)
-        return 1.0
+        return False
 
     for done in range(13):
-        reason_to_stop(config(7, max_blocks=12), done, 0.0, 0.0, 1, lambda: widths(done))  # noqa: B023 - called at once
+        reason_to_stop(config(7, max_blocks=12), done, 0.0, 0.0, 1, lambda: settled(done))  # noqa: B023 - called at once
     assert asked == [8, 10]
 
 
@@ -242,6 +250,9 @@ def test_an_engine_that_samples_wrongly_is_found_out(
         ("engines=[]", "engines must be a list"),
         ("engines=history", "engines must be a list"),
         ("engine=history", "Did you mean 'engines'?"),
+        ("engine.max_num_seqs=4", "takes its options in braces"),
+        ("max_num_seqs=4", "takes its options in braces"),
+        ("--modle=tiny-llama", "There is no option '--modle=tiny-llama'. Did you mean 'model'?"),
         ("correctness.num_requests=-1", "correctness.num_requests"),
         ("correctness.tolerance=0", "correctness.tolerance"),
         ("correctness.tolerance=true", "correctness.tolerance"),

@@ -12,8 +12,9 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
+from common.errors import ConfigError
 from experiments import diverge
-from experiments.diverge import positional, print_finding, sentence, windows_of
+from experiments.diverge import positional, print_finding, quoted, recorded_run, sentence, windows_of
 from experiments.localise import Finding
 from tests.history_backend import history, last_line
 from tests.planted import LAYER, deep_model
@@ -56,12 +57,12 @@ def test_a_defect_in_a_third_backend_is_named_from_a_run_directory(
     right, wrong = result["engines"]
     assert wrong.startswith("wrong-") and found["wrong"] == [wrong] and result["verdict"] == "defect"
     assert f"layer {LAYER}, q" in result["said"] and "defect" in printed
-    assert json.loads((run / "diverge.json").read_text()) == result
+    assert json.loads((run / "diverge-1.json").read_text()) == result
     assert sorted(path.name for path in run.iterdir()) == [
         "config.yaml",
+        "diverge-1.json",
         f"diverge-{right}.log",
         f"diverge-{wrong}.log",
-        "diverge.json",
     ]
 
 
@@ -121,6 +122,20 @@ def test_the_run_stands_anywhere_among_the_overrides(tmp_path: Path) -> None:
     assert positional(["run=x", "dtype=float32"]) == ["run=x", "dtype=float32"]
 
 
+def test_a_label_with_an_equals_sign_needs_no_quotes() -> None:
+    assert quoted("engines=[jax,jax-kernels=framework]") == 'engines=[jax,"jax-kernels=framework"]'
+    for taken in ('engines=[jax,"jax-kernels=framework"]', "engines=[{name:jax,max_num_seqs:4},torch]", "dtype=float32"):
+        assert quoted(taken) == taken
+
+
+def test_a_sweep_is_refused_with_one_of_its_jobs(tmp_path: Path) -> None:
+    job = tmp_path / "jobs" / "000-abc"
+    job.mkdir(parents=True)
+    (job / "results.json").write_text("{}")
+    with pytest.raises(ConfigError, match=f"is a sweep; give the directory of one of its jobs, such as {job}"):
+        recorded_run(tmp_path, OmegaConf.create({"engines": None}))
+
+
 CHOICE = {"step": 2, "request": 1, "position": 9, "tokens": (4, 5), "margin": 1e-7, "error": 1e-6}
 
 
@@ -161,10 +176,10 @@ def test_a_run_whose_timed_tokens_part_in_another_dtype_says_where_to_look(tmp_p
 
 @pytest.mark.parametrize(("judged", "cut"), [(5, False), (6, True)])
 def test_a_table_that_is_cut_says_where_the_rest_is(judged: int, cut: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    print_finding(result(verdict="tie", choices=[CHOICE | {"justified": True}] * judged, said="…"))
+    print_finding(result(verdict="tie", choices=[CHOICE | {"justified": True}] * judged, said="…"), "diverge-3.json")
     printed = capsys.readouterr().out
     assert printed.count("tie │") == 5 and "judged ┃" in printed
-    assert ("The first 5 of the 6 judged; all 6 are in diverge.json." in printed) is cut
+    assert ("The first 5 of the 6 judged; all 6 are in diverge-3.json." in printed) is cut
 
 
 @pytest.mark.parametrize(

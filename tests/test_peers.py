@@ -25,7 +25,7 @@ from common.request import Request, SamplingParams, Status
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from common.weights.parameters import NUMPY_DTYPES
-from experiments import compare, convert
+from experiments import compare, convert, peers
 from experiments.baselines.llamacpp import LlamaCppEngine
 from experiments.baselines.vllm import VllmEngine
 from experiments.config import EngineSpec
@@ -152,6 +152,15 @@ def test_our_engines_run_in_this_environment_and_a_peer_in_its_own(tmp_path: Pat
         with pytest.raises(BackendError, match=rf"engine={name} .*\.venv-{name}.* make peers"):
             interpreter(name)
     assert interpreter_of(tmp_path, "vllm") == interpreter("vllm")
+    (tmp_path / ".venv-vllm" / "done").unlink()
+    with pytest.raises(BackendError, match=r"\.venv-vllm is not whole. Run: make peers"):
+        interpreter("vllm")
+
+
+def test_an_engine_that_lacks_its_package_is_told_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "PACKAGES", {"hf": "no_such_package"})
+    with pytest.raises(BackendError, match="engine=hf needs the package 'no_such_package'. Run: pip install"):
+        interpreter("hf")
 
 
 def interpreter_of(folder: Path, name: str) -> Path:
@@ -160,6 +169,7 @@ def interpreter_of(folder: Path, name: str) -> Path:
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
+    (folder / f".venv-{name}" / "done").touch()
     return python
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from common.config import EngineConfig
@@ -20,6 +21,8 @@ __all__ = ["Options", "build_engine"]
 def build_engine(
     checkpoint: Checkpoint, config: EngineConfig, progress: Progress | None = None, *, options: Options
 ) -> CompletionsEngine:
-    """As that of `openai_http`; weights in another form are converted once, and kept."""
+    """As that of `openai_http`; weights in another form are converted once, and kept. A server compiles unless told."""
     written = open_checkpoint(hugging_face_directory(checkpoint, config.dtype))
+    if options.command and not config.compile:
+        options = replace(options, command=[*options.command, "--enforce-eager"])
     return openai_http.build_engine(written, config, progress, options=options)
