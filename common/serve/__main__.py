@@ -22,6 +22,7 @@ from common.options import add_engine_options, engine_options, parse
 from common.serve.app import create_app
 from common.serve.front import Backends, create_front
 from common.serve.guard import JsonLines, TextLines
+from common.serve.http import Http
 from common.serve.metrics import Metrics
 from common.serve.model import ServedModel
 from common.serve.serving import Serving
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         app,
         log_config=None,
         access_log=False,
-        http="h11",  # bounds the size of headers
+        http=Http,
         ws="none",
         lifespan="on",
         proxy_headers=False,
