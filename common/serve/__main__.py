@@ -80,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         log_config=None,
         access_log=False,
         http=Http,
+        timeout_keep_alive=75,  # seconds; longer than clients keep a connection, or they send on one that is being closed
         ws="none",
         lifespan="on",
         proxy_headers=False,
