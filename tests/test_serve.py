@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -17,12 +15,10 @@ from common.text.tokenizer import Tokenizer, open_tokenizer
 from common.weights.zoo import resolve
 from experiments.baselines.openai_http import Options, build_engine
 from tests.backends import checkpoint, engine_config, make_engine
-from tests.bad_requests import CASES
 from tests.http_server import SMALL, Served, raw_request, serving
 
 MODEL = "tiny-llama"
 PROMPT = "the and of "
-LEAK = re.compile(r"0x[0-9a-f]{6,}|/usr/|/home/|/root/|site-packages|\\.py\\b|Traceback", re.IGNORECASE)
 CHAT = [{"role": "user", "content": "Say it"}]
 
 
@@ -319,39 +315,4 @@ def test_a_client_that_cancels_ends_its_request(served: Served) -> None:
         )
         next(iter(stream))
         stream.close()
-    served.wait_idle()
-
-
-def test_bad_requests_are_refused_and_hurt_nobody(served: Served) -> None:
-    """The right status and an error as OpenAI writes it, which tells nothing about the machine; while others are served."""
-    by: dict[str, Any] = {
-        "prompt": "a bystander",
-        "max_tokens": 40,
-        "seed": 1,
-        "temperature": 1.0,
-        "ignore_eos": True,
-        "logprobs": 1,
-    }
-    alone = served.complete(**by)["choices"]
-    wrong: list[str] = []
-    with ThreadPoolExecutor(1) as others:
-        bystander = others.submit(served.complete, **by)
-        for case in CASES:
-            if bystander.done():
-                assert bystander.result()["choices"] == alone
-                bystander = others.submit(served.complete, **by)
-            what = f"{case.method} {case.path} {case.body[:80]!r}"
-            answer = served.client.request(case.method, case.path, content=case.body, headers=case.headers)
-            if answer.status_code != case.status:
-                wrong.append(f"{what}: {answer.status_code} instead of {case.status}: {answer.text[:200]}")
-            elif case.method != "HEAD":
-                error = answer.json()["error"]
-                if error.keys() != {"message", "type", "param", "code"} or error["code"] != case.status or not error["message"]:
-                    wrong.append(f"{what}: {error}")
-                if LEAK.search(answer.text) or len(answer.text) > 2000:
-                    wrong.append(f"{what} leaks: {answer.text[:300]}")
-        assert bystander.result()["choices"] == alone
-    assert wrong == []
-    assert len(CASES) >= 200
-    assert served.client.get("/health").status_code == 200
     served.wait_idle()

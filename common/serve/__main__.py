@@ -22,6 +22,7 @@ from common.options import add_engine_options, add_model_options, engine_options
 from common.serve.app import create_app
 from common.serve.front import Backends, create_front
 from common.serve.guard import JsonLines, TextLines
+from common.serve.http import Http
 from common.serve.metrics import Metrics
 from common.serve.model import ServedModel
 from common.serve.profiler import Profiler
@@ -83,7 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         app,
         log_config=None,
         access_log=False,
-        http="h11",  # bounds the size of headers
+        http=Http,
+        timeout_keep_alive=75,  # seconds; longer than clients keep a connection, or they send on one that is being closed
         ws="none",
         lifespan="on",
         proxy_headers=False,

@@ -88,8 +88,7 @@ class ServedModel:
         text, token_ids = None, prompt
         if isinstance(prompt, str):
             text, token_ids = prompt, self.encode(prompt, add_special_tokens, checked=truncate is None)
-        else:
-            self.check_tokens(prompt, name)
+        expect(isinstance(token_ids, list), f"The {name} must be a text or a list of token ids, got {type(prompt).__name__}.")
         if truncate is not None:
             token_ids = token_ids[-(self.max_model_len - 1 if truncate == -1 else truncate) :]
         expect(len(token_ids) > 0, f"The {name} is empty; give at least one token.")
@@ -98,6 +97,8 @@ class ServedModel:
             f"A {name} of {len(token_ids)} tokens leaves no room for output in a context of {self.max_model_len}; "
             f"shorten it to at most {self.max_model_len - 1}.",
         )
+        if text is None:  # by now they are few
+            self.check_tokens(token_ids, name)
         return Prompt(text, token_ids)
 
     def encode(self, text: str, add_special_tokens: bool = True, *, checked: bool = True) -> list[int]:

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 MAX_PROMPTS = 1024
 MAX_INPUTS = 2048
 StopText = Annotated[str, Field(max_length=1024)]
+TokenKey = Annotated[str, Field(max_length=10)]
 NEUTRAL: dict[str, Any] = {
     "presence_penalty": 0,
     "frequency_penalty": 0,
@@ -88,8 +89,8 @@ class Sampled(Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[int] | None = None
+    logit_bias: Annotated[dict[TokenKey, float], Field(max_length=1 << 14)] | None = None
+    allowed_token_ids: Annotated[list[int], Field(max_length=1 << 18)] | None = None
     bad_words: Annotated[list[StopText], Field(max_length=1024)] | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None

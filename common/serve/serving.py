@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, Self, TypeVar
 
 from fastapi import Request as HttpRequest
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -77,6 +78,8 @@ async def read_bytes(http: HttpRequest) -> bytes:
                     raise ApiError(413, f"A body may have {MAX_BODY} bytes.", headers={"Connection": "close"})
     except TimeoutError:
         raise ApiError(408, "The body did not come in time.", headers={"Connection": "close"}) from None
+    except ClientDisconnect:
+        raise ApiError(499, "The client closed the connection.") from None
     return bytes(data)
 
 

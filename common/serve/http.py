@@ -1,0 +1,59 @@
+"""HTTP below the application: what is none is answered as any other error, and nobody may take forever over a head."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from common.serve.errors import ApiError
+from common.serve.serving import encode
+
+HEAD_PATIENCE_S = 30.0
+"""For the lines before a body, from the first byte of the connection or of its next request."""
+
+
+class Http(H11Protocol):
+    """uvicorn's protocol over h11, which bounds the size of a head."""
+
+    _giving_up: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_head(True)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._expect_head(self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0]))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._expect_head(False)
+
+    def _expect_head(self, expected: bool) -> None:
+        """Whether a head has begun, or is due on a new connection, and has not ended."""
+        if expected and self._giving_up is None:
+            late = ApiError(408, "The head of the request did not come in time.")
+            self._giving_up = self.loop.call_later(HEAD_PATIENCE_S, self._refuse, late)
+        elif not expected and self._giving_up is not None:
+            self._giving_up.cancel()
+            self._giving_up = None
+
+    def send_400_response(self, msg: str) -> None:
+        """Called where h11 has raised."""
+        error = sys.exception()
+        hint = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
+        self._refuse(ApiError(hint, f"This is not HTTP as this server reads it: {error or msg}."))
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer, unless an answer has begun, and close the connection."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = encode(error.body)
+            headers = {"Content-Type": "application/json", "Content-Length": f"{len(body)}", "Connection": "close"}
+            events = (h11.Response(status_code=error.status, headers=list(headers.items())), h11.Data(body), h11.EndOfMessage())
+            self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+        self.transport.close()

@@ -1,0 +1,137 @@
+"""Whatever is sent to the server: it answers as it should, tells nothing about the machine, and goes on to serve the others.
+
+The table is `tests/bad_requests.py`. Checkpoints and settings that are refused are tables of their own tests, all of which pass
+under `python -O` too, as the server does.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.client import HTTPResponse
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.bad_requests import BYTES, CASES, FINE, POST, Bad, http
+from tests.http_server import PATIENCE_S, SMALL, Served, history, serving, until
+
+LEAK = re.compile(r"0x[0-9a-f]{6,}|/usr/|/home/|/root/|/tmp/|site-packages|\.py\b|Traceback", re.IGNORECASE)
+BYSTANDER: dict[str, Any] = {
+    "prompt": "a bystander",
+    "max_tokens": 40,
+    "seed": 1,
+    "temperature": 1.0,
+    "ignore_eos": True,
+    "logprobs": 1,
+}
+
+
+@pytest.fixture(scope="module", params=["", pytest.param("1", marks=pytest.mark.accept)], ids=["", "-O"])
+def served(request: pytest.FixtureRequest, backend: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONOPTIMIZE", request.param)
+        with serving(tmp_path_factory.mktemp("abuse"), "--backend", backend, *SMALL) as server:
+            yield server
+
+
+@contextmanager
+def bystanders(served: Served) -> Iterator[None]:
+    """Somebody else is served all the while, with the answer that it has alone; and nothing is left over."""
+    alone = served.complete(**BYSTANDER)["choices"]
+    over = False
+
+    def go_on() -> int:
+        times = 0
+        while not over or not times:
+            assert served.complete(**BYSTANDER)["choices"] == alone
+            times += 1
+        return times
+
+    with ThreadPoolExecutor(1) as others:
+        bystander = others.submit(go_on)
+        try:
+            yield
+        finally:
+            over = True
+        assert bystander.result() > 0
+    assert served.client.get("/health").status_code == 200
+    served.wait_idle()
+
+
+def connect(served: Served) -> socket.socket:
+    where = urlsplit(served.url)
+    return socket.create_connection((where.hostname or "", where.port or 0), PATIENCE_S)
+
+
+def send(served: Served, data: bytes) -> tuple[int, str]:
+    """The status and body of what comes back for some bytes. The server may stop reading before their end."""
+    with connect(served) as connection, ThreadPoolExecutor(1) as sender:
+        sending = sender.submit(connection.sendall, data)
+        with HTTPResponse(connection) as answer:
+            answer.begin()
+            text = answer.read().decode()
+        sending.exception()
+    return answer.status, text
+
+
+def ask(served: Served, case: Bad) -> tuple[int, str]:
+    answer = served.client.request(case.method, case.path, content=case.body, headers=case.headers)
+    return answer.status_code, answer.text
+
+
+def faults(status: int, text: str, expected: int) -> str:
+    """What is wrong with a refusal; nothing if all is as it should be."""
+    if status != expected:
+        return f"{status} instead of {expected}: {text[:200]}"
+    try:
+        error = json.loads(text)["error"]
+        sound = error.keys() == {"message", "type", "param", "code"} and error["code"] == status and bool(error["message"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound or len(text) > 2000:
+        return f"no error as OpenAI writes it: {text[:300]}"
+    return f"it leaks: {text[:300]}" if LEAK.search(text) else ""
+
+
+def test_bad_requests_are_refused_and_hurt_nobody(served: Served) -> None:
+    assert len(CASES) + len(BYTES) >= 300
+    with bystanders(served):
+        wrong = {f"{case.method} {case.path} {case.body[:80]!r}": faults(*ask(served, case), case.status) for case in CASES}
+    assert {what: fault for what, fault in wrong.items() if fault} == {}
+
+
+def test_what_is_no_http_is_refused_and_hurts_nobody(served: Served) -> None:
+    with bystanders(served):
+        wrong = {what: faults(*send(served, data), status) for what, (data, status) in BYTES.items()}
+    assert {what: fault for what, fault in wrong.items() if fault} == {}
+    assert "Traceback" not in served.log.read_text()
+
+
+def test_odd_requests_are_answered(served: Served) -> None:
+    with bystanders(served):
+        answers = {f"{case.path} {case.body[:80]!r}": ask(served, case) for case in FINE}
+    assert {what: answer for what, answer in answers.items() if answer[0] != 200} == {}
+    assert all("NaN" not in text and json.loads(text)["choices"] for _, text in answers.values())
+
+
+def test_a_body_that_ends_early_is_given_up(served: Served) -> None:
+    with bystanders(served), connect(served) as connection:
+        connection.sendall(http(POST + "Content-Length: 100", b"{"))
+    until(lambda: "status=499" in served.log.read_text())
+    assert "Traceback" not in served.log.read_text()
+
+
+def test_nobody_may_take_forever_over_a_head(tmp_path: Path) -> None:
+    packages, _ = history(tmp_path)
+    with (packages / "historyinfer" / "__init__.py").open("a") as file:
+        file.write("import common.serve.http\ncommon.serve.http.HEAD_PATIENCE_S = 0.2\n")
+    with serving(tmp_path, "--backend", "history", "--max-model-len", "512", packages=[packages]) as served:
+        for beginning in (b"", b"POST /v1/comp", http(POST + "A: b")[:-2]):
+            assert faults(*send(served, beginning), 408) == ""
