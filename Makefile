@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DONE   := $(VENV)/done
 
 .DEFAULT_GOAL := help
-.PHONY: help compare test accept fuzz sanitize peers lint types clean
+.PHONY: help compare test accept fuzz sanitize peers clients lint types clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,8 @@ fuzz: $(DONE)/test $(DONE)/smollm2 $(DONE)/gemma3 ## A million random steps of t
 
 peers: .venv-vllm/done .venv-llamacpp/done ## vLLM and llama.cpp, to compare with: make compare ARGS="peers=[vllm,llamacpp]"
 
+clients: .venv-vllm/done .venv-lmeval/done ## lm-eval and vLLM's load generator, with which `make accept` drives the server
+
 # Python itself is not instrumented, so the runtimes are loaded before it. GCC misaligns frames that hold 64-byte vectors when it
 # instruments the stack: that one part is off.
 sanitize: $(DONE)/test ## The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -41,7 +43,7 @@ types: $(DONE)/test ## Type annotations
 	@$(BIN)/mypy
 
 clean: ## Remove caches and the environments; keep runs
-	rm -rf $(VENV) .venv-vllm .venv-llamacpp .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-vllm .venv-llamacpp .venv-lmeval .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is renewed when what it installs from has changed.
@@ -105,4 +107,12 @@ export VLLM_NEEDS
 	@$(PYTHON) -m venv .venv-llamacpp
 	@.venv-llamacpp/bin/python -m pip install --quiet --disable-pip-version-check \
 		--no-binary llama-cpp-python llama-cpp-python $(ISOLATE)
+	@touch $@
+
+# With the transformers that it judges by.
+
+.venv-lmeval/done: | $(BIN)/python
+	@echo "installing lm-eval into .venv-lmeval (takes minutes)"
+	@$(PYTHON) -m venv .venv-lmeval
+	@.venv-lmeval/bin/python -m pip install --quiet --disable-pip-version-check "lm_eval[api,hf]"
 	@touch $@
