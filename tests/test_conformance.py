@@ -305,7 +305,8 @@ TIMES = {
 
 def tell(server: Served) -> dict[str, float]:
     names = [f"{name}_total" for name in TOTALS.values()]
-    return {name: server.metric(name) for name in [*names, *(f"{name}_{of}" for name in TIMES.values() for of in ("sum", "count"))]}
+    names += [f"{name}_{of}" for name in TIMES.values() for of in ("sum", "count")]
+    return {name: server.metric(name) for name in names}
 
 
 def risen(server: Served, before: dict[str, float]) -> dict[str, float]:
