@@ -82,7 +82,7 @@ class StructuredOutputsParams:
                 f"choice must be a list of texts, got {self.choice!r:.80}.",
             )
             object.__setattr__(self, "choice", tuple(self.choice))
-        texts = self.choice or [text for text in (self.json, self.regex, self.grammar) if text is not None]
+        texts: Sequence[Any] = self.choice or [text for text in (self.json, self.regex, self.grammar) if text is not None]
         for text in texts:
             expect(isinstance(text, str) and text != "", f"{given[0]} must hold texts that are not empty, got {text!r:.80}.")
         size = sum(map(len, texts))
