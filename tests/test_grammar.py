@@ -26,6 +26,9 @@ from common.llm import LLM
 from common.request import MAX_GRAMMAR, Request, SamplingParams, Status, StructuredOutputsParams, TokenEvent, fan_out
 from common.schedule.batch import Batch, Mask
 from common.schedule.trace import record, replay
+from common.serve.errors import ApiError
+from common.serve.protocol import ChatRequest, parse
+from common.serve.tools import ToolCalls
 from common.text.grammar import Grammar, Grammars, Matcher
 from common.text.output import OutputText
 from common.text.tokenizer import Tokenizer, open_tokenizer
@@ -495,23 +498,23 @@ def test_a_json_object_is_one_and_streams(served: Served) -> None:
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "look_up"}}])
-def test_a_call_can_be_demanded(served: Served, choice: Any) -> None:
-    schema = {
-        "type": "object",
-        "properties": {"word": {"enum": ["tea", "coffee"]}},
-        "required": ["word"],
-        "additionalProperties": False,
-    }
+def test_a_call_of_a_tool_can_be_demanded(grammars: Grammars, tokenizer: Tokenizer, backend: str, choice: Any) -> None:
+    schema = {"type": "object", "properties": {"word": {"enum": ["tea"]}}, "required": ["word"], "additionalProperties": False}
     tools = [{"type": "function", "function": {"name": "look_up", "parameters": schema}}]
-    response = served.post(
-        "/v1/chat/completions", messages=CHAT, tools=tools, tool_choice=choice, max_tokens=300, temperature=1.0, seed=5
-    )
-    if "knows no tools" in response.text:
-        pytest.skip("the template of this model knows no tools")
-    answer = response.json()["choices"][0]
-    (call,) = answer["message"]["tool_calls"]
-    assert answer["finish_reason"] == "tool_calls" and call["function"]["name"] == "look_up"
-    jsonschema.validate(json.loads(call["function"]["arguments"]), schema)
+    body = parse(ChatRequest, json.dumps({"messages": CHAT, "tools": tools, "tool_choice": choice, "seed": 1}).encode())
+    params = body.params(200, None)
+    asked = replace(request(grammars, "a", None), params=params, grammar=grammars.compile(params.structured_outputs))
+    events = make_engine(backend, MODEL, engine_config()).run([asked])["a"]
+    plain, calls = ToolCalls().push(text_of(tokenizer, asked, events), last=True)
+    assert plain == "" and [call["function"]["name"] for call in calls] == ["look_up"]
+    assert json.loads(calls[0]["function"]["arguments"]) == {"word": "tea"}
+
+
+@pytest.mark.parametrize("choice", ["required", "any", {"type": "function", "function": {"name": "other"}}, {"type": "x"}])
+def test_a_call_that_no_tool_answers_cannot_be_demanded(choice: Any) -> None:
+    tools = [] if choice == "required" else [{"type": "function", "function": {"name": "look_up"}}]
+    with pytest.raises(ApiError, match="tool_choice"):
+        parse(ChatRequest, json.dumps({"messages": CHAT, "tools": tools, "tool_choice": choice}).encode())
 
 
 @pytest.mark.parametrize(

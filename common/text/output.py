@@ -47,7 +47,7 @@ class OutputText:
         self._params = params
         self._detokenizer = IncrementalDetokenizer(tokenizer, request.prompt_token_ids, params.skip_special_tokens)
         self._stop = StopChecker(params.stop, params.include_stop_str_in_output)
-        self._ends = {*request.eos_token_ids, *params.stop_token_ids}
+        self._ends = (*request.eos_token_ids, *params.stop_token_ids)
         self._num_tokens = 0
 
     def push(self, event: TokenEvent) -> Delta:
@@ -57,7 +57,8 @@ class OutputText:
         text, matched = "", None
         if params.detokenize:
             may_stop = self._num_tokens >= params.min_tokens
-            ended_by_id = finish is Status.FINISHED_STOP and token in self._ends and not params.include_stop_str_in_output
+            by_id = params.structured_outputs is None or token in self._ends  # else nothing can follow it
+            ended_by_id = finish is Status.FINISHED_STOP and by_id and not params.include_stop_str_in_output
             raw = "" if token is None or ended_by_id else self._detokenizer.push(token)
             if finish:
                 raw += self._detokenizer.flush()
