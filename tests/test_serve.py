@@ -254,7 +254,7 @@ def test_metrics_count_what_happened(served: Served) -> None:
     before = {name: served.metric(name) for name in ("generation_tokens_total", "prompt_tokens_total")}
     ended = served.metric("request_success_total", finished_reason="length")
     firsts = served.metric("time_to_first_token_seconds_count")
-    usage = served.complete(prompt=PROMPT, max_tokens=9, ignore_eos=True, n=2)["usage"]
+    usage = served.complete(prompt=PROMPT, max_tokens=9, ignore_eos=True, n=2, temperature=1.0)["usage"]
     assert served.metric("generation_tokens_total") - before["generation_tokens_total"] == usage["completion_tokens"] == 18
     assert served.metric("prompt_tokens_total") - before["prompt_tokens_total"] == 2 * usage["prompt_tokens"]
     assert served.metric("request_success_total", finished_reason="length") - ended == 2
