@@ -131,7 +131,7 @@ FRAMING = [
     Bad(b"prompt=the", 415, headers={"content-type": "application/x-www-form-urlencoded"}), Bad(b"{}", 415, headers={}),
     Bad(b"\x1f\x8b", 415, headers={**JSON, "content-encoding": "gzip"}), Bad(b" " * ((1 << 24) + 1), 413),
     Bad(b"", 405, method="GET"), Bad(b"", 405, method="DELETE"), Bad(b"", 404, "/v1/nothing"),
-    Bad(b"", 404, "/../../etc/passwd"), Bad(b"", 405, "/v1/models"), Bad(b"{}", 404, "/v1/embeddings"),
+    Bad(b"", 404, "/../../etc/passwd"), Bad(b"", 405, "/v1/models"), Bad(b"{}", 400, "/v1/embeddings"),
     Bad(b"", 404, "/start_profile"),
     wrong(COMPLETIONS, 404, model="other"), wrong(CHAT, 404, model="gpt-4"), wrong(COMPLETIONS, model=5),
     wrong(TOKENIZE, 404, model="other"), wrong(COMPLETIONS, 404, model="x" * 100_000),

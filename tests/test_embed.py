@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,9 @@ from common.engine import Engine
 from common.errors import RequestError
 from common.llm import LLM
 from common.request import Request, SamplingParams
-from common.schedule.trace import record
 from common.states import Pooler, Pooling, num_fitting
-from tests.backends import BACKENDS, checkpoint, engine_config, make_engine, shared_runner
+from tests.backends import BACKENDS, checkpoint, engine_config, make_engine
+from tests.history_runner import HistoryRunner
 
 MODEL, PAGES, SIZE = "tiny-llama", 40, 16
 PROMPTS = [[7], list(range(40, 90)), [3, 5], list(range(100, 117)), list(range(110, 310)), list(range(30, 95)), [9]]
@@ -122,11 +121,10 @@ def test_a_step_that_raises_costs_the_embedding_and_nobody_else(monkeypatch: pyt
     assert engine.scheduler.pool.num_free == PAGES - 1 and len(engine.hidden_states([[1, 2]])) == 1
 
 
-def test_an_engine_that_does_not_show_its_states_says_so(tmp_path: Path) -> None:
-    config = engine_config(kernels="native")
-    runner = record(shared_runner("torch", MODEL, PAGES, config), tmp_path / "trace")
+def test_an_engine_that_does_not_show_its_states_says_so() -> None:
+    runner = HistoryRunner(num_pages=PAGES, block_size=SIZE)
     with pytest.raises(RequestError, match="no embeddings"):
-        Engine(runner, config, num_pages=PAGES).hidden_states([[1]])
+        Engine(runner, engine_config(), num_pages=PAGES).hidden_states([[1]])
 
 
 def test_a_model_in_python_embeds_what_it_is_given_while_a_stream_is_open() -> None:

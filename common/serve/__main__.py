@@ -49,8 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     parser.add_argument("--uds", help=argparse.SUPPRESS)  # a socket in the file system; ends when standard input does
     parser.add_argument("--api-key", help="ask for it; None takes $TANDEM_API_KEY")
-    parser.add_argument("--admin", action="store_true", help="offer /reset_prefix_cache, and /start_profile")
-    parser.add_argument("--profile-dir", help="where /stop_profile writes a trace for Perfetto; needs --admin")
+    parser.add_argument("--admin", action="store_true", help="offer /reset_prefix_cache")
+    parser.add_argument(
+        "--profile-dir", help="with --admin: offer /start_profile and /stop_profile, which writes a trace there"
+    )
     parser.add_argument(
         "--otlp-endpoint", help="send a span for each request there: OTLP over HTTP, http://host:4318/v1/traces"
     )
@@ -132,10 +134,9 @@ def make_app(options: argparse.Namespace) -> FastAPI:
         metrics=Metrics(served[0], options.backend),
         stall_s=options.stall_s,
         log_prompts=options.log_prompts,
-        profiler=profiler,
         spans=spans,
     )
-    return create_app(serving, api_key=api_key(options), with_admin=options.admin)
+    return create_app(serving, api_key=api_key(options), with_admin=options.admin, profiler=profiler)
 
 
 def make_front(options: argparse.Namespace, backends: Sequence[str], given: Sequence[str]) -> FastAPI:

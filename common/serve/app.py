@@ -83,27 +83,25 @@ async def reset_prefix_cache(http: HttpRequest) -> Response:
     return Response()
 
 
-@admin.post("/start_profile")
-async def start_profile(http: HttpRequest) -> Response:
-    serving = Serving.of(http)
-    profiler_of(serving).start(serving.worker)
-    return Response()
+def profile_routes(serving: Serving, profiler: Profiler) -> APIRouter:
+    """Routes of a server that was told where profiles go."""
+    router = APIRouter()
+
+    @router.post("/start_profile")
+    async def start_profile() -> Response:
+        profiler.start(serving.worker)
+        return Response()
+
+    @router.post("/stop_profile")
+    async def stop_profile() -> Response:
+        return json_response({"file": await profiler.stop(serving.worker)})
+
+    return router
 
 
-@admin.post("/stop_profile")
-async def stop_profile(http: HttpRequest) -> Response:
-    """Tells the name of the trace, which lies where the server was told to put it."""
-    serving = Serving.of(http)
-    return json_response({"file": await profiler_of(serving).stop(serving.worker)})
-
-
-def profiler_of(serving: Serving) -> Profiler:
-    if serving.profiler is None:
-        raise ApiError(501, "This server was not told where profiles go: start it with --profile-dir.")
-    return serving.profiler
-
-
-def create_app(serving: Serving, *, api_key: str | None = None, with_admin: bool = False) -> FastAPI:
+def create_app(
+    serving: Serving, *, api_key: str | None = None, with_admin: bool = False, profiler: Profiler | None = None
+) -> FastAPI:
     """The application. It closes worker and model when it ends."""
 
     @asynccontextmanager
@@ -119,6 +117,8 @@ def create_app(serving: Serving, *, api_key: str | None = None, with_admin: bool
     app.state.serving = serving
     for part in (router, completions.router, chat.router, embeddings.router, tokens.router, *([admin] if with_admin else [])):
         app.include_router(part)
+    if profiler is not None:
+        app.include_router(profile_routes(serving, profiler))
     app.add_middleware(Guard, api_key=api_key)
     return app
 

@@ -21,7 +21,6 @@ from common.request import Request, SamplingParams, Status
 from common.serve.errors import ApiError, api_error, error_body
 from common.serve.metrics import Metrics
 from common.serve.model import Prompt, ServedModel
-from common.serve.profiler import Profiler
 from common.serve.protocol import B, Sampled, parse
 from common.serve.spans import Spans
 from common.serve.worker import Call, Piece, Worker
@@ -46,7 +45,6 @@ class Serving:
     stall_s: float = 30.0
     """A step that takes longer makes the server unhealthy."""
     log_prompts: bool = False
-    profiler: Profiler | None = None
     spans: Spans | None = None
 
     @classmethod
