@@ -159,7 +159,7 @@ def test_our_engines_run_in_this_environment_and_a_peer_in_its_own(tmp_path: Pat
 
 def test_an_engine_that_lacks_its_package_is_told_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "PACKAGES", {"hf": "no_such_package"})
-    with pytest.raises(BackendError, match="engine=hf needs the package 'no_such_package'. Run: pip install"):
+    with pytest.raises(BackendError, match=r"engine=hf needs the package 'no_such_package'\. Run: pip install"):
         interpreter("hf")
 
 
