@@ -61,7 +61,7 @@ GROUPS = (
         ("num_preemptions", "preemptions"),
     ),
     (
-        ("kernels", "kernels"),
+        ("kernels_used", "kernels"),
         ("weights_mb", "weights in this dtype, MB"),
         ("kv_pool_mb", "KV pages, MB"),
         ("rss_mb", "memory after warm-up, MB"),

@@ -76,7 +76,7 @@ def facts(run: RunFiles) -> list[str]:
 
 def kernels(run: RunFiles) -> str | None:
     """Those that ran, where all engines of ours that tell had the same; else what was asked for."""
-    ran = {mine["kernels"] for mine in run.engines.values() if mine.get("kernels")}
+    ran = {mine["kernels_used"] for mine in run.engines.values() if mine.get("kernels_used")}
     return ran.pop() if len(ran) == 1 else run.results.get("kernels")
 
 

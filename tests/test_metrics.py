@@ -9,7 +9,7 @@ import pytest
 
 from common.engine import StepRecord
 from experiments.drive import Row, Window
-from experiments.metrics import contaminations, summarize
+from experiments.metrics import contaminations, summarize, unsure
 from experiments.phases import steady_part
 from experiments.workload import Slo
 
@@ -269,3 +269,10 @@ def test_a_percentile_of_too_few_samples_spoils_only_what_relies_on_it() -> None
     assert contaminations(figures, shares_prefixes=False) == []
     (reason,) = contaminations(figures, shares_prefixes=False, relied_on=["p99_ttft_ms", "mean_ttft_ms"])
     assert "p99_ttft_ms rests on fewer than the 100 samples" in reason
+
+
+def test_other_programs_beside_a_short_time_are_a_doubt_and_beside_a_long_one_a_contamination() -> None:
+    for duration, doubts, spoils in ((0.5, 1, 0), (2.0, 0, 1)):
+        figures = {"foreign_cpu_share": 0.3, "duration": duration}
+        assert (len(unsure(figures)), len(contaminations(figures, False))) == (doubts, spoils)
+    assert unsure({"foreign_cpu_share": 0.01, "duration": 0.5}) == unsure({}) == []
