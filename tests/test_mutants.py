@@ -672,10 +672,14 @@ def a_prompt_is_scored_anew_after_a_preemption(patch: Patch, ran: Ran) -> None:
 
 @mutant
 def a_static_batch_takes_in_who_comes_later(patch: Patch, ran: Ran) -> None:
+    original = Scheduler._form_batch
+
     def form(self: Scheduler) -> bool:
-        ran.extend([1] if self.running and set(self.waiting) - self.batch else [])
-        self.batch |= set(self.waiting)
-        return True
+        late = set(self.waiting) - self.batch
+        if late and not all(seq.status.finished and not seq.in_flight for seq in self.batch):
+            self.batch |= late
+            ran.append(1)
+        return original(self)
 
     patch.setattr(Scheduler, "_form_batch", form)
 
