@@ -74,10 +74,18 @@ class Served:
         return [json.loads(part.removeprefix("data: ")) for part in raw.split("\n\n")[:-2]]
 
     def metric(self, name: str, **labels: str) -> float:
-        """The value of the sample `vllm:name` with these labels among its own; 0 where there is none."""
+        """The value of the sample `vllm:name` with these labels among its own; 0 where there is none. A busy engine may not
+        answer at once."""
         from prometheus_client.parser import text_string_to_metric_families
 
-        families = text_string_to_metric_families(self.client.get("/metrics").text)
+        answers: list[httpx.Response] = []
+
+        def told() -> bool:
+            answers.append(self.client.get("/metrics"))
+            return answers[-1].status_code == 200
+
+        until(told)
+        families = text_string_to_metric_families(answers[-1].text)
         samples = [s for f in families for s in f.samples if s.name == f"vllm:{name}" and labels.items() <= s.labels.items()]
         return sum(sample.value for sample in samples)
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 import json
 import re
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,7 +23,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.bad_requests import BYTES, CASES, FINE, POST, Bad, http
-from tests.http_server import PATIENCE_S, SMALL, Served, history, serving, until
+from tests.http_server import PATIENCE_S, ROOT, SMALL, Served, history, serving, until
 
 LEAK = re.compile(r"0x[0-9a-f]{6,}|/usr/|/home/|/root/|/tmp/|site-packages|\.py\b|Traceback", re.IGNORECASE)
 BYSTANDER: dict[str, Any] = {
@@ -31,6 +34,10 @@ BYSTANDER: dict[str, Any] = {
     "ignore_eos": True,
     "logprobs": 1,
 }
+
+WITHIN_S = 1.0
+REFUSALS = ("request", "config", "checkpoint", "gguf", "tokenizer", "chat", "serve_parts")
+"""Tests of what is refused at other doors than HTTP's."""
 
 
 @pytest.fixture(scope="module", params=["", pytest.param("1", marks=pytest.mark.accept)], ids=["", "-O"])
@@ -107,6 +114,18 @@ def test_bad_requests_are_refused_and_hurt_nobody(served: Served) -> None:
     assert {what: fault for what, fault in wrong.items() if fault} == {}
 
 
+def took(served: Served, case: Bad) -> float:
+    began = time.perf_counter()
+    ask(served, case)
+    return time.perf_counter() - began
+
+
+@pytest.mark.accept
+def test_every_refusal_comes_within_a_second(served: Served) -> None:
+    """In one of three attempts: the machine may have other things to do."""
+    assert [case.body[:80] for case in CASES if all(took(served, case) > WITHIN_S for _ in range(3))] == []
+
+
 def test_what_is_no_http_is_refused_and_hurts_nobody(served: Served) -> None:
     with bystanders(served):
         wrong = {what: faults(*send(served, data), status) for what, (data, status) in BYTES.items()}
@@ -135,3 +154,12 @@ def test_nobody_may_take_forever_over_a_head(tmp_path: Path) -> None:
     with serving(tmp_path, "--backend", "history", "--max-model-len", "512", packages=[packages]) as served:
         for beginning in (b"", b"POST /v1/comp", http(POST + "A: b")[:-2]):
             assert faults(*send(served, beginning), 408) == ""
+
+
+@pytest.mark.accept
+def test_nothing_is_refused_by_an_assert() -> None:
+    """Python leaves them out under -O; pytest keeps those of its tests."""
+    tests = [f"tests/test_{name}.py" for name in REFUSALS]
+    command = [sys.executable, "-O", "-m", "pytest", "-m", "not accept", "-W", "ignore::pytest.PytestConfigWarning", *tests]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:]
