@@ -21,7 +21,7 @@ from pydantic import BaseModel
 from common.config import EngineConfig
 from common.engine import Engine
 from common.errors import RequestError
-from common.interface import Pending, Result
+from common.interface import Pending
 from common.llm import LLM
 from common.request import MAX_GRAMMAR, Request, SamplingParams, Status, StructuredOutputsParams, TokenEvent, fan_out
 from common.schedule.batch import Batch, Mask
@@ -203,19 +203,7 @@ def test_a_mask_that_comes_late_does_what_one_in_the_batch_does(grammars: Gramma
 # ── in the scheduler, with a runner that obeys masks ─────────────────────────────────────────────────────────────────────
 
 
-class Obedient(HistoryRunner):
-    """Where a mask allows some tokens, one of them is next, by the hash of all that is in the pages."""
-
-    def _run(self, batch: Batch) -> Result:
-        result = super()._run(batch)
-        tokens = result.tokens.copy()
-        for row, mask in zip(*(view if view is not None else () for view in (batch.mask_rows, batch.masks)), strict=True):
-            allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
-            tokens[row] = allowed[int(tokens[row]) % len(allowed)]
-        return replace(result, tokens=tokens)
-
-
-def history_engine(kind: type[HistoryRunner] = Obedient, *, pages: int = 200, depth: int = 0, **options: Any) -> Engine:
+def history_engine(kind: type[HistoryRunner] = HistoryRunner, *, pages: int = 200, depth: int = 0, **options: Any) -> Engine:
     runner = kind(num_pages=pages, block_size=4, vocab_size=VOCAB, max_seqs=8, depth=depth)
     config = EngineConfig(
         **({"block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 256} | options)
@@ -305,11 +293,17 @@ def test_a_grammar_for_another_vocabulary_ends_only_its_request(tokenizer: Token
     assert end.finish is Status.FINISHED_ERROR and end.error is not None and str(VOCAB + 40) in end.error
 
 
+class Heedless(HistoryRunner):
+    """It heeds no mask, as a model whose every allowed token is masked by something else."""
+
+    def _allowed(self, batch: Batch) -> np.ndarray:
+        return np.ones((len(batch.want), VOCAB), bool)
+
+
 def test_a_grammar_that_cannot_go_on_ends_only_its_request(grammars: Grammars) -> None:
-    """The plain runner heeds no mask, as a model whose every allowed token is masked by something else."""
     free = request(grammars, "free", None, max_tokens=12)
-    right = history_engine(HistoryRunner).run([free])
-    engine = history_engine(HistoryRunner)
+    right = history_engine(Heedless).run([free])
+    engine = history_engine(Heedless)
     events = engine.run([request(grammars, "bad", {"regex": "[0-9]{200}"}), free])
     (*_, end) = events.pop("bad")
     assert end.finish is Status.FINISHED_ERROR and end.token_id is None

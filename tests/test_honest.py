@@ -79,7 +79,7 @@ def compared(plan: Plan, engines: dict[str, IsolatedEngine], seed: int) -> Compa
     with Narrator() as narrator:
         run_blocks(outcome, engines, replace(plan, seed=seed), narrator)
     assert not outcome.failures
-    (comparison,) = outcome.compared(plan).values()
+    (comparison,) = outcome.compared(plan, ended=True).values()
     print(comparison.said, flush=True)
     return comparison
 

@@ -218,7 +218,7 @@ def null_batch(tokens: int, seqs: int, page_size: int) -> Batch:
     )
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=128)
 def _layout(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> tuple[np.ndarray, tuple[tuple[np.dtype, int], ...], int]:
     """The header bytes, the dtype and offset of each view, and the size of a batch; steady decoding asks for the same again."""
     head = 2 + _ENTRY * len(shapes)
