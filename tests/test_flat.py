@@ -79,9 +79,10 @@ def running(backend: str) -> Iterator[tuple[int, Engine]]:
 
 
 def ask(connection: HTTPConnection, number: int) -> None:
-    """The request of this number, like no other; every 16th is left after its first bytes."""
+    """The request of this number, like no other, though its words are few: the tokenizer keeps the first 10,000 it meets. Every
+    16th is left after its first bytes."""
     path, status, body = KINDS[number % len(KINDS)]
-    prompt = {"prompt": f"{number} is the mark of this one"} if path == COMPLETIONS else {}
+    prompt = {"prompt": f"{' '.join(str(number))} is the mark of this one"} if path == COMPLETIONS else {}
     leave = number % 16 == 1
     data = json.dumps({"max_tokens": 200 if leave else 4, **prompt, **body})
     connection.request("POST", path, data, {"Content-Type": "application/json"})
