@@ -77,6 +77,24 @@ def test_culprits_one_after_another_take_no_innocent_with_them() -> None:
     assert ends == [Status.FINISHED_ERROR, Status.FINISHED_ERROR, Status.FINISHED_LENGTH] and runner.faults == 5
 
 
+def test_a_culprit_that_ends_while_its_step_computes_takes_no_innocent_with_it() -> None:
+    """Three in a step that raises, two of them on trial in the next; the client of the one to blame leaves before it lands."""
+    runner = HistoryRunner(num_pages=16, vocab_size=32, max_seqs=4, depth=1)
+    engine = Engine(runner, EngineConfig(max_num_seqs=4, max_num_batched_tokens=8, max_model_len=32), num_pages=16)
+    runner.fails_late = True
+    runner.poison_of = lambda batch: RuntimeError("poison") if 2 in engine.scheduler.rows.tokens[batch.rows, 0] else None
+    events = []
+    for i in range(3):
+        engine.add(Request(request_id=str(i), prompt_token_ids=(i,), params=SamplingParams(max_tokens=3)))
+    while not (engine._in_flight and [len(group) for group in engine.scheduler.trials] == [2]):
+        events += engine.step()
+    assert engine.abort("2")
+    while engine.has_work:
+        events += engine.step()
+    ends = {event.request_id: event.finish for event in events if event.finish}
+    assert ends == {"0": Status.FINISHED_LENGTH, "1": Status.FINISHED_LENGTH, "2": Status.FINISHED_ABORT}
+
+
 @pytest.mark.fuzz
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_a_million_steps_of_random_work(depth: int) -> None:

@@ -323,13 +323,14 @@ class Scheduler:
             seq.in_flight = 0
         self.running, self.leaving, self.copies = [], [], []
         self.pool = PagePool(self.pool.num_pages, self.pool.secret)
-        guilty = self._arraign([seq for seq in suspects if seq.suspect])
+        guilty = self._arraign([seq for seq in suspects if seq.suspect], alone=len(suspects) == 1)
         for seq in guilty:
             self._finish(seq, Status.FINISHED_ERROR)
         return [seq.request.request_id for seq in guilty]
 
-    def _arraign(self, suspects: list[Sequence]) -> list[Sequence]:
-        """Who of those whose step raised is guilty: one that was on trial, and alone. Otherwise they are to be tried in halves.
+    def _arraign(self, suspects: list[Sequence], alone: bool) -> list[Sequence]:
+        """Who of those whose step raised is guilty: one that was on trial, and `alone`, without others that have ended since.
+        Otherwise they are to be tried in halves.
 
         Where many steps raise and none lands between, it is hardly for what is in them, and all who are under suspicion end. So
         a lost device does not cost a step for each request; eight culprits side by side among 64, or one after another where
@@ -344,7 +345,7 @@ class Scheduler:
             self.trials = []
             return [seq for seq in everyone if seq.suspect]
         untried = [seq for seq in tried if seq.suspect and seq not in suspects]
-        if tried and len(suspects) == 1:
+        if tried and alone:
             guilty, halves = suspects, []
         else:
             half = len(suspects) // 2
