@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
@@ -101,15 +103,18 @@ class EmbeddingRequestOutput:
 
 
 class LLM:
-    """A model with its tokenizer on one engine, for one thread. `close` gives its memory back; so does a `with` block."""
+    """A model with its tokenizer on one engine. Threads may share it: their requests run in the same steps. `close` gives its
+    memory back; so does a `with` block."""
 
-    def __init__(self, model: str = "smollm2-135m", *, backend: str = "jax", use_tqdm: bool = True, **options: Any) -> None:
+    def __init__(
+        self, model: str | os.PathLike[str] = "smollm2-135m", *, backend: str = "jax", use_tqdm: bool = True, **options: Any
+    ) -> None:
         """`model` is a name, a path or a hub id (`common.weights.zoo`); `options` are those of `EngineConfig`.
 
         `use_tqdm` allows progress bars; they show on terminals only. Raises a `TandemError` for whatever cannot work.
         """
         config = EngineConfig.of(**options)
-        checkpoint = open_checkpoint(resolve(model))
+        checkpoint = open_checkpoint(resolve(os.fspath(model) if isinstance(model, os.PathLike) else model))
         self.tokenizer: Tokenizer = open_tokenizer(checkpoint.path)
         self.tokenizer.check_fits(checkpoint.config.vocab_size)
         self._pooler = Pooler.of(checkpoint)
@@ -119,6 +124,7 @@ class LLM:
             self.engine = build_engine(backend, checkpoint, config, progress)
         self._chat: ChatTemplate | None = None
         self._numbers = count()
+        self._lock = threading.RLock()  # over the engine and the two tables of requests
         self._live: dict[str, OutputText] = {}
         self._deltas: dict[str, list[Delta]] = {}
         self._closed = False
@@ -205,6 +211,7 @@ class LLM:
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Delta]:
         """Continue one prompt token by token. Several streams may be read in turn; leaving one early aborts its request."""
+        expect(_is_one(prompt), f"A stream continues one prompt, got {type(prompt).__name__}; use generate, or a stream each.")
         _, (request,) = self._requests([prompt], sampling_params)
         expect(request.params.n == 1, f"A stream has one continuation, got n={request.params.n}; use generate, or n streams.")
         return self._stream(request)
@@ -220,7 +227,9 @@ class LLM:
         tokens = [list(self._tokens(i, prompt)[1]) for i, prompt in enumerate(many)]
         pooled: list[np.ndarray] = []
         while len(pooled) < len(tokens):
-            pooled += [self._pooler.pool(x_TD, pooling) for x_TD in self.engine.hidden_states(tokens[len(pooled) :])]
+            with self._lock:
+                states = self.engine.hidden_states(tokens[len(pooled) :])
+            pooled += [self._pooler.pool(x_TD, pooling) for x_TD in states]
         return [
             EmbeddingRequestOutput(str(next(self._numbers)), ids, EmbeddingOutput(x_D.tolist()))
             for ids, x_D in zip(tokens, pooled, strict=True)
@@ -290,24 +299,29 @@ class LLM:
         """All requests are in the engine, or none; those that are unfinished at the end are aborted."""
         added: list[str] = []
         try:
-            for request in requests:
-                self.engine.add(request)
-                added.append(request.request_id)
-                self._live[request.request_id] = OutputText(self.tokenizer, request)
-                self._deltas[request.request_id] = []
+            with self._lock:
+                for request in requests:
+                    self.engine.add(request)
+                    added.append(request.request_id)
+                    self._live[request.request_id] = OutputText(self.tokenizer, request)
+                    self._deltas[request.request_id] = []
             yield
         except BaseException:
             for name in added:
                 self._deltas.pop(name, None)
             raise
         finally:
-            for name in added:
-                if self._live.pop(name, None) is not None:
-                    self.engine.abort(name)
+            with self._lock:
+                for name in added:
+                    if self._live.pop(name, None) is not None:
+                        self.engine.abort(name)
 
-    def _step(self) -> list[tuple[str, Delta]]:
-        """One step of the engine. What became visible, by request, is appended to `_deltas` and returned."""
+    def _step(self, wanted: Set[str]) -> list[tuple[str, Delta]]:
+        """One step of the engine, if any of these requests is unfinished still; another thread may have taken their last one.
+        What became visible, by request, is appended to `_deltas` and returned."""
         fresh: list[tuple[str, Delta]] = []
+        if wanted.isdisjoint(self._live):
+            return fresh
         for event in self.engine.step():
             name = event.request_id
             if name not in self._live:
@@ -326,8 +340,9 @@ class LLM:
         with _progress(use_tqdm and len(requests) > 1) as progress, self._admitted(requests):
             begin, tokens = time.perf_counter(), 0
             while unfinished:
-                fresh = self._step()
-                unfinished.difference_update(name for name, delta in fresh if delta.finish)
+                with self._lock:
+                    fresh = self._step(unfinished)
+                    unfinished &= self._live.keys()
                 tokens += sum(len(delta.token_ids) for _, delta in fresh)
                 speed = tokens / (time.perf_counter() - begin)
                 progress(len(requests) - len(unfinished), len(requests), f"{speed:.0f} tokens/s")
@@ -336,10 +351,11 @@ class LLM:
         name = request.request_id
         with self._admitted([request]):
             while name in self._live or self._deltas[name]:
-                ready, self._deltas[name] = self._deltas[name], []
+                with self._lock:
+                    if not self._deltas[name]:
+                        self._step({name})
+                    ready, self._deltas[name] = self._deltas[name], []
                 yield from ready
-                if name in self._live and not self._deltas[name]:
-                    self._step()
         del self._deltas[name]
 
     def _output(self, index: int, request: Request, deltas: Sequence[Delta]) -> CompletionOutput:

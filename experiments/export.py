@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from common.config import expect
-from common.errors import TandemError
+from common.errors import ConfigError, TandemError
 from experiments.results import RunFiles, is_sweep, open_run, sweep_table
 from experiments.rundir import write_json
 
@@ -104,8 +104,11 @@ def requests(run: RunFiles, label: str) -> list[Record]:
     passed between two."""
     path = run.directory / "requests.jsonl"
     expect(path.exists(), f"{run.directory} holds no {path.name}, of which an export tells each request. Run it again.")
-    with path.open() as file:
-        rows = [row for row in map(json.loads, file) if row["engine"] == label]
+    try:
+        with path.open() as file:
+            rows = [row for row in map(json.loads, file) if row["engine"] == label]
+    except ValueError as error:
+        raise ConfigError(f"{path} is not as a run writes it: {error}. Run it again.") from error
     start, moved = 0.0, []
     for block in sorted({row["block"] for row in rows}):
         mine = [row for row in rows if row["block"] == block]

@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 from common.config import expect
-from common.errors import TandemError
+from common.errors import ConfigError, TandemError
 from experiments import canvas, page, perfetto
 from experiments.records import PROFILED, read_kernels
 from experiments.results import is_sweep, open_run
@@ -34,7 +34,7 @@ USER_ERROR = 2
 def write_report(directory: Path) -> Path:
     """Write the report of a run, or of a sweep, into its directory. Returns the path of the page.
 
-    Raises `ConfigError` for a folder that is neither."""
+    Raises `ConfigError` for a folder that is neither, or that takes no files."""
     expect(directory.is_dir(), f"A report needs the folder of a run or of a sweep; {directory} is none.")
     files: dict[str, bytes] = {}
     if is_sweep(directory):
@@ -52,7 +52,10 @@ def write_report(directory: Path) -> Path:
     files["report.md"] = page.markdown(made).encode()
     colours = [f"var({canvas.VARIABLES[canvas.colour(i)]})" for i in range(len(made.engines))]
     files[HTML] = page.html(made, canvas.theme(":root"), colours).encode()
-    put(directory, files)
+    try:
+        put(directory, files)
+    except OSError as error:
+        raise ConfigError(f"The report cannot be written to {directory}: {error}.") from error
     return directory / HTML
 
 
@@ -68,9 +71,12 @@ def with_profiled(directory: Path, rows: pd.DataFrame, steps: pd.DataFrame) -> t
 
 
 def make_report(directory: Path) -> Path | None:
-    """`write_report`; if it cannot be made, None, and the traceback is printed: results are worth having without."""
+    """`write_report`; if it cannot be made, None, and why is printed: results are worth having without."""
     try:
         return write_report(directory)
+    except TandemError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return None
     except Exception:
         traceback.print_exc()
         return None

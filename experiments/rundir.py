@@ -58,6 +58,9 @@ def run_directory(root: Path, what: str, directory: Path | None = None) -> Itera
         with contextlib.suppress(OSError):
             partial.parent.rmdir()  # if it was made for this run, it is empty now
         raise
+    except KeyboardInterrupt:
+        print(f"Interrupted. What was written so far is in {partial}.", file=sys.stderr)
+        raise
     except OSError as error:
         if error.errno not in FULL:
             raise

@@ -117,6 +117,7 @@ ONLY: dict[str, dict[str, list[Any]]] = {
         "tool_choice": ["required", "sometimes", 5, {"type": "function", "function": {"name": "f"}}],
         "chat_template": ["{{ ''.__class__.__mro__ }}"],
         "chat_template_kwargs": [{"chat_template": "x"}, {"tokenize": True}],
+        "continue_final_message": [True],
         "max_completion_tokens": [0, -1],
     },
     TOKENIZE: {"prompt": [None, 5, ["a"]], "messages": [[{"role": "user", "content": "x"}], 5], "add_special_tokens": [1]},
@@ -136,6 +137,7 @@ FRAMING = [
     wrong(COMPLETIONS, 404, model="other"), wrong(CHAT, 404, model="gpt-4"), wrong(COMPLETIONS, model=5),
     wrong(TOKENIZE, 404, model="other"), wrong(COMPLETIONS, 404, model="x" * 100_000),
     wrong(COMPLETIONS, 404, model="\r\nx: y"), raw('{"prompt": "the", "logit_bias": {"1": NaN}}'),
+    wrong(COMPLETIONS, prompt_logprobs=1, stream=True),
     raw('{"prompt": "the", "deadline": NaN}'), wrong(COMPLETIONS, 504, deadline=0.0), wrong(CHAT, 504, deadline=-1.0),
 ]  # fmt: skip
 CASES = [

@@ -87,3 +87,6 @@ def test_a_run_that_lost_its_requests_is_refused(tmp_path: Path) -> None:
     (run / "requests.jsonl").unlink()
     with pytest.raises(ConfigError, match=r"holds no requests\.jsonl"):
         export.export(run)
+    (run / "requests.jsonl").write_text('{"engine": "jax", "bl')
+    with pytest.raises(ConfigError, match=r"requests\.jsonl is not as a run writes it"):
+        export.export(run)

@@ -6,6 +6,7 @@ import io
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -202,6 +203,22 @@ def test_streams_may_be_read_in_turn_while_others_generate(llm: LLM) -> None:
     read["of"] += second
     read["the"] += first
     assert read == alone
+
+
+def test_threads_that_share_it_get_what_each_gets_alone(llm: LLM) -> None:
+    prompts = ["one", "another and", "the third of", "a last one"]
+    alone = [only(llm.generate(prompt, GREEDY)).token_ids for prompt in prompts]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(3):
+            streamed = threads.submit(lambda: [token for delta in llm.stream(prompts[0], GREEDY) for token in delta.token_ids])
+            together = list(threads.map(lambda prompt: only(llm.generate(prompt, GREEDY)).token_ids, prompts[1:]))
+            assert [streamed.result(), *together] == alone
+    assert_idle(llm)
+
+
+def test_a_stream_takes_one_prompt(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="A stream continues one prompt, got list"):
+        llm.stream(["one", "two"])
 
 
 def test_leaving_a_stream_aborts_its_request(llm: LLM) -> None:

@@ -1,7 +1,9 @@
 """`experiments.report`: what a report says, of whole runs and of such with holes; that it is written whole or not at all."""
 
+import errno
 import json
 import math
+import os
 import re
 import sys
 import time
@@ -17,7 +19,7 @@ from common.errors import ConfigError
 from experiments import canvas, page, report
 from experiments.findings import correctness, log_end, open_loop, speed
 from experiments.job import Job
-from experiments.report import write_report
+from experiments.report import make_report, write_report
 from experiments.results import RunFiles, open_run
 from experiments.run_report import command, run_page
 from experiments.run_sections import agreement_section
@@ -264,6 +266,18 @@ def test_a_crash_leaves_the_report_that_was_there(small: Path, monkeypatch: pyte
             write_report(small)
     assert {path: path.read_bytes() for path in small.rglob("*") if path.is_file()} == before
     assert not list(small.glob(".report-*"))
+
+
+def test_a_folder_that_takes_no_files_is_one_message(
+    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert make_report(small) is None
+    told = capsys.readouterr().err
+    assert told.startswith("error: The report cannot be written") and told.count("\n") == 1 and "No space left" in told
 
 
 def test_figures_of_an_older_report_go(small: Path) -> None:

@@ -27,6 +27,12 @@ def test_a_named_directory_replaces_what_an_attempt_left_there(tmp_path: Path) -
     assert [path.name for path in (tmp_path / "jobs").iterdir()] == ["000-aa"] and (named / "whole").exists()
 
 
+def test_who_interrupts_a_run_is_told_where_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt), run_directory(tmp_path, "mine") as partial:
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == f"Interrupted. What was written so far is in {partial}.\n" and partial.exists()
+
+
 def test_a_mistake_leaves_nothing_of_a_named_directory_and_all_of_its_neighbours(tmp_path: Path) -> None:
     (tmp_path / "jobs" / "neighbour").mkdir(parents=True)
     with pytest.raises(ConfigError), run_directory(tmp_path, "unused", tmp_path / "jobs" / "000-aa"):

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from common.errors import ConfigError
+from common.options import parse
+from common.serve.__main__ import _parser, make_app
 from tests.http_server import Served, history, serving, until
 
 
@@ -132,6 +135,11 @@ def test_the_log_names_requests_and_never_what_they_say(server: Server) -> None:
     assert (answered["path"], answered["status"]) == ("/v1/completions", 200)
     assert (ended["id"], ended["completion_tokens"], ended["unfinished"]) == (answer.json()["id"], 60, 0)
     assert "a long one" not in served.log.read_text()
+
+
+def test_an_empty_key_is_refused_and_not_taken_for_none() -> None:
+    with pytest.raises(ConfigError, match="The API key is empty"):
+        make_app(parse(_parser(), ["--api-key", ""]))
 
 
 def test_a_key_is_asked_for(tmp_path: Path) -> None:

@@ -117,6 +117,7 @@ class Server(uvicorn.Server):
 
 def make_app(options: argparse.Namespace) -> FastAPI:
     """The application over one engine, which is ready."""
+    key = api_key(options)
     config = EngineConfig.of(**engine_options(options))
     checkpoint = open_checkpoint(resolve(options.model))
     tokenizer = open_tokenizer(checkpoint.path)
@@ -136,17 +137,18 @@ def make_app(options: argparse.Namespace) -> FastAPI:
         log_prompts=options.log_prompts,
         spans=spans,
     )
-    return create_app(serving, api_key=api_key(options), with_admin=options.admin, profiler=profiler)
+    return create_app(serving, api_key=key, with_admin=options.admin, profiler=profiler)
 
 
 def make_front(options: argparse.Namespace, backends: Sequence[str], given: Sequence[str]) -> FastAPI:
     """One server process for each backend, and an application that passes requests on."""
+    key = api_key(options)
     expect_config(len(set(backends)) == len(backends), f"--backend names a backend twice: {options.backend}.")
     name = (options.served_model_name or [options.model])[0]
     name = os.path.basename(os.path.normpath(name)) if os.path.exists(name) else name
     served = {backend: [f"{name}@{backend}"] for backend in backends}
     served[backends[0]].insert(0, name)
-    return create_front(Backends.start(served, given), api_key=api_key(options))
+    return create_front(Backends.start(served, given), api_key=key)
 
 
 def listen(options: argparse.Namespace) -> socket.socket:
@@ -166,7 +168,9 @@ def listen(options: argparse.Namespace) -> socket.socket:
 
 def api_key(options: argparse.Namespace) -> str | None:
     """None asks for none."""
-    return (os.environ.get("TANDEM_API_KEY") if options.api_key is None else options.api_key) or None
+    key: str | None = os.environ.get("TANDEM_API_KEY") if options.api_key is None else options.api_key
+    expect_config(key != "", "The API key is empty; give one, or leave out --api-key and $TANDEM_API_KEY to ask for none.")
+    return key
 
 
 def end_with_parent() -> None:

@@ -26,7 +26,9 @@ async def embeddings(http: HttpRequest) -> Response:
     size = len(model.pooler.weight)
     if body.dimensions not in (None, size):
         raise ApiError(400, f"This model has {size} dimensions, and fewer of them mean nothing; leave it out.", "dimensions")
-    prompts = await asyncio.to_thread(model.prompts, body.input, body.add_special_tokens, body.truncate_prompt_tokens, "input")
+    prompts = await asyncio.to_thread(
+        model.prompts, body.input, body.add_special_tokens, body.truncate_prompt_tokens, "input", room=0
+    )
     tokens = [prompt.token_ids for prompt in prompts]
     pooled = await unless_left(http, embed(serving, tokens, body.pooling))
     return await asyncio.to_thread(lambda: json_response(answer(body, model.names[0], tokens, pooled)))

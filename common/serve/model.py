@@ -73,29 +73,31 @@ class ServedModel:
             raise ApiError(404, f"The model {name!r:.80} does not exist; served here: {', '.join(self.names)}.", "model")
 
     def prompts(
-        self, prompt: Any, add_special_tokens: bool = True, truncate: int | None = None, name: str = "prompt"
+        self, prompt: Any, add_special_tokens: bool = True, truncate: int | None = None, name: str = "prompt", room: int = 1
     ) -> list[Prompt]:
         """`prompt` as OpenAI's completions take it: a text, token ids, or a list of one of these. `truncate` keeps so many
-        tokens at the end; -1 as many as the context holds. `name` is how messages call it."""
+        tokens at the end; -1 as many as leave `room` for output tokens. `name` is how messages call it."""
         if isinstance(prompt, str):
             given: list[Any] = [prompt]
         else:
             expect(isinstance(prompt, list) and len(prompt) > 0, f"{name} must be a text, token ids, or a list of these.")
             given = prompt if several(prompt) else [prompt]
-        return [self.prompt(each, add_special_tokens, truncate, name) for each in given]
+        return [self.prompt(each, add_special_tokens, truncate, name, room) for each in given]
 
-    def prompt(self, prompt: Any, add_special_tokens: bool = True, truncate: int | None = None, name: str = "prompt") -> Prompt:
-        text, token_ids = None, prompt
+    def prompt(
+        self, prompt: Any, add_special_tokens: bool = True, truncate: int | None = None, name: str = "prompt", room: int = 1
+    ) -> Prompt:
+        text, token_ids, most = None, prompt, self.max_model_len - room
         if isinstance(prompt, str):
             text, token_ids = prompt, self.encode(prompt, add_special_tokens, checked=truncate is None)
         expect(isinstance(token_ids, list), f"The {name} must be a text or a list of token ids, got {type(prompt).__name__}.")
         if truncate is not None:
-            token_ids = token_ids[-(self.max_model_len - 1 if truncate == -1 else truncate) :]
+            token_ids = token_ids[-(most if truncate == -1 else truncate) :]
         expect(len(token_ids) > 0, f"The {name} is empty; give at least one token.")
         expect(
-            len(token_ids) < self.max_model_len,
-            f"A {name} of {len(token_ids)} tokens leaves no room for output in a context of {self.max_model_len}; "
-            f"shorten it to at most {self.max_model_len - 1}.",
+            len(token_ids) <= most,
+            f"The {name} has {len(token_ids)} tokens; a context of {self.max_model_len} takes {most}, with room for {room} of "
+            "output. Shorten it.",
         )
         if text is None:  # by now they are few
             self.check_tokens(token_ids, name)

@@ -200,6 +200,8 @@ class CompletionRequest(Sampled):
             )
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ApiError(400, "best_of must be n, or be left out: every choice that is made is returned.", "best_of")
+        if self.stream and self.prompt_logprobs is not None:
+            raise ApiError(400, "prompt_logprobs come with a whole answer: set stream=false.", "prompt_logprobs")
         supported({"suffix": self.suffix}, SamplingParams)
 
 
@@ -215,12 +217,16 @@ class ChatRequest(Sampled):
     add_generation_prompt: bool = True
     chat_template: Any = None
     chat_template_kwargs: Any = None
+    continue_final_message: bool | None = None
 
     def check(self) -> None:
         super().check()
         for name in ("chat_template", "chat_template_kwargs"):
             if getattr(self, name) is not None:
                 raise ApiError(400, f"{name} is not taken from requests: the model's own template is used as it is.", name)
+        if self.continue_final_message:
+            text = "continue_final_message is not supported by this server; send the text so far to /v1/completions."
+            raise ApiError(400, text, "continue_final_message")
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true.", "top_logprobs")
 
