@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,19 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
     root = tmp_path_factory.mktemp("families")
     return {name: save_family(name, root / name) for name in FAMILIES}
+
+
+@pytest.fixture
+def peers_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every peer has an environment, as far as is looked before one is started."""
+    from experiments.peers import PEERS
+
+    for name in PEERS:
+        folder = tmp_path / f".venv-{name}"
+        (folder / "bin").mkdir(parents=True)
+        (folder / "bin" / "python").symlink_to(sys.executable)
+        (folder / "done").touch()
+    monkeypatch.setenv("TANDEM_PEERS", str(tmp_path))
 
 
 @pytest.fixture(autouse=True)

@@ -55,6 +55,7 @@ def test_engine_base_lists_every_option_with_its_default() -> None:
     assert values == asdict(EngineConfig())
 
 
+@pytest.mark.usefixtures("peers_there")
 @pytest.mark.parametrize("name", names("engine"))
 def test_every_engine_is_valid_and_goes_by_its_file(name: str) -> None:
     spec = engine_spec(composed("bench", f"engine={name}", "dtype=float32", "threads=1", "seed=7").engine)

@@ -185,6 +185,7 @@ def test_the_command_times_every_operator_and_keeps_the_run(
         (compare.main, (), "experiments.bench engine=torch measure=kernels"),
     ],
 )
+@pytest.mark.usefixtures("peers_there")
 def test_what_has_no_native_kernels_is_refused_in_one_message(
     main: Callable[[], None],
     overrides: tuple[str, ...],

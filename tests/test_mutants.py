@@ -506,8 +506,8 @@ def those_on_trial_run_beside_others(patch: Patch, ran: Ran) -> None:
 def the_culprit_is_tried_for_ever(patch: Patch, ran: Ran) -> None:
     original = Scheduler._arraign
 
-    def arraign(self: Scheduler, suspects: list[Sequence]) -> list[Sequence]:
-        guilty = original(self, suspects)
+    def arraign(self: Scheduler, suspects: list[Sequence], alone: bool) -> list[Sequence]:
+        guilty = original(self, suspects, alone)
         self.trials += [[seq] for seq in guilty]
         ran.extend([1] if guilty else [])
         return []
@@ -519,9 +519,9 @@ def the_culprit_is_tried_for_ever(patch: Patch, ran: Ran) -> None:
 def a_suspect_is_ended_without_a_trial(patch: Patch, ran: Ran) -> None:
     original = Scheduler._arraign
 
-    def arraign(self: Scheduler, suspects: list[Sequence]) -> list[Sequence]:
+    def arraign(self: Scheduler, suspects: list[Sequence], alone: bool) -> list[Sequence]:
         first = not self.trials
-        guilty = original(self, suspects)
+        guilty = original(self, suspects, alone)
         ran.extend([1] if first and suspects else [])
         return suspects[:1] if first else guilty
 
