@@ -221,7 +221,7 @@ class Step:
     def observe(self, state: State, batch: Batch, names: Names) -> tuple[State, dict[str, Tensor]]:
         """One step, and what it computes on the way, on the device: those of `names`, or all."""
         taps, keep = keeper(names)
-        wide = state._replace(logits=torch.zeros((len(batch.logit_rows), self.model_config.vocab_size)))  # more than `rows`
+        wide = state._replace(logits=torch.zeros((len(batch.logit_rows), self.model_config.vocab_size)))  # any token may ask
         self._step(wide, batch, layer_in_parts, keep)
         return state, taps
 
