@@ -118,7 +118,7 @@ class LLM:
         self.tokenizer: Tokenizer = open_tokenizer(checkpoint.path)
         self.tokenizer.check_fits(checkpoint.config.vocab_size)
         self._pooler = Pooler.of(checkpoint)
-        self._eos = tuple(dict.fromkeys((*checkpoint.config.eos_token_ids, *self.tokenizer.eos_token_ids)))
+        self._eos = self.tokenizer.all_eos(checkpoint.config.eos_token_ids)
         self._grammars = Grammars(self.tokenizer, self._eos, checkpoint.config.vocab_size)
         with _progress(use_tqdm) as progress:
             self.engine = build_engine(backend, checkpoint, config, progress)
@@ -147,13 +147,11 @@ class LLM:
         self._run([each for fan in fans for each in fan], use_tqdm)
         deltas = [[self._deltas.pop(each.request_id) for each in fan] for fan in fans]
         return [
-            RequestOutput(
-                request_id=request.request_id,
-                prompt=text,
-                prompt_token_ids=list(request.prompt_token_ids),
-                outputs=[self._output(i, request, each) for i, each in enumerate(mine)],
-                finished=True,
-                prompt_logprobs=self._prompt_logprobs(request, mine[0]),
+            _answer(
+                text,
+                request,
+                [self._output(i, request, each) for i, each in enumerate(mine)],
+                self._prompt_logprobs(request, mine[0]),
             )
             for text, request, mine in zip(texts, requests, deltas, strict=True)
         ]
@@ -199,13 +197,7 @@ class LLM:
             del self._deltas[request.request_id]
         found = beam_search([request.prompt_token_ids for request in requests], params, self._eos, self._likeliest)
         return [
-            RequestOutput(
-                request_id=request.request_id,
-                prompt=text,
-                prompt_token_ids=list(request.prompt_token_ids),
-                outputs=[self._beam(i, request, beam) for i, beam in enumerate(beams)],
-                finished=True,
-            )
+            _answer(text, request, [self._beam(i, request, beam) for i, beam in enumerate(beams)])
             for text, request, beams in zip(texts, requests, found, strict=True)
         ]
 
@@ -336,14 +328,15 @@ class LLM:
         return fresh
 
     def _run(self, requests: Sequence[Request], use_tqdm: bool) -> None:
-        unfinished = {request.request_id for request in requests}
+        mine = {request.request_id for request in requests}
+        unfinished = set(mine)
         with _progress(use_tqdm and len(requests) > 1) as progress, self._admitted(requests):
             begin, tokens = time.perf_counter(), 0
             while unfinished:
                 with self._lock:
                     fresh = self._step(unfinished)
                     unfinished &= self._live.keys()
-                tokens += sum(len(delta.token_ids) for _, delta in fresh)
+                tokens += sum(len(delta.token_ids) for name, delta in fresh if name in mine)
                 speed = tokens / (time.perf_counter() - begin)
                 progress(len(requests) - len(unfinished), len(requests), f"{speed:.0f} tokens/s")
 
@@ -405,6 +398,12 @@ class LLM:
             (i, p, rank) for rank, (i, p) in enumerate(zip(found.top_ids, found.top_logprobs, strict=True), 1) if i != token
         ]
         return {i: Logprob(p, rank, self.tokenizer.decode([i], skip_special_tokens=False)) for i, p, rank in ranked}
+
+
+def _answer(
+    text: str | None, request: Request, outputs: list[CompletionOutput], scored: list[dict[int, Logprob] | None] | None = None
+) -> RequestOutput:
+    return RequestOutput(request.request_id, text, list(request.prompt_token_ids), outputs, True, scored)
 
 
 def _is_one(prompts: Any) -> bool:

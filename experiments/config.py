@@ -170,7 +170,7 @@ class MeasureConfig:
     warmup_requests: int
     warmup_output_len: int
     limits_s: float
-    max_blocks: int = 20
+    max_blocks: int = 40
     precision: float = 0.04
     """Width of the interval of a ratio that is narrow enough."""
     confidence: float = Criteria.confidence

@@ -130,7 +130,7 @@ def native_programs(backend: str, config: ModelConfig) -> tuple[Program, ...]:
         return {"logits": kernels.head(weights, step, x, logits)}
 
     def sample(step: Any, logits: Any, last: Any) -> Held:
-        sampled, after = kernels.sample(State(None, last), step, logits)
+        sampled, after = kernels.sample(State(None, last, logits), step)
         return {"last": after.last_tokens, "sampled": sampled}
 
     return embed, project, attend, combine, layer, head, sample

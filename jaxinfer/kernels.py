@@ -144,19 +144,18 @@ def forward(
     state: State,
     step: Array,
     tokens: int,
-    logits_RV: Array,
     layer: Any = layer,
     keep: Keep = ignore,
-) -> tuple[Array, State]:
-    """Logits of a packed step of `tokens` tokens, in the place of `logits_RV`; keys and values go into the state's pages."""
+) -> State:
+    """The state after a packed step of `tokens` tokens: their keys and values in its pages, what was asked for in `logits`."""
     k, v = map(list, state.cache)
     x_TD = embed(config, weights, step, state.last_tokens, tokens)
     keep(embedding=x_TD)
     for number in range(config.num_layers):
         (k[number], v[number]), x_TD = layer(config, weights, number, step, (k[number], v[number]), x_TD, keep)
-    logits_RV = head(weights, step, x_TD, logits_RV)
+    logits_RV = head(weights, step, x_TD, state.logits)
     keep(logits=logits_RV)
-    return logits_RV, state._replace(cache=KVCache(tuple(k), tuple(v)))
+    return state._replace(cache=KVCache(tuple(k), tuple(v)), logits=logits_RV)
 
 
 def adjust(step: Array, changes: Array, logits_RV: Array) -> Array:
@@ -164,9 +163,10 @@ def adjust(step: Array, changes: Array, logits_RV: Array) -> Array:
     return _call("adjust", logits_RV, step, changes, logits_RV)
 
 
-def sample(state: State, step: Array, logits_RV: Array, changed_RV: Array | None = None) -> tuple[Array, State]:
-    """int32[R, SAMPLED]: tokens, from changed logits if there are any, and what was asked about them, from the raw ones; the
-    state remembers each row's token."""
+def sample(state: State, step: Array, changed_RV: Array | None = None) -> tuple[Array, State]:
+    """int32[R, SAMPLED]: tokens, from changed logits if there are any, and what was asked about them, from the state's; it
+    remembers each row's token."""
+    logits_RV = state.logits
     changed_RV = logits_RV if changed_RV is None else changed_RV
     results = (_shape((logits_RV.shape[0], SAMPLED), jnp.int32), state.last_tokens)
     sampled, last_tokens = _call("sample", results, step, logits_RV, changed_RV, state.last_tokens, aliases={3: 1})
@@ -289,16 +289,16 @@ class Step:
         """The pure function that is compiled."""
         taps, keep = keeper(names)
         kind = layer if names == frozenset() else layer_in_parts
-        logits_RV, state = forward(self.model_config, weights, state, step, tokens, state.logits, kind, keep)
-        sampled, state = sample(state, step, logits_RV)
+        state = forward(self.model_config, weights, state, step, tokens, kind, keep)
+        sampled, state = sample(state, step)
         keep(tokens=sampled[:, 0])
-        return state._replace(logits=logits_RV), sampled, taps
+        return state, sampled, taps
 
 
 def _choose(last_tokens: Array, step: Array, changes: Array, logits_RV: Array, changed_RV: Array) -> tuple[Array, Array, Array]:
     """The pure function that is compiled: the last tokens, the logits changed further, and what is chosen from them."""
     changed_RV = adjust(step, changes, changed_RV)
-    sampled, state = sample(State(None, last_tokens), step, logits_RV, changed_RV)  # type: ignore[arg-type]
+    sampled, state = sample(State(None, last_tokens, logits_RV), step, changed_RV)  # type: ignore[arg-type]
     return state.last_tokens, changed_RV, sampled
 
 

@@ -211,8 +211,8 @@ def native_logits(
         every = {"logit_rows": np.arange(batch.num_tokens), "logit_owner": owner, "want": np.ones(batch.num_tokens)}
         batch = Batch.pack(**({name: getattr(batch, name) for name in VIEWS} | every))
         room = to_device(backend, np.zeros((batch.num_tokens, config.vocab_size), np.float32))
-        logits, state = _native_step(backend, path)(weights, state, pack_step(batch), batch.num_tokens, room)
-        host = part(backend, "arrays").to_host(logits)
+        state = _native_step(backend, path)(weights, state._replace(logits=room), pack_step(batch), batch.num_tokens)
+        host = part(backend, "arrays").to_host(state.logits)
         for (i, start, count), at in zip(plan, batch.query_starts, strict=False):
             out[i][start : start + count] = host[at : at + count]
     return out
@@ -228,13 +228,13 @@ def native_weights(backend: str, path: str | Path, dtype: str) -> Any:
 
 @cache
 def _native_step(backend: str, path: str | Path) -> Callable[..., Any]:
-    """(weights, state, packed step, tokens, room for logits) → logits of every token, and the state."""
+    """(weights, state, packed step, tokens) → the state, with the logits of every token."""
     kernels, config = part(backend, "kernels"), checkpoint(path).config
     if backend == "jax":
         return jax.jit(lambda *args: kernels.forward(config, *args), static_argnums=3)
 
-    def eager(weights: Any, state: Any, step: np.ndarray, tokens: int, room: Any) -> tuple[Any, Any]:
-        return kernels.forward(config, weights, state, to_tensor(step), tokens, room)
+    def eager(weights: Any, state: Any, step: np.ndarray, tokens: int) -> Any:
+        return kernels.forward(config, weights, state, to_tensor(step), tokens)
 
     return eager
 

@@ -157,8 +157,7 @@ def test_a_native_step_of_jax_is_operators_and_nothing_else(families: dict[str, 
     weights, state, step, tokens = native_state("jax", path)
 
     def run(weights: Any, state: Any, step: Any) -> Any:
-        logits, state = kernels.forward(config, weights, state, step, tokens, state.logits)
-        return kernels.sample(state, step, logits)
+        return kernels.sample(kernels.forward(config, weights, state, step, tokens), step)
 
     seen = list(primitives(jax.make_jaxpr(run)(weights, state, step).jaxpr))
     assert set(seen) <= MOVES and seen.count("ffi_call") == config.num_layers + 3
@@ -177,8 +176,7 @@ def test_a_native_step_of_torch_is_operators_and_nothing_else(families: dict[str
         return graph.forward
 
     def run(step: torch.Tensor) -> torch.Tensor:
-        logits, _ = kernels.forward(config, weights, state, step, tokens, state.logits)
-        return kernels.sample(state, step, logits)[0]
+        return kernels.sample(kernels.forward(config, weights, state, step, tokens), step)[0]
 
     torch._dynamo.reset()
     eager = run(torch.from_numpy(step)).numpy()
@@ -212,8 +210,8 @@ def test_a_layer_in_parts_computes_the_same_bits(backend: str, families: dict[st
     for layer in (kernels.layer, kernels.layer_in_parts):
         weights, state, step, tokens = native_state(backend, path)
         words = step if backend == "jax" else torch.from_numpy(step)
-        logits, state = kernels.forward(config, weights, state, words, tokens, state.logits, layer)
-        host = part(backend, "arrays").to_host((logits, state.cache.k[-1], state.cache.v[-1]))
+        state = kernels.forward(config, weights, state, words, tokens, layer)
+        host = part(backend, "arrays").to_host((state.logits, state.cache.k[-1], state.cache.v[-1]))
         results.append([np.ascontiguousarray(array).tobytes() for array in host])
     assert results[0] == results[1]
 
@@ -304,7 +302,7 @@ def test_jax_reports_what_does_not_fit(families: dict[str, Path]) -> None:
     weights, state, step, tokens = native_state("jax", families["llama2"])
     config = checkpoint(families["llama2"]).config
     x, pools = np.zeros((tokens, config.hidden_size), np.float32), (state.cache.k[0], state.cache.v[0])
-    forward = jax.jit(lambda w, s, x: kernels.forward(config, w, s, x, tokens, s.logits)[0])
+    forward = jax.jit(lambda w, s, x: kernels.forward(config, w, s, x, tokens).logits)
     layer = jax.jit(lambda w, s, pools, x: kernels.layer(config, w, 0, s, pools, x))
     for wrong, run in (
         ("step: expected int32 of at least", lambda: forward(weights, state, step[:20])),

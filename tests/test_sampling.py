@@ -209,7 +209,7 @@ def by_kernels(backend: str, batch: Batch, logits: np.ndarray) -> np.ndarray:
 
     def run(step: Any, changes: Any, logits: Any, last: Any) -> Any:
         changed = lib.adjust(step, changes, logits) if batch.adjusts else None
-        return lib.sample(part(backend, "step").State(None, last), step, logits, changed)[0]
+        return lib.sample(part(backend, "step").State(None, last, logits), step, changed)[0]
 
     arrays = pack_step(batch), pack_changes(batch) if batch.adjusts else np.zeros(4, np.int32), logits
     inputs = part(backend, "arrays").to_device((*arrays, np.zeros(DRAWS, np.int32)), device(backend))

@@ -149,19 +149,17 @@ def forward(
     state: State,
     step: Tensor,
     tokens: int,
-    logits_RV: Tensor,
     layer: Any = layer,
     keep: Keep = ignore,
-) -> tuple[Tensor, State]:
-    """Logits of a packed step of `tokens` tokens, in the place of `logits_RV`; keys and values go into the state's pages."""
+) -> State:
+    """The state after a packed step of `tokens` tokens: their keys and values in its pages, what was asked for in `logits`."""
     k, v = state.cache
     x_TD = embed(config, weights, step, state.last_tokens, tokens)
     keep(embedding=x_TD)
     for number in range(config.num_layers):
         _, x_TD = layer(config, weights, number, step, (k[number], v[number]), x_TD, keep)
-    logits_RV = head(weights, step, x_TD, logits_RV)
-    keep(logits=logits_RV)
-    return logits_RV, state
+    keep(logits=head(weights, step, x_TD, state.logits))
+    return state
 
 
 def adjust(step: Tensor, changes: Tensor, logits_RV: Tensor) -> Tensor:
@@ -171,9 +169,10 @@ def adjust(step: Tensor, changes: Tensor, logits_RV: Tensor) -> Tensor:
     return changed_RV
 
 
-def sample(state: State, step: Tensor, logits_RV: Tensor, changed_RV: Tensor | None = None) -> tuple[Tensor, State]:
-    """int32[R, SAMPLED]: tokens, from changed logits if there are any, and what was asked about them, from the raw ones; the
-    state remembers each row's token."""
+def sample(state: State, step: Tensor, changed_RV: Tensor | None = None) -> tuple[Tensor, State]:
+    """int32[R, SAMPLED]: tokens, from changed logits if there are any, and what was asked about them, from the state's; it
+    remembers each row's token."""
+    logits_RV = state.logits
     changed_RV = logits_RV if changed_RV is None else changed_RV
     sampled = torch.empty((logits_RV.shape[0], SAMPLED), dtype=torch.int32, device="cpu")
     torch.ops.tandem.sample.default(step, logits_RV, changed_RV, state.last_tokens, sampled)
@@ -248,9 +247,10 @@ class Step:
     ) -> tuple[State, Tensor]:
         torch.ops.tandem.threads(self._threads)  # another engine of this process may have another number
         step, logits_RV = torch.from_numpy(pack_step(batch)), state.logits[: len(batch.logit_rows)]
-        logits_RV, state = forward(self.model_config, self.weights, state, step, batch.num_tokens, logits_RV, layer, keep)
+        now = state._replace(logits=logits_RV)
+        now = forward(self.model_config, self.weights, now, step, batch.num_tokens, layer, keep)
         changed_RV = adjust(step, torch.from_numpy(pack_changes(masked(batch, mask))), logits_RV) if batch.adjusts else None
-        sampled, state = sample(state, step, logits_RV, changed_RV)
+        sampled, _ = sample(now, step, changed_RV)
         keep(tokens=sampled[:, 0])
         return state, sampled
 

@@ -48,7 +48,7 @@ class ServedModel:
 
     @classmethod
     def of(cls, names: Sequence[str], checkpoint: Checkpoint, tokenizer: Tokenizer, max_model_len: int) -> ServedModel:
-        eos = tuple(dict.fromkeys((*checkpoint.config.eos_token_ids, *tokenizer.eos_token_ids)))
+        eos = tokenizer.all_eos(checkpoint.config.eos_token_ids)
         return cls(
             names=tuple(names),
             root=checkpoint.path,

@@ -108,6 +108,10 @@ class Tokenizer:
         """The token as the vocabulary spells it."""
         return self._inner.id_to_token(token_id)
 
+    def all_eos(self, of_model: Iterable[int]) -> tuple[int, ...]:
+        """What ends a text: the ids that the model's configuration names, then those that only the tokenizer does."""
+        return tuple(dict.fromkeys((*of_model, *self.eos_token_ids)))
+
     def check_fits(self, model_vocab_size: int) -> None:
         """Raise `CheckpointError` unless every id has a row in the model's embedding table. (Rows to spare are legal.)"""
         if self.vocab_size > model_vocab_size:
