@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ router = APIRouter()
 
 @router.post("/v1/embeddings")
 async def embeddings(http: HttpRequest) -> Response:
-    serving, body = Serving.of(http), await read(http, EmbeddingRequest)
+    arrival, serving, body = time.perf_counter(), Serving.of(http), await read(http, EmbeddingRequest)
     model = serving.model
     size = len(model.pooler.weight)
     if body.dimensions not in (None, size):
@@ -30,7 +31,19 @@ async def embeddings(http: HttpRequest) -> Response:
         model.prompts, body.input, body.add_special_tokens, body.truncate_prompt_tokens, "input", room=0
     )
     tokens = [prompt.token_ids for prompt in prompts]
-    pooled = await unless_left(http, embed(serving, tokens, body.pooling))
+    ended = "error"
+    try:
+        pooled = await unless_left(http, embed(serving, tokens, body.pooling))
+        ended = "stop"
+    except ApiError:  # its reader has left, or the engine has
+        ended = "abort"
+        raise
+    finally:
+        serving.metrics.embedded(map(len, tokens), arrival, ended)
+        if serving.spans is not None:
+            error = {"stop": None, "abort": "cancelled"}.get(ended, ended)
+            facts = {"gen_ai.usage.input_tokens": sum(map(len, tokens)), "gen_ai.embeddings.dimension.count": size}
+            serving.spans.end("embeddings", model.names[0], body.model, arrival, facts, http.headers, error)
     return await asyncio.to_thread(lambda: json_response(answer(body, model.names[0], tokens, pooled)))
 
 
