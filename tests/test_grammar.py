@@ -403,7 +403,7 @@ def test_what_cannot_be_compiled_is_refused(grammars: Grammars, wanted: dict[str
     assert compiled is not None
     with pytest.raises(RequestError, match="structured_outputs cannot be compiled: ") as caught:
         compiled.result()
-    assert not re.search("NoExtensionBias|non-verbose", str(caught.value))
+    assert not re.search(r"NoExtensionBias|non-verbose|\| start|\({9}", str(caught.value))
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(a{1,1000}){1,1000}", ".*a.{1,400}b.*", "(a|aa)+" * 200])

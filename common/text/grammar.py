@@ -10,6 +10,7 @@ without look-around and back-references; grammars of Lark's syntax with llguidan
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,6 +40,8 @@ LIMITS: dict[str, Any] = {
 }
 """Symbols of a grammar: an object of 1,000 properties fits. A token may take about 15 ms of the lexer, its states 100 MB."""
 
+_QUOTED = re.compile(r'(invalid regex ".*" \(in regex\): )?regex parse error:.*\nerror: ', re.DOTALL)
+_LISTING = re.compile(r"\n +\d+ \| ")
 NOTHING = "there is no output that it allows"
 STUCK = "The output cannot go on: allowed_token_ids, bad_words and min_tokens leave no token that its grammar takes."
 
@@ -82,7 +85,7 @@ class Grammar:
         """A matcher at the beginning, for a model of so many tokens."""
         expect(
             vocab_size == self.vocab_size,
-            f"the grammar was compiled for a vocabulary of {self.vocab_size} tokens, and the model has {vocab_size}.",
+            f"The grammar was compiled for a vocabulary of {self.vocab_size} tokens, and the model has {vocab_size}.",
         )
         return Matcher(self.inner.deep_copy(), vocab_size)
 
@@ -190,7 +193,8 @@ def _source(wanted: StructuredOutputsParams) -> str:
 
 
 def _in_short(text: str) -> str:
-    """A message of the library's, which may be long and in several lines."""
+    """A message of the library's without what it repeats of the source, which may be long and in several lines."""
     if text.startswith("NoExtensionBias"):
         return NOTHING
+    text = _QUOTED.sub("invalid regex: ", _LISTING.split(text)[0])
     return " ".join(text[:1000].removesuffix("<non-verbose/>").split())[:300]
