@@ -325,7 +325,7 @@ def check_tokens(what: str, ids: Listed[Any], vocab_size: int, param: str | None
     not."""
     for i, token in enumerate(ids):
         if not (isinstance(token, (int, Integral)) and not isinstance(token, bool) and 0 <= int(token) < vocab_size):
-            raise RequestError(f"{what}[{i}] must be a token id in [0, {vocab_size}), got {shown(token)}.", param)
+            raise RequestError(f"{what}[{i}] must be an integer in [0, {vocab_size}), got {shown(token)}.", param)
 
 
 def pool_size(config: EngineConfig, max_model_len: int, page_bytes: int) -> int:
