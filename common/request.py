@@ -205,11 +205,11 @@ class SamplingParams:
                 or_none = " or None" if name in _OPTIONAL else ""
                 _must(_whole(value, least, most), name, f"be an integer in [{least}, {most}]{or_none}", value)
                 put(name, int(value))
+        _must(_real(self.top_p, 0.0, 1.0) and self.top_p > 0, "top_p", "be a number in (0, 1]", self.top_p)
         for name, (low, high) in _NUMBERS.items():
             value = getattr(self, name)
             _must(_real(value, low, high), name, f"be a number in [{low:g}, {high:g}]", value)
             put(name, float(value))
-        _must(self.top_p > 0, "top_p", "be a number in (0, 1]", self.top_p)
         for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids"):
             value = getattr(self, name)
             _must(value is None or isinstance(value, (str, tuple, list)), name, "be a list", value)
