@@ -8,6 +8,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Listed
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import psutil
 
 from common.config import EngineConfig
 from common.config import expect as expect_config
+from common.errors import RequestError, shown
 from common.interface import Caps, InferenceEngine, ModelRunner, Pending, Progress, load_backend
 from common.request import Request, Status, TokenEvent, expect
 from common.schedule.batch import Batch
@@ -119,7 +121,7 @@ class Engine(InferenceEngine):
             *(("bad_words", word) for word in request.bad_words),
         ]
         for what, ids in listed:
-            check_tokens(f"Request {name!r}: {what}", ids, vocab)
+            check_tokens(f"Request {name!r}: {what}", ids, vocab, what)
         self.scheduler.add(request)
         self._counters["prompt_tokens"] += len(request.prompt_token_ids)
 
@@ -248,6 +250,7 @@ class Engine(InferenceEngine):
             self._start_over([])
             raise
         scheduler.pool.release(pages)
+        self._counters["prompt_tokens"] += sum(map(len, some))
         self._device_seconds += perf_counter() - begin
         return states
 
@@ -317,16 +320,12 @@ def shared_pages(page_table: np.ndarray) -> np.ndarray:
     return ((last[table] != place) & (table > 0)).reshape(page_table.shape).sum(axis=1, dtype=np.int32)
 
 
-def is_token(value: Any, vocab_size: int) -> bool:
-    """Whether `value` is an integer in [0, vocab_size); True and 1.0 are none."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 0 <= int(value) < vocab_size
-
-
-def check_tokens(what: str, ids: Listed[Any], vocab_size: int) -> None:
-    """Raise `RequestError` for the first of `ids` that is no token id."""
-    bad = next((i for i, token in enumerate(ids) if not is_token(token, vocab_size)), None)
-    if bad is not None:
-        expect(False, f"{what}[{bad}] must be an integer in [0, {vocab_size}), got {ids[bad]!r}.")
+def check_tokens(what: str, ids: Listed[Any], vocab_size: int, param: str | None = None) -> None:
+    """Raise `RequestError` for the first of `ids` that is no token id: an integer in [0, vocab_size), which True and 1.0 are
+    not."""
+    for i, token in enumerate(ids):
+        if not (isinstance(token, (int, Integral)) and not isinstance(token, bool) and 0 <= int(token) < vocab_size):
+            raise RequestError(f"{what}[{i}] must be an integer in [0, {vocab_size}), got {shown(token)}.", param)
 
 
 def pool_size(config: EngineConfig, max_model_len: int, page_bytes: int) -> int:

@@ -19,7 +19,12 @@ class CheckpointError(TandemError, ValueError):
 
 
 class RequestError(TandemError, ValueError):
-    """A request that can never be served as it stands: refused at the door, before anything is allocated."""
+    """A request that can never be served as it stands: refused at the door, before anything is allocated. `param` is the field
+    that is to blame, where it is one."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class QueueFullError(RequestError):
@@ -38,3 +43,12 @@ def nearest_hint(given: str, known: Iterable[str]) -> str:
     """A sentence ` Did you mean 'x'?` for a misspelt name, or the empty string when nothing known is close."""
     close = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def shown(value: object, most: int = 80) -> str:
+    """The repr of a value for a message, cut after so many characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        return f"a value too large to print ({type(value).__name__})"
+    return text if len(text) <= most else f"{text[:most]}…"

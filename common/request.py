@@ -8,9 +8,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from math import inf
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Self
 
-from common.errors import RequestError, nearest_hint
+from common.errors import RequestError, nearest_hint, shown
 
 if TYPE_CHECKING:
     from common.text.grammar import Grammar
@@ -18,40 +19,73 @@ if TYPE_CHECKING:
 MAX_LOGPROBS = 20
 MAX_BIAS = 100.0
 MAX_N = 64
+MAX_INT = 2**31 - 1
 MAX_GRAMMAR = 1 << 15
 """Characters of what an output is held to."""
 GREEDY_EPSILON = 1e-5
 """Temperatures below this are greedy."""
+_INTEGERS = {
+    "n": (1, MAX_N),
+    "max_tokens": (1, MAX_INT),
+    "min_tokens": (0, MAX_INT),
+    "top_k": (-1, MAX_INT),
+    "seed": (0, 2**64 - 1),
+    "logprobs": (0, MAX_LOGPROBS),
+    "prompt_logprobs": (0, MAX_LOGPROBS),
+}
+_NUMBERS = {
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "repetition_penalty": (1e-6, 1e6),
+}
+_FLAGS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize")
+_OPTIONAL = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
+"""Sampling parameters by kind: their least and their greatest value, both allowed, and which may be None."""
 
 
-def expect(condition: bool, message: str) -> None:
-    """Raise `RequestError(message)` unless `condition` holds."""
+def expect(condition: bool, message: str, param: str | None = None) -> None:
+    """Raise `RequestError(message, param)` unless `condition` holds."""
     if not condition:
-        raise RequestError(message)
+        raise RequestError(message, param)
+
+
+def _must(condition: bool, name: str, be: str, value: Any) -> None:
+    """What the value of a field must be, and is not unless `condition` holds."""
+    if not condition:
+        raise RequestError(f"{name} must {be}, got {shown(value)}.", name)
 
 
 def _whole(value: Any, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    """NumPy's integers are integers too, and True is none."""
+    return isinstance(value, (int, Integral)) and not isinstance(value, bool) and low <= int(value) <= high
 
 
 def _real(value: Any, low: float, high: float) -> bool:
     # The range first: an integer may be too large for isfinite. NaN lies in no range.
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    return isinstance(value, (float, int, Real)) and not isinstance(value, bool) and bool(low <= value <= high)  # type: ignore[operator]
+
+
+def _token_ids(name: str, given: Sequence[Any]) -> tuple[int, ...]:
+    for token in given:
+        _must(_whole(token, 0, MAX_INT), name, "hold token ids ≥ 0", token)
+    return tuple(map(int, given))
 
 
 def _biases(given: Any) -> tuple[tuple[int, float], ...] | None:
     """A logit_bias as pairs in the order of ids, clamped."""
     if given is None:
         return None
-    expect(isinstance(given, (Mapping, tuple, list)), f"logit_bias must map token ids to numbers, got {given!r}.")
+    name, be = "logit_bias", "map token ids ≥ 0 to numbers"
+    _must(isinstance(given, (Mapping, tuple, list)), name, be, given)
     pairs = list(given.items()) if isinstance(given, Mapping) else list(given)
     for pair in pairs:
-        expect(
-            isinstance(pair, tuple) and len(pair) == 2 and _whole(pair[0], 0, 2**31 - 1) and _real(pair[1], -inf, inf),
-            f"logit_bias must map token ids ≥ 0 to numbers, got {pair!r}.",
-        )
-    expect(len({token for token, _ in pairs}) == len(pairs), "logit_bias must name every token id once.")
-    return tuple(sorted((token, float(min(max(bias, -MAX_BIAS), MAX_BIAS))) for token, bias in pairs))
+        sound = isinstance(pair, tuple) and len(pair) == 2 and _whole(pair[0], 0, MAX_INT) and _real(pair[1], -inf, inf)
+        _must(sound, name, be, pair)
+    expect(len({token for token, _ in pairs}) == len(pairs), "logit_bias must name every token id once.", name)
+    return tuple(sorted((int(token), float(min(max(bias, -MAX_BIAS), MAX_BIAS))) for token, bias in pairs))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,15 +113,15 @@ class StructuredOutputsParams:
         if self.choice is not None:
             expect(
                 isinstance(self.choice, (tuple, list)) and len(self.choice) > 0,
-                f"choice must be a list of texts, got {self.choice!r:.80}.",
+                f"choice must be a list of texts, got {shown(self.choice)}.",
             )
             object.__setattr__(self, "choice", tuple(self.choice))
         texts: Sequence[Any] = self.choice or [text for text in (self.json, self.regex, self.grammar) if text is not None]
         for text in texts:
-            expect(isinstance(text, str) and text != "", f"{given[0]} must hold texts that are not empty, got {text!r:.80}.")
+            expect(isinstance(text, str) and text != "", f"{given[0]} must hold texts that are not empty, got {shown(text)}.")
         size = sum(map(len, texts))
         expect(size <= MAX_GRAMMAR, f"{given[0]} may have {MAX_GRAMMAR} characters, got {size}.")
-        expect(self.json_object in (None, True), f"json_object must be true, or be left out, got {self.json_object!r}.")
+        expect(self.json_object in (None, True), f"json_object must be true, or be left out, got {shown(self.json_object)}.")
 
 
 def _schema(given: Any) -> str:
@@ -97,7 +131,7 @@ def _schema(given: Any) -> str:
         text = json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"json must be a JSON Schema, as an object or as text: {error}.") from error
-    expect(isinstance(schema, Mapping), f"json must be a JSON Schema, which is an object, got {schema!r:.80}.")
+    expect(isinstance(schema, Mapping), f"json must be a JSON Schema, which is an object, got {shown(schema)}.")
     return text
 
 
@@ -120,7 +154,7 @@ class SamplingParams:
     temperature: float = 1.0
     """0 is greedy: the highest logit, ties to the lowest id."""
     top_k: int = 0
-    """Keep the k likeliest tokens, ties at the k-th kept; 0 or -1 keeps all."""
+    """Keep the k likeliest tokens, ties at the k-th kept; 0 or -1 keeps all. At most 2**31 - 1."""
     top_p: float = 1.0
     """Keep the smallest set of likeliest tokens whose probability reaches top_p, at least one."""
     min_p: float = 0.0
@@ -163,66 +197,51 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        for name in _FLAGS:
+            _must(isinstance(getattr(self, name), bool), name, "be true or false", getattr(self, name))
+        for name, (least, most) in _INTEGERS.items():
+            value = getattr(self, name)
+            if value is not None or name not in _OPTIONAL:
+                or_none = " or None" if name in _OPTIONAL else ""
+                _must(_whole(value, least, most), name, f"be an integer in [{least}, {most}]{or_none}", value)
+                put(name, int(value))
+        _must(_real(self.top_p, 0.0, 1.0) and self.top_p > 0, "top_p", "be a number in (0, 1]", self.top_p)
+        for name, (low, high) in _NUMBERS.items():
+            value = getattr(self, name)
+            _must(_real(value, low, high), name, f"be a number in [{low:g}, {high:g}]", value)
+            put(name, float(value))
         for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids"):
             value = getattr(self, name)
-            expect(value is None or isinstance(value, (str, tuple, list)), f"{name} must be a list, got {value!r}.")
-        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"):
-            value = getattr(self, name)
-            expect(isinstance(value, bool), f"{name} must be true or false, got {value!r}.")
+            _must(value is None or isinstance(value, (str, tuple, list)), name, "be a list", value)
         put("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
-        put("stop_token_ids", tuple(self.stop_token_ids or ()))
         put("bad_words", (self.bad_words,) if isinstance(self.bad_words, str) else tuple(self.bad_words or ()))
-        put("allowed_token_ids", None if self.allowed_token_ids is None else tuple(self.allowed_token_ids))
-        put("logit_bias", _biases(self.logit_bias))
-        expect(
-            self.max_tokens is None or _whole(self.max_tokens, 1, 2**31 - 1),
-            f"max_tokens must be a positive integer or None, got {self.max_tokens!r}.",
+        _must(all(isinstance(s, str) and s for s in self.stop), "stop", "hold strings that are not empty", self.stop)
+        _must(
+            all(isinstance(s, str) and s.strip() for s in self.bad_words),
+            "bad_words",
+            "hold strings that are not blank",
+            self.bad_words,
         )
-        expect(_whole(self.min_tokens, 0, 2**31 - 1), f"min_tokens must be an integer ≥ 0, got {self.min_tokens!r}.")
+        expect(not self.stop or self.detokenize, "stop strings need detokenize=True.", "stop")
+        put("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids or ()))
+        if self.allowed_token_ids is not None:
+            put("allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids))
+        expect(self.allowed_token_ids != (), "allowed_token_ids must not be empty; None allows all.", "allowed_token_ids")
+        put("logit_bias", _biases(self.logit_bias))
+        _must(
+            self.structured_outputs is None or isinstance(self.structured_outputs, StructuredOutputsParams),
+            "structured_outputs",
+            "be StructuredOutputsParams",
+            self.structured_outputs,
+        )
         expect(
             self.max_tokens is None or self.min_tokens <= self.max_tokens,
             f"min_tokens must not exceed max_tokens, got {self.min_tokens} and {self.max_tokens}.",
-        )
-        expect(
-            _real(self.temperature, 0.0, 100.0), f"temperature must be a finite number in [0, 100], got {self.temperature!r}."
-        )
-        expect(_whole(self.top_k, -1, 2**31 - 1), f"top_k must be an integer ≥ -1, got {self.top_k!r}.")
-        expect(_real(self.top_p, 0.0, 1.0) and self.top_p > 0, f"top_p must be a number in (0, 1], got {self.top_p!r}.")
-        expect(_real(self.min_p, 0.0, 1.0), f"min_p must be a number in [0, 1], got {self.min_p!r}.")
-        for name in ("presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            expect(_real(value, -2.0, 2.0), f"{name} must be a number in [-2, 2], got {value!r}.")
-        expect(
-            _real(self.repetition_penalty, 1e-6, 1e6),
-            f"repetition_penalty must be a number > 0, from 1e-6 to 1e6, got {self.repetition_penalty!r}.",
-        )
-        expect(
-            self.seed is None or _whole(self.seed, 0, 2**64 - 1),
-            f"seed must be an integer in [0, 2**64) or None, got {self.seed!r}.",
-        )
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            expect(
-                value is None or _whole(value, 0, MAX_LOGPROBS),
-                f"{name} must be an integer in [0, {MAX_LOGPROBS}] or None, got {value!r}.",
-            )
-        expect(all(isinstance(s, str) and s for s in self.stop), f"stop must hold non-empty strings, got {self.stop!r}.")
-        expect(not self.stop or self.detokenize, "stop strings need detokenize=True.")
-        expect(
-            all(isinstance(s, str) and s.strip() for s in self.bad_words),
-            f"bad_words must hold strings that are not blank, got {self.bad_words!r}.",
-        )
-        for name in ("stop_token_ids", "allowed_token_ids"):
-            value = getattr(self, name) or ()
-            expect(all(_whole(t, 0, 2**31 - 1) for t in value), f"{name} must hold token ids ≥ 0, got {value!r}.")
-        expect(self.allowed_token_ids != (), "allowed_token_ids must not be empty; None allows all.")
-        expect(
-            self.structured_outputs is None or isinstance(self.structured_outputs, StructuredOutputsParams),
-            f"structured_outputs must be StructuredOutputsParams, got {self.structured_outputs!r:.80}.",
+            "min_tokens",
         )
         put("top_k", 0 if self.top_k == -1 else self.top_k)
-        expect(_whole(self.n, 1, MAX_N), f"n must be an integer in [1, {MAX_N}], got {self.n!r}.")
-        expect(self.n == 1 or not self.greedy, f"n must be 1 where temperature is 0: all {self.n} continuations were the same.")
+        same = f"n must be 1 where temperature is 0: all {self.n} continuations were the same."
+        expect(self.n == 1 or not self.greedy, same, "n")
 
     @property
     def greedy(self) -> bool:
@@ -294,11 +313,13 @@ class Request:
         )
         expect(
             _whole(self.priority, -(2**63), 2**63 - 1),
-            f"Request {self.request_id!r}: priority must be an integer of 64 bits, got {self.priority!r}.",
+            f"Request {self.request_id!r}: priority must be an integer of 64 bits, got {shown(self.priority)}.",
+            "priority",
         )
         expect(
             self.deadline is None or _real(self.deadline, -1e15, 1e15),
-            f"Request {self.request_id!r}: deadline must be a finite number of seconds or None, got {self.deadline!r}.",
+            f"Request {self.request_id!r}: deadline must be a finite number of seconds or None, got {shown(self.deadline)}.",
+            "deadline",
         )
 
 

@@ -560,6 +560,14 @@ def test_token_ids_outside_the_vocabulary_are_refused_and_others_go_on(token: An
     assert tokens(drain(engine)) == right(request("bystander")).tokens
 
 
+@pytest.mark.parametrize("token", [10**5000, "x" * 10_000], ids=["number", "text"])
+def test_what_a_refusal_shows_of_a_token_id_is_short(token: Any) -> None:
+    engine, _ = make_engine()
+    with pytest.raises(RequestError, match=r"prompt_token_ids\[1\] must be an integer in") as error:
+        engine.add(request("bad", [1, token]))
+    assert len(str(error.value)) < 250 and error.value.param == "prompt_token_ids"
+
+
 def test_a_refused_request_leaves_no_trace_in_the_counters() -> None:
     engine, _ = make_engine()
     for bad in (request("long", range(64), max_tokens=60), request("r", [VOCAB])):

@@ -7,7 +7,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -401,8 +401,9 @@ def test_what_is_no_format_is_refused_as_it_is_built(given: dict[str, Any], matc
 def test_what_cannot_be_compiled_is_refused(grammars: Grammars, wanted: dict[str, Any]) -> None:
     compiled = grammars.compile(StructuredOutputsParams(**wanted))
     assert compiled is not None
-    with pytest.raises(RequestError, match="structured_outputs cannot be compiled"):
+    with pytest.raises(RequestError, match="structured_outputs cannot be compiled: ") as caught:
         compiled.result()
+    assert not re.search(r"NoExtensionBias|non-verbose|\| start|\({9}", str(caught.value))
 
 
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(a{1,1000}){1,1000}", ".*a.{1,400}b.*", "(a|aa)+" * 200])
@@ -531,6 +532,48 @@ def test_a_call_that_no_tool_answers_cannot_be_demanded(choice: Any) -> None:
 def test_the_server_refuses_what_is_no_format(served: Served, field: dict[str, Any]) -> None:
     response = served.post(prompt="the", max_tokens=2, **field)
     assert response.status_code == 400 and set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_format_that_nothing_may_begin_is_refused_by_the_field_that_masks_it(
+    served: Served, tokenizer: Tokenizer, stream: bool
+) -> None:
+    seven, a = ids_of(tokenizer, "7"), ids_of(tokenizer, "a")
+    for name, field in {
+        "allowed_token_ids": {"guided_regex": "[a-z]{3}", "allowed_token_ids": seven},
+        "bad_words": {"guided_choice": ["a"], "bad_words": ["a"]},
+        "min_tokens": {"guided_regex": "a", "min_tokens": 1, "stop_token_ids": a},
+    }.items():
+        response = served.post(prompt="the", max_tokens=4, stream=stream, **field)
+        assert response.status_code == 400, name
+        assert response.json()["error"]["param"] == name and "may begin with" in response.json()["error"]["message"]
+
+
+def test_a_format_that_nothing_may_go_on_with_ends_its_request_alone(served: Served, tokenizer: Tokenizer) -> None:
+    body: dict[str, Any] = {"prompt": "the", "max_tokens": 30, "temperature": 1.0, "seed": 3, "ignore_eos": True}
+    right = served.complete(**body)["choices"]
+    stuck = {"guided_choice": ["a7"], "allowed_token_ids": ids_of(tokenizer, "a"), "max_tokens": 9, "prompt": "the"}
+    with ThreadPoolExecutor(2) as users:
+        other = users.submit(served.complete, **body)
+        refused = users.submit(served.post, **stuck).result()
+        assert other.result()["choices"] == right
+    error = refused.json()["error"]
+    assert refused.status_code == 400 and "cannot go on: allowed_token_ids" in error["message"]
+    assert [part.get("error") for part in served.events(**stuck)] == [None, error]
+    served.wait_idle()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("guided_regex", "("), ("guided_regex", ""), ("guided_json", {"type": "nothing"}), ("structured_outputs", {}),
+     ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}})],
+)  # fmt: skip
+def test_a_format_that_is_refused_is_told_by_its_field(served: Served, field: str, value: Any) -> None:
+    assert served.post(prompt="the", **{field: value}).json()["error"]["param"] == field
 
 
 def test_many_at_once_with_formats_of_their_own_are_not_mixed_up(served: Served) -> None:

@@ -422,7 +422,7 @@ def test_the_command_streams_the_text_and_a_line_end(
         (["--enable_prefix_cachin=true", "x"], "Did you mean '--enable-prefix-caching'?"),
         (["--model", "tiny-lama", "x"], "Did you mean 'tiny-llama'?"),
         ([*TINY, "--backend", "torhc", "x"], "Did you mean 'torch'?"),
-        ([*TINY, "--temperature", "nan", "x"], "temperature must be a finite number"),
+        ([*TINY, "--temperature", "nan", "x"], "temperature must be a number in [0, 100]"),
         ([*TINY, "--block-size", "3", "x"], "block_size must be a power of two"),
         ([*TINY, "--dtype", "float31", "x"], "Did you mean 'float32'?"),
         ([*TINY, "--device", "cudda", "x"], "Did you mean 'cuda'?"),

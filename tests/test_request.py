@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from common.errors import RequestError
@@ -34,8 +35,35 @@ from common.request import Request, SamplingParams, fan_out
     ],
 )
 def test_a_sampling_value_that_cannot_be_served_is_refused_by_name(name: str, value: Any) -> None:
-    with pytest.raises(RequestError, match=name):
+    with pytest.raises(RequestError, match=name) as caught:
         SamplingParams(**{name: value})
+    assert caught.value.param == name
+
+
+@pytest.mark.parametrize("name", ["n", "max_tokens", "top_k", "seed", "temperature", "stop", "stop_token_ids", "logit_bias"])
+def test_a_number_that_python_does_not_print_is_refused_like_others(name: str) -> None:
+    huge = 10**5000
+    value = {"stop": [huge], "stop_token_ids": [huge], "logit_bias": {huge: 1.0}}.get(name, huge)
+    with pytest.raises(RequestError, match=f"{name} must .* too large to print"):
+        SamplingParams(**{name: value})
+
+
+def test_numbers_of_numpy_are_numbers_and_its_truth_values_are_none() -> None:
+    whole, real = np.int64(3), np.float32(0.5)
+    params = SamplingParams(
+        n=whole, max_tokens=whole, top_k=np.uint8(3), seed=np.uint64(2**64 - 1), logprobs=whole, temperature=real, top_p=real,
+        stop_token_ids=[whole], allowed_token_ids=[whole], logit_bias={whole: real},
+    )  # fmt: skip
+    assert params == SamplingParams(
+        n=3, max_tokens=3, top_k=3, seed=2**64 - 1, logprobs=3, temperature=0.5, top_p=0.5,
+        stop_token_ids=[3], allowed_token_ids=[3], logit_bias={3: 0.5},
+    )  # fmt: skip
+    kinds = {type(value) for value in vars(params).values()}
+    assert kinds <= {int, float, bool, tuple, type(None)}
+    assert {type(x) for x in (*params.stop_token_ids, *(params.allowed_token_ids or ()))} == {int}
+    for name in ("top_k", "temperature"):
+        with pytest.raises(RequestError, match=name):
+            SamplingParams(**{name: np.bool_(True)})
 
 
 def test_several_continuations_that_would_be_the_same_are_refused() -> None:

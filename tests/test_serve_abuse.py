@@ -22,8 +22,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.bad_requests import BYTES, CASES, FINE, POST, Bad, http
-from tests.http_server import PATIENCE_S, ROOT, SMALL, Served, history, serving, until
+from tests.bad_requests import BYTES, CASES, CHAT, COMPLETIONS, DETOKENIZE, FINE, POST, Bad, http, wrong
+from tests.http_server import PATIENCE_S, ROOT, SMALL, Served, history, raw_request, serving, until
 
 LEAK = re.compile(r"0x[0-9a-f]{6,}|/usr/|/home/|/root/|/tmp/|site-packages|\.py\b|Traceback", re.IGNORECASE)
 BYSTANDER: dict[str, Any] = {
@@ -114,6 +114,18 @@ def test_bad_requests_are_refused_and_hurt_nobody(served: Served) -> None:
     assert {what: fault for what, fault in wrong.items() if fault} == {}
 
 
+def test_a_refusal_names_the_field_that_is_to_blame(served: Served) -> None:
+    blamed = {
+        "max_tokens": 0, "top_p": 2.0, "stop": [""], "stop_token_ids": [10**6], "allowed_token_ids": [10**6], "prompt": [10**6],
+        "logit_bias": {"x": 1.0}, "truncate_prompt_tokens": 0, "n": 0, "deadline": 1e300, "priority": 2**63,
+    }  # fmt: skip
+    in_chat = {"max_completion_tokens": 0, "top_logprobs": 21, "messages": [{"role": "user", "content": "x " * 2000}]}
+    cases = [wrong(COMPLETIONS, **{name: value}) for name, value in blamed.items()]
+    cases += [wrong(CHAT, **{"logprobs": True, name: value}) for name, value in in_chat.items()]
+    answers = [ask(served, case) for case in (*cases, wrong(DETOKENIZE, tokens=[-1]))]
+    assert [json.loads(text)["error"]["param"] for _, text in answers] == [*blamed, *in_chat, "tokens"]
+
+
 def took(served: Served, case: Bad) -> float:
     began = time.perf_counter()
     ask(served, case)
@@ -154,6 +166,23 @@ def test_nobody_may_take_forever_over_a_head(tmp_path: Path) -> None:
     with serving(tmp_path, "--backend", "history", "--max-model-len", "512", packages=[packages]) as served:
         for beginning in (b"", b"POST /v1/comp", http(POST + "A: b")[:-2]):
             assert faults(*send(served, beginning), 408) == ""
+
+
+def test_who_never_reads_is_hung_up_on_and_its_requests_end(tmp_path: Path) -> None:
+    """What comes before it is noticed fills the buffers of the system."""
+    packages, control = history(tmp_path)
+    with (packages / "historyinfer" / "__init__.py").open("a") as file:
+        file.write("import common.serve.http\ncommon.serve.http.READ_PATIENCE_S = 0.1\n")
+    with serving(tmp_path, "--backend", "history", "--max-model-len", "2048", packages=[packages]) as served:
+        (control / "slow").touch()
+        body: dict[str, Any] = {"prompt": "the", "max_tokens": 2000, "ignore_eos": True, "n": 64, "logprobs": 20}
+        with raw_request(served, **body, stream=True):
+            until(lambda: "Ended early" in served.log.read_text())
+            (control / "slow").unlink()
+            served.wait_idle()
+        assert served.metric("request_success_total", finished_reason="abort") > 0
+        assert served.complete(prompt="the", max_tokens=2)["choices"]
+        assert "Traceback" not in served.log.read_text()
 
 
 @pytest.mark.accept

@@ -43,6 +43,9 @@ def mortal(tmp_path: Path) -> Iterator[Served]:
 def test_requests_reach_the_backend_that_they_name(served: Served) -> None:
     names = [model["id"] for model in served.client.get("/v1/models").json()["data"]]
     assert names == ["tiny-llama", "tiny-llama@one", "tiny-llama@two"]
+    for name in names:
+        assert served.client.get(f"/v1/models/{name}").json()["id"] == name
+    assert served.client.get("/v1/models/tiny-llama@three").json()["error"]["param"] == "model"
     texts = set()
     for name, engine in zip((None, *names), ("one", "one", "one", "two"), strict=True):
         before = served.metric("generation_tokens_total", engine=engine)

@@ -20,7 +20,7 @@ from common.serve.profiler import trace
 from common.text.tokenizer import open_tokenizer
 from common.weights.zoo import resolve
 from tests.backends import checkpoint
-from tests.http_server import SMALL, Served, history, serving
+from tests.http_server import SMALL, Served, serving
 from tests.test_embed import expected
 
 MODEL, PROMPT = "tiny-llama", "the and of "
@@ -65,11 +65,29 @@ def test_the_openai_client_gets_the_embeddings_that_transformers_computes(served
     "body",
     [{}, {"input": ""}, {"input": []}, {"input": ["a", ""]}, {"input": [[1], []]}, {"input": [1, 320]}, {"input": [1, -1]},
      {"input": 5}, {"input": [1, "a"]}, {"input": "a", "encoding_format": "int8"}, {"input": "a", "pooling": "max"},
-     {"input": [5] * 513}, {"input": ["a"] * 2049}, {"input": "a", "dimensions": 0}],
+     {"input": [5] * 513}, {"input": ["a"] * 2049}, {"input": "a", "dimensions": 0},
+     {"input": "a", "normalize": False}],
 )  # fmt: skip
 def test_what_cannot_be_embedded_is_refused(served: Served, body: dict[str, Any]) -> None:
     answer = served.post("/v1/embeddings", **body)
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "BadRequestError")
+
+
+def test_embeddings_are_counted_as_requests(served: Served) -> None:
+    names = ("request_success_total", "request_prompt_tokens_sum", "e2e_request_latency_seconds_count", "prompt_tokens_total")
+    before = [served.metric(name) for name in names]
+    usage = served.post("/v1/embeddings", input=[PROMPT, LONG], normalize=True).json()["usage"]
+    grown = [served.metric(name) - was for name, was in zip(names, before, strict=True)]
+    assert grown == [2, usage["prompt_tokens"], 2, usage["prompt_tokens"]]
+    assert served.metric("request_success_total", finished_reason="stop") >= 2
+
+
+def test_one_model_is_told_by_its_name(served: Served, backend: str) -> None:
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        listed = {model.id: model for model in client.models.list()}
+        assert {name: client.models.retrieve(name) for name in listed} == listed and len(listed) == 2
+        with pytest.raises(openai.NotFoundError, match=f"served here: {MODEL}, {MODEL}@{backend}"):
+            client.models.retrieve("others/gpt")
 
 
 def test_embeddings_and_completions_do_not_disturb_each_other(served: Served) -> None:
@@ -164,21 +182,20 @@ def test_a_span_for_each_request_reaches_a_collector(tmp_path: Path) -> None:
     thread.start()
     trace_id = "0af7651916cd43dd8448eb211c80319c"
     try:
-        packages, _ = history(tmp_path)
         endpoint = f"http://127.0.0.1:{collector.server_port}/v1/traces"
-        options = ("--backend", "history", "--max-model-len", "512", "--otlp-endpoint", endpoint)
-        with serving(tmp_path, *options, packages=[packages]) as server:
+        with serving(tmp_path, "--backend", "torch", *SMALL, "--otlp-endpoint", endpoint) as server:
             body = {"prompt": "a", "max_tokens": 7, "ignore_eos": True, "temperature": 0.5, "seed": 3}
             headers = {"traceparent": f"00-{trace_id}-b7ad6b7169203331-01"}
             answer = server.client.post("/v1/completions", json=body, headers=headers).json()
             server.post(prompt="a", deadline=0.0)
+            embedded = server.post("/v1/embeddings", input="a b", model="tiny-llama@torch").json()["usage"]
             assert server.stop() == 0  # by then all are exported
     finally:
         collector.shutdown()
         thread.join()
         collector.server_close()
     spans = [span for one in got for resource in one.resource_spans for scope in resource.scope_spans for span in scope.spans]
-    first, late = sorted(spans, key=lambda span: span.start_time_unix_nano)
+    first, late, last = sorted(spans, key=lambda span: span.start_time_unix_nano)
     facts = {attribute.key: attribute.value for attribute in first.attributes}
     assert (first.trace_id.hex(), first.name) == (trace_id, "text_completion tiny-llama")
     assert facts["gen_ai.response.id"].string_value == answer["id"]
@@ -189,3 +206,6 @@ def test_a_span_for_each_request_reaches_a_collector(tmp_path: Path) -> None:
     whole = (first.end_time_unix_nano - first.start_time_unix_nano) * 1e-9
     assert 0 < facts["gen_ai.response.time_to_first_chunk"].double_value <= whole
     assert {each.key: each.value.string_value for each in late.attributes}["error.type"] == "timeout"
+    told = {each.key: each.value for each in last.attributes}
+    assert (last.name, told["gen_ai.request.model"].string_value) == ("embeddings tiny-llama", "tiny-llama@torch")
+    assert told["gen_ai.usage.input_tokens"].int_value == embedded["prompt_tokens"] and "error.type" not in told

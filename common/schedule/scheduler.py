@@ -40,7 +40,7 @@ from operator import attrgetter
 import numpy as np
 
 from common.config import Cache, Schedule
-from common.errors import BackendError, DrainingError, QueueFullError
+from common.errors import BackendError, DrainingError, QueueFullError, RequestError
 from common.interface import Caps, Result
 from common.request import Logprobs, Request, Status, TokenEvent, expect
 from common.schedule.batch import Batch, Want
@@ -302,7 +302,8 @@ class Scheduler:
                 seq.matcher = grammar.result().start(self.caps.vocab_size)
             except Exception as error:
                 self._finish(seq, Status.FINISHED_ERROR)
-                failed.append((seq.request.request_id, f"The grammar of this request cannot be used: {error}"))
+                why = "" if isinstance(error, RequestError) else "The grammar of this request cannot be used: "
+                failed.append((seq.request.request_id, f"{why}{error}"))
         return failed
 
     def await_grammar(self, seconds: float) -> bool:

@@ -19,6 +19,7 @@ from common.errors import TandemError
 from common.serve import chat, completions, embeddings, tokens
 from common.serve.errors import ApiError, api_error
 from common.serve.guard import Guard
+from common.serve.model import ServedModel
 from common.serve.profiler import Profiler
 from common.serve.serving import Serving, error_response, json_response
 
@@ -35,9 +36,19 @@ router = APIRouter()
 @router.get("/v1/models")
 async def models(http: HttpRequest) -> Response:
     model = Serving.of(http).model
-    entry: dict[str, Any] = {"object": "model", "created": STARTED, "owned_by": "tandem", "root": str(model.root)}
-    entry |= {"parent": None, "max_model_len": model.max_model_len}
-    return json_response({"object": "list", "data": [{"id": name, **entry} for name in model.names]})
+    return json_response({"object": "list", "data": [card(model, name) for name in model.names]})
+
+
+@router.get("/v1/models/{name:path}")
+async def one_model(http: HttpRequest, name: str) -> Response:
+    model = Serving.of(http).model
+    model.check_name(name)
+    return json_response(card(model, name))
+
+
+def card(model: ServedModel, name: str) -> dict[str, Any]:
+    entry = {"id": name, "object": "model", "created": STARTED, "owned_by": "tandem", "root": str(model.root)}
+    return {**entry, "parent": None, "max_model_len": model.max_model_len}
 
 
 @router.get("/health")

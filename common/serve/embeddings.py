@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
+from common.errors import RequestError
 from common.serve.errors import ApiError
 from common.serve.protocol import EmbeddingRequest
 from common.serve.serving import Serving, json_response, read, unless_left
@@ -21,7 +23,7 @@ router = APIRouter()
 
 @router.post("/v1/embeddings")
 async def embeddings(http: HttpRequest) -> Response:
-    serving, body = Serving.of(http), await read(http, EmbeddingRequest)
+    arrival, serving, body = time.perf_counter(), Serving.of(http), await read(http, EmbeddingRequest)
     model = serving.model
     size = len(model.pooler.weight)
     if body.dimensions not in (None, size):
@@ -30,8 +32,31 @@ async def embeddings(http: HttpRequest) -> Response:
         model.prompts, body.input, body.add_special_tokens, body.truncate_prompt_tokens, "input", room=0
     )
     tokens = [prompt.token_ids for prompt in prompts]
-    pooled = await unless_left(http, embed(serving, tokens, body.pooling))
+    ended: str | None = "error"
+    try:
+        pooled = await unless_left(http, embed(serving, tokens, body.pooling))
+        ended = "stop"
+    except ApiError:  # its reader has left, or the engine has
+        ended = "abort"
+        raise
+    except RequestError:
+        ended = None
+        raise
+    finally:
+        if ended is not None:
+            note(serving, http, body, tokens, arrival, ended)
     return await asyncio.to_thread(lambda: json_response(answer(body, model.names[0], tokens, pooled)))
+
+
+def note(
+    serving: Serving, http: HttpRequest, body: EmbeddingRequest, tokens: Sequence[Sequence[int]], arrival: float, ended: str
+) -> None:
+    """Count a request that was not refused."""
+    serving.metrics.embedded(map(len, tokens), arrival, ended)
+    if serving.spans is not None:
+        facts = {"gen_ai.usage.input_tokens": sum(map(len, tokens))}
+        error = {"stop": None, "abort": "cancelled"}.get(ended, ended)
+        serving.spans.end("embeddings", serving.model.names[0], body.model, arrival, facts, http.headers, error)
 
 
 async def embed(serving: Serving, tokens: Sequence[Sequence[int]], pooling: Any) -> list[np.ndarray]:

@@ -63,7 +63,7 @@ def api_error(error: Exception) -> ApiError:
         case DrainingError():
             return ApiError(503, str(error), headers={"Retry-After": "30"})
         case RequestError():
-            return ApiError(400, str(error))
+            return ApiError(400, str(error), error.param)
         case TandemError():
             return ApiError(500, str(error))
     return ApiError(500, "The server failed on this request; its log says why.")

@@ -139,6 +139,11 @@ async def models(http: HttpRequest) -> Response:
     return json_response({"object": "list", "data": [model for answer in answers for model in answer["data"]]})
 
 
+@router.get("/v1/models/{name:path}")
+async def one_model(http: HttpRequest, name: str) -> Response:
+    return json_response((await Backends.of(http).by_model(name).get(http.url.path)).json())
+
+
 @router.get("/health")
 async def health(http: HttpRequest) -> Response:
     """200 while all are well."""

@@ -1,4 +1,5 @@
-"""HTTP below the application: what is none is answered as any other error, and nobody may take forever over a head."""
+"""HTTP below the application: what is none is answered as any other error, and nobody may take forever over a head, or never
+read an answer."""
 
 from __future__ import annotations
 
@@ -14,14 +15,19 @@ from common.serve.serving import encode
 HEAD_PATIENCE_S = 30.0
 """For the lines before a body, from the first byte of the connection or of its next request."""
 
+READ_PATIENCE_S = 60.0
+"""For a client to take anything at all of an answer that is ready for it."""
+
 
 class Http(H11Protocol):
     """uvicorn's protocol over h11, which bounds the size of a head."""
 
     _giving_up: asyncio.TimerHandle | None = None
+    _hanging_up: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # whatever waits for a reader is to be noticed
         self._expect_head(True)
 
     def data_received(self, data: bytes) -> None:
@@ -31,6 +37,29 @@ class Http(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._expect_head(False)
+        self._expect_reader(False)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._expect_reader(True)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._expect_reader(False)
+
+    def _expect_reader(self, expected: bool, left: int = -1) -> None:
+        """Whether bytes wait to be taken. If as many do as before, `left`, the client is hung up on, and with that its requests
+        are aborted."""
+        if self._hanging_up is not None:
+            self._hanging_up.cancel()
+            self._hanging_up = None
+        if not expected:
+            return
+        waiting = self.transport.get_write_buffer_size()
+        if waiting == left:
+            self.transport.abort()  # to close it would be to wait for the reader
+        else:
+            self._hanging_up = self.loop.call_later(READ_PATIENCE_S, self._expect_reader, True, waiting)
 
     def _expect_head(self, expected: bool) -> None:
         """Whether a head has begun, or is due on a new connection, and has not ended."""

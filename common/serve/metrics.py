@@ -5,7 +5,8 @@ Times run from when the HTTP request came to when the host saw a token; that a c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,7 @@ class Metrics:
         self._ttft = seconds("time_to_first_token_seconds", "From the request to its first token.", FIRST)
         self._itl = seconds("inter_token_latency_seconds", "Between two tokens of a request.", BETWEEN)
         self._tpot = seconds("request_time_per_output_token_seconds", "Mean time between a request's tokens.", BETWEEN)
-        self._e2e = seconds("e2e_request_latency_seconds", "From the request to its last token.", WHOLE)
+        self._e2e = seconds("e2e_request_latency_seconds", "From the request to its last token, or its embedding.", WHOLE)
         self._queue = seconds("request_queue_time_seconds", "From the request to its first step.", WHOLE)
         self._prefill = seconds("request_prefill_time_seconds", "From the first step to the first token.", WHOLE)
         self._decode = seconds("request_decode_time_seconds", "From the first token to the last.", WHOLE)
@@ -125,6 +126,14 @@ class Metrics:
         for request in call.requests:
             if self._clocks.pop(request.request_id, None) is not None and aborted:
                 self._success.labels(**self._labels, finished_reason="abort").inc()
+
+    def embedded(self, lengths: Iterable[int], arrival: float, finished_reason: str) -> None:
+        """An HTTP request for embeddings ends now; `lengths` are its prompts', in tokens, each of which counts as a request."""
+        for length in lengths:
+            self._success.labels(**self._labels, finished_reason=finished_reason).inc()
+            if finished_reason == "stop":
+                self._prompt.observe(length)
+                self._e2e.observe(time.perf_counter() - arrival)
 
     def text(self, stats: Mapping[str, Any]) -> bytes:
         """The exposition, with what the engine's `stats` say."""

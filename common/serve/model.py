@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.engine import is_token
+from common.engine import check_tokens
 from common.request import expect
 from common.serve.errors import ApiError
 from common.serve.protocol import several
@@ -80,7 +80,7 @@ class ServedModel:
         if isinstance(prompt, str):
             given: list[Any] = [prompt]
         else:
-            expect(isinstance(prompt, list) and len(prompt) > 0, f"{name} must be a text, token ids, or a list of these.")
+            expect(isinstance(prompt, list) and len(prompt) > 0, f"{name} must be a text, token ids, or a list of these.", name)
             given = prompt if several(prompt) else [prompt]
         return [self.prompt(each, add_special_tokens, truncate, name, room) for each in given]
 
@@ -89,26 +89,28 @@ class ServedModel:
     ) -> Prompt:
         text, token_ids, most = None, prompt, self.max_model_len - room
         if isinstance(prompt, str):
-            text, token_ids = prompt, self.encode(prompt, add_special_tokens, checked=truncate is None)
-        expect(isinstance(token_ids, list), f"The {name} must be a text or a list of token ids, got {type(prompt).__name__}.")
+            text, token_ids = prompt, self.encode(prompt, add_special_tokens, checked=truncate is None, name=name)
+        expect(isinstance(token_ids, list), f"{name} must be a text or a list of token ids, got {type(prompt).__name__}.", name)
         if truncate is not None:
             token_ids = token_ids[-(most if truncate == -1 else truncate) :]
-        expect(len(token_ids) > 0, f"The {name} is empty; give at least one token.")
+        expect(len(token_ids) > 0, f"{name} must hold at least one token, got none.", name)
         expect(
             len(token_ids) <= most,
-            f"The {name} has {len(token_ids)} tokens; a context of {self.max_model_len} takes {most}, with room for {room} of "
-            "output. Shorten it.",
+            f"{name} may hold {most} tokens in a context of {self.max_model_len}, with room for {room} of output, got "
+            f"{len(token_ids)}; shorten it.",
+            name,
         )
         if text is None:  # by now they are few
-            self.check_tokens(token_ids, name)
+            check_tokens(name, token_ids, self.vocab_size, name)
         return Prompt(text, token_ids)
 
-    def encode(self, text: str, add_special_tokens: bool = True, *, checked: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True, *, checked: bool = True, name: str = "prompt") -> list[int]:
         """`checked`: a text that cannot fit is refused before it is cut into tokens."""
         most = self.max_model_len * self.longest_token * NORMALIZED
         expect(
             not checked or len(text) <= most,
-            f"A prompt of {len(text)} characters does not fit a context of {self.max_model_len} tokens.",
+            f"{name} has {len(text)} characters, which do not fit a context of {self.max_model_len} tokens.",
+            name,
         )
         return self.tokenizer.encode(text, add_special_tokens)
 
@@ -126,15 +128,10 @@ class ServedModel:
         plain = [message_of(i, message) for i, message in enumerate(messages)]
         size = sum(len(str(message["content"])) for message in plain)
         most = self.max_model_len * self.longest_token * NORMALIZED
-        expect(size <= most, f"Messages of {size} characters do not fit a context of {self.max_model_len} tokens.")
+        told = f"messages have {size} characters, which do not fit a context of {self.max_model_len} tokens."
+        expect(size <= most, told, "messages")
         prompt = Prompt(*self.template.encode(plain, tools=tools, add_generation_prompt=add_generation_prompt))
-        return self.prompt(prompt.token_ids, truncate=truncate)._replace(text=prompt.text)
-
-    def check_tokens(self, token_ids: Any, name: str) -> None:
-        expect(isinstance(token_ids, list), f"{name} must be a text or a list of token ids, got {type(token_ids).__name__}.")
-        for i, token in enumerate(token_ids):
-            if not is_token(token, self.vocab_size):
-                expect(False, f"{name}[{i}] must be a token id in [0, {self.vocab_size}), got {token!r:.40}.")
+        return self.prompt(prompt.token_ids, truncate=truncate, name="messages")._replace(text=prompt.text)
 
     def token_text(self, token_id: int) -> str:
         """One token by itself, special ones too. A piece of a character shows its bytes, so that no two tokens look alike."""
@@ -153,6 +150,7 @@ def message_of(i: int, message: Mapping[str, Any]) -> dict[str, Any]:
         expect(
             all(isinstance(part, str) for part in parts),
             f'messages[{i}].content must be a text, or parts {{"type": "text", "text": …}}: this model reads text only.',
+            "messages",
         )
         content = "\n".join(map(str, parts))
     elif content is None:

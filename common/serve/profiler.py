@@ -40,7 +40,7 @@ class Profiler:
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"Cannot make --profile-dir {folder} ({error}).") from error
+            raise ConfigError(f"Cannot make --profile-dir {folder} ({error.strerror}).") from error
         return cls(import_module(name).profile, Path(folder))
 
     def start(self, worker: Worker) -> None:

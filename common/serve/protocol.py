@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from common.request import MAX_N, Request, SamplingParams, StructuredOutputsParams, expect
+from common.errors import RequestError
+from common.request import MAX_LOGPROBS, MAX_N, Request, SamplingParams, StructuredOutputsParams, expect
 from common.serve.errors import ApiError
 from common.serve.tools import call_grammar
 from common.states import Pooling
@@ -110,6 +111,7 @@ class Sampled(Body):
     return_tokens_as_token_ids: bool | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
     _structured: StructuredOutputsParams | None = PrivateAttr(None)
+    _format: str | None = PrivateAttr(None)
 
     def settle(self) -> None:
         super().settle()
@@ -119,7 +121,16 @@ class Sampled(Body):
         for name, wanted in asked.items():
             for field in set(wanted) - STRUCTURED:
                 raise ApiError(400, f"{name}.{field:.80} is not supported by this server; leave it out.", name)
-            self._structured = StructuredOutputsParams(**wanted)
+            self._format = name
+            try:
+                self._structured = StructuredOutputsParams(**wanted)
+            except RequestError as error:
+                raise ApiError(400, str(error), name) from None
+
+    @property
+    def format(self) -> str | None:
+        """The field that asks for a format, where one does."""
+        return self._format
 
     def formats(self) -> dict[str, dict[str, Any] | None]:
         """What the output is to be, by the name of the field that asks for it."""
@@ -135,7 +146,8 @@ class Sampled(Body):
         """As the engine takes them. What it does not know yet is refused, unless it asks for nothing."""
         asked = {name: getattr(self, name) for name in SAMPLING}
         if self.logit_bias:
-            expect(all(key.isdecimal() for key in self.logit_bias), "The keys of logit_bias must be token ids.")
+            decimal = all(key.isdecimal() for key in self.logit_bias)
+            expect(decimal, "The keys of logit_bias must be token ids.", "logit_bias")
             asked["logit_bias"] = {int(key): value for key, value in self.logit_bias.items()}
         options = supported(asked, SamplingParams)
         return SamplingParams(
@@ -157,7 +169,7 @@ class Sampled(Body):
     def check(self) -> None:
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options are for streams: set stream=true.", "stream_options")
-        expect(self.truncate_prompt_tokens != 0, "truncate_prompt_tokens must be -1 or at least 1.")
+        expect(self.truncate_prompt_tokens != 0, "truncate_prompt_tokens must be -1 or at least 1.", "truncate_prompt_tokens")
 
 
 STRUCTURED = {field.name for field in fields(StructuredOutputsParams)}
@@ -207,10 +219,10 @@ class CompletionRequest(Sampled):
 
 class ChatRequest(Sampled):
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=10_000)]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     """Wins over max_tokens; with neither the context is filled."""
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Annotated[list[Tool], Field(max_length=1024)] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -267,12 +279,15 @@ class EmbeddingRequest(Body):
     dimensions: int | None = None
     pooling: Pooling = "last"
     """Of the final states: the last token's, or the mean of all tokens'. OpenAI has no name for it; vLLM takes the last."""
+    normalize: bool | None = None
     add_special_tokens: bool = True
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
 
     def check(self) -> None:
-        expect(self.truncate_prompt_tokens != 0, "truncate_prompt_tokens must be -1 or at least 1.")
+        if self.normalize is False:
+            raise ApiError(400, "normalize must be true, or be left out: embeddings have length 1.", "normalize")
+        expect(self.truncate_prompt_tokens != 0, "truncate_prompt_tokens must be -1 or at least 1.", "truncate_prompt_tokens")
         if self.input is None:
             raise ApiError(400, "input is missing: a text, token ids, or a list of these.", "input")
         if several(self.input) and len(self.input) > MAX_INPUTS:

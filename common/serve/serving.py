@@ -17,13 +17,15 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from common.errors import RequestError
 from common.request import Request, SamplingParams, Status
 from common.serve.errors import ApiError, api_error, error_body
 from common.serve.metrics import Metrics
 from common.serve.model import Prompt, ServedModel
 from common.serve.protocol import B, Sampled, parse
-from common.serve.spans import Spans
+from common.serve.spans import Spans, facts_of
 from common.serve.worker import Call, Piece, Worker
+from common.text.grammar import STUCK
 from common.text.output import Delta
 
 log = logging.getLogger(__name__)
@@ -189,8 +191,7 @@ class Answer:
         chunks: Callable[[], AsyncIterator[Sequence[dict[str, Any]]]],
     ) -> Response:
         """Admit the requests and answer: with a stream of events where asked for, else with one object."""
-        if (grammar := self.call.requests[0].grammar) is not None:  # one that cannot be compiled is told before it is too late
-            await asyncio.shield(asyncio.wrap_future(grammar))
+        await self._check_grammar(self.call.requests[0])
         self.serving.metrics.begin(self.call)
         try:
             await self.serving.worker.run(self.call)
@@ -205,6 +206,16 @@ class Answer:
         finally:
             leave()
 
+    async def _check_grammar(self, request: Request) -> None:
+        """Refuse what cannot be compiled, or cannot begin, while the answer may still say so."""
+        if request.grammar is None:
+            return
+        try:
+            grammar = await asyncio.shield(asyncio.wrap_future(request.grammar))
+            await asyncio.to_thread(grammar.check_begin, request)
+        except RequestError as error:
+            raise ApiError(400, str(error), error.param or self.body.format) from None
+
     def _leave(self, http: HttpRequest) -> None:
         """Whatever is not finished by now has lost its reader, or stood beside a choice that failed."""
         if self.call.left:
@@ -212,7 +223,8 @@ class Answer:
         if self.serving.spans is not None:
             bad = {"error", "timeout"}.intersection(self.finish_reasons.values())
             error = min(bad, default="cancelled" if self.call.left else None)
-            self.serving.spans.end(self, self.operation, http.headers, error)
+            name = self.serving.model.names[0]
+            self.serving.spans.end(self.operation, name, self.body.model, self.arrival, facts_of(self), http.headers, error)
         self.serving.metrics.end(self.call, aborted=True)
         facts: dict[str, Any] = {"request_id": http.headers["x-request-id"], "id": self.id, **self.usage()}
         del facts["prompt_tokens_details"]
@@ -273,6 +285,8 @@ async def left(http: HttpRequest) -> None:
 def check_end(delta: Delta) -> None:
     """Raise for an end that is no answer."""
     match delta.finish:
+        case Status.FINISHED_ERROR if delta.error == STUCK:
+            raise ApiError(400, STUCK)
         case Status.FINISHED_ERROR:
             raise ApiError(500, delta.error or "The request failed.")
         case Status.FINISHED_TIMEOUT:

@@ -41,30 +41,28 @@ class Spans:
             raise ConfigError(f"--otlp-endpoint needs OpenTelemetry ({error}): pip install 'tandem-infer[otel]'.") from error
         return cls(OTLPSpanExporter(endpoint=endpoint))
 
-    def end(self, answer: Answer, operation: str, headers: Mapping[str, str], error: str | None = None) -> None:
-        """The span of one answer, which ends now. `error`: why it is none."""
+    def end(
+        self,
+        operation: str,
+        name: str,
+        asked: str | None,
+        arrival: float,
+        facts: Mapping[str, Any],
+        headers: Mapping[str, str],
+        error: str | None = None,
+    ) -> None:
+        """The span of one HTTP request, which ends now. `name` is the model's, `asked` what it was called; `error`: why there
+        is no answer."""
         now, wall = time.perf_counter(), time.time_ns()
         at = lambda moment: wall - int((now - moment) * 1e9)  # noqa: E731
-        name = answer.serving.model.names[0]
-        usage = answer.usage()
-        facts: dict[str, Any] = {
+        named = {
             "gen_ai.operation.name": operation,
             "gen_ai.provider.name": "tandem",
-            "gen_ai.request.model": answer.body.model or name,
+            "gen_ai.request.model": asked or name,
             "gen_ai.response.model": name,
-            "gen_ai.response.id": answer.id,
-            "gen_ai.request.choice.count": answer.body.n or 1,
-            "gen_ai.usage.input_tokens": usage["prompt_tokens"],
-            "gen_ai.usage.output_tokens": usage["completion_tokens"],
-            "gen_ai.usage.cache_read.input_tokens": answer.cached_tokens,
-            "gen_ai.response.finish_reasons": [reason for _, reason in sorted(answer.finish_reasons.items())],
         }
-        asked = {f"gen_ai.request.{key}": getattr(answer.params, key) for key in REQUESTED}
-        facts |= {key: value for key, value in asked.items() if value is not None}
-        if answer.first_token is not None:
-            facts["gen_ai.response.time_to_first_chunk"] = answer.first_token - answer.arrival
         span = self._tracer.start_span(
-            f"{operation} {name}", self._extract(headers), self._kind, facts, start_time=at(answer.arrival)
+            f"{operation} {name}", self._extract(headers), self._kind, {**named, **facts}, start_time=at(arrival)
         )
         if error is not None:
             span.set_attribute("error.type", error)
@@ -74,3 +72,21 @@ class Spans:
     def close(self) -> None:
         """Export what is left."""
         self._provider.shutdown()
+
+
+def facts_of(answer: Answer) -> dict[str, Any]:
+    """What a span tells of a completion."""
+    usage = answer.usage()
+    asked = {f"gen_ai.request.{key}": getattr(answer.params, key) for key in REQUESTED}
+    facts = {
+        "gen_ai.response.id": answer.id,
+        "gen_ai.request.choice.count": answer.body.n or 1,
+        "gen_ai.usage.input_tokens": usage["prompt_tokens"],
+        "gen_ai.usage.output_tokens": usage["completion_tokens"],
+        "gen_ai.usage.cache_read.input_tokens": answer.cached_tokens,
+        "gen_ai.response.finish_reasons": [reason for _, reason in sorted(answer.finish_reasons.items())],
+        **{key: value for key, value in asked.items() if value is not None},
+    }
+    if answer.first_token is not None:
+        facts["gen_ai.response.time_to_first_chunk"] = answer.first_token - answer.arrival
+    return facts

@@ -9,6 +9,7 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
+from common.engine import check_tokens
 from common.request import expect
 from common.serve.model import ServedModel
 from common.serve.protocol import DetokenizeRequest, TokenizeRequest
@@ -38,7 +39,7 @@ async def detokenize(http: HttpRequest) -> Response:
     model, body = Serving.of(http).model, await read(http, DetokenizeRequest)
 
     def text() -> Response:
-        model.check_tokens(body.tokens, "tokens")
+        check_tokens("tokens", body.tokens, model.vocab_size, "tokens")
         return json_response({"prompt": model.tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
     return await asyncio.to_thread(text)

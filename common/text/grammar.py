@@ -10,6 +10,7 @@ without look-around and back-references; grammars of Lark's syntax with llguidan
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from common.errors import RequestError
-from common.request import StructuredOutputsParams, expect
+from common.request import Request, StructuredOutputsParams, expect
 from common.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -38,6 +39,11 @@ LIMITS: dict[str, Any] = {
     "max_grammar_size": 10_000,
 }
 """Symbols of a grammar: an object of 1,000 properties fits. A token may take about 15 ms of the lexer, its states 100 MB."""
+
+_QUOTED = re.compile(r'(invalid regex ".*" \(in regex\): )?regex parse error:.*\nerror: ', re.DOTALL)
+_LISTING = re.compile(r"\n +\d+ \| ")
+NOTHING = "there is no output that it allows"
+STUCK = "The output cannot go on: allowed_token_ids, bad_words and min_tokens leave no token that its grammar takes."
 
 
 class Matcher:
@@ -57,7 +63,10 @@ class Matcher:
         """Go on by a token; or what is wrong, if the grammar cannot. It never can again then."""
         if self._inner.consume_token(token):
             return None
-        return f"The output cannot go on as its grammar demands: {_in_short(self._inner.get_error())}"
+        error = self._inner.get_error()
+        if "satisfy the grammar" in error:  # it was not allowed, so nothing was: the runner heeds masks
+            return STUCK
+        return f"The output cannot go on: {_in_short(error)}"
 
     @property
     def done(self) -> bool:
@@ -76,9 +85,21 @@ class Grammar:
         """A matcher at the beginning, for a model of so many tokens."""
         expect(
             vocab_size == self.vocab_size,
-            f"the grammar was compiled for a vocabulary of {self.vocab_size} tokens, and the model has {vocab_size}.",
+            f"The grammar was compiled for a vocabulary of {self.vocab_size} tokens, and the model has {vocab_size}.",
         )
         return Matcher(self.inner.deep_copy(), vocab_size)
+
+    def check_begin(self, request: Request) -> None:
+        """Raise `RequestError` if the request masks every token that its output may begin with."""
+        params = request.params
+        ends = {*params.stop_token_ids, *(() if params.ignore_eos else request.eos_token_ids)} if params.min_tokens else set()
+        masked = {*ends, *(word[0] for word in request.bad_words if len(word) == 1)}
+        bits = np.unpackbits(self.start(self.vocab_size).mask().view(np.uint8), bitorder="little")
+        left = set(np.flatnonzero(bits).tolist()) - masked
+        if params.allowed_token_ids is not None:
+            left &= set(params.allowed_token_ids)
+        name = "allowed_token_ids" if params.allowed_token_ids else "bad_words" if request.bad_words else "min_tokens"
+        expect(bool(left), f"{name} must leave a token that the output may begin with as its grammar demands.", name)
 
 
 class Grammars:
@@ -146,8 +167,7 @@ def _compile(vocabulary: Future[LLTokenizer], wanted: StructuredOutputsParams) -
     if not inner.is_error():
         inner.compute_bitmask()  # which finds that nothing can begin, and warms what the copies share
     if inner.is_error():
-        reason = _in_short(inner.get_error()) or "there is no output that it allows"
-        raise RequestError(f"structured_outputs cannot be compiled: {reason}")
+        raise RequestError(f"structured_outputs cannot be compiled: {_in_short(inner.get_error()) or NOTHING}")
     return Grammar(inner, vocabulary.result().vocab_size)
 
 
@@ -173,5 +193,8 @@ def _source(wanted: StructuredOutputsParams) -> str:
 
 
 def _in_short(text: str) -> str:
-    """A message of the library's, which may be long and in several lines."""
-    return " ".join(text[:1000].split())[:300]
+    """A message of the library's without what it repeats of the source, which may be long and in several lines."""
+    if text.startswith("NoExtensionBias"):
+        return NOTHING
+    text = _QUOTED.sub("invalid regex: ", _LISTING.split(text)[0])
+    return " ".join(text[:1000].removesuffix("<non-verbose/>").split())[:300]
