@@ -26,11 +26,10 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from common.config import expect
+from experiments.exits import GATE
 from experiments.job import JOBS, Job, digest, is_done, is_whole, merged, read_jobs, write_jobs
 from experiments.progress import Board, told_apart
 
-GATE = 3
-"""Exit code of a run that is whole, and of which a condition of `fail_if` holds."""
 POLL_S = 0.1
 TAIL_LINES = 15
 
