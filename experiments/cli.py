@@ -185,7 +185,8 @@ def explain(error: BaseException) -> str:
         if misplaced := re.match(r"Could not override '(\w+)'\.\s*No match in the defaults list", str(cause)):
             others = [option for option in ROOT_OPTIONS if option != misplaced[1]]
             return f"This command has no option {misplaced[1]!r}.{nearest_hint(misplaced[1], others)}"
-    texts = (str(cause).split("\n    full_key:")[0] for cause in chain)
+    told = chain[:1] if isinstance(error, TandemError) else chain  # ours say what they come from
+    texts = (str(cause).split("\n    full_key:")[0] for cause in told)
     return " ".join(dict.fromkeys(" ".join(text.split()) for text in texts if text))
 
 

@@ -131,11 +131,16 @@ def test_a_label_with_an_equals_sign_needs_no_quotes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
-    [("config.yaml", b"a: ["), ("config.yaml", b"seed: 0"), ("config.yaml", b"\xff\xfe"), ("results.json", b'{"tokens')],
+    ("name", "content", "said"),
+    [
+        ("config.yaml", b"a: [", "while parsing a flow node"),
+        ("config.yaml", b"seed: 0", "has no model"),
+        ("config.yaml", b"\xff\xfe", "invalid start byte"),
+        ("results.json", b'{"tokens', "Unterminated string"),
+    ],
 )
 def test_a_run_of_which_a_file_is_broken_is_refused_by_that_file(
-    name: str, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    name: str, content: bytes, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = write_run(tmp_path / "run", "model=tiny-llama")
     (run / name).write_bytes(content)
@@ -144,7 +149,8 @@ def test_a_run_of_which_a_file_is_broken_is_refused_by_that_file(
         diverge.main()
     assert exit.value.code == 2
     told = capfd.readouterr().err
-    assert told.startswith(f"error: {run} is no directory of a run") and name in told and told.count("\n") == 1
+    assert told.startswith(f"error: {run} is no directory of a run") and name in told
+    assert (told.count(said), told.count("\n")) == (1, 1)
 
 
 def test_a_sweep_is_refused_with_one_of_its_jobs(tmp_path: Path) -> None:
