@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from common.config import Dtype, expect
+from common.errors import ConfigError
 from experiments.agreement import SHAPE, record, small
 from experiments.cli import launch, torn
 from experiments.config import EngineSpec, engine_specs, resolved
@@ -81,7 +82,7 @@ def recorded_run(directory: Path, config: DictConfig) -> tuple[DictConfig, list[
     if is_sweep(directory):
         jobs = [path for path in sorted((directory / JOBS).iterdir()) if is_whole(path)]
         which = f"such as {shlex.quote(str(jobs[0]))}" if jobs else "but none has ended yet"
-        expect(False, f"{directory} is a sweep; give the directory of one of its jobs, {which}.")
+        raise ConfigError(f"{directory} is a sweep; give the directory of one of its jobs, {which}.")
     recorded = read_config(directory)
     of_bench = "engines" not in recorded
     wanted = resolved(config)["engines"]
