@@ -156,7 +156,7 @@ class EngineConfig:
     where it can be, else framework, and the log says why."""
     device: str = "auto"
     compile: bool = False
-    """Run the PyTorch step under torch.compile. The JAX step is always compiled."""
+    """Run the PyTorch step under torch.compile. The JAX step is always compiled, so that its engine refuses it."""
     seed: int = 0
     """Draws the seed of each request that brings none."""
     block_size: int = 16

@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
@@ -22,6 +20,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from common.config import EngineConfig, expect
 from common.errors import TandemError, nearest_hint
+from experiments.exits import FAILURE, GATE, INTERRUPTED, READER_GONE, USER_ERROR, fail
 from experiments.fail_if import Condition, violations
 from experiments.isolate import EngineFailure
 from experiments.job import is_whole, job_directory
@@ -29,18 +28,14 @@ from experiments.launcher import ProcessLauncher
 from experiments.rundir import DiskFullError
 from experiments.sweeper import CheckedSweeper
 
-FAILURE = 1
-USER_ERROR = 2
-GATE = 3
-INTERRUPTED = 130
-READER_GONE = 128 + signal.SIGPIPE
 ROOT_OPTIONS = ("engine", "engines", "peers", "model", "workload", "kernels", "dtype", "seed", "device", "fail_if")
 """Overrides at the root that stay as they are from version to version."""
 ENGINE_OPTIONS = frozenset(field.name for field in fields(EngineConfig))
-IN_BRACES = (
-    "This command runs several engines, so each takes its options in braces: "
-    "'engines=[{name:jax,max_num_seqs:4},{name:torch,max_num_seqs:4}]'."
+FLAGS = (
+    *("--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun", "--shell-completion"),
+    *("--config-path", "--config-name", "--config-dir", "--experimental-rerun", "--info"),
 )
+"""What `--hydra-help` lists, which may be shortened; what --version tells is ours."""
 
 
 def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
@@ -53,7 +48,7 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
         Plugins.instance().class_name_to_class[f"hydra_plugins.tandem.{plugin.__name__}"] = plugin
     if value := torn(sys.argv[1:]):
         fail(f"No spaces inside […], or quote the word: {shlex.quote(value)}", USER_ERROR)
-    if unknown := next((word for word in sys.argv[1:] if word.startswith("--") and not hydras(word)), None):
+    if unknown := next((word for word in sys.argv[1:] if word.startswith("--") and not is_flag(word)), None):
         fail(no_such_flag(unknown), USER_ERROR)
     if "--version" in sys.argv[1:]:
         print(f"tandem {metadata.version('tandem-infer')}")
@@ -95,11 +90,6 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
         sys.exit(INTERRUPTED)
 
 
-def fail(message: str, code: int) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
 def report_on(config: DictConfig, result: Mapping[str, Any]) -> bool:
     """Write the report of a run, if it is wanted, and say where. Returns False if it is wanted and cannot be made."""
     if not config.report:
@@ -125,10 +115,9 @@ def conclude(conditions: Sequence[Condition], result: Mapping[str, Any], reporte
         fail(f"The report could not be made; all else is there. Try again: {again}", FAILURE)
 
 
-def hydras(word: str) -> bool:
-    """Whether an option that starts with dashes is one of Hydra's, be it shortened, or asks for the version of ours."""
-    known = [name for action in get_args_parser()._actions for name in action.option_strings]
-    return any(name.startswith(word.partition("=")[0]) for name in ("--version", *known))
+def is_flag(word: str) -> bool:
+    """Whether a word that starts with dashes is one of `FLAGS`, be it shortened."""
+    return any(flag.startswith(word.partition("=")[0]) for flag in FLAGS)
 
 
 def no_such_flag(word: str) -> str:
@@ -187,7 +176,7 @@ def explain(error: BaseException) -> str:
             known = [str(key) for key in cause.parent_node if key != "hydra"]
             name = str(cause.key)
             if "engines" in cause.parent_node and (name == "engine" or name in ENGINE_OPTIONS):
-                return IN_BRACES
+                return in_braces(str(error))
             hint = level_hint(name, cause.parent_node) or nearest_hint(name, known)
             return f"Unknown option {cause.full_key!r}.{hint} Known here: {', '.join(known) or 'none'}."
         if several := re.match(r"Ambiguous value for argument '(?P<key>[^=]+)=(?P<values>.*)'$", str(cause), re.MULTILINE):
@@ -196,8 +185,21 @@ def explain(error: BaseException) -> str:
         if misplaced := re.match(r"Could not override '(\w+)'\.\s*No match in the defaults list", str(cause)):
             others = [option for option in ROOT_OPTIONS if option != misplaced[1]]
             return f"This command has no option {misplaced[1]!r}.{nearest_hint(misplaced[1], others)}"
-    texts = (str(cause).split("\n    full_key:")[0] for cause in chain)
+    told = chain[:1] if isinstance(error, TandemError) else chain  # ours say what they come from
+    texts = (str(cause).split("\n    full_key:")[0] for cause in told)
     return " ".join(dict.fromkeys(" ".join(text.split()) for text in texts if text))
+
+
+def in_braces(refused: str) -> str:
+    """How an option of an engine is given to a command that runs several. `refused` is what Hydra says of it."""
+    word = refused.partition("use +")[2] or "engine"
+    plain = re.fullmatch(r"(?:engine\.)?(\w+)=([^{}]+)", word)
+    given = ":".join(plain.groups()) if plain else "max_num_seqs:4"
+    return (
+        f"This command runs several engines and has no option {word.partition('=')[0]!r}: each engine takes its own in braces, "
+        f"as in 'engines=[{{name:jax,{given}}},{{name:torch,{given}}}]'. For a run of each value, add -m and write such a list "
+        "for each, with a comma between them: engines=[…],[…]."
+    )
 
 
 def level_hint(name: str, node: DictConfig) -> str:

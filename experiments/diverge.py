@@ -10,7 +10,6 @@ the next as `diverge-2.json`, and named in RUN's report.
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import sys
@@ -26,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
 from common.config import Dtype, expect
+from common.errors import ConfigError
 from experiments.agreement import SHAPE, record, small
 from experiments.cli import launch, torn
 from experiments.config import EngineSpec, engine_specs, resolved
@@ -37,13 +37,15 @@ from experiments.localise import Finding
 from experiments.measure import Plan, make_plan
 from experiments.observe import Compared
 from experiments.reference import NumpyModel
-from experiments.results import is_sweep
+from experiments.results import is_sweep, read_config, read_json
 from experiments.rundir import write_json
 from experiments.search import LOGITS, LOOKS, Search, Trace
 from experiments.workload import Workload
 
 SHOWN = 5
 """Differing choices that are printed."""
+WITH_VALUE = ("-c", "-p", "-i", "--c", "--p", "--i", "--e")
+"""How flags of Hydra begin that a value follows: --cfg and --config-dir, --package, --info, --experimental-rerun."""
 
 
 def run(config: DictConfig) -> None:
@@ -54,9 +56,10 @@ def run(config: DictConfig) -> None:
     asked = share_of(recorded, config)
     dtype: Dtype = config.dtype
     expect(dtype in LOGITS, f"dtype must be float32 or bfloat16, got {dtype!r}.")
+    windows = windows_of(recorded, directory, dtype)
     with Narrator() as narrator, TemporaryDirectory(prefix="diverge-", dir=directory) as scratch:
         result = search(plan, specs, asked, dtype, directory, Path(scratch), narrator)
-    result["said"] = " ".join(filter(None, [sentence(result), windows_of(recorded, directory, dtype)]))
+    result["said"] = " ".join(filter(None, [sentence(result), windows]))
     number = 1 + max(findings_of(directory), default=0)
     file = directory / f"diverge-{number}.json"
     write_json(file, result)
@@ -76,14 +79,11 @@ def newest_run() -> str:
 
 def recorded_run(directory: Path, config: DictConfig) -> tuple[DictConfig, list[EngineSpec]]:
     """The configuration of a run, and the two engines that are wanted. Raises `ConfigError` for a folder that is no run."""
-    file = directory / "config.yaml"
     if is_sweep(directory):
         jobs = [path for path in sorted((directory / JOBS).iterdir()) if is_whole(path)]
         which = f"such as {shlex.quote(str(jobs[0]))}" if jobs else "but none has ended yet"
-        expect(False, f"{directory} is a sweep; give the directory of one of its jobs, {which}.")
-    expect(file.is_file(), f"{directory} is no run directory: it has no config.yaml. Give one that compare has made.")
-    recorded = OmegaConf.load(file)
-    assert isinstance(recorded, DictConfig)
+        raise ConfigError(f"{directory} is a sweep; give the directory of one of its jobs, {which}.")
+    recorded = read_config(directory)
     of_bench = "engines" not in recorded
     wanted = resolved(config)["engines"]
     expect(not of_bench or wanted is not None, f"{directory} is a run of one engine; name two, as in engines=[jax,torch].")
@@ -105,8 +105,7 @@ def recorded_run(directory: Path, config: DictConfig) -> tuple[DictConfig, list[
 
 def windows_of(recorded: DictConfig, directory: Path, dtype: Dtype) -> str:
     """A sentence where the run's timed outputs part in another dtype than is looked at here; else none."""
-    file = directory / "results.json"
-    share = json.loads(file.read_text()).get("tokens_equal_share") if file.exists() else None
+    share = read_json(directory, "results.json").get("tokens_equal_share") if is_whole(directory) else None
     if share is None or share >= 1 or recorded.dtype == dtype:
         return ""
     alike = f"where {100 * share:.1f} % of tokens come before their request's first difference"
@@ -288,7 +287,8 @@ def positional(arguments: Sequence[str]) -> list[str]:
     if torn(arguments):
         return list(arguments)  # `launch` refuses them
     before = ["", *arguments]  # what follows an option is its value
-    bare = lambda i, a: not a.startswith("-") and not before[i].startswith("--config") and ("=" not in a or Path(a).is_dir())  # noqa: E731
+    value = lambda i: before[i].startswith(WITH_VALUE) and "=" not in before[i]  # noqa: E731
+    bare = lambda i, a: not a.startswith("-") and not value(i) and ("=" not in a or Path(a).is_dir())  # noqa: E731
     place = next((i for i, argument in enumerate(arguments) if bare(i, argument)), None)
     run_at = lambda path: "run='" + path.replace("\\", "\\\\").replace("'", "\\'") + "'"  # noqa: E731
     return [run_at(argument) if i == place else argument for i, argument in enumerate(arguments)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -20,11 +19,11 @@ import pandas as pd
 
 from common.config import expect
 from common.errors import ConfigError, TandemError
+from experiments.exits import USER_ERROR, fail
 from experiments.results import RunFiles, is_sweep, open_run, sweep_table
 from experiments.rundir import write_json
 
 FOLDER = "vllm"
-USER_ERROR = 2
 
 Record = dict[str, Any]
 
@@ -159,8 +158,7 @@ def main() -> None:
     try:
         files = export(parser.parse_args().directory)
     except TandemError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        fail(str(error), USER_ERROR)
     print("\n".join(map(str, files)))
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.config import expect
-from common.errors import nearest_hint
+from common.errors import ConfigError, nearest_hint
 
 OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
@@ -59,8 +59,7 @@ def parse_conditions(wanted: Any) -> list[Condition]:
 def parse(text: str) -> Condition:
     match = CONDITION.fullmatch(text.strip())
     if match is None:
-        expect(False, f"fail_if: {text!r} is no condition. Expected a key, a comparison and a bound: ratios.torch < 0.9.")
-        raise AssertionError
+        raise ConfigError(f"fail_if: {text!r} is no condition. Expected a key, a comparison and a bound: ratios.torch < 0.9.")
     key, op, word = match["key"], match["op"], match["bound"]
     expect(op in OPERATORS, f"fail_if: unknown comparison {op!r} in {text!r}. Known: {', '.join(OPERATORS)}.")
     try:

@@ -26,9 +26,10 @@ from common.engine import Engine, build_engine
 from common.errors import ConfigError
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
-from experiments.cli import USER_ERROR, explain, spell_out_model
+from experiments.cli import explain, spell_out_model
 from experiments.config import engine_spec, resolved
 from experiments.console import FIGURES, figure
+from experiments.exits import USER_ERROR
 from experiments.isolate import EngineFailure
 from experiments.records import read_rows, read_steps
 from experiments.results import RunFiles, open_run

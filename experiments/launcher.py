@@ -26,11 +26,11 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from common.config import expect
+from common.errors import ConfigError
+from experiments.exits import GATE
 from experiments.job import JOBS, Job, digest, is_done, is_whole, merged, read_jobs, write_jobs
 from experiments.progress import Board, told_apart
 
-GATE = 3
-"""Exit code of a run that is whole, and of which a condition of `fail_if` holds."""
 POLL_S = 0.1
 TAIL_LINES = 15
 
@@ -149,9 +149,8 @@ def only_launcher(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            expect(
-                False, f"The sweep {folder} is being run by process {lock.read() or 'of another user'}. Wait for it, or end it."
-            )
+            owner = lock.read() or "of another user"
+            raise ConfigError(f"The sweep {folder} is being run by process {owner}. Wait for it, or end it.") from None
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.config import EngineConfig, expect
+from common.config import EngineConfig
+from common.errors import ConfigError
 from common.interface import ModelRunner, Progress
 from common.request import SamplingParams
 from common.schedule.batch import VIEWS, Batch
@@ -60,8 +61,8 @@ def read_text(config_text: str | None) -> str:
     try:
         return Path(config_text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        expect(False, f"correctness.perplexity_text must be a file of UTF-8 text, and {config_text!r} is not: {error}.")
-        raise
+        said = f"correctness.perplexity_text must be a file of UTF-8 text, and {config_text!r} is not: {error}."
+        raise ConfigError(said) from error
 
 
 def tokenize(checkpoint: Checkpoint, text: str) -> list[int]:

@@ -21,6 +21,7 @@ import pandas as pd
 from common.config import expect
 from common.errors import ConfigError, TandemError
 from experiments import canvas, page, perfetto
+from experiments.exits import USER_ERROR, fail
 from experiments.records import PROFILED, read_kernels
 from experiments.results import is_sweep, open_run
 from experiments.run_report import run_page
@@ -28,7 +29,6 @@ from experiments.run_rows import rows_of, steps_of
 from experiments.sweep_report import sweep_page
 
 HTML = "report.html"
-USER_ERROR = 2
 
 
 def write_report(directory: Path) -> Path:
@@ -107,8 +107,7 @@ def main() -> None:
     try:
         print(write_report(parser.parse_args().directory))
     except TandemError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        fail(str(error), USER_ERROR)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pandas as pd
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -55,16 +55,37 @@ def open_run(directory: Path | str) -> RunFiles:
         not directory.name.endswith(PARTIAL),
         f"The run in {directory} has not ended, or not well: its name ends in {PARTIAL}. Its logs say how far it came.",
     )
-    expect((directory / "results.json").exists(), f"{directory} is no directory of a run: it holds no results.json.")
-    try:
-        results = json.loads((directory / "results.json").read_text(), parse_constant=not_known)
-        config: Any = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
-        environment = json.loads((directory / "environment.json").read_text())
-    except (OSError, ValueError, OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"{directory} is no directory of a run: {error}") from error
-    ours = isinstance(results, dict) and isinstance(config, dict) and ("engine" in results or "engines" in results)
-    expect(ours, f"{directory} is no directory of a run: its results.json names no engine.")
+    results, environment = (read_json(directory, name) for name in ("results.json", "environment.json"))
+    config: Any = OmegaConf.to_container(read_config(directory))
+    ours = "engine" in results or isinstance(results.get("engines"), dict)
+    expect(ours, f"{no_run(directory)} its results.json names no engine.")
     return RunFiles(directory, config, environment, results)
+
+
+def read_config(directory: Path) -> DictConfig:
+    """What a run was asked for. Raises `ConfigError` for a folder without it, or with that of another program."""
+    try:
+        config = OmegaConf.load(directory / "config.yaml")
+    except (OSError, ValueError, OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"{no_run(directory)} config.yaml cannot be read ({' '.join(str(error).split())}).") from error
+    ours = "model" in config and ("engine" in config or "engines" in config)
+    expect(ours, f"{no_run(directory)} its config.yaml has no model, or no engine.")
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def read_json(directory: Path, name: str) -> dict[str, Any]:
+    """A file of a run. Raises `ConfigError` for one that is missing, cut short, or no mapping."""
+    try:
+        values = json.loads((directory / name).read_text(encoding="utf-8"), parse_constant=not_known)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{no_run(directory)} {name} cannot be read ({error}).") from error
+    expect(isinstance(values, dict), f"{no_run(directory)} its {name} is no mapping.")
+    return values
+
+
+def no_run(directory: Path) -> str:
+    return f"{directory} is no directory of a run, such as bench and compare make:"
 
 
 def not_known(constant: str) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import textwrap
 from pathlib import Path
@@ -13,13 +14,11 @@ import pandas as pd
 from rich.markup import escape
 from rich.table import Table
 
-from common.config import expect
 from common.errors import TandemError
 from experiments.console import FIGURES, number, print_json, wide_console
+from experiments.exits import FAILURE, USER_ERROR, fail
 from experiments.results import sweep_table
 
-FAILURE = 1
-USER_ERROR = 2
 SHOWN = ("output_throughput", "ratio", "verdict", "median_ttft_ms", "median_tpot_ms", "p99_e2el_ms", "peak_rss_mb")
 """Figures of the table that is printed; the files have all."""
 HEADINGS = dict(FIGURES) | {"ratio": "× first", "verdict": "verdict", "p99_e2el_ms": "end to end p99, ms"}
@@ -88,13 +87,12 @@ def cell(value: object) -> str:
 
 
 def main() -> None:
-    """`python -m experiments.sweep FOLDER`."""
+    parser = argparse.ArgumentParser(prog="experiments.sweep", description="Make table and report of a sweep as far as it is.")
+    parser.add_argument("folder", type=Path, help="the folder of one sweep, such as runs/sweeps/NAME")
     try:
-        expect(len(sys.argv) == 2, "Give the folder of one sweep: python -m experiments.sweep runs/sweeps/NAME")
-        well = finish(Path(sys.argv[1]))
+        well = finish(parser.parse_args().folder)
     except TandemError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        fail(str(error), USER_ERROR)
     sys.exit(0 if well else FAILURE)
 
 

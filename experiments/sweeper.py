@@ -21,6 +21,7 @@ from common.errors import TandemError
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from experiments.config import correctness_config, engine_spec, engine_specs, resolved
+from experiments.exits import FAILURE
 from experiments.fail_if import parse_conditions
 from experiments.job import task_config
 from experiments.measure import expect_fits, measure_config
@@ -53,7 +54,7 @@ class CheckedSweeper(Sweeper):
         from experiments.sweep import finish  # with pandas, which no single run needs
 
         if not finish(Path(self._config.hydra.sweep.dir)):
-            sys.exit(1)
+            sys.exit(FAILURE)
         return returns
 
 

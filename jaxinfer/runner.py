@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from common import interface
-from common.config import EngineConfig, ModelConfig
+from common.config import EngineConfig, ModelConfig, expect
 from common.errors import BackendError
 from common.interface import Caps, KVGroup, Progress
 from common.schedule.batch import Batch, Mask
@@ -29,6 +29,7 @@ class ModelRunner(interface.ModelRunner):
     """`common.interface.ModelRunner` on JAX."""
 
     def __init__(self, config: EngineConfig) -> None:
+        expect(not config.compile, "The jax engine compiles its step always; compile=true is not among its options.")
         self.config = config
         self.device = open_device(config.device, config.threads)
         self.state: Any = None  # a State once allocated

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,11 +96,16 @@ def distance(one: float | None, other: float | None) -> float:
 
 
 def main() -> None:
-    for directory in map(Path, sys.argv[1:]):
-        results = json.loads((directory / "results.json").read_text())
-        engines = results.get("engines") or {results["engine"]: results}
+    parser = argparse.ArgumentParser(prog="python -m tests.judge_figures", description="Judge the figures of runs.")
+    parser.add_argument("run", type=Path, nargs="+", help="the directory that bench or compare has left")
+    for directory in parser.parse_args().run:
+        try:
+            results, rows = json.loads((directory / "results.json").read_text()), read(directory)
+            engines = results.get("engines") or {results["engine"]: results}
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(f"{directory} is no directory of a run: {error!r}")
         for label, reported in engines.items():
-            mine = figures([row for row in read(directory) if row["engine"] == label], reported.get("slo"))
+            mine = figures([row for row in rows if row["engine"] == label], reported.get("slo"))
             worst = max(mine, key=lambda name: distance(mine[name], reported[name]))
             print(
                 f"{directory} {label}: {len(mine)} figures, at most {distance(mine[worst], reported[worst]):.1e} off ({worst})"

@@ -41,7 +41,9 @@ def save_run(directory: Path, results: dict[str, Any], windows: dict[str, list[W
     """A whole run in `directory`."""
     environment = {"date": "2026-11-25T10:38:00+00:00", "command": "python -m experiments.bench", "overrides": list(overrides)}
     with run_directory(directory.parent, "unused", directory) as partial:
-        (partial / "config.yaml").write_text("workload: {name: fixed, request_rate: null}\nseed: 0\n")
+        (partial / "config.yaml").write_text(
+            "engine: {name: jax}\nmodel: {name: tiny-llama}\nworkload: {name: fixed, request_rate: null}\nseed: 0\n"
+        )
         (partial / "environment.json").write_text(json.dumps(environment))
         write_rows(partial, windows)
         (partial / "results.json").write_text(json.dumps(results))

@@ -116,7 +116,7 @@ def write_run(
             setting | {"engines": found} | compared(rng, found) | {"order": [[*labels][:: (-1) ** b] for b in range(blocks)]}
         )
     (directory / "results.json").write_text(json.dumps(results | more))
-    (directory / "config.yaml").write_text("model:\n  name: tiny-llama\nseed: 0\n")
+    (directory / "config.yaml").write_text("model:\n  name: tiny-llama\nengines: [jax, torch]\nseed: 0\n")
     (directory / "environment.json").write_text(json.dumps(ENVIRONMENT))
     return directory
 

@@ -3,11 +3,12 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from common.request import Request, SamplingParams
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
 from experiments import bench, compare, diverge
-from experiments.cli import torn
+from experiments.cli import FLAGS, torn
 from experiments.config import EngineSpec
 from experiments.console import number
 from experiments.frames import NoFrame, read_frame, write_frame
@@ -371,9 +372,41 @@ def test_the_shell_can_complete_what_is_typed(
     history: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COMP_LINE", "command engine=")
-    monkeypatch.setattr(sys, "argv", ["command", "-sc", "query=bash"])
-    bench.main()
-    assert {"engine=jax", "engine=torch", "engine=hf"} <= set(capsys.readouterr().out.split())
+    completed = output_of(bench.main, ["-sc", "query=bash"], monkeypatch, capsys)
+    assert {"engine=jax", "engine=torch", "engine=hf"} <= set(completed.split())
+
+
+def output_of(
+    main: Callable[[], None], words: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
+    """What a command prints that ends well, be it by itself or, as after --help, by Hydra."""
+    monkeypatch.setattr(sys, "argv", ["command", *words])
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("main", [bench.main, compare.main, diverge.main])
+def test_help_names_every_option_and_the_shell_can_complete_each(
+    main: Callable[[], None], history: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = lambda *words: output_of(main, words, monkeypatch, capsys)  # noqa: E731
+    listed = re.findall(r"^(\w+):", printed("--cfg", "job"), re.MULTILINE)
+    shown = printed("--help")
+    monkeypatch.setenv("COMP_LINE", "command ")
+    completed = {word.strip("=.") for word in printed("-sc", "query=bash").split()}
+    assert len(listed) >= 5 and completed >= set(listed)
+    assert all(f"\n{name}:" in shown for name in listed) and max(map(len, shown.splitlines())) <= 150
+    assert "complete" in printed("-sc", "install=bash")
+
+
+def test_the_flags_that_are_known_are_those_of_hydra(
+    history: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = output_of(bench.main, ["--hydra-help"], monkeypatch, capsys)
+    assert set(re.findall(r"^(--[a-z-]+)", printed, re.MULTILINE)) == set(FLAGS)
 
 
 def test_the_command_needs_no_framework(history: Path) -> None:

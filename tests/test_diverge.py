@@ -86,7 +86,7 @@ def test_an_engine_that_shows_nothing_is_refused_by_name(
         ("compare", ["engins=[history,history]"], "engins"),
         ("bench", [], "a run of one engine"),
         ("bench", ["engines=[history,histroy]"], "Did you mean 'history'?"),
-        ("", [], "no run directory"),
+        ("", [], "no directory of a run"),
         (None, [], "Give a run directory: python -m experiments.diverge runs/2-compare-a"),
     ],
 )
@@ -119,6 +119,8 @@ def test_the_run_stands_anywhere_among_the_overrides(tmp_path: Path) -> None:
         "dtype=float32",
     ]
     assert positional(["dtype=float32", str(odd)])[1] == "run='" + str(odd).replace("'", "\\'") + "'"
+    assert positional(["--cfg", "job", "--resolve", "runs/one"]) == ["--cfg", "job", "--resolve", "run='runs/one'"]
+    assert positional(["--config-dir=configs", "runs/one"]) == ["--config-dir=configs", "run='runs/one'"]
     assert positional(["run=x", "dtype=float32"]) == ["run=x", "dtype=float32"]
 
 
@@ -126,6 +128,29 @@ def test_a_label_with_an_equals_sign_needs_no_quotes() -> None:
     assert quoted("engines=[jax,jax-kernels=framework]") == 'engines=[jax,"jax-kernels=framework"]'
     for taken in ('engines=[jax,"jax-kernels=framework"]', "engines=[{name:jax,max_num_seqs:4},torch]", "dtype=float32"):
         assert quoted(taken) == taken
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.yaml", b"a: [", "while parsing a flow node"),
+        ("config.yaml", b"seed: 0", "has no model"),
+        ("config.yaml", b"\xff\xfe", "invalid start byte"),
+        ("results.json", b'{"tokens', "Unterminated string"),
+    ],
+)
+def test_a_run_of_which_a_file_is_broken_is_refused_by_that_file(
+    name: str, content: bytes, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", "model=tiny-llama")
+    (run / name).write_bytes(content)
+    monkeypatch.setattr(sys, "argv", ["diverge", str(run), "dtype=bfloat16"])
+    with pytest.raises(SystemExit) as exit:
+        diverge.main()
+    assert exit.value.code == 2
+    told = capfd.readouterr().err
+    assert told.startswith(f"error: {run} is no directory of a run") and name in told
+    assert (told.count(said), told.count("\n")) == (1, 1)
 
 
 def test_a_sweep_is_refused_with_one_of_its_jobs(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Whole runs on the history engine: every kind of load is sent as it says, and an outside judge finds the same figures."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,9 @@ def test_the_judge_finds_the_figures_of_a_whole_run(
     assert (mine["goodput"] is None) == (result["slo"] is None)
     assert {name: value for name, value in mine.items() if judge_figures.distance(value, result[name]) > 1e-9} == {}
     assert len(mine) == 9 + 8 * 6
+    monkeypatch.setattr(sys, "argv", ["judge_figures", result["run"]])
+    judge_figures.main()
+    assert f"{result['run']} history: 57 figures, at most " in capsys.readouterr().out
     assert 0 < result["harness_overhead_share"] < 1 and result["decode_throughput"] > 0 and result["peak_running"] >= 1
 
 
@@ -116,6 +120,19 @@ def test_the_judge_notices_a_figure_that_is_off() -> None:
     assert judge_figures.distance(1000.0, 1000.0) == 0.0
     assert judge_figures.distance(1000.0, 1000.001) > 1e-9
     assert judge_figures.distance(None, 1.0) == float("inf") and judge_figures.distance(None, None) == 0.0
+
+
+@pytest.mark.parametrize("words", [[], ["."], ["nowhere"], ["--rnu=x", "."]])
+def test_what_the_judge_cannot_judge_is_refused_with_its_usage(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("results.json").write_text("{}")
+    Path("requests.jsonl").touch()
+    monkeypatch.setattr(sys, "argv", ["judge_figures", *words])
+    with pytest.raises(SystemExit) as exit:
+        judge_figures.main()
+    assert exit.value.code == 2 and capsys.readouterr().err.startswith("usage: python -m tests.judge_figures ")
 
 
 def test_an_impossible_load_is_refused_before_anything_runs(

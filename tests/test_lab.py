@@ -159,7 +159,7 @@ def write_run(directory: Path, speeds: dict[str, float], **results: Any) -> Path
         setting |= {"engines": figures}
     write_rows(directory, windows)
     (directory / "steps.jsonl").touch()
-    (directory / "config.yaml").write_text("seed: 0\n")
+    (directory / "config.yaml").write_text("model: {name: tiny-llama}\nengines: [jax, torch]\nseed: 0\n")
     write_json(directory / "environment.json", {"cpu": "any"})
     write_json(directory / "results.json", setting | results)
     return directory

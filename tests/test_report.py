@@ -140,7 +140,7 @@ def test_the_summary_for_a_pull_request_has_verdict_table_and_contaminations(run
 def test_what_comes_from_outside_is_text(tmp_path: Path) -> None:
     failures = {HOSTILE: {"kind": HOSTILE, "message": HOSTILE, "log": HOSTILE}}
     directory = write_run(tmp_path / "run", (HOSTILE, "$x_1$"), 2, 6, 4, model=HOSTILE, failures=failures)
-    (directory / "config.yaml").write_text(f"model: '{HOSTILE}'\n")
+    (directory / "config.yaml").write_text(f"model: '{HOSTILE}'\nengines: []\n")
     text = write_report(directory).read_text()
     assert HOSTILE not in text and "<img" not in text and text.count("</script>") == 1
     assert Outline(text).text.count(HOSTILE) > 5
@@ -231,7 +231,7 @@ def test_where_arrivals_set_the_pace_latency_leads(tmp_path: Path) -> None:
     assert first.value == "Arrivals set the pace" and "median: jax 10.00 ms, torch 12.00 ms." in first.said
     assert "The arrivals set this ratio" in second.said
     directory = write_run(tmp_path / "run", blocks=1, count=5, output_len=4)
-    (directory / "config.yaml").write_text("workload: {request_rate: 2.0}\n")
+    (directory / "config.yaml").write_text("workload: {request_rate: 2.0}\nmodel: {}\nengines: []\n")
     sections = [section.title for section in run_page(open_run(directory))[0].sections]
     assert sections.index("Latency") < sections.index("Ratio")
 

@@ -34,14 +34,21 @@ def test_what_is_no_finished_run_is_refused_with_the_reason(tmp_path: Path) -> N
     partial = save_bench(tmp_path / "run").rename(tmp_path / "run.partial")
     assert "has not ended" in refusal(partial)
     run = partial.rename(tmp_path / "run")
+    config = (run / "config.yaml").read_text()
+    for foreign in ("a: [", "- 1", "3", "engine: {name: jax}", "model: {name: tiny-llama}", ""):
+        (run / "config.yaml").write_text(foreign)
+        assert "config.yaml" in refusal(run)
+    (run / "config.yaml").write_text(config)
     (run / "results.json").write_text('{"engine": ')
     assert "no directory of a run" in refusal(run)
     (run / "results.json").write_text('{"foreign": 1}')
     assert "names no engine" in refusal(run)
+    (run / "results.json").write_text('{"engines": 3}')
+    assert "names no engine" in refusal(run)
+    (run / "environment.json").write_text("[]")
+    assert "environment.json is no mapping" in refusal(run)
     (run / "environment.json").unlink()
     assert "environment.json" in refusal(run)
-    (run / "config.yaml").write_text("a: [")
-    assert "config.yaml" in refusal(run)
 
 
 def test_all_runs_below_a_folder_are_found_and_nothing_else(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from common.engine import build_engine
-from common.errors import BackendError
+from common.errors import BackendError, ConfigError
 from common.interface import ModelRunner, Result, load_backend
 from common.request import Request, SamplingParams
 from common.schedule.trace import replay
@@ -30,6 +30,11 @@ def runner(backend: str) -> ModelRunner:
     runner = shared_runner(backend, MODEL, PAGES, CONFIG)
     runner.reset()
     return runner
+
+
+def test_compile_is_refused_where_the_step_is_compiled_always() -> None:
+    with pytest.raises(ConfigError, match="compile=true is not among its options"):
+        load_backend("jax", engine_config(compile=True))
 
 
 def packer(seed: int = 0) -> Packer:
