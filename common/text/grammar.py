@@ -94,12 +94,14 @@ class Grammar:
         params = request.params
         ends = {*params.stop_token_ids, *(() if params.ignore_eos else request.eos_token_ids)} if params.min_tokens else set()
         masked = {*ends, *(word[0] for word in request.bad_words if len(word) == 1)}
-        bits = np.unpackbits(self.start(self.vocab_size).mask().view(np.uint8), bitorder="little")
-        left = set(np.flatnonzero(bits).tolist()) - masked
+        if not masked and params.allowed_token_ids is None:
+            return
+        left = np.unpackbits(self.start(self.vocab_size).mask().view(np.uint8), bitorder="little")
+        left[[token for token in masked if token < len(left)]] = 0
         if params.allowed_token_ids is not None:
-            left &= set(params.allowed_token_ids)
+            left = left[[token for token in params.allowed_token_ids if token < len(left)]]
         name = "allowed_token_ids" if params.allowed_token_ids else "bad_words" if request.bad_words else "min_tokens"
-        expect(bool(left), f"{name} must leave a token that the output may begin with as its grammar demands.", name)
+        expect(bool(left.any()), f"{name} must leave a token that the output may begin with as its grammar demands.", name)
 
 
 class Grammars:
