@@ -8,8 +8,8 @@
 
 namespace tandem {
 
-constexpr int COLUMNS = 32, MAX_ROWS = 12, FEW_ROWS = 8;
-constexpr size_t AHEAD_BYTES = 4096;
+constexpr int COLUMNS = 32, MAX_ROWS = 12, FEW_ROWS = 4;
+constexpr size_t AHEAD_BYTES = 8192;
 
 template <class E>
 struct Matrix {
@@ -29,9 +29,9 @@ template <class E>
 inline void barrier(Member& team, const Matrix<E>& w) { team.barrier(w.begin(team), w.bytes(team)); }
 
 // R rows times one panel, in registers: c[r][32]. On the way it fetches what comes next: `lines` cache lines of `next` for each
-// group of inputs, or, where the panels are read only once, what lies a little ahead. With few rows the processor's own
-// prefetcher does better alone, as long as it sees a single stream: so never two panels side by side, though that would hide
-// the latency of the chains.
+// group of inputs, or, where the panels are read only once, what lies AHEAD_BYTES ahead: multiplying and reading take about as
+// long then, and neither may wait for the other. With FEW_ROWS or less the processor's own prefetcher does better alone, as long
+// as it sees a single stream: so never two panels side by side, though that would hide the latency of the chains.
 template <class E, int R>
 inline void tile(const typename E::T* a, size_t lda, const typename E::T* b, int groups, float* c, const char* next, int lines) {
   constexpr int G = E::PAIR;
