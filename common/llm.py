@@ -27,6 +27,7 @@ from common.config import EngineConfig
 from common.engine import build_engine
 from common.errors import BackendError, RequestError, TandemError
 from common.interface import Progress
+from common.interrupt import uninterrupted
 from common.options import add_engine_options, add_model_options, engine_options, flag, parse
 from common.request import Logprobs, Request, SamplingParams, Status, TokenEvent, expect, fan_out
 from common.states import Pooler, Pooling, check_pooling
@@ -144,8 +145,8 @@ class LLM:
         many = [prompts] if _is_one(prompts) else list(prompts)
         texts, requests = self._requests(many, sampling_params)
         fans = [fan_out(request) for request in requests]
-        self._run([each for fan in fans for each in fan], use_tqdm)
-        deltas = [[self._deltas.pop(each.request_id) for each in fan] for fan in fans]
+        found = self._run([each for fan in fans for each in fan], use_tqdm)
+        deltas = [[found[each.request_id] for each in fan] for fan in fans]
         return [
             _answer(
                 text,
@@ -193,8 +194,6 @@ class LLM:
         texts, requests = self._requests(many, SamplingParams(max_tokens=params.max_tokens, ignore_eos=params.ignore_eos))
         with self._admitted(requests):  # refuses here what could not be followed to its end
             pass
-        for request in requests:
-            del self._deltas[request.request_id]
         found = beam_search([request.prompt_token_ids for request in requests], params, self._eos, self._likeliest)
         return [
             _answer(text, request, [self._beam(i, request, beam) for i, beam in enumerate(beams)])
@@ -288,23 +287,20 @@ class LLM:
 
     @contextmanager
     def _admitted(self, requests: Iterable[Request]) -> Iterator[None]:
-        """All requests are in the engine, or none; those that are unfinished at the end are aborted."""
+        """All requests are in the engine, or none; at the end those that are unfinished are aborted, and all forgotten."""
         added: list[str] = []
         try:
-            with self._lock:
+            with self._lock, uninterrupted():
                 for request in requests:
                     self.engine.add(request)
                     added.append(request.request_id)
                     self._live[request.request_id] = OutputText(self.tokenizer, request)
                     self._deltas[request.request_id] = []
             yield
-        except BaseException:
-            for name in added:
-                self._deltas.pop(name, None)
-            raise
         finally:
-            with self._lock:
+            with self._lock, uninterrupted():
                 for name in added:
+                    self._deltas.pop(name, None)
                     if self._live.pop(name, None) is not None:
                         self.engine.abort(name)
 
@@ -327,29 +323,30 @@ class LLM:
             fresh.append((name, delta))
         return fresh
 
-    def _run(self, requests: Sequence[Request], use_tqdm: bool) -> None:
+    def _run(self, requests: Sequence[Request], use_tqdm: bool) -> dict[str, list[Delta]]:
+        """What became visible of each, by its id."""
         mine = {request.request_id for request in requests}
         unfinished = set(mine)
         with _progress(use_tqdm and len(requests) > 1) as progress, self._admitted(requests):
             begin, tokens = time.perf_counter(), 0
             while unfinished:
-                with self._lock:
+                with self._lock, uninterrupted():
                     fresh = self._step(unfinished)
                     unfinished &= self._live.keys()
                 tokens += sum(len(delta.token_ids) for name, delta in fresh if name in mine)
                 speed = tokens / (time.perf_counter() - begin)
                 progress(len(requests) - len(unfinished), len(requests), f"{speed:.0f} tokens/s")
+            return {name: self._deltas[name] for name in mine}
 
     def _stream(self, request: Request) -> Iterator[Delta]:
         name = request.request_id
         with self._admitted([request]):
             while name in self._live or self._deltas[name]:
-                with self._lock:
+                with self._lock, uninterrupted():
                     if not self._deltas[name]:
                         self._step({name})
                     ready, self._deltas[name] = self._deltas[name], []
                 yield from ready
-        del self._deltas[name]
 
     def _output(self, index: int, request: Request, deltas: Sequence[Delta]) -> CompletionOutput:
         last = deltas[-1]
@@ -370,9 +367,9 @@ class LLM:
     def _likeliest(self, sequences: Sequence[tuple[int, ...]], k: int) -> list[list[tuple[int, float]]]:
         params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=k, detokenize=False)
         requests = [Request(request_id=str(next(self._numbers)), prompt_token_ids=ids, params=params) for ids in sequences]
-        self._run(requests, use_tqdm=False)
+        found = self._run(requests, use_tqdm=False)
         answers = []
-        for (delta,) in [self._deltas.pop(request.request_id) for request in requests]:
+        for (delta,) in [found[request.request_id] for request in requests]:
             if delta.logprobs is None:
                 raise BackendError(f"A beam search cannot go on: {delta.error}")
             answers.append(list(zip(delta.logprobs.top_ids, delta.logprobs.top_logprobs, strict=True)))

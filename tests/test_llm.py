@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -180,6 +184,46 @@ def test_a_stop_string_that_never_comes_changes_nothing(llm: LLM) -> None:
 def test_without_detokenizing_there_are_tokens_and_no_text(llm: LLM) -> None:
     completion = only(llm.generate("the", greedy(detokenize=False)))
     assert completion.text == "" and completion.token_ids == only(llm.generate("the", GREEDY)).token_ids
+
+
+def test_ctrl_c_at_any_line_leaves_an_engine_that_serves_the_next_prompts(llm: LLM) -> None:
+    """Pressed at a line drawn from the whole of a run: what is whole afterwards is the next run's tokens, pages and tables."""
+    prompts, files = (
+        [list(range(5, 25)), [7, 8], list(range(40, 70))],
+        ("engine", "llm", "scheduler", "pages", "rows", "output"),
+    )
+    ours = {f"{Path(common.llm.__file__).parent}/{folder}{name}.py" for name in files for folder in ("", "schedule/", "text/")}
+    left = -1
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename not in ours:
+            return None
+        left -= event == "line"
+        if event == "line" and left == 0:
+            signal.raise_signal(signal.SIGINT)
+        return trace
+
+    def lines(at: int) -> int:
+        """Run, with Ctrl-C at this line; how many lines it had."""
+        nonlocal left
+        left = at
+        sys.settrace(trace)
+        try:
+            with suppress(KeyboardInterrupt):
+                llm.generate(prompts, GREEDY)
+        finally:
+            sys.settrace(None)
+        return at - left
+
+    wanted = [only([output]).token_ids for output in llm.generate(prompts, GREEDY)]
+    total = lines(10**9)
+    for at in np.random.default_rng(0).integers(1, total, 40).tolist():
+        lines(at)
+        assert [only([output]).token_ids for output in llm.generate(prompts, GREEDY)] == wanted, at
+        assert_idle(llm)
+        assert not llm._live and not llm._deltas and not llm.engine.scheduler.leaving, at
+        assert llm.engine.stats()["kv_cache_usage"] == 0, at
 
 
 # ---- stream, chat ---------------------------------------------------------------------------------------------------------
