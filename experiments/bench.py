@@ -38,7 +38,7 @@ def run(config: DictConfig) -> None:
         result |= {"run": str(finished(directory)), "failures": outcome.failures, "stopped": outcome.stopped}
         result = finite(result | outcome.figures.get(spec.label, {}))
         write_run(directory, result, outcome.windows, outcome.profiles)
-    print_table(f"{plan.model}, {config.dtype}, workload {plan.workload.name}", outcome.figures)
+    print_table(f"{plan.model} ({plan.checkpoint.path.name}), {config.dtype}, workload {plan.workload.name}", outcome.figures)
     print_failures(outcome.failures)
     reported = report_on(config, result)
     print_json(result)

@@ -65,7 +65,7 @@ def run(config: DictConfig) -> None:
         }
         result = finite(result)
         write_run(directory, result, outcome.windows, outcome.profiles)
-    print_comparison(f"{plan.model}, {config.dtype}, workload {plan.workload.name}", result)
+    print_comparison(f"{plan.model} ({plan.checkpoint.path.name}), {config.dtype}, workload {plan.workload.name}", result)
     reported = report_on(config, result)
     print_json(result)
     conclude(conditions, result, reported)

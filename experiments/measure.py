@@ -305,6 +305,7 @@ def setting(config: DictConfig, plan: Plan) -> dict[str, Any]:
     """What was run, for the result."""
     return {
         "model": plan.model,
+        "checkpoint": plan.checkpoint.path.name,
         "dtype": config.dtype,
         "kernels": config.kernels,
         "seed": config.seed,

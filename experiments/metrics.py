@@ -25,6 +25,8 @@ from experiments.workload import NO_SLO, Slo
 
 LIMITED = ("roofline", "mbu", "mfu", "decode_roofline", "decode_mbu", "decode_mfu", "prefill_mbu", "prefill_mfu")
 """Figures that cannot be above 1 (see `experiments.roofline`)."""
+INTENSITIES = ("intensity", "decode_intensity", "prefill_intensity")
+"""FLOP a byte of what the steps need."""
 PERCENTILES = (50, 90, 99)
 BUSY = 0.05
 """Share of the processors' time above which other programs spoil a measurement: compute threads wait for each other."""

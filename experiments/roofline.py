@@ -47,7 +47,7 @@ from common.weights.checkpoint import expected_shapes
 from experiments.console import number, print_json, wide_console
 from experiments.drive import Window
 from experiments.isolate import thread_settings
-from experiments.metrics import LIMITED
+from experiments.metrics import INTENSITIES, LIMITED
 from experiments.phases import rate, step_seconds
 
 READ = "read"
@@ -352,7 +352,7 @@ def limit_seconds(work: Work, bandwidth: np.ndarray | float, peak: float) -> np.
 
 
 def efficiency(windows: Iterable[Window], model: ModelConfig, dtype: Dtype, limits: Limits | None) -> dict[str, float | None]:
-    """The figures `LIMITED` of one engine over its windows.
+    """The figures `LIMITED` and `INTENSITIES` of one engine over its windows.
 
     `roofline`, `mbu` and `mfu` are over all time of the windows, the host's work and the wait for arrivals included. Those of
     `decode` are over the steps in which no sequence had more than one token, and the time that these had the device; those of
@@ -362,7 +362,7 @@ def efficiency(windows: Iterable[Window], model: ModelConfig, dtype: Dtype, limi
     windows = list(windows)
     logs = [window.steps for window in windows if window.steps is not None]
     if limits is None or len(logs) < len(windows):
-        return dict.fromkeys(LIMITED)
+        return dict.fromkeys((*LIMITED, *INTENSITIES))
     steps = [step for log in logs for step in log]
     work = count(steps, model, dtype)
     beside = [limits.bandwidth if window.bandwidth is None else window.bandwidth for window in windows]
@@ -381,6 +381,9 @@ def efficiency(windows: Iterable[Window], model: ModelConfig, dtype: Dtype, limi
         "decode_mfu": share(work.flops[decode].sum(), busy[decode].sum() * peak),
         "prefill_mbu": share(reading[~decode].sum(), busy[~decode].sum()),
         "prefill_mfu": share(work.flops[~decode].sum(), busy[~decode].sum() * peak),
+        "intensity": share(work.flops.sum(), work.bytes.sum()),
+        "decode_intensity": share(work.flops[decode].sum(), work.bytes[decode].sum()),
+        "prefill_intensity": share(work.flops[~decode].sum(), work.bytes[~decode].sum()),
     }
 
 

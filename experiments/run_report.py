@@ -62,6 +62,7 @@ def facts(run: RunFiles) -> list[str]:
     blocks = max((len(mine.get("block_output_throughput") or ()) for mine in run.engines.values()), default=0)
     told = {
         "{}": results.get("model"),
+        "from {}": results.get("checkpoint"),
         "{} ": results.get("dtype"),
         "{} kernels": kernels(run),
         "workload {}": results.get("workload"),

@@ -122,11 +122,14 @@ def test_a_p99_of_few_samples_is_not_given() -> None:
 def test_a_point_under_the_roofline_is_where_its_shares_put_it() -> None:
     limits = {"read_bytes_per_s": 1e10, "float32_flops_per_s": 1e11}
     limits = {"before": limits, "after": limits | {"read_bytes_per_s": 2e10}}
-    drawing = roofline({"jax": {"mbu": 0.5, "mfu": 0.2, "decode_mbu": 0.6, "limits": limits}}, "float32")
+    mine = {"intensity": 2.0, "mfu": 0.2, "decode_intensity": 0.6, "block_read_bytes_per_s": [1e10, None], "limits": limits}
+    drawing = roofline({"jax": mine}, "float32")
     assert drawing is not None and drawing.table is not None
-    assert drawing.table.rows == [("jax", "whole run", "2.000", "20.00", "50.0%")]  # 20 GFLOP/s over 10 GB/s, of 2 · 20
-    assert roofline({"jax": {"mbu": 0.5, "mfu": 0.2, "limits": None}}, "float32") is None
-    assert roofline({"jax": {"mbu": None, "mfu": None, "limits": limits}}, "float32") is None
+    assert drawing.table.rows == [("jax", "whole run", "2.000", "20.00", "50.0%")]  # of 2 · 20 GB/s
+    faster = roofline({"jax": mine | {"block_read_bytes_per_s": [4e10]}}, "float32")
+    assert faster is not None and faster.table is not None and faster.table.rows[0][-1] == "25.0%"
+    assert roofline({"jax": mine | {"limits": None}}, "float32") is None
+    assert roofline({"jax": mine | {"intensity": None}}, "float32") is None
 
 
 def test_alive_counts_the_intervals_that_hold_each_time() -> None:

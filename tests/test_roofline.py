@@ -21,7 +21,7 @@ from common.weights import zoo
 from common.weights.checkpoint import expected_shapes, open_checkpoint
 from experiments import bench, roofline
 from experiments.drive import Window, drive
-from experiments.metrics import LIMITED, contaminations, summarize
+from experiments.metrics import INTENSITIES, LIMITED, contaminations, summarize
 from experiments.phases import step_seconds
 from experiments.roofline import (
     NATIVE_READS,
@@ -209,7 +209,8 @@ def test_the_figures_are_the_work_over_the_time_of_the_window_and_of_each_phase(
     here = limits(read=1e10, bfloat16=1e12)
     work = count([decode, prefill], SMOLLM2, "bfloat16")
     figures = efficiency([Window((), 3.0, steps=(decode,)), Window((), 2.0, steps=(prefill,))], SMOLLM2, "bfloat16", here)
-    assert set(figures) == set(LIMITED)
+    assert set(figures) == {*LIMITED, *INTENSITIES}
+    assert figures["intensity"] == pytest.approx(work.flops.sum() / work.bytes.sum())
     assert figures["mbu"] == pytest.approx(work.bytes.sum() / (5.0 * 1e10))
     assert figures["mfu"] == pytest.approx(work.flops.sum() / (5.0 * 1e12))
     assert figures["roofline"] == pytest.approx((work.bytes[0] / 1e10 + work.flops[1] / 1e12) / 5.0)

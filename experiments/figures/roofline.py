@@ -15,24 +15,23 @@ from experiments.page import Drawing, Table
 
 
 def roofline(figures: Mapping[str, Mapping[str, Any]], dtype: str) -> Drawing | None:
-    """What each engine reached, under what the machine can do. None where that was not measured.
-
-    Over a time t with b bytes and f FLOP: mbu = b / (t · bandwidth) and mfu = f / (t · peak), so the point is at an intensity
-    f / b = mfu · peak / (mbu · bandwidth) and a speed mfu · peak.
+    """What each engine reached, under the best that the machine did in the run, beside a window, before or after all.
+    None where that was not measured. A point is at the FLOP a byte that its steps need, and at a speed of mfu · peak.
     """
     limits = next((found["limits"] for found in figures.values() if found.get("limits")), None)
     if not limits:
         return None
     best = lambda name: max(limits[when].get(name) or 0.0 for when in ("before", "after"))  # noqa: E731
-    bandwidth, peak = best("read_bytes_per_s"), best(f"{dtype}_flops_per_s")
+    beside = [value for mine in figures.values() for value in mine.get("block_read_bytes_per_s") or () if value]
+    bandwidth, peak = max(best("read_bytes_per_s"), *beside, 0.0), best(f"{dtype}_flops_per_s")
     if not bandwidth or not peak:
         return None
     found: list[tuple[int, str, str, float, float]] = []
     for i, (label, mine) in enumerate(figures.items()):
         for phase, prefix in (("whole run", ""), ("decode steps", "decode_"), ("steps with prompts", "prefill_")):
-            mbu, mfu = mine.get(f"{prefix}mbu"), mine.get(f"{prefix}mfu")
-            if mbu and mfu:
-                found.append((i, label, phase, mfu * peak / (mbu * bandwidth), mfu * peak))
+            intensity, mfu = mine.get(f"{prefix}intensity"), mine.get(f"{prefix}mfu")
+            if intensity and mfu:
+                found.append((i, label, phase, intensity, mfu * peak))
     if not found:
         return None
     knee = peak / bandwidth
