@@ -196,7 +196,7 @@ def explain(error: BaseException) -> str:
 
 def unnamed(words: Sequence[str]) -> str | None:
     """What is wrong with the first override that gives a config group no name, as `engine=null`; None if there is none."""
-    for override in OverridesParser.create().parse_overrides([word for word in words if not word.startswith("-")]):
+    for override in OverridesParser.create().parse_overrides([word for word in words if re.match("[^-].*=", word)]):
         group = override.key_or_group
         if group in ("engine", "experiment", "measure", "workload") and not isinstance(override.value(), str | list):
             return f"{group} must be one of {', '.join(group_options(group))}; got {override.input_line}."
