@@ -89,15 +89,15 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _checked(path: Path, config: ModelConfig, entries: Mapping[str, Entry]) -> dict[str, Entry]:
     """The expected entries in their canonical order; raises CheckpointError with how many do not fit, and the first of them."""
     expected = expected_shapes(config)
-    problems = []
+    # First what is not expected: the rarer of the two, and it tells more.
+    problems = [
+        f"unexpected {name} {entries[name].shape}" for name in entries if name not in expected and not _harmless(name, config)
+    ]
     for name, shape in expected.items():
         if name not in entries:
             problems.append(f"missing {name} {shape}")
         elif entries[name].shape != shape:
             problems.append(f"{name} has shape {entries[name].shape}, expected {shape}")
-    problems += [
-        f"unexpected {name} {entries[name].shape}" for name in entries if name not in expected and not _harmless(name, config)
-    ]
     if problems:
         more = len(problems) - MOST_SHOWN
         raise CheckpointError(
