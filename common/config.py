@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_args
 
-from common.errors import ConfigError, nearest_hint
+from common.errors import ConfigError, nearest_hint, shown
 
 Dtype = Literal["float32", "bfloat16"]
 Kernels = Literal["auto", "native", "framework"]
@@ -188,10 +188,9 @@ class EngineConfig:
             ("cache", get_args(Cache)),
         ):
             value = getattr(self, name)
-            expect(
-                value in allowed,
-                f"{name} must be one of {', '.join(allowed)}, got {value!r}.{nearest_hint(str(value), allowed)}",
-            )
+            known = isinstance(value, str) and value in allowed
+            hint = nearest_hint(value, allowed) if isinstance(value, str) else ""
+            expect(known, f"{name} must be one of {', '.join(allowed)}, got {shown(value)}.{hint}")
         for name, low, high in (
             ("block_size", 1, 4096),
             ("max_num_seqs", 1, 65_536),

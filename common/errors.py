@@ -15,7 +15,7 @@ class ConfigError(TandemError, ValueError):
 
 
 class CheckpointError(TandemError, ValueError):
-    """Weights or their description are missing, damaged, or inconsistent. Lists every mismatch at once."""
+    """Weights or their description are missing, damaged, or inconsistent. Counts all mismatches, and names the first ten."""
 
 
 class RequestError(TandemError, ValueError):

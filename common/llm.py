@@ -25,7 +25,8 @@ from rich.progress import Progress as ProgressBar
 from common.beam import Beam, BeamSearchParams, beam_search
 from common.config import EngineConfig
 from common.engine import build_engine
-from common.errors import BackendError, RequestError, TandemError
+from common.errors import BackendError, RequestError, TandemError, shown
+from common.exits import FAILURE, INTERRUPTED, USER_ERROR, printing, replace_unprintable
 from common.interface import Progress
 from common.interrupt import uninterrupted
 from common.options import add_engine_options, add_model_options, engine_options, flag, parse
@@ -180,6 +181,7 @@ class LLM:
         add_generation_prompt: bool = True,
     ) -> dict[str, Any]:
         """The prompt that the model's chat template makes of a conversation, for `generate` and `stream`."""
+        self._expect_open()
         self._chat = self._chat or ChatTemplate(self.tokenizer)
         text, token_ids = self._chat.encode(messages, tools=tools, add_generation_prompt=add_generation_prompt)
         return {"prompt": text, "prompt_token_ids": token_ids}
@@ -212,13 +214,14 @@ class LLM:
 
         Streams that are open go on afterwards. Raises `RequestError` for a prompt that cannot be computed.
         """
-        expect(not self._closed, "This LLM is closed; make a new one.")
+        self._expect_open()
         check_pooling(pooling)
         many = [prompts] if _is_one(prompts) else list(prompts)
         tokens = [list(self._tokens(i, prompt)[1]) for i, prompt in enumerate(many)]
         pooled: list[np.ndarray] = []
         while len(pooled) < len(tokens):
             with self._lock:
+                self._expect_open()
                 states = self.engine.hidden_states(tokens[len(pooled) :])
             pooled += [self._pooler.pool(x_TD, pooling) for x_TD in states]
         return [
@@ -229,11 +232,12 @@ class LLM:
     def close(self) -> None:
         """Idempotent."""
         if not self._closed:
-            self._closed = True
-            self._grammars.close()
-            self.engine.close()
-            if self._chat is not None:
-                self._chat.close()
+            self._closed = True  # before the lock: whoever else steps leaves off
+            with self._lock:
+                self._grammars.close()
+                self.engine.close()
+                if self._chat is not None:
+                    self._chat.close()
 
     def __enter__(self) -> Self:
         return self
@@ -241,31 +245,36 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _expect_open(self) -> None:
+        expect(not self._closed, "This LLM is closed; make a new one.")
+
     def _requests(
         self, prompts: Sequence[Any], sampling_params: SamplingParams | Sequence[SamplingParams] | None
     ) -> tuple[list[str | None], list[Request]]:
-        expect(not self._closed, "This LLM is closed; make a new one.")
+        self._expect_open()
         if isinstance(sampling_params, Sequence):
             each = list(sampling_params)
             expect(
                 len(each) == len(prompts), f"Expected one sampling_params for each of {len(prompts)} prompts, got {len(each)}."
             )
         else:
-            each = [sampling_params or SamplingParams()] * len(prompts)
+            each = [SamplingParams() if sampling_params is None else sampling_params] * len(prompts)
         for given in each:
             expect(isinstance(given, SamplingParams), f"sampling_params must be SamplingParams, got {type(given).__name__}.")
         pairs = [self._tokens(i, prompt) for i, prompt in enumerate(prompts)]
-        requests = [
-            Request(
-                request_id=str(next(self._numbers)),
-                prompt_token_ids=tuple(ids),
-                params=params,
-                eos_token_ids=self._eos,
-                bad_words=self.tokenizer.bad_words(params.bad_words),
-                grammar=self._grammars.compile(params.structured_outputs),
-            )
-            for (_, ids), params in zip(pairs, each, strict=True)
-        ]
+        with self._lock:  # nobody closes the grammars meanwhile
+            self._expect_open()
+            requests = [
+                Request(
+                    request_id=str(next(self._numbers)),
+                    prompt_token_ids=tuple(ids),
+                    params=params,
+                    eos_token_ids=self._eos,
+                    bad_words=self.tokenizer.bad_words(params.bad_words),
+                    grammar=self._grammars.compile(params.structured_outputs),
+                )
+                for (_, ids), params in zip(pairs, each, strict=True)
+            ]
         return [text for text, _ in pairs], requests
 
     def _tokens(self, i: int, prompt: Any) -> tuple[str | None, Sequence[int]]:
@@ -273,16 +282,20 @@ class LLM:
             case str():
                 return prompt, self.tokenizer.encode(prompt)
             case {"prompt_token_ids": list() | tuple() as ids} if prompt.keys() <= {"prompt_token_ids", "prompt"}:
-                return prompt.get("prompt"), ids
+                text = prompt.get("prompt")
+                expect(
+                    text is None or isinstance(text, str), f"Prompt {i}: prompt must be a string, got {shown(text)}.", "prompt"
+                )
+                return text, ids
             case {"prompt": str(text)} if len(prompt) == 1:
                 return text, self.tokenizer.encode(text)
             case list() | tuple():
                 return None, prompt
-            case np.ndarray():
+            case np.ndarray(ndim=1):
                 return None, prompt.tolist()
         raise RequestError(
             f"Prompt {i} must be a string, a list of token ids, or a mapping with prompt or prompt_token_ids, "
-            f"got {type(prompt).__name__} {prompt!r:.80}."
+            f"got {type(prompt).__name__} {shown(prompt)}."
         )
 
     @contextmanager
@@ -331,6 +344,7 @@ class LLM:
             begin, tokens = time.perf_counter(), 0
             while unfinished:
                 with self._lock, uninterrupted():
+                    self._expect_open()
                     fresh = self._step(unfinished)
                     unfinished &= self._live.keys()
                 tokens += sum(len(delta.token_ids) for name, delta in fresh if name in mine)
@@ -344,6 +358,7 @@ class LLM:
             while name in self._live or self._deltas[name]:
                 with self._lock, uninterrupted():
                     if not self._deltas[name]:
+                        self._expect_open()
                         self._step({name})
                     ready, self._deltas[name] = self._deltas[name], []
                 yield from ready
@@ -461,27 +476,39 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Stream text to standard output. Returns the exit code: 2 for a mistake of the caller, 1 for a request that failed."""
+    replace_unprintable()
     try:
         options = parse(_parser(), sys.argv[1:] if arguments is None else arguments)
         logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(name)s: %(message)s")
         params = SamplingParams(stop=options.stop, **{name: getattr(options, name) for name in _SAMPLING})
-        prompt: Any = sys.stdin.read() if options.prompt == "-" else options.prompt
+        expect(bool(sys.stdout), "Standard output is closed, so that there is nowhere to write the text.")
+        prompt: Any = _standard_input() if options.prompt == "-" else options.prompt
         with LLM(options.model, backend=options.backend, **engine_options(options)) as llm:
             if options.chat:
                 system = [{"role": "system", "content": options.system}] if options.system is not None else []
                 prompt = llm.chat_prompt([*system, {"role": "user", "content": prompt}])
             for delta in llm.stream(prompt, params):
-                print(delta.text, end="", flush=True)
-            print()
+                with printing():
+                    print(delta.text, end="", flush=True)
+        with printing():
+            print(flush=True)
     except TandemError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return USER_ERROR
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     if delta.error is not None:
         print(f"error: {delta.error}", file=sys.stderr)
-        return 1
+        return FAILURE
     return 0
+
+
+def _standard_input() -> str:
+    expect(bool(sys.stdin), "The prompt - reads standard input, which is closed.")
+    try:
+        return sys.stdin.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"Standard input cannot be read as text: {error}.") from error
 
 
 if __name__ == "__main__":

@@ -91,20 +91,22 @@ def cgroup_files(controller: str, *names: str) -> list[tuple[str, ...]]:
     `controller` is empty for the one hierarchy of cgroup v2, else names a hierarchy of v1.
     """
     try:
-        entries = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+        entries = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()]
     except OSError:
         return []
     root = Path("/sys/fs/cgroup") / controller
     own = next((root / path.lstrip("/") for _, kinds, path in entries if controller in kinds.split(",")), root)
     folders = [folder for folder in (own, *own.parents) if folder.is_relative_to(root)]
     files = [[folder / name for name in names] for folder in folders]
-    return [tuple(file.read_text().strip() for file in group) for group in files if all(map(Path.is_file, group))]
+    return [
+        tuple(file.read_text(encoding="utf-8").strip() for file in group) for group in files if all(map(Path.is_file, group))
+    ]
 
 
 def cpu_name() -> str:
     """The processor's name as its maker prints it, or its architecture where that is not told."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     except OSError:
@@ -115,7 +117,7 @@ def cpu_name() -> str:
 def cpu_features() -> str:
     """The instruction sets that Linux says the processor has, or nothing where it does not tell."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith(("flags", "Features")):
                 return line.split(":", 1)[1].strip()
     except OSError:
@@ -135,7 +137,7 @@ def peak_rss(pid: int | None = None) -> int:
     """The most bytes of memory this process has held at once, or another: of that, where Linux does not tell, what it holds."""
     try:
         # Not getrusage: on Linux its peak survives exec, so a child would report its parent's.
-        for line in Path(f"/proc/{pid or 'self'}/status").read_text().splitlines():
+        for line in Path(f"/proc/{pid or 'self'}/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     except OSError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, fields, replace
@@ -44,6 +45,7 @@ _NUMBERS = {
 _FLAGS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize")
 _OPTIONAL = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
 """Sampling parameters by kind: their least and their greatest value, both allowed, and which may be None."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def expect(condition: bool, message: str, param: str | None = None) -> None:
@@ -66,6 +68,11 @@ def _whole(value: Any, low: int, high: int) -> bool:
 def _real(value: Any, low: float, high: float) -> bool:
     # The range first: an integer may be too large for isfinite. NaN lies in no range.
     return isinstance(value, (float, int, Real)) and not isinstance(value, bool) and bool(low <= value <= high)  # type: ignore[operator]
+
+
+def _text(value: Any) -> bool:
+    """A string that is not empty, and that UTF-8 can hold: no lone surrogates."""
+    return isinstance(value, str) and value != "" and not _SURROGATE.search(value)
 
 
 def _token_ids(name: str, given: Sequence[Any]) -> tuple[int, ...]:
@@ -118,7 +125,7 @@ class StructuredOutputsParams:
             object.__setattr__(self, "choice", tuple(self.choice))
         texts: Sequence[Any] = self.choice or [text for text in (self.json, self.regex, self.grammar) if text is not None]
         for text in texts:
-            expect(isinstance(text, str) and text != "", f"{given[0]} must hold texts that are not empty, got {shown(text)}.")
+            expect(_text(text), f"{given[0]} must hold Unicode texts that are not empty, got {shown(text)}.")
         size = sum(map(len, texts))
         expect(size <= MAX_GRAMMAR, f"{given[0]} may have {MAX_GRAMMAR} characters, got {size}.")
         expect(self.json_object in (None, True), f"json_object must be true, or be left out, got {shown(self.json_object)}.")
@@ -215,13 +222,9 @@ class SamplingParams:
             _must(value is None or isinstance(value, (str, tuple, list)), name, "be a list", value)
         put("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
         put("bad_words", (self.bad_words,) if isinstance(self.bad_words, str) else tuple(self.bad_words or ()))
-        _must(all(isinstance(s, str) and s for s in self.stop), "stop", "hold strings that are not empty", self.stop)
-        _must(
-            all(isinstance(s, str) and s.strip() for s in self.bad_words),
-            "bad_words",
-            "hold strings that are not blank",
-            self.bad_words,
-        )
+        _must(all(_text(s) for s in self.stop), "stop", "hold Unicode strings that are not empty", self.stop)
+        sound = all(_text(s) and s.strip() for s in self.bad_words)
+        _must(sound, "bad_words", "hold Unicode strings that are not blank", self.bad_words)
         expect(not self.stop or self.detokenize, "stop strings need detokenize=True.", "stop")
         put("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids or ()))
         if self.allowed_token_ids is not None:

@@ -13,6 +13,7 @@ from typing import Literal, Self, get_args
 
 import numpy as np
 
+from common.errors import shown
 from common.interface import ModelRunner
 from common.request import expect
 from common.schedule.batch import Batch
@@ -23,7 +24,8 @@ Pooling = Literal["mean", "last"]
 
 def check_pooling(pooling: object) -> None:
     """Raise `RequestError` for anything that is no `Pooling`."""
-    expect(pooling in get_args(Pooling), f"pooling must be one of {', '.join(get_args(Pooling))}, got {pooling!r:.80}.")
+    known = isinstance(pooling, str) and pooling in get_args(Pooling)
+    expect(known, f"pooling must be one of {', '.join(get_args(Pooling))}, got {shown(pooling)}.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
@@ -20,7 +21,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from common.config import EngineConfig, expect
 from common.errors import TandemError, nearest_hint
-from experiments.exits import FAILURE, GATE, INTERRUPTED, READER_GONE, USER_ERROR, fail
+from common.exits import FAILURE, GATE, INTERRUPTED, READER_GONE, USER_ERROR, drop_output, fail, replace_unprintable
 from experiments.fail_if import Condition, violations
 from experiments.isolate import EngineFailure
 from experiments.job import is_whole, job_directory
@@ -43,6 +44,7 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
 
     What the user can mend ends the process with one message on stderr and exit code 2; a defect of ours with its traceback.
     """
+    replace_unprintable()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, where it would print and exit with 1
     for plugin in (CheckedSweeper, ProcessLauncher):  # under the one package that Hydra takes plugins from
         Plugins.instance().class_name_to_class[f"hydra_plugins.tandem.{plugin.__name__}"] = plugin
@@ -84,7 +86,7 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
     except BrokenPipeError:
         if composed:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to print, at exit too
+        drop_output()
         sys.exit(READER_GONE)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
@@ -182,12 +184,23 @@ def explain(error: BaseException) -> str:
         if several := re.match(r"Ambiguous value for argument '(?P<key>[^=]+)=(?P<values>.*)'$", str(cause), re.MULTILINE):
             key, values = several["key"], several["values"]
             return f"{key}={values} gives several values: for a list, write {key}=[{values}]; for a run of each, add -m."
+        if "Config group override must be a string" in str(cause) and (given := unnamed(sys.argv[1:])):
+            return given
         if misplaced := re.match(r"Could not override '(\w+)'\.\s*No match in the defaults list", str(cause)):
             others = [option for option in ROOT_OPTIONS if option != misplaced[1]]
             return f"This command has no option {misplaced[1]!r}.{nearest_hint(misplaced[1], others)}"
     told = chain[:1] if isinstance(error, TandemError) else chain  # ours say what they come from
     texts = (str(cause).split("\n    full_key:")[0] for cause in told)
     return " ".join(dict.fromkeys(" ".join(text.split()) for text in texts if text))
+
+
+def unnamed(words: Sequence[str]) -> str | None:
+    """What is wrong with the first override that gives a config group no name, as `engine=null`; None if there is none."""
+    for override in OverridesParser.create().parse_overrides([word for word in words if re.match("[^-].*=", word)]):
+        group = override.key_or_group
+        if group in ("engine", "experiment", "measure", "workload") and not isinstance(override.value(), str | list):
+            return f"{group} must be one of {', '.join(group_options(group))}; got {override.input_line}."
+    return None
 
 
 def in_braces(refused: str) -> str:

@@ -45,7 +45,9 @@ def engine_spec(options: DictConfig, label: str | None = None) -> EngineSpec:
     """Check the composed group `engine`. Raises `BackendError` where what runs it is not installed."""
     values: dict[str, Any] = dict(resolved(options))
     name = values.pop("name")
-    expect(isinstance(name, str), f"engine.name must be the name of an engine, such as jax, got {name!r}.")
+    expect(
+        isinstance(name, str) and name.isidentifier(), f"engine.name must be the name of an engine, such as jax, got {name!r}."
+    )  # or files that are called after it lie anywhere
     own = own_options(name, values)
     interpreter(name)
     engine = EngineConfig.of(**{key: value for key, value in values.items() if key not in own})

@@ -103,7 +103,7 @@ _ARCHITECTURES = {
 def write_directory(checkpoint: Checkpoint, dtype: str, directory: Path) -> None:
     """config.json and model.safetensors, all tensors in `dtype`."""
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(config_json(checkpoint.config, dtype), indent=2) + "\n")
+    (directory / "config.json").write_text(json.dumps(config_json(checkpoint.config, dtype), indent=2) + "\n", encoding="utf-8")
     tensors = {name: checkpoint[name].dense().astype(NUMPY_DTYPES[dtype]) for name in checkpoint.names()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})  # which transformers insists on
 

@@ -19,7 +19,7 @@ import pandas as pd
 
 from common.config import expect
 from common.errors import ConfigError, TandemError
-from experiments.exits import USER_ERROR, fail
+from common.exits import USER_ERROR, fail
 from experiments.results import RunFiles, is_sweep, open_run, sweep_table
 from experiments.rundir import write_json
 
@@ -104,7 +104,7 @@ def requests(run: RunFiles, label: str) -> list[Record]:
     path = run.directory / "requests.jsonl"
     expect(path.exists(), f"{run.directory} holds no {path.name}, of which an export tells each request. Run it again.")
     try:
-        with path.open() as file:
+        with path.open(encoding="utf-8") as file:
             rows = [row for row in map(json.loads, file) if row["engine"] == label]
     except ValueError as error:
         raise ConfigError(f"{path} is not as a run writes it: {error}. Run it again.") from error

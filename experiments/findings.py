@@ -150,7 +150,7 @@ def divergences(run: RunFiles) -> Iterator[Verdict]:
     """What `experiments.diverge` found, each time it was asked."""
     tones: Mapping[str, Tone] = {"defect": "bad", "undecided": "warn"}
     for file in findings_of(run.directory).values():
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
         against = f"{' and '.join(found['engines'])} in {found['dtype']}"
         yield Verdict(
             tones.get(found["verdict"], "good"), found["verdict"].capitalize(), against, f"{found['said']} ({file.name})"
@@ -182,4 +182,4 @@ def log_end(directory: Path, log: str) -> str:
 
 
 def text_of(file: Path) -> str:
-    return file.read_text(errors="replace") if file.is_file() else ""
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""

@@ -187,7 +187,7 @@ class IsolatedEngine:
         return failure
 
     def _failure(self, kind: str, what: str) -> EngineFailure:
-        lines = self._log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
         message = f"The process of engine {self.spec.label!r} {what}."
         return EngineFailure(message, kind=kind, label=self.spec.label, log="\n".join(lines))
 

@@ -73,7 +73,7 @@ def read_jobs(folder: Path) -> list[Job]:
     if not path.exists():
         return []
     try:
-        entries = json.loads(path.read_text())["jobs"]
+        entries = json.loads(path.read_text(encoding="utf-8"))["jobs"]
         return [Job(**entry | {"overrides": tuple(entry["overrides"])}) for entry in entries]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
@@ -108,7 +108,7 @@ def is_done(folder: Path, job: Job) -> bool:
     directory = folder / JOBS / job.name
     if not is_whole(directory) or (job.failure and not job.failure.get("final")):
         return False
-    return not json.loads((directory / "results.json").read_text()).get("failures")
+    return not json.loads((directory / "results.json").read_text(encoding="utf-8")).get("failures")
 
 
 def job_directory(config: DictConfig) -> Path | None:

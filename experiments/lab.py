@@ -24,12 +24,12 @@ from omegaconf.errors import OmegaConfBaseException
 from common.config import expect
 from common.engine import Engine, build_engine
 from common.errors import ConfigError
+from common.exits import USER_ERROR
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from experiments.cli import explain, spell_out_model
 from experiments.config import engine_spec, resolved
 from experiments.console import FIGURES, figure
-from experiments.exits import USER_ERROR
 from experiments.isolate import EngineFailure
 from experiments.records import read_rows, read_steps
 from experiments.results import RunFiles, open_run
@@ -78,8 +78,8 @@ def _command(command: Command, overrides: tuple[str, ...]) -> Path:
     compose(*overrides, command=command)  # a misspelt override is told before a process starts
     arguments = [sys.executable, "-m", f"experiments.{command}", *overrides]
     said: deque[str] = deque(maxlen=TAIL_LINES)
-    with tempfile.TemporaryFile("w+") as output:
-        with subprocess.Popen(arguments, stdout=output, stderr=subprocess.PIPE, text=True, errors="replace") as process:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+        with subprocess.Popen(arguments, stdout=output, stderr=subprocess.PIPE, encoding="utf-8", errors="replace") as process:
             assert process.stderr
             try:
                 for line in filter(str.strip, process.stderr):

@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 
 from common.config import expect
 from common.errors import ConfigError
-from experiments.exits import GATE
+from common.exits import GATE
 from experiments.job import JOBS, Job, digest, is_done, is_whole, merged, read_jobs, write_jobs
 from experiments.progress import Board, told_apart
 
@@ -190,7 +190,7 @@ def describe(code: int | None, timeout_s: float | None, log: Path) -> dict[str, 
         kind = f"killed by {signal.Signals(-code).name}"
     else:
         kind = f"exit code {code}"
-    lines = log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
     return {"kind": kind, "message": "\n".join(lines), "log": str(log)}
 
 

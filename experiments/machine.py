@@ -105,7 +105,9 @@ def major_faults(pids: Iterable[int], root: Path = PROCESSES) -> int | None:
     major = minor = 0
     for pid in pids:
         with suppress(OSError):
-            fields = (root / f"{pid}" / "stat").read_text().rpartition(")")[2].split()  # the name before may hold anything
+            fields = (
+                (root / f"{pid}" / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+            )  # the name before may hold anything
             minor += int(fields[7])
             major += int(fields[9]) + int(fields[10])
     return major if minor else None  # no process runs without minor faults: where there are none, nobody counts
@@ -116,7 +118,7 @@ def swapped_bytes(pids: Iterable[int], root: Path = PROCESSES) -> int | None:
     sizes = []
     for pid in pids:
         with suppress(OSError):
-            lines = (root / f"{pid}" / "status").read_text().splitlines()
+            lines = (root / f"{pid}" / "status").read_text(encoding="utf-8").splitlines()
             sizes += [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmSwap:")]
     return sum(sizes) if sizes else None
 
@@ -160,7 +162,7 @@ def cpu_joules(root: Path = SYSTEM) -> float | None:
 
 def zone_name(zone: Path) -> str:
     try:
-        return (zone / "name").read_text().strip()
+        return (zone / "name").read_text(encoding="utf-8").strip()
     except OSError:
         return ""
 
@@ -183,5 +185,5 @@ def numbers_of(files: Iterable[Path]) -> list[int]:
     values = []
     for file in files:
         with suppress(OSError, ValueError):
-            values.append(int(file.read_text()))
+            values.append(int(file.read_text(encoding="utf-8")))
     return values

@@ -20,8 +20,8 @@ import pandas as pd
 
 from common.config import expect
 from common.errors import ConfigError, TandemError
+from common.exits import USER_ERROR, fail
 from experiments import canvas, page, perfetto
-from experiments.exits import USER_ERROR, fail
 from experiments.records import PROFILED, read_kernels
 from experiments.results import is_sweep, open_run
 from experiments.run_report import run_page

@@ -117,7 +117,7 @@ def measure_limits(seconds: float = SECONDS) -> Limits:
     """This machine's limits, found in a process of its own, which imports the frameworks. Raises `BackendError` if it fails."""
     command = [sys.executable, "-m", "experiments.roofline", "--limits", "--seconds", str(seconds)]
     environment = os.environ | thread_settings(cores())
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment)
     if done.returncode:
         raise BackendError(
             f"The machine's limits could not be measured (exit code {done.returncode}); measure.limits_s=0 leaves them out.\n"
@@ -190,7 +190,7 @@ def last_level_cache(root: Path = Path("/sys/devices/system/cpu")) -> int:
         levels = {}
         for cache in (root / f"cpu{cpu}" / "cache").glob("index*"):
             kind, level, shared, size = (
-                (cache / name).read_text().strip() for name in ("type", "level", "shared_cpu_list", "size")
+                (cache / name).read_text(encoding="utf-8").strip() for name in ("type", "level", "shared_cpu_list", "size")
             )
             if kind != "Instruction":
                 levels[int(level)] = (shared, int(size[:-1]) << {"K": 10, "M": 20, "G": 30}[size[-1]])

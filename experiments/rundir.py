@@ -43,14 +43,16 @@ def run_directory(root: Path, what: str, directory: Path | None = None) -> Itera
     cut short has left there. A `TandemError` removes it, since nothing was run; after a crash or a kill it stays as `.partial`,
     with its logs. Where the disk is full it stays too, and `DiskFullError` says with what.
     """
-    if directory is None:
-        directory = new_directory(root, f"{datetime.now():%Y%m%d-%H%M%S}-{what}")
-    partial = directory.with_name(directory.name + PARTIAL)
     try:
+        if directory is None:
+            directory = new_directory(root, f"{datetime.now():%Y%m%d-%H%M%S}-{what}")
+        partial = directory.with_name(directory.name + PARTIAL)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     except OSError as error:
-        raise ConfigError(f"The run directory {partial} cannot be made: {error}. Set runs to a folder that can.") from error
+        raise ConfigError(
+            f"The run directory {directory or root} cannot be made: {error.strerror}. Set runs to a folder that can."
+        ) from error
     try:
         yield partial
     except TandemError:
@@ -84,7 +86,7 @@ def finished(partial: Path) -> Path:
 
 def write_setup(directory: Path, config: DictConfig) -> None:
     """The resolved configuration and the machine, written before anything runs."""
-    (directory / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True))
+    (directory / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
     write_json(directory / "environment.json", environment())
 
 
@@ -182,7 +184,7 @@ def hugepages() -> dict[str, Any]:
 def text_of(file: Path) -> str:
     """What stands in a file of the system's; nothing where there is none to read."""
     try:
-        return file.read_text().strip()
+        return file.read_text(encoding="utf-8").strip()
     except OSError:
         return ""
 
@@ -199,7 +201,7 @@ def lines_of(*command: str) -> list[str]:
     if shutil.which(command[0]) is None:
         return []
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        answer = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=False)
     except subprocess.TimeoutExpired:
         return []
     return answer.stdout.split("\n")[:-1] if answer.returncode == 0 else []

@@ -15,8 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from common.errors import TandemError
+from common.exits import FAILURE, USER_ERROR, fail
 from experiments.console import FIGURES, number, print_json, wide_console
-from experiments.exits import FAILURE, USER_ERROR, fail
 from experiments.results import sweep_table
 
 SHOWN = ("output_throughput", "ratio", "verdict", "median_ttft_ms", "median_tpot_ms", "p99_e2el_ms", "peak_rss_mb")

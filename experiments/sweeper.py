@@ -18,10 +18,10 @@ from omegaconf import DictConfig
 
 from common.config import expect
 from common.errors import TandemError
+from common.exits import FAILURE
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from experiments.config import correctness_config, engine_spec, engine_specs, resolved
-from experiments.exits import FAILURE
 from experiments.fail_if import parse_conditions
 from experiments.job import task_config
 from experiments.measure import expect_fits, measure_config

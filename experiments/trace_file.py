@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import expect
-from common.errors import ConfigError, nearest_hint
+from common.errors import ConfigError, nearest_hint, shown
 
 KEYS = ("arrival", "prompt_token_ids", "prompt_len", "output_len")
 EXAMPLE = '{"arrival": 0.25, "prompt_len": 128, "output_len": 64}'
@@ -108,9 +108,3 @@ def count_of(record: Mapping[str, Any], key: str, instead: str = "") -> int:
 
 def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def shown(value: Any) -> str:
-    """A value in a message, cut where it is long."""
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"

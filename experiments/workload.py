@@ -17,11 +17,13 @@ import numpy as np
 import xxhash
 
 from common.config import expect
-from common.errors import nearest_hint
+from common.errors import nearest_hint, shown
 from experiments.trace_file import LONGEST_S, MOST_TOKENS, read_trace
 
 SHARED = 8
 """Tokens: two prompts of a vocabulary that begin with so many in common have a prefix in common, and not by chance."""
+MOST_REQUESTS = 1_000_000
+"""No workload has more: what does would be drawn for minutes, and in silence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +119,9 @@ class WorkloadConfig:
                 (optional and value is None) or (_whole(value) and value >= low),
                 f"workload.{name} must be an integer ≥ {low}{' or null' if optional else ''}, got {value!r}.",
             )
+        for name in ("num_requests", "prefix_groups"):
+            value = getattr(self, name)
+            expect((value or 0) <= MOST_REQUESTS, f"workload.{name} must be at most {MOST_REQUESTS}, got {shown(value)}.")
         for name in () if traced else ("prompt_len", "output_len"):
             value = getattr(self, name)
             expect(

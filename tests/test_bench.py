@@ -202,8 +202,9 @@ def test_two_runs_in_one_second_have_two_names(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written_is_a_users_mistake(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be made"), run_directory(tmp_path / "file", "what"):
-        pass
+    for root in (tmp_path / "file", tmp_path / ("a" * 300)):
+        with pytest.raises(ConfigError, match="cannot be made"), run_directory(root, "what"):
+            pass
 
 
 def test_the_environment_names_machine_and_versions() -> None:
@@ -275,7 +276,13 @@ def test_bench_takes_a_path_for_a_model(
         ("model=tiny-lama", "Did you mean 'tiny-llama'?"),
         ("model=/nowhere/at/all", "/nowhere/at/all"),
         ("engine=base", "Unknown engine 'base'"),
-        ("engine=3", "string"),
+        ("engine=3", "engine must be one of hf, jax"),
+        ("engine=null", "got engine=null"),
+        ("measure=null", "measure must be one of default, kernels, quick; got measure=null"),
+        ("workload=null", "got workload=null"),
+        ("engine.name=../x", "engine.name must be the name of an engine"),
+        ("workload.num_requests=100000000", "at most 1000000"),
+        (f"model={'a' * 300}", "File name too long"),
         ("seed=-1", "seed"),
         ("seed=[", "override"),
         ("threads=0", "threads"),

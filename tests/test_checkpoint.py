@@ -189,6 +189,13 @@ def test_every_mismatch_is_listed_at_once(tmp_path: Path) -> None:
         assert part in str(caught.value)
 
 
+def test_of_very_many_mismatches_ten_are_named_and_the_rest_counted(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(save(tmp_path / "model", num_hidden_layers=4096))
+    first, *named, last = str(caught.value).splitlines()
+    assert "36846 tensor(s) do not fit" in first and len(named) == 10 and last.strip() == "and 36836 more"
+
+
 @pytest.mark.parametrize(
     ("field", "value", "names"),
     [
@@ -393,7 +400,10 @@ def test_a_window_that_is_switched_off_does_not_count(architecture: str) -> None
         ({"hidden_size": 2**40}, "hidden_size must be a whole number in"),
         ({"rms_norm_eps": "small"}, "rms_norm_eps must be a number"),
         ({"rms_norm_eps": 0}, "norm_eps must lie in"),
-        ({"rms_norm_eps": float("nan")}, "norm_eps must lie in"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a finite number"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps must be a finite number"),
+        ({"rope_theta": 10**400}, "rope_theta must be a finite number"),
+        ({"partial_rotary_factor": 10**400}, "partial_rotary_factor must be a finite number"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
         ({"hidden_act": "relu"}, "Activation 'relu' is not supported"),
         ({"eos_token_id": "</s>"}, "eos_token_id must be a whole number"),
@@ -408,8 +418,11 @@ def test_a_window_that_is_switched_off_does_not_count(architecture: str) -> None
         ({"architectures": ["Gemma3ForCausalLM"], "final_logit_softcapping": 30.0}, "final_logit_softcapping is set"),
         ({"architectures": ["Gemma3ForCausalLM"], "layer_types": ["full_attention"]}, "layer_types must name"),
         ({"architectures": ["Gemma3ForCausalLM"], "layer_types": [{}, {}]}, "layer_types must name"),
-        ({"architectures": ["Gemma3ForCausalLM"], "query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be > 0"),
-        ({"architectures": ["Gemma3ForCausalLM"], "query_pre_attn_scalar": -4}, "query_pre_attn_scalar must be > 0"),
+        *(
+            ({"architectures": ["Gemma3ForCausalLM"], "query_pre_attn_scalar": scalar}, f"query_pre_attn_scalar must {be}")
+            for be, scalars in {"lie in": (0, -4, 1e-320), "be a finite": (float("nan"), float("inf"))}.items()
+            for scalar in scalars
+        ),
         ({"eos_token_id": 99999}, "eos token ids must lie in the vocabulary"),
         ({"architectures": ["Gemma3ForCausalLM"], "sliding_window": None}, "sliding_window must be a positive integer"),
         ({"architectures": ["LlamaForCausalLm"]}, "Did you mean 'LlamaForCausalLM'"),

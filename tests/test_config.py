@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from common.config import EngineConfig, ModelConfig, Rope
@@ -28,6 +29,7 @@ YARN = {"scaling": "yarn", "factor": 4.0, "original_max_position": 32}
     ("option", "value"),
     [
         ("dtype", "float16"),
+        ("dtype", np.array(["a", "b"])),
         ("kernels", "nativ"),
         ("device", None),
         ("device", ["cpu"]),

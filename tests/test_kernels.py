@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -418,6 +420,13 @@ def test_a_compiler_may_have_arguments_of_its_own(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("CXX", str(tmp_path / "cxx"))
     with pytest.raises(BackendError, match="Set CXX"):
         build.build("limits")
+
+
+def test_sources_are_read_alike_whatever_the_locale() -> None:
+    read = [sys.executable, "-c", "from common.kernels.cpu import build; print(build._digest([]))"]
+    plain = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    told = subprocess.run(read, env=plain, capture_output=True, text=True)
+    assert told.stdout.strip() == build._digest([]), told.stderr
 
 
 def test_a_library_cut_short_is_built_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 from types import FrameType
 from typing import Any
 
@@ -19,6 +22,7 @@ import pytest
 
 import common.llm
 from common.errors import BackendError, CheckpointError, ConfigError, RequestError, TandemError
+from common.exits import FAILURE, READER_GONE
 from common.llm import LLM, RequestOutput
 from common.request import Logprobs, Request, SamplingParams, Status, TokenEvent
 from common.text.output import Delta, OutputText
@@ -295,11 +299,16 @@ def test_chat_answers_what_the_template_makes_of_the_messages(llm: LLM) -> None:
         (["fine", 5], GREEDY, "Prompt 1 must be a string"),
         (["fine", {"prompt_token_ids": [1], "images": []}], GREEDY, "Prompt 1 must be a string"),
         (5, GREEDY, "prompts must be"),
+        (np.array(5), GREEDY, "Prompt 0 must be a string"),
+        ([np.array(3)], GREEDY, "Prompt 0 must be a string"),
+        ({"prompt": 5, "prompt_token_ids": [1]}, GREEDY, "prompt must be a string, got 5"),
         ([1, 2**40], GREEDY, r"prompt_token_ids\[1\] must be an integer in"),
         ([1, -1], GREEDY, r"prompt_token_ids\[1\]"),
         ([1, "a"], GREEDY, r"prompt_token_ids\[1\]"),
         (["a", "b"], [GREEDY], "one sampling_params for each of 2 prompts, got 1"),
         ("a", {"max_tokens": 4}, "must be SamplingParams, got dict"),
+        ("a", {}, "must be SamplingParams, got dict"),
+        ("a", 0, "must be SamplingParams, got int"),
         (["fine", "x" * 4000], GREEDY, "256"),
     ],
 )
@@ -325,8 +334,32 @@ def test_a_closed_llm_says_so() -> None:
     llm = LLM("tiny-llama", backend="torch", **SMALL)
     llm.close()
     llm.close()
-    with pytest.raises(RequestError, match="closed"):
-        llm.generate("the")
+    for call in (lambda: llm.generate("the"), lambda: llm.embed("the"), lambda: llm.chat_prompt(CHAT)):
+        with pytest.raises(RequestError, match="This LLM is closed"):
+            call()
+    assert llm._chat is None
+
+
+def test_whoever_generates_while_another_thread_closes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM("tiny-llama", backend="torch", **SMALL)
+    in_step, closing, step = Event(), Event(), llm.engine.step
+
+    def held_step() -> list[TokenEvent]:
+        in_step.set()
+        assert closing.wait(60)
+        return step()
+
+    monkeypatch.setattr(llm.engine, "step", held_step)
+    with ThreadPoolExecutor(2) as threads:
+        generated = threads.submit(llm.generate, "the", GREEDY)
+        assert in_step.wait(60)
+        closed = threads.submit(llm.close)
+        while not llm._closed:
+            time.sleep(0.001)
+        closing.set()
+        closed.result()
+        with pytest.raises(RequestError, match="This LLM is closed"):
+            generated.result()
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
@@ -471,6 +504,8 @@ def test_the_command_streams_the_text_and_a_line_end(
         ([*TINY, "--dtype", "float31", "x"], "Did you mean 'float32'?"),
         ([*TINY, "--device", "cudda", "x"], "Did you mean 'cuda'?"),
         ([*TINY, "x" * 4000], "256"),
+        (["--model", "a" * 300, "x"], "File name too long"),
+        ([*TINY, "--chat", "a\udcffb"], "must be Unicode text"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(
@@ -479,6 +514,43 @@ def test_a_mistake_is_one_message_and_exit_code_2(
     assert common.llm.main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize(
+    ("stream", "said"), [("stdin", "standard input, which is closed"), ("stdout", "Standard output is closed")]
+)
+def test_a_stream_that_is_closed_is_told_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stream: str, said: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, stream, None)  # as Python has it
+        assert common.llm.main([*TINY, "-"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and said in err
+
+
+def test_output_that_takes_no_more_ends_the_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    for output, code, said in ((write, READER_GONE, ""), ("/dev/full", FAILURE, "error: Standard output cannot be written")):
+        with open(output, "w") as file, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", file)
+            with pytest.raises(SystemExit) as end:
+                common.llm.main([*TINY, "the"])
+        err = capsys.readouterr().err
+        assert end.value.code == code and err.startswith(said) and err.count("\n") == bool(said)
+
+
+def test_what_the_encoding_of_standard_output_lacks_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM("tiny-llama", backend="torch", **SMALL) as llm:
+        text = only(llm.generate("the", SamplingParams(temperature=0.0, max_tokens=24))).text
+    assert not text.isascii()
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii", newline=""))
+    assert common.llm.main([*TINY, "--temperature=0", "--max-tokens=24", "the"]) == 0
+    assert raw.getvalue() == text.encode("ascii", "replace") + b"\n"
 
 
 @pytest.mark.parametrize("arguments", [["--seed", "many", "x"], ["--compile", "perhaps", "x"], []])

@@ -291,6 +291,8 @@ def test_lone_surrogates_and_other_types_are_refused(smollm: Tokenizer) -> None:
     for bad in ("\ud800", 5, None, b"text"):
         with pytest.raises(RequestError, match="Unicode text"):
             smollm.encode(bad)  # type: ignore[arg-type]
+        with pytest.raises(RequestError, match="Unicode text"):
+            smollm.find_special(bad)  # type: ignore[arg-type]
 
 
 def test_more_ids_than_the_model_embeds_is_refused_and_fewer_is_not(smollm: Tokenizer) -> None:

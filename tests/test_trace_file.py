@@ -36,7 +36,7 @@ def test_a_line_gives_ids_or_their_number_and_may_say_more(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("{", r"expected a JSON object such as .*, got \{"),
+        ("{", r"expected a JSON object such as .*, got '\{"),
         ("[1, 2]", "expected a JSON object"),
         ("[" * 100_000, "expected a JSON object"),
         (GOOD | {"arrival": 10**400}, "subtract the first date"),
@@ -45,7 +45,7 @@ def test_a_line_gives_ids_or_their_number_and_may_say_more(tmp_path: Path) -> No
         ({"arival": 1.0, "prompt_len": 4, "output_len": 2}, "Did you mean 'arival'"),
         ({"arrival": 1.0, "output_len": 2}, r"prompt_len \(or prompt_token_ids\) is missing"),
         ({"arrival": 1.0, "prompt_len": 4}, "output_len is missing"),
-        (GOOD | {"arrival": "soon"}, "arrival must be a number of seconds, got soon"),
+        (GOOD | {"arrival": "soon"}, "arrival must be a number of seconds, got 'soon'"),
         (GOOD | {"arrival": float("nan")}, "arrival must be a number of seconds, got nan"),
         (GOOD | {"arrival": True}, "arrival must be a number"),
         (GOOD | {"arrival": -1}, "arrival must be seconds after the start"),
@@ -53,7 +53,7 @@ def test_a_line_gives_ids_or_their_number_and_may_say_more(tmp_path: Path) -> No
         (GOOD | {"prompt_len": 0}, "prompt_len must be an integer ≥ 1, got 0"),
         (GOOD | {"output_len": 2.5}, "output_len must be an integer ≥ 1, got 2.5"),
         ({"arrival": 1.0, "prompt_token_ids": [], "output_len": 2}, "a list of one id or more"),
-        ({"arrival": 1.0, "prompt_token_ids": "abc", "output_len": 2}, "a list of one id or more, got abc"),
+        ({"arrival": 1.0, "prompt_token_ids": "abc", "output_len": 2}, "a list of one id or more, got 'abc'"),
         (
             {"arrival": 1.0, "prompt_token_ids": [1, 10], "output_len": 2},
             r"prompt_token_ids\[1\] must be an integer in \[0, 10\)",

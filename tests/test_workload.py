@@ -180,6 +180,8 @@ def test_a_share_is_the_first_requests_cut_short() -> None:
     [
         ({"num_requests": 0}, "num_requests must be an integer ≥ 1, got 0"),
         ({"num_requests": True}, "num_requests"),
+        ({"num_requests": 10**8}, "workload.num_requests must be at most 1000000, got 100000000"),
+        ({"prefix_groups": 10**8}, "workload.prefix_groups must be at most 1000000"),
         ({"prompt_len": 0}, "prompt_len"),
         ({"output_len": 2.5}, "output_len"),
         ({"prompt_len": 10**12}, "workload.prompt_len must be at most 16777216 tokens"),

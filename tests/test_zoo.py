@@ -136,6 +136,9 @@ def test_a_path_is_taken_as_it_is(tmp_path: Path) -> None:
         ("./nowhere", "neither a known name nor an existing path"),
         ("some/where/else", "neither a known name nor an existing path"),
         ("models/a.gguf", "neither a known name nor an existing path"),
+        ("a" * 300, "nor an existing path (File name too long)"),
+        ("~nosuch/x", "nor an existing path (Could not determine home directory.)"),
+        ("\udcff", "nor an existing path"),
     ],
 )
 def test_unknown_models_are_refused_with_the_known_names(model: str, message: str) -> None:
@@ -157,3 +160,14 @@ def test_a_cache_that_cannot_be_made_is_refused(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("TANDEM_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(CheckpointError, match="Set TANDEM_CACHE"):
         zoo.resolve("tiny-llama")
+
+
+def test_a_full_disk_is_told_with_where_the_cache_is(tmp_path: Path) -> None:
+    program = (
+        "import resource\nfrom common.weights import zoo\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try: zoo.resolve('tiny-llama')\nexcept zoo.CheckpointError as e: print(e)"
+    )
+    told = os.environ | {"TANDEM_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=told, capture_output=True, text=True, timeout=60)
+    assert "cannot be made in" in done.stdout and "Set TANDEM_CACHE" in done.stdout, done.stderr
+    assert list(tmp_path.iterdir()) == []

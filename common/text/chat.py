@@ -142,7 +142,6 @@ class ChatTemplate:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,
-                    text=True,
                     encoding="utf-8",
                 )
                 if not _exchange(self._worker, "", MAX_START_SECONDS):

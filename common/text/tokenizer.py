@@ -74,7 +74,7 @@ class Tokenizer:
                 self._inner.encode_special_tokens = not parse_special
                 return self._inner.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeEncodeError) as error:
-            raise RequestError(f"A prompt must be Unicode text, got {type(text).__name__}: {error}.") from error
+            raise _not_unicode(text, error) from error
 
     def bad_words(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
         """The ids of each word as it stands at the start of a text and behind a space, for `Request.bad_words`."""
@@ -82,8 +82,11 @@ class Tokenizer:
         return tuple(dict.fromkeys(tuple(self.encode(text, add_special_tokens=False)) for text in spelt))
 
     def find_special(self, text: str) -> list[tuple[int, int]]:
-        """Where `text` spells special tokens, as (start, end) in order."""
-        return self._finder.encode(text).offsets
+        """Where `text` spells special tokens, as (start, end) in order. Raises `RequestError` as `encode` does."""
+        try:
+            return self._finder.encode(text).offsets
+        except (TypeError, UnicodeEncodeError) as error:
+            raise _not_unicode(text, error) from error
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`. Bytes that are not UTF-8 become U+FFFD, one for each longest broken sequence."""
@@ -119,6 +122,10 @@ class Tokenizer:
                 f"The tokenizer has ids up to {self.vocab_size - 1}, but the model embeds only {model_vocab_size} tokens. "
                 "Tokenizer and weights are not of the same model."
             )
+
+
+def _not_unicode(text: object, error: Exception) -> RequestError:
+    return RequestError(f"A prompt must be Unicode text, got {type(text).__name__}: {error}.")
 
 
 _BYTE_LEVEL = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]

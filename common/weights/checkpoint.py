@@ -15,6 +15,9 @@ from common.weights.entry import Entry
 from common.weights.gguf import load_gguf
 from common.weights.hf import load_directory
 
+MOST_SHOWN = 10
+"""Tensors that one message names."""
+
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
@@ -40,7 +43,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     """Open a GGUF file, or a Hugging Face directory: config.json beside model.safetensors or its shards and their index.
 
     Raises ConfigError for a model that is described wrongly or not supported, CheckpointError for files that are missing or
-    damaged and for tensors that do not fit the description, all of them in one message."""
+    damaged and for tensors that do not fit the description: how many, and which are the first of them."""
     path = Path(path)
     if path.is_dir():
         return Checkpoint(path, *load_directory(path))
@@ -84,21 +87,22 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _checked(path: Path, config: ModelConfig, entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """The expected entries in their canonical order; raises CheckpointError with every mismatch."""
+    """The expected entries in their canonical order; raises CheckpointError with how many do not fit, and the first of them."""
     expected = expected_shapes(config)
-    problems = []
+    # First what is not expected: the rarer of the two, and it tells more.
+    problems = [
+        f"unexpected {name} {entries[name].shape}" for name in entries if name not in expected and not _harmless(name, config)
+    ]
     for name, shape in expected.items():
         if name not in entries:
             problems.append(f"missing {name} {shape}")
         elif entries[name].shape != shape:
             problems.append(f"{name} has shape {entries[name].shape}, expected {shape}")
-    problems += [
-        f"unexpected {name} {entries[name].shape}" for name in entries if name not in expected and not _harmless(name, config)
-    ]
     if problems:
+        more = len(problems) - MOST_SHOWN
         raise CheckpointError(
             f"{path}: {len(problems)} tensor(s) do not fit the {config.family} model that its configuration describes:\n  "
-            + "\n  ".join(problems)
+            + "\n  ".join(problems[:MOST_SHOWN] + [f"and {more} more"] * (more > 0))
         )
     return {name: entries[name] for name in expected}
 

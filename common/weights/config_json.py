@@ -6,11 +6,12 @@ would change what the model computes and is not supported is refused.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 from common.config import ModelConfig, Rope, expect
-from common.errors import ConfigError, nearest_hint
+from common.errors import ConfigError, nearest_hint, shown
 from common.rope import yarn_magnitude
 
 Json = dict[str, Any]
@@ -86,7 +87,7 @@ def model_config_from_json(data: Json) -> ModelConfig:
         sandwich_norms=gemma,
         norm_offset=1.0 if gemma else 0.0,
         embedding_scale=hidden**0.5 if gemma else 1.0,
-        attention_scale=_positive(data, "query_pre_attn_scalar", 256.0) ** -0.5 if gemma else 0.0,
+        attention_scale=_attention_scale(data) if gemma else 0.0,
         ropes=ropes,
         layer_rope=tuple(int(window > 0) for window in windows) if gemma else (),
         layer_window=windows,
@@ -225,14 +226,17 @@ def _whole(data: Json, name: str, default: int | None = None, most: int = 2**31 
 def _number(data: Json, name: str, default: float | None = None) -> float:
     value = default if data.get(name) is None else data[name]
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ConfigError(f"{name} must be a number, got {value!r}.")
+        raise ConfigError(f"{name} must be a number, got {shown(value)}.")
+    if not abs(value) <= sys.float_info.max:  # before it is a float: an integer may have any number of digits
+        raise ConfigError(f"{name} must be a finite number, got {shown(value)}.")
     return float(value)
 
 
-def _positive(data: Json, name: str, default: float) -> float:
-    value = _number(data, name, default)
-    expect(value > 0, f"config.json: {name} must be > 0, got {value}.")
-    return value
+def _attention_scale(data: Json) -> float:
+    """Gemma's: of any size whose inverse root float32 has too."""
+    value = _number(data, "query_pre_attn_scalar", 256.0)
+    expect(1e-30 <= value <= 1e30, f"query_pre_attn_scalar must lie in [1e-30, 1e30], got {value}.")
+    return value**-0.5
 
 
 def _flag(data: Json, name: str, default: bool) -> bool:

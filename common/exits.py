@@ -1,0 +1,48 @@
+"""How a command ends that does not end well: one message on standard error, and an exit code."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+FAILURE = 1
+"""An engine, a job of a sweep or the machine failed; a defect of ours too, with its traceback."""
+USER_ERROR = 2
+GATE = 3
+"""A run is whole, and a condition of `fail_if` holds."""
+INTERRUPTED = 130
+READER_GONE = 128 + signal.SIGPIPE
+
+
+def fail(message: str, code: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """Around what prints and flushes: where standard output takes no more, the command ends."""
+    try:
+        yield
+    except BrokenPipeError:
+        drop_output()
+        sys.exit(READER_GONE)
+    except OSError as error:
+        drop_output()
+        fail(f"Standard output cannot be written: {error.strerror}.", FAILURE)
+
+
+def drop_output() -> None:
+    """What is left to print goes nowhere: Python would try once more as it exits, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def replace_unprintable() -> None:
+    """Print `?` for what the encoding of standard output lacks."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
