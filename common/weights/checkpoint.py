@@ -15,7 +15,7 @@ from common.weights.entry import Entry
 from common.weights.gguf import load_gguf
 from common.weights.hf import load_directory
 
-MOST_SHOWN = 10
+MOST_SHOWN = 50
 """Tensors that one message names."""
 
 
