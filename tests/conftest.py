@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,14 @@ def peers_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (folder / "bin" / "python").symlink_to(sys.executable)
         (folder / "done").touch()
     monkeypatch.setenv("TANDEM_PEERS", str(tmp_path))
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[Callable[[], None]]:
+    """Press it. Who is started as a job in the background ignores it otherwise."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -503,14 +502,16 @@ def test_an_interrupt_is_passed_on_and_the_engine_can_go_on_after_it(where: str)
     assert tokens(events + drain(engine)) == right(request("r")).tokens
 
 
-def test_ctrl_c_in_the_middle_of_the_bookkeeping_waits_until_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_in_the_middle_of_the_bookkeeping_waits_until_it_is_done(
+    ctrl_c: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine, _ = make_engine()
     engine.add(request("r"))
     events = engine.step()
     update = engine.scheduler.update
 
     def interrupted(*arguments: Any) -> list[TokenEvent]:
-        signal.raise_signal(signal.SIGINT)
+        ctrl_c()
         return update(*arguments)
 
     with monkeypatch.context() as patch:
@@ -522,13 +523,13 @@ def test_ctrl_c_in_the_middle_of_the_bookkeeping_waits_until_it_is_done(monkeypa
     assert not engine.scheduler.leaving and not engine.has_work
 
 
-def test_a_second_ctrl_c_does_not_wait() -> None:
+def test_a_second_ctrl_c_does_not_wait(ctrl_c: Callable[[], None]) -> None:
     reached: list[int] = []
     with pytest.raises(KeyboardInterrupt), uninterrupted():
         for press in range(3):
             reached.append(press)
             with uninterrupted():
-                signal.raise_signal(signal.SIGINT)
+                ctrl_c()
     assert reached == [0, 1]
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -190,13 +188,11 @@ def test_without_detokenizing_there_are_tokens_and_no_text(llm: LLM) -> None:
     assert completion.text == "" and completion.token_ids == only(llm.generate("the", GREEDY)).token_ids
 
 
-def test_ctrl_c_at_any_line_leaves_an_engine_that_serves_the_next_prompts(llm: LLM) -> None:
+def test_ctrl_c_at_any_line_leaves_an_engine_that_serves_the_next_prompts(llm: LLM, ctrl_c: Callable[[], None]) -> None:
     """Pressed at a line drawn from the whole of a run: what is whole afterwards is the next run's tokens, pages and tables."""
-    prompts, files = (
-        [list(range(5, 25)), [7, 8], list(range(40, 70))],
-        ("engine", "llm", "scheduler", "pages", "rows", "output"),
-    )
-    ours = {f"{Path(common.llm.__file__).parent}/{folder}{name}.py" for name in files for folder in ("", "schedule/", "text/")}
+    prompts = [list(range(5, 25)), [7, 8], list(range(40, 70))]
+    files = ("engine", "llm", "schedule/scheduler", "schedule/pages", "schedule/rows", "text/output")
+    ours = {f"{Path(common.llm.__file__).parent}/{name}.py" for name in files}
     left = -1
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
@@ -205,25 +201,25 @@ def test_ctrl_c_at_any_line_leaves_an_engine_that_serves_the_next_prompts(llm: L
             return None
         left -= event == "line"
         if event == "line" and left == 0:
-            signal.raise_signal(signal.SIGINT)
+            ctrl_c()
         return trace
 
-    def lines(at: int) -> int:
-        """Run, with Ctrl-C at this line; how many lines it had."""
+    def run(at: int) -> int:
+        """With Ctrl-C at this line; how many lines there were."""
         nonlocal left
         left = at
         sys.settrace(trace)
         try:
-            with suppress(KeyboardInterrupt):
-                llm.generate(prompts, GREEDY)
+            llm.generate(prompts, GREEDY)
         finally:
             sys.settrace(None)
         return at - left
 
     wanted = [only([output]).token_ids for output in llm.generate(prompts, GREEDY)]
-    total = lines(10**9)
+    total = run(10**9)
     for at in np.random.default_rng(0).integers(1, total, 40).tolist():
-        lines(at)
+        with pytest.raises(KeyboardInterrupt):
+            run(at)
         assert [only([output]).token_ids for output in llm.generate(prompts, GREEDY)] == wanted, at
         assert_idle(llm)
         assert not llm._live and not llm._deltas and not llm.engine.scheduler.leaving, at
