@@ -20,7 +20,6 @@ from common.config import EngineConfig
 from common.config import expect as expect_config
 from common.errors import RequestError, shown
 from common.interface import Caps, InferenceEngine, ModelRunner, Pending, Progress, load_backend
-from common.interrupt import uninterrupted
 from common.request import Request, Status, TokenEvent, expect
 from common.schedule.batch import Batch
 from common.schedule.scheduler import Scheduler, Sequence, Step
@@ -107,7 +106,6 @@ class Engine(InferenceEngine):
     def caps(self) -> Caps:
         return self._caps
 
-    @uninterrupted()
     def add(self, request: Request) -> None:
         vocab, name = self.caps.vocab_size, request.request_id
         n = request.params.n
@@ -129,12 +127,6 @@ class Engine(InferenceEngine):
 
     def step(self, timeout: float | None = None) -> list[TokenEvent]:
         """One step: up to `caps.depth` others stay in flight. `timeout` is for engines that wait; this one computes."""
-        self._step()
-        events, self._events = self._events, []  # not before: those of an interrupted step go out with the next
-        return events
-
-    @uninterrupted()
-    def _step(self) -> None:
         begin, device = perf_counter(), self._device_seconds
         for name in self.scheduler.expire(self._clock()):
             self._events.append(TokenEvent(name, None, begin, finish=Status.FINISHED_TIMEOUT))
@@ -142,7 +134,7 @@ class Engine(InferenceEngine):
             self._events.append(TokenEvent(name, None, begin, finish=Status.FINISHED_ERROR, error=error))
         try:
             step = self.scheduler.schedule()
-        except BaseException:  # requests may have been moved on for a step that will never land
+        except BaseException:  # Ctrl-C above all: requests may have been moved on for a step that will never land
             self._start_over([])
             raise
         if step is not None:
@@ -151,7 +143,9 @@ class Engine(InferenceEngine):
             raise RuntimeError("The scheduler has requests, but neither runs nor awaits any; this is a bug.")
         if self._in_flight and (step is None or len(self._in_flight) > self.caps.depth):
             self._land()
+        events, self._events = self._events, []
         self._host_seconds += perf_counter() - begin - (self._device_seconds - device)
+        return events
 
     def _submit(self, step: Step) -> None:
         begin = perf_counter()
@@ -230,7 +224,6 @@ class Engine(InferenceEngine):
             raise error
         log.warning("A step of %d requests raised; starting over with all of them.", len(step.seqs), exc_info=error)
 
-    @uninterrupted()
     def hidden_states(self, prompts: Listed[Listed[int]]) -> list[np.ndarray]:
         """The residual stream behind the last layer, float32[T, D], of as many `prompts`, from the first on, as one step takes;
         computed at once, between two steps, on pages that are given back. A prompt that no step takes is computed in several.
@@ -272,7 +265,6 @@ class Engine(InferenceEngine):
         """Like `abort`, for a request whose text has come to a stop string: it ends with `FINISHED_STOP`."""
         return self._end(request_id, Status.FINISHED_STOP, stop_reason)
 
-    @uninterrupted()
     def _end(self, request_id: str, status: Status, stop_reason: str | None) -> bool:
         live = self.scheduler.end(request_id, status)
         if live:

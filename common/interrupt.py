@@ -4,33 +4,39 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C within the block comes at its end; a second one at once, in case the block never ends. Blocks may be nested.
+def uninterrupted() -> Iterator[Callable[[], None]]:
+    """Ctrl-C within the block comes at its end, or where the block calls what it is given; a second one at once, in case
+    neither is ever reached.
 
     Python raises it between any two instructions of the main thread, also where tables that belong together have been changed
-    in part. Other threads never see it.
+    in part. Other threads never see it. To begin a block and to end it takes 20 µs, to call what it is given nothing.
     """
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield
+        yield lambda: None
         return
     came: list[tuple[int, FrameType | None]] = []
 
     def later(number: int, frame: FrameType | None) -> None:
-        if came:
-            before(number, frame)
         came.append((number, frame))
+        if len(came) > 1:
+            now()
+
+    def now() -> None:
+        if came:
+            last = came[-1]
+            came.clear()
+            before(*last)
 
     signal.signal(signal.SIGINT, later)
     try:
-        yield
+        yield now
     finally:
         signal.signal(signal.SIGINT, before)
-        if came:
-            before(*came[0])
+        now()

@@ -220,7 +220,7 @@ class LLM:
         tokens = [list(self._tokens(i, prompt)[1]) for i, prompt in enumerate(many)]
         pooled: list[np.ndarray] = []
         while len(pooled) < len(tokens):
-            with self._lock:
+            with self._lock, uninterrupted():
                 self._expect_open()
                 states = self.engine.hidden_states(tokens[len(pooled) :])
             pooled += [self._pooler.pool(x_TD, pooling) for x_TD in states]
@@ -340,16 +340,17 @@ class LLM:
         """What became visible of each, by its id."""
         mine = {request.request_id for request in requests}
         unfinished = set(mine)
-        with _progress(use_tqdm and len(requests) > 1) as progress, self._admitted(requests):
+        with _progress(use_tqdm and len(requests) > 1) as progress, self._admitted(requests), uninterrupted() as let_in:
             begin, tokens = time.perf_counter(), 0
             while unfinished:
-                with self._lock, uninterrupted():
+                with self._lock:
                     self._expect_open()
                     fresh = self._step(unfinished)
                     unfinished &= self._live.keys()
                 tokens += sum(len(delta.token_ids) for name, delta in fresh if name in mine)
                 speed = tokens / (time.perf_counter() - begin)
                 progress(len(requests) - len(unfinished), len(requests), f"{speed:.0f} tokens/s")
+                let_in()
             return {name: self._deltas[name] for name in mine}
 
     def _stream(self, request: Request) -> Iterator[Delta]:

@@ -19,7 +19,6 @@ import pytest
 from common.config import EngineConfig
 from common.engine import Engine, build_engine, pool_size
 from common.errors import BackendError, ConfigError, DrainingError, QueueFullError, RequestError
-from common.interrupt import uninterrupted
 from common.request import Request, SamplingParams, Status, TokenEvent, fan_out
 from common.schedule.batch import Batch
 from common.schedule.scheduler import mix64
@@ -500,37 +499,6 @@ def test_an_interrupt_is_passed_on_and_the_engine_can_go_on_after_it(where: str)
     with pytest.raises(KeyboardInterrupt):
         drain(engine)
     assert tokens(events + drain(engine)) == right(request("r")).tokens
-
-
-def test_ctrl_c_in_the_middle_of_the_bookkeeping_waits_until_it_is_done(
-    ctrl_c: Callable[[], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine, _ = make_engine()
-    engine.add(request("r"))
-    events = engine.step()
-    update = engine.scheduler.update
-
-    def interrupted(*arguments: Any) -> list[TokenEvent]:
-        ctrl_c()
-        return update(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.scheduler, "update", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            engine.step()
-    assert engine.stats()["num_resets"] == 0
-    assert tokens(events + drain(engine)) == right(request("r")).tokens
-    assert not engine.scheduler.leaving and not engine.has_work
-
-
-def test_a_second_ctrl_c_does_not_wait(ctrl_c: Callable[[], None]) -> None:
-    reached: list[int] = []
-    with pytest.raises(KeyboardInterrupt), uninterrupted():
-        for press in range(3):
-            reached.append(press)
-            with uninterrupted():
-                ctrl_c()
-    assert reached == [0, 1]
 
 
 def test_an_interrupt_while_a_step_is_packed_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ import pytest
 import common.llm
 from common.errors import BackendError, CheckpointError, ConfigError, RequestError, TandemError
 from common.exits import FAILURE, READER_GONE
+from common.interrupt import uninterrupted
 from common.llm import LLM, RequestOutput
 from common.request import Logprobs, Request, SamplingParams, Status, TokenEvent
 from common.text.output import Delta, OutputText
@@ -224,6 +225,24 @@ def test_ctrl_c_at_any_line_leaves_an_engine_that_serves_the_next_prompts(llm: L
         assert_idle(llm)
         assert not llm._live and not llm._deltas and not llm.engine.scheduler.leaving, at
         assert llm.engine.stats()["kv_cache_usage"] == 0, at
+
+
+def test_a_ctrl_c_waits_for_the_block_or_to_be_let_in_and_a_second_one_for_nothing(ctrl_c: Callable[[], None]) -> None:
+    reached: list[str] = []
+    for way in ("end", "let in", "again"):
+        with pytest.raises(KeyboardInterrupt), uninterrupted() as let_in:
+            let_in()
+            ctrl_c()
+            reached.append(way)
+            if way == "let in":
+                let_in()
+                reached.append("not this")
+            if way == "again":
+                ctrl_c()
+                reached.append("nor this")
+    assert reached == ["end", "let in", "again"]
+    with pytest.raises(KeyboardInterrupt):
+        ctrl_c()
 
 
 # ---- stream, chat ---------------------------------------------------------------------------------------------------------
