@@ -15,7 +15,7 @@ class ConfigError(TandemError, ValueError):
 
 
 class CheckpointError(TandemError, ValueError):
-    """Weights or their description are missing, damaged, or inconsistent. Counts all mismatches, and names the first ten."""
+    """Weights or their description are missing, damaged, or inconsistent. Counts all mismatches, and names the first."""
 
 
 class RequestError(TandemError, ValueError):
