@@ -110,11 +110,16 @@ def make_result(
     digests: np.ndarray | None = None,
 ) -> Result:
     """The `Result` of a step that sampled at most one token for each sequence, from arrays by logit row, padded at the end."""
-    rows = np.flatnonzero(batch.want & Want.SAMPLE)
-    starts = np.zeros(batch.num_seqs + 1, np.int32)
-    np.cumsum(np.bincount(batch.logit_owner[rows], minlength=batch.num_seqs), out=starts[1:])
-    R = len(batch.want)
-    finite, tokens = finite[:R], tokens[rows].astype(np.int32, copy=False)
+    R, seqs = len(batch.want), batch.num_seqs
+    if (
+        seqs == R and batch.score_ids is None
+    ):  # each has one row and samples: with so few calls, as caches are cold after a step
+        tokens, starts = tokens[:R], np.arange(seqs + 1, dtype=np.int32)
+    else:
+        rows = np.flatnonzero(batch.want & Want.SAMPLE)
+        tokens, starts = tokens[rows], np.zeros(seqs + 1, np.int32)
+        np.cumsum(np.bincount(batch.logit_owner[rows], minlength=seqs), out=starts[1:])
+    finite, tokens = finite[:R], tokens.astype(np.int32, copy=False)
     if batch.num_top is None or logprobs is None or ranks is None or top_ids is None or top_logprobs is None:
         return Result(tokens=tokens, token_starts=starts, finite=finite, digests=digests)
     k = int(batch.num_top.max(initial=0))

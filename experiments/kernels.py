@@ -94,7 +94,7 @@ def needs(model: ModelConfig, dtype: Dtype, batch: Batch, page_size: int) -> dic
     }
     work = {name: Work(np.array(size * ITEMSIZES[dtype]), np.array(flops)) for name, (size, flops) in counted.items()}
     parts = [work[name] for name in ("project", "attend", "combine")]
-    work["layer"] = Work(np.sum([part.bytes for part in parts]), np.sum([part.flops for part in parts]))
+    work["layers"] = Work(np.sum([part.bytes for part in parts]), np.sum([part.flops for part in parts]))
     work["sample"] = Work(np.array(4 * model.vocab_size * rows), np.array(0))  # float32
     return work
 

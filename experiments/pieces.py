@@ -98,33 +98,29 @@ def padded(array: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
 
 def native_programs(backend: str, config: ModelConfig) -> tuple[Program, ...]:
-    kernels, layers = part(backend, "kernels"), range(config.num_layers)
-    State = part(backend, "step").State
+    kernels, State = part(backend, "kernels"), part(backend, "step").State
 
     def embed(weights: Any, step: Any, last: Any, x: Any) -> Held:
         return {"x": kernels.embed(config, weights, step, last, len(x))}
 
-    def project(weights: Any, step: Any, x: Any, k: Any, v: Any) -> Held:
-        k, v = list(k), list(v)
-        for i in layers:
-            q, (k[i], v[i]) = kernels.project(config, weights, i, step, (k[i], v[i]), x)
-        return {"k": k, "v": v, "q": q}
+    def project(weights: Any, step: Any, x: Any, cache: Any) -> Held:
+        for layer in range(config.num_layers):
+            cache, q = kernels.project(config, weights, layer, step, cache, x)
+        return {"cache": cache, "q": q}
 
-    def attend(weights: Any, step: Any, k: Any, v: Any, q: Any) -> Held:
-        for i in layers:
-            q = kernels.attend(weights, i, step, (k[i], v[i]), q)
+    def attend(weights: Any, step: Any, cache: Any, q: Any) -> Held:
+        for layer in range(config.num_layers):
+            q = kernels.attend(weights, layer, step, cache, q)
         return {"q": q}
 
     def combine(weights: Any, step: Any, q: Any, x: Any) -> Held:
-        for i in layers:
-            x = kernels.combine(weights, i, step, q, x)
+        for layer in range(config.num_layers):
+            x = kernels.combine(weights, layer, step, q, x)
         return {"x": x}
 
-    def layer(weights: Any, step: Any, k: Any, v: Any, x: Any) -> Held:
-        k, v = list(k), list(v)
-        for i in layers:
-            (k[i], v[i]), x = kernels.layer(config, weights, i, step, (k[i], v[i]), x)
-        return {"k": k, "v": v, "x": x}
+    def layers(weights: Any, step: Any, cache: Any, x: Any) -> Held:
+        cache, x = kernels.layers(weights, step, cache, x)
+        return {"cache": cache, "x": x}
 
     def head(weights: Any, step: Any, x: Any, logits: Any) -> Held:
         return {"logits": kernels.head(weights, step, x, logits)}
@@ -133,7 +129,7 @@ def native_programs(backend: str, config: ModelConfig) -> tuple[Program, ...]:
         sampled, after = kernels.sample(State(None, last, logits), step)
         return {"last": after.last_tokens, "sampled": sampled}
 
-    return embed, project, attend, combine, layer, head, sample
+    return embed, project, attend, combine, layers, head, sample
 
 
 def framework_programs(backend: str, glue: Glue, config: ModelConfig, step: Any) -> tuple[Program, ...]:
@@ -166,7 +162,7 @@ def framework_programs(backend: str, glue: Glue, config: ModelConfig, step: Any)
             x = block.combine(x, out)
         return {"x": x}
 
-    def layer(weights: Any, positions: Any, plan: Any, cache: Any, x: Any) -> Held:
+    def layers(weights: Any, positions: Any, plan: Any, cache: Any, x: Any) -> Held:
         model, ropes = opened(weights, positions)
         attend = attention.paged_attention(config, plan)
         for i, (block, rope) in enumerate(zip(model.layers, ropes, strict=True)):
@@ -181,7 +177,7 @@ def framework_programs(backend: str, glue: Glue, config: ModelConfig, step: Any)
     def sample(logits: Any) -> Held:
         return {"tokens": sampling.greedy(logits)}
 
-    return embed, project, attend, combine, layer, head, sample
+    return embed, project, attend, combine, layers, head, sample
 
 
 def native_inputs(config: ModelConfig, batch: Batch) -> Held:
@@ -215,7 +211,7 @@ def load(
     state = step.make_state(pages)
     put = lambda arrays: part(backend, "arrays").to_device(arrays, device)  # noqa: E731
     if kind == "native":
-        held = {"weights": step.weights, "k": list(state.cache.k), "v": list(state.cache.v), "last": state.last_tokens}
+        held = {"weights": step.weights, "cache": state.cache, "last": state.last_tokens}
         return held, native_programs(backend, model), lambda batch: put(native_inputs(model, batch))
     inputs = lambda batch: put(framework_inputs(backend, step, model, batch, config.block_size))  # noqa: E731
     return {"weights": step.weights, "cache": state.cache}, framework_programs(backend, glue, model, step), inputs

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from common.config import EngineConfig, ModelConfig
 from common.interface import Progress
 from common.kernels.cpu import usable as cpu
 from common.kernels.cpu.build import build
-from common.kernels.cpu.pack import pack_head, pack_layer
+from common.kernels.cpu.pack import pack_head, pack_layers
 from common.kernels.cpu.pages import keys_in, keys_out, pool_shapes, values_in, values_out
 from common.kernels.cpu.step import HEADER, SAMPLED, max_step_size, pack_changes, pack_step, unpack_sampled, without_modes
 from common.platform import cores
@@ -36,19 +36,19 @@ from jaxinfer.step import _EDITS, State
 class Weights(NamedTuple):
     """The model, packed for the kernels."""
 
-    layers: tuple[Array, ...]
-    """uint8[n] each: a header, norms, biases and matrices."""
+    layers: Array
+    """uint8[L, n]: of each a header, norms, biases and matrices."""
     head: Array
     """uint8[n]: embedding, final norm, LM head."""
-    ropes: tuple[Array, ...]
-    """float32[positions, H]: cos, then sin."""
+    ropes: Array
+    """float32[tables, positions, H]: cos, then sin."""
 
 
 @cache
 def open_library() -> ctypes.CDLL:
     """Compile and load the operators. Raises `BackendError` if that fails."""
     library = ctypes.CDLL(str(build("jax", (jax.ffi.include_dir(),), (), (), jax.__version__)))
-    for name in ("embed", "layer", "project", "attend", "combine", "head", "adjust", "sample"):
+    for name in ("embed", "layers", "project", "attend", "combine", "head", "adjust", "sample"):
         handler = jax.ffi.pycapsule(getattr(library, f"tandem_{name}"))
         jax.ffi.register_ffi_target(f"tandem_{name}", handler, platform="cpu")
     return library
@@ -62,27 +62,22 @@ def usable(config: EngineConfig, model: ModelConfig, device: jax.Device) -> bool
 def load_weights(checkpoint: Checkpoint, dtype: Any, positions: int, progress: Progress | None = None) -> Weights:
     """Pack a checkpoint, one layer at a time."""
     config = checkpoint.config
-    layers = []
-    for layer in range(config.num_layers):
-        layers.append(_put(pack_layer(checkpoint, layer, dtype)))
-        if progress:
-            progress(layer + 1, config.num_layers + 1, "weights")
+    done = lambda count: progress and progress(count, config.num_layers + 1, "weights")  # noqa: E731
+    layers = _put(pack_layers(checkpoint, dtype, done))
     head = _put(pack_head(checkpoint, dtype))
-    ropes = [_put(np.concatenate(rope_tables(rope, config.head_dim, positions), 1)) for rope in config.ropes]
-    if progress:
-        progress(config.num_layers + 1, config.num_layers + 1, "weights")
-    return Weights(tuple(layers), head, tuple(ropes))
+    ropes = _put(np.stack([np.concatenate(rope_tables(rope, config.head_dim, positions), 1) for rope in config.ropes]))
+    done(config.num_layers + 1)
+    return Weights(layers, head, ropes)
 
 
 def make_cache(config: ModelConfig, pages: int, page_size: int, dtype: str) -> KVCache:
-    """Zeroed pools as the kernels keep them: keys [K, pages, H / PAIR, B, PAIR], values [K, pages, B / PAIR, H', PAIR]."""
+    """Zeroed pools as the kernels keep them, one for all layers: keys [L K, pages, H / PAIR, B, PAIR], values
+    [L K, pages, B / PAIR, H', PAIR]."""
     element = jnp.dtype(jnp.uint16 if dtype == "bfloat16" else dtype)
-    k, v = pool_shapes(config, pages, page_size, element.itemsize)
-    pools = lambda shape: tuple(jnp.zeros(shape, element, device=_cpu()) for _ in range(config.num_layers))  # noqa: E731
-    made = KVCache(pools(k), pools(v))
-    for pool in (*made.k, *made.v):
+    k, v = (jnp.zeros(shape, element, device=_cpu()) for shape in pool_shapes(config, pages, page_size, element.itemsize))
+    for pool in (k, v):
         _huge(pool.unsafe_buffer_pointer(), pool.nbytes)
-    return made
+    return KVCache((k,), (v,))
 
 
 def embed(config: ModelConfig, weights: Weights, step: Array, last_tokens: Array, tokens: int) -> Array:
@@ -90,47 +85,48 @@ def embed(config: ModelConfig, weights: Weights, step: Array, last_tokens: Array
     return _call("embed", _shape((tokens, config.hidden_size)), step, weights.head, last_tokens)
 
 
-def layer(
-    config: ModelConfig, weights: Weights, number: int, step: Array, pools: Any, x_TD: Array, keep: Keep = ignore
-) -> tuple[Any, Array]:
-    """One layer in one operator: its pools (keys, values) and the residual stream as they are afterwards."""
-    q = _shape((x_TD.shape[0], config.num_heads, config.head_dim), pools[0].dtype)
-    arguments = (step, weights.layers[number], weights.ropes[config.layer_rope[number]], *pools, x_TD)
-    k, v, x_TD, _ = _call("layer", (*pools, x_TD, q), *arguments, aliases={3: 0, 4: 1, 5: 2})
-    keep(number, residual=x_TD)
-    return (k, v), x_TD
+def layers(weights: Weights, step: Array, cache: KVCache, x_TD: Array) -> tuple[KVCache, Array]:
+    """All layers in one operator: the pages and the residual stream as they are afterwards."""
+    (k,), (v,) = cache
+    k, v, x_TD = _call("layers", (k, v, x_TD), step, weights.layers, weights.ropes, k, v, x_TD, aliases={3: 0, 4: 1, 5: 2})
+    return KVCache((k,), (v,)), x_TD
 
 
-def project(config: ModelConfig, weights: Weights, number: int, step: Array, pools: Any, x_TD: Array) -> tuple[Array, Any]:
-    """Queries [T, N, H] of a layer, and its pools with the keys and values of these tokens."""
-    q = _shape((x_TD.shape[0], config.num_heads, config.head_dim), pools[0].dtype)
-    arguments = (step, weights.layers[number], weights.ropes[config.layer_rope[number]], x_TD, *pools)
-    q_TNH, *pools = _call("project", (q, *pools), *arguments, aliases={4: 1, 5: 2})
-    return q_TNH, tuple(pools)
+def project(
+    config: ModelConfig, weights: Weights, layer: int, step: Array, cache: KVCache, x_TD: Array
+) -> tuple[KVCache, Array]:
+    """A layer's pages with the keys and values of these tokens, and their queries [T, N, H]."""
+    (k,), (v,) = cache
+    q = _shape((x_TD.shape[0], config.num_heads, config.head_dim), k.dtype)
+    arguments = (step, weights.layers, weights.ropes, x_TD, k, v)
+    q_TNH, k, v = _call("project", (q, k, v), *arguments, aliases={4: 1, 5: 2}, layer=layer)
+    return KVCache((k,), (v,)), q_TNH
 
 
-def attend(weights: Weights, number: int, step: Array, pools: Any, q_TNH: Array) -> Array:
-    """What the queries see in a layer's pools: [T, N, H], in their place."""
-    return _call("attend", q_TNH, step, weights.layers[number], *pools, q_TNH, aliases={4: 0})
+def attend(weights: Weights, layer: int, step: Array, cache: KVCache, q_TNH: Array) -> Array:
+    """What the queries see in a layer's pages: [T, N, H], in their place."""
+    (k,), (v,) = cache
+    return _call("attend", q_TNH, step, weights.layers, k, v, q_TNH, aliases={4: 0}, layer=layer)
 
 
-def combine(weights: Weights, number: int, step: Array, out_TNH: Array, x_TD: Array) -> Array:
+def combine(weights: Weights, layer: int, step: Array, out_TNH: Array, x_TD: Array) -> Array:
     """The residual stream after a layer, of what it attended to and of the stream before, in whose place it is."""
-    return _call("combine", x_TD, step, weights.layers[number], out_TNH, x_TD, aliases={3: 0})
+    return _call("combine", x_TD, step, weights.layers, out_TNH, x_TD, aliases={3: 0}, layer=layer)
 
 
-def layer_in_parts(
-    config: ModelConfig, weights: Weights, number: int, step: Array, pools: Any, x_TD: Array, keep: Keep = ignore
-) -> tuple[Any, Array]:
-    """As `layer`, the same bits, in three operators: for those who want to change what is between, or to see it. What
+def layers_in_parts(
+    config: ModelConfig, weights: Weights, step: Array, cache: KVCache, x_TD: Array, keep: Keep = ignore
+) -> tuple[KVCache, Array]:
+    """As `layers`, the same bits, in three operators a layer: for those who want to change what is between, or to see it. What
     `keep` is given, later operators may overwrite."""
-    q_TNH, pools = project(config, weights, number, step, pools, x_TD)
-    keep(number, q=q_TNH)
-    out_TNH = attend(weights, number, step, pools, q_TNH)
-    keep(number, attention=out_TNH)
-    x_TD = combine(weights, number, step, out_TNH, x_TD)
-    keep(number, residual=x_TD)
-    return pools, x_TD
+    for layer in range(config.num_layers):
+        cache, q_TNH = project(config, weights, layer, step, cache, x_TD)
+        keep(layer, q=q_TNH)
+        out_TNH = attend(weights, layer, step, cache, q_TNH)
+        keep(layer, attention=out_TNH)
+        x_TD = combine(weights, layer, step, out_TNH, x_TD)
+        keep(layer, residual=x_TD)
+    return cache, x_TD
 
 
 def head(weights: Weights, step: Array, x_TD: Array, logits_RV: Array) -> Array:
@@ -138,24 +134,18 @@ def head(weights: Weights, step: Array, x_TD: Array, logits_RV: Array) -> Array:
     return _call("head", logits_RV, step, weights.head, x_TD, logits_RV, aliases={3: 0})
 
 
-def forward(
-    config: ModelConfig,
-    weights: Weights,
-    state: State,
-    step: Array,
-    tokens: int,
-    layer: Any = layer,
-    keep: Keep = ignore,
-) -> State:
-    """The state after a packed step of `tokens` tokens: their keys and values in its pages, what was asked for in `logits`."""
-    k, v = map(list, state.cache)
+def forward(config: ModelConfig, weights: Weights, state: State, step: Array, tokens: int, keep: Keep | None = None) -> State:
+    """The state after a packed step of `tokens` tokens: their keys and values in its pages, what was asked for in `logits`.
+    With `keep` it goes layer by layer, in parts."""
     x_TD = embed(config, weights, step, state.last_tokens, tokens)
+    if keep is None:
+        cache, x_TD = layers(weights, step, state.cache, x_TD)
+        return state._replace(cache=cache, logits=head(weights, step, x_TD, state.logits))
     keep(embedding=x_TD)
-    for number in range(config.num_layers):
-        (k[number], v[number]), x_TD = layer(config, weights, number, step, (k[number], v[number]), x_TD, keep)
+    cache, x_TD = layers_in_parts(config, weights, step, state.cache, x_TD, keep)
     logits_RV = head(weights, step, x_TD, state.logits)
     keep(logits=logits_RV)
-    return state._replace(cache=KVCache(tuple(k), tuple(v)), logits=logits_RV)
+    return state._replace(cache=cache, logits=logits_RV)
 
 
 def adjust(step: Array, changes: Array, logits_RV: Array) -> Array:
@@ -225,26 +215,20 @@ class Step:
 
     def read_pages(self, state: State, pages_: Sequence[int]) -> dict[str, np.ndarray]:
         """Copies `k` and `v`: [L, pages, B, K, H]."""
-        k, v = state.cache
-        head_dim = self.model_config.head_dim
+        config, ((k,), (v,)) = self.model_config, state.cache
         out = lambda pool: _typed(np.asarray(pool)[:, list(pages_)])  # noqa: E731
         return {
-            "k": np.stack([keys_out(out(pool)) for pool in k]),
-            "v": np.stack([values_out(out(pool), head_dim) for pool in v]),
+            "k": keys_out(out(k), config.num_kv_heads),
+            "v": values_out(out(v), config.num_kv_heads, config.head_dim),
         }
 
     def write_pages(self, state: State, pages_: Sequence[int], arrays: dict[str, np.ndarray]) -> State:
         """The inverse of `read_pages`."""
-
-        def put(pool: Array, x_PBKH: np.ndarray, packed: Callable[[np.ndarray, int], np.ndarray]) -> Array:
-            host = np.array(pool)
-            host[:, list(pages_)] = packed(np.ascontiguousarray(x_PBKH).view(host.dtype), pool.shape[-1])
-            return jax.device_put(host, pool.sharding)
-
-        k, v = state.cache
-        new_k = tuple(put(pool, x, keys_in) for pool, x in zip(k, arrays["k"], strict=True))
-        new_v = tuple(put(pool, x, values_in) for pool, x in zip(v, arrays["v"], strict=True))
-        return state._replace(cache=KVCache(new_k, new_v))
+        (k,), (v,) = state.cache
+        put = lambda pool, x: _set_pages(pool, np.array(pages_, np.int32), x.view(pool.dtype))  # noqa: E731
+        k = put(k, np.ascontiguousarray(keys_in(arrays["k"], k.shape[-1])))
+        v = put(v, np.ascontiguousarray(values_in(arrays["v"], v.shape[-1])))
+        return state._replace(cache=KVCache((k,), (v,)))
 
     def _tokens(self, batch: Batch) -> int:
         return next(size for size in self._sizes if size >= batch.num_tokens)
@@ -288,8 +272,8 @@ class Step:
     ) -> tuple[State, Array, dict[str, Array]]:
         """The pure function that is compiled."""
         taps, keep = keeper(names)
-        kind = layer if names == frozenset() else layer_in_parts
-        state = forward(self.model_config, weights, state, step, tokens, kind, keep)
+        whole = names == frozenset()
+        state = forward(self.model_config, weights, state, step, tokens, None if whole else keep)
         sampled, state = sample(state, step)
         keep(tokens=sampled[:, 0])
         return state, sampled, taps
@@ -309,10 +293,16 @@ def _filled(size: int, packed: np.ndarray) -> np.ndarray:
     return words
 
 
-def _call(name: str, results: Any, *arguments: Array, aliases: dict[int, int] | None = None) -> Any:
+def _call(name: str, results: Any, *arguments: Array, aliases: dict[int, int] | None = None, layer: int | None = None) -> Any:
     """One operator inside a compiled step. `aliases`: which argument becomes which result, in place."""
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), results)
-    return jax.ffi.ffi_call(f"tandem_{name}", shapes, input_output_aliases=aliases)(*arguments)
+    attributes = {} if layer is None else {"layer": np.int64(layer)}
+    return jax.ffi.ffi_call(f"tandem_{name}", shapes, input_output_aliases=aliases)(*arguments, **attributes)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _set_pages(pool: Array, pages: Array, x: Array) -> Array:
+    return pool.at[:, pages].set(x)
 
 
 def _shape(shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:

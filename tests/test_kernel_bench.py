@@ -42,7 +42,7 @@ def test_layers_and_head_need_together_what_a_step_needs(shape: Shape, options: 
     rows = 0 if config.tie_embeddings else parts["embed"].bytes
     assert rows + sum(part.bytes for part in alone) + parts["head"].bytes == step.bytes[0]
     assert sum(part.flops for part in alone) + parts["head"].flops == step.flops[0]
-    assert (parts["layer"].bytes, parts["layer"].flops) == tuple(map(sum, zip(*alone, strict=True)))
+    assert (parts["layers"].bytes, parts["layers"].flops) == tuple(map(sum, zip(*alone, strict=True)))
 
 
 def test_the_work_of_a_decode_step_as_worked_out_by_hand() -> None:
@@ -57,7 +57,10 @@ def test_the_work_of_a_decode_step_as_worked_out_by_hand() -> None:
         "project": (L * (qkv + D + 3 * 2 * K * H), 2 * 3 * L * qkv),
         "attend": (L * 3 * 30 * 2 * K * H, 4 * N * H * L * 3 * 31),
         "combine": (L * (rest + D), 2 * 3 * L * rest),
-        "layer": (L * (qkv + rest + 2 * D + 3 * 2 * K * H + 3 * 30 * 2 * K * H), 2 * 3 * L * (qkv + rest) + 4 * N * H * L * 93),
+        "layers": (
+            L * (qkv + rest + 2 * D + 3 * 2 * K * H + 3 * 30 * 2 * K * H),
+            2 * 3 * L * (qkv + rest) + 4 * N * H * L * 93,
+        ),
         "head": (V * D + D, 2 * 3 * V * D),
         "sample": (3 * V, 0),
     }
@@ -126,7 +129,7 @@ def test_both_kinds_of_an_operator_compute_the_same(backend: str, shape: Shape, 
     native.put("q", framework.host("qkv", 0, 0)[:T])
     both("attend")
     expect_near(native.host("q"), framework.host("out")[:T])
-    for operator in ("combine", "layer"):
+    for operator in ("combine", "layers"):
         before = native.host("x").copy()
         both(operator)
         expect_near(native.host("x"), framework.host("x")[:T])
@@ -164,7 +167,7 @@ def test_the_command_times_every_operator_and_keeps_the_run(
     assert json.loads((Path(result["run"]) / "results.json").read_text()) == result
     assert set(result["shapes"]) == {"decode", "prefill"} and "decode" in out and "of limit" in out
     for operators in result["shapes"].values():
-        assert set(operators) == {"embed", "project", "attend", "combine", "layer", "head", "sample"}
+        assert set(operators) == {"embed", "project", "attend", "combine", "layers", "head", "sample"}
         for values in operators.values():
             assert values["ms"] > 0 and values["ratio"] == pytest.approx(values["framework_ms"] / values["ms"])
             assert values["fraction"] == pytest.approx(values["limit_ms"] / values["ms"])

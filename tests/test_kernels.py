@@ -162,7 +162,7 @@ def test_a_native_step_of_jax_is_operators_and_nothing_else(families: dict[str, 
         return kernels.sample(kernels.forward(config, weights, state, step, tokens), step)
 
     seen = list(primitives(jax.make_jaxpr(run)(weights, state, step).jaxpr))
-    assert set(seen) <= MOVES and seen.count("ffi_call") == config.num_layers + 3
+    assert set(seen) <= MOVES and seen.count("ffi_call") == 4  # embed, layers, head, sample
     with_an_add = jax.make_jaxpr(lambda *args: run(*args)[0] + 1)(weights, state, step)
     assert not set(primitives(with_an_add.jaxpr)) <= MOVES
 
@@ -186,7 +186,7 @@ def test_a_native_step_of_torch_is_operators_and_nothing_else(families: dict[str
     called = [node.target for node in graphs[0].graph.nodes if node.op.startswith("call")]
     ours = [target for target in called if str(target).startswith("tandem.")]
     assert {target for target in called if target not in ours} <= {torch.empty}
-    assert len(ours) == config.num_layers + 3
+    assert len(ours) == 4  # embed, layers, head, sample
     assert np.array_equal(eager[:, :3], compiled[:, :3])  # token, finite, digest; nobody asked for more
 
 
@@ -205,15 +205,15 @@ def test_logits_are_changed_exactly_whatever_the_pieces(backend: str, most: int 
     assert np.array_equal(np.asarray(got), changed(logits, c))
 
 
-def test_a_layer_in_parts_computes_the_same_bits(backend: str, families: dict[str, Path]) -> None:
+def test_layers_in_parts_compute_the_same_bits(backend: str, families: dict[str, Path]) -> None:
     path, kernels = families["gemma3"], part(backend, "kernels")
     config = checkpoint(path).config
     results = []
-    for layer in (kernels.layer, kernels.layer_in_parts):
+    for keep in (None, part(backend, "observe").ignore):
         weights, state, step, tokens = native_state(backend, path)
         words = step if backend == "jax" else torch.from_numpy(step)
-        state = kernels.forward(config, weights, state, words, tokens, layer)
-        host = part(backend, "arrays").to_host((state.logits, state.cache.k[-1], state.cache.v[-1]))
+        state = kernels.forward(config, weights, state, words, tokens, keep)
+        host = part(backend, "arrays").to_host((state.logits, state.cache.k[0], state.cache.v[0]))
         results.append([np.ascontiguousarray(array).tobytes() for array in host])
     assert results[0] == results[1]
 
@@ -230,33 +230,43 @@ def test_an_operator_refuses_what_does_not_fit(families: dict[str, Path]) -> Non
     ops = operators()
     weights, state, step, tokens = native_state("torch", families["llama2"])
     config = checkpoint(families["llama2"]).config
-    words, layer, rope = torch.from_numpy(step), weights.layers[0], weights.ropes[0]
+    words, layers, ropes = torch.from_numpy(step), weights.layers, weights.ropes
     x = torch.zeros((tokens, config.hidden_size))
     q = torch.zeros((tokens, config.num_heads, config.head_dim), dtype=torch.bfloat16)
-    k, v = state.cache.k[0], state.cache.v[0]
-    ops.project(words, layer, rope, x, k, v, q)
-    for wrong, arguments in (
-        ("step", (words[:20].contiguous(), layer, rope, x, k, v, q)),
-        ("step", (torch.full_like(words, -1), layer, rope, x, k, v, q)),
-        ("weights", (words, layer[64:].clone(), rope, x, k, v, q)),
-        ("rope", (words, layer, rope[:, 1:].contiguous(), x, k, v, q)),
-        ("position", (words, layer, rope[:10].contiguous(), x, k, v, q)),
-        ("x: expected float32", (words, layer, rope, x[1:], k, v, q)),
-        ("x: expected float32 .*, got int32", (words, layer, rope, x.int(), k, v, q)),
-        ("step: expected int32 .*, got float32", (words.view(torch.float32), layer, rope, x, k, v, q)),
-        ("rope: expected float32", (words, layer, rope.int(), x, k, v, q)),
-        ("k: expected bfloat16.*, got float32", (words, layer, rope, x, k.float(), v, q)),
-        ("v: expected bfloat16.*, got Half", (words, layer, rope, x, k, v.half(), q)),
-        ("slot", (words, layer, rope, x, k[:, :1].contiguous(), v[:, :1].contiguous(), q)),
-        ("q: expected bfloat16.*, got float32", (words, layer, rope, x, k, v, q.float())),
-        ("contiguous", (words, layer, rope, x.t().contiguous().t(), k, v, q)),
+    (k,), (v,) = state.cache
+    good = {"step": words, "weights": layers, "ropes": ropes, "x": x, "k": k, "v": v}
+    ops.project(**good, q=q, layer=1)
+    ops.layers(**good)
+    for wrong, change in (
+        ("step", {"step": words[:20].contiguous()}),
+        ("step", {"step": torch.full_like(words, -1)}),
+        ("weights", {"weights": layers[:, 64:].contiguous()}),
+        (r"weights: expected uint8\[\*, \*\]", {"weights": layers[0]}),
+        ("ropes", {"ropes": ropes[:, :, 1:].contiguous()}),
+        ("ropes: expected the table", {"ropes": ropes[:0]}),
+        ("position", {"ropes": ropes[:, :10].contiguous()}),
+        ("x: expected float32", {"x": x[1:]}),
+        ("x: expected float32 .*, got int32", {"x": x.int()}),
+        ("step: expected int32 .*, got float32", {"step": words.view(torch.float32)}),
+        ("ropes: expected float32", {"ropes": ropes.int()}),
+        ("k: expected bfloat16.*, got float32", {"k": k.float()}),
+        ("k: expected bfloat16", {"k": k[1:].contiguous()}),
+        ("v: expected bfloat16.*, got Half", {"v": v.half()}),
+        ("slot", {"k": k[:, :1].contiguous(), "v": v[:, :1].contiguous()}),
+        ("contiguous", {"x": x.t().contiguous().t()}),
     ):
-        with pytest.raises(ValueError, match=wrong):
-            ops.project(*arguments)
+        for operator, more in ((ops.project, {"q": q, "layer": 0}), (ops.layers, {})):
+            with pytest.raises(ValueError, match=wrong):
+                operator(**(good | change), **more)
+    with pytest.raises(ValueError, match=r"q: expected bfloat16.*, got float32"):
+        ops.project(**good, q=q.float(), layer=0)
+    for layer in (-1, config.num_layers):
+        with pytest.raises(ValueError, match=f"layer: expected one of {config.num_layers}, got {layer}"):
+            ops.project(**good, q=q, layer=layer)
     with pytest.raises(ValueError, match="layer's were expected"):
-        ops.project(words, weights.head, rope, x, k, v, q)
+        ops.layers(**(good | {"weights": weights.head[None]}))
     with pytest.raises(ValueError, match="head's were expected"):
-        ops.embed(words, layer, state.last_tokens, x)
+        ops.embed(words, layers[0], state.last_tokens, x)
     with pytest.raises(ValueError, match=r"last_tokens: expected int32.*, got float32"):
         ops.embed(words, weights.head, state.last_tokens.float(), x)
     bad = words.clone()
@@ -266,9 +276,9 @@ def test_an_operator_refuses_what_does_not_fit(families: dict[str, Path]) -> Non
     bad = words.clone()
     bad[8 + 3 * tokens + 1] = tokens + 100_000
     with pytest.raises(ValueError, match="sequences of the step"):
-        ops.attend(bad, layer, k, v, q)
+        ops.attend(bad, layers, k, v, q, 0)
     with pytest.raises(ValueError, match="page of the table"):
-        ops.attend(words, layer, k[:, :2].contiguous(), v[:, :2].contiguous(), q)
+        ops.attend(words, layers, k[:, :2].contiguous(), v[:, :2].contiguous(), q, 0)
 
 
 def test_changes_that_do_not_fit_are_refused() -> None:
@@ -303,9 +313,9 @@ def test_jax_reports_what_does_not_fit(families: dict[str, Path]) -> None:
     kernels = part("jax", "kernels")
     weights, state, step, tokens = native_state("jax", families["llama2"])
     config = checkpoint(families["llama2"]).config
-    x, pools = np.zeros((tokens, config.hidden_size), np.float32), (state.cache.k[0], state.cache.v[0])
+    x, halves = np.zeros((tokens, config.hidden_size), np.float32), jax.tree.map(lambda pool: pool.view("float16"), state.cache)
     forward = jax.jit(lambda w, s, x: kernels.forward(config, w, s, x, tokens).logits)
-    layer = jax.jit(lambda w, s, pools, x: kernels.layer(config, w, 0, s, pools, x))
+    layers = jax.jit(kernels.layers)
     for wrong, run in (
         ("step: expected int32 of at least", lambda: forward(weights, state, step[:20])),
         ("step: expected int32 .*, got float32", lambda: forward(weights, state, step.view(np.float32))),
@@ -313,8 +323,8 @@ def test_jax_reports_what_does_not_fit(families: dict[str, Path]) -> None:
             "last_tokens: expected int32.*, got float32",
             lambda: forward(weights, state._replace(last_tokens=np.zeros(4, np.float32)), step),
         ),
-        ("x: expected float32 .*, got int32", lambda: layer(weights, step, pools, x.astype(np.int32))),
-        ("k: expected bfloat16.*, got float16", lambda: layer(weights, step, [pool.view("float16") for pool in pools], x)),
+        ("x: expected float32 .*, got int32", lambda: layers(weights, step, state.cache, x.astype(np.int32))),
+        ("k: expected bfloat16.*, got float16", lambda: layers(weights, step, halves, x)),
     ):
         with pytest.raises(jax.errors.JaxRuntimeError, match=wrong):
             jax.block_until_ready(run())
@@ -454,10 +464,11 @@ def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch, 
 
 @pytest.mark.parametrize("pair", [1, 2])
 def test_pages_go_in_and_come_out(pair: int) -> None:
-    x = np.random.default_rng(0).standard_normal((3, 16, 2, 24)).astype(np.float32)
-    assert keys_in(x, pair).shape == (2, 3, 24 // pair, 16, pair)
-    assert values_in(x, pair).shape == (2, 3, 16 // pair, 32, pair)
-    assert np.array_equal(keys_out(keys_in(x, pair)), x) and np.array_equal(values_out(values_in(x, pair), 24), x)
+    x = np.random.default_rng(0).standard_normal((5, 3, 16, 2, 24)).astype(np.float32)
+    keys, values = keys_in(x, pair), values_in(x, pair)
+    assert keys.shape == (5 * 2, 3, 24 // pair, 16, pair) and values.shape == (5 * 2, 3, 16 // pair, 32, pair)
+    assert keys[4 * 2 + 1, 2, 7, 5, 0] == x[4, 2, 5, 1, 7 * pair] and values[4 * 2 + 1, 2, 5, 7, 0] == x[4, 2, 5 * pair, 1, 7]
+    assert np.array_equal(keys_out(keys, 2), x) and np.array_equal(values_out(values, 2, 24), x)
 
 
 def test_the_largest_step_fits_its_size() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from common.config import ModelConfig
-from common.kernels.cpu.pack import pack_head, pack_layer
+from common.kernels.cpu.pack import pack_head, pack_layers
 from common.kernels.cpu.pages import keys_in, keys_out, values_in, values_out
 from common.kernels.cpu.step import pack_step
 from common.rope import rope_tables
@@ -91,7 +91,7 @@ class Case:
         self.batch = packer.step([(row, start, n) for row, (start, n) in zip(rows, self.plan, strict=True)])
         self.tables = [packer.rows.pages[row] for row in rows]
         self.step = torch.from_numpy(pack_step(self.batch))
-        self.layer = torch.from_numpy(pack_layer(self.checkpoint, 0, dtype))  # type: ignore[arg-type]
+        self.layers = torch.from_numpy(pack_layers(self.checkpoint, dtype))  # type: ignore[arg-type]
         self.rope = np.concatenate(rope_tables(self.config.ropes[0], self.config.head_dim, POSITIONS), 1)
         self.cache = kernels.make_cache(self.config, pages, page_size, dtype)
         for pool in (self.cache.k[0], self.cache.v[0]):
@@ -120,8 +120,8 @@ class Case:
         pair, B = self.cache.k[0].shape[-1], self.page_size
         for pool, x, pack in ((self.cache.k[0], k, keys_in), (self.cache.v[0], v, values_in)):
             for at in range(0, len(x), B):
-                page = np.full((1, B, *x.shape[1:]), np.nan, x.dtype)
-                page[0, : len(x[at : at + B])] = x[at : at + B]
+                page = np.full((1, 1, B, *x.shape[1:]), np.nan, x.dtype)
+                page[0, 0, : len(x[at : at + B])] = x[at : at + B]
                 pool[:, int(self.tables[seq][at // B])] = self.tensor(np.ascontiguousarray(pack(page, pair)[:, 0]))
 
     def pages_out(self, seq: int, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -129,7 +129,8 @@ class Case:
         host = part("torch", "arrays").to_host
         k, v = (host(pool[:, ids]) for pool in (self.cache.k[0], self.cache.v[0]))
         flat = lambda x: x.reshape(-1, *x.shape[2:])[:n].astype(np.float64)  # noqa: E731
-        return flat(keys_out(k)), flat(values_out(v, self.config.head_dim))
+        K, H = self.config.num_kv_heads, self.config.head_dim
+        return flat(keys_out(k, K)[0]), flat(values_out(v, K, H)[0])
 
     def expect_near(self, got: torch.Tensor | np.ndarray, right: np.ndarray) -> None:
         got = got.float().numpy() if isinstance(got, torch.Tensor) else got
@@ -157,7 +158,7 @@ def test_project_is_norm_matmul_rotation_and_a_write_to_pages(case: Case) -> Non
     N, H = c.num_heads, c.head_dim
     x = case.rng.standard_normal((T, c.hidden_size)).astype(np.float32) * 3
     q = torch.empty((T, N, H), dtype=case.cache.k[0].dtype)
-    torch.ops.tandem.project(case.step, case.layer, torch.from_numpy(case.rope), torch.from_numpy(x), *pools(case), q)
+    torch.ops.tandem.project(case.step, case.layers, torch.from_numpy(case.rope[None]), torch.from_numpy(x), *pools(case), q, 0)
     normed = case.norm("input_layernorm", x.astype(np.float64))
     heads = {name: case.linear(f"self_attn.{name}_proj", normed, c.qkv_bias).reshape(T, -1, H) for name in "qkv"}
     if c.qk_norm:
@@ -199,7 +200,7 @@ def test_attend_is_softmax_over_the_keys_a_query_sees(case: Case) -> None:
                 p = np.exp(s - s.max())
                 right[first + i, head] = p / p.sum() @ v[seen, group].astype(np.float64)
     out = case.tensor(q)
-    torch.ops.tandem.attend(case.step, case.layer, *pools(case), out)
+    torch.ops.tandem.attend(case.step, case.layers, *pools(case), out, 0)
     case.expect_near(out, right)
 
 
@@ -218,7 +219,7 @@ def test_combine_is_two_branches_on_the_residual_stream(case: Case) -> None:
     branch = case.linear("mlp.down_proj", gate * up, c.mlp_bias)
     right = right + (case.norm("post_feedforward_layernorm", branch) if c.sandwich_norms else branch)
     out = torch.from_numpy(x)
-    torch.ops.tandem.combine(case.step, case.layer, case.tensor(attended), out)
+    torch.ops.tandem.combine(case.step, case.layers, case.tensor(attended), out, 0)
     case.expect_near(out, right)
 
 
@@ -247,6 +248,6 @@ def test_head_is_norm_and_matmul_and_embed_gives_rows(case: Case, tied: bool) ->
 def test_the_judge_sees_a_wrong_scale_and_a_mask_off_by_one(wrong: dict[str, Any]) -> None:
     case = Case(SHAPES[0], "bfloat16", 18, 7)
     window = wrong.pop("window", 18)
-    case.layer = Case({**SHAPES[0], **wrong}, "bfloat16", window, 7).layer
+    case.layers = Case({**SHAPES[0], **wrong}, "bfloat16", window, 7).layers
     with pytest.raises(AssertionError):
         test_attend_is_softmax_over_the_keys_a_query_sees(case)

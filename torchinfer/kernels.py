@@ -19,7 +19,7 @@ from common.config import EngineConfig, ModelConfig
 from common.interface import Progress
 from common.kernels.cpu import usable as cpu
 from common.kernels.cpu.build import build
-from common.kernels.cpu.pack import pack_head, pack_layer
+from common.kernels.cpu.pack import pack_head, pack_layers
 from common.kernels.cpu.pages import keys_in, keys_out, pool_shapes, values_in, values_out
 from common.kernels.cpu.step import SAMPLED, pack_changes, pack_step, unpack_sampled
 from common.platform import cores
@@ -35,12 +35,12 @@ from torchinfer.step import State
 class Weights(NamedTuple):
     """The model, packed for the kernels."""
 
-    layers: tuple[Tensor, ...]
-    """uint8[n] each: a header, norms, biases and matrices."""
+    layers: Tensor
+    """uint8[L, n]: of each a header, norms, biases and matrices."""
     head: Tensor
     """uint8[n]: embedding, final norm, LM head."""
-    ropes: tuple[Tensor, ...]
-    """float32[positions, H]: cos, then sin."""
+    ropes: Tensor
+    """float32[tables, positions, H]: cos, then sin."""
 
 
 @cache
@@ -60,27 +60,23 @@ def usable(config: EngineConfig, model: ModelConfig, device: torch.device) -> bo
 def load_weights(checkpoint: Checkpoint, dtype: Any, positions: int, progress: Progress | None = None) -> Weights:
     """Pack a checkpoint, one layer at a time."""
     config = checkpoint.config
-    layers = []
-    for layer in range(config.num_layers):
-        layers.append(_put(pack_layer(checkpoint, layer, dtype)))
-        if progress:
-            progress(layer + 1, config.num_layers + 1, "weights")
+    done = lambda count: progress and progress(count, config.num_layers + 1, "weights")  # noqa: E731
+    layers = _put(pack_layers(checkpoint, dtype, done))
     head = _put(pack_head(checkpoint, dtype))
-    ropes = [_put(np.concatenate(rope_tables(rope, config.head_dim, positions), 1)) for rope in config.ropes]
-    if progress:
-        progress(config.num_layers + 1, config.num_layers + 1, "weights")
-    return Weights(tuple(layers), head, tuple(ropes))
+    ropes = _put(np.stack([np.concatenate(rope_tables(rope, config.head_dim, positions), 1) for rope in config.ropes]))
+    done(config.num_layers + 1)
+    return Weights(layers, head, ropes)
 
 
 def make_cache(config: ModelConfig, pages: int, page_size: int, dtype: str) -> KVCache:
-    """Zeroed pools as the kernels keep them: keys [K, pages, H / PAIR, B, PAIR], values [K, pages, B / PAIR, H', PAIR]."""
+    """Zeroed pools as the kernels keep them, one for all layers: keys [L K, pages, H / PAIR, B, PAIR], values
+    [L K, pages, B / PAIR, H', PAIR]."""
     element = getattr(torch, dtype)
-    k, v = pool_shapes(config, pages, page_size, element.itemsize)
-    pools = lambda shape: tuple(torch.zeros(shape, dtype=element, device="cpu") for _ in range(config.num_layers))  # noqa: E731
-    made = KVCache(pools(k), pools(v))
-    for pool in (*made.k, *made.v):
+    shapes = pool_shapes(config, pages, page_size, element.itemsize)
+    k, v = (torch.zeros(shape, dtype=element, device="cpu") for shape in shapes)
+    for pool in (k, v):
         torch.ops.tandem.huge(pool)
-    return made
+    return KVCache((k,), (v,))
 
 
 def embed(config: ModelConfig, weights: Weights, step: Tensor, last_tokens: Tensor, tokens: int) -> Tensor:
@@ -90,51 +86,49 @@ def embed(config: ModelConfig, weights: Weights, step: Tensor, last_tokens: Tens
     return x_TD
 
 
-def layer(
-    config: ModelConfig, weights: Weights, number: int, step: Tensor, pools: Any, x_TD: Tensor, keep: Keep = ignore
-) -> tuple[Any, Tensor]:
-    """One layer in one operator: its pools (keys, values) and the residual stream as they are afterwards."""
-    k, v = pools
+def layers(weights: Weights, step: Tensor, cache: KVCache, x_TD: Tensor) -> tuple[KVCache, Tensor]:
+    """All layers in one operator: the pages and the residual stream as they are afterwards."""
+    (k,), (v,) = cache
+    torch.ops.tandem.layers.default(step, weights.layers, weights.ropes, k, v, x_TD)
+    return cache, x_TD
+
+
+def project(
+    config: ModelConfig, weights: Weights, layer: int, step: Tensor, cache: KVCache, x_TD: Tensor
+) -> tuple[KVCache, Tensor]:
+    """A layer's pages with the keys and values of these tokens, and their queries [T, N, H]."""
+    (k,), (v,) = cache
     q_TNH = torch.empty((x_TD.shape[0], config.num_heads, config.head_dim), dtype=k.dtype, device="cpu")
-    rope = weights.ropes[config.layer_rope[number]]
-    torch.ops.tandem.layer.default(step, weights.layers[number], rope, k, v, q_TNH, x_TD)
-    keep(number, residual=x_TD)
-    return pools, x_TD
+    torch.ops.tandem.project.default(step, weights.layers, weights.ropes, x_TD, k, v, q_TNH, layer)
+    return cache, q_TNH
 
 
-def project(config: ModelConfig, weights: Weights, number: int, step: Tensor, pools: Any, x_TD: Tensor) -> tuple[Tensor, Any]:
-    """Queries [T, N, H] of a layer, and its pools with the keys and values of these tokens."""
-    k, v = pools
-    q_TNH = torch.empty((x_TD.shape[0], config.num_heads, config.head_dim), dtype=k.dtype, device="cpu")
-    rope = weights.ropes[config.layer_rope[number]]
-    torch.ops.tandem.project.default(step, weights.layers[number], rope, x_TD, k, v, q_TNH)
-    return q_TNH, pools
-
-
-def attend(weights: Weights, number: int, step: Tensor, pools: Any, q_TNH: Tensor) -> Tensor:
-    """What the queries see in a layer's pools: [T, N, H], in their place."""
-    torch.ops.tandem.attend.default(step, weights.layers[number], *pools, q_TNH)
+def attend(weights: Weights, layer: int, step: Tensor, cache: KVCache, q_TNH: Tensor) -> Tensor:
+    """What the queries see in a layer's pages: [T, N, H], in their place."""
+    (k,), (v,) = cache
+    torch.ops.tandem.attend.default(step, weights.layers, k, v, q_TNH, layer)
     return q_TNH
 
 
-def combine(weights: Weights, number: int, step: Tensor, out_TNH: Tensor, x_TD: Tensor) -> Tensor:
+def combine(weights: Weights, layer: int, step: Tensor, out_TNH: Tensor, x_TD: Tensor) -> Tensor:
     """The residual stream after a layer, of what it attended to and of the stream before, in whose place it is."""
-    torch.ops.tandem.combine.default(step, weights.layers[number], out_TNH, x_TD)
+    torch.ops.tandem.combine.default(step, weights.layers, out_TNH, x_TD, layer)
     return x_TD
 
 
-def layer_in_parts(
-    config: ModelConfig, weights: Weights, number: int, step: Tensor, pools: Any, x_TD: Tensor, keep: Keep = ignore
-) -> tuple[Any, Tensor]:
-    """As `layer`, the same bits, in three operators: for those who want to change what is between, or to see it. What
+def layers_in_parts(
+    config: ModelConfig, weights: Weights, step: Tensor, cache: KVCache, x_TD: Tensor, keep: Keep = ignore
+) -> tuple[KVCache, Tensor]:
+    """As `layers`, the same bits, in three operators a layer: for those who want to change what is between, or to see it. What
     `keep` is given, later operators may overwrite."""
-    q_TNH, pools = project(config, weights, number, step, pools, x_TD)
-    keep(number, q=q_TNH)
-    out_TNH = attend(weights, number, step, pools, q_TNH)
-    keep(number, attention=out_TNH)
-    x_TD = combine(weights, number, step, out_TNH, x_TD)
-    keep(number, residual=x_TD)
-    return pools, x_TD
+    for layer in range(config.num_layers):
+        cache, q_TNH = project(config, weights, layer, step, cache, x_TD)
+        keep(layer, q=q_TNH)
+        out_TNH = attend(weights, layer, step, cache, q_TNH)
+        keep(layer, attention=out_TNH)
+        x_TD = combine(weights, layer, step, out_TNH, x_TD)
+        keep(layer, residual=x_TD)
+    return cache, x_TD
 
 
 def head(weights: Weights, step: Tensor, x_TD: Tensor, logits_RV: Tensor) -> Tensor:
@@ -143,23 +137,18 @@ def head(weights: Weights, step: Tensor, x_TD: Tensor, logits_RV: Tensor) -> Ten
     return logits_RV
 
 
-def forward(
-    config: ModelConfig,
-    weights: Weights,
-    state: State,
-    step: Tensor,
-    tokens: int,
-    layer: Any = layer,
-    keep: Keep = ignore,
-) -> State:
-    """The state after a packed step of `tokens` tokens: their keys and values in its pages, what was asked for in `logits`."""
-    k, v = state.cache
+def forward(config: ModelConfig, weights: Weights, state: State, step: Tensor, tokens: int, keep: Keep | None = None) -> State:
+    """The state after a packed step of `tokens` tokens: their keys and values in its pages, what was asked for in `logits`.
+    With `keep` it goes layer by layer, in parts."""
     x_TD = embed(config, weights, step, state.last_tokens, tokens)
+    if keep is None:
+        cache, x_TD = layers(weights, step, state.cache, x_TD)
+        return state._replace(cache=cache, logits=head(weights, step, x_TD, state.logits))
     keep(embedding=x_TD)
-    for number in range(config.num_layers):
-        _, x_TD = layer(config, weights, number, step, (k[number], v[number]), x_TD, keep)
-    keep(logits=head(weights, step, x_TD, state.logits))
-    return state
+    cache, x_TD = layers_in_parts(config, weights, step, state.cache, x_TD, keep)
+    logits_RV = head(weights, step, x_TD, state.logits)
+    keep(logits=logits_RV)
+    return state._replace(cache=cache, logits=logits_RV)
 
 
 def adjust(step: Tensor, changes: Tensor, logits_RV: Tensor) -> Tensor:
@@ -221,37 +210,35 @@ class Step:
         """One step, and what it computes on the way, on the device: those of `names`, or all."""
         taps, keep = keeper(names)
         wide = state._replace(logits=torch.zeros((len(batch.logit_rows), self.model_config.vocab_size)))  # any token may ask
-        self._step(wide, batch, layer_in_parts, keep)
+        self._step(wide, batch, keep)
         return state, taps
 
     def read_pages(self, state: State, pages_: Sequence[int]) -> dict[str, np.ndarray]:
         """Copies `k` and `v`: [L, pages, B, K, H]."""
-        k, v = state.cache
+        config, ((k,), (v,)) = self.model_config, state.cache
         out = lambda pool: to_host(pool[:, list(pages_)])  # noqa: E731
-        head_dim = self.model_config.head_dim
         return {
-            "k": np.stack([keys_out(out(pool)) for pool in k]),
-            "v": np.stack([values_out(out(pool), head_dim) for pool in v]),
+            "k": keys_out(out(k), config.num_kv_heads),
+            "v": values_out(out(v), config.num_kv_heads, config.head_dim),
         }
 
     def write_pages(self, state: State, pages_: Sequence[int], arrays: dict[str, np.ndarray]) -> State:
         """The inverse of `read_pages`."""
-        for pools, array, packed in zip(state.cache, (arrays["k"], arrays["v"]), (keys_in, values_in), strict=True):
-            for pool, x_PBKH in zip(pools, array, strict=True):
-                pool[:, list(pages_)] = to_device(np.ascontiguousarray(packed(x_PBKH, pool.shape[-1])), self.device)
+        (k,), (v,) = state.cache
+        k[:, list(pages_)] = to_device(np.ascontiguousarray(keys_in(arrays["k"], k.shape[-1])), self.device)
+        v[:, list(pages_)] = to_device(np.ascontiguousarray(values_in(arrays["v"], v.shape[-1])), self.device)
         return state
 
     @torch.inference_mode()
-    def _step(
-        self, state: State, batch: Batch, layer: Any = layer, keep: Keep = ignore, mask: Mask = None
-    ) -> tuple[State, Tensor]:
+    def _step(self, state: State, batch: Batch, keep: Keep | None = None, mask: Mask = None) -> tuple[State, Tensor]:
         torch.ops.tandem.threads(self._threads)  # another engine of this process may have another number
         step, logits_RV = torch.from_numpy(pack_step(batch)), state.logits[: len(batch.logit_rows)]
         now = state._replace(logits=logits_RV)
-        now = forward(self.model_config, self.weights, now, step, batch.num_tokens, layer, keep)
+        now = forward(self.model_config, self.weights, now, step, batch.num_tokens, keep)
         changed_RV = adjust(step, torch.from_numpy(pack_changes(masked(batch, mask))), logits_RV) if batch.adjusts else None
         sampled, _ = sample(now, step, changed_RV)
-        keep(tokens=sampled[:, 0])
+        if keep:
+            keep(tokens=sampled[:, 0])
         return state, sampled
 
 

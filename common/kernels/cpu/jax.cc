@@ -9,6 +9,8 @@ namespace {
 
 using Buffer = ffi::AnyBuffer;
 using Out = ffi::Result<ffi::AnyBuffer>;
+constexpr char LAYER[] = "layer";
+using Layer = ffi::Attr<int64_t, LAYER>;
 
 std::string_view name(ffi::DataType type) {
   switch (type) {
@@ -46,20 +48,20 @@ ffi::Error embed(Buffer step, Buffer weights, Buffer last_tokens, Out x) {
   return status([&] { tandem::embed(view(step), view(weights), view(last_tokens), view(x)); });
 }
 
-ffi::Error layer(Buffer step, Buffer weights, Buffer rope, Buffer, Buffer, Buffer, Out k, Out v, Out x, Out q) {
-  return status([&] { tandem::layer(view(step), view(weights), view(rope), view(k), view(v), view(q), view(x)); });
+ffi::Error layers(Buffer step, Buffer weights, Buffer ropes, Buffer, Buffer, Buffer, Out k, Out v, Out x) {
+  return status([&] { tandem::layers(view(step), view(weights), view(ropes), view(k), view(v), view(x)); });
 }
 
-ffi::Error project(Buffer step, Buffer weights, Buffer rope, Buffer x, Buffer, Buffer, Out q, Out k, Out v) {
-  return status([&] { tandem::project(view(step), view(weights), view(rope), view(x), view(k), view(v), view(q)); });
+ffi::Error project(Buffer step, Buffer weights, Buffer ropes, Buffer x, Buffer, Buffer, Out q, Out k, Out v, Layer layer) {
+  return status([&] { tandem::project(view(step), view(weights), view(ropes), view(x), view(k), view(v), view(q), *layer); });
 }
 
-ffi::Error attend(Buffer step, Buffer weights, Buffer k, Buffer v, Buffer, Out q) {
-  return status([&] { tandem::attend(view(step), view(weights), view(k), view(v), view(q)); });
+ffi::Error attend(Buffer step, Buffer weights, Buffer k, Buffer v, Buffer, Out q, Layer layer) {
+  return status([&] { tandem::attend(view(step), view(weights), view(k), view(v), view(q), *layer); });
 }
 
-ffi::Error combine(Buffer step, Buffer weights, Buffer attended, Buffer, Out x) {
-  return status([&] { tandem::combine(view(step), view(weights), view(attended), view(x)); });
+ffi::Error combine(Buffer step, Buffer weights, Buffer attended, Buffer, Out x, Layer layer) {
+  return status([&] { tandem::combine(view(step), view(weights), view(attended), view(x), *layer); });
 }
 
 ffi::Error head(Buffer step, Buffer weights, Buffer x, Buffer, Out logits) {
@@ -84,7 +86,7 @@ ffi::Error sample(Buffer step, Buffer logits, Buffer changed, Buffer, Out sample
   }
 
 TANDEM_HANDLER(embed)
-TANDEM_HANDLER(layer)
+TANDEM_HANDLER(layers)
 TANDEM_HANDLER(project)
 TANDEM_HANDLER(attend)
 TANDEM_HANDLER(combine)

@@ -1,6 +1,6 @@
-// The operators of a step: embed, then each layer, then head. A layer is project, attend, combine: in one operator, or in three for
-// those who want to change what is between. Activations between them are the residual stream x[T, D] in float32 and q[T, N, H]
-// in the element type; everything else stays inside.
+// The operators of a step: embed, then the layers, then head. A layer is project, attend, combine: all layers are one operator, or
+// each is three for those who want to change what is between. Activations between them are the residual stream x[T, D] in
+// float32 and q[T, N, H] in the element type; everything else stays inside.
 #pragma once
 
 #include <cstdlib>
@@ -41,7 +41,7 @@ class Scratch {
     void* data = nullptr;
     size_t size = 0;
   };
-  Buffer buffers_[4];  // normed rows, heads, activations, a branch
+  Buffer buffers_[5];  // normed rows, heads, activations, a branch, queries
 };
 
 // out[n] = x / rms(x) * w (Zhang & Sennrich 2019, arXiv:1910.07467), given sixteen at a time to put(i, n, value).
@@ -82,6 +82,16 @@ const typename E::T* norm_rows(Member& team, const float* x, const int32_t* whic
 inline size_t normed_size(const Weights& w, int rows) {
   const int repeated = REPEAT * Pool::get().wanted();
   return size_t(rows > repeated ? rows : repeated) * even(w.inputs);
+}
+
+template <class E>
+Matrix<E> qkv_of(const Weights& w) {
+  return {w.matrix<typename E::T>(w.qkv), even(w.inputs), (w.heads + 2 * w.kv_heads) * w.head_dim};
+}
+
+template <class E>
+Matrix<E> o_of(const Weights& w) {
+  return {w.matrix<typename E::T>(w.o), w.heads * w.head_dim, w.inputs};
 }
 
 // x[T, D]: the rows of the embedding table, scaled and rounded as the model's dtype would.
@@ -134,7 +144,7 @@ class Project {
 
   Project(const Step& step, const Weights& w, const float* rope, const Pages<E>& pages, const float* x, T* q)
       : step_(step), w_(w), rope_(rope), pages_(pages), x_(x), q_(q),
-        qkv{w.matrix<T>(w.qkv), even(w.inputs), (w.heads + 2 * w.kv_heads) * w.head_dim},
+        qkv(qkv_of<E>(w)),
         normed_(Scratch::get().take<T>(0, normed_size(w, step.tokens))),
         heads_(Scratch::get().take<float>(1, size_t(step.tokens) * qkv.panels() * COLUMNS)) {}
 
@@ -199,7 +209,7 @@ class Combine {
 
   Combine(const Step& step, const Weights& w, const T* attended, float* x)
       : step_(step), w_(w), attended_(attended), x_(x), F(padded(w.hidden)), sandwich_(w.post_mlp_norm),
-        o{w.matrix<T>(w.o), w.heads * w.head_dim, w.inputs},
+        o(o_of<E>(w)),
         gate_up{w.matrix<T>(w.gate_up), even(w.inputs), 2 * F},
         down{w.matrix<T>(w.down), F, w.inputs},
         normed_(Scratch::get().take<T>(0, normed_size(w, step.tokens))),
@@ -210,7 +220,10 @@ class Combine {
     const int tokens = step_.tokens;
     matmul<E>(team, attended_, o.inputs, tokens, o, add(w_.floats(w_.o_bias)));
     barrier(team, gate_up);
-    add_normed(team, w_.floats(w_.post_attention_norm));
+    if (sandwich_) {
+      add_normed(team, w_.floats(w_.post_attention_norm));
+      barrier(team, gate_up);
+    }
     const T* normed = norm_rows<E>(team, x_, nullptr, tokens, w_, w_.pre_mlp_norm, normed_, gate_up);
     const float* bias = w_.floats(w_.gate_up_bias);
     matmul<E>(team, normed, even(w_.inputs), tokens, gate_up, [&](int row, int rows, int panel, const float* c) {
@@ -244,13 +257,11 @@ class Combine {
   }
 
   void add_normed(Member& team, const float* norm) const {
-    if (!sandwich_) return;
     const int D = w_.inputs;
     team.share(step_.tokens, [&](int t) {
       float* to = x_ + size_t(t) * D;
       rms_norm(branch_ + size_t(t) * D, norm, D, w_.eps, [&](int i, int n, V v) { store(to + i, load(to + i, n) + v, n); });
     });
-    barrier(team, gate_up);
   }
 
   const Step& step_;
@@ -264,20 +275,23 @@ class Combine {
   float* branch_;
 };
 
-// The three one after another, without leaving the team.
+// The three one after another, without leaving the team. Who is done first fetches what it will read of the layer that comes
+// next, if one does.
 template <class E>
-void layer(const Step& step, const Weights& w, const float* rope, const Pages<E>& pages, typename E::T* q, float* x) {
+void layer(const Step& step, const Weights& w, const float* rope, const Pages<E>& pages, float* x, const Weights* next) {
+  using T = typename E::T;
   std::lock_guard<std::mutex> lock(Scratch::get().lock);
+  T* q = Scratch::get().take<T>(4, size_t(step.tokens) * w.heads * w.head_dim);
   const Project<E> project(step, w, rope, pages, x, q);
   Attention<E> attention(step, w, pages, q, Pool::get().wanted());
   const Combine<E> combine(step, w, q, x);
-  const Matrix<E> o{w.matrix<typename E::T>(w.o), w.heads * w.head_dim, w.inputs};
   Pool::get().run([&](Member& team) {
     project(team);
     team.barrier();
     attention(team);
-    barrier(team, o);
+    barrier(team, o_of<E>(w));
     combine(team);
+    if (next) barrier(team, qkv_of<E>(*next));
   });
 }
 

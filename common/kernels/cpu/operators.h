@@ -81,8 +81,13 @@ inline const Weights& read_weights(const View& weights) {
   return w;
 }
 
-inline const Weights& read_layer(const View& weights) {
-  const Weights& w = read_weights(weights);
+// One of the layers in uint8[L, n].
+inline const Weights& read_layer(const View& weights, int64_t layer) {
+  expect("weights", weights, "uint8", {ANY, ANY});
+  if (layer < 0 || layer >= weights.dims[0])
+    refuse("layer: expected one of " + std::to_string(weights.dims[0]) + ", got " + std::to_string(layer));
+  const int64_t size = weights.dims[1];
+  const Weights& w = read_weights({(char*)weights.data + layer * size, weights.type, 1, &size});
   if (!w.qkv) refuse("weights are the head's, and a layer's were expected");
   return w;
 }
@@ -107,13 +112,13 @@ inline void typed(const Weights& w, F&& f) {
 
 inline std::string_view element(const Weights& w) { return w.itemsize == 2 ? "bfloat16" : "float32"; }
 
-// K as [K, pages, H / PAIR, B, PAIR], V as [K, pages, B / PAIR, H', PAIR].
-inline void check_pages(const Weights& w, const View& k, const View& v) {
+// Pools of all layers, one after another: K as [L K, pages, H / PAIR, B, PAIR], V as [L K, pages, B / PAIR, H', PAIR].
+inline void check_pages(const Weights& w, int64_t layers, const View& k, const View& v) {
   const int64_t G = 4 / w.itemsize;
-  expect("k", k, element(w), {w.kv_heads, ANY, w.head_dim / G, ANY, G});
+  expect("k", k, element(w), {layers * w.kv_heads, ANY, w.head_dim / G, ANY, G});
   const int64_t B = k.dims[3];
   if (B % LANES) refuse("k: expected pages of a multiple of " + std::to_string(LANES) + " tokens, got " + std::to_string(B));
-  expect("v", v, element(w), {w.kv_heads, k.dims[1], B / G, padded(w.head_dim), G});
+  expect("v", v, element(w), {layers * w.kv_heads, k.dims[1], B / G, padded(w.head_dim), G});
 }
 
 inline void check_q(const Step& s, const Weights& w, const View& q) {
@@ -122,10 +127,18 @@ inline void check_q(const Step& s, const Weights& w, const View& q) {
 
 inline void check_x(const Step& s, const Weights& w, const View& x) { expect("x", x, "float32", int64_t(s.tokens) * w.inputs); }
 
+// One layer's pages.
 template <class E>
-inline Pages<E> pages_of(const Weights& w, const View& k, const View& v) {
+inline Pages<E> pages_of(const Weights& w, const View& k, const View& v, int64_t layer) {
   using T = typename E::T;
-  return {(T*)k.data, (T*)v.data, w.kv_heads, int(k.dims[1]), int(k.dims[3]), w.head_dim};
+  const Pages<E> first{(T*)k.data, (T*)v.data, w.kv_heads, int(k.dims[1]), int(k.dims[3]), w.head_dim};
+  const int head = int(layer) * w.kv_heads;
+  return {first.keys(head, 0, 0), first.values(head, 0, 0), w.kv_heads, first.pages, first.page, w.head_dim};
+}
+
+// The table that a layer turns by, of ropes[tables, positions, H].
+inline const float* rope_of(const Weights& w, const View& ropes) {
+  return (const float*)ropes.data + w.rope * ropes.dims[1] * ropes.dims[2];
 }
 
 inline void embed(const View& step, const View& weights, const View& last_tokens, const View& x) {
@@ -145,22 +158,21 @@ inline void embed(const View& step, const View& weights, const View& last_tokens
 }
 
 // What a layer reads and writes besides its weights.
-inline void check_project(const Step& s, const Weights& w, const View& rope, const View& x, const View& k, const View& v,
-                          const View& q) {
-  check_pages(w, k, v);
-  expect("rope", rope, "float32", {ANY, w.head_dim});
+inline void check_project(const Step& s, const Weights& w, int64_t layers, const View& ropes, const View& x, const View& k,
+                          const View& v) {
+  check_pages(w, layers, k, v);
+  expect("ropes", ropes, "float32", {ANY, ANY, w.head_dim});
+  if (w.rope < 0 || w.rope >= ropes.dims[0]) refuse("ropes: expected the table that the layer turns by, got fewer");
   check_x(s, w, x);
-  check_q(s, w, q);
   for (int t = 0; t < s.tokens; ++t) {
     if (s.slots[t] < 0 || s.slots[t] >= k.dims[1] * k.dims[3]) refuse("a slot lies outside the pages");
-    if (s.positions[t] < 0 || s.positions[t] >= rope.dims[0]) refuse("a position lies outside the rotary table");
+    if (s.positions[t] < 0 || s.positions[t] >= ropes.dims[1]) refuse("a position lies outside the rotary table");
   }
 }
 
-inline void check_attend(const Step& s, const Weights& w, const View& k, const View& v, const View& q) {
-  check_pages(w, k, v);
-  check_q(s, w, q);
-  // Every layer looks at the whole table: no branch in the loop, so that it is a few hundred instructions.
+inline void check_attend(const Step& s, const Weights& w, int64_t layers, const View& k, const View& v) {
+  check_pages(w, layers, k, v);
+  // No branch in the loop, so that it is a few hundred instructions.
   uint32_t most = 0;
   for (int i = 0; i < s.seqs * s.pages; ++i) most = uint32_t(s.page_table[i]) > most ? uint32_t(s.page_table[i]) : most;
   if (int64_t(most) >= k.dims[1]) refuse("a page of the table lies outside the pool");
@@ -168,42 +180,52 @@ inline void check_attend(const Step& s, const Weights& w, const View& k, const V
     if (s.kv_lengths[i] > int64_t(s.pages) * k.dims[3]) refuse("a sequence is longer than its row of the page table");
 }
 
-inline void layer(const View& step, const View& weights, const View& rope, const View& k, const View& v, const View& q,
-                  const View& x) {
+inline void layers(const View& step, const View& weights, const View& ropes, const View& k, const View& v, const View& x) {
   const Step s = read_step(step);
-  const Weights& w = read_layer(weights);
-  check_project(s, w, rope, x, k, v, q);
-  check_attend(s, w, k, v, q);
-  typed(w, [&](auto e) {
+  const Weights& first = read_layer(weights, 0);
+  const int64_t L = weights.dims[0];
+  for (int64_t i = 0; i < L; ++i) {
+    const Weights& w = read_layer(weights, i);
+    if (w.itemsize != first.itemsize) refuse("weights: expected all layers in one type, got two");
+    check_project(s, w, L, ropes, x, k, v);
+  }
+  check_attend(s, first, L, k, v);
+  typed(first, [&](auto e) {
     using E = decltype(e);
-    layer<E>(s, w, (const float*)rope.data, pages_of<E>(w, k, v), (typename E::T*)q.data, (float*)x.data);
+    for (int64_t i = 0; i < L; ++i) {
+      const Weights& w = read_layer(weights, i);
+      const Weights* next = i + 1 < L ? &read_layer(weights, i + 1) : nullptr;
+      layer<E>(s, w, rope_of(w, ropes), pages_of<E>(w, k, v, i), (float*)x.data, next);
+    }
   });
 }
 
-inline void project(const View& step, const View& weights, const View& rope, const View& x, const View& k, const View& v,
-                    const View& q) {
+inline void project(const View& step, const View& weights, const View& ropes, const View& x, const View& k, const View& v,
+                    const View& q, int64_t layer) {
   const Step s = read_step(step);
-  const Weights& w = read_layer(weights);
-  check_project(s, w, rope, x, k, v, q);
+  const Weights& w = read_layer(weights, layer);
+  check_project(s, w, weights.dims[0], ropes, x, k, v);
+  check_q(s, w, q);
   typed(w, [&](auto e) {
     using E = decltype(e);
-    project<E>(s, w, (const float*)rope.data, pages_of<E>(w, k, v), (const float*)x.data, (typename E::T*)q.data);
+    project<E>(s, w, rope_of(w, ropes), pages_of<E>(w, k, v, layer), (const float*)x.data, (typename E::T*)q.data);
   });
 }
 
-inline void attend(const View& step, const View& weights, const View& k, const View& v, const View& q) {
+inline void attend(const View& step, const View& weights, const View& k, const View& v, const View& q, int64_t layer) {
   const Step s = read_step(step);
-  const Weights& w = read_layer(weights);
-  check_attend(s, w, k, v, q);
+  const Weights& w = read_layer(weights, layer);
+  check_attend(s, w, weights.dims[0], k, v);
+  check_q(s, w, q);
   typed(w, [&](auto e) {
     using E = decltype(e);
-    attend<E>(s, w, pages_of<E>(w, k, v), (typename E::T*)q.data);
+    attend<E>(s, w, pages_of<E>(w, k, v, layer), (typename E::T*)q.data);
   });
 }
 
-inline void combine(const View& step, const View& weights, const View& attended, const View& x) {
+inline void combine(const View& step, const View& weights, const View& attended, const View& x, int64_t layer) {
   const Step s = read_step(step);
-  const Weights& w = read_layer(weights);
+  const Weights& w = read_layer(weights, layer);
   check_x(s, w, x);
   expect("attended", attended, element(w), int64_t(s.tokens) * w.heads * w.head_dim);
   typed(w, [&](auto e) {

@@ -1,4 +1,5 @@
-"""A layer's weights as one buffer: a header that describes it, norms, biases, and matrices in the order kernels read them.
+"""The layers' weights as one buffer: of each a header that describes it, norms, biases, and matrices in the order kernels read
+them; and the head's as another.
 
 A matrix W[outputs, inputs] becomes panels of 32 outputs. In a panel the inputs go by in groups, two of bfloat16 or one of
 float32, and for each group the 32 outputs lie side by side: a kernel that walks down a panel reads memory in order, and each
@@ -7,7 +8,7 @@ load brings one group of inputs for sixteen outputs. `step.h` has the header in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -27,14 +28,55 @@ PARTS = (
 HEADER = np.dtype(
     [(name, "<i4") for name in ("inputs", "heads", "kv_heads", "head_dim", "hidden", "vocab", "window", "gelu")]
     + [(name, "<f4") for name in ("eps", "attention_scale", "embedding_scale")]
-    + [("magic", "<i4"), ("itemsize", "<i4"), ("reserved", "<i4"), ("bytes", "<i8")]
+    + [("magic", "<i4"), ("itemsize", "<i4"), ("rope", "<i4"), ("bytes", "<i8")]
     + [(name, "<i8") for name in PARTS]
 )
 MAX_HEAD_DIM = 512
 
 
-def pack_layer(checkpoint: Checkpoint, layer: int, dtype: Dtype) -> np.ndarray:
-    """One decoder layer: uint8[n], from a large memory page's begin on."""
+def pack_layers(checkpoint: Checkpoint, dtype: Dtype, done: Callable[[int], None] = lambda layers: None) -> np.ndarray:
+    """The decoder's layers: uint8[L, n], from a large memory page's begin on. Calls `done` with the number of those packed."""
+    config, packed = checkpoint.config, np.empty((0, 0), np.uint8)
+    for layer in range(config.num_layers):
+        parts = _layer(checkpoint, layer, dtype)
+        header = _describe(config, dtype, parts)
+        header["window"], header["rope"] = config.layer_window[layer], config.layer_rope[layer]
+        if layer == 0:
+            packed = aligned(config.num_layers, int(header["bytes"]))
+        _write(packed[layer], header, parts)
+        done(layer + 1)
+    return packed
+
+
+def pack_head(checkpoint: Checkpoint, dtype: Dtype) -> np.ndarray:
+    """Embedding, final norm and LM head: uint8[n], from a large memory page on. A tied head serves the embedding rows too."""
+    embedding = parameter(checkpoint, "model.embed_tokens.weight", dtype)
+    parts = {"final_norm": parameter(checkpoint, "model.norm.weight", dtype)}
+    if checkpoint.config.tie_embeddings:
+        parts["head"] = panels(embedding)
+    else:
+        parts |= {"embedding": embedding, "head": panels(parameter(checkpoint, "lm_head.weight", dtype))}
+    header = _describe(checkpoint.config, dtype, parts)
+    packed = aligned(1, int(header["bytes"]))[0]
+    _write(packed, header, parts)
+    return packed
+
+
+def panels(w: np.ndarray) -> np.ndarray:
+    """[outputs, inputs] -> [outputs / 32, inputs / PAIR, 32, PAIR], both padded with zeros."""
+    pair = 4 // w.dtype.itemsize
+    w = _pad(_pad(w, 0, COLUMNS), 1, 2)
+    return w.reshape(w.shape[0] // COLUMNS, COLUMNS, w.shape[1] // pair, pair).transpose(0, 2, 1, 3)
+
+
+def interleaved(gate_up: np.ndarray) -> np.ndarray:
+    """Gate's rows and then up's, [2 F, …], as sixteen of gate, the same sixteen of up, and so on: both meet in one panel."""
+    gate, up = (_pad(half, 0, LANES) for half in np.split(gate_up, 2))
+    return np.stack([half.reshape(-1, LANES, *half.shape[1:]) for half in (gate, up)], axis=1).reshape(-1, *gate.shape[1:])
+
+
+def _layer(checkpoint: Checkpoint, layer: int, dtype: Dtype) -> dict[str, np.ndarray]:
+    """One decoder layer's parts."""
     config = checkpoint.config
     get = lambda name: parameter(checkpoint, f"model.layers.{layer}.{name}", dtype)  # noqa: E731
     parts = {
@@ -59,31 +101,7 @@ def pack_layer(checkpoint: Checkpoint, layer: int, dtype: Dtype) -> np.ndarray:
         parts["post_mlp_norm"] = get("post_feedforward_layernorm.weight")
     else:
         parts["pre_mlp_norm"] = get("post_attention_layernorm.weight")
-    return _buffer(config, dtype, config.layer_window[layer], parts)
-
-
-def pack_head(checkpoint: Checkpoint, dtype: Dtype) -> np.ndarray:
-    """Embedding, final norm and LM head: uint8[n], from a large memory page on. A tied head serves the embedding rows too."""
-    embedding = parameter(checkpoint, "model.embed_tokens.weight", dtype)
-    parts = {"final_norm": parameter(checkpoint, "model.norm.weight", dtype)}
-    if checkpoint.config.tie_embeddings:
-        parts["head"] = panels(embedding)
-    else:
-        parts |= {"embedding": embedding, "head": panels(parameter(checkpoint, "lm_head.weight", dtype))}
-    return _buffer(checkpoint.config, dtype, 0, parts)
-
-
-def panels(w: np.ndarray) -> np.ndarray:
-    """[outputs, inputs] -> [outputs / 32, inputs / PAIR, 32, PAIR], both padded with zeros."""
-    pair = 4 // w.dtype.itemsize
-    w = _pad(_pad(w, 0, COLUMNS), 1, 2)
-    return w.reshape(w.shape[0] // COLUMNS, COLUMNS, w.shape[1] // pair, pair).transpose(0, 2, 1, 3)
-
-
-def interleaved(gate_up: np.ndarray) -> np.ndarray:
-    """Gate's rows and then up's, [2 F, …], as sixteen of gate, the same sixteen of up, and so on: both meet in one panel."""
-    gate, up = (_pad(half, 0, LANES) for half in np.split(gate_up, 2))
-    return np.stack([half.reshape(-1, LANES, *half.shape[1:]) for half in (gate, up)], axis=1).reshape(-1, *gate.shape[1:])
+    return parts
 
 
 def _pad(w: np.ndarray, axis: int, multiple: int) -> np.ndarray:
@@ -95,33 +113,39 @@ def _bias(bias: np.ndarray) -> np.ndarray:
     return _pad(bias.astype(np.float32), 0, COLUMNS)
 
 
-def _buffer(config: ModelConfig, dtype: Dtype, window: int, parts: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The header and the parts behind it, each copied once to its aligned place."""
+def _describe(config: ModelConfig, dtype: Dtype, parts: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The header of a buffer with these parts behind it, each in an aligned place."""
     element = NUMPY_DTYPES[dtype]
     header = np.zeros((), HEADER)
     sizes = (config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, config.intermediate_size)
-    for name, value in zip(HEADER.names or (), (*sizes, config.vocab_size, window, config.activation != "silu"), strict=False):
+    for name, value in zip(HEADER.names or (), (*sizes, config.vocab_size, 0, config.activation != "silu"), strict=False):
         header[name] = value
     header["eps"], header["attention_scale"] = config.norm_eps, config.attention_scale
     # Rounded to the model's dtype first, as Gemma was trained.
     header["embedding_scale"] = np.asarray(config.embedding_scale, element).astype(np.float32)
     header["magic"], header["itemsize"] = MAGIC, element.itemsize
-    end = HEADER.itemsize
+    end = _aligned(HEADER.itemsize)
     for name, part in parts.items():
-        header[name] = end = -(-end // ALIGN) * ALIGN
-        end += part.nbytes
+        header[name] = end
+        end = _aligned(end + part.nbytes)
     header["bytes"] = end
-    buffer = aligned(end)
+    return header
+
+
+def _write(buffer: np.ndarray, header: np.ndarray, parts: Mapping[str, np.ndarray]) -> None:
     buffer[: HEADER.itemsize] = np.frombuffer(header.tobytes(), np.uint8)
     for name, part in parts.items():
         at = int(header[name])
         buffer[at : at + part.nbytes].view(part.dtype).reshape(part.shape)[...] = part
-    return buffer
 
 
-def aligned(size: int) -> np.ndarray:
-    """uint8[size], zeroed, alone in as many large memory pages as it takes: a matrix that lies partly in small ones is read
-    slower. Frameworks take such memory as it is, without a copy."""
-    memory = np.zeros(-(-size // LARGE_PAGE) * LARGE_PAGE + LARGE_PAGE, np.uint8)
+def _aligned(size: int) -> int:
+    return -(-size // ALIGN) * ALIGN
+
+
+def aligned(count: int, size: int) -> np.ndarray:
+    """uint8[count, size], zeroed, alone in as many large memory pages as it takes: a matrix that lies partly in small ones is
+    read slower. Frameworks take such memory as it is, without a copy."""
+    memory = np.zeros(-(-count * size // LARGE_PAGE) * LARGE_PAGE + LARGE_PAGE, np.uint8)
     start = -memory.ctypes.data % LARGE_PAGE
-    return memory[start : start + size]
+    return memory[start : start + count * size].reshape(count, size)

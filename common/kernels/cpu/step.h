@@ -69,7 +69,7 @@ struct Weights {
   float eps, attention_scale, embedding_scale;
   int32_t magic;       // MAGIC: the bytes are what pack.py wrote
   int32_t itemsize;    // of the matrices' elements: 4 is float32, 2 is bfloat16
-  int32_t reserved;
+  int32_t rope;        // which rotary table a layer turns by
   int64_t bytes;       // of the whole buffer
   int64_t qkv, qkv_bias, o, o_bias, gate_up, gate_up_bias, down, down_bias;
   int64_t input_norm, post_attention_norm, pre_mlp_norm, post_mlp_norm, q_norm, k_norm;

@@ -30,22 +30,21 @@ void embed(const Tensor& step, const Tensor& weights, const Tensor& last_tokens,
   tandem::embed(view(step), view(weights), view(last_tokens), view(x));
 }
 
-void layer(const Tensor& step, const Tensor& weights, const Tensor& rope, const Tensor& k, const Tensor& v, const Tensor& q,
-           const Tensor& x) {
-  tandem::layer(view(step), view(weights), view(rope), view(k), view(v), view(q), view(x));
+void layers(const Tensor& step, const Tensor& weights, const Tensor& ropes, const Tensor& k, const Tensor& v, const Tensor& x) {
+  tandem::layers(view(step), view(weights), view(ropes), view(k), view(v), view(x));
 }
 
-void project(const Tensor& step, const Tensor& weights, const Tensor& rope, const Tensor& x, const Tensor& k, const Tensor& v,
-             const Tensor& q) {
-  tandem::project(view(step), view(weights), view(rope), view(x), view(k), view(v), view(q));
+void project(const Tensor& step, const Tensor& weights, const Tensor& ropes, const Tensor& x, const Tensor& k, const Tensor& v,
+             const Tensor& q, int64_t layer) {
+  tandem::project(view(step), view(weights), view(ropes), view(x), view(k), view(v), view(q), layer);
 }
 
-void attend(const Tensor& step, const Tensor& weights, const Tensor& k, const Tensor& v, const Tensor& q) {
-  tandem::attend(view(step), view(weights), view(k), view(v), view(q));
+void attend(const Tensor& step, const Tensor& weights, const Tensor& k, const Tensor& v, const Tensor& q, int64_t layer) {
+  tandem::attend(view(step), view(weights), view(k), view(v), view(q), layer);
 }
 
-void combine(const Tensor& step, const Tensor& weights, const Tensor& attended, const Tensor& x) {
-  tandem::combine(view(step), view(weights), view(attended), view(x));
+void combine(const Tensor& step, const Tensor& weights, const Tensor& attended, const Tensor& x, int64_t layer) {
+  tandem::combine(view(step), view(weights), view(attended), view(x), layer);
 }
 
 void head(const Tensor& step, const Tensor& weights, const Tensor& x, const Tensor& logits) {
@@ -68,10 +67,11 @@ void threads(int64_t count) { tandem::threads(int(count)); }
 
 TORCH_LIBRARY(tandem, m) {
   m.def("embed(Tensor step, Tensor weights, Tensor last_tokens, Tensor(a!) x) -> ()");
-  m.def("layer(Tensor step, Tensor weights, Tensor rope, Tensor(a!) k, Tensor(b!) v, Tensor(c!) q, Tensor(d!) x) -> ()");
-  m.def("project(Tensor step, Tensor weights, Tensor rope, Tensor x, Tensor(a!) k, Tensor(b!) v, Tensor(c!) q) -> ()");
-  m.def("attend(Tensor step, Tensor weights, Tensor k, Tensor v, Tensor(a!) q) -> ()");
-  m.def("combine(Tensor step, Tensor weights, Tensor attended, Tensor(a!) x) -> ()");
+  m.def("layers(Tensor step, Tensor weights, Tensor ropes, Tensor(a!) k, Tensor(b!) v, Tensor(c!) x) -> ()");
+  m.def(
+      "project(Tensor step, Tensor weights, Tensor ropes, Tensor x, Tensor(a!) k, Tensor(b!) v, Tensor(c!) q, int layer) -> ()");
+  m.def("attend(Tensor step, Tensor weights, Tensor k, Tensor v, Tensor(a!) q, int layer) -> ()");
+  m.def("combine(Tensor step, Tensor weights, Tensor attended, Tensor(a!) x, int layer) -> ()");
   m.def("head(Tensor step, Tensor weights, Tensor x, Tensor(a!) logits) -> ()");
   m.def("adjust(Tensor step, Tensor changes, Tensor logits, Tensor(a!) changed) -> ()");
   m.def("sample(Tensor step, Tensor logits, Tensor changed, Tensor(a!) last_tokens, Tensor(b!) sampled) -> ()");
@@ -82,7 +82,7 @@ TORCH_LIBRARY(tandem, m) {
 TORCH_LIBRARY_IMPL(tandem, CPU, m) {
   m.impl("huge", &huge);
   m.impl("embed", &embed);
-  m.impl("layer", &layer);
+  m.impl("layers", &layers);
   m.impl("project", &project);
   m.impl("attend", &attend);
   m.impl("combine", &combine);
