@@ -28,7 +28,7 @@ class Attention(nn.Module):
         heads = config.num_heads + 2 * config.num_kv_heads
         self.qkv_proj = Linear(config.hidden_size, heads * config.head_dim, bias=config.qkv_bias, split=0, dtype=dtype)
         self.o_proj = Linear(
-            config.num_heads * config.head_dim, config.hidden_size, bias=config.output_bias, split=0, dtype=dtype
+            config.num_heads * config.head_dim, config.hidden_size, bias=config.output_bias, split=1, dtype=dtype
         )
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
