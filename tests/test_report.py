@@ -337,11 +337,13 @@ def test_a_sweep_of_all_combinations_is_one_command() -> None:
         for n, (e, s) in enumerate([("a", 1), ("a", 2), ("b", 1), ("b", 2)])
     ]
     first = "python -m experiments.bench --config-dir c engine=a seed=1"
-    assert sweep_command(Path("s"), jobs, first) == "python -m experiments.bench --config-dir c -m engine=a,b seed=1,2 sweep=s"
-    assert sweep_command(Path("s"), jobs, f"{first} sweep=s").count("sweep=") == 1
-    assert sweep_command(Path("s"), jobs[:3], first).count("\n") == 2
-    assert "sweep=" not in sweep_command(Path("s"), jobs[:3], f"{first} sweep=s")
-    assert sweep_command(Path("s"), [], first) == ""
+    assert sweep_command(jobs, first) == "python -m experiments.bench --config-dir c -m engine=a,b seed=1,2"
+    assert sweep_command(jobs[:3], first).count("\n") == 2
+    for some in (jobs, jobs[:3]):  # in a folder of its own: in that of the sweep every job is done
+        assert "sweep=" not in sweep_command(some, f"{first} sweep=s")
+    other = Job(number=4, digest="", overrides=("engine=b", "seed=1", "dtype=float32"))
+    assert sweep_command([jobs[0], other], first).count("\n") == 1  # engine=a has no dtype
+    assert sweep_command([], first) == ""
 
 
 @pytest.mark.accept
