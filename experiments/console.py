@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -185,10 +185,15 @@ def print_table(
     console.print(title, style="bold", highlight=False, markup=False)
     console.print(table)
     for label, figures in engines.items():
-        for reason in figures["contaminated"]:
-            console.print(f"[bold red]contaminated[/] {escape(label)}: {escape(reason)}.", highlight=False)
-        for reason in figures.get("unsure") or ():
-            console.print(f"{escape(label)}: {escape(reason)}.", style="dim", highlight=False)
+        print_doubts(console, label, figures["contaminated"], figures.get("unsure") or ())
+
+
+def print_doubts(console: Console, whose: str, contaminated: Iterable[str], unsure: Iterable[str]) -> None:
+    """Why figures do not stand for what they seem to, and why perhaps."""
+    for reason in contaminated:
+        console.print(f"[bold red]contaminated[/] {escape(whose)}: {escape(reason)}.", highlight=False)
+    for reason in unsure:
+        console.print(f"{escape(whose)}: {escape(reason)}.", style="dim", highlight=False)
 
 
 def figure(key: str, figures: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import hydra
@@ -28,7 +28,7 @@ from experiments.results import sweep_table
 from experiments.rundir import run_directory
 from experiments.sweep import print_sweep
 from experiments.sweeper import combinations
-from tests.history_backend import command, last_line
+from tests.history_backend import command, interruptible, last_line
 from tests.sweep_backend import OVERRIDES, folder, starts
 
 __all__ = ["folder"]
@@ -64,14 +64,6 @@ def launch(*overrides: str) -> subprocess.Popen[str]:
     ]
     with interruptible():
         return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Who is started as a job in the background ignores Ctrl-C, and so would all that it starts."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -317,6 +309,16 @@ def test_a_sweeps_figures_are_headed_as_those_of_a_run(capsys: pytest.CaptureFix
     print_sweep("s", table)
     printed = " ".join(capsys.readouterr().out.replace("┃", " ").split())
     assert "output TTFT median," in printed and "tokens/s ms" in printed  # of two lines
+
+
+def test_a_sweep_tells_which_rows_are_contaminated_and_which_may_be(capsys: pytest.CaptureFixture[str]) -> None:
+    fine = {"job": 0, "engine": "jax", "status": "ok", "contaminated": None, "unsure": None}
+    spoilt, doubtful = {"engine": "torch", "contaminated": "2 requests failed; too hot"}, {"job": 1, "unsure": "too short"}
+    table = pd.DataFrame([fine, fine | spoilt, fine | doubtful])
+    table.attrs["swept"] = []
+    print_sweep("s", table)
+    told = [line for line in capsys.readouterr().out.splitlines() if " of job " in line]
+    assert told == ["contaminated torch of job 0: 2 requests failed; too hot.", "jax of job 1: too short."]
 
 
 def test_a_digest_tells_what_is_run_and_not_where() -> None:
