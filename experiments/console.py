@@ -116,9 +116,9 @@ class Narrator:
     def alarm(self, text: str) -> None:
         self._console.print(text, style="bold red", highlight=False, markup=False)
 
-    def block(self, done: int, planned: int, label: str, block_s: float) -> None:
-        """Say which window comes next. `block_s` is how long a block takes, 0 if that is not known yet."""
-        left = f", about {block_s * (planned - done):.0f} s left" if block_s and done < planned else ""
+    def block(self, done: int, planned: int, label: str, left_s: float) -> None:
+        """Say which window comes next. `left_s` is how long the blocks that are planned still take, 0 or less if not known."""
+        left = f", about {left_s:.0f} s left" if left_s > 0 else ""
         text = f"block {done + 1}{f' of {planned}' if done < planned else ''}: {label}{left}"
         if self._console.is_terminal:
             self._draw("blocks", done, max(planned, done + 1), text)

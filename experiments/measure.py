@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from common.config import expect
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
-from experiments.blocks import block_order, level, reason_to_stop
+from experiments.blocks import block_order, level, reason_to_stop, time_left
 from experiments.config import EngineSpec, MeasureConfig, resolved
 from experiments.console import Narrator
 from experiments.drive import Window
@@ -204,8 +204,9 @@ def run_blocks(outcome: Outcome, engines: Mapping[str, IsolatedEngine], plan: Pl
             break
         order = [label for label in block_order(list(engines), done, plan.seed) if label in outcome.survivors]
         outcome.order.append(order)
+        end = start + time_left(config, done, start - begin, longest)
         for label in order:
-            narrator.block(done, config.blocks, label, longest)
+            narrator.block(done, config.blocks, label, end - time.perf_counter())
             with outcome.row_of(engines[label], narrator):
                 window, last = served(label, engines[label].run(plan.workload)), bandwidth
                 bandwidth = probe()

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import compare, records
 from experiments.agreement import tokens_equal_share, verdict
-from experiments.blocks import block_order, level, reason_to_stop
+from experiments.blocks import block_order, level, reason_to_stop, time_left
 from experiments.compare import ratios
 from experiments.config import MeasureConfig
 from experiments.correctness import Agreement, Divergence
@@ -101,6 +101,16 @@ def test_no_block_starts_that_would_end_after_the_budget_and_the_first_two_alway
     assert count(config(6, budget_s=85.0), block_s=10.0)[0] == 8
     assert count(config(6, budget_s=0.0), block_s=10.0)[0] == 2
     assert count(config(1, budget_s=0.0), block_s=10.0)[0] == 1
+
+
+def test_the_time_left_is_never_more_than_the_budget_has_but_for_the_blocks_that_always_run() -> None:
+    six = config(6, budget_s=35.0)
+    assert time_left(six, 0, 0.0, 0.0) <= 0  # not known before a block has run
+    assert time_left(six, 1, 4.0, 4.0) == 20 and time_left(six, 5, 20.0, 4.0) == 4
+    assert time_left(six, 1, 10.0, 10.0) == 25 and time_left(six, 2, 20.0, 10.0) == 15
+    assert time_left(six, 1, 40.0, 40.0) == time_left(config(6, budget_s=0.0), 1, 40.0, 40.0) == 40
+    assert time_left(config(6, budget_s=math.inf), 1, 10.0, 10.0) == 50
+    assert time_left(six, 6, 24.0, 4.0) <= 0  # nobody knows how many more there will be
 
 
 def test_ratios_are_over_the_first_named() -> None:
