@@ -21,7 +21,19 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from common.config import EngineConfig, expect
 from common.errors import TandemError, nearest_hint
-from common.exits import FAILURE, GATE, INTERRUPTED, READER_GONE, USER_ERROR, drop_output, fail, replace_unprintable
+from common.exits import (
+    FAILURE,
+    GATE,
+    INTERRUPTED,
+    READER_GONE,
+    TERMINATED,
+    USER_ERROR,
+    Terminated,
+    drop_output,
+    fail,
+    heeding_sigterm,
+    replace_unprintable,
+)
 from experiments.fail_if import Condition, violations
 from experiments.isolate import EngineFailure
 from experiments.job import is_whole, job_directory
@@ -75,7 +87,8 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
 
     try:
         try:
-            hydra.main(version_base="1.3", config_path="pkg://configs", config_name=config_name)(run)()
+            with heeding_sigterm():
+                hydra.main(version_base="1.3", config_path="pkg://configs", config_name=config_name)(run)()
         finally:
             if not composed:  # it was Hydra that printed, as of --help
                 sys.stdout.flush()
@@ -88,8 +101,8 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
             raise
         drop_output()
         sys.exit(READER_GONE)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt as end:
+        sys.exit(TERMINATED if isinstance(end, Terminated) else INTERRUPTED)
 
 
 def report_on(config: DictConfig, result: Mapping[str, Any]) -> bool:

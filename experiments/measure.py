@@ -23,6 +23,7 @@ from experiments.drive import Window
 from experiments.isolate import EngineFailure, IsolatedEngine
 from experiments.metrics import contaminations, output_throughput, summarize, unsure
 from experiments.profiled import Profile
+from experiments.records import kept_rows
 from experiments.roofline import Limits, bandwidth_probe, better, efficiency, measure_limits, weights_bytes
 from experiments.statistics import Comparison, compare_all
 from experiments.workload import Workload, WorkloadConfig, draw, known_options
@@ -163,7 +164,7 @@ class Outcome:
 def measure(plan: Plan, directory: Path, narrator: Narrator) -> Outcome:
     """Load the plan's engines and run its blocks. Raises what is the user's to mend; an engine that fails is in the outcome."""
     outcome = Outcome({spec.label: [] for spec in plan.engines})
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, kept_rows(directory, outcome.windows):
         engines = {
             spec.label: stack.enter_context(IsolatedEngine(spec, directory / f"{spec.label}.log", plan.measure.timeout_s))
             for spec in plan.engines
