@@ -24,6 +24,7 @@ from experiments.results import RunFiles, open_run
 from experiments.run_report import command, run_page
 from experiments.run_sections import agreement_section
 from experiments.run_tables import figures_table
+from experiments.statistics import sentence
 from experiments.sweep_report import sweep_command
 from tests.synthetic_run import HOSTILE, write_run, write_sweep
 
@@ -210,8 +211,11 @@ def test_the_command_of_a_verdict_is_on_the_page_and_in_the_summary() -> None:
 
 
 def test_a_verdict_that_rests_on_too_little_says_what_to_do() -> None:
-    (few,) = speed(compared(), paced=False)
-    assert (few.tone, few.value) == ("calm", "Undecided") and "measure.blocks=6 or more" in few.said
+    said = sentence("torch", "jax", "undecided", 0.9, None, None, 1, 0.05, fewest=8)
+    (few,) = speed(compared(found={"said": said}, stopped="its one block was run"), paced=False)
+    assert (few.tone, few.value) == ("calm", "Undecided")
+    assert few.said.startswith(f"{said}. Its one block was run. ") and "8 blocks are the fewest" in few.said
+    assert "measure.blocks" in few.said and " 6 " not in few.said  # how many tell, the sentence alone says
     assert few.word == "torch gives 0.900× the output tokens/s of jax, no interval, 1 block"
     (many,) = speed(compared(found={"low": 0.8, "high": 1.1, "blocks": 8}), paced=False)
     assert many.word.endswith("of jax, 0.800–1.100, 8 blocks") and "measure.blocks" not in many.said
