@@ -192,13 +192,14 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(folder: Path) -> None:
     assert what_was_asked("killed") == what_was_asked("unbroken")
 
 
-def test_ctrl_c_ends_the_running_job_and_says_how_to_go_on(folder: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_who_ends_a_sweep_ends_the_running_job_and_is_told_how_to_go_on(folder: Path, how: signal.Signals) -> None:
     (folder / "hangs").write_text("1")
     launcher = launch("sweep=s", *TWO)
     wait_for(lambda: len(starts(folder)) == 1)
-    launcher.send_signal(signal.SIGINT)
+    launcher.send_signal(how)
     _, errors = launcher.communicate(timeout=PATIENCE_S)
-    assert launcher.returncode == 130
+    assert launcher.returncode == 128 + how
     assert "0 of 2 jobs are done" in errors and "sweep=s" in errors and "Traceback" not in errors
     assert "python -m experiments.sweep runs/sweeps/s\n" in errors
     wait_for(lambda: is_gone(int(starts(folder)[0])))
