@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 FAILURE = 1
@@ -15,8 +16,27 @@ FAILURE = 1
 USER_ERROR = 2
 GATE = 3
 """A run is whole, and a condition of `fail_if` holds."""
-INTERRUPTED = 130
+INTERRUPTED = 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM
 READER_GONE = 128 + signal.SIGPIPE
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: whoever sent it wants an end, and what was done so far kept, as who presses Ctrl-C does."""
+
+
+@contextmanager
+def heeding_sigterm() -> Iterator[None]:
+    """SIGTERM within the block raises `Terminated`. For the main thread."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def fail(message: str, code: int) -> NoReturn:

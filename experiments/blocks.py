@@ -40,6 +40,13 @@ def level(config: MeasureConfig, comparisons: int, ended: bool) -> float:
     return 1 - config.confidence - comparisons * 2.0 ** (1 - first) if ended else 0.0
 
 
+def time_left(config: MeasureConfig, done: int, elapsed: float, longest: float) -> float:
+    """Seconds, at most, that the blocks asked for still take after `done` of them, the longest of `longest` seconds: those that
+    run whatever the budget says, and of the others what it leaves after `elapsed`. 0 or less where that is not known."""
+    due = longest * (min(ALWAYS, config.blocks) - done)
+    return min(longest * (config.blocks - done), max(config.budget_s - elapsed, due))
+
+
 def reason_to_stop(
     config: MeasureConfig, done: int, elapsed: float, longest: float, comparisons: int, settled: Callable[[], bool]
 ) -> str | None:

@@ -20,12 +20,25 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from common.config import EngineConfig, expect
-from common.errors import TandemError, nearest_hint
-from common.exits import FAILURE, GATE, INTERRUPTED, READER_GONE, USER_ERROR, drop_output, fail, replace_unprintable
+from common.errors import ConfigError, TandemError, nearest_hint
+from common.exits import (
+    FAILURE,
+    GATE,
+    INTERRUPTED,
+    READER_GONE,
+    TERMINATED,
+    USER_ERROR,
+    Terminated,
+    drop_output,
+    fail,
+    heeding_sigterm,
+    replace_unprintable,
+)
 from experiments.fail_if import Condition, violations
+from experiments.help import help_text, is_asked
 from experiments.isolate import EngineFailure
 from experiments.job import is_whole, job_directory
-from experiments.launcher import ProcessLauncher
+from experiments.launcher import ProcessLauncher, quoted
 from experiments.rundir import DiskFullError
 from experiments.sweeper import CheckedSweeper
 
@@ -48,14 +61,6 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, where it would print and exit with 1
     for plugin in (CheckedSweeper, ProcessLauncher):  # under the one package that Hydra takes plugins from
         Plugins.instance().class_name_to_class[f"hydra_plugins.tandem.{plugin.__name__}"] = plugin
-    if value := torn(sys.argv[1:]):
-        fail(f"No spaces inside […], or quote the word: {shlex.quote(value)}", USER_ERROR)
-    if unknown := next((word for word in sys.argv[1:] if word.startswith("--") and not is_flag(word)), None):
-        fail(no_such_flag(unknown), USER_ERROR)
-    if "--version" in sys.argv[1:]:
-        print(f"tandem {metadata.version('tandem-infer')}")
-        return
-    sys.argv[1:] = [piece for argument in sys.argv[1:] for piece in spell_out_model(set_not_added(argument))]
 
     composed = False
 
@@ -73,9 +78,20 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
         except (EngineFailure, DiskFullError) as error:
             fail(str(error), FAILURE)  # a defect, whose traceback is the other process's; or of the machine
 
+    command = hydra.main(version_base="1.3", config_path="pkg://configs", config_name=config_name)(run)
+    meant = [piece for argument in sys.argv[1:] for piece in spell_out_model(set_not_added(argument))]
     try:
         try:
-            hydra.main(version_base="1.3", config_path="pkg://configs", config_name=config_name)(run)()
+            if is_asked(sys.argv[1:]):
+                print(help_text(command, meant, config_name))
+                return
+            expect_words(sys.argv[1:])
+            if "--version" in sys.argv[1:]:
+                print(f"tandem {metadata.version('tandem-infer')}")
+                return
+            sys.argv[1:] = meant
+            with heeding_sigterm():
+                command()
         finally:
             if not composed:  # it was Hydra that printed, as of --help
                 sys.stdout.flush()
@@ -88,8 +104,16 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
             raise
         drop_output()
         sys.exit(READER_GONE)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt as end:
+        sys.exit(TERMINATED if isinstance(end, Terminated) else INTERRUPTED)
+
+
+def expect_words(words: Sequence[str]) -> None:
+    """Raises `ConfigError` for what no option can be."""
+    if value := torn(words):
+        raise ConfigError(f"No spaces inside […], or quote the word: {shlex.quote(value)}")
+    if unknown := next((word for word in words if word.startswith("--") and not is_flag(word)), None):
+        raise ConfigError(no_such_flag(unknown))
 
 
 def report_on(config: DictConfig, result: Mapping[str, Any]) -> bool:
@@ -153,10 +177,10 @@ def set_not_added(argument: str) -> str:
 
 def spell_out_model(argument: str) -> list[str]:
     """`model=X`, where X is no name of the group `model`, means the checkpoint at X."""
-    match = re.fullmatch(r"model=(?P<name>[^,\[\]{}=]+)", argument)
-    if not match or match["name"] in group_options("model"):
+    match = re.fullmatch(r"model=(?P<name>[^,\[\]{}]+)", argument)
+    if not match or (name := match["name"]) in group_options("model"):
         return [argument]
-    return ["model=path", f"model.name={match['name']}"]
+    return ["model=path", f"model.name={quoted(name) if '=' in name else name}"]
 
 
 def group_options(group: str) -> list[str]:

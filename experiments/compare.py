@@ -20,7 +20,7 @@ from experiments.console import Narrator, print_comparison, print_json
 from experiments.fail_if import check_keys, parse_conditions
 from experiments.job import job_directory
 from experiments.measure import figure_names, make_plan, measure, setting
-from experiments.records import write_run
+from experiments.records import kept_rows, write_run
 from experiments.rundir import finished, finite, run_directory, write_setup
 from experiments.statistics import Comparison
 
@@ -49,7 +49,8 @@ def run(config: DictConfig) -> None:
         with Narrator() as narrator:
             outcome = measure(plan, directory, narrator)
             alive = tuple(spec for spec in plan.engines if spec.label in outcome.survivors)
-            found, failed = agree(replace(plan, engines=alive), correctness, directory, narrator)
+            with kept_rows(directory, outcome.windows):
+                found, failed = agree(replace(plan, engines=alive), correctness, directory, narrator)
         outcome.failures |= failed
         compared = {label: windows[0] for label, windows in outcome.windows.items() if label in outcome.figures}
         result = setting(config, plan) | {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -116,9 +116,9 @@ class Narrator:
     def alarm(self, text: str) -> None:
         self._console.print(text, style="bold red", highlight=False, markup=False)
 
-    def block(self, done: int, planned: int, label: str, block_s: float) -> None:
-        """Say which window comes next. `block_s` is how long a block takes, 0 if that is not known yet."""
-        left = f", about {block_s * (planned - done):.0f} s left" if block_s and done < planned else ""
+    def block(self, done: int, planned: int, label: str, left_s: float) -> None:
+        """Say which window comes next. `left_s` is how long the blocks that are planned still take, 0 or less if not known."""
+        left = f", about {left_s:.0f} s left" if left_s > 0 else ""
         text = f"block {done + 1}{f' of {planned}' if done < planned else ''}: {label}{left}"
         if self._console.is_terminal:
             self._draw("blocks", done, max(planned, done + 1), text)
@@ -185,10 +185,15 @@ def print_table(
     console.print(title, style="bold", highlight=False, markup=False)
     console.print(table)
     for label, figures in engines.items():
-        for reason in figures["contaminated"]:
-            console.print(f"[bold red]contaminated[/] {escape(label)}: {escape(reason)}.", highlight=False)
-        for reason in figures.get("unsure") or ():
-            console.print(f"{escape(label)}: {escape(reason)}.", style="dim", highlight=False)
+        print_doubts(console, label, figures["contaminated"], figures.get("unsure") or ())
+
+
+def print_doubts(console: Console, whose: str, contaminated: Iterable[str], unsure: Iterable[str]) -> None:
+    """Why figures do not stand for what they seem to, and why perhaps."""
+    for reason in contaminated:
+        console.print(f"[bold red]contaminated[/] {escape(whose)}: {escape(reason)}.", highlight=False)
+    for reason in unsure:
+        console.print(f"{escape(whose)}: {escape(reason)}.", style="dim", highlight=False)
 
 
 def figure(key: str, figures: Mapping[str, Any]) -> str:

@@ -17,12 +17,9 @@ from experiments.results import RunFiles
 
 TONES: Mapping[str, Tone] = {"faster": "good", "slower": "warn", "equivalent": "calm", "undecided": "calm"}
 LOG_LINES = 30
-FEW = (
-    f"{ADAPTIVE_BLOCKS} are the fewest that can tell: run with measure.blocks={ADAPTIVE_BLOCKS} or more, "
-    "and give them time (measure.budget_s)"
-)
+FEW = "Ask for more (measure.blocks), and give them time (measure.budget_s)"
 MORE = "More of them narrow the interval: give it more time (measure.budget_s), or more measure.max_blocks"
-"""What to do about an interval that is too wide."""
+"""What to do about too few blocks, and about an interval that is too wide."""
 
 
 def speed(run: RunFiles, paced: bool) -> Iterator[Verdict]:
@@ -77,9 +74,8 @@ def throughput(label: str, results: Mapping[str, Any], engines: Mapping[str, Map
         evidence.append(plural(blocks, "block"))
     told = [str(found.get("said") or f"{label} gave {number(ratio)} times the output throughput of {first}").rstrip(".")]
     if word == "undecided" and ratio:
-        why = "The blocks neither prove a difference nor exclude one" if bounds else "Too few blocks for an interval"
-        told = [why, *filter(None, [results.get("stopped")]), MORE if blocks >= ADAPTIVE_BLOCKS else FEW]
-        told = [f"{sentence[0].upper()}{sentence[1:]}" for sentence in told]
+        stopped = str(results.get("stopped") or "")
+        told += [*filter(None, [stopped[:1].upper() + stopped[1:]]), MORE if blocks >= ADAPTIVE_BLOCKS else FEW]
     if paced:
         told.append("The arrivals set this ratio as long as both engines keep up")
     spoilt = [name for name in (first, label) if engines[name].get("contaminated")]

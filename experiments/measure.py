@@ -16,13 +16,14 @@ from omegaconf import DictConfig
 from common.config import expect
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
-from experiments.blocks import block_order, level, reason_to_stop
+from experiments.blocks import block_order, level, reason_to_stop, time_left
 from experiments.config import EngineSpec, MeasureConfig, resolved
 from experiments.console import Narrator
 from experiments.drive import Window
 from experiments.isolate import EngineFailure, IsolatedEngine
 from experiments.metrics import contaminations, output_throughput, summarize, unsure
 from experiments.profiled import Profile
+from experiments.records import kept_rows
 from experiments.roofline import Limits, bandwidth_probe, better, efficiency, measure_limits, weights_bytes
 from experiments.statistics import Comparison, compare_all
 from experiments.workload import Workload, WorkloadConfig, draw, known_options
@@ -163,7 +164,7 @@ class Outcome:
 def measure(plan: Plan, directory: Path, narrator: Narrator) -> Outcome:
     """Load the plan's engines and run its blocks. Raises what is the user's to mend; an engine that fails is in the outcome."""
     outcome = Outcome({spec.label: [] for spec in plan.engines})
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, kept_rows(directory, outcome.windows):
         engines = {
             spec.label: stack.enter_context(IsolatedEngine(spec, directory / f"{spec.label}.log", plan.measure.timeout_s))
             for spec in plan.engines
@@ -204,8 +205,9 @@ def run_blocks(outcome: Outcome, engines: Mapping[str, IsolatedEngine], plan: Pl
             break
         order = [label for label in block_order(list(engines), done, plan.seed) if label in outcome.survivors]
         outcome.order.append(order)
+        end = start + time_left(config, done, start - begin, longest)
         for label in order:
-            narrator.block(done, config.blocks, label, longest)
+            narrator.block(done, config.blocks, label, end - time.perf_counter())
             with outcome.row_of(engines[label], narrator):
                 window, last = served(label, engines[label].run(plan.workload)), bandwidth
                 bandwidth = probe()

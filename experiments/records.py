@@ -5,7 +5,8 @@ Windows under a profiler are kept apart, so that nobody counts them: in `profile
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,17 @@ def write_run(
     write_rows(directory, windows)
     write_steps(directory, windows)
     write_profiles(directory, profiles)
+
+
+@contextmanager
+def kept_rows(directory: Path, windows: Mapping[str, Sequence[Window]]) -> Iterator[None]:
+    """Who interrupts the block loses none of the `windows` that have ended by then."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        write_rows(directory, windows)
+        write_steps(directory, windows)
+        raise
 
 
 def write_rows(directory: Path, windows: Mapping[str, Sequence[Window]]) -> None:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from common.errors import TandemError
 from common.exits import FAILURE, USER_ERROR, fail
-from experiments.console import FIGURES, number, print_json, wide_console
+from experiments.console import FIGURES, number, print_doubts, print_json, wide_console
 from experiments.results import sweep_table
 
 SHOWN = ("output_throughput", "ratio", "verdict", "median_ttft_ms", "median_tpot_ms", "p99_e2el_ms", "peak_rss_mb")
@@ -63,7 +63,8 @@ def write_table(folder: Path, table: pd.DataFrame) -> None:
 
 
 def print_sweep(title: str, table: pd.DataFrame) -> None:
-    """A row for each job and engine: what tells it from the others, and of a few figures as many as there is room for."""
+    """A row for each job and engine: what tells it from the others, and of a few figures as many as there is room for. Below
+    them, what contaminated any row."""
     told = ["job", "engine", *(name for name in table.attrs["swept"] if name != "engine"), "status"]
     headings = {name: name.rpartition(".")[2] for name in told}
     headings |= {name: textwrap.fill(HEADINGS[name], HEADING) for name in SHOWN if name in table}
@@ -78,6 +79,9 @@ def print_sweep(title: str, table: pd.DataFrame) -> None:
     for row in rows:
         view.add_row(*map(escape, list(row.values())[: len(view.columns)]))
     console.print(view)
+    for row in table.to_dict("records"):
+        contaminated, unsure = ([row[key]] if isinstance(row.get(key), str) else [] for key in ("contaminated", "unsure"))
+        print_doubts(console, f"{row['engine']} of job {cell(row['job'])}", contaminated, unsure)
 
 
 def cell(value: object) -> str:

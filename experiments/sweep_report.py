@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,7 +74,7 @@ def sweep_page(folder: Path) -> Page:
         summary=cells,
         sections=[section for section in sections if section.drawings or any(table.rows for table in section.tables)],
         glossary=GLOSSARY,
-        command=sweep_command(folder, list(jobs.values()), command(environment)),
+        command=sweep_command(list(jobs.values()), command(environment)),
         engines=engines,
     )
 
@@ -185,24 +186,24 @@ def setting(row: Mapping[Any, Any], told: Sequence[str]) -> str:
     return ", ".join(value(row[name]) for name in told) or value(row["job"])
 
 
-def sweep_command(folder: Path, jobs: Sequence[Job], first: str) -> str:
+def sweep_command(jobs: Sequence[Job], first: str) -> str:
     """One command line for the whole sweep if its jobs are all combinations of some values; else one for each job.
 
-    `first` is the command line of one job: it names the module and the options before the overrides."""
+    `first` is the command line of one job: it names the module and the options before the overrides. No folder is named:
+    in that of this sweep its jobs are done, and none would run again."""
     if not jobs or not first:
         return ""
-    words = [
-        word
-        for word in shlex.split(first)
-        if not any(word in job.overrides for job in jobs) and not word.lstrip("+").startswith("sweep=")
-    ]
+    words = [word for word in shlex.split(first) if not any(word in job.overrides for job in jobs) and not names_sweep(word)]
+    settings = [[word for word in job.overrides if not names_sweep(word)] for job in jobs]
     choices: dict[str, dict[str, None]] = {}
-    settings = [[word for word in job.overrides if not word.lstrip("+").startswith("sweep=")] for job in jobs]
-    for overrides in settings:
-        for override in overrides:
-            name, _, chosen = override.partition("=")
-            choices.setdefault(name, {})[chosen] = None
-    if math.prod(len(values) for values in choices.values()) == len(jobs):
-        swept = [f"{name}={','.join(values)}" for name, values in choices.items()]
-        return shlex.join([*words, "-m", *swept, f"sweep={folder.resolve().name}"])
+    for override in itertools.chain(*settings):
+        name, _, chosen = override.partition("=")
+        choices.setdefault(name, {})[chosen] = None
+    alike = all(len(overrides) == len(choices) for overrides in settings)
+    if alike and math.prod(len(values) for values in choices.values()) == len(jobs):
+        return shlex.join([*words, "-m", *(f"{name}={','.join(values)}" for name, values in choices.items())])
     return "\n".join(shlex.join([*words, *overrides]) for overrides in settings)
+
+
+def names_sweep(word: str) -> bool:
+    return word.lstrip("+").startswith("sweep=")

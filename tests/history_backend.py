@@ -5,9 +5,11 @@ It shows what adding one takes, and lets whole runs be tested in real processes 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,14 @@ def command(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], *override
     words = ["report=false", *(word for word in overrides if "=" in word)]
     monkeypatch.setattr(sys, "argv", ["command", "--config-dir", "configs", *options, *words])
     main()
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Who is started as a job in the background ignores Ctrl-C, and so would all that it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def written(result: Mapping[str, Any]) -> dict[str, Any]:

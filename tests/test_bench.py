@@ -275,6 +275,7 @@ def test_bench_takes_a_path_for_a_model(
         ("dtype=bflot16", "Did you mean 'bfloat16'?"),
         ("model=tiny-lama", "Did you mean 'tiny-llama'?"),
         ("model=/nowhere/at/all", "/nowhere/at/all"),
+        ("model=/nowhere=b", "/nowhere=b"),
         ("engine=base", "Unknown engine 'base'"),
         ("engine=3", "engine must be one of hf, jax"),
         ("engine=null", "got engine=null"),
@@ -407,6 +408,36 @@ def test_help_names_every_option_and_the_shell_can_complete_each(
     assert len(listed) >= 5 and completed >= set(listed)
     assert all(f"\n{name}:" in shown for name in listed) and max(map(len, shown.splitlines())) <= 150
     assert "complete" in printed("-sc", "install=bash")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["-m", "engine=jax,torch", "--help"],
+        ["--hel", "workload=raged"],
+        ["-h", "--modle=x", "engine=torch"],
+        ["--help", "engines=[jax,", "torch]"],
+        ["--version", "--help", "seed=["],
+    ],
+)
+def test_help_is_given_whatever_stands_beside_it(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = output_of(bench.main, words, monkeypatch, capsys)
+    assert shown.startswith("Time one engine") and "name: ragged" in shown and "name: jax" in shown
+
+
+def test_help_shows_the_options_as_they_are_set_beside_it_and_what_each_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--help", "workload=single", "engine=openai_http", "model=/a=b"]
+    lines = [" ".join(line.split()) for line in output_of(bench.main, words, monkeypatch, capsys).splitlines()]
+    assert {"name: single", "name: /a=b"} <= set(lines)
+    assert "prefix_len: 0 # tokens at the start of each prompt that all of a group share" in lines
+    assert "block_size: 16 # tokens a page" in lines and "served_model: null # null: the first that it offers" in lines
+    assert lines[lines.index("fail_if: []") - 1].startswith("# 'fail_if=[")
+    beside = next(number for number, line in enumerate(lines) if line.startswith("limits_s:"))
+    assert lines[beside + 1].startswith("# Beside each window")
 
 
 def test_the_flags_that_are_known_are_those_of_hydra() -> None:

@@ -2,18 +2,23 @@
 
 import json
 import math
+import signal
+import subprocess
+import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from experiments import compare, records
 from experiments.agreement import tokens_equal_share, verdict
-from experiments.blocks import block_order, level, reason_to_stop
+from experiments.blocks import block_order, level, reason_to_stop, time_left
 from experiments.compare import ratios
 from experiments.config import MeasureConfig
 from experiments.correctness import Agreement, Divergence
 from experiments.drive import Row, Window
-from tests.history_backend import ROOT, command, history, last_line, written
+from experiments.records import read_rows
+from tests.history_backend import ROOT, command, history, interruptible, last_line, written
 
 __all__ = ["history"]
 SMALL = (
@@ -101,6 +106,16 @@ def test_no_block_starts_that_would_end_after_the_budget_and_the_first_two_alway
     assert count(config(6, budget_s=85.0), block_s=10.0)[0] == 8
     assert count(config(6, budget_s=0.0), block_s=10.0)[0] == 2
     assert count(config(1, budget_s=0.0), block_s=10.0)[0] == 1
+
+
+def test_the_time_left_is_never_more_than_the_budget_has_but_for_the_blocks_that_always_run() -> None:
+    six = config(6, budget_s=35.0)
+    assert time_left(six, 0, 0.0, 0.0) <= 0  # not known before a block has run
+    assert time_left(six, 1, 4.0, 4.0) == 20 and time_left(six, 5, 20.0, 4.0) == 4
+    assert time_left(six, 1, 10.0, 10.0) == 25 and time_left(six, 2, 20.0, 10.0) == 15
+    assert time_left(six, 1, 40.0, 40.0) == time_left(config(6, budget_s=0.0), 1, 40.0, 40.0) == 40
+    assert time_left(config(6, budget_s=math.inf), 1, 10.0, 10.0) == 50
+    assert time_left(six, 6, 24.0, 4.0) <= 0  # nobody knows how many more there will be
 
 
 def test_ratios_are_over_the_first_named() -> None:
@@ -197,6 +212,27 @@ def test_a_disk_that_is_full_of_rows_leaves_the_figures_and_says_so_in_one_line(
     err = capfd.readouterr().err
     (told,) = (line for line in err.splitlines() if line.startswith("error: "))
     assert "No space left on device. Kept in" in told and "results.json" in told and "Traceback" not in err
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("when", ["block 3", "float32 pass: history-2"])
+def test_who_ends_a_run_keeps_the_rows_of_its_windows_that_have_ended(history: Path, how: signal.Signals, when: str) -> None:
+    blocks = 4 if "pass" in when else 100_000
+    words = [*SMALL, "engines=[history,history]", f"measure.blocks={blocks}", f"measure.max_blocks={blocks}", "report=false"]
+    command = [sys.executable, "-m", "experiments.compare", "--config-dir", "configs", *words]
+    with interruptible():
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    assert any(when in line for line in process.stderr)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    (partial,) = (history / "runs").iterdir()
+    assert process.returncode == 128 + how and errors.endswith(
+        f"Interrupted. What was written so far is in runs/{partial.name}.\n"
+    )
+    rows = read_rows(partial)
+    assert {tuple(pair) for pair in rows[["engine", "block"]].to_numpy()} >= set(product(("history", "history-2"), (0, 1)))
+    assert (partial / "steps.jsonl").exists() and not (partial / "results.json").exists()
 
 
 def test_the_float32_pass_can_be_left_out(

@@ -107,6 +107,7 @@ def test_the_group_model_holds_the_zoo() -> None:
         ("model=smollm2-135m", ["model=smollm2-135m"]),
         ("model=/a/b.gguf", ["model=path", "model.name=/a/b.gguf"]),
         ("model=org/name", ["model=path", "model.name=org/name"]),
+        ("model=/a=b", ["model=path", "model.name='/a=b'"]),
         ("model=tiny-llama,tiny-qwen3", ["model=tiny-llama,tiny-qwen3"]),
         ("workload=ragged", ["workload=ragged"]),
         ("--help", ["--help"]),

@@ -24,6 +24,7 @@ from experiments.results import RunFiles, open_run
 from experiments.run_report import command, run_page
 from experiments.run_sections import agreement_section
 from experiments.run_tables import figures_table
+from experiments.statistics import sentence
 from experiments.sweep_report import sweep_command
 from tests.synthetic_run import HOSTILE, write_run, write_sweep
 
@@ -210,8 +211,11 @@ def test_the_command_of_a_verdict_is_on_the_page_and_in_the_summary() -> None:
 
 
 def test_a_verdict_that_rests_on_too_little_says_what_to_do() -> None:
-    (few,) = speed(compared(), paced=False)
-    assert (few.tone, few.value) == ("calm", "Undecided") and "measure.blocks=6 or more" in few.said
+    said = sentence("torch", "jax", "undecided", 0.9, None, None, 1, 0.05, fewest=8)
+    (few,) = speed(compared(found={"said": said}, stopped="its one block was run"), paced=False)
+    assert (few.tone, few.value) == ("calm", "Undecided")
+    assert few.said.startswith(f"{said}. Its one block was run. ") and "8 blocks are the fewest" in few.said
+    assert "measure.blocks" in few.said and " 6 " not in few.said  # how many tell, the sentence alone says
     assert few.word == "torch gives 0.900× the output tokens/s of jax, no interval, 1 block"
     (many,) = speed(compared(found={"low": 0.8, "high": 1.1, "blocks": 8}), paced=False)
     assert many.word.endswith("of jax, 0.800–1.100, 8 blocks") and "measure.blocks" not in many.said
@@ -337,11 +341,13 @@ def test_a_sweep_of_all_combinations_is_one_command() -> None:
         for n, (e, s) in enumerate([("a", 1), ("a", 2), ("b", 1), ("b", 2)])
     ]
     first = "python -m experiments.bench --config-dir c engine=a seed=1"
-    assert sweep_command(Path("s"), jobs, first) == "python -m experiments.bench --config-dir c -m engine=a,b seed=1,2 sweep=s"
-    assert sweep_command(Path("s"), jobs, f"{first} sweep=s").count("sweep=") == 1
-    assert sweep_command(Path("s"), jobs[:3], first).count("\n") == 2
-    assert "sweep=" not in sweep_command(Path("s"), jobs[:3], f"{first} sweep=s")
-    assert sweep_command(Path("s"), [], first) == ""
+    assert sweep_command(jobs, first) == "python -m experiments.bench --config-dir c -m engine=a,b seed=1,2"
+    assert sweep_command(jobs[:3], first).count("\n") == 2
+    for some in (jobs, jobs[:3]):  # in a folder of its own: in that of the sweep every job is done
+        assert "sweep=" not in sweep_command(some, f"{first} sweep=s")
+    other = Job(number=4, digest="", overrides=("engine=b", "seed=1", "dtype=float32"))
+    assert sweep_command([jobs[0], other], first).count("\n") == 1  # engine=a has no dtype
+    assert sweep_command([], first) == ""
 
 
 @pytest.mark.accept

@@ -5,11 +5,12 @@ import itertools
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import hydra
@@ -27,7 +28,7 @@ from experiments.results import sweep_table
 from experiments.rundir import run_directory
 from experiments.sweep import print_sweep
 from experiments.sweeper import combinations
-from tests.history_backend import command, last_line
+from tests.history_backend import command, interruptible, last_line
 from tests.sweep_backend import OVERRIDES, folder, starts
 
 __all__ = ["folder"]
@@ -63,14 +64,6 @@ def launch(*overrides: str) -> subprocess.Popen[str]:
     ]
     with interruptible():
         return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Who is started as a job in the background ignores Ctrl-C, and so would all that it starts."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -160,6 +153,18 @@ def test_a_comparison_has_a_row_for_each_engine(
     assert set(table["seed"]) == {1} and table["job"].nunique() == 1
 
 
+def test_the_command_that_a_report_gives_runs_the_sweep_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep(monkeypatch, "sweep=s", *TWO) == 0
+    report = Path(last_line(capfd.readouterr().out)["report"]).with_suffix(".md").read_text()
+    words = shlex.split(report.rstrip().splitlines()[-1])
+    assert words[:4] == ["python", "-m", "experiments.bench", "--config-dir"]
+    again = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, check=True)
+    result = last_line(again.stdout)
+    assert result["ok"] == 2 and result["sweep"] != "runs/sweeps/s" and len(starts(folder)) == 4
+
+
 # Killed.
 
 
@@ -187,13 +192,14 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(folder: Path) -> None:
     assert what_was_asked("killed") == what_was_asked("unbroken")
 
 
-def test_ctrl_c_ends_the_running_job_and_says_how_to_go_on(folder: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_who_ends_a_sweep_ends_the_running_job_and_is_told_how_to_go_on(folder: Path, how: signal.Signals) -> None:
     (folder / "hangs").write_text("1")
     launcher = launch("sweep=s", *TWO)
     wait_for(lambda: len(starts(folder)) == 1)
-    launcher.send_signal(signal.SIGINT)
+    launcher.send_signal(how)
     _, errors = launcher.communicate(timeout=PATIENCE_S)
-    assert launcher.returncode == 130
+    assert launcher.returncode == 128 + how
     assert "0 of 2 jobs are done" in errors and "sweep=s" in errors and "Traceback" not in errors
     assert "python -m experiments.sweep runs/sweeps/s\n" in errors
     wait_for(lambda: is_gone(int(starts(folder)[0])))
@@ -304,6 +310,16 @@ def test_a_sweeps_figures_are_headed_as_those_of_a_run(capsys: pytest.CaptureFix
     print_sweep("s", table)
     printed = " ".join(capsys.readouterr().out.replace("┃", " ").split())
     assert "output TTFT median," in printed and "tokens/s ms" in printed  # of two lines
+
+
+def test_a_sweep_tells_which_rows_are_contaminated_and_which_may_be(capsys: pytest.CaptureFixture[str]) -> None:
+    fine = {"job": 0, "engine": "jax", "status": "ok", "contaminated": None, "unsure": None}
+    spoilt, doubtful = {"engine": "torch", "contaminated": "2 requests failed; too hot"}, {"job": 1, "unsure": "too short"}
+    table = pd.DataFrame([fine, fine | spoilt, fine | doubtful])
+    table.attrs["swept"] = []
+    print_sweep("s", table)
+    told = [line for line in capsys.readouterr().out.splitlines() if " of job " in line]
+    assert told == ["contaminated torch of job 0: 2 requests failed; too hot.", "jax of job 1: too short."]
 
 
 def test_a_digest_tells_what_is_run_and_not_where() -> None:
