@@ -42,7 +42,7 @@ import numpy as np
 from common.config import Cache, Schedule
 from common.errors import BackendError, DrainingError, QueueFullError, RequestError
 from common.interface import Caps, Result
-from common.request import Logprobs, Request, Status, TokenEvent, expect
+from common.request import STUCK, Logprobs, Request, Status, TokenEvent, expect
 from common.schedule.batch import Batch, Want
 from common.schedule.edits import Edits
 from common.schedule.pages import PageKey, PagePool, next_key
@@ -580,7 +580,7 @@ class Scheduler:
             for j in range(starts[i], starts[i + 1]):
                 if seq.status.finished:
                     break  # just now, or while this step was in flight
-                if seq.matcher is not None and (error := seq.matcher.accept(tokens[j])):
+                if error := _refusal(seq, tokens[j]):
                     events.append(self._fail(seq, error, time))
                     break
                 k = seq.request.params.logprobs
@@ -611,7 +611,6 @@ class Scheduler:
 
     def _append(self, seq: Sequence, token: int, logprobs: Logprobs | None, time: float) -> TokenEvent:
         """Give a sequence its next token, and end it if that was its last."""
-        params = seq.request.params
         seq.output.append(token)
         self.rows.tokens[seq.row, seq.known] = token
         seq.known += 1
@@ -619,7 +618,7 @@ class Scheduler:
         if seq.edits is not None:
             seq.edits.append(token)
         finish, stop_reason = None, None
-        if token in seq.stops and len(seq.output) >= params.min_tokens:
+        if token in seq.stops:  # which min_tokens masks as long as it must
             finish, stop_reason = Status.FINISHED_STOP, seq.stops[token]
         elif seq.matcher is not None and seq.matcher.done:
             finish = Status.FINISHED_STOP
@@ -693,6 +692,13 @@ def _change(seq: Sequence) -> Change:
     if seq.edits is None:
         return Change(np.empty(0, np.int32), np.empty((0, 3), np.float32), matcher=seq.matcher)
     return Change(*seq.edits.at(seq.output, len(seq.output) + seq.pending), seq.edits.allowed, seq.matcher)
+
+
+def _refusal(seq: Sequence, token: int) -> str | None:
+    """Why it cannot go on by a token that was sampled, if it cannot; else its grammar has gone on."""
+    if seq.edits is not None and seq.edits.forbids(token, seq.output):
+        return STUCK
+    return None if seq.matcher is None else seq.matcher.accept(token)
 
 
 def _scores(i: int, seq: Sequence, end: int) -> list[Score]:

@@ -18,14 +18,13 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from common.errors import RequestError
-from common.request import Request, SamplingParams, Status
+from common.request import STUCK, Request, SamplingParams, Status
 from common.serve.errors import ApiError, api_error, error_body
 from common.serve.metrics import Metrics
 from common.serve.model import Prompt, ServedModel
 from common.serve.protocol import B, Sampled, parse
 from common.serve.spans import Spans, facts_of
 from common.serve.worker import Call, Piece, Worker
-from common.text.grammar import STUCK
 from common.text.output import Delta
 
 log = logging.getLogger(__name__)
