@@ -56,6 +56,7 @@ class Edits:
             expect(
                 bool(set(params.allowed_token_ids) - {*never, *early}),
                 f"Request {request.request_id!r}: bad_words and min_tokens mask all of allowed_token_ids.",
+                "allowed_token_ids",
             )
 
     @property

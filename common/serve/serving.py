@@ -194,8 +194,10 @@ class Answer:
         self.serving.metrics.begin(self.call)
         try:
             await self.serving.worker.run(self.call)
-        except BaseException:
+        except BaseException as error:
             self.serving.metrics.end(self.call)
+            if isinstance(error, RequestError):
+                error.param = self.body.field_of(error.param)
             raise
         leave = partial(self._leave, http)
         if self.body.stream:
