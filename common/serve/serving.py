@@ -224,8 +224,7 @@ class Answer:
         if self.serving.spans is not None:
             bad = {"error", "timeout"}.intersection(self.finish_reasons.values())
             error = min(bad, default="cancelled" if self.call.left else None)
-            name = self.serving.model.names[0]
-            self.serving.spans.end(self.operation, name, self.body.model, self.arrival, facts_of(self), http.headers, error)
+            self.serving.spans.end(facts_of(self), self.arrival, http.headers, error)
         self.serving.metrics.end(self.call, aborted=True)
         facts: dict[str, Any] = {"request_id": http.headers["x-request-id"], "id": self.id, **self.usage()}
         del facts["prompt_tokens_details"]
