@@ -58,7 +58,8 @@ class Rope:
                 f"got {self.base}, {self.beta_fast} and {self.beta_slow}.",
             )
             factor = self.attention_factor
-            expect(factor is None or math.isfinite(factor), f"yarn attention_factor must be finite, got {factor}.")
+            # Beyond it float32 may hold no score: q and k are each multiplied by it.
+            expect(factor is None or 0 < factor <= 1e6, f"yarn attention_factor must lie in (0, 1e6], got {factor}.")
         if self.scaling in ("llama3", "yarn"):
             expect(
                 self.original_max_position > 0,

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
@@ -275,7 +276,19 @@ class LLM:
                 )
                 for (_, ids), params in zip(pairs, each, strict=True)
             ]
+        for request in requests:
+            self._check_grammar(request)
         return [text for text, _ in pairs], requests
+
+    def _check_grammar(self, request: Request) -> None:
+        """Refuse what cannot be compiled, or cannot begin. It takes time: not to be called under the lock."""
+        if request.grammar is None:
+            return
+        try:
+            request.grammar.result().check_begin(request)
+        except CancelledError:
+            self._expect_open()  # closed meanwhile
+            raise
 
     def _tokens(self, i: int, prompt: Any) -> tuple[str | None, Sequence[int]]:
         match prompt:

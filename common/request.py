@@ -23,6 +23,7 @@ MAX_N = 64
 MAX_INT = 2**31 - 1
 MAX_GRAMMAR = 1 << 15
 """Characters of what an output is held to."""
+STUCK = "The output cannot go on: allowed_token_ids, bad_words, min_tokens and structured_outputs leave no token to choose."
 GREEDY_EPSILON = 1e-5
 """Temperatures below this are greedy."""
 _INTEGERS = {
@@ -148,7 +149,7 @@ class SamplingParams:
 
     Order of operations on the logits: allowed_token_ids and structured_outputs → bad_words → min_tokens → logit_bias →
     repetition, frequency and presence penalty → temperature → min_p → top_k → top_p → inverse CDF. What is masked has no
-    probability. If nothing is left, the token is 0, or the request ends with an error if it has structured_outputs.
+    probability. If nothing is left, the request ends with an error (`STUCK`).
     """
 
     n: int = 1

@@ -21,6 +21,8 @@ EXAMPLE = '{"arrival": 0.25, "prompt_len": 128, "output_len": 64}'
 LONGEST_S = 7 * 24 * 3600.0
 """No arrival lies further from the start: what does is a date."""
 MOST_TOKENS = 1 << 24
+MOST_PROMPT_TOKENS = 1 << 26
+"""Of all prompts together: as Python holds them, 2.7 GB."""
 """No request has more: what does would take all memory before it is refused."""
 
 
@@ -58,7 +60,14 @@ def read_trace(path: Path, vocab_size: int, limit: int | None = None) -> list[En
         limit is None or limit <= len(entries),
         f"workload.num_requests={limit}, but the trace {path} holds {len(entries)}; lower it, or set it to null for all.",
     )
-    return sorted(entries, key=lambda entry: entry.arrival)[:limit]
+    kept = sorted(entries, key=lambda entry: entry.arrival)[:limit]
+    total = sum(entry.prompt_len for entry in kept)
+    expect(
+        total <= MOST_PROMPT_TOKENS,
+        f"The prompts of the trace {path} have {total} tokens in all, at most {MOST_PROMPT_TOKENS} are allowed; set a lower "
+        "workload.num_requests.",
+    )
+    return kept
 
 
 def parse_entry(line: str, vocab_size: int) -> Entry:

@@ -18,7 +18,7 @@ import xxhash
 
 from common.config import expect
 from common.errors import nearest_hint, shown
-from experiments.trace_file import LONGEST_S, MOST_TOKENS, read_trace
+from experiments.trace_file import LONGEST_S, MOST_PROMPT_TOKENS, MOST_TOKENS, read_trace
 
 SHARED = 8
 """Tokens: two prompts of a vocabulary that begin with so many in common have a prefix in common, and not by chance."""
@@ -132,6 +132,12 @@ class WorkloadConfig:
             value = getattr(self, name)
             most = value.high if isinstance(value, Lengths) else value or 0
             expect(most <= MOST_TOKENS, f"workload.{name} must be at most {MOST_TOKENS} tokens, got {most}.")
+        total = self._prompt_tokens()
+        expect(
+            total <= MOST_PROMPT_TOKENS,
+            f"The prompts of workload.num_requests={self.num_requests} may have {total} tokens in all, at most "
+            f"{MOST_PROMPT_TOKENS} are allowed; lower workload.num_requests, the lengths, or workload.turns.",
+        )
         rate = self.request_rate
         expect(
             rate is None or (_real(rate) and rate > 0),
@@ -149,6 +155,18 @@ class WorkloadConfig:
             f"workload.slo must be limits such as {{ttft_ms: 500}}, each of which may be null, got {self.slo!r}.",
         )
         self._refuse_contradictions()
+
+    def _prompt_tokens(self) -> int:
+        """What is drawn for all prompts, with prefixes and histories, if every length is its greatest. A trace says itself."""
+        if self.trace is not None:
+            return 0
+        requests, new, answer = (
+            value.high if isinstance(value, Lengths) else value or 0
+            for value in (self.num_requests, self.prompt_len, self.output_len)
+        )
+        turns = min(self.turns, requests)
+        prompts = requests * (self.prefix_len + (new * (turns + 1) + answer * (turns - 1)) // 2)
+        return self.prefix_groups * self.prefix_len + prompts
 
     def _refuse_contradictions(self) -> None:
         expect(

@@ -345,7 +345,9 @@ def expected(request: Request, *, vocab_size: int, max_tokens: int, seed: int = 
                 )
         edits = expected_edits(request, tokens) if changes else {}
         values.append(mix((total + code + sum(edit_code(*edit) for edit in edits.items())) & MASK))
-        allowed = [token for token in ids if edits.get(token, (0.0,))[0] != -np.inf] or [0]
+        allowed = [token for token in ids if edits.get(token, (0.0,))[0] != -np.inf]
+        if not allowed:
+            return Expected(tokens, values, Status.FINISHED_ERROR, scores)
         fresh = [allowed[values[-1] % len(allowed)]]
         tokens += fresh
         ends = (not params.ignore_eos and fresh[0] in request.eos_token_ids) or fresh[0] in params.stop_token_ids

@@ -414,7 +414,7 @@ class Episode:
         self.evictions += sum(before and pool.keys[page] is None for page, before in enumerate(cached))
         self.steps += 1
         require(self.engine.stats()["num_resets"] == self.runner.faults, "the runner raised of itself")
-        tries = 2 + (scheduler.max_num_seqs - 1).bit_length()
+        tries = 3 + (scheduler.max_num_seqs - 1).bit_length()
         require(self.runner.faults <= self.injected + tries * len(self.bad), "a culprit was not found by halving")
         if scheduler.trials:
             self.runner.fail_submit = self.runner.fail_result = None

@@ -170,8 +170,9 @@ def test_no_template_is_refused_with_what_to_do() -> None:
     ],
 )
 def test_malformed_messages_are_refused(smollm: ChatTemplate, messages: Any, message: str) -> None:
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(RequestError, match=message) as caught:
         smollm.render(messages)
+    assert caught.value.param == "messages"
 
 
 def test_messages_nested_without_end_are_refused(smollm: ChatTemplate) -> None:

@@ -213,10 +213,10 @@ def test_a_configuration_of_another_model_is_refused(field: str, value: Any, nam
     assert all(name in str(caught.value) for name in names)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_weights_that_are_not_finite_are_refused_when_read(value: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 3.4e38, -3.4e38])
+def test_weights_that_are_not_finite_even_in_bfloat16_are_refused_when_read(value: float, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(save(tmp_path / "model", lambda tensors: tensors["model.norm.weight"].fill_(value)))
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight holds 16 values that are NaN or infinite"):
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight holds 16 values that are NaN, infinite or beyond"):
         checkpoint["model.norm.weight"].dense()
 
 

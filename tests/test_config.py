@@ -109,7 +109,7 @@ def test_a_model_that_cannot_be_is_refused(field: str, value: Any) -> None:
         YARN | {"base": 1.0},
         YARN | {"beta_fast": 0.0},
         YARN | {"beta_slow": -1.0},
-        YARN | {"attention_factor": math.nan},
+        *(YARN | {"attention_factor": value} for value in (math.nan, math.inf, 1e308, 0.0, -1.0)),
         YARN | {"original_max_position": 0},
     ],
 )

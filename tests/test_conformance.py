@@ -68,9 +68,10 @@ def aborted(served: Served) -> float:
     ("wrong", "kind", "param"),
     [
         ({"model": "other"}, openai.NotFoundError, "model"),
-        ({"temperature": -1}, openai.BadRequestError, None),
+        ({"temperature": -1}, openai.BadRequestError, "temperature"),
         ({"temperature": "hot"}, openai.BadRequestError, "temperature"),
-        ({"prompt": [1] * 600}, openai.BadRequestError, None),
+        ({"prompt": [1] * 600}, openai.BadRequestError, "prompt"),
+        ({"max_tokens": 600}, openai.BadRequestError, "max_tokens"),
         ({"prompt": None}, openai.BadRequestError, "prompt"),
     ],
 )

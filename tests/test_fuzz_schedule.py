@@ -74,7 +74,7 @@ def test_culprits_one_after_another_take_no_innocent_with_them() -> None:
         Request(request_id=str(i), prompt_token_ids=(i,), params=SamplingParams(max_tokens=3)) for i in range(3)
     )
     ends = [events[str(i)][-1].finish for i in range(3)]
-    assert ends == [Status.FINISHED_ERROR, Status.FINISHED_ERROR, Status.FINISHED_LENGTH] and runner.faults == 5
+    assert ends == [Status.FINISHED_ERROR, Status.FINISHED_ERROR, Status.FINISHED_LENGTH] and runner.faults == 7
 
 
 def test_a_culprit_that_ends_while_its_step_computes_takes_no_innocent_with_it() -> None:

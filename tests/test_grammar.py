@@ -23,7 +23,7 @@ from common.engine import Engine
 from common.errors import RequestError
 from common.interface import Pending
 from common.llm import LLM
-from common.request import MAX_GRAMMAR, Request, SamplingParams, Status, StructuredOutputsParams, TokenEvent, fan_out
+from common.request import MAX_GRAMMAR, STUCK, Request, SamplingParams, Status, StructuredOutputsParams, TokenEvent, fan_out
 from common.schedule.batch import Batch, Mask
 from common.schedule.trace import record, replay
 from common.serve.errors import ApiError
@@ -312,6 +312,26 @@ def test_a_grammar_that_cannot_go_on_ends_only_its_request(grammars: Grammars) -
     assert engine.stats()["kv_cache_usage"] == 0 and not engine.has_work
 
 
+@pytest.mark.parametrize("kernels", ["framework", "native"])
+@pytest.mark.parametrize("how", [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9}])
+def test_where_nothing_is_left_it_ends_with_an_error_though_the_token_of_an_empty_row_fits(
+    grammars: Grammars, tokenizer: Tokenizer, backend: str, kernels: str, how: dict[str, Any]
+) -> None:
+    """That token is 0, "!" here."""
+    (a,), (zero,) = (tokenizer.encode(text, add_special_tokens=False) for text in ("a", "!"))
+    assert zero == 0
+    free = request(grammars, "free", None, max_tokens=6, **how)
+    held = replace(request(grammars, "held", {"regex": "a!"}, **how), bad_words=((a, zero),))
+    masked = replace(request(grammars, "masked", None, allowed_token_ids=[a], **how), bad_words=((a, a),))
+    engine = make_engine(backend, MODEL, engine_config(kernels=kernels))
+    right = engine.run([free])
+    events = engine.run([held, free, masked])
+    for name in ("held", "masked"):
+        assert tokens_of(events)[name] == [a, None]
+        assert events[name][-1].finish is Status.FINISHED_ERROR and events[name][-1].error == STUCK
+    assert tokens_of(events)["free"] == tokens_of(right)["free"]
+
+
 # ── where an output ends ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -438,15 +458,39 @@ def test_a_request_brings_the_grammar_of_what_its_parameters_ask() -> None:
 # ── for people: the library and the server ───────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_library_keeps_to_what_was_asked_and_tells_what_it_cannot(backend: str) -> None:
+@pytest.fixture(scope="module")
+def llm(backend: str) -> Iterator[LLM]:
     config = {"dtype": "float32", "max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 256, "num_blocks": 80}
-    wishes: list[Any] = [{"json": PERSON}, {"regex": "("}, {"choice": ["red", "blue"]}]
-    params = [SamplingParams(max_tokens=160, seed=3, structured_outputs=StructuredOutputsParams(**wanted)) for wanted in wishes]
     with LLM(MODEL, backend=backend, threads=1, **config) as llm:
-        person, bad, colour = (output.outputs[0] for output in llm.generate(["the", "of", "and"], params))
+        yield llm
+
+
+def wish(wanted: dict[str, Any], **params: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=160, seed=3, structured_outputs=StructuredOutputsParams(**wanted), **params)
+
+
+def test_the_library_keeps_to_what_was_asked(llm: LLM) -> None:
+    params = [wish({"json": PERSON}), wish({"choice": ["red", "blue"]})]
+    person, colour = (output.outputs[0] for output in llm.generate(["the", "and"], params))
     jsonschema.validate(json.loads(person.text), PERSON)
-    assert bad.finish_reason == "error" and bad.error is not None and "cannot be compiled" in bad.error
     assert colour.text in ("red", "blue")
+
+
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        (wish({"regex": "("}), "cannot be compiled"),
+        (wish({"choice": ["a"]}, bad_words=["a"]), "bad_words must leave a token that the output may begin with"),
+        (wish({"regex": "[a-z]{3}"}, allowed_token_ids=[0]), "allowed_token_ids must leave"),
+    ],
+)
+def test_the_library_refuses_what_cannot_begin_before_anything_runs(llm: LLM, bad: SamplingParams, match: str) -> None:
+    steps = llm.engine.stats()["steps"]
+    with pytest.raises(RequestError, match=match):
+        llm.generate(["the", "and"], [wish({"choice": ["red"]}), bad])
+    with pytest.raises(RequestError, match=match):
+        llm.stream("the", bad)
+    assert llm.engine.stats()["steps"] == steps and not llm.engine.has_work
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 
 from common.errors import RequestError
 from common.interface import Caps, Result
-from common.request import Request, SamplingParams, Status, TokenEvent
+from common.request import STUCK, Request, SamplingParams, Status, TokenEvent
 from common.schedule.scheduler import LifecycleError, Scheduler, Sequence, Step, mix64
 from tests.schedule_driver import check_pages, check_sequences
 
@@ -474,15 +474,33 @@ def test_check_16d_ignore_eos_goes_on_but_stop_ids_still_end() -> None:
 
 def test_check_17_min_tokens_holds_off_eos_and_stop_ids() -> None:
     scheduler = make_scheduler()
+    scheduler.add(request("r", 3, min_tokens=2, stop_token_ids=[42]))
+    masked, finish = [], []
+    for token in (7, 7, EOS):
+        step = scheduler.schedule()
+        assert step is not None
+        ids, edits = step.batch.edit_ids, step.batch.edits
+        masked.append(set() if ids is None or edits is None else set(ids[edits[:, 0] == -np.inf].tolist()))
+        finish.append(land(scheduler, step, token)[0].finish)
+    assert masked == [{EOS, 42}, {EOS, 42}, set()]
+    assert finish == [None, None, Status.FINISHED_STOP]
+
+
+@pytest.mark.parametrize("token", [EOS, 42])
+def test_a_masked_token_is_none_that_was_chosen_but_shows_that_nothing_was_left(token: int) -> None:
+    scheduler = make_scheduler()
     scheduler.add(request("r", 3, min_tokens=3, stop_token_ids=[42]))
-    assert [turn(scheduler, token)[0].finish for token in (EOS, 42, EOS)] == [None, None, Status.FINISHED_STOP]
+    turn(scheduler, 7)
+    (event,) = turn(scheduler, token)
+    assert (event.token_id, event.finish, event.error) == (None, Status.FINISHED_ERROR, STUCK)
+    assert_empty(scheduler)
 
 
 def test_check_17_min_tokens_does_not_hold_off_the_cap() -> None:
     """The case that vLLM lacks: its check for min_tokens came first, and such a request ran on for ever."""
     scheduler = make_scheduler(max_model_len=10)
     scheduler.add(request("r", 6, max_tokens=None, min_tokens=100))
-    ends = [turn(scheduler, token)[0].finish for token in (EOS, 1, 2, 3)]
+    ends = [turn(scheduler, token)[0].finish for token in (7, 1, 2, 3)]
     assert ends == [None, None, None, Status.FINISHED_LENGTH]
     assert_empty(scheduler)
 
@@ -492,7 +510,7 @@ def test_check_17_min_tokens_does_not_hold_off_the_cap() -> None:
 )
 def test_at_the_cap_a_stopping_token_is_the_reason(token: int, finish: Status) -> None:
     scheduler = make_scheduler()
-    scheduler.add(request("r", 3, max_tokens=2, min_tokens=2, stop_token_ids=[42]))
+    scheduler.add(request("r", 3, max_tokens=2, min_tokens=1, stop_token_ids=[42]))
     turn(scheduler, 5)
     assert turn(scheduler, token)[0].finish is finish
 

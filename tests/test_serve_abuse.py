@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.bad_requests import BYTES, CASES, CHAT, COMPLETIONS, DETOKENIZE, FINE, POST, Bad, http, wrong
+from tests.bad_requests import BYTES, CASES, CHAT, COMPLETIONS, CONTEXT, DETOKENIZE, FINE, POST, Bad, http, wrong
 from tests.http_server import PATIENCE_S, ROOT, SMALL, Served, history, raw_request, serving, until
 
 LEAK = re.compile(r"0x[0-9a-f]{6,}|/usr/|/home/|/root/|/tmp/|site-packages|\.py\b|Traceback", re.IGNORECASE)
@@ -116,14 +116,18 @@ def test_bad_requests_are_refused_and_hurt_nobody(served: Served) -> None:
 
 def test_a_refusal_names_the_field_that_is_to_blame(served: Served) -> None:
     blamed = {
-        "max_tokens": 0, "top_p": 2.0, "stop": [""], "stop_token_ids": [10**6], "allowed_token_ids": [10**6], "prompt": [10**6],
-        "logit_bias": {"x": 1.0}, "truncate_prompt_tokens": 0, "n": 0, "deadline": 1e300, "priority": 2**63,
+        "max_tokens": CONTEXT, "top_p": 2.0, "stop": [""], "stop_token_ids": [10**6], "allowed_token_ids": [10**6],
+        "prompt": [10**6], "logit_bias": {"x": 1.0}, "truncate_prompt_tokens": 0, "n": 0, "deadline": 1e300, "priority": 2**63,
     }  # fmt: skip
-    in_chat = {"max_completion_tokens": 0, "top_logprobs": 21, "messages": [{"role": "user", "content": "x " * 2000}]}
+    said = {"role": "user", "content": "x"}
+    messages = ([{**said, "content": "x " * 2000}], [{**said, "role": "king"}], [{"role": "user"}], [{**said, "content": 5}])
+    in_chat = [("max_tokens", CONTEXT), ("max_completion_tokens", CONTEXT), ("max_completion_tokens", 0), ("top_logprobs", 21)]
+    in_chat += [("messages", value) for value in messages]
     cases = [wrong(COMPLETIONS, **{name: value}) for name, value in blamed.items()]
-    cases += [wrong(CHAT, **{"logprobs": True, name: value}) for name, value in in_chat.items()]
+    cases += [wrong(CHAT, **{"logprobs": True, name: value}) for name, value in in_chat]
     answers = [ask(served, case) for case in (*cases, wrong(DETOKENIZE, tokens=[-1]))]
-    assert [json.loads(text)["error"]["param"] for _, text in answers] == [*blamed, *in_chat, "tokens"]
+    told = [json.loads(text)["error"]["param"] for _, text in answers]
+    assert told == [*blamed, *(name for name, _ in in_chat), "tokens"]
 
 
 def took(served: Served, case: Bad) -> float:

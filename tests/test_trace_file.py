@@ -74,6 +74,13 @@ def test_a_file_without_a_request_or_with_too_few_is_refused(tmp_path: Path) -> 
         read_trace(trace(tmp_path, GOOD, GOOD), 10, limit=3)
 
 
+def test_prompts_that_are_too_long_together_are_refused_before_they_are_drawn(tmp_path: Path) -> None:
+    path = trace(tmp_path, *[GOOD | {"prompt_len": 1 << 24}] * 5)
+    assert len(read_trace(path, 10, limit=4)) == 4
+    with pytest.raises(ConfigError, match=r"83886080 tokens in all, at most 67108864 .*set a lower workload.num_requests"):
+        read_trace(path, 10)
+
+
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot be read: .*Set workload.trace"):
         read_trace(tmp_path / "nowhere.jsonl", 10)

@@ -186,6 +186,11 @@ def test_a_share_is_the_first_requests_cut_short() -> None:
         ({"output_len": 2.5}, "output_len"),
         ({"prompt_len": 10**12}, "workload.prompt_len must be at most 16777216 tokens"),
         ({"output_len": {"mu": 1.0, "sigma": 1.0, "low": 8, "high": 10**12}}, "workload.output_len must be at most"),
+        # each bearable by itself
+        ({"num_requests": 10**6, "prompt_len": 10**4}, "num_requests=1000000 may have 10000000000 tokens in all, at most"),
+        ({"num_requests": 10**6, "prompt_len": {"mu": 1.0, "sigma": 1.0, "low": 1, "high": 10**4}}, "tokens in all"),
+        ({"num_requests": 10**5, "turns": 10**5}, "num_requests=100000 may have 80000000000 tokens .*lower .*workload.turns"),
+        ({"prefix_groups": 10**6, "prefix_len": 10**4}, "tokens in all"),
         ({"output_len": {"mu": 1.0, "sigma": 1.0, "low": 8, "high": 4}}, "low=8 and high=4"),
         ({"output_len": {"mu": float("nan"), "sigma": 1.0, "low": 1, "high": 4}}, "mu must be a finite"),
         ({"output_len": {"mu": 1.0, "sigma": 1.0, "low": 1}}, "lacks high"),
@@ -217,6 +222,16 @@ def test_a_share_is_the_first_requests_cut_short() -> None:
 def test_what_cannot_be_drawn_is_refused(options: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         WorkloadConfig.of({"name": "w", "num_requests": 2, "prompt_len": 8, "output_len": 8} | options)
+
+
+def test_the_bound_on_all_prompts_together_is_what_is_drawn_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"name": "w", "num_requests": 6, "prompt_len": 8, "output_len": 4, "prefix_len": 5, "turns": 3}
+    drawn = 5 + sum(len(item.prompt) for item in draw(WorkloadConfig.of(options), 0, 100).items)
+    monkeypatch.setattr("experiments.workload.MOST_PROMPT_TOKENS", drawn)
+    assert WorkloadConfig.of(options)
+    monkeypatch.setattr("experiments.workload.MOST_PROMPT_TOKENS", drawn - 1)
+    with pytest.raises(ConfigError, match=f"{drawn} tokens in all, at most {drawn - 1}"):
+        WorkloadConfig.of(options)
 
 
 @pytest.mark.parametrize(

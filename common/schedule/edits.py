@@ -56,6 +56,7 @@ class Edits:
             expect(
                 bool(set(params.allowed_token_ids) - {*never, *early}),
                 f"Request {request.request_id!r}: bad_words and min_tokens mask all of allowed_token_ids.",
+                "allowed_token_ids",
             )
 
     @property
@@ -81,15 +82,26 @@ class Edits:
         """The edits int32[n] and float32[n, 3] (bias, repetition factor, penalty) for the token behind `length` of output, of
         which `output` are known: all of them if the edits `follow`."""
         ids, values = self._ids[: len(self._slots)], self._values[: len(self._slots)]
-        masked = self._early if length < self._params.min_tokens else []
-        for word in self._words.get(output[-1], ()) if output else ():
-            if tuple(output[1 - len(word) :]) == word[:-1]:
-                masked = [*masked, self._slots[word[-1]]]
-        if masked:
+        if masked := self._masked(output, length):
             values = values.copy()
             values[masked, 0] = -np.inf
         used = (values != NEUTRAL).any(axis=1)
         return ids[used], values[used]
+
+    def forbids(self, token: int, output: Sequence[int]) -> bool:
+        """Whether `token` is masked behind `output`, all of it. If it is chosen all the same, no other was left."""
+        if self.allowed is not None and not int(self.allowed[token // 32]) >> token % 32 & 1:
+            return True
+        slot = self._slots.get(token, -1)
+        return slot >= 0 and (self._values[slot, 0] == -np.inf or slot in self._masked(output, len(output)))
+
+    def _masked(self, output: Sequence[int], length: int) -> list[int]:
+        """The slots of what only the output so far masks."""
+        masked = self._early if length < self._params.min_tokens else []
+        for word in self._words.get(output[-1], ()) if output else ():
+            if tuple(output[1 - len(word) :]) == word[:-1]:
+                masked = [*masked, self._slots[word[-1]]]
+        return masked
 
 
 def bitmask(token_ids: Sequence[int], vocab_size: int) -> np.ndarray:

@@ -11,8 +11,9 @@ never one, runs through, and gives its pages to the next. Nobody who waits is ov
 of them is admitted when those that run have ended, at the latest; only more urgent ones that keep coming can hold it off.
 
 After a step has raised, those who were in it are suspects (`recover`). They are tried in halves, each by itself, until every
-one of them has come past the place where it stood, which acquits it, or has raised alone, which ends it. So each culprit costs
-about log2 of a step's requests in further steps that raise, and the others their time.
+one of them has come past the place where it stood, which acquits it, or has raised alone in two trials in a row, which ends it:
+one may have raised by chance. So each culprit costs about log2 of a step's requests in further steps that raise, and the others
+their time.
 
 A request with a `parent` forks: it holds the pages its parent has filled with their prompt, has a copy made of the last one, of
 which it will write the rest, and computes only the prompt's last token. Until the parent's prompt is written it is passed over;
@@ -42,7 +43,7 @@ import numpy as np
 from common.config import Cache, Schedule
 from common.errors import BackendError, DrainingError, QueueFullError, RequestError
 from common.interface import Caps, Result
-from common.request import Logprobs, Request, Status, TokenEvent, expect
+from common.request import STUCK, Logprobs, Request, Status, TokenEvent, expect
 from common.schedule.batch import Batch, Want
 from common.schedule.edits import Edits
 from common.schedule.pages import PageKey, PagePool, next_key
@@ -97,6 +98,8 @@ class Sequence:
     """Steps in flight that name it; only when there are none are its pages and row free for others."""
     suspect: int = 0
     """It was in a step that raised, and is acquitted once a step has landed that computes this many of its tokens."""
+    raised: int = 0
+    """Trials in a row in which it was alone and raised."""
     admissions: int = 0
     urgency: tuple[int, int] = field(init=False)
     """Priority, then arrival; the lesser is more urgent, and no two are alike."""
@@ -208,17 +211,20 @@ class Scheduler:
             prompt_len < self.max_model_len,
             f"Request {name!r}: a prompt of {prompt_len} tokens leaves no room for output in a context of {self.max_model_len} "
             f"(max_model_len); shorten it to at most {self.max_model_len - 1}.",
+            "prompt_token_ids",
         )
         expect(
             self.chunked_prefill or prompt_len <= self.budget,
             f"Request {name!r}: a prompt of {prompt_len} tokens does not fit a step of {self.budget} (max_num_batched_tokens), "
             "and enable_chunked_prefill=false computes it in one; shorten it, raise max_num_batched_tokens, or allow chunks.",
+            "prompt_token_ids",
         )
         room = (self.pool.num_pages - 1) * self.block_size  # the last output token needs no KV: nothing follows it
         expect(
             prompt_len <= room,
             f"Request {name!r}: a prompt of {prompt_len} tokens needs {-(-prompt_len // self.block_size)} pages, but the pool "
             f"has {self.pool.num_pages - 1} of {self.block_size} tokens; shorten it or raise num_blocks.",
+            "prompt_token_ids",
         )
         limit = min(self.max_model_len, room + 1) - prompt_len
         max_tokens = limit if params.max_tokens is None else params.max_tokens
@@ -226,12 +232,14 @@ class Scheduler:
             prompt_len + max_tokens <= self.max_model_len,
             f"Request {name!r}: {prompt_len} prompt tokens and max_tokens={max_tokens} exceed the context of "
             f"{self.max_model_len} (max_model_len); ask for at most {limit}.",
+            "max_tokens",
         )
         expect(
             max_tokens <= limit,
             f"Request {name!r}: {prompt_len} prompt tokens and max_tokens={max_tokens} need "
             f"{-(-(prompt_len + max_tokens - 1) // self.block_size)} pages, but the pool has {self.pool.num_pages - 1} of "
             f"{self.block_size} tokens; ask for at most {limit} or raise num_blocks.",
+            "max_tokens",
         )
         parent = None if request.parent is None or self.dense else self.live.get(request.parent)
         alike = lambda one: (one.prompt_token_ids, one.cache_salt)  # noqa: E731
@@ -330,8 +338,8 @@ class Scheduler:
         return [seq.request.request_id for seq in guilty]
 
     def _arraign(self, suspects: list[Sequence], alone: bool) -> list[Sequence]:
-        """Who of those whose step raised is guilty: one that was on trial, and `alone`, without others that have ended since.
-        Otherwise they are to be tried in halves.
+        """Who of those whose step raised is guilty: one that was on trial, and `alone`, without others that have ended since,
+        for the second time. Otherwise they are to be tried in halves.
 
         Where many steps raise and none lands between, it is hardly for what is in them, and all who are under suspicion end. So
         a lost device does not cost a step for each request; eight culprits side by side among 64, or one after another where
@@ -347,10 +355,10 @@ class Scheduler:
             return [seq for seq in everyone if seq.suspect]
         untried = [seq for seq in tried if seq.suspect and seq not in suspects]
         if tried and alone:
-            guilty, halves = suspects, []
-        else:
-            half = len(suspects) // 2
-            guilty, halves = [], [suspects[half:], suspects[:half]]
+            suspects[0].raised += 1
+        guilty = [seq for seq in suspects if seq.raised == 2]
+        half = len(suspects) // 2
+        halves = [] if guilty else [suspects[half:], suspects[:half]]
         self.trials += [group for group in (untried, *halves) if group]
         return guilty
 
@@ -572,7 +580,7 @@ class Scheduler:
             seq.in_flight -= 1
             seq.landed = ends[i]
             if seq.suspect and ends[i] >= seq.suspect:
-                seq.suspect = 0
+                seq.suspect = seq.raised = 0
             if i in bad and not seq.status.finished:
                 events.append(self._spoil(seq, time))
             elif seq.status is Status.RUNNING and self.prefix_caching:
@@ -580,7 +588,7 @@ class Scheduler:
             for j in range(starts[i], starts[i + 1]):
                 if seq.status.finished:
                     break  # just now, or while this step was in flight
-                if seq.matcher is not None and (error := seq.matcher.accept(tokens[j])):
+                if error := _refusal(seq, tokens[j]):
                     events.append(self._fail(seq, error, time))
                     break
                 k = seq.request.params.logprobs
@@ -611,7 +619,6 @@ class Scheduler:
 
     def _append(self, seq: Sequence, token: int, logprobs: Logprobs | None, time: float) -> TokenEvent:
         """Give a sequence its next token, and end it if that was its last."""
-        params = seq.request.params
         seq.output.append(token)
         self.rows.tokens[seq.row, seq.known] = token
         seq.known += 1
@@ -619,7 +626,7 @@ class Scheduler:
         if seq.edits is not None:
             seq.edits.append(token)
         finish, stop_reason = None, None
-        if token in seq.stops and len(seq.output) >= params.min_tokens:
+        if token in seq.stops:  # which min_tokens masks as long as it must
             finish, stop_reason = Status.FINISHED_STOP, seq.stops[token]
         elif seq.matcher is not None and seq.matcher.done:
             finish = Status.FINISHED_STOP
@@ -693,6 +700,13 @@ def _change(seq: Sequence) -> Change:
     if seq.edits is None:
         return Change(np.empty(0, np.int32), np.empty((0, 3), np.float32), matcher=seq.matcher)
     return Change(*seq.edits.at(seq.output, len(seq.output) + seq.pending), seq.edits.allowed, seq.matcher)
+
+
+def _refusal(seq: Sequence, token: int) -> str | None:
+    """Why it cannot go on by a token that was sampled, if it cannot; else its grammar has gone on."""
+    if seq.edits is not None and seq.edits.forbids(token, seq.output):
+        return STUCK
+    return None if seq.matcher is None else seq.matcher.accept(token)
 
 
 def _scores(i: int, seq: Sequence, end: int) -> list[Score]:

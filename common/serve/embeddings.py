@@ -17,6 +17,7 @@ from common.errors import RequestError
 from common.serve.errors import ApiError
 from common.serve.protocol import EmbeddingRequest
 from common.serve.serving import Serving, json_response, read, unless_left
+from common.serve.spans import named
 
 router = APIRouter()
 
@@ -54,9 +55,8 @@ def note(
     """Count a request that was not refused."""
     serving.metrics.embedded(map(len, tokens), arrival, ended)
     if serving.spans is not None:
-        facts = {"gen_ai.usage.input_tokens": sum(map(len, tokens))}
-        error = {"stop": None, "abort": "cancelled"}.get(ended, ended)
-        serving.spans.end("embeddings", serving.model.names[0], body.model, arrival, facts, http.headers, error)
+        facts = named("embeddings", serving.model, body.model) | {"gen_ai.usage.input_tokens": sum(map(len, tokens))}
+        serving.spans.end(facts, arrival, http.headers, {"stop": None, "abort": "cancelled"}.get(ended, ended))
 
 
 async def embed(serving: Serving, tokens: Sequence[Sequence[int]], pooling: Any) -> list[np.ndarray]:

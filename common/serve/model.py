@@ -122,7 +122,8 @@ class ServedModel:
         truncate: int | None = None,
     ) -> Prompt:
         if self.template is None:
-            raise ApiError(400, "This model has no chat template: it continues text. Use the completions endpoint.")
+            told = "This model has no chat template: it continues text. Use the completions endpoint."
+            raise ApiError(400, told, "messages")
         if tools and "tools" not in (self.tokenizer.chat_template or ""):
             raise ApiError(400, "The chat template of this model knows no tools.", "tools")
         plain = [message_of(i, message) for i, message in enumerate(messages)]

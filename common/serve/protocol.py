@@ -127,6 +127,10 @@ class Sampled(Body):
             except RequestError as error:
                 raise ApiError(400, str(error), name) from None
 
+    def field_of(self, param: str | None) -> str | None:
+        """What this body calls a field of the engine's request."""
+        return "prompt" if param == "prompt_token_ids" else param
+
     @property
     def format(self) -> str | None:
         """The field that asks for a format, where one does."""
@@ -241,6 +245,11 @@ class ChatRequest(Sampled):
             raise ApiError(400, text, "continue_final_message")
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true.", "top_logprobs")
+
+    def field_of(self, param: str | None) -> str | None:
+        if param == "max_tokens" and self.max_completion_tokens is not None:
+            return "max_completion_tokens"
+        return "messages" if param == "prompt_token_ids" else param
 
     def formats(self) -> dict[str, dict[str, Any] | None]:
         return super().formats() | {"tool_choice": self.enforced_call()}

@@ -18,14 +18,13 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from common.errors import RequestError
-from common.request import Request, SamplingParams, Status
+from common.request import STUCK, Request, SamplingParams, Status
 from common.serve.errors import ApiError, api_error, error_body
 from common.serve.metrics import Metrics
 from common.serve.model import Prompt, ServedModel
 from common.serve.protocol import B, Sampled, parse
 from common.serve.spans import Spans, facts_of
 from common.serve.worker import Call, Piece, Worker
-from common.text.grammar import STUCK
 from common.text.output import Delta
 
 log = logging.getLogger(__name__)
@@ -195,8 +194,10 @@ class Answer:
         self.serving.metrics.begin(self.call)
         try:
             await self.serving.worker.run(self.call)
-        except BaseException:
+        except BaseException as error:
             self.serving.metrics.end(self.call)
+            if isinstance(error, RequestError):
+                error.param = self.body.field_of(error.param)
             raise
         leave = partial(self._leave, http)
         if self.body.stream:
@@ -223,8 +224,7 @@ class Answer:
         if self.serving.spans is not None:
             bad = {"error", "timeout"}.intersection(self.finish_reasons.values())
             error = min(bad, default="cancelled" if self.call.left else None)
-            name = self.serving.model.names[0]
-            self.serving.spans.end(self.operation, name, self.body.model, self.arrival, facts_of(self), http.headers, error)
+            self.serving.spans.end(facts_of(self), self.arrival, http.headers, error)
         self.serving.metrics.end(self.call, aborted=True)
         facts: dict[str, Any] = {"request_id": http.headers["x-request-id"], "id": self.id, **self.usage()}
         del facts["prompt_tokens_details"]

@@ -11,6 +11,7 @@ from common.errors import ConfigError
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
+    from common.serve.model import ServedModel
     from common.serve.serving import Answer
 
 REQUESTED = ("temperature", "top_p", "top_k", "seed", "presence_penalty", "frequency_penalty", "max_tokens")
@@ -41,29 +42,12 @@ class Spans:
             raise ConfigError(f"--otlp-endpoint needs OpenTelemetry ({error}): pip install 'tandem-infer[otel]'.") from error
         return cls(OTLPSpanExporter(endpoint=endpoint))
 
-    def end(
-        self,
-        operation: str,
-        name: str,
-        asked: str | None,
-        arrival: float,
-        facts: Mapping[str, Any],
-        headers: Mapping[str, str],
-        error: str | None = None,
-    ) -> None:
-        """The span of one HTTP request, which ends now. `name` is the model's, `asked` what it was called; `error`: why there
-        is no answer."""
+    def end(self, facts: Mapping[str, Any], arrival: float, headers: Mapping[str, str], error: str | None = None) -> None:
+        """The span of one HTTP request, which ends now. `facts` hold those of `named`; `error`: why there is no answer."""
         now, wall = time.perf_counter(), time.time_ns()
         at = lambda moment: wall - int((now - moment) * 1e9)  # noqa: E731
-        named = {
-            "gen_ai.operation.name": operation,
-            "gen_ai.provider.name": "tandem",
-            "gen_ai.request.model": asked or name,
-            "gen_ai.response.model": name,
-        }
-        span = self._tracer.start_span(
-            f"{operation} {name}", self._extract(headers), self._kind, {**named, **facts}, start_time=at(arrival)
-        )
+        title = f"{facts['gen_ai.operation.name']} {facts['gen_ai.response.model']}"
+        span = self._tracer.start_span(title, self._extract(headers), self._kind, dict(facts), start_time=at(arrival))
         if error is not None:
             span.set_attribute("error.type", error)
             span.set_status(self._failed)
@@ -74,11 +58,23 @@ class Spans:
         self._provider.shutdown()
 
 
+def named(operation: str, model: ServedModel, asked: str | None) -> dict[str, Any]:
+    """What every span tells: what was done, and by which model, that was `asked` for by a name of its own."""
+    name = model.names[0]
+    return {
+        "gen_ai.operation.name": operation,
+        "gen_ai.provider.name": "tandem",
+        "gen_ai.request.model": asked or name,
+        "gen_ai.response.model": name,
+    }
+
+
 def facts_of(answer: Answer) -> dict[str, Any]:
     """What a span tells of a completion."""
     usage = answer.usage()
     asked = {f"gen_ai.request.{key}": getattr(answer.params, key) for key in REQUESTED}
     facts = {
+        **named(answer.operation, answer.serving.model, answer.body.model),
         "gen_ai.response.id": answer.id,
         "gen_ai.request.choice.count": answer.body.n or 1,
         "gen_ai.usage.input_tokens": usage["prompt_tokens"],

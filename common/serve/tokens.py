@@ -48,6 +48,7 @@ async def detokenize(http: HttpRequest) -> Response:
 @router.get("/tokenizer_info")
 async def tokenizer_info(http: HttpRequest) -> Response:
     model = Serving.of(http).model
+    model.check_name(http.query_params.get("model"))
     tokenizer = model.tokenizer
     named = {
         "bos_token": tokenizer.bos_token_id,

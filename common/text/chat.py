@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -67,8 +68,10 @@ class ChatTemplate:
         try:
             line = json.dumps({"template": self._template, "variables": variables})
         except (TypeError, ValueError, RecursionError) as error:
-            raise RequestError(f"Messages and tools must be made of strings, numbers, lists and mappings: {error}.") from error
-        expect(len(line) <= MAX_MESSAGES, f"A conversation may take {MAX_MESSAGES} characters as JSON, got {len(line)}.")
+            told = f"Messages and tools must be made of strings, numbers, lists and mappings: {error}."
+            raise RequestError(told, "messages") from error
+        told = f"A conversation may take {MAX_MESSAGES} characters as JSON, got {len(line)}."
+        expect(len(line) <= MAX_MESSAGES, told, "messages")
         answer = self._ask(line)
         match answer.get("kind"):
             case None:
@@ -76,9 +79,9 @@ class ChatTemplate:
             case "syntax":
                 raise CheckpointError(f"The chat template is not valid Jinja, {answer['error']}.")
             case "refused":
-                raise RequestError(f"The chat template refuses this conversation: {answer['error']}")
+                raise RequestError(f"The chat template refuses this conversation: {answer['error']}", "messages")
             case _:
-                raise RequestError(f"The chat template fails on this conversation: {answer['error']}")
+                raise RequestError(f"The chat template fails on this conversation: {answer['error']}", "messages")
 
     def encode(
         self,
@@ -110,7 +113,7 @@ class ChatTemplate:
         try:
             plain_messages, plain_tools = disguise(messages), disguise(tools)
         except RecursionError:
-            raise RequestError("Messages and tools are nested too deeply.") from None
+            raise RequestError("Messages and tools are nested too deeply.", "messages") from None
         text = self.render(plain_messages, tools=plain_tools, add_generation_prompt=add_generation_prompt)
         if not names:
             return text, self._tokenizer.encode(text, add_special_tokens=False)
@@ -150,7 +153,8 @@ class ChatTemplate:
             answer = _exchange(self._worker, line + "\n", MAX_SECONDS)
             if not answer:
                 self._stop()
-                raise RequestError(f"The chat template was stopped: it took more than {MAX_SECONDS:g} s, or too much memory.")
+                told = f"The chat template was stopped: it took more than {MAX_SECONDS:g} s, or too much memory."
+                raise RequestError(told, "messages")
             return json.loads(answer)
 
     def _stop(self) -> None:
@@ -187,18 +191,17 @@ def _exchange(worker: subprocess.Popen[str], line: str, seconds: float) -> str:
 
 
 def _check(messages: Any) -> None:
-    expect(
+    must = partial(expect, param="messages")
+    must(
         isinstance(messages, Sequence) and not isinstance(messages, str | bytes) and len(messages) > 0,
         f"messages must be a list with at least one message, got {messages!r:.80}.",
     )
     for i, message in enumerate(messages):
-        expect(isinstance(message, Mapping), f"messages[{i}] must be a mapping with role and content, got {message!r:.80}.")
+        must(isinstance(message, Mapping), f"messages[{i}] must be a mapping with role and content, got {message!r:.80}.")
         role, content = message.get("role"), message.get("content")
-        expect("role" in message, f"messages[{i}] has no role; expected one of {', '.join(ROLES)}.")
-        expect(
-            role in ROLES, f"messages[{i}] has the role {role!r}.{nearest_hint(str(role), ROLES)} Known: {', '.join(ROLES)}."
-        )
-        expect(
+        must("role" in message, f"messages[{i}] has no role; expected one of {', '.join(ROLES)}.")
+        must(role in ROLES, f"messages[{i}] has the role {role!r}.{nearest_hint(str(role), ROLES)} Known: {', '.join(ROLES)}.")
+        must(
             isinstance(content, str | list) or (content is None and bool(message.get("tool_calls"))),
             f"messages[{i}] needs a content that is a string (or a list of parts), got {content!r:.80}.",
         )

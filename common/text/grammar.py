@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from common.errors import RequestError
-from common.request import Request, StructuredOutputsParams, expect
+from common.request import STUCK, Request, StructuredOutputsParams, expect
 from common.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ LIMITS: dict[str, Any] = {
 _QUOTED = re.compile(r'(invalid regex ".*" \(in regex\): )?regex parse error:.*\nerror: ', re.DOTALL)
 _LISTING = re.compile(r"\n +\d+ \| ")
 NOTHING = "there is no output that it allows"
-STUCK = "The output cannot go on: allowed_token_ids, bad_words and min_tokens leave no token that its grammar takes."
 
 
 class Matcher:

@@ -19,6 +19,8 @@ from common.errors import CheckpointError
 
 PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 """Encodings with one element per weight."""
+LARGEST = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
+"""Of bfloat16, to which weights may be rounded: the greatest float32s become infinite there."""
 BLOCKS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q5_K", "Q6_K")
 """Encodings of GGML that pack 32 or 256 neighbours of a row with their scales; the `gguf` library decodes them."""
 
@@ -50,7 +52,7 @@ class Entry:
     def dense(self) -> np.ndarray:
         """The canonical tensor, float32 [*shape], C-contiguous, owned by the caller.
 
-        Raises CheckpointError if a value is NaN or infinite."""
+        Raises CheckpointError if a value is NaN, infinite, or too large for bfloat16, whatever the engine computes in."""
         return self.slice(0, 0, self.shape[0])
 
     def slice(self, axis: int, start: int, stop: int) -> np.ndarray:
@@ -75,10 +77,10 @@ class Entry:
         part = np.ascontiguousarray(_decoded(stored, self.encoding)[..., trim])
         if self.addend:
             part += np.float32(self.addend)
-        if not np.isfinite(part).all():
-            bad = int(part.size - np.isfinite(part).sum())
+        if not (part.max(initial=0) <= LARGEST and part.min(initial=0) >= -LARGEST):  # NaN is neither
+            bad = int(part.size - (np.abs(part) <= LARGEST).sum())
             raise CheckpointError(
-                f"{self.source}: tensor {self.name} holds {bad} values that are NaN or infinite. "
+                f"{self.source}: tensor {self.name} holds {bad} values that are NaN, infinite or beyond ±{LARGEST:.3g}. "
                 "The file is damaged, or was saved from a model that had diverged: get it again."
             )
         return part
