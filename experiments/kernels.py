@@ -149,12 +149,28 @@ def run(config: DictConfig, spec: EngineSpec, measure: MeasureConfig) -> None:
             "run": str(finished(directory)),
             "limits": before and after and {"before": before.summary(), "after": after.summary()},
             "foreign_cpu_share": share,
-            "contaminated": [f"other programs used {share:.0%} of the processors"] if share > BUSY else [],
+            "contaminated": contaminations(shapes, share),
             "shapes": shapes,
         }
         write_json(directory / "results.json", result)
     print_tables(result)
     print_json(result)
+
+
+def contaminations(shapes: Mapping[str, Mapping[str, Mapping[str, float | None]]], foreign_share: float) -> list[str]:
+    """What makes figures of shape → operator → `FIGURES` worth nothing."""
+    reasons = [f"other programs used {foreign_share:.0%} of the processors"] if foreign_share > BUSY else []
+    fractions = [
+        (values["fraction"] or 0.0, f"{operator} in {shape}")
+        for shape, rows in shapes.items()
+        for operator, values in rows.items()
+    ]
+    most, which = max(fractions, default=(0.0, ""))
+    if most > 1:
+        reasons.append(
+            f"invalid: {which} is at {most:.2f} of the limit; the machine was faster than while its limits were measured"
+        )
+    return reasons
 
 
 def expect_native(spec: EngineSpec) -> None:

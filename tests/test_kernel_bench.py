@@ -76,6 +76,15 @@ def test_a_figure_is_the_work_over_the_time_and_the_time_over_the_limit() -> Non
     assert got["fraction"] == pytest.approx(float(work.bytes) / 1e9 / 0.5)
 
 
+def test_a_figure_above_the_limit_and_other_programs_contaminate() -> None:
+    shapes = {"decode": {"head": {"fraction": 0.9}, "sample": {"fraction": None}}, "prefill": {"head": {"fraction": 1.0}}}
+    assert kernels.contaminations(shapes, 0.0) == []
+    shapes["decode"]["sample"]["fraction"] = 1.01
+    (reason,) = kernels.contaminations(shapes, 0.0)
+    assert reason.startswith("invalid: sample in decode is at 1.01 of the limit")
+    assert "other programs used 50% of the processors" in kernels.contaminations(shapes, 0.5)
+
+
 # What is timed.
 
 
