@@ -97,7 +97,7 @@ def project(
 ) -> tuple[KVCache, Array]:
     """A layer's pages with the keys and values of these tokens, and their queries [T, N, H]."""
     (k,), (v,) = cache
-    q = _shape((x_TD.shape[0], config.num_heads, config.head_dim), k.dtype)
+    q = _shape((x_TD.shape[0], config.num_heads, config.head_dim), jnp.bfloat16 if k.dtype == jnp.uint16 else k.dtype)
     arguments = (step, weights.layers, weights.ropes, x_TD, k, v)
     q_TNH, k, v = _call("project", (q, k, v), *arguments, aliases={4: 1, 5: 2}, layer=layer)
     return KVCache((k,), (v,)), q_TNH

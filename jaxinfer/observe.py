@@ -10,7 +10,6 @@ from collections import OrderedDict
 from collections.abc import Collection
 from typing import Any, Protocol
 
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -53,7 +52,4 @@ def observe(step: Any, state: Any, batch: Batch, names: Collection[str] | None) 
 
 
 def _typed(x: np.ndarray) -> np.ndarray:
-    """As float32; bfloat16 in native kernels is kept as uint16."""
-    if x.dtype == np.int32:
-        return x
-    return (x.view(jnp.bfloat16) if x.dtype == np.uint16 else x).astype(np.float32)
+    return x if x.dtype == np.int32 else x.astype(np.float32)

@@ -142,14 +142,14 @@ def primitives(jaxpr: Any) -> Iterator[str]:
                 yield from primitives(value.jaxpr)
 
 
-def native_state(backend: str, path: Path) -> tuple[Any, Any, np.ndarray, int]:
+def native_state(backend: str, path: Path, dtype: str = "bfloat16") -> tuple[Any, Any, np.ndarray, int]:
     config, kernels = checkpoint(path).config, part(backend, "kernels")
-    weights = native_weights(backend, path, "bfloat16")
+    weights = native_weights(backend, path, dtype)
     packer = Packer(8, 16)
     batch = packer.step([(packer.add(PROMPTS[0]), 0, 48)])
     arrays = np.zeros(4, np.int32), np.zeros((1, config.vocab_size), np.float32)
     last, logits = part(backend, "arrays").to_device(arrays, device(backend))
-    state = part(backend, "step").State(kernels.make_cache(config, 8, 16, "bfloat16"), last, logits)
+    state = part(backend, "step").State(kernels.make_cache(config, 8, 16, dtype), last, logits)
     return weights, state, pack_step(batch), batch.num_tokens
 
 
@@ -216,6 +216,24 @@ def test_layers_in_parts_compute_the_same_bits(backend: str, families: dict[str,
         host = part(backend, "arrays").to_host((state.logits, state.cache.k[0], state.cache.v[0]))
         results.append([np.ascontiguousarray(array).tobytes() for array in host])
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_lies_between_the_parts_can_be_computed_with(backend: str, dtype: str, families: dict[str, Path]) -> None:
+    path, kernels = families["llama2"], part(backend, "kernels")
+    config = checkpoint(path).config
+    weights, state, step, _ = native_state(backend, path, dtype)
+    words = step if backend == "jax" else torch.from_numpy(step)
+    x = part(backend, "arrays").to_device(
+        np.random.default_rng(0).standard_normal((48, config.hidden_size)).astype(np.float32), device(backend)
+    )
+
+    def halves(step: Any, cache: Any, x: Any) -> Any:
+        _, q = kernels.project(config, weights, 0, step, cache, x)
+        return kernels.combine(weights, 0, step, q * 0.5, x * 0), kernels.combine(weights, 0, step, q * 0.25 + q * 0.25, x * 0)
+
+    whole, again = part(backend, "arrays").to_host((jax.jit(halves) if backend == "jax" else halves)(words, state.cache, x))
+    assert np.isfinite(whole).all() and whole.any() and np.array_equal(whole, again)
 
 
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

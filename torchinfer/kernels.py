@@ -1,7 +1,7 @@
 """Native kernels as PyTorch operators, and the step that is made of them: what `kernels=native` runs.
 
-The operators are registered in C++ (`common/kernels/cpu/torch.cc`): a call costs a microsecond. They write what they are given,
-so `torch.compile` sees what changes. Between them PyTorch computes nothing.
+The operators are registered in C++ (`common/kernels/cpu/torch.cc`) and write what they are given: none allocates. Between them
+PyTorch computes nothing.
 """
 
 from __future__ import annotations

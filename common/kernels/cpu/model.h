@@ -56,8 +56,8 @@ TANDEM_INLINE void rms_norm(const float* x, const float* w, int size, float eps,
   for (int i = 0; i < size; i += LANES) put(i, size - i, load(x + i, size - i) * scale * load(w + i, size - i));
 }
 
-// The normed rows in the element type: the operand of the matmul with w that follows. `out` has room for REPEAT rows more for
-// each thread: so few rows every thread norms for itself, which is quicker than waiting for another.
+// The normed rows in the element type: the operand of the matmul with w that follows. So few rows as
+// REPEAT every thread norms for itself, each to a place of its own, which is quicker than waiting for another.
 constexpr int REPEAT = 2;
 
 template <class E>

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 
 from common.config import EngineConfig, ModelConfig
-from common.errors import BackendError, ConfigError, TandemError
+from common.errors import BackendError, ConfigError
 from common.kernels.cpu.pack import LANES, MAX_HEAD_DIM
 
 log = logging.getLogger(__name__)
@@ -17,17 +17,21 @@ def usable(config: EngineConfig, model: ModelConfig, device: str, open_library: 
     `ConfigError` or `BackendError` does. `open_library` compiles and loads it."""
     if config.kernels == "framework":
         return False
-    try:
-        if reason := against(config, model, device):
+    told = "kernels=auto: using framework (%s)"
+    if reason := against(config, model, device):
+        if config.kernels == "native":
             raise ConfigError(f"kernels=native cannot be used here: {reason}. Use kernels=auto or kernels=framework.")
+        log.info(told, reason)
+        return False
+    try:
         try:
             open_library()
         except OSError as error:
             raise BackendError(f"kernels=native cannot load its library: {error}") from error
-    except TandemError as error:
+    except BackendError as error:
         if config.kernels == "native":
             raise
-        log.info("kernels=auto: using framework (%s)", str(error).splitlines()[0])
+        log.warning(told, str(error).splitlines()[0])  # several times slower, and nobody asked for it
         return False
     return True
 
