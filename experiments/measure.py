@@ -164,7 +164,7 @@ class Outcome:
 def measure(plan: Plan, directory: Path, narrator: Narrator) -> Outcome:
     """Load the plan's engines and run its blocks. Raises what is the user's to mend; an engine that fails is in the outcome."""
     outcome = Outcome({spec.label: [] for spec in plan.engines})
-    with contextlib.ExitStack() as stack, kept_rows(directory, outcome.windows):
+    with kept_rows(directory, outcome.windows), contextlib.ExitStack() as stack:
         engines = {
             spec.label: stack.enter_context(IsolatedEngine(spec, directory / f"{spec.label}.log", plan.measure.timeout_s))
             for spec in plan.engines
@@ -187,7 +187,7 @@ def measure(plan: Plan, directory: Path, narrator: Narrator) -> Outcome:
             figures["unsure"] = unsure(figures)
         if plan.measure.profile:
             profile_engines(outcome, engines, plan, narrator)
-    outcome.comparisons = outcome.compared(plan, ended=True)
+        outcome.comparisons = outcome.compared(plan, ended=True)
     return outcome
 
 

@@ -30,9 +30,10 @@ def write_run(
     directory: Path, result: Mapping[str, Any], windows: Mapping[str, Sequence[Window]], profiles: Mapping[str, Profile]
 ) -> None:
     """All that a run brought: the figures first, so that they are there where the disk is too full for the rows."""
-    write_json(directory / "results.json", result)
-    write_rows(directory, windows)
-    write_steps(directory, windows)
+    with kept_rows(directory, windows):
+        write_json(directory / "results.json", result)
+        write_rows(directory, windows)
+        write_steps(directory, windows)
     write_profiles(directory, profiles)
 
 

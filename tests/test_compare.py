@@ -7,9 +7,11 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from common.exits import TERMINATED, Terminated
 from experiments import compare, records
 from experiments.agreement import tokens_equal_share, verdict
 from experiments.blocks import block_order, level, reason_to_stop, time_left
@@ -17,7 +19,9 @@ from experiments.compare import ratios
 from experiments.config import MeasureConfig
 from experiments.correctness import Agreement, Divergence
 from experiments.drive import Row, Window
-from experiments.records import read_rows
+from experiments.isolate import IsolatedEngine
+from experiments.measure import Outcome
+from experiments.records import read_rows, read_steps
 from tests.history_backend import ROOT, command, history, interruptible, last_line, written
 
 __all__ = ["history"]
@@ -233,6 +237,31 @@ def test_who_ends_a_run_keeps_the_rows_of_its_windows_that_have_ended(history: P
     rows = read_rows(partial)
     assert {tuple(pair) for pair in rows[["engine", "block"]].to_numpy()} >= set(product(("history", "history-2"), (0, 1)))
     assert (partial / "steps.jsonl").exists() and not (partial / "results.json").exists()
+
+
+@pytest.mark.parametrize("moment", [(IsolatedEngine, "close"), (Outcome, "compared"), (records, "write_json")])
+def test_an_end_behind_the_last_window_loses_none_of_their_rows(
+    history: Path, monkeypatch: pytest.MonkeyPatch, moment: tuple[Any, str]
+) -> None:
+    """While the engines end, while they are compared, and before the rows are written after the figures."""
+    where, name = moment
+    original = getattr(where, name)
+    came: list[str] = []
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        result = original(*arguments, **named)
+        if not came and named.get("ended", True):
+            came.append(name)
+            raise Terminated
+        return result
+
+    monkeypatch.setattr(where, name, interrupted)
+    with pytest.raises(SystemExit) as exit:
+        command(monkeypatch, compare.main, *SMALL, "engines=[history,history]", "measure=quick", "correctness.num_requests=0")
+    assert exit.value.code == TERMINATED and came
+    (partial,) = (history / "runs").iterdir()
+    assert partial.suffix == ".partial"
+    assert len(read_rows(partial)) == 2 * 3 and len(read_steps(partial)) > 0
 
 
 def test_the_float32_pass_can_be_left_out(

@@ -57,9 +57,11 @@ def decode(runner: ModelRunner, pack: Packer, row: int, at: int, token: int, ste
     return tokens
 
 
+@pytest.mark.parametrize("kernels", ["framework", "native"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_pages_come_back_as_they_were_written(backend: str, dtype: str) -> None:
-    runner = shared_runner(backend, MODEL, PAGES, engine_config(dtype=dtype, max_num_seqs=2, max_num_batched_tokens=32))
+def test_pages_come_back_as_they_were_written(backend: str, dtype: str, kernels: str) -> None:
+    small = engine_config(dtype=dtype, kernels=kernels, max_num_seqs=2, max_num_batched_tokens=32)
+    runner = shared_runner(backend, MODEL, PAGES, small)
     runner.reset()
     config, rng = checkpoint(MODEL).config, np.random.default_rng(0)
     before = runner.read_pages(0, range(PAGES))
@@ -73,6 +75,9 @@ def test_pages_come_back_as_they_were_written(backend: str, dtype: str) -> None:
     assert all(np.array_equal(runner.read_pages(0, others)[name], before[name][:, others]) for name in arrays)
     after["k"][:] = 7  # a copy: the pool must not see this
     assert not (runner.read_pages(0, [9])["k"] == 7).any()
+    none = runner.read_pages(0, [])
+    assert none["v"].shape == none["k"].shape == (shape[0], 0, *shape[2:])
+    runner.write_pages(0, [], none)
 
 
 @pytest.mark.parametrize(("writer", "reader"), [(a, b) for a in BACKENDS for b in BACKENDS])

@@ -23,14 +23,14 @@ def keys_out(pool: np.ndarray, kv_heads: int) -> np.ndarray:
     """Pages of keys, [L K, p, H / PAIR, B, PAIR] -> [L, p, B, K, H]."""
     heads, p, _, B, _ = pool.shape
     x = pool.reshape(heads // kv_heads, kv_heads, *pool.shape[1:])
-    return x.transpose(0, 2, 4, 1, 3, 5).reshape(-1, p, B, kv_heads, x.shape[3] * x.shape[5])
+    return x.transpose(0, 2, 4, 1, 3, 5).reshape(len(x), p, B, kv_heads, x.shape[3] * x.shape[5])
 
 
 def values_out(pool: np.ndarray, kv_heads: int, head_dim: int) -> np.ndarray:
     """Pages of values, [L K, p, B / PAIR, H', PAIR] -> [L, p, B, K, H]."""
     heads, p, half, H, pair = pool.shape
     x = pool.reshape(heads // kv_heads, kv_heads, *pool.shape[1:])
-    return x.transpose(0, 2, 3, 5, 1, 4).reshape(-1, p, half * pair, kv_heads, H)[..., :head_dim]
+    return x.transpose(0, 2, 3, 5, 1, 4).reshape(len(x), p, half * pair, kv_heads, H)[..., :head_dim]
 
 
 def keys_in(x_LPBKH: np.ndarray, pair: int) -> np.ndarray:
@@ -44,5 +44,6 @@ def values_in(x_LPBKH: np.ndarray, pair: int) -> np.ndarray:
     """The inverse of `values_out`; what pads a head is 0."""
     L, p, B, K, H = x_LPBKH.shape
     x = np.pad(x_LPBKH, [(0, 0)] * 4 + [(0, -H % LANES)])
-    x = x.reshape(L, p, B // pair, pair, K, -1).transpose(0, 4, 1, 2, 5, 3)
-    return x.reshape(L * K, p, B // pair, -1, pair)
+    width = x.shape[-1]
+    x = x.reshape(L, p, B // pair, pair, K, width).transpose(0, 4, 1, 2, 5, 3)
+    return x.reshape(L * K, p, B // pair, width, pair)
