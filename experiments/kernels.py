@@ -2,12 +2,13 @@
 
 `python -m experiments.bench engine=torch measure=kernels`. An operator of a layer is timed over all layers in turn, so that one
 layer's weights do not stay in a cache; a pass runs every operator once, and the median of the passes counts. Limits are counted
-as in `experiments.roofline`: layer and head are a step there. The framework's version is the step of `kernels=framework`, in
-pieces, padded as it pads. It writes keys and values in attend, the native kernels do in project: layer, which is all three,
+as in `experiments.roofline`: layers and head are a step there. The framework's version is the step of `kernels=framework`, in
+pieces, padded as it pads. It writes keys and values in attend, the native kernels do in project: layers, which is all three,
 compares alike with alike.
 
 A time includes the call out of Python, microseconds each, on JAX tens of them for each pass over the layers: the least that an
-operator can show. A fraction above 1 means that its data came from a cache.
+operator can show. A fraction above 1 means that its data came from a cache, as that of a tiny model does, or that the machine
+was slower while its limits were measured: such a run is called contaminated.
 """
 
 from __future__ import annotations
@@ -167,9 +168,8 @@ def contaminations(shapes: Mapping[str, Mapping[str, Mapping[str, float | None]]
     ]
     most, which = max(fractions, default=(0.0, ""))
     if most > 1:
-        reasons.append(
-            f"invalid: {which} is at {most:.2f} of the limit; the machine was faster than while its limits were measured"
-        )
+        why = "its data came from a cache, or the machine was slower while its limits were measured"
+        reasons.append(f"invalid: {which} is at {most:.2f} of the limit; {why}")
     return reasons
 
 
