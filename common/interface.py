@@ -111,9 +111,8 @@ def make_result(
 ) -> Result:
     """The `Result` of a step that sampled at most one token for each sequence, from arrays by logit row, padded at the end."""
     R, seqs = len(batch.want), batch.num_seqs
-    if (
-        seqs == R and batch.score_ids is None
-    ):  # each has one row and samples: with so few calls, as caches are cold after a step
+    # Where each sequence has one row and samples, few calls do: after a step no cache knows their code.
+    if seqs == R and batch.score_ids is None:
         tokens, starts = tokens[:R], np.arange(seqs + 1, dtype=np.int32)
     else:
         rows = np.flatnonzero(batch.want & Want.SAMPLE)
