@@ -26,6 +26,7 @@ from experiments.fail_if import parse_conditions
 from experiments.job import task_config
 from experiments.measure import expect_fits, measure_config
 from experiments.progress import told_apart
+from experiments.sweep import finish
 from experiments.workload import WorkloadConfig, draw
 
 
@@ -51,8 +52,6 @@ class CheckedSweeper(Sweeper):
             except TandemError as error:
                 raise type(error)(f"{error} (Of the job {name}. No job was run.)") from None
         returns = self._launcher.launch(jobs, initial_job_idx=0)
-        from experiments.sweep import finish  # with pandas, which no single run needs
-
         if not finish(Path(self._config.hydra.sweep.dir)):
             sys.exit(FAILURE)
         return returns

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from common.errors import CheckpointError, RequestError
+from common.errors import BackendError, CheckpointError, RequestError
 from common.text.chat import MAX_SECONDS, MAX_TEMPLATE, ChatTemplate
 from common.text.tokenizer import Tokenizer, open_tokenizer
 from common.weights.zoo import resolve
@@ -181,6 +181,17 @@ def test_messages_nested_without_end_are_refused(smollm: ChatTemplate) -> None:
         deep = [deep]
     with pytest.raises(RequestError, match="nested too deeply"):
         smollm.encode([{"role": "user", "content": deep}])
+
+
+def test_a_worker_that_does_not_start_is_not_the_conversation_s_fault(
+    smollm: ChatTemplate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smollm.close()
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.executable", "/bin/false")
+        with pytest.raises(BackendError, match=r"does not start \(/bin/false"):
+            smollm.render([{"role": "user", "content": "Hi"}])
+    assert "Hi" in smollm.render([{"role": "user", "content": "Hi"}])
 
 
 def test_closing_ends_the_worker_and_may_be_repeated(tokenizer: Tokenizer) -> None:

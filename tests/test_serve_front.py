@@ -61,6 +61,15 @@ def test_requests_reach_the_backend_that_they_name(served: Served) -> None:
     assert served.client.get("/tokenizer_info").json()["eos_token"] == "<|im_end|>"
 
 
+def test_routes_that_take_no_body_need_no_header_for_one(tmp_path: Path) -> None:
+    """As a server of one backend answers: `curl -X POST` sends neither."""
+    packages, _ = history(tmp_path, "one", "two")
+    with serving(tmp_path, "--backend", "one,two", "--admin", packages=[packages]) as server:
+        assert server.client.post("/reset_prefix_cache").status_code == 200
+        assert server.client.post("/nowhere").status_code == 404
+        assert server.client.post("/v1/completions").status_code == 415
+
+
 def test_whoever_leaves_is_noticed_behind_the_front_too(served: Served) -> None:
     before = served.metric("request_success_total", finished_reason="abort")
     with served.client.stream("POST", "/v1/completions", json={**BODY, "max_tokens": 400, "stream": True}) as response:

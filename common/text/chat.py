@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from common.errors import CheckpointError, RequestError, nearest_hint
+from common.errors import BackendError, CheckpointError, RequestError, nearest_hint
 from common.request import expect
 from common.text.tokenizer import Tokenizer
 
@@ -53,7 +53,8 @@ class ChatTemplate:
         """The conversation as text, special tokens spelt out.
 
         Raises `RequestError` for messages that are malformed or that the template refuses, and for a template that takes more
-        than a second or its share of memory; `CheckpointError` for one that is not valid Jinja.
+        than a second or its share of memory; `CheckpointError` for one that is not valid Jinja; `BackendError` if the worker
+        does not start.
         """
         _check(messages)
         special = {"bos_token": self._tokenizer.bos_token_id, "eos_token": next(iter(self._tokenizer.eos_token_ids), None)}
@@ -149,7 +150,7 @@ class ChatTemplate:
                 )
                 if not _exchange(self._worker, "", MAX_START_SECONDS):
                     self._stop()
-                    raise RequestError(f"The process that renders chat templates does not start ({sys.executable} {program}).")
+                    raise BackendError(f"The process that renders chat templates does not start ({sys.executable} {program}).")
             answer = _exchange(self._worker, line + "\n", MAX_SECONDS)
             if not answer:
                 self._stop()
