@@ -105,21 +105,24 @@ def cgroup_files(controller: str, *names: str) -> list[tuple[str, ...]]:
 
 def cpu_name() -> str:
     """The processor's name as its maker prints it, or its architecture where that is not told."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def cpu_vendor() -> str:
+    """Its maker as Linux names it (`GenuineIntel`, `AuthenticAMD`), or nothing where it does not tell."""
+    return _cpuinfo("vendor_id")
 
 
 def cpu_features() -> str:
     """The instruction sets that Linux says the processor has, or nothing where it does not tell."""
+    return _cpuinfo("flags", "Features")
+
+
+def _cpuinfo(*names: str) -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith(("flags", "Features")):
-                return line.split(":", 1)[1].strip()
+            if line.startswith(names):
+                return line.partition(":")[2].strip()
     except OSError:
         pass
     return ""

@@ -439,6 +439,25 @@ def test_libraries_that_nobody_used_for_long_are_removed(monkeypatch: pytest.Mon
     assert {path.suffix for path in used.parent.glob(f"{used.stem}.*")} == {".so", ".digest"}
 
 
+@pytest.mark.accept
+@pytest.mark.parametrize(
+    "options",
+    ["-DTANDEM_WIDEN -DTANDEM_FEW_ROWS=0", "-UTANDEM_WIDEN -UTANDEM_FEW_ROWS", "-mno-avx512bf16", "-DTANDEM_PORTABLE"],
+    ids=["as on Intel", "as on AMD", "without BF16", "any processor"],
+)
+def test_what_other_processors_would_compute_passes_the_same_tests(options: str) -> None:
+    """Every build has a fixed order of roundings of its own, and all of them equal the definition."""
+    tests = ["tests/test_kernels.py", "tests/test_native_operators.py", "-m", "not accept", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *tests],
+        env=os.environ | {"TANDEM_CXXFLAGS": options},
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
 def test_a_compiler_may_have_arguments_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TANDEM_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", f"env LANG=C {cxx_compiler()[0]}")

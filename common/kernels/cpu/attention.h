@@ -66,7 +66,7 @@ struct Partial {
 // Scratch of one tile, grown once and kept by its thread.
 template <class E>
 struct Tile {
-  std::vector<typename E::T> q, p;
+  std::vector<typename E::A> q, p;
   std::vector<float> s, acc;
   std::vector<Partial> partials;
   std::vector<int> position;
@@ -84,7 +84,7 @@ struct Tile {
 
 // s[r][64] = q[r] · k of one block: R rows, keys in four groups of sixteen.
 template <class E, int R>
-inline void scores(const typename E::T* q, int head_dim, const typename E::T* const* k, const typename E::T* const* next,
+inline void scores(const typename E::A* q, int head_dim, const typename E::T* const* k, const typename E::T* const* next,
                    size_t stride, float* s) {
   V acc[R][SUB];
 #pragma GCC unroll 16
@@ -97,10 +97,16 @@ inline void scores(const typename E::T* q, int head_dim, const typename E::T* co
     for (int j = 0; j < SUB; ++j) b[j] = E::vec(k[j] + h * stride);
     if (next)
       for (int j = 0; j < SUB; ++j) prefetch(next[j] + h * stride);
+#pragma GCC unroll 2
+    for (int step = 0; step < E::STEPS; ++step) {
+      typename E::Vec part[SUB];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < SUB; ++j) part[j] = E::part(b[j], step);
 #pragma GCC unroll 16
-      for (int j = 0; j < SUB; ++j) acc[r][j] = E::madd(acc[r][j], q + r * head_dim + h * E::PAIR, b[j]);
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+        for (int j = 0; j < SUB; ++j) acc[r][j] = E::madd(acc[r][j], q + r * head_dim + h * E::PAIR + step, part[j]);
+    }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -110,7 +116,7 @@ inline void scores(const typename E::T* q, int head_dim, const typename E::T* co
 
 // acc[r][16 * C] += p[r][:keys] v: R rows, C registers of dimensions.
 template <class E, int R, int C>
-inline void weigh(const typename E::T* p, int keys, const typename E::T* const* v, const typename E::T* const* next, int width,
+inline void weigh(const typename E::A* p, int keys, const typename E::T* const* v, const typename E::T* const* next, int width,
                   float* acc) {
   constexpr int G = E::PAIR;
   V sum[R][C];
@@ -128,10 +134,16 @@ inline void weigh(const typename E::T* p, int keys, const typename E::T* const* 
     }
     if (next)
       for (int c = 0; c < C; ++c) prefetch(next[i / LANES] + size_t(i % LANES) * width + c * LANES * G);
+#pragma GCC unroll 2
+    for (int step = 0; step < E::STEPS; ++step) {
+      typename E::Vec part[C];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) part[c] = E::part(b[c], step);
 #pragma GCC unroll 16
-      for (int c = 0; c < C; ++c) sum[r][c] = E::madd(sum[r][c], p + r * BLOCK + i, b[c]);
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+        for (int c = 0; c < C; ++c) sum[r][c] = E::madd(sum[r][c], p + r * BLOCK + i + step, part[c]);
+    }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -180,8 +192,7 @@ inline void attend_block(Tile<E>& tile, int rows, int head_dim, const typename E
     for (int j = 0; j < SUB; ++j) {
       V e = exp2(x[j] - peak);
       if (!whole) e = select(seen[j], e, V{});
-      E::put(p + j * LANES, e);
-      total = total + E::get(p + j * LANES);  // as rounded, so that the weights add up to one
+      total = total + put_operands<E>(p + j * LANES, e);  // as rounded, so that the weights add up to one
     }
     partial.total = total;
     if (partial.peak != peak)
@@ -294,7 +305,7 @@ class Attention {
     const int Q = group(), H = w_.head_dim;
     for (int t = 0; t < run.count; ++t)
       for (int g = 0; g < Q; ++g) {
-        std::memcpy(&tile.q[size_t(t * Q + g) * H], q_ + (size_t(run.token + t) * w_.heads + run.head * Q + g) * H, sizeof(T) * H);
+        operands<E>(q_ + (size_t(run.token + t) * w_.heads + run.head * Q + g) * H, H, &tile.q[size_t(t * Q + g) * H]);
         tile.position[t * Q + g] = step_.positions[run.token + t];
       }
   }

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from common.errors import BackendError, CheckpointError
-from common.platform import cpu_features, cpu_name, cxx_compiler
+from common.platform import cpu_features, cpu_name, cpu_vendor, cxx_compiler
 from common.weights.zoo import cache_directory
 
 log = logging.getLogger(__name__)
@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
 OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-ffp-contract=off")
 """`-ffp-contract=off`: an a * b + c in the source stays two operations. Where one is meant, the source calls fma."""
+INTEL = ("-DTANDEM_WIDEN", "-DTANDEM_FEW_ROWS=0")
+"""For Intel's processors, as measured on Emerald Rapids: a dot product of pairs does twice the work of a fused multiply-add in four
+times as long; and weights want to be fetched ahead even where they meet a single row."""
 UNUSED = 30 * 24 * 3600
 """Seconds after its last use when a library goes."""
 
@@ -33,7 +36,8 @@ def build(
     options in the environment's TANDEM_CXXFLAGS behind ours. Raises `BackendError` with the compiler's words if it fails, or if
     libraries cannot be kept."""
     compiler = cxx_compiler()
-    flags = [*OPTIONS, *options, *os.environ.get("TANDEM_CXXFLAGS", "").split(), *(f"-I{folder}" for folder in include)]
+    tuned = INTEL if cpu_vendor() == "GenuineIntel" else ()
+    flags = [*OPTIONS, *tuned, *options, *os.environ.get("TANDEM_CXXFLAGS", "").split(), *(f"-I{folder}" for folder in include)]
     command = [*compiler, *flags, str(FOLDER / f"{name}.cc"), *linked]
     digest = _digest([*command, version, _run([*compiler, "--version"]).stdout])
     try:

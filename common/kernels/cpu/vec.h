@@ -1,8 +1,9 @@
 // Sixteen floats at a time, and the two element types of weights, activations and KV: float32 and bfloat16.
 //
-// Two implementations of the few operations that matter, chosen when this is compiled: AVX-512 with BF16 dot products, and the
-// compiler's own vectors (AVX2, Arm, anything else). Within one build every operation is a fixed sequence of roundings, so what
-// is computed does not depend on who calls.
+// Two implementations of the few operations that matter, chosen when this is compiled: AVX-512, and the compiler's own vectors
+// (AVX2, Arm, anything else); and two of products of bfloat16: dot products of pairs, and fused multiply-adds of what was widened,
+// for processors that have no dot products or slow ones. Within one build every operation is a fixed sequence of roundings, so
+// what is computed does not depend on who calls.
 #pragma once
 
 #include <cmath>
@@ -10,8 +11,16 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__) && !defined(TANDEM_PORTABLE)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && !defined(TANDEM_PORTABLE)
 #define TANDEM_AVX512 1
+#if defined(__AVX512BF16__)
+#define TANDEM_AVX512BF16 1
+#endif
+#endif
+#if defined(TANDEM_WIDEN) || !defined(TANDEM_AVX512BF16)
+#define TANDEM_DOT 0
+#else
+#define TANDEM_DOT 1
 #endif
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
@@ -72,7 +81,7 @@ TANDEM_INLINE float widen(bf16 x) {
 
 // To nearest, ties to even; subnormals to 0; NaN stays NaN.
 TANDEM_INLINE void narrow(bf16* p, V v) {
-#if TANDEM_AVX512
+#if TANDEM_AVX512BF16
   _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v));
 #else
   for (int i = 0; i < LANES; ++i) {
@@ -202,13 +211,16 @@ TANDEM_INLINE V exp(V x) {
 }
 
 // One element type: T is stored, PAIR of them along the axis that is summed over sit side by side, and sixteen such groups make
-// one register. `madd` adds the products of one group of a, the same for all lanes, with each lane's group of b.
+// one register, which takes STEPS multiplications with operands of type A: `madd` adds the products of one operand, the same for
+// all lanes, with `part` of each lane's group. PAIR operands, of which every PAIR / STEPS-th is named, stand for a group.
 struct F32 {
   using T = float;
+  using A = float;
   using Vec = V;
-  static constexpr int PAIR = 1;
+  static constexpr int PAIR = 1, STEPS = 1;
   static TANDEM_INLINE Vec vec(const T* p) { return load(p); }
-  static TANDEM_INLINE V madd(V acc, const T* a, Vec b) { return fma(set1(*a), b, acc); }
+  static TANDEM_INLINE Vec part(Vec b, int) { return b; }
+  static TANDEM_INLINE V madd(V acc, const A* a, Vec b) { return fma(set1(*a), b, acc); }
   static TANDEM_INLINE V get(const T* p) { return load(p); }
   static TANDEM_INLINE void put(T* p, V v) { store(p, v); }
   static TANDEM_INLINE Vec first(Vec b) { return b; }
@@ -223,16 +235,21 @@ struct BF16 {
     std::memcpy(&v, p, sizeof v);
     return v;
   }
-  static TANDEM_INLINE V madd(V acc, const T* a, Vec b) {
+#if TANDEM_DOT
+  using A = bf16;
+  static constexpr int STEPS = 1;
+  static TANDEM_INLINE Vec part(Vec b, int) { return b; }
+  static TANDEM_INLINE V madd(V acc, const A* a, Vec b) {
     int32_t pair;
     std::memcpy(&pair, a, sizeof pair);
-#if TANDEM_AVX512
     return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)(__m512i)b);
-#else
-    const V low = set1(widen(bf16(pair))), high = set1(widen(bf16(uint32_t(pair) >> 16)));
-    return fma(high, (V)(b & int32_t(0xffff0000)), fma(low, (V)(b << 16), acc));
-#endif
   }
+#else
+  using A = float;
+  static constexpr int STEPS = 2;
+  static TANDEM_INLINE Vec part(Vec b, int step) { return step ? b & int32_t(0xffff0000) : b << 16; }
+  static TANDEM_INLINE V madd(V acc, const A* a, Vec b) { return fma(set1(*a), (V)b, acc); }
+#endif
   static TANDEM_INLINE V get(const T* p) { return widen(p); }
   static TANDEM_INLINE void put(T* p, V v) { narrow(p, v); }
   // Each pair with its second element as 0.
@@ -254,6 +271,29 @@ TANDEM_INLINE void put(typename E::T* p, V v, int n) {
   typename E::T lanes[LANES];
   E::put(lanes, v);
   std::memcpy(p, lanes, n * sizeof(*p));
+}
+
+// n elements as operands.
+template <class E>
+TANDEM_INLINE void operands(const typename E::T* from, int n, typename E::A* to) {
+  if constexpr (std::is_same_v<typename E::T, typename E::A>) {
+    std::memcpy(to, from, n * sizeof(*from));
+  } else {
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) store(to + i, E::get(from + i));
+    if (i < n) store(to + i, get<E>(from + i, n - i), n - i);
+  }
+}
+
+// Sixteen values as operands, rounded as elements are. Returns them so.
+template <class E>
+TANDEM_INLINE V put_operands(typename E::A* to, V v) {
+  typename E::T lanes[LANES];
+  E::put(lanes, v);
+  const V rounded = E::get(lanes);
+  if constexpr (std::is_same_v<typename E::T, typename E::A>) std::memcpy(to, lanes, sizeof lanes);
+  else store(to, rounded);
+  return rounded;
 }
 
 // Into the second-level cache: the first has too few places for what is on its way.
