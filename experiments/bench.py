@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
+from common.config import expect
 from experiments import kernels
 from experiments.cli import conclude, launch, report_on
 from experiments.config import engine_spec, resolved, runs_folder
@@ -24,10 +25,11 @@ RESULTS = ("run", "failures", "stopped")
 
 def run(config: DictConfig) -> None:
     spec, how = engine_spec(config.engine), measure_config(config)
+    conditions = parse_conditions(resolved(config)["fail_if"])
     if how.kernel_passes:
+        expect(not conditions, "fail_if holds the results of a workload to a bound; measure=kernels runs none. Leave out one.")
         kernels.run(config, spec, how)
         return
-    conditions = parse_conditions(resolved(config)["fail_if"])
     plan = make_plan(config, [spec])
     check_keys(conditions, ["engine", *setting(config, plan), *RESULTS, *figure_names(plan)], [spec.label], {})
     what = f"bench-{spec.label}-{plan.workload.name}"

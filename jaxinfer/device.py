@@ -9,7 +9,7 @@ from functools import partial
 
 import jax
 
-from common.errors import CheckpointError
+from common.errors import BackendError, CheckpointError
 from common.platform import choose, cores, cpu_name, expect_not_forked
 from common.weights.zoo import cache_directory
 
@@ -22,6 +22,8 @@ PLATFORMS = {"cuda": "cuda", "rocm": "rocm", "tpu": "tpu", "cpu": "cpu"}
 def open_device(requested: str, threads: int | None) -> jax.Device:
     """The first usable device for `requested`. Raises `ConfigError` for an unknown name, `BackendError` if none is usable."""
     expect_not_forked("JAX")
+    if jax.config.jax_enable_x64:
+        raise BackendError("JAX is set to 64 bits (JAX_ENABLE_X64, jax_enable_x64); the engine computes with 32. Unset it.")
     # XLA sizes its CPU pool once, when the backend starts. It counts the node's cores inside a container with a quota.
     os.environ.setdefault("PJRT_NPROC", str(threads or cores()))
     # A thread that dispatches ahead takes a core from the step it waits for: half the throughput on two cores.
@@ -41,8 +43,8 @@ def probe(platform: str) -> str | None:
     """None if JAX can use the platform, else why not."""
     try:
         jax.local_devices(backend=PLATFORMS[platform])
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
+    except (RuntimeError, AssertionError) as error:  # the second, without a word, for a platform that JAX_PLATFORMS names in vain
+        return (str(error) or "JAX could not start it").splitlines()[0]
     return None
 
 

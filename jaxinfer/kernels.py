@@ -188,7 +188,7 @@ class Step:
         """Empty pages and rows."""
         config = self.config
         cache = make_cache(self.model_config, num_pages, config.block_size, config.dtype)
-        logits_RV = jnp.zeros((config.max_num_seqs, self.model_config.vocab_size), device=self.device)
+        logits_RV = jnp.zeros((config.max_num_seqs, self.model_config.vocab_size), jnp.float32, device=self.device)
         _huge(logits_RV.unsafe_buffer_pointer(), logits_RV.nbytes)
         return State(cache, jnp.zeros((config.max_num_seqs,), jnp.int32, device=self.device), logits_RV)
 
@@ -209,7 +209,8 @@ class Step:
     def observe(self, state: State, batch: Batch, names: Names) -> tuple[State, dict[str, Array]]:
         """One step, and what it computes on the way, padded and on the device: those of `names`, or all."""
         tokens = self._tokens(batch)
-        wide = state._replace(logits=jnp.zeros((tokens, self.model_config.vocab_size)))  # every token may ask for logits
+        shape = tokens, self.model_config.vocab_size  # every token may ask for logits
+        wide = state._replace(logits=jnp.zeros(shape, jnp.float32, device=self.device))
         wide, _, taps = self._run(tokens, wide, batch, names)
         return wide._replace(logits=state.logits), taps
 

@@ -191,6 +191,7 @@ def test_the_command_times_every_operator_and_keeps_the_run(
         (bench.main, ("engine=hf",), "engine=hf has no native kernels"),
         (bench.main, ("engine=llamacpp",), "engine=llamacpp has no native kernels"),
         (bench.main, ("engine=torch", "kernels=framework"), "got kernels=framework"),
+        (bench.main, ("engine=torch", 'fail_if=["num_steps > 1"]'), "measure=kernels runs none"),
         (bench.main, ("engine=torch", "engine.compile=true"), "compile=true"),
         (bench.main, ("engine=torch", "engine.block_size=8"), "block_size must be a multiple of 16"),
         (bench.main, ("engine=torch", "measure.kernel_passes=-1"), "measure.kernel_passes must be an integer"),

@@ -292,6 +292,10 @@ def test_an_operator_refuses_what_does_not_fit(families: dict[str, Path]) -> Non
     with pytest.raises(ValueError, match="token id"):
         ops.embed(bad, weights.head, state.last_tokens, x)
     bad = words.clone()
+    bad[8 + tokens + 1] += 1
+    with pytest.raises(ValueError, match="positions of a sequence"):
+        ops.attend(bad, layers, k, v, q, 0)
+    bad = words.clone()
     bad[8 + 3 * tokens + 1] = tokens + 100_000
     with pytest.raises(ValueError, match="sequences of the step"):
         ops.attend(bad, layers, k, v, q, 0)
@@ -482,6 +486,18 @@ def test_a_library_cut_short_is_built_again(monkeypatch: pytest.MonkeyPatch, tmp
     whole = library.read_bytes()
     library.write_bytes(whole[: len(whole) // 2])
     assert build.build("sample").read_bytes() == whole
+    library.with_suffix(".digest").write_bytes(b"\xff\xfe")
+    assert build.build("sample").read_bytes() == whole
+
+
+def test_what_pytorch_makes_by_default_is_not_what_a_step_is_made_of(families: dict[str, Path]) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        _, state, *_ = native_state("torch", families["llama2"])
+    finally:
+        torch.set_default_dtype(before)
+    assert state.logits.dtype == torch.float32
 
 
 def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -57,6 +57,16 @@ def test_a_requested_device_that_is_not_there_is_refused_with_the_reason() -> No
         choose("tpu", {"cpu": usable})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "reason"), [("JAX_ENABLE_X64", "1", "JAX is set to 64 bits"), ("JAX_PLATFORMS", "cuda", "cpu: ")]
+)
+def test_settings_of_jax_that_leave_no_engine_are_refused_with_the_reason(name: str, value: str, reason: str) -> None:
+    start = [sys.executable, "-c", "from jaxinfer.device import open_device; open_device('auto', 1)"]
+    done = subprocess.run(start, env=os.environ | {name: value}, capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("common.errors.BackendError: ") and reason in last, done.stderr
+
+
 def test_nothing_usable_names_every_reason() -> None:
     with pytest.raises(BackendError, match=r"cuda: a; .*cpu: b"):
         choose("auto", {"cuda": broken("a"), "cpu": broken("b")})

@@ -189,7 +189,7 @@ class Step:
         """Empty pages and rows."""
         config = self.config
         cache = make_cache(self.model_config, num_pages, config.block_size, config.dtype)
-        logits_RV = torch.zeros((config.max_num_seqs, self.model_config.vocab_size), device="cpu")
+        logits_RV = torch.zeros((config.max_num_seqs, self.model_config.vocab_size), dtype=torch.float32, device="cpu")
         torch.ops.tandem.huge(logits_RV)
         return State(cache, torch.zeros(config.max_num_seqs, dtype=torch.int32, device="cpu"), logits_RV)
 
@@ -209,7 +209,8 @@ class Step:
     def observe(self, state: State, batch: Batch, names: Names) -> tuple[State, dict[str, Tensor]]:
         """One step, and what it computes on the way, on the device: those of `names`, or all."""
         taps, keep = keeper(names)
-        wide = state._replace(logits=torch.zeros((len(batch.logit_rows), self.model_config.vocab_size)))  # any token may ask
+        shape = len(batch.logit_rows), self.model_config.vocab_size  # any token may ask
+        wide = state._replace(logits=torch.zeros(shape, dtype=torch.float32, device="cpu"))
         self._step(wide, batch, keep)
         return state, taps
 

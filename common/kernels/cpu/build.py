@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -24,6 +25,7 @@ OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread",
 INTEL = ("-DTANDEM_WIDEN", "-DTANDEM_FEW_ROWS=0")
 """For Intel's processors, as measured on Emerald Rapids: a dot product of pairs does twice the work of a fused multiply-add, in
 four times as long; and weights want to be fetched ahead even where they meet a single row."""
+BUILDING = "building-"
 UNUSED = 30 * 24 * 3600
 """Seconds after its last use when a library goes."""
 
@@ -54,7 +56,7 @@ def _compile(name: str, command: Sequence[str], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     log.info("compiling %s.cc", name)
     # Under a name of its own first: two processes may build at once, and neither may load half a file.
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=BUILDING, dir=target.parent) as folder:
         half = Path(folder) / target.name
         done = _run([*command, "-o", str(half)])
         if done.returncode or not half.exists():
@@ -76,7 +78,7 @@ def _use(target: Path) -> bool:
             fcntl.flock(folder, fcntl.LOCK_SH)
         with suppress(OSError):  # it may be another's
             os.utime(target)
-        return target.exists() and whole.exists() and whole.read_text(encoding="utf-8") == _file_digest(target)
+        return target.exists() and whole.exists() and whole.read_bytes() == _file_digest(target).encode()
     finally:
         os.close(folder)
 
@@ -93,6 +95,9 @@ def _remove_unused(folder: Path, name: str) -> None:
                 if library.stat().st_mtime < time.time() - UNUSED:
                     library.unlink()
                     library.with_suffix(".digest").unlink(missing_ok=True)
+            for left in folder.glob(f"{BUILDING}*"):  # of a build that was killed
+                if left.stat().st_mtime < time.time() - UNUSED:
+                    shutil.rmtree(left, ignore_errors=True)
     finally:
         os.close(handle)
 

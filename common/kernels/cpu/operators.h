@@ -67,6 +67,9 @@ inline Step read_step(const View& step) {
     const int first = s.query_starts[i], stop = s.query_starts[i + 1];
     if (first >= stop || stop > s.tokens) refuse("the sequences of the step are out of order");
     if (s.positions[first] < 0 || s.positions[stop - 1] >= s.kv_lengths[i]) refuse("a position lies outside its sequence");
+    bool gap = false;
+    for (int t = first + 1; t < stop; ++t) gap |= s.positions[t] != s.positions[t - 1] + 1;
+    if (gap) refuse("the positions of a sequence do not follow each other");
   }
   for (int r = 0; r < s.rows; ++r)
     if (s.logit_rows[r] < 0 || s.logit_rows[r] >= s.tokens) refuse("a logit row lies outside the step");
@@ -164,6 +167,10 @@ inline void check_project(const Step& s, const Weights& w, int64_t layers, const
   expect("ropes", ropes, "float32", {ANY, ANY, w.head_dim});
   if (w.rope < 0 || w.rope >= ropes.dims[0]) refuse("ropes: expected the table that the layer turns by, got fewer");
   check_x(s, w, x);
+}
+
+// Where its tokens are, in pages and tables that all layers have alike.
+inline void check_tokens(const Step& s, const View& ropes, const View& k) {
   for (int t = 0; t < s.tokens; ++t) {
     if (s.slots[t] < 0 || s.slots[t] >= k.dims[1] * k.dims[3]) refuse("a slot lies outside the pages");
     if (s.positions[t] < 0 || s.positions[t] >= ropes.dims[1]) refuse("a position lies outside the rotary table");
@@ -189,6 +196,7 @@ inline void layers(const View& step, const View& weights, const View& ropes, con
     if (w.itemsize != first.itemsize) refuse("weights: expected all layers in one type, got two");
     check_project(s, w, L, ropes, x, k, v);
   }
+  check_tokens(s, ropes, k);
   check_attend(s, first, L, k, v);
   typed(first, [&](auto e) {
     using E = decltype(e);
@@ -205,6 +213,7 @@ inline void project(const View& step, const View& weights, const View& ropes, co
   const Step s = read_step(step);
   const Weights& w = read_layer(weights, layer);
   check_project(s, w, weights.dims[0], ropes, x, k, v);
+  check_tokens(s, ropes, k);
   check_q(s, w, q);
   typed(w, [&](auto e) {
     using E = decltype(e);

@@ -207,10 +207,11 @@ class Pool {
         wake_.wait(lock, [&] { return call_of(state_.load()) != seen; });
         sleeping_.fetch_sub(1);
       }
+      // The generation after the call: one that is joined in the state seen here was published to this generation.
+      uint64_t state = state_.load();
       if (generation_.load() != generation) return;
-      uint64_t state = state_.load(std::memory_order_acquire);
-      while (!(state & CLOSED) && !state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) {
-      }
+      while (!(state & CLOSED) && !state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel))
+        if (generation_.load() != generation) return;
       seen = call_of(state);
       if (state & CLOSED) continue;
       Member self(this, int(state & (CLOSED - 1)));

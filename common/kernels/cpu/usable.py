@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 def usable(config: EngineConfig, model: ModelConfig, device: str, open_library: Callable[[], object]) -> bool:
-    """Whether `kernels` means native here. Where `auto` cannot have it, one line of the log says why; where `native` cannot,
+    """Whether `kernels` means native here. Where `auto` cannot have it, the log says why; where `native` cannot,
     `ConfigError` or `BackendError` does. `open_library` compiles and loads it."""
     if config.kernels == "framework":
         return False
@@ -31,7 +31,7 @@ def usable(config: EngineConfig, model: ModelConfig, device: str, open_library: 
     except BackendError as error:
         if config.kernels == "native":
             raise
-        log.warning(told, str(error).splitlines()[0])  # several times slower, and nobody asked for it
+        log.warning(told, error)  # several times slower, and nobody asked for it
         return False
     return True
 
