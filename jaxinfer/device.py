@@ -22,7 +22,7 @@ PLATFORMS = {"cuda": "cuda", "rocm": "rocm", "tpu": "tpu", "cpu": "cpu"}
 def open_device(requested: str, threads: int | None) -> jax.Device:
     """The first usable device for `requested`. Raises `ConfigError` for an unknown name, `BackendError` if none is usable."""
     expect_not_forked("JAX")
-    if jax.config.jax_enable_x64:
+    if jax.config.read("jax_enable_x64"):
         raise BackendError("JAX is set to 64 bits (JAX_ENABLE_X64, jax_enable_x64); the engine computes with 32. Unset it.")
     # XLA sizes its CPU pool once, when the backend starts. It counts the node's cores inside a container with a quota.
     os.environ.setdefault("PJRT_NPROC", str(threads or cores()))
@@ -43,7 +43,7 @@ def probe(platform: str) -> str | None:
     """None if JAX can use the platform, else why not."""
     try:
         jax.local_devices(backend=PLATFORMS[platform])
-    except (RuntimeError, AssertionError) as error:  # the second, without a word, for a platform that JAX_PLATFORMS names in vain
+    except (RuntimeError, AssertionError) as error:  # the second if JAX_PLATFORMS names it in vain
         return (str(error) or "JAX could not start it").splitlines()[0]
     return None
 
