@@ -13,9 +13,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
-from common.config import ModelConfig, expect
+import numpy as np
 
-MAX_RANKS = 64
+from common.config import MAX_RANKS, ModelConfig, expect
+
 BLOCK = 128
 """Tokens that samplers sum at once. No block lies on two ranks, so that its sum is the same on any number of them."""
 
@@ -77,6 +78,24 @@ def share(config: ModelConfig, rank: int, ranks: int) -> Share:
     )
 
 
+def pool_config(config: ModelConfig, ranks: int) -> ModelConfig:
+    """The model as the pages of all ranks together hold it: with the KV heads that several have, and those of zeros."""
+    local = local_config(config, ranks)
+    return replace(config, num_heads=local.num_heads * ranks, num_kv_heads=local.num_kv_heads * ranks)
+
+
+def join_heads(x: np.ndarray, config: ModelConfig, ranks: int) -> np.ndarray:
+    """[..., K, H] of a model, from what all ranks have, side by side: [..., K', H]."""
+    places = _places(config, ranks).tolist()
+    return x[..., [places.index(head) for head in range(config.num_kv_heads)], :]
+
+
+def split_heads(x: np.ndarray, config: ModelConfig, ranks: int) -> np.ndarray:
+    """The inverse of `join_heads`."""
+    places = _places(config, ranks)
+    return np.where(places[:, None] < 0, x.dtype.type(0), x[..., places, :])
+
+
 def expect_divides(config: ModelConfig, ranks: int) -> None:
     """Raise `ConfigError`, with the numbers of ranks that can, unless `ranks` of them can share out a model."""
     F = config.intermediate_size
@@ -85,6 +104,12 @@ def expect_divides(config: ModelConfig, ranks: int) -> None:
         F % ranks == 0,
         f"tensor_parallel_size={ranks} does not divide the {F} features of this model's MLP. Numbers that do: {able}.",
     )
+
+
+def _places(config: ModelConfig, ranks: int) -> np.ndarray:
+    """int[K']: which KV head stands at each place of all ranks' in turn, -1 for zeros."""
+    spans = [share(config, rank, ranks).kv_heads for rank in range(ranks)]
+    return np.array([i if i < span.stop else -1 for span in spans for i in range(span.start, span.start + span.size)])
 
 
 def _copies(config: ModelConfig, ranks: int) -> int:

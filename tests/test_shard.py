@@ -10,7 +10,7 @@ import pytest
 
 from common.config import ModelConfig
 from common.errors import ConfigError
-from common.parallel import BLOCK, share
+from common.parallel import BLOCK, join_heads, pool_config, share, split_heads
 from common.weights.checkpoint import Checkpoint
 from common.weights.shard import shard
 from experiments.reference import Keep, NumpyModel
@@ -127,6 +127,21 @@ def test_no_block_of_tokens_lies_on_two_ranks(vocab_size: int, ranks: int) -> No
     assert [token for span in spans for token in range(span.start, span.stop)] == list(range(vocab_size))
     assert {span.size for span in spans} == {spans[0].size} and spans[0].size % BLOCK == 0
     assert all(span.start == min(rank * span.size, vocab_size) for rank, span in enumerate(spans))
+
+
+@pytest.mark.parametrize("sizes", [SMOLLM2, GEMMA3, {}], ids=["uneven", "one for all", "split"])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_pages_of_all_ranks_hold_those_of_the_model(sizes: dict[str, int], ranks: int) -> None:
+    config = replace(MODEL, **sizes)
+    whole = np.random.default_rng(0).standard_normal((2, 3, config.num_kv_heads, config.head_dim))
+    held = split_heads(whole, config, ranks)
+    assert held.shape[-2] == pool_config(config, ranks).num_kv_heads
+    assert np.array_equal(join_heads(held, config, ranks), whole)
+    for rank, mine in enumerate(np.split(held, ranks, axis=-2)):
+        start, stop, _ = share(config, rank, ranks).kv_heads
+        assert (
+            np.array_equal(mine[..., : stop - start, :], whole[..., start:stop, :]) and not mine[..., stop - start :, :].any()
+        )
 
 
 def test_one_rank_has_the_checkpoint_as_it_is() -> None:
