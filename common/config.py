@@ -16,6 +16,8 @@ Dtype = Literal["float32", "bfloat16"]
 Kernels = Literal["auto", "native", "framework"]
 Schedule = Literal["continuous", "static"]
 Cache = Literal["paged", "dense"]
+MAX_RANKS = 64
+"""That share out one model."""
 
 
 def expect(condition: bool, message: str) -> None:
@@ -180,6 +182,9 @@ class EngineConfig:
     threads: int | None = None
     """Compute threads; None takes the cores this process may use. Engines of one process may have different numbers with native
     kernels; under `kernels=framework` JAX keeps the first number of a process, and PyTorch takes the last."""
+    tensor_parallel_size: int = 1
+    """Ranks that share out every matrix of the model, and the compute threads: devices of one process in JAX, processes in
+    PyTorch. More than one compute with the framework's kernels."""
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -196,6 +201,7 @@ class EngineConfig:
             ("block_size", 1, 4096),
             ("max_num_seqs", 1, 65_536),
             ("max_num_batched_tokens", 1, 1 << 20),
+            ("tensor_parallel_size", 1, MAX_RANKS),
         ):
             value = getattr(self, name)
             expect(
@@ -220,6 +226,10 @@ class EngineConfig:
             self.cache == "paged" or not self.enable_prefix_caching,
             "cache=dense keeps each request's keys and values to itself, so that no prefix can be shared; set "
             "enable_prefix_caching=false with it.",
+        )
+        expect(
+            self.tensor_parallel_size == 1 or not self.compile,
+            f"compile=true compiles the step of one rank, got tensor_parallel_size={self.tensor_parallel_size}; leave out one.",
         )
         expect(isinstance(self.device, str), f"device must be a name such as auto, cpu or cuda, got {self.device!r}.")
         expect(

@@ -42,7 +42,7 @@ from experiments.launcher import ProcessLauncher, quoted
 from experiments.rundir import DiskFullError
 from experiments.sweeper import CheckedSweeper
 
-ROOT_OPTIONS = ("engine", "engines", "peers", "model", "workload", "kernels", "dtype", "seed", "device", "fail_if")
+ROOT_OPTIONS = ("engine", "engines", "peers", "model", "workload", "parallel", "kernels", "dtype", "seed", "device", "fail_if")
 """Overrides at the root that stay as they are from version to version."""
 ENGINE_OPTIONS = frozenset(field.name for field in fields(EngineConfig))
 FLAGS = (

@@ -17,6 +17,7 @@ EXPLAINED = {
     "engine.": ("engine_base", "engine/openai_http"),
     "workload.": ("workload/fixed",),
     "measure.": ("measure/default",),
+    "parallel.": ("parallel/none",),
 }
 """The files of `configs` that explain the options which begin so."""
 COLUMN = 34

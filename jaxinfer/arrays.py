@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 
-def to_device(tree: Any, device: jax.Device) -> Any:
+def to_device(tree: Any, device: jax.Device | jax.sharding.Sharding) -> Any:
     """Every NumPy array of a tree on `device`, in memory of its own: `device_put` alone may alias aligned host memory."""
     return jax.device_put(jax.tree.map(np.array, tree), device)
 

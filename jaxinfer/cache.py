@@ -26,7 +26,9 @@ class KVCache(NamedTuple):
     v: tuple[Array, ...]
 
 
-def make_cache(config: ModelConfig, pages: int, page_size: int, dtype: str, device: jax.Device) -> KVCache:
+def make_cache(
+    config: ModelConfig, pages: int, page_size: int, dtype: str, device: jax.Device | jax.sharding.Sharding
+) -> KVCache:
     """Zeroed pools of `pages` pages, the null page included."""
     shape = (config.num_kv_heads, pages, page_size, config.head_dim)
     stored = jnp.uint16 if dtype == "bfloat16" else dtype

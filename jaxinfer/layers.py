@@ -5,20 +5,25 @@ Letters: T tokens · D model · N query heads · K key/value heads · H head dim
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from jaxinfer.parallel import Group
+
 Dtype = jnp.dtype
 
 
 class Linear(nnx.Module):
-    """y = x W + b, W stored [in, out], as XLA's CPU dot library wants it. `split` is the axis of W that devices share out."""
+    """y = x W + b, W stored [in, out], as XLA's CPU dot library wants it. `split` is the axis of W that ranks share out: where
+    it is that of the inputs, y is a term of a sum over them, and the first has the bias."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, split: int, dtype: Dtype) -> None:
         self.weight = nnx.Param(jnp.zeros((inputs, outputs), dtype), split=split)
-        self.bias = nnx.Param(jnp.zeros((outputs,), dtype), split=0 if split == 1 else None) if bias else None
+        self.bias = nnx.Param(jnp.zeros((outputs,), dtype), split=0) if bias else None
 
     def __call__(self, x_TD: Array) -> Array:
         y = matmul(x_TD, self.weight[...], 0)
@@ -41,12 +46,13 @@ class RMSNorm(nnx.Module):
 class Embedding(nnx.Module):
     """Rows of a table, stored [V, D]; a tied LM head multiplies by its transpose."""
 
-    def __init__(self, vocab: int, size: int, scale: float, dtype: Dtype) -> None:
+    def __init__(self, vocab: int, size: int, scale: float, dtype: Dtype, group: Group) -> None:
         self.weight = nnx.Param(jnp.zeros((vocab, size), dtype), split=0)
-        self.scale = scale
+        self.scale, self.group = scale, group
 
     def __call__(self, token_ids: Array) -> Array:
-        x_TD = _take_rows(self.weight[...], token_ids)
+        table = self.weight[...]
+        x_TD = self.group.look_up(partial(_take_rows, table), token_ids, len(table))
         # The scale is rounded to the model's dtype first, as Gemma was trained.
         return x_TD * jnp.asarray(self.scale, x_TD.dtype) if self.scale != 1.0 else x_TD
 

@@ -18,6 +18,7 @@ from jax import Array
 from common.config import ModelConfig
 from jaxinfer.layers import Dtype, Embedding, Linear, RMSNorm, Rotary, activate, matmul, rotate
 from jaxinfer.observe import Keep, ignore
+from jaxinfer.parallel import ALONE, Group
 
 Attend = Callable[[Array, Array, Array, int, Any], tuple[Array, Any]]
 
@@ -66,7 +67,7 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Attention, then MLP, each around a residual. Gemma's sandwich norms also the output of each."""
 
-    def __init__(self, config: ModelConfig, dtype: Dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: Dtype, group: Group) -> None:
         norm = lambda: RMSNorm(config.hidden_size, config.norm_eps)  # noqa: E731
         self.input_layernorm = norm()
         self.self_attn = Attention(config, dtype)
@@ -74,6 +75,7 @@ class Block(nnx.Module):
         self.pre_feedforward_layernorm = norm() if config.sandwich_norms else None
         self.mlp = MLP(config, dtype)
         self.post_feedforward_layernorm = norm() if config.sandwich_norms else None
+        self.group = group
 
     def project(self, x_TD: Array, rope: tuple[Array, Array], keep: Keep = ignore) -> tuple[Array, Array, Array]:
         """What comes before attention: q, k and v."""
@@ -83,24 +85,29 @@ class Block(nnx.Module):
 
     def combine(self, x_TD: Array, out_TNH: Array, keep: Keep = ignore) -> Array:
         """What comes after it: the residual stream behind this block."""
-        out_TD = self.self_attn.combine(out_TNH)
+        out_TD = self.group.all_reduce(self.self_attn.combine(out_TNH))
         if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
             x_TD = x_TD + out_TD
-            mlp_TD = self.mlp(self.post_attention_layernorm(x_TD))
+            mlp_TD = self.group.all_reduce(self.mlp(self.post_attention_layernorm(x_TD)))
         else:
             x_TD = x_TD + self.post_attention_layernorm(out_TD)
-            mlp_TD = self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x_TD)))
+            mlp_TD = self.group.all_reduce(self.mlp(self.pre_feedforward_layernorm(x_TD)))
+            mlp_TD = self.post_feedforward_layernorm(mlp_TD)
         keep(attn_residual=x_TD, mlp=mlp_TD)
         return x_TD + mlp_TD
 
 
 class Decoder(nnx.Module):
-    """Embedding, blocks, final norm, LM head. Attributes have the checkpoint's names, without the leading `model.`."""
+    """Embedding, blocks, final norm, LM head. Attributes have the checkpoint's names, without the leading `model.`.
 
-    def __init__(self, config: ModelConfig, dtype: Dtype, positions: int) -> None:
+    Of several ranks each has a decoder of its part, whose sums over the `group` are the whole's and whose logits are of its own
+    tokens: `config` is then that part's.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: Dtype, positions: int, group: Group = ALONE) -> None:
         V, D = config.vocab_size, config.hidden_size
-        self.embed_tokens = Embedding(V, D, config.embedding_scale, dtype)
-        self.layers = nnx.List([Block(config, dtype) for _ in range(config.num_layers)])
+        self.embed_tokens = Embedding(V, D, config.embedding_scale, dtype, group)
+        self.layers = nnx.List([Block(config, dtype, group) for _ in range(config.num_layers)])
         self.norm = RMSNorm(D, config.norm_eps)
         self.lm_head = None if config.tie_embeddings else Linear(D, V, bias=False, split=1, dtype=dtype)
         self.ropes = nnx.List([Rotary(positions, config.head_dim) for _ in config.ropes])

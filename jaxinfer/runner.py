@@ -12,13 +12,14 @@ from common import interface
 from common.config import EngineConfig, ModelConfig, expect
 from common.errors import BackendError
 from common.interface import Caps, KVGroup, Progress
+from common.parallel import pool_config
 from common.schedule.batch import Batch, Mask
 from common.weights.checkpoint import Checkpoint
 from jaxinfer import kernels
-from jaxinfer.arrays import to_device
 from jaxinfer.cache import copy_pages
 from jaxinfer.device import describe, open_device
 from jaxinfer.observe import observe
+from jaxinfer.parallel import Group, start
 from jaxinfer.step import Step
 
 _COPIES = 16
@@ -28,10 +29,12 @@ _COPIES = 16
 class ModelRunner(interface.ModelRunner):
     """`common.interface.ModelRunner` on JAX."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, group: Group | None = None) -> None:
+        """`group`: where this is not the first of its ranks; else they are started."""
         expect(not config.compile, "The jax engine compiles its step always; compile=true is not among its options.")
         self.config = config
-        self.device = open_device(config.device, config.threads)
+        self.device = open_device(config.device, config.threads, config.tensor_parallel_size)
+        self.group = group or start(config, self.device)
         self.state: Any = None  # a State once allocated
         self._step: Any = None  # a step.Step or a kernels.Step once loaded
         self._caps: Any = None
@@ -45,7 +48,7 @@ class ModelRunner(interface.ModelRunner):
         self.model_config: ModelConfig = checkpoint.config
         positions = self.config.model_len(checkpoint.config)
         native = kernels.usable(self.config, checkpoint.config, self.device)
-        step = (kernels.Step if native else Step)(self.config, self.device)
+        step = kernels.Step(self.config, self.device) if native else Step(self.config, self.device, self.group)
         step.load(checkpoint, positions, progress)
         self._step = step
         self._caps = Caps(
@@ -59,11 +62,11 @@ class ModelRunner(interface.ModelRunner):
             max_seqs=self.config.max_num_seqs,
             max_model_len=positions,
             vocab_size=self.model_config.vocab_size,
-            observes=True,
+            observes=self.group.ranks == 1,
         )
 
     def kv_groups(self) -> tuple[KVGroup, ...]:
-        return interface.one_group(self.model_config, self.config)
+        return interface.one_group(pool_config(self.model_config, self.group.ranks), self.config)
 
     def allocate(self, pages_per_group: Sequence[int]) -> None:
         self._num_pages = pages_per_group[0]
@@ -90,6 +93,8 @@ class ModelRunner(interface.ModelRunner):
 
     def observe(self, batch: Batch, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
         self._expect_open()
+        if not self.caps.observes:
+            return super().observe(batch, names)
         self._copy(batch)
         self.state, taps = observe(self._step, self.state, batch, names)
         return taps
@@ -115,7 +120,7 @@ class ModelRunner(interface.ModelRunner):
         for at in range(0, max(len(pairs), 1), _COPIES):
             part = np.zeros((_COPIES, 2), np.int32)
             part[: len(pairs[at : at + _COPIES])] = pairs[at : at + _COPIES]
-            self.state = self.state._replace(cache=copy_pages(self.state.cache, to_device(part, self.device)))
+            self.state = self.state._replace(cache=copy_pages(self.state.cache, part))
 
 
 def _count_compilations() -> Callable[[], int]:

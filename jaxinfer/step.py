@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ from jax import Array, lax
 
 from common.config import EngineConfig, ModelConfig
 from common.interface import Progress
+from common.parallel import join_heads, local_config, pool_config, split_heads
 from common.schedule.batch import Batch, Mask, Want, masked
 from common.weights.checkpoint import Checkpoint
 from jaxinfer import cache as pages
@@ -31,6 +32,7 @@ from jaxinfer.attention import Plan, _plan_shape, make_plan, paged_attention
 from jaxinfer.cache import KVCache
 from jaxinfer.model import Decoder, forward, logits
 from jaxinfer.observe import Names, keeper
+from jaxinfer.parallel import _COLUMNS, _HEADS, _WHOLE, ALONE, Group
 from jaxinfer.weights import load_model
 
 _EDITS = 1 << 16
@@ -91,8 +93,8 @@ class Step:
 
     kernels = "framework"
 
-    def __init__(self, config: EngineConfig, device: jax.Device) -> None:
-        self.config, self.device = config, device
+    def __init__(self, config: EngineConfig, device: jax.Device, group: Group = ALONE) -> None:
+        self.config, self.device, self.group = config, device, group
         self.token_buckets = _token_buckets(config.max_num_batched_tokens)
         self.decode_buckets = _decode_buckets(config.max_num_seqs)
         self._compiled: dict[tuple[_Bucket, Names], Any] = {}
@@ -101,8 +103,9 @@ class Step:
     def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
         """Bring the weights to the device, with room for `positions` rotary positions."""
         self.model_config: ModelConfig = checkpoint.config
+        self._local = local_config(checkpoint.config, self.group.ranks)
         self._positions = positions
-        graph, state = nnx.split(load_model(checkpoint, self.config.dtype, positions, self.device, progress))
+        graph, state = nnx.split(load_model(checkpoint, self.config.dtype, positions, self.device, progress, self.group))
         # Plain arrays in a tuple: walking NNX variables would cost milliseconds a step.
         leaves, tree = jax.tree.flatten(state)
         self.weights = tuple(leaves)
@@ -114,9 +117,10 @@ class Step:
 
     def make_state(self, num_pages: int) -> State:
         """Empty pages and rows."""
-        config = self.config
-        cache = pages.make_cache(self.model_config, num_pages, config.block_size, config.dtype, self.device)
-        return State(cache, jnp.zeros((config.max_num_seqs + 1,), jnp.int32, device=self.device))
+        config, place = self.config, partial(self.group._place, self.device)
+        pool = pool_config(self.model_config, self.group.ranks)
+        cache = pages.make_cache(pool, num_pages, config.block_size, config.dtype, place(_HEADS))
+        return State(cache, jnp.zeros((config.max_num_seqs + 1,), jnp.int32, device=place(_WHOLE)))
 
     def warmup(self, state: State, progress: Progress | None = None) -> State:
         """Compile what later steps need."""
@@ -155,10 +159,12 @@ class Step:
 
     def read_pages(self, state: State, pages_: Sequence[int]) -> dict[str, np.ndarray]:
         """Copies `k` and `v`: [L, pages, B, K, H]."""
-        return pages.read_pages(state.cache, pages_)
+        read = pages.read_pages(state.cache, pages_)
+        return {name: join_heads(x, self.model_config, self.group.ranks) for name, x in read.items()}
 
     def write_pages(self, state: State, pages_: Sequence[int], arrays: dict[str, np.ndarray]) -> State:
         """The inverse of `read_pages`."""
+        arrays = {name: split_heads(x, self.model_config, self.group.ranks) for name, x in arrays.items()}
         return state._replace(cache=pages.write_pages(state.cache, pages_, arrays))
 
     def _sizes(self, batch: Batch) -> tuple[tuple[int, ...], bool]:
@@ -194,12 +200,15 @@ class Step:
     def _chooser(self, R: int) -> tuple[Any, Any]:
         """The program that changes R rows of logits and chooses from them, and the layout of its inputs."""
         if R not in self._choosers:
-            V, config = self.model_config.vocab_size, self.config
-            layout = _layout(_change_shape(R, V))
-            program = jax.jit(lambda *args: self._choose_from(layout, *args), donate_argnums=0)
-            shape = lambda *dims, dtype=jnp.float32: jax.ShapeDtypeStruct(dims, dtype)  # noqa: E731
-            rows, inputs = (shape(n, dtype=jnp.int32) for n in (config.max_num_seqs + 1, _size(layout)))
-            self._choosers[R] = program.lower(rows, shape(R, V), shape(R, V), inputs).compile(), layout
+            layout = _layout(_change_shape(R, self.model_config.vocab_size))
+            shapes = (self.config.max_num_seqs + 1,), *[(R, self._local.vocab_size * self.group.ranks)] * 2, (_size(layout),)
+            specs = _WHOLE, _COLUMNS, _COLUMNS, _WHOLE
+            choose = self.group._spread(lambda *args: self._choose_from(layout, *args), specs, (_WHOLE, _COLUMNS, _WHOLE))
+            arguments = [
+                jax.ShapeDtypeStruct(shape, dtype, sharding=self.group._place(self.device, spec))
+                for shape, dtype, spec in zip(shapes, (jnp.int32, jnp.float32, jnp.float32, jnp.int32), specs, strict=True)
+            ]
+            self._choosers[R] = jax.jit(choose, donate_argnums=0).lower(*arguments).compile(), layout
         return self._choosers[R]
 
     def _choose_from(
@@ -209,21 +218,26 @@ class Step:
         change: _Change = _unpack(layout, packed)
         changed_RV = lax.cond(
             change.counts[1] > 0,
-            lambda: sampling.mask(changed_RV, change.mask_rows, change.masks),
+            lambda: sampling.mask(changed_RV, change.mask_rows, change.masks, self.group),
             lambda: changed_RV,
         )
 
         def edit(i: Array, x_RV: Array) -> Array:
             block = lambda array: lax.dynamic_slice_in_dim(array, i * _EDIT_BLOCK, _EDIT_BLOCK)  # noqa: E731
-            return sampling.edit(x_RV, block(change.edit_rows), block(change.edit_ids), block(change.edits))
+            return sampling.edit(x_RV, block(change.edit_rows), block(change.edit_ids), block(change.edits), self.group)
 
         changed_RV = lax.fori_loop(0, -(-change.counts[0] // _EDIT_BLOCK), edit, changed_RV)
         sampled = self._choose(logits_RV, changed_RV, change.choice)
         return last_tokens.at[change.choice.rows].set(sampled.tokens), changed_RV, sampled
 
     def _compile(self, bucket: _Bucket, state: State, names: Names = frozenset()) -> Any:
-        step = jax.jit(lambda weights, state, packed: self._step(bucket, names, weights, state, packed), donate_argnums=1)
-        return step.lower(self.weights, state, jax.ShapeDtypeStruct((bucket.size,), jnp.int32)).compile()
+        takes, gives = (self.weights, state, _WHOLE), (state, _WHOLE, _WHOLE, _COLUMNS)
+        step = self.group._spread(lambda *args: self._step(bucket, names, *args), takes, gives)
+        return (
+            jax.jit(step, donate_argnums=1)
+            .lower(self.weights, state, jax.ShapeDtypeStruct((bucket.size,), jnp.int32))
+            .compile()
+        )
 
     def _pack(self, bucket: _Bucket, batch: Batch) -> np.ndarray:
         """A batch as the one array of inputs of its bucket."""
@@ -260,7 +274,7 @@ class Step:
         x: Inputs = _unpack(bucket.layout, packed)
         model: Decoder = self.model(weights)
         token_ids = jnp.where(x.fill_row >= 0, state.last_tokens[x.fill_row], x.token_ids)
-        attend = paged_attention(self.model_config, x.plan)
+        attend = paged_attention(self._local, x.plan)
         hidden_TD, cache = forward(model, token_ids, x.positions, attend, state.cache, keep)
         logits_RV = logits(model, hidden_TD[x.logit_rows])
         sampled = self._choose(logits_RV, logits_RV, x.choice)
@@ -269,21 +283,24 @@ class Step:
 
     def _choose(self, logits_RV: Array, changed_RV: Array, x: _Choice) -> sampling.Sampled:
         """Tokens from `changed_RV`, and what is reported of them from `logits_RV`."""
+        group, V = self.group, self.model_config.vocab_size
+        finite = jnp.isfinite(group.fold(jnp.sum, logits_RV.sum(axis=-1)))
+        logits_RV, changed_RV = group.real(logits_RV, V), group.real(changed_RV, V)
         sampled, filtered, logprobs = x.modes[0] > 0, x.modes[1] > 0, x.modes[2] > 0
         u = sampling.uniform(x.seeds, x.positions)
         tokens = lax.cond(
             sampled,
-            lambda: sampling.sample(changed_RV, x.temperature, x.top_k, x.top_p, x.min_p, u, filtered),
-            lambda: sampling.greedy(changed_RV),
+            lambda: sampling.sample(changed_RV, x.temperature, x.top_k, x.top_p, x.min_p, u, filtered, group),
+            lambda: sampling.greedy(changed_RV, group),
         )
         reported = jnp.where(x.score > 0, x.score - 1, tokens)
-        shapes = jax.eval_shape(sampling.logprobs_of, logits_RV, reported)
+        report = partial(sampling.logprobs_of, logits_RV, reported, group)
         extra = lax.cond(
             logprobs,
-            lambda: sampling.logprobs_of(logits_RV, reported),
-            lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
+            report,
+            lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(report)),
         )
-        return sampling.Sampled(tokens, jnp.isfinite(logits_RV.sum(axis=-1)), *extra)
+        return sampling.Sampled(tokens, finite, *extra)
 
 
 def _change(batch: Batch, R: int, at: int, choice: _Choice) -> _Change:

@@ -12,21 +12,30 @@ from common.interface import Progress
 from common.rope import rope_tables
 from common.weights.checkpoint import Checkpoint
 from common.weights.parameters import parameter
-from jaxinfer.arrays import to_device
+from common.weights.shard import shard
 from jaxinfer.model import Decoder
+from jaxinfer.parallel import ALONE, Group
 
 
 def load_model(
-    checkpoint: Checkpoint, dtype: Dtype, positions: int, device: jax.Device, progress: Progress | None = None
+    checkpoint: Checkpoint,
+    dtype: Dtype,
+    positions: int,
+    device: jax.Device,
+    progress: Progress | None = None,
+    group: Group = ALONE,
 ) -> Decoder:
-    """The checkpoint's decoder with its weights on `device`, one tensor at a time; room for `positions` rotary positions."""
-    model = nnx.eval_shape(lambda: Decoder(checkpoint.config, jnp.dtype(dtype), positions))
+    """The checkpoint's decoder with its weights on `device`, one tensor at a time; room for `positions` rotary positions. In a
+    `group` it is the decoder of each rank's part."""
+    parts = [shard(checkpoint, rank, group.ranks) for rank in range(group.ranks)]
+    model = nnx.eval_shape(lambda: Decoder(parts[0].config, jnp.dtype(dtype), positions, group))
     graph, abstract = nnx.split(model)
     flat = nnx.to_flat_state(abstract)
     leaves = []
     for done, (path, variable) in enumerate(flat):
-        array = leaf(checkpoint, tuple(str(part) for part in path), dtype, positions)
-        leaves.append((path, variable.replace(to_device(array, device))))
+        name = tuple(str(key) for key in path)
+        arrays = [leaf(part, name, dtype, positions) for part in parts]
+        leaves.append((path, variable.replace(group._put(arrays, variable.get_metadata().get("split"), device))))
         if progress:
             progress(done + 1, len(flat), "weights")
     return nnx.merge(graph, nnx.from_flat_state(leaves))

@@ -54,6 +54,9 @@ YARN = {"scaling": "yarn", "factor": 4.0, "original_max_position": 32}
         ("max_waiting", 1.0),
         ("threads", 0),
         ("threads", 1_000_000),
+        ("tensor_parallel_size", 0),
+        ("tensor_parallel_size", 65),
+        ("tensor_parallel_size", 2.0),
         ("max_num_seqs", 0),
         ("max_num_batched_tokens", 63),  # below the 64 sequences of the default
     ],
@@ -61,6 +64,11 @@ YARN = {"scaling": "yarn", "factor": 4.0, "original_max_position": 32}
 def test_an_engine_option_that_cannot_work_is_refused_by_name(option: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=option):
         EngineConfig(**{option: value})
+
+
+def test_a_step_of_several_ranks_is_not_compiled_by_torch() -> None:
+    with pytest.raises(ConfigError, match=r"compile=true .* tensor_parallel_size=2"):
+        EngineConfig(compile=True, tensor_parallel_size=2)
 
 
 def test_a_misspelt_engine_option_is_told_the_nearest() -> None:

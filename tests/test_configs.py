@@ -77,6 +77,15 @@ def test_lengths_can_be_overridden_by_a_number_and_by_a_part() -> None:
     assert other.output_len == Lengths(mu=4.5, sigma=0.7, low=8, high=64)
 
 
+@pytest.mark.parametrize(("name", "ranks"), [("none", 1), ("tp2", 2), ("tp4", 4)])
+def test_every_parallel_reaches_the_engines(name: str, ranks: int) -> None:
+    assert name in names("parallel") and len(names("parallel")) == 3
+    assert composed("bench", f"parallel={name}").engine.tensor_parallel_size == ranks
+    config = composed("compare", f"parallel={name}", "engines=[torch,{name:torch,tensor_parallel_size:3}]")
+    with hydra_initialized():
+        assert [spec.config.tensor_parallel_size for spec in engine_specs(config)] == [ranks, 3]
+
+
 @pytest.mark.parametrize("name", names("measure"))
 def test_every_measure_is_valid(name: str) -> None:
     MeasureConfig(**resolved(composed("compare", f"measure={name}").measure))

@@ -12,9 +12,10 @@ PLATFORMS = {"cuda": "cuda", "rocm": "cuda", "xpu": "xpu", "cpu": "cpu"}
 """Ours -> PyTorch's name."""
 
 
-def open_device(requested: str, threads: int | None) -> torch.device:
-    """The first usable device for `requested`. Raises `ConfigError` for an unknown name, `BackendError` if none is usable."""
-    threads = threads or cores()
+def open_device(requested: str, threads: int | None, ranks: int = 1) -> torch.device:
+    """The first usable device for `requested`, of which this process has its share of the threads. Raises `ConfigError` for an
+    unknown name, `BackendError` if none is usable."""
+    threads = max(1, (threads or cores()) // ranks)
     if threads > 1:
         expect_not_forked("PyTorch")
     torch.set_num_threads(threads)

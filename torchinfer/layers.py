@@ -9,16 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchinfer.parallel import Group
+
 Dtype = torch.dtype
 
 
 class Linear(nn.Module):
-    """y = x W^T + b, W stored [out, in] as checkpoints have it. `split` is the axis of W that devices share out."""
+    """y = x W^T + b, W stored [out, in] as checkpoints have it. `split` is the axis of W that ranks share out: where
+    it is that of the inputs, y is a term of a sum over them, and the first has the bias."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, split: int, dtype: Dtype) -> None:
         super().__init__()
         self.weight = _parameter((outputs, inputs), dtype, split=split)
-        self.bias = _parameter((outputs,), dtype, split=0 if split == 0 else None) if bias else None
+        self.bias = _parameter((outputs,), dtype, split=0) if bias else None
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return _linear(x_TD, self.weight, self.bias)
@@ -39,13 +42,13 @@ class RMSNorm(nn.Module):
 class Embedding(nn.Module):
     """Rows of a table, stored [V, D]; a tied LM head multiplies by its transpose."""
 
-    def __init__(self, vocab: int, size: int, scale: float, dtype: Dtype) -> None:
+    def __init__(self, vocab: int, size: int, scale: float, dtype: Dtype, group: Group) -> None:
         super().__init__()
         self.weight = _parameter((vocab, size), dtype, split=0)
-        self.scale = scale
+        self.scale, self.group = scale, group
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        x_TD = F.embedding(token_ids, self.weight)
+        x_TD = self.group.look_up(lambda ids: F.embedding(ids, self.weight), token_ids, len(self.weight))
         # The scale is rounded to the model's dtype first, as Gemma was trained.
         return x_TD * x_TD.new_tensor(self.scale) if self.scale != 1.0 else x_TD
 
@@ -66,7 +69,7 @@ class Rotary(nn.Module):
 
 
 def _parameter(shape: tuple[int, ...], dtype: Dtype, *, split: int | None) -> nn.Parameter:
-    """An uninitialised weight that remembers the axis devices share out."""
+    """An uninitialised weight that remembers the axis that ranks share out."""
     weight = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
     weight.split_axis = split  # type: ignore[attr-defined]
     return weight

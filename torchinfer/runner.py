@@ -13,6 +13,7 @@ from common import interface
 from common.config import EngineConfig, ModelConfig
 from common.errors import BackendError
 from common.interface import Caps, KVGroup, Progress
+from common.parallel import pool_config
 from common.schedule.batch import Batch, Mask
 from common.weights.checkpoint import Checkpoint
 from torchinfer import kernels
@@ -20,15 +21,18 @@ from torchinfer.arrays import to_device
 from torchinfer.cache import copy_pages
 from torchinfer.device import describe, open_device
 from torchinfer.observe import observe
+from torchinfer.parallel import Group, start
 from torchinfer.step import Step
 
 
 class ModelRunner(interface.ModelRunner):
     """`common.interface.ModelRunner` on PyTorch."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, group: Group | None = None) -> None:
+        """`group`: where this is not the first of its ranks; else they are started."""
         self.config = config
-        self.device = open_device(config.device, config.threads)
+        self.device = open_device(config.device, config.threads, config.tensor_parallel_size)
+        self.group = group or start(config, self.device)
         self.state: Any = None  # a State once allocated
         self._step: Any = None  # a step.Step or a kernels.Step once loaded
         self._caps: Any = None
@@ -41,8 +45,10 @@ class ModelRunner(interface.ModelRunner):
         self.model_config: ModelConfig = checkpoint.config
         positions = self.config.model_len(checkpoint.config)
         native = kernels.usable(self.config, checkpoint.config, self.device)
-        step = (kernels.Step if native else Step)(self.config, self.device)
+        step = kernels.Step(self.config, self.device) if native else Step(self.config, self.device, self.group)
+        self.group._tell("load", str(checkpoint.path))
         step.load(checkpoint, positions, progress)
+        self.group._settle()
         self._step = step
         self._caps = Caps(
             backend="torch",
@@ -55,11 +61,11 @@ class ModelRunner(interface.ModelRunner):
             max_seqs=self.config.max_num_seqs,
             max_model_len=positions,
             vocab_size=self.model_config.vocab_size,
-            observes=True,
+            observes=self.group.ranks == 1,
         )
 
     def kv_groups(self) -> tuple[KVGroup, ...]:
-        return interface.one_group(self.model_config, self.config)
+        return interface.one_group(pool_config(self.model_config, self.group.ranks), self.config)
 
     def allocate(self, pages_per_group: Sequence[int]) -> None:
         self._num_pages = pages_per_group[0]
@@ -68,9 +74,12 @@ class ModelRunner(interface.ModelRunner):
     def reset(self) -> None:
         self._expect_open()
         self.state = None  # the old pool goes before the new one comes
+        self.group._tell("allocate", [self._num_pages])
+        self.group._meet()
         self.state = self._step.make_state(self._num_pages)
 
     def warmup(self, progress: Progress | None = None) -> None:
+        self.group._tell("warmup")
         self.state = self._step.warmup(self.state, progress)
 
     @property
@@ -79,24 +88,31 @@ class ModelRunner(interface.ModelRunner):
 
     def submit(self, batch: Batch, mask: Mask = None) -> interface.Pending:
         self._expect_open()
+        batch, mask = self.group._hand_out(batch, mask)
         self._copy(batch)
         self.state, fetch = self._step.run(self.state, batch, mask)
         return interface.Fetched(batch, fetch)
 
     def observe(self, batch: Batch, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
         self._expect_open()
+        if not self.caps.observes:
+            return super().observe(batch, names)
         self._copy(batch)
         self.state, taps = observe(self._step, self.state, batch, names)
         return taps
 
     def read_pages(self, group: int, pages: Sequence[int]) -> dict[str, np.ndarray]:
+        self.group._tell("read_pages", group, list(pages))
         return self._step.read_pages(self.state, pages)
 
     def write_pages(self, group: int, pages: Sequence[int], arrays: dict[str, np.ndarray]) -> None:
+        k, v = arrays["k"], arrays["v"]
+        self.group._tell("write_pages", group, list(pages), k.dtype.name, k.shape, data=[k, v])
         self.state = self._step.write_pages(self.state, pages, arrays)
 
     def close(self) -> None:
         self._step, self.state = None, None
+        self.group._close()
 
     def _copy(self, batch: Batch) -> None:
         if batch.copies.shape[1]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from common.config import EngineConfig, ModelConfig
 from common.errors import BackendError
 from common.interface import Progress
+from common.parallel import join_heads, local_config, split_heads
 from common.platform import cxx_compiler
 from common.schedule.batch import Batch, Mask, Want, masked, null_batch
 from common.weights.checkpoint import Checkpoint
@@ -27,6 +28,7 @@ from torchinfer.cache import KVCache
 from torchinfer.layers import Linear
 from torchinfer.model import Decoder, forward, logits
 from torchinfer.observe import Keep, Names, ignore, keeper
+from torchinfer.parallel import ALONE, Group
 from torchinfer.weights import load_model
 
 
@@ -67,8 +69,8 @@ class Step:
     token_buckets: tuple[int, ...] = ()
     decode_buckets: tuple[int, ...] = ()
 
-    def __init__(self, config: EngineConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(self, config: EngineConfig, device: torch.device, group: Group = ALONE) -> None:
+        self.config, self.device, self.group = config, device, group
         if config.compile and device.type == "cpu" and len(command := cxx_compiler()) > 1:
             raise BackendError(
                 f"compile=true needs a CXX without arguments, for torch.compile does not split it; got {command}."
@@ -77,8 +79,9 @@ class Step:
     def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
         """Bring the weights to the device, with room for `positions` rotary positions."""
         self.model_config: ModelConfig = checkpoint.config
+        self._local = local_config(checkpoint.config, self.group.ranks)
         self._positions = positions
-        self.weights: Any = load_model(checkpoint, self.config.dtype, positions, self.device, progress)
+        self.weights: Any = load_model(checkpoint, self.config.dtype, positions, self.device, progress, self.group)
         if self.device.type == "cpu" and not self.config.compile:
             _pack(self.weights)
         if self.config.compile:
@@ -94,7 +97,7 @@ class Step:
     def make_state(self, num_pages: int) -> State:
         """Empty pages and rows."""
         config = self.config
-        cache = pages.make_cache(self.model_config, num_pages, config.block_size, config.dtype, self.device)
+        cache = pages.make_cache(self._local, num_pages, config.block_size, config.dtype, self.device)
         return State(cache, torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=self.device))
 
     def warmup(self, state: State, progress: Progress | None = None) -> State:
@@ -125,11 +128,15 @@ class Step:
 
     def read_pages(self, state: State, pages_: Sequence[int]) -> dict[str, np.ndarray]:
         """Copies `k` and `v`: [L, pages, B, K, H]."""
-        return pages.read_pages(state.cache, pages_)
+        read = pages.read_pages(state.cache, pages_)
+        every = {name: np.concatenate(to_host(self.group.gather(to_device(x, self.device))), 3) for name, x in read.items()}
+        return {name: join_heads(x, self.model_config, self.group.ranks) for name, x in every.items()}
 
     def write_pages(self, state: State, pages_: Sequence[int], arrays: dict[str, np.ndarray]) -> State:
         """The inverse of `read_pages`."""
-        return state._replace(cache=pages.write_pages(state.cache, pages_, arrays))
+        rank, ranks = self.group.rank, self.group.ranks
+        mine = {name: np.split(split_heads(x, self.model_config, ranks), ranks, 3)[rank] for name, x in arrays.items()}
+        return state._replace(cache=pages.write_pages(state.cache, pages_, mine))
 
     def _inputs(self, batch: Batch) -> Inputs:
         owner = batch.logit_owner
@@ -158,7 +165,7 @@ class Step:
     def _step(self, state: State, batch: Batch, keep: Keep = ignore, mask: Mask = None) -> tuple[State, sampling.Sampled]:
         x: Inputs = to_device(self._inputs(batch), self.device)
         x.token_ids.index_copy_(0, x.fill_at, state.last_tokens[x.fill_row])
-        attend = paged_attention(self.model_config, x.plan)
+        attend = paged_attention(self._local, x.plan)
         hidden_TD, cache = forward(self.weights, x.token_ids, x.positions, attend, state.cache, keep)
         logits_RV = logits(self.weights, hidden_TD[x.logit_rows])
         sampled = self._sample(logits_RV, x, masked(batch, mask))
@@ -168,19 +175,23 @@ class Step:
 
     def _sample(self, logits_RV: Tensor, x: Inputs, batch: Batch) -> sampling.Sampled:
         sampled, filtered, logprobs = x.modes
-        changed_RV = logits_RV
+        group = self.group
+        finite = group.fold(torch.sum, logits_RV.sum(dim=-1)).isfinite()
+        changed_RV = logits_RV = group.real(logits_RV, self.model_config.vocab_size)
         if batch.mask_rows is not None and batch.masks is not None:
-            masks = to_device((batch.mask_rows.astype(np.int64), batch.masks.astype(np.int64)), self.device)
-            changed_RV = sampling.mask(logits_RV, *masks)
-        changed_RV = changed_RV if x.edits is None else sampling.edit(changed_RV, *x.edits)
+            rows, masks = to_device((batch.mask_rows.astype(np.int64), batch.masks.astype(np.int64)), self.device)
+            changed_RV = sampling.mask(logits_RV, rows, masks, group)
+        if x.edits is not None:
+            rows, ids, edits = x.edits
+            changed_RV = sampling.edit(changed_RV, rows, ids, edits, group)
         if sampled:
             u = sampling.uniform(x.seeds, x.positions[x.logit_rows] + 1)
-            tokens = sampling.sample(changed_RV, x.temperature, x.top_k, x.top_p, x.min_p, u, filtered)
+            tokens = sampling.sample(changed_RV, x.temperature, x.top_k, x.top_p, x.min_p, u, filtered, group)
         else:
-            tokens = sampling.greedy(changed_RV)
+            tokens = sampling.greedy(changed_RV, group)
         reported = tokens if x.score_ids is None else torch.where(x.score_ids < 0, tokens, x.score_ids)
-        extra = sampling.logprobs_of(logits_RV, reported) if logprobs else (None, None, None, None)
-        return sampling.Sampled(tokens, logits_RV.sum(dim=-1).isfinite(), *extra)
+        extra = sampling.logprobs_of(logits_RV, reported, group) if logprobs else (None, None, None, None)
+        return sampling.Sampled(tokens, finite, *extra)
 
 
 def _sealed(method: Callable[..., Any]) -> Callable[..., Any]:

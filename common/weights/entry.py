@@ -59,9 +59,7 @@ class Entry:
         """`dense()` with only the indices [start, stop) of `axis`, reading and decoding no more than that.
 
         Along the last axis of a block encoding whole blocks are decoded and trimmed."""
-        axis = axis % len(self.shape)
-        if not 0 <= start <= stop <= self.shape[axis]:
-            raise IndexError(f"{self.name}: [{start}, {stop}) is outside axis {axis} of shape {self.shape}.")
+        axis = self._checked_axis(axis, start, stop)
         stored, trim = self.stored, slice(None)
         if axis == 0 and self.row_order is not None:
             stored = stored[self.row_order[start:stop]]
@@ -84,6 +82,13 @@ class Entry:
                 "The file is damaged, or was saved from a model that had diverged: get it again."
             )
         return part
+
+    def _checked_axis(self, axis: int, start: int, stop: int) -> int:
+        """`axis`, counted from the front. Raises `IndexError` if it has no indices [start, stop)."""
+        axis = axis % len(self.shape)
+        if not 0 <= start <= stop <= self.shape[axis]:
+            raise IndexError(f"{self.name}: [{start}, {stop}) is outside axis {axis} of shape {self.shape}.")
+        return axis
 
 
 def block_layout(encoding: str) -> tuple[int, int]:

@@ -1,0 +1,178 @@
+"""The ranks that share out a model, and what they tell each other inside a step: sums for the residual stream, and of logits
+that are shared out what a sampler must know of all of them. Never the logits.
+
+JAX drives all ranks from one process. A step is one program on a mesh of devices, and `shard_map` shows each device its part of
+weights, pages and logits: what a rank computes stands in the program as it is, and so does every word between ranks.
+
+Letters: R logit rows · V vocabulary, of which each rank has n · k candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from common.config import EngineConfig
+from common.errors import BackendError
+from jaxinfer.arrays import to_device
+
+_AXIS = "tensor"
+_WHOLE, _HEADS, _COLUMNS = PartitionSpec(), PartitionSpec(_AXIS), PartitionSpec(None, _AXIS)
+"""Of what all ranks have alike; of pools, whose heads they share out; and of logits, whose columns."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """One rank that has all of a model. What it would ask the others for, it has."""
+
+    @property
+    def ranks(self) -> int:
+        return 1
+
+    @property
+    def rank(self) -> Any:
+        """Which of them computes."""
+        return 0
+
+    def all_reduce(self, x: Array) -> Array:
+        """The sum of every rank's x."""
+        return x
+
+    def gather(self, x: Array) -> Array:
+        """Every rank's x, in their order: [ranks, ...]."""
+        return x[None]
+
+    def fold(self, reduce: Callable[..., Array], x: Array) -> Array:
+        """`reduce` (a sum, a maximum, …) over every rank's x, in their order: the same bits on each of them."""
+        return x
+
+    def join(self, x: Array) -> Array:
+        """Every rank's columns beside each other: [R, n] -> [R, ranks * n]."""
+        return x
+
+    def look_up(self, table: Callable[[Array], Array], ids: Array, n: int) -> Array:
+        """`table(ids)`, where each rank's table has n entries of the whole."""
+        return table(ids)
+
+    def columns(self, x: Array, n: int) -> Array:
+        """Those n of the columns of x that are this rank's."""
+        return x[:, :n]
+
+    def own(self, n: int, ids: Array, *others: Array) -> tuple[Array, ...]:
+        """Those of `ids`, and what belongs to them, that are among this rank's n, counted from its first."""
+        return ids, *others
+
+    def real(self, logits: Array, vocab: int) -> Array:
+        """Logits with -inf where a rank has more columns than there are tokens."""
+        return logits
+
+    def best(self, logits: Array, ids: Array) -> Array:
+        """Of every rank's token for each row, the one of the highest logit, of equals the first."""
+        return ids
+
+    def highest(self, logits: Array, ids: Array, n: int) -> tuple[Array, Array]:
+        """The k highest of every rank's k highest logits [R, k], falling, and their tokens. Of equals the first come first."""
+        return logits, ids
+
+    def _place(self, device: jax.Device, spec: PartitionSpec) -> jax.sharding.Sharding:
+        return SingleDeviceSharding(device)
+
+    def _put(self, parts: Sequence[np.ndarray], axis: int | None, device: jax.Device) -> Array:
+        """Each rank's part of an array, which lie side by side along `axis`, or are all the same, on its device."""
+        return to_device(parts[0], device)
+
+    def _spread(self, function: Callable[..., Any], takes: Any, gives: Any) -> Callable[..., Any]:
+        """A function of each rank's parts as one of whole arrays. `takes`, `gives`: how they are shared out, or arrays that are
+        shared out so."""
+        return function
+
+
+ALONE = Group()
+
+
+@dataclass(frozen=True)
+class _Ranks(Group):
+    """Devices of one mesh. Everything but the last three is for the inside of `_spread`."""
+
+    mesh: Mesh
+
+    @property
+    def ranks(self) -> int:
+        return int(self.mesh.size)
+
+    @property
+    def rank(self) -> Any:
+        return lax.axis_index(_AXIS)
+
+    def all_reduce(self, x: Array) -> Array:
+        return lax.psum(x, _AXIS)
+
+    def gather(self, x: Array) -> Array:
+        return lax.all_gather(x, _AXIS)
+
+    def fold(self, reduce: Callable[..., Array], x: Array) -> Array:
+        return reduce(self.gather(x), axis=0)
+
+    def join(self, x: Array) -> Array:
+        return lax.all_gather(x, _AXIS, axis=1, tiled=True)
+
+    def look_up(self, table: Callable[[Array], Array], ids: Array, n: int) -> Array:
+        (local,) = self.own(n, ids)
+        x = table(jnp.minimum(local, n - 1))
+        return self.all_reduce(jnp.where((local < n).reshape(-1, *[1] * (x.ndim - 1)), x, 0))
+
+    def columns(self, x: Array, n: int) -> Array:
+        whole = jnp.pad(x, ((0, 0), (0, max(self.ranks * n - x.shape[1], 0))))
+        return lax.dynamic_slice_in_dim(whole, self.rank * n, n, axis=1)
+
+    def own(self, n: int, ids: Array, *others: Array) -> tuple[Array, ...]:
+        local = ids - self.rank * n
+        return jnp.where((local >= 0) & (local < n), local, n), *others  # n is beyond them: what is written there is dropped
+
+    def real(self, logits: Array, vocab: int) -> Array:
+        n = logits.shape[1]
+        return jnp.where(self.rank * n + jnp.arange(n) < vocab, logits, -jnp.inf)
+
+    def best(self, logits: Array, ids: Array) -> Array:
+        logits, ids = self.highest(jnp.take_along_axis(logits, ids[:, None], axis=1), ids[:, None], logits.shape[1])
+        return ids[:, 0]
+
+    def highest(self, logits: Array, ids: Array, n: int) -> tuple[Array, Array]:
+        top, at = lax.top_k(self.join(logits), logits.shape[1])
+        return top, jnp.take_along_axis(self.join(self.rank * n + ids), at, axis=1)
+
+    def _place(self, device: jax.Device, spec: PartitionSpec) -> jax.sharding.Sharding:
+        return NamedSharding(self.mesh, spec)
+
+    def _put(self, parts: Sequence[np.ndarray], axis: int | None, device: jax.Device) -> Array:
+        if axis is None:
+            return to_device(parts[0], NamedSharding(self.mesh, _WHOLE))
+        shape = tuple(size * (self.ranks if i == axis else 1) for i, size in enumerate(parts[0].shape))
+        sharding = NamedSharding(self.mesh, PartitionSpec(*[None] * axis, _AXIS))
+        arrays = [to_device(part, device) for part, device in zip(parts, self.mesh.devices, strict=True)]
+        return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+    def _spread(self, function: Callable[..., Any], takes: Any, gives: Any) -> Callable[..., Any]:
+        specs = lambda tree: jax.tree.map(lambda x: x if isinstance(x, PartitionSpec) else x.sharding.spec, tree)  # noqa: E731
+        return jax.shard_map(function, mesh=self.mesh, in_specs=specs(takes), out_specs=specs(gives), check_vma=False)
+
+
+def start(config: EngineConfig, device: jax.Device) -> Group:
+    """The ranks of an engine, of which `device` is the first. Raises `BackendError` if there are not enough devices."""
+    ranks = config.tensor_parallel_size
+    if ranks == 1:
+        return ALONE
+    devices = jax.local_devices(backend=device.platform)
+    if len(devices) < ranks:
+        raise BackendError(
+            f"tensor_parallel_size={ranks} needs {ranks} devices, and JAX has {len(devices)} of {device.platform}. On a CPU it "
+            "makes them as it starts: let the engine with the most ranks be the first of its process."
+        )
+    return _Ranks(Mesh(np.array(devices[:ranks]), (_AXIS,)))

@@ -1,0 +1,170 @@
+"""Engines of several ranks in a process of their own: `Ranks` here, `main` there. JAX makes its devices as it starts.
+
+A runner is made once for each number of ranks, and loads one model after the other.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.config import EngineConfig
+from common.engine import Engine
+from common.interface import ModelRunner, load_backend
+from common.request import Request, SamplingParams
+from common.weights.checkpoint import open_checkpoint
+from tests.history_backend import ROOT
+
+PAGES, MOST = 32, 4
+CONFIG = EngineConfig(
+    dtype="float32", device="cpu", threads=2, max_num_seqs=4, max_num_batched_tokens=32, max_model_len=128, num_blocks=PAGES
+)
+"""Few shapes, of which only those that a test needs are compiled."""
+
+Asked = tuple[Sequence[int], dict[str, Any]]
+"""A prompt, and what of `SamplingParams` is asked of its continuation."""
+Answer = list[list[Any]]
+"""Of each token, its id and, where asked for, its logprob and the likeliest tokens with theirs."""
+
+
+class Ranks:
+    """The process, as a context manager."""
+
+    def __init__(self, backend: str) -> None:
+        command = [sys.executable, "-m", "tests.ranks", backend]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.communicate(timeout=60)
+
+    def ask(self, what: str, **arguments: Any) -> Any:
+        """What the function `what` of this file returns there."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(json.dumps([what, arguments], default=str) + "\n")
+        self.process.stdin.flush()
+        answer, error = json.loads(self.process.stdout.readline())
+        assert error is None, error
+        return answer
+
+    def run(self, ranks: int, model: Path, asked: Sequence[Asked]) -> list[Answer]:
+        answers: list[Answer] = self.ask("run", ranks=ranks, model=model, asked=asked)
+        return answers
+
+
+_runners: dict[int, ModelRunner] = {}
+_loaded: dict[int, str] = {}
+
+
+def make_engine(backend: str, ranks: int, model: str) -> Engine:
+    """With empty pages."""
+    config = replace(CONFIG, tensor_parallel_size=ranks, kernels="auto" if ranks > 1 else "framework")
+    runner = _runners[ranks] = _runners.get(ranks) or load_backend(backend, config)
+    if _loaded.get(ranks) != model:
+        runner.load(open_checkpoint(model))
+        _loaded[ranks] = model
+    runner.allocate([PAGES])
+    return Engine(runner, config, num_pages=PAGES)
+
+
+def wanted(logit_bias: dict[str, float] | None = None, **params: Any) -> SamplingParams:
+    bias = None if logit_bias is None else {int(token): by for token, by in logit_bias.items()}  # JSON has strings for keys
+    return SamplingParams(ignore_eos=True, logit_bias=bias, **params)
+
+
+def run(backend: str, ranks: int, model: str, asked: Sequence[Asked]) -> list[Answer]:
+    """Continue prompts."""
+    engine = make_engine(backend, ranks, model)
+    requests = [
+        Request(request_id=str(i), prompt_token_ids=prompt, params=wanted(**params)) for i, (prompt, params) in enumerate(asked)
+    ]
+    events = engine.run(requests)
+    assert engine.stats()["num_resets"] == 0
+    told = lambda logprobs: [] if logprobs is None else [logprobs.logprob, logprobs.top_ids, logprobs.top_logprobs]  # noqa: E731
+    return [[[event.token_id, *told(event.logprobs)] for event in events[request.request_id]] for request in requests]
+
+
+def caps(backend: str, ranks: int, model: str) -> dict[str, Any]:
+    runner = make_engine(backend, ranks, model).runner
+    return asdict(runner.caps) | {"page_bytes": runner.kv_groups()[0].page_bytes}
+
+
+def pages(backend: str, ranks: int, model: str, asked: Sequence[Asked], pages: Sequence[int]) -> dict[str, Any]:
+    """What stands in pages behind a run; and whether others are as they were written, once these are written there."""
+    run(backend, ranks, model, asked)
+    runner = _runners[ranks]
+    held = runner.read_pages(0, pages)
+    there = [PAGES - 1 - page for page in pages]
+    runner.write_pages(0, there, held)
+    again = runner.read_pages(0, there)
+    none = runner.read_pages(0, [])
+    runner.write_pages(0, [], none)
+    same = all(np.array_equal(held[name], again[name]) and none[name].shape[1] == 0 for name in ("k", "v"))
+    return {"same": same} | {name: x.tolist() for name, x in held.items()}
+
+
+def said(backend: str, ranks: int, model: str, asked: Sequence[Asked]) -> list[list[Any]]:
+    """What the ranks tell each other in one step: the kind and the shape of each collective."""
+    make_engine(backend, ranks, model)
+    runner: Any = _runners[ranks]
+    if backend == "jax":
+        runner._step._compiled.clear()
+        run(backend, ranks, model, asked)
+        (program,) = runner._step._compiled.values()
+        found = re.findall(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\(", program.as_text())
+        shapes = [(kind, re.findall(r"\[([\d,]*)\]", result)) for result, kind in found]
+        return [[kind, [int(d) for d in shape.split(",") if d]] for kind, each in shapes for shape in each]
+    heard: list[list[Any]] = []
+
+    class Listening:
+        """Passes every collective on."""
+
+        def __init__(self, gloo: Any) -> None:
+            self.gloo = gloo
+
+        def allreduce(self, tensors: Any) -> Any:
+            heard.append(["all-reduce", list(tensors[0].shape)])
+            return self.gloo.allreduce(tensors)
+
+        def allgather(self, every: Any, tensors: Any) -> Any:
+            heard.append(["all-gather", [len(every[0]), *tensors[0].shape]])
+            return self.gloo.allgather(every, tensors)
+
+    run(backend, ranks, model, [(asked[0][0], asked[0][1] | {"max_tokens": 1})])
+    group = runner.group
+    whole, group._gloo = group._gloo, Listening(group._gloo)
+    engine = Engine(runner, CONFIG, num_pages=PAGES)
+    engine.run([Request(request_id="r", prompt_token_ids=asked[0][0], params=wanted(**asked[0][1]))])
+    group._gloo = whole
+    return heard
+
+
+def main(backend: str) -> None:
+    if backend == "jax":
+        from jaxinfer.device import open_device
+
+        open_device("cpu", CONFIG.threads, MOST)
+    for line in sys.stdin:
+        what, arguments = json.loads(line)
+        try:
+            answer = [globals()[what](backend, **arguments), None]
+        except Exception:
+            answer = [None, traceback.format_exc()]
+        print(json.dumps(answer), flush=True)
+    for runner in _runners.values():
+        runner.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

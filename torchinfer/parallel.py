@@ -1,0 +1,230 @@
+"""The ranks that share out a model, and what they tell each other inside a step: sums for the residual stream, and of logits
+that are shared out what a sampler must know of all of them. Never the logits.
+
+PyTorch has one process a rank. The first is the caller's: its runner starts the others, and whatever it is told it tells them,
+down to the bytes of each batch. All run the same step, each on its part, and only the first reads what came of it. They speak
+gloo over loopback, in a group of their own, so that a process may have several engines.
+
+Letters: R logit rows · V vocabulary, of which each rank has n · k candidates.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.config import EngineConfig
+from common.errors import BackendError
+from common.followers import Follower, follow
+from common.schedule.batch import Batch, Mask, masked
+from common.weights.checkpoint import open_checkpoint
+
+
+class Group:
+    """One rank that has all of a model. What it would ask the others for, it has."""
+
+    @property
+    def ranks(self) -> int:
+        return 1
+
+    @property
+    def rank(self) -> int:
+        """Which of them computes."""
+        return 0
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of every rank's x."""
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Every rank's x, in their order: [ranks, ...]."""
+        return x[None]
+
+    def fold(self, reduce: Callable[..., Tensor], x: Tensor) -> Tensor:
+        """`reduce` (a sum, a maximum, …) over every rank's x, in their order: the same bits on each of them."""
+        return x
+
+    def join(self, x: Tensor) -> Tensor:
+        """Every rank's columns beside each other: [R, n] -> [R, ranks * n]."""
+        return x
+
+    def look_up(self, table: Callable[[Tensor], Tensor], ids: Tensor, n: int) -> Tensor:
+        """`table(ids)`, where each rank's table has n entries of the whole."""
+        return table(ids)
+
+    def columns(self, x: Tensor, n: int) -> Tensor:
+        """Those n of the columns of x that are this rank's."""
+        return x[:, :n]
+
+    def own(self, n: int, ids: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        """Those of `ids`, and what belongs to them, that are among this rank's n, counted from its first."""
+        return ids, *others
+
+    def real(self, logits: Tensor, vocab: int) -> Tensor:
+        """Logits with -inf where a rank has more columns than there are tokens."""
+        return logits
+
+    def best(self, logits: Tensor, ids: Tensor) -> Tensor:
+        """Of every rank's token for each row, the one of the highest logit, of equals the first."""
+        return ids
+
+    def highest(self, logits: Tensor, ids: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """The k highest of every rank's k highest logits [R, k], falling, and their tokens. Of equals the first come first."""
+        return logits, ids
+
+    def _tell(self, call: str, *arguments: Any, data: Sequence[np.ndarray] = ()) -> None:
+        """Have the other ranks do what this one is about to do."""
+
+    def _hand_out(self, batch: Batch, mask: Mask) -> tuple[Batch, Mask]:
+        """Have them run a step; what is left to run of it here."""
+        return batch, mask
+
+    def _settle(self) -> None:
+        """Wait until they have done what they were told. Raises `BackendError` if they could not."""
+
+    def _meet(self) -> None:
+        """Connect all ranks, anew if they were: who is still in a step leaves it with an error."""
+
+    def _close(self) -> None:
+        """End the other ranks."""
+
+
+ALONE = Group()
+
+
+class _Ranks(Group):
+    """Processes of this machine. The first has a handle on each of the others."""
+
+    def __init__(self, rank: int, ranks: int, folder: Path, others: Sequence[Follower] = ()) -> None:
+        """`folder`: where they find each other."""
+        self._rank, self._ranks, self._folder, self._others = rank, ranks, folder, others
+        self._meetings = 0
+        self._gloo: Any = None
+
+    @property
+    def ranks(self) -> int:
+        return self._ranks
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        self._gloo.allreduce([x]).wait()
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        every = x.new_empty((self._ranks, *x.shape))
+        self._gloo.allgather([list(every)], [x.contiguous()]).wait()
+        return every
+
+    def fold(self, reduce: Callable[..., Tensor], x: Tensor) -> Tensor:
+        return reduce(self.gather(x), dim=0)
+
+    def join(self, x: Tensor) -> Tensor:
+        return torch.cat(list(self.gather(x)), dim=1)
+
+    def look_up(self, table: Callable[[Tensor], Tensor], ids: Tensor, n: int) -> Tensor:
+        local = ids - self._rank * n
+        here = (local >= 0) & (local < n)
+        x = table(torch.where(here, local, 0))
+        return self.all_reduce(torch.where(here.reshape(-1, *[1] * (x.ndim - 1)), x, 0))
+
+    def columns(self, x: Tensor, n: int) -> Tensor:
+        x = x[:, self._rank * n : (self._rank + 1) * n]
+        return F.pad(x, (0, n - x.shape[1]))
+
+    def own(self, n: int, ids: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        local = ids - self._rank * n
+        here = (local >= 0) & (local < n)
+        return local[here], *(x[here] for x in others)
+
+    def real(self, logits: Tensor, vocab: int) -> Tensor:
+        n = logits.shape[1]
+        return torch.where(self._rank * n + torch.arange(n, device=logits.device) < vocab, logits, -torch.inf)
+
+    def best(self, logits: Tensor, ids: Tensor) -> Tensor:
+        logits, ids = self.highest(logits.gather(1, ids[:, None]), ids[:, None], logits.shape[1])
+        return ids[:, 0]
+
+    def highest(self, logits: Tensor, ids: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        top, at = self.join(logits).sort(dim=-1, descending=True, stable=True)
+        k = logits.shape[1]
+        return top[:, :k], self.join(self._rank * n + ids).gather(1, at[:, :k])
+
+    def _tell(self, call: str, *arguments: Any, data: Sequence[np.ndarray] = ()) -> None:
+        for other in self._others:
+            other.tell(call, *arguments, data=data)
+
+    def _hand_out(self, batch: Batch, mask: Mask) -> tuple[Batch, Mask]:
+        batch = masked(batch, mask)
+        self._tell("submit", data=[batch.buffer])
+        return batch, None
+
+    def _settle(self) -> None:
+        for other in self._others:
+            other.settle()
+
+    def _meet(self) -> None:
+        self._leave()
+        self._meetings += 1
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        store = dist.FileStore(str(self._folder / str(self._meetings)), self._ranks)  # type: ignore[attr-defined]
+        self._gloo = dist.ProcessGroupGloo(store, self._rank, self._ranks, options)
+
+    def _leave(self) -> None:
+        """Disconnect: what the others wait for here fails there."""
+        if self._gloo is not None:
+            self._gloo.abort()
+            self._gloo = None
+
+    def _close(self) -> None:
+        self._leave()
+        for other in self._others:
+            other.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def start(config: EngineConfig, device: torch.device) -> Group:
+    """The ranks of an engine, of which this process is the first. Raises `BackendError` where they cannot be."""
+    ranks = config.tensor_parallel_size
+    if ranks == 1:
+        return ALONE
+    if device.type != "cpu":
+        raise BackendError(f"tensor_parallel_size={ranks} has processes that compute on cpu, not on {device.type}.")
+    folder = tempfile.mkdtemp(prefix="tandem-")
+    others = [Follower("torchinfer.parallel:_follow", rank, folder, asdict(config)) for rank in range(1, ranks)]
+    return _Ranks(0, ranks, Path(folder), others)
+
+
+def _follow(rank: int, folder: str, config: dict[str, Any]) -> None:
+    """The life of every other rank."""
+    from torchinfer.runner import ModelRunner  # which imports this file
+
+    group = _Ranks(rank, config["tensor_parallel_size"], Path(folder))
+    runner = ModelRunner(EngineConfig(**config), group)
+
+    def write_pages(pages_of: int, pages: Sequence[int], dtype: str, shape: Sequence[int], data: bytes = b"") -> None:
+        k, v = np.frombuffer(data, dtype).reshape(2, *shape)
+        runner.write_pages(pages_of, pages, {"k": k, "v": v})
+
+    calls: dict[str, Callable[..., object]] = {
+        "load": lambda path: runner.load(open_checkpoint(path)),
+        "allocate": runner.allocate,
+        "warmup": runner.warmup,
+        "submit": lambda data: runner.submit(Batch.from_bytes(data)),
+        "read_pages": runner.read_pages,
+        "write_pages": write_pages,
+    }
+    follow(calls, group._leave)
