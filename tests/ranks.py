@@ -22,6 +22,7 @@ from common.engine import Engine
 from common.interface import ModelRunner, load_backend
 from common.request import Request, SamplingParams
 from common.weights.checkpoint import open_checkpoint
+from tests.backends import Packer
 from tests.history_backend import ROOT
 
 PAGES, MOST = 32, 4
@@ -112,6 +113,17 @@ def pages(backend: str, ranks: int, model: str, asked: Sequence[Asked], pages: S
     runner.write_pages(0, [], none)
     same = all(np.array_equal(held[name], again[name]) and none[name].shape[1] == 0 for name in ("k", "v"))
     return {"same": same} | {name: x.tolist() for name, x in held.items()}
+
+
+def masked(backend: str, ranks: int, model: str, prompt: Sequence[int], allowed: int) -> list[int]:
+    """The token chosen where a mask that comes while the step runs allows one."""
+    runner = make_engine(backend, ranks, model).runner
+    packer = Packer(PAGES, CONFIG.block_size, num_rows=4, max_len=128)
+    masks = np.zeros((1, -(-runner.caps.vocab_size // 32)), np.uint32)
+    masks[0, allowed // 32] = 1 << allowed % 32
+    batch = packer.step([(packer.add(prompt), 0, len(prompt))], mask_rows=[0])
+    tokens: list[int] = runner.submit(batch, lambda: masks).result().tokens.tolist()
+    return tokens
 
 
 def said(backend: str, ranks: int, model: str, asked: Sequence[Asked]) -> list[list[Any]]:

@@ -103,6 +103,12 @@ def test_every_kind_of_sampling_gives_the_tokens_of_one_rank(ranks: Ranks) -> No
 
 
 @pytest.mark.parametrize("number", SEVERAL)
+@pytest.mark.parametrize("allowed", [0, 130, VOCAB - 1])
+def test_a_mask_that_comes_while_the_step_runs_reaches_every_rank(ranks: Ranks, number: int, allowed: int) -> None:
+    assert ranks.ask("masked", ranks=number, model=model(MODEL), prompt=PROMPTS[1], allowed=allowed) == [allowed]
+
+
+@pytest.mark.parametrize("number", SEVERAL)
 def test_two_sums_a_layer_are_told_and_one_of_the_embedding_and_no_logits(ranks: Ranks, number: int) -> None:
     config = checkpoint(MODEL).config
     filters = {"seed": 1, "top_k": 9, "top_p": 0.9, "max_tokens": 1, "logprobs": 20}
