@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 
 import pytest
 
@@ -114,4 +113,4 @@ def test_an_engine_slowed_by_a_tenth_is_called_slower(slowed: str, tmp_path: Pat
     verdicts = Counter(run.verdict for run in runs)
     assert verdicts["slower"] >= 0.9 * RUNS, verdicts
     ratios = [run.ratio for run in runs if run.ratio]
-    assert 0.88 <= median(ratios) <= 0.92, ratios  # one run alone may end on an interval of five per cent either way
+    assert min(ratios) >= 0.88 and max(ratios) <= 0.92, ratios
