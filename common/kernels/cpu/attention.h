@@ -351,24 +351,25 @@ class Attention {
     }
   }
 
-  void merge(const Run& run, int parts, const Partial* partials, const float* acc) {
+  // The partitions' sums, each weighed by how far its maximum is below the highest, gathered in the first of them.
+  void merge(const Run& run, int parts, const Partial* partials, float* acc) {
     const int Q = group(), H = w_.head_dim, width = padded(H), rows = run.count * Q;
     for (int r = 0; r < rows; ++r) {
       float peak = MASKED, total = 0;
       for (int part = 0; part < parts; ++part) peak = std::fmax(peak, partials[size_t(part) * rows + r].peak);
+      float* x = acc + size_t(r) * width;
       for (int part = 0; part < parts; ++part) {
         const Partial& one = partials[size_t(part) * rows + r];
-        total += exp2(set1(one.peak - peak))[0] * sum(one.total);
+        const V weight = exp2(set1(one.peak - peak));
+        total += weight[0] * sum(one.total);
+        const float* from = acc + (size_t(part) * rows + r) * width;
+        for (int h = 0; h < H; h += LANES) {
+          const V before = part ? tandem::load(x + h) : V{};
+          store(x + h, fma(weight, tandem::load(from + h), before));
+        }
       }
       T* out = q_ + (size_t(run.token + r / Q) * w_.heads + run.head * Q + r % Q) * H;
-      for (int h = 0; h < H; h += LANES) {
-        V x{};
-        for (int part = 0; part < parts; ++part) {
-          const V weight = exp2(set1(partials[size_t(part) * rows + r].peak - peak));
-          x = fma(weight, tandem::load(acc + (size_t(part) * rows + r) * width + h), x);
-        }
-        tandem::put<E>(out + h, x / total, H - h < LANES ? H - h : LANES);
-      }
+      for (int h = 0; h < H; h += LANES) tandem::put<E>(out + h, tandem::load(x + h) / total, H - h < LANES ? H - h : LANES);
     }
   }
 

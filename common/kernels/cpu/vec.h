@@ -296,7 +296,9 @@ TANDEM_INLINE V put_operands(typename E::A* to, V v) {
   return rounded;
 }
 
-// Into the second-level cache: the first has too few places for what is on its way.
+// Into the second-level cache: the first has too few places for what is on its way from memory.
 TANDEM_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+TANDEM_INLINE void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
 
 }  // namespace tandem
