@@ -82,36 +82,36 @@ struct Tile {
   }
 };
 
-// s[r][64] = q[r] · k of one block: R rows, keys in four groups of sixteen.
-template <class E, int R>
+// s[r][64] = q[r] · k of one block: R rows, keys in C groups of sixteen. Of the next block all groups are fetched.
+template <class E, int R, int C>
 inline void scores(const typename E::A* q, int head_dim, const typename E::T* const* k, const typename E::T* const* next,
                    size_t stride, float* s) {
-  V acc[R][SUB];
+  V acc[R][C];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-    for (int j = 0; j < SUB; ++j) acc[r][j] = V{};
+    for (int j = 0; j < C; ++j) acc[r][j] = V{};
   for (int h = 0; h < head_dim / E::PAIR; ++h) {
-    typename E::Vec b[SUB];
+    typename E::Vec b[C];
 #pragma GCC unroll 16
-    for (int j = 0; j < SUB; ++j) b[j] = E::vec(k[j] + h * stride);
+    for (int j = 0; j < C; ++j) b[j] = E::vec(k[j] + h * stride);
     if (next)
       for (int j = 0; j < SUB; ++j) prefetch(next[j] + h * stride);
 #pragma GCC unroll 2
     for (int step = 0; step < E::STEPS; ++step) {
-      typename E::Vec part[SUB];
+      typename E::Vec part[C];
 #pragma GCC unroll 16
-      for (int j = 0; j < SUB; ++j) part[j] = E::part(b[j], step);
+      for (int j = 0; j < C; ++j) part[j] = E::part(b[j], step);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-        for (int j = 0; j < SUB; ++j) acc[r][j] = E::madd(acc[r][j], q + r * head_dim + h * E::PAIR + step, part[j]);
+        for (int j = 0; j < C; ++j) acc[r][j] = E::madd(acc[r][j], q + r * head_dim + h * E::PAIR + step, part[j]);
     }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
-    for (int j = 0; j < SUB; ++j) store(s + r * BLOCK + j * LANES, acc[r][j]);
+    for (int j = 0; j < C; ++j) store(s + r * BLOCK + j * LANES, acc[r][j]);
 }
 
 // acc[r][16 * C] += p[r][:keys] v: R rows, C registers of dimensions.
@@ -151,24 +151,29 @@ inline void weigh(const typename E::A* p, int keys, const typename E::T* const* 
     for (int c = 0; c < C; ++c) store(acc + r * width + c * LANES, sum[r][c]);
 }
 
-// One block of keys for all rows of a tile.
+// One block for all rows of a tile, of which the last sees `keys` keys: what lies behind them is not looked at.
 template <class E>
 inline void attend_block(Tile<E>& tile, int rows, int head_dim, const typename E::T* const* k, const typename E::T* const* v,
                          const typename E::T* const* next_k, const typename E::T* const* next_v, size_t k_stride, int first,
                          int keys, int window, float scale, Partial* partials, float* acc) {
-  const int width = padded(head_dim);
+  const int width = padded(head_dim), groups = padded(keys) / LANES;
   for (int r = 0; r < rows;) {
     const auto* q = tile.q.data() + size_t(r) * head_dim;
     float* s = tile.s.data() + size_t(r) * BLOCK;
     const auto* const* next = r == 0 ? next_k : nullptr;
+#define TANDEM_SCORES(R, C) scores<E, R, C>(q, head_dim, k, next, k_stride, s)
+#define TANDEM_GROUPS(R) \
+  groups == 4 ? TANDEM_SCORES(R, 4) : groups == 3 ? TANDEM_SCORES(R, 3) : groups == 2 ? TANDEM_SCORES(R, 2) : TANDEM_SCORES(R, 1)
     switch (rows - r) {
-      case 1: scores<E, 1>(q, head_dim, k, next, k_stride, s), r += 1; break;
-      case 2: scores<E, 2>(q, head_dim, k, next, k_stride, s), r += 2; break;
-      case 3: scores<E, 3>(q, head_dim, k, next, k_stride, s), r += 3; break;
-      case 4: scores<E, 4>(q, head_dim, k, next, k_stride, s), r += 4; break;
-      case 5: scores<E, 5>(q, head_dim, k, next, k_stride, s), r += 5; break;
-      default: scores<E, 6>(q, head_dim, k, next, k_stride, s), r += 6;
+      case 1: TANDEM_GROUPS(1), r += 1; break;
+      case 2: TANDEM_GROUPS(2), r += 2; break;
+      case 3: TANDEM_GROUPS(3), r += 3; break;
+      case 4: TANDEM_GROUPS(4), r += 4; break;
+      case 5: TANDEM_GROUPS(5), r += 5; break;
+      default: TANDEM_GROUPS(6), r += 6;
     }
+#undef TANDEM_GROUPS
+#undef TANDEM_SCORES
   }
   I lane;
   for (int i = 0; i < LANES; ++i) lane[i] = i;
@@ -176,9 +181,9 @@ inline void attend_block(Tile<E>& tile, int rows, int head_dim, const typename E
   for (int r = 0; r < rows; ++r) {
     const int last = tile.position[r], from = window ? last - window + 1 : 0;
     const bool whole = last >= first + BLOCK - 1 && from <= first;
-    V x[SUB];
+    V x[SUB] = {low, low, low, low};
     I seen[SUB];
-    for (int j = 0; j < SUB; ++j) {
+    for (int j = 0; j < groups; ++j) {
       x[j] = load(&tile.s[size_t(r) * BLOCK + j * LANES]) * scale;
       const I key = lane + (first + j * LANES);
       seen[j] = whole ? ~I{} : (I)((key <= last) & (key >= from));
@@ -186,18 +191,18 @@ inline void attend_block(Tile<E>& tile, int rows, int head_dim, const typename E
     }
     Partial& partial = partials[r];
     const float peak = std::fmax(partial.peak, max(max(max(x[0], x[1]), max(x[2], x[3]))));
-    const V decay = exp2(set1(partial.peak - peak));
+    if (partial.peak != peak) {
+      const V decay = exp2(set1(partial.peak - peak));
+      partial.total = partial.total * decay;
+      for (int h = 0; h < width; h += LANES) store(acc + size_t(r) * width + h, load(acc + size_t(r) * width + h) * decay);
+      partial.peak = peak;
+    }
     auto* p = tile.p.data() + size_t(r) * BLOCK;
-    V total = partial.total * decay;
-    for (int j = 0; j < SUB; ++j) {
+    for (int j = 0; j < groups; ++j) {
       V e = exp2(x[j] - peak);
       if (!whole) e = select(seen[j], e, V{});
-      total = total + put_operands<E>(p + j * LANES, e);  // as rounded, so that the weights add up to one
+      partial.total = partial.total + put_operands<E>(p + j * LANES, e);  // as rounded, so that the weights add up to one
     }
-    partial.total = total;
-    if (partial.peak != peak)
-      for (int h = 0; h < width; h += LANES) store(acc + size_t(r) * width + h, load(acc + size_t(r) * width + h) * decay);
-    partial.peak = peak;
   }
   for (int h = 0; h < width; h += 4 * LANES) {
     const int columns = (width - h) / LANES < 4 ? (width - h) / LANES : 4;
@@ -330,7 +335,7 @@ class Attention {
 
   // `after`: the run that this thread is likely to come to next.
   void partition(Tile<E>& tile, const Run& run, int part, const Run* after, Partial* partials, float* acc) {
-    const int rows = run.count * group(), H = w_.head_dim, length = step_.kv_lengths[run.seq];
+    const int rows = run.count * group(), H = w_.head_dim;
     for (int r = 0; r < rows; ++r) partials[r] = {MASKED, V{}};
     std::memset(acc, 0, sizeof(float) * rows * padded(H));
     const int last = last_of(run), own = first_of(run), begin = own > part * PARTITION ? own : part * PARTITION;
@@ -345,7 +350,7 @@ class Attention {
       const bool other = !more && after && then <= last_of(*after);
       if (more) find(run, soon, next_k, next_v);
       else if (other) find(*after, then, next_k, next_v);
-      const int keys = length - first < BLOCK ? length - first : BLOCK;
+      const int keys = last + 1 - first < BLOCK ? last + 1 - first : BLOCK;
       attend_block<E>(tile, rows, H, k, v, more || other ? next_k : nullptr, more || other ? next_v : nullptr,
                       size_t(pages_.page) * E::PAIR, first, keys, w_.window, w_.attention_scale * LOG2E, partials, acc);
     }

@@ -24,7 +24,7 @@ OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread",
 """`-ffp-contract=off`: an a * b + c in the source stays two operations. Where one is meant, the source calls fma."""
 INTEL = ("-DTANDEM_WIDEN", "-DTANDEM_FEW_ROWS=0", "-DTANDEM_NEAR=2048")
 """For Intel's processors, as measured on Emerald Rapids: a dot product of pairs is slower than the two fused multiply-adds that
-it replaces; and weights want to be fetched ahead even where they meet a single row, and once more into the first-level cache."""
+it replaces; and weights want to be fetched ahead even where they meet a single row, and again into the nearest cache."""
 BUILDING = "building-"
 UNUSED = 30 * 24 * 3600
 """Seconds after its last use when a library goes."""
