@@ -190,7 +190,7 @@ def group_options(group: str) -> list[str]:
 
 
 def explain(error: BaseException) -> str:
-    """One paragraph for people, with the nearest known name where one was misspelt."""
+    """For people: what ours say, and of others one paragraph, with the nearest known name where one was misspelt."""
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
@@ -213,8 +213,9 @@ def explain(error: BaseException) -> str:
         if misplaced := re.match(r"Could not override '(\w+)'\.\s*No match in the defaults list", str(cause)):
             others = [option for option in ROOT_OPTIONS if option != misplaced[1]]
             return f"This command has no option {misplaced[1]!r}.{nearest_hint(misplaced[1], others)}"
-    told = chain[:1] if isinstance(error, TandemError) else chain  # ours say what they come from
-    texts = (str(cause).split("\n    full_key:")[0] for cause in told)
+    if isinstance(error, TandemError):
+        return str(error).strip()  # a compiler's words keep their lines
+    texts = (str(cause).split("\n    full_key:")[0] for cause in chain)
     return " ".join(dict.fromkeys(" ".join(text.split()) for text in texts if text))
 
 

@@ -507,9 +507,16 @@ def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch, 
         build.build("limits")
     monkeypatch.undo()
     monkeypatch.setenv("TANDEM_CACHE", str(tmp_path))
-    with pytest.raises(BackendError, match=r"could not compile limits\.cc"):
+    with pytest.raises(BackendError, match=r"could not compile limits\.cc:\n.*error"):
         build.build("limits", options=("-DTANDEM_INLINE=%", "-include/nowhere.h"))
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_of_a_compilers_words_the_first_error_is_told() -> None:
+    words = "a.h:1: warning: old\n" * 500 + "k.h:7:1: error: expected ';'\n" + "k.h:9:1: error: as above\n" * 500
+    told = build.first_error(words)
+    assert told.startswith("k.h:7:1: error: expected ';'\nk.h:9:1") and len(told) == build.READ
+    assert build.first_error("collect2: ld returned 1\n" * 500).endswith("ld returned 1\n")
 
 
 # ── layouts ──────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -26,6 +27,8 @@ INTEL = ("-DTANDEM_WIDEN", "-DTANDEM_FEW_ROWS=0", "-DTANDEM_NEAR=2048")
 """For Intel's processors, as measured on Emerald Rapids: a dot product of pairs is slower than the two fused multiply-adds that
 it replaces; and weights want to be fetched ahead even where they meet a single row, and again into the nearest cache."""
 BUILDING = "building-"
+READ = 2000
+"""Characters of a compiler that are told."""
 UNUSED = 30 * 24 * 3600
 """Seconds after its last use when a library goes."""
 
@@ -39,7 +42,8 @@ def build(
     libraries cannot be kept."""
     compiler = cxx_compiler()
     tuned = INTEL if cpu_vendor() == "GenuineIntel" else ()
-    flags = [*OPTIONS, *tuned, *options, *os.environ.get("TANDEM_CXXFLAGS", "").split(), *(f"-I{folder}" for folder in include)]
+    asked = os.environ.get("TANDEM_CXXFLAGS", "").split()
+    flags = [*OPTIONS, *tuned, *options, *asked, *(f"-isystem{folder}" for folder in include)]
     command = [*compiler, *flags, str(FOLDER / f"{name}.cc"), *linked]
     digest = _digest([*command, version, _run([*compiler, "--version"]).stdout])
     try:
@@ -60,7 +64,7 @@ def _compile(name: str, command: Sequence[str], target: Path) -> None:
         half = Path(folder) / target.name
         done = _run([*command, "-o", str(half)])
         if done.returncode or not half.exists():
-            raise BackendError(f"{command[0]} could not compile {name}.cc:\n{done.stderr[-2000:]}")
+            raise BackendError(f"{command[0]} could not compile {name}.cc:\n{first_error(done.stderr)}")
         # A library that was cut short would take the process down with it: its digest tells.
         (half.parent / "digest").write_text(_file_digest(half), encoding="utf-8")
         os.replace(half, target)
@@ -100,6 +104,13 @@ def _remove_unused(folder: Path, name: str) -> None:
                     shutil.rmtree(left, ignore_errors=True)
     finally:
         os.close(handle)
+
+
+def first_error(words: str) -> str:
+    """A compiler's words from its first error on, as many as somebody reads: what follows a wrong line can be long. Their end
+    where none is called so."""
+    found = re.search(r"^.*\berror\b", words, re.MULTILINE)
+    return words[found.start() :][:READ] if found else words[-READ:]
 
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
