@@ -213,7 +213,9 @@ def times(comparison: Mapping[str, Any] | None) -> str:
     if comparison is None:
         return "1"
     ratio, low, high = comparison["ratio"], comparison["low"], comparison["high"]
-    return number(ratio) if low is None else f"{ratio:.3f} ({low:.3f}–{high:.3f})"
+    if ratio is None:
+        return number(ratio)
+    return f"{ratio:.3f} ({'no interval' if low is None else f'{low:.3f}–{high:.3f}'})"
 
 
 def print_failures(failures: Mapping[str, Mapping[str, str]]) -> None:

@@ -67,9 +67,9 @@ def throughput(label: str, results: Mapping[str, Any], engines: Mapping[str, Map
     value = f"{label} is {word}" if word in ("faster", "slower") else str(word or "no verdict").capitalize()
     if word == "slower":
         value = f"{first} is faster"
-    evidence = [f"{label} gives {ratio:.3f}× the output tokens/s of {first}" if ratio else f"{label} against {first}"]
-    bounds = found.get("low") is not None and found.get("high") is not None
-    evidence.append(f"{found['low']:.3f}–{found['high']:.3f}" if bounds else "no interval")
+    evidence = [f"{label} against {first}", "no interval"]  # a ratio that may be chance is no headline: a sentence has it
+    if ratio and found.get("low") is not None and found.get("high") is not None:
+        evidence = [f"{label} gives {ratio:.3f}× the output tokens/s of {first}", f"{found['low']:.3f}–{found['high']:.3f}"]
     if blocks:
         evidence.append(plural(blocks, "block"))
     told = [str(found.get("said") or f"{label} gave {number(ratio)} times the output throughput of {first}").rstrip(".")]

@@ -57,7 +57,9 @@ def goodput(engines: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def interval(found: Mapping[str, Any]) -> str:
-    return "" if found.get("low") is None else f" [{number(found['low'])}, {number(found.get('high'))}]"
+    if found.get("ratio") is None:
+        return ""
+    return " [no interval]" if found.get("low") is None else f" [{number(found['low'])}, {number(found.get('high'))}]"
 
 
 def kernels_tables(shapes: Mapping[str, Any]) -> list[Table]:

@@ -216,7 +216,7 @@ def test_a_verdict_that_rests_on_too_little_says_what_to_do() -> None:
     assert (few.tone, few.value) == ("calm", "Undecided")
     assert few.said.startswith(f"{said}. Its one block was run. ") and "8 blocks are the fewest" in few.said
     assert "measure.blocks" in few.said and " 6 " not in few.said  # how many tell, the sentence alone says
-    assert few.word == "torch gives 0.900× the output tokens/s of jax, no interval, 1 block"
+    assert few.word == "torch against jax, no interval, 1 block" and "(ratio 0.900, no interval, 1 block)" in few.said
     (many,) = speed(compared(found={"low": 0.8, "high": 1.1, "blocks": 8}), paced=False)
     assert many.word.endswith("of jax, 0.800–1.100, 8 blocks") and "measure.blocks" not in many.said
 
