@@ -64,7 +64,7 @@ SHAPES = (
 )
 PROJECT = ("input_layernorm", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
 """A layer's tensors that project reads; combine reads the others."""
-FIGURES = ("ms", "mb", "gflop", "gb_per_s", "gflop_per_s", "limit_ms", "fraction", "framework_ms", "ratio")
+FIGURES = ("ms", "mib", "gflop", "gb_per_s", "gflop_per_s", "limit_ms", "fraction", "framework_ms", "ratio")
 """Of an operator at a shape; `fraction` is limit_ms / ms, and `ratio` is framework_ms / ms."""
 
 
@@ -105,7 +105,7 @@ def figures(work: Work, native_s: float, framework_s: float, limits: Limits | No
     limit = None if limits is None else float(limit_seconds(work, limits.bandwidth, limits.peak(dtype)))
     values = (
         native_s * 1e3,
-        float(work.bytes) / 1e6,
+        float(work.bytes) / 2**20,
         float(work.flops) / 1e9,
         float(work.bytes) / native_s / 1e9,
         float(work.flops) / native_s / 1e9,
@@ -189,7 +189,7 @@ def print_tables(result: Mapping[str, Any]) -> None:
         title = f"{result['engine']}, {result['model']}, {result['dtype']}, {shape}"
         table = Table(title=escape(title), title_justify="left")
         table.add_column("all layers")
-        for heading in ("ms", "MB", "GFLOP", "GB/s", "GFLOP/s", "limit, ms", "of limit", "framework, ms", "× framework"):
+        for heading in ("ms", "MiB", "GFLOP", "GB/s", "GFLOP/s", "limit, ms", "of limit", "framework, ms", "× framework"):
             table.add_column(heading, justify="right")
         for operator, values in operators.items():
             table.add_row(operator, *(number(values[name]) for name in FIGURES))

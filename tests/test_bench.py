@@ -252,7 +252,7 @@ def test_bench_reports_memory_and_what_it_is_needed_for(
     assert result["kv_pool_mb"] == 100 * 16 * 16 / 2**20  # 16 bytes for each of a page's 16 tokens
     weights = sum(np.prod(entry.shape) for entry in open_checkpoint(tiny()).entries.values())
     assert result["weights_mb"] == weights * 4 / 2**20
-    for name in ("weights in this dtype, MB", "KV pages, MB", "memory after warm-up, MB", "peak memory until then, MB"):
+    for name in ("weights in this dtype, MiB", "KV pages, MiB", "memory after warm-up, MiB", "peak memory until then, MiB"):
         assert name in out
 
 

@@ -71,7 +71,7 @@ def test_a_figure_is_the_work_over_the_time_and_the_time_over_the_limit() -> Non
     ways = {READ: {"way": 1e9}, "float32": {"way": 1e12}, "bfloat16": {"way": 1e12}}
     limits = Limits(ways=ways, threads=1, cache_bytes=0, buffer_bytes=0)
     got = kernels.figures(work, 0.5, 1.0, limits, "float32")
-    assert got["mb"] == float(work.bytes) / 1e6 and got["gb_per_s"] == pytest.approx(float(work.bytes) / 0.5 / 1e9)
+    assert got["mib"] == float(work.bytes) / 2**20 and got["gb_per_s"] == pytest.approx(float(work.bytes) / 0.5 / 1e9)
     assert got["limit_ms"] == pytest.approx(float(work.bytes) / 1e9 * 1e3) and got["ratio"] == 2.0
     assert got["fraction"] == pytest.approx(float(work.bytes) / 1e9 / 0.5)
 
@@ -180,7 +180,7 @@ def test_the_command_times_every_operator_and_keeps_the_run(
         for values in operators.values():
             assert values["ms"] > 0 and values["ratio"] == pytest.approx(values["framework_ms"] / values["ms"])
             assert values["fraction"] == pytest.approx(values["limit_ms"] / values["ms"])
-            limit = max(values["mb"] / 1e5, values["gflop"] / 1e3)
+            limit = max(values["mib"] * 2**20 / 1e11, values["gflop"] / 1e3)
             assert values["limit_ms"] == pytest.approx(limit * 1e3)
 
 
