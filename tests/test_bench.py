@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -438,6 +439,16 @@ def test_help_shows_the_options_as_they_are_set_beside_it_and_what_each_is(
     assert lines[lines.index("fail_if: []") - 1].startswith("# 'fail_if=[")
     beside = next(number for number, line in enumerate(lines) if line.startswith("limits_s:"))
     assert lines[beside + 1].startswith("# Beside each window")
+
+
+def test_help_on_several_engines_tells_what_each_can_be_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [" ".join(line.split()) for line in output_of(compare.main, ["--help"], monkeypatch, capsys).splitlines()]
+    told = lines[lines.index("== Options of each engine ==") :]
+    for option in fields(EngineConfig):
+        assert any(line.startswith(f"{option.name}: ") for line in told), option.name
+    assert "block_size: 16 # tokens a page" in told and any("{name:torch,max_num_seqs:8}" in line for line in told)
 
 
 def test_the_flags_that_are_known_are_those_of_hydra() -> None:
