@@ -119,17 +119,14 @@ def finite(value: Any) -> Any:
 
 
 def rerun_command() -> list[str]:
-    """The words of the command line that runs this again, without those of a launcher."""
+    """The words of the command line that runs this again. Those of a launcher stay, for the sweep that a job belongs to; a run
+    alone takes no notice of them."""
     if not HydraConfig.initialized():
         return sys.orig_argv
     hydra = HydraConfig.get()
     folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     options = [word for folder in folders for word in ("--config-dir", folder)]
-    wanted = [
-        word
-        for word in hydra.overrides.hydra
-        if not word.startswith(("hydra.mode=", "hydra.sweep.", "hydra.launcher", "hydra/"))
-    ]
+    wanted = [word for word in hydra.overrides.hydra if not word.startswith(("hydra.mode=", "hydra.sweep."))]
     wanted += [word for word in hydra.overrides.task if not word.startswith("sweep=")]
     return ["python", "-m", f"experiments.{hydra.job.config_name}", *options, *wanted]
 

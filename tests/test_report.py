@@ -342,6 +342,8 @@ def test_a_sweep_of_all_combinations_is_one_command() -> None:
     ]
     first = "python -m experiments.bench --config-dir c engine=a seed=1"
     assert sweep_command(jobs, first) == "python -m experiments.bench --config-dir c -m engine=a,b seed=1,2"
+    launched = sweep_command(jobs, f"{first} hydra.launcher.timeout_s=9")
+    assert launched == "python -m experiments.bench --config-dir c -m hydra.launcher.timeout_s=9 engine=a,b seed=1,2"
     assert sweep_command(jobs[:3], first).count("\n") == 2
     for some in (jobs, jobs[:3]):  # in a folder of its own: in that of the sweep every job is done
         assert "sweep=" not in sweep_command(some, f"{first} sweep=s")
