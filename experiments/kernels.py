@@ -155,7 +155,7 @@ def run(config: DictConfig, spec: EngineSpec, measure: MeasureConfig) -> None:
         }
         write_json(directory / "results.json", result)
     print_tables(result)
-    print_json(result)
+    print_result(result, f"{result['run']}/results.json")
 
 
 def contaminations(shapes: Mapping[str, Mapping[str, Mapping[str, float | None]]], foreign_share: float) -> list[str]:

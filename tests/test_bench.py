@@ -29,7 +29,7 @@ from experiments.frames import NoFrame, read_frame, write_frame
 from experiments.isolate import EngineFailure, IsolatedEngine, thread_settings
 from experiments.rundir import environment, run_directory
 from experiments.workload import WorkloadConfig, draw
-from tests.history_backend import VOCABULARY, command, history, last_line
+from tests.history_backend import ROOT, VOCABULARY, command, history, last_line
 from tests.history_runner import expected
 
 __all__ = ["history"]
@@ -383,6 +383,27 @@ def test_the_shell_can_complete_what_is_typed(
     monkeypatch.setenv("COMP_LINE", "command engine=")
     completed = output_of(bench.main, ["-sc", "query=bash"], monkeypatch, capsys)
     assert {"engine=jax", "engine=torch", "engine=hf"} <= set(completed.split())
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("experiments.bench engine=", {"hf", "jax", "torch"}),  # behind a sign at which bash breaks words
+        ("experiments.bench engine=jax wor", {"workload", "workload.", "workload="}),
+        ("experiments.compare measure.bl", {"measure.blocks="}),
+        ("experiments.compare", set()),
+        ("pytest wor", set()),
+    ],
+)
+def test_the_shell_can_complete_what_is_typed_after_python_m(typed: str, offered: set[str]) -> None:
+    line = f"{sys.executable} -m {typed}"
+    script = 'source experiments/completion.bash; _tandem_options "$0"; printf "%s\\n" "${COMPREPLY[@]}"'
+    ask = os.environ | {"COMP_LINE": line, "COMP_POINT": str(len(line))}
+    done = subprocess.run(
+        ["bash", "--norc", "-c", script, sys.executable], cwd=ROOT, env=ask, capture_output=True, text=True, check=True
+    )
+    words = set(done.stdout.split())
+    assert words >= offered and bool(words) == bool(offered), done.stderr
 
 
 def output_of(
