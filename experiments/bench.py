@@ -1,7 +1,7 @@
 """One engine, one workload: `python -m experiments.bench engine=jax workload=single`.
 With `measure=kernels` no workload: its native kernels, one by one (`experiments.kernels`).
 
-The last line of standard output is one JSON object; its keys are those of `vllm bench serve` and a few more.
+Piped or in a file, the last line of its output is one JSON object; its keys are those of `vllm bench serve` and a few more.
 The exit code is 1 if the engine failed, 2 for a mistake in what was asked, 3 if a condition of `fail_if` holds.
 """
 
@@ -13,7 +13,7 @@ from common.config import expect
 from experiments import kernels
 from experiments.cli import conclude, launch, report_on
 from experiments.config import engine_spec, resolved, runs_folder
-from experiments.console import Narrator, print_failures, print_json, print_table
+from experiments.console import Narrator, print_failures, print_result, print_table
 from experiments.fail_if import check_keys, parse_conditions
 from experiments.job import job_directory
 from experiments.measure import figure_names, make_plan, measure, measure_config, setting
@@ -43,7 +43,7 @@ def run(config: DictConfig) -> None:
     print_table(f"{plan.model} ({plan.checkpoint.path.name}), {config.dtype}, workload {plan.workload.name}", outcome.figures)
     print_failures(outcome.failures)
     reported = report_on(config, result)
-    print_json(result)
+    print_result(result, f"{result['run']}/results.json")
     conclude(conditions, result, reported)
 
 

@@ -1,11 +1,12 @@
-"""What people read: progress on standard error, a table and one line of JSON on standard output."""
+"""What people read: progress on standard error, tables on standard output; and what programs read there, a line of JSON."""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -184,8 +185,20 @@ def print_table(
     console = wide_console()
     console.print(title, style="bold", highlight=False, markup=False)
     console.print(table)
+    if notes := list(explanations(engines, comparisons or {})):
+        console.print("; ".join(notes), style="dim", highlight=False, markup=False)
     for label, figures in engines.items():
         print_doubts(console, label, figures["contaminated"], figures.get("unsure") or ())
+
+
+def explanations(engines: Mapping[str, Mapping[str, Any]], comparisons: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """What the signs in a table mean, of those that it has."""
+    for comparison in list(comparisons.values())[:1]:
+        bounds = f" and its {100 * comparison['confidence']:.3g} % interval" if comparison["low"] is not None else ""
+        yield f"× {comparison['against']}: geometric mean of the blocks' ratios of output tokens/s{bounds}"
+    few = {key for figures in engines.values() for key in figures.get("unsupported") or ()}
+    if few.intersection(key for key, _ in FIGURES):
+        yield "in brackets: a percentile of fewer samples than it needs"
 
 
 def print_doubts(console: Console, whose: str, contaminated: Iterable[str], unsure: Iterable[str]) -> None:
@@ -240,11 +253,19 @@ def number(value: float | int | None) -> str:
     return f"{value:.1e}" if abs(value) < 1e-4 else f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
 
 
-def print_json(result: Mapping[str, Any]) -> None:
-    """The last line of standard output. What is told of every position is left to `results.json`."""
+def print_result(result: Mapping[str, Any], kept: object) -> None:
+    """The last line of standard output: for programs the result as JSON; at a terminal, where that would take screens, the file
+    that it is `kept` in. What is told of every position is left to that file."""
+    if sys.stdout is not None and sys.stdout.isatty():
+        print(f"Results: {kept}")
+        return
     if result.get("agreement"):
         brief = {label: {k: v for k, v in found.items() if k != "by_position"} for label, found in result["agreement"].items()}
         result = {**result, "agreement": brief}
+    print_json(result)
+
+
+def print_json(result: Mapping[str, Any]) -> None:
     print(json.dumps(result, separators=(",", ":")), flush=True)
 
 

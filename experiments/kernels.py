@@ -33,7 +33,7 @@ from common.schedule.rows import Rows
 from common.weights import zoo
 from common.weights.checkpoint import expected_shapes, open_checkpoint
 from experiments.config import EngineSpec, MeasureConfig, resolved, runs_folder
-from experiments.console import Narrator, number, print_json, wide_console
+from experiments.console import Narrator, number, print_result, wide_console
 from experiments.isolate import IsolatedEngine
 from experiments.job import job_directory
 from experiments.measure import machine_limits
