@@ -6,6 +6,8 @@ as in `experiments.roofline`: layers and head are a step there. The framework's 
 pieces, padded as it pads. It writes keys and values in attend, the native kernels do in project: layers, which is all three,
 compares alike with alike.
 
+A run that is cut short keeps what each shape took, by operator in seconds: lines of JSON in the engine's log.
+
 A time includes the call out of Python, microseconds each, on JAX tens of them for each pass over the layers: the least that an
 operator can show. A fraction above 1 means that its data came from a cache, as that of a tiny model does, or that the machine
 was slower while its limits were measured: such a run is called contaminated.

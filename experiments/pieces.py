@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import json
 import os
 import statistics
 import time
@@ -18,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.config import EngineConfig, ModelConfig, expect
-from common.interface import Progress, one_group
+from common.interface import Progress
+from common.kernels.cpu.pages import page_bytes
 from common.kernels.cpu.step import pack_step
 from common.platform import memory_available
 from common.schedule.batch import Batch
@@ -226,7 +228,8 @@ def time_kernels(
     progress: Progress,
 ) -> dict[str, Any]:
     """`times`: kind of kernels → shape → operator → seconds; `foreign_cpu_share`: what other programs used of the processors
-    meanwhile. Raises `ConfigError` or `BackendError` where the native kernels do not serve this model under these settings."""
+    meanwhile. What a shape took is printed as soon as it is known, as a line of JSON, and so stands in the engine's log. Raises
+    `ConfigError` or `BackendError` where the native kernels do not serve this model under these settings."""
     config = replace(
         config,
         kernels="native",
@@ -237,7 +240,7 @@ def time_kernels(
     device = part(backend, "device").open_device(config.device, config.threads)
     part(backend, "kernels").usable(config, checkpoint.config, device)
     pages = most_pages(shapes, config.block_size)
-    needed, free = pages * one_group(checkpoint.config, config)[0].page_bytes, memory_available()
+    needed, free = pages * page_bytes(checkpoint.config, config), memory_available()
     expect(needed <= free, f"The KV pages of the longest step take {needed} bytes, and {free} are free; take a smaller model.")
 
     times: dict[str, dict[str, dict[str, float]]] = {}
@@ -246,6 +249,7 @@ def time_kernels(
         times[kind] = {}
         for name, medians, others, passed in time_kind(kind, backend, checkpoint, config, shapes, passes):
             times[kind][name] = medians
+            print(json.dumps({"kernels": kind, "shape": name, "seconds": medians}), flush=True)  # kept if the rest is cut short
             foreign, wall = foreign + others, wall + passed
             progress(len(times[kind]), len(shapes), f"{kind} kernels, {name}")
     return {"times": times, "foreign_cpu_share": foreign / (wall * (os.cpu_count() or 1))}

@@ -175,6 +175,12 @@ def test_the_command_times_every_operator_and_keeps_the_run(
     assert (result["engine"], result["model"], result["passes"], len(asked)) == (backend, "tiny-llama", 2, 2)
     assert json.loads((Path(result["run"]) / "results.json").read_text()) == result
     assert set(result["shapes"]) == {"decode", "prefill"} and "decode" in out and "of limit" in out
+    log = (Path(result["run"]) / f"{backend}.log").read_text()  # where they are too if the run is cut short
+    kept = [json.loads(line) for line in log.splitlines() if line.startswith('{"kernels"')]
+    assert [(row["kernels"], row["shape"]) for row in kept] == [
+        (kind, shape) for kind in ("native", "framework") for shape in ("decode", "prefill")
+    ]
+    assert kept[0]["seconds"]["head"] * 1e3 == pytest.approx(result["shapes"]["decode"]["head"]["ms"])
     for operators in result["shapes"].values():
         assert set(operators) == {"embed", "project", "attend", "combine", "layers", "head", "sample"}
         for values in operators.values():
