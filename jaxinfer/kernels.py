@@ -22,7 +22,7 @@ from common.interface import Progress
 from common.kernels.cpu import usable as cpu
 from common.kernels.cpu.build import build
 from common.kernels.cpu.pack import pack_head, pack_layers
-from common.kernels.cpu.pages import keys_in, keys_out, pool_shapes, values_in, values_out
+from common.kernels.cpu.pages import keys_in, keys_out, page_bytes, pool_shapes, values_in, values_out
 from common.kernels.cpu.step import HEADER, SAMPLED, max_step_size, pack_changes, pack_step, unpack_sampled, without_modes
 from common.platform import cores
 from common.rope import rope_tables
@@ -191,6 +191,10 @@ class Step:
         logits_RV = jnp.zeros((config.max_num_seqs, self.model_config.vocab_size), jnp.float32, device=self.device)
         _huge(logits_RV.unsafe_buffer_pointer(), logits_RV.nbytes)
         return State(cache, jnp.zeros((config.max_num_seqs,), jnp.int32, device=self.device), logits_RV)
+
+    def page_bytes(self) -> int:
+        """Bytes of one page."""
+        return page_bytes(self.model_config, self.config)
 
     def warmup(self, state: State, progress: Progress | None = None) -> State:
         """Compile what later steps need."""

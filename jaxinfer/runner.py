@@ -12,7 +12,6 @@ from common import interface
 from common.config import EngineConfig, ModelConfig, expect
 from common.errors import BackendError
 from common.interface import Caps, KVGroup, Progress
-from common.parallel import pool_config
 from common.schedule.batch import Batch, Mask
 from common.weights.checkpoint import Checkpoint
 from jaxinfer import kernels
@@ -66,7 +65,7 @@ class ModelRunner(interface.ModelRunner):
         )
 
     def kv_groups(self) -> tuple[KVGroup, ...]:
-        return interface.one_group(pool_config(self.model_config, self.group.ranks), self.config)
+        return interface.one_group(self.model_config, self._step.page_bytes())
 
     def allocate(self, pages_per_group: Sequence[int]) -> None:
         self._num_pages = pages_per_group[0]

@@ -20,7 +20,7 @@ from common.interface import Progress
 from common.kernels.cpu import usable as cpu
 from common.kernels.cpu.build import build
 from common.kernels.cpu.pack import pack_head, pack_layers
-from common.kernels.cpu.pages import keys_in, keys_out, pool_shapes, values_in, values_out
+from common.kernels.cpu.pages import keys_in, keys_out, page_bytes, pool_shapes, values_in, values_out
 from common.kernels.cpu.step import SAMPLED, pack_changes, pack_step, unpack_sampled
 from common.platform import cores
 from common.rope import rope_tables
@@ -192,6 +192,10 @@ class Step:
         logits_RV = torch.zeros((config.max_num_seqs, self.model_config.vocab_size), dtype=torch.float32, device="cpu")
         torch.ops.tandem.huge(logits_RV)
         return State(cache, torch.zeros(config.max_num_seqs, dtype=torch.int32, device="cpu"), logits_RV)
+
+    def page_bytes(self) -> int:
+        """Bytes of one page."""
+        return page_bytes(self.model_config, self.config)
 
     def warmup(self, state: State, progress: Progress | None = None) -> State:
         """Nothing is compiled: one step wakes the threads and brings the weights to memory."""
