@@ -32,6 +32,9 @@ from jaxinfer.cache import KVCache
 from jaxinfer.observe import Keep, Names, ignore, keeper
 from jaxinfer.step import _EDITS, State
 
+_PAGES = 16
+"""Pages that one call writes."""
+
 
 class Weights(NamedTuple):
     """The model, packed for the kernels."""
@@ -203,7 +206,10 @@ class Step:
             state, *_ = self._run(tokens, state, None)
             if progress:
                 progress(done + 1, len(self._sizes), f"compiled steps of up to {tokens} tokens")
-        return state
+        config = self.model_config
+        shape = config.num_layers, 1, self.config.block_size, config.num_kv_heads, config.head_dim
+        null = np.zeros(shape, jnp.dtype(self.config.dtype))
+        return self.write_pages(state, [0], {"k": null, "v": null})
 
     def run(self, state: State, batch: Batch, mask: Mask = None) -> tuple[State, Callable[[], tuple[Any, ...]]]:
         """One step, and what brings its results to the host: the arguments of `interface.make_result`."""
@@ -230,7 +236,7 @@ class Step:
     def write_pages(self, state: State, pages_: Sequence[int], arrays: dict[str, np.ndarray]) -> State:
         """The inverse of `read_pages`."""
         (k,), (v,) = state.cache
-        put = lambda pool, x: _set_pages(pool, np.array(pages_, np.int32), x.view(pool.dtype))  # noqa: E731
+        put = lambda pool, x: _put_pages(pool, np.array(pages_, np.int32), x.view(pool.dtype))  # noqa: E731
         k = put(k, np.ascontiguousarray(keys_in(arrays["k"], k.shape[-1])))
         v = put(v, np.ascontiguousarray(values_in(arrays["v"], v.shape[-1])))
         return state._replace(cache=KVCache((k,), (v,)))
@@ -303,6 +309,17 @@ def _call(name: str, results: Any, *arguments: Array, aliases: dict[int, int] | 
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), results)
     attributes = {} if layer is None else {"layer": np.int64(layer)}
     return jax.ffi.ffi_call(f"tandem_{name}", shapes, input_output_aliases=aliases)(*arguments, **attributes)
+
+
+def _put_pages(pool: Array, pages: np.ndarray, x: np.ndarray) -> Array:
+    """A pool whose `pages` hold x [L K, pages, …]. One program serves any number of them: `_PAGES` at a time, and the null page
+    for what is missing."""
+    for at in range(0, len(pages), _PAGES):
+        some = x[:, at : at + _PAGES]
+        missing = _PAGES - some.shape[1]
+        some = np.pad(some, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)])
+        pool = _set_pages(pool, np.pad(pages[at : at + _PAGES], (0, missing)), some)
+    return pool
 
 
 @partial(jax.jit, donate_argnums=0)
