@@ -17,9 +17,6 @@ from experiments.results import RunFiles
 
 TONES: Mapping[str, Tone] = {"faster": "good", "slower": "warn", "equivalent": "calm", "undecided": "calm"}
 LOG_LINES = 30
-FEW = "Ask for more (measure.blocks), and give them time (measure.budget_s)"
-MORE = "More of them narrow the interval: give it more time (measure.budget_s), or more measure.max_blocks"
-"""What to do about too few blocks, and about an interval that is too wide."""
 
 
 def speed(run: RunFiles, paced: bool) -> Iterator[Verdict]:
@@ -38,7 +35,7 @@ def speed(run: RunFiles, paced: bool) -> Iterator[Verdict]:
             said = "The least time in which this machine could have done the same steps, over the time they took."
             yield Verdict("calm", f"{mine['roofline']:.0%}", "of the roofline", said)
     for label in list(engines)[1:]:
-        yield throughput(label, results, engines, paced)
+        yield throughput(label, results, engines, run.config.get("measure") or {}, paced)
 
 
 def latency(engines: Mapping[str, Mapping[str, Any]]) -> Verdict:
@@ -58,7 +55,9 @@ def latency(engines: Mapping[str, Mapping[str, Any]]) -> Verdict:
     return Verdict("calm", "Arrivals set the pace", "so look at latency, not at throughput", said.rstrip())
 
 
-def throughput(label: str, results: Mapping[str, Any], engines: Mapping[str, Mapping[str, Any]], paced: bool) -> Verdict:
+def throughput(
+    label: str, results: Mapping[str, Any], engines: Mapping[str, Mapping[str, Any]], measure: Mapping[str, Any], paced: bool
+) -> Verdict:
     """The verdict in a word, below it the ratio that it rests on, and what would make more of it."""
     first = next(iter(engines))
     found = (results.get("comparisons") or {}).get(label) or {}
@@ -75,7 +74,7 @@ def throughput(label: str, results: Mapping[str, Any], engines: Mapping[str, Map
     told = [str(found.get("said") or f"{label} gave {number(ratio)} times the output throughput of {first}").rstrip(".")]
     if word == "undecided" and ratio:
         stopped = str(results.get("stopped") or "")
-        told += [*filter(None, [stopped[:1].upper() + stopped[1:]]), MORE if blocks >= ADAPTIVE_BLOCKS else FEW]
+        told += filter(None, [stopped[:1].upper() + stopped[1:], advice(measure, len(results.get("order") or ()), found)])
     if paced:
         told.append("The arrivals set this ratio as long as both engines keep up")
     spoilt = [name for name in (first, label) if engines[name].get("contaminated")]
@@ -84,6 +83,24 @@ def throughput(label: str, results: Mapping[str, Any], engines: Mapping[str, Map
         told.append(f"Contaminated: {' and '.join(spoilt)}, see below")
     tone = "warn" if spoilt else "calm" if paced else TONES.get(str(word), "calm")
     return Verdict(tone, value, ", ".join(evidence), ". ".join(told) + ".")
+
+
+def advice(measure: Mapping[str, Any], done: int, found: Mapping[str, Any]) -> str:
+    """What to ask for where a ratio is undecided: the option that ended a run of so many blocks, by its `measure`. Empty where
+    that is not known."""
+    blocks, most, precision = (measure.get(name) for name in ("blocks", "max_blocks", "precision"))
+    low, high = found.get("low"), found.get("high")
+    if not done or blocks is None:
+        return ""
+    if done < blocks:
+        return f"Give all {blocks} their time: raise measure.budget_s"
+    if blocks < ADAPTIVE_BLOCKS:
+        return "Ask for more: raise measure.blocks"
+    if most is not None and done >= most:
+        return "More of them narrow the interval: raise measure.max_blocks"
+    if precision is not None and low is not None and high is not None and high - low <= precision:
+        return "More of them narrow the interval: lower measure.precision"
+    return "More of them narrow the interval: raise measure.budget_s"
 
 
 def open_loop(workload: Mapping[str, Any], scheduled: Collection[float]) -> bool:
