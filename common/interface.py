@@ -33,6 +33,8 @@ class Caps:
     """Platform and kind, as people name it: `cpu`, `cuda:NVIDIA H100`."""
     dtypes: tuple[str, ...]
     kernels: tuple[str, ...]
+    library: str | None = None
+    """The file of native kernels that was loaded, by its name, which tells what it was built from; None without."""
     token_buckets: tuple[int, ...] = ()
     """Sizes T that a step is padded to, rising; empty where any size runs as it is."""
     decode_buckets: tuple[int, ...] = ()

@@ -64,7 +64,7 @@ def sections(run: RunFiles, rows: pd.DataFrame, steps: pd.DataFrame, paced: bool
         Section(
             "Environment",
             "What the numbers depend on, as far as the machine told.",
-            tables=[environment_table(run.environment)],
+            tables=[environment_table(run.environment | {"kernel library": libraries(run)})],
             texts=known({"config.yaml": text_of(run.directory / "config.yaml")}),
         ),
     ]
@@ -138,6 +138,11 @@ def agreement_section(results: Mapping[str, Any], engines: Sequence[str]) -> Sec
     if flat:
         intro += f" At every position {', '.join(flat)}."
     return Section("Agreement", intro, drawings, agreement_tables(agreement, results.get("perplexity") or {}, engines))
+
+
+def libraries(run: RunFiles) -> dict[str, str]:
+    """The native kernels that each engine loaded, by label."""
+    return {label: mine["kernel_library"] for label, mine in run.engines.items() if mine.get("kernel_library")}
 
 
 def some(*drawings: Drawing | None) -> list[Drawing]:

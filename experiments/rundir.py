@@ -11,7 +11,6 @@ import platform
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
@@ -25,10 +24,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from common.errors import ConfigError, TandemError
 from common.platform import cores, cpu_name
+from experiments.source import compiler, lines_of, source
 
 PARTIAL = ".partial"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PACKAGES = ("tandem-infer", "jax", "jaxlib", "flax", "torch", "transformers", "numpy", "ml_dtypes", "gguf", "tokenizers")
+VARIABLES = ("XLA_FLAGS", "OMP_NUM_THREADS", "PJRT_NPROC", "CXX", "TANDEM_CXXFLAGS")
 
 
 class DiskFullError(Exception):
@@ -151,8 +152,9 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := installed_version(name))},
-        "variables": {name: os.environ[name] for name in ("XLA_FLAGS", "OMP_NUM_THREADS", "PJRT_NPROC") if name in os.environ},
-        "commit": next(iter(lines_of("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD")), None),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "compiler": compiler(),
+        **source(),
     }
 
 
@@ -191,14 +193,3 @@ def installed_version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def lines_of(*command: str) -> list[str]:
-    """What a program prints; nothing where it is missing or fails."""
-    if shutil.which(command[0]) is None:
-        return []
-    try:
-        answer = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=False)
-    except subprocess.TimeoutExpired:
-        return []
-    return answer.stdout.split("\n")[:-1] if answer.returncode == 0 else []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -55,6 +56,11 @@ def open_library() -> ctypes.CDLL:
         handler = jax.ffi.pycapsule(getattr(library, f"tandem_{name}"))
         jax.ffi.register_ffi_target(f"tandem_{name}", handler, platform="cpu")
     return library
+
+
+def library() -> str:
+    """The name of the file that `open_library` loads, with a hash of all that it was built from."""
+    return Path(open_library()._name).name
 
 
 def usable(config: EngineConfig, model: ModelConfig, device: jax.Device) -> bool:

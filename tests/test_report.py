@@ -104,6 +104,14 @@ def test_every_part_is_there(run: Path) -> None:
     assert "3 compilations inside the timed windows" in outline.text
 
 
+def test_the_environment_tells_which_code_ran(run: Path) -> None:
+    (section,) = (section for section in run_page(open_run(run))[0].sections if section.title == "Environment")
+    told = dict(section.tables[0].rows)  # type: ignore[arg-type]
+    assert told["kernel library: jax"] == told["kernel library: torch"] == "any-0a1b.so"
+    assert told["tree"] == "changed" and told["changed_files"] == " M common/engine.py" and told["changes_digest"] == "0123abcd"
+    assert told["compiler: version"] == "clang 19" and told["variables: CXX"] == "clang++"
+
+
 def test_the_page_asks_for_nothing_from_outside(run: Path) -> None:
     text = (run / "report.html").read_text()
     outline = Outline(text)

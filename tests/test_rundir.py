@@ -86,6 +86,7 @@ def test_the_environment_tells_the_machine_as_far_as_it_tells_itself(tmp_path: P
     told = json.loads(json.dumps(environment()))
     assert told["memory_gib"] >= told["memory_available_gib"] > 0 and isinstance(told["governor"], list)
     assert {"transparent", "reserved"} == set(told["hugepages"])
+    assert {"commit", "tree", "changed_files", "changes_digest", "compiler"} <= set(told)
     monkeypatch.setattr(rundir, "text_of", lambda _: "")
     monkeypatch.setattr(rundir.psutil, "cpu_freq", lambda: None)
     told = environment()

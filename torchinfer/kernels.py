@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,12 +45,19 @@ class Weights(NamedTuple):
 
 
 @cache
-def open_library() -> None:
+def open_library() -> Path:
     """Compile and load the operators. Raises `BackendError` if that fails."""
     folders = cpp_extension.include_paths()
-    library = f"{torch.__path__[0]}/lib"
-    linked = (f"-L{library}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{library}")
-    torch.ops.load_library(str(build("torch", folders, ("-std=c++20",), linked, torch.__version__)))
+    theirs = f"{torch.__path__[0]}/lib"
+    linked = (f"-L{theirs}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{theirs}")
+    path = build("torch", folders, ("-std=c++20",), linked, torch.__version__)
+    torch.ops.load_library(str(path))
+    return path
+
+
+def library() -> str:
+    """The name of the file that `open_library` loads, with a hash of all that it was built from."""
+    return open_library().name
 
 
 def usable(config: EngineConfig, model: ModelConfig, device: torch.device) -> bool:
