@@ -195,10 +195,10 @@ def explanations(engines: Mapping[str, Mapping[str, Any]], comparisons: Mapping[
     """What the signs in a table mean, of those that it has."""
     for comparison in list(comparisons.values())[:1]:
         bounds = f" and its {100 * comparison['confidence']:.3g} % interval" if comparison["low"] is not None else ""
-        yield f"× {comparison['against']}: geometric mean of the blocks' ratios of output tokens/s{bounds}"
+        yield f"× {comparison['against']}: geometric mean of the blocks' ratios{bounds}"
     few = {key for figures in engines.values() for key in figures.get("unsupported") or ()}
     if few.intersection(key for key, _ in FIGURES):
-        yield "in brackets: a percentile of fewer samples than it needs"
+        yield "in brackets: percentiles of too few samples"
 
 
 def print_doubts(console: Console, whose: str, contaminated: Iterable[str], unsure: Iterable[str]) -> None:

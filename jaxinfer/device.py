@@ -72,7 +72,8 @@ def probe(platform: str) -> str | None:
     try:
         jax.local_devices(backend=PLATFORMS[platform])
     except (RuntimeError, AssertionError) as error:  # the second if JAX_PLATFORMS names it in vain
-        return (str(error) or "JAX could not start it").splitlines()[0]
+        reason = (str(error) or "JAX could not start it").splitlines()[0]
+        return "libtpu is not installed" if "Failed to open libtpu.so" in reason else reason
     finally:
         bridge.removeFilter(_concerns_users)
     return None

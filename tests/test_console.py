@@ -55,7 +55,7 @@ def test_a_result_is_json_for_programs_and_a_file_name_at_a_terminal() -> None:
         os.close(terminal)
 
 
-@pytest.mark.parametrize(("blocks", "told"), [(1, "of output tokens/s"), (6, "and its 95 % interval")])
+@pytest.mark.parametrize(("blocks", "told"), [(1, "ratios; in"), (6, "ratios and its 95 % interval; in")])
 def test_the_signs_in_a_table_are_explained_below_it(blocks: int, told: str, capsys: pytest.CaptureFixture[str]) -> None:
     speeds = [100.0 + i for i in range(blocks)]
     figures: dict[str, Any] = {"output_throughput": 100.0, "p99_itl_ms": 3.0, "contaminated": []}
@@ -64,6 +64,6 @@ def test_the_signs_in_a_table_are_explained_below_it(blocks: int, told: str, cap
     print_table("title", {"jax": figures, "torch": figures | {"unsupported": ["p99_itl_ms"]}}, comparisons)
     *_, below = capsys.readouterr().out.splitlines()
     assert below.startswith("× jax: geometric mean of the blocks' ratios") and told in below
-    assert below.endswith("in brackets: a percentile of fewer samples than it needs")
+    assert below.endswith("in brackets: percentiles of too few samples")
     print_table("title", {"jax": figures})
     assert "brackets" not in capsys.readouterr().out
