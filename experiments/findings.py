@@ -38,6 +38,20 @@ def speed(run: RunFiles, paced: bool) -> Iterator[Verdict]:
         yield throughput(label, results, engines, run.config.get("measure") or {}, paced)
 
 
+def kernels_alone(run: RunFiles) -> Iterator[Verdict]:
+    """Of `measure=kernels`: how close the layers come to the limit, at the worst shape and at the best."""
+    shares = {
+        shape: operators["layers"]["fraction"]
+        for shape, operators in (run.results.get("shapes") or {}).items()
+        if operators.get("layers", {}).get("fraction") is not None
+    }
+    if shares:
+        said = "Of the time that all layers take, what they need at least: "
+        said += ", ".join(f"{shape} {share:.0%}" for shape, share in shares.items()) + "."
+        tone: Tone = "warn" if run.results.get("contaminated") else "calm"
+        yield Verdict(tone, f"{min(shares.values()):.0%} to {max(shares.values()):.0%}", "of the limit, all layers", said)
+
+
 def latency(engines: Mapping[str, Mapping[str, Any]]) -> Verdict:
     """Of an open loop: what tells engines apart that all keep up."""
     shown = (
