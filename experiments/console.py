@@ -156,8 +156,9 @@ class Narrator:
 def print_comparison(title: str, result: Mapping[str, Any]) -> None:
     """The verdicts, then the figures, then what went wrong."""
     console = wide_console()
-    for comparison in result["comparisons"].values():
-        console.print(f"[{COLOURS[comparison['verdict']]}]{escape(comparison['said'])}.[/]", highlight=False)
+    for label, comparison in result["comparisons"].items():
+        doubt = ", [bold red]contaminated[/]" if contaminated(result["engines"], (comparison["against"], label)) else ""
+        console.print(f"[{COLOURS[comparison['verdict']]}]{escape(comparison['said'])}[/]{doubt}.", highlight=False)
     print_verdict(result)
     console.print(f"[dim]Stopped: {result['stopped']}.[/]", highlight=False)
     print_table(title, result["engines"], result["comparisons"])
@@ -201,9 +202,14 @@ def explanations(engines: Mapping[str, Mapping[str, Any]], comparisons: Mapping[
         yield "in brackets: percentiles of too few samples"
 
 
-def print_doubts(console: Console, whose: str, contaminated: Iterable[str], unsure: Iterable[str]) -> None:
+def contaminated(engines: Mapping[str, Mapping[str, Any]], labels: Iterable[str]) -> list[str]:
+    """Those of the engines whose figures do not stand for what they seem to."""
+    return [label for label in labels if engines[label].get("contaminated")]
+
+
+def print_doubts(console: Console, whose: str, reasons: Iterable[str], unsure: Iterable[str]) -> None:
     """Why figures do not stand for what they seem to, and why perhaps."""
-    for reason in contaminated:
+    for reason in reasons:
         console.print(f"[bold red]contaminated[/] {escape(whose)}: {escape(reason)}.", highlight=False)
     for reason in unsure:
         console.print(f"{escape(whose)}: {escape(reason)}.", style="dim", highlight=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import ADAPTIVE_BLOCKS
-from experiments.console import number
+from experiments.console import contaminated, number
 from experiments.page import Notice, Tone, Verdict
 from experiments.results import RunFiles
 
@@ -91,8 +91,7 @@ def throughput(
         told += filter(None, [stopped[:1].upper() + stopped[1:], advice(measure, len(results.get("order") or ()), found)])
     if paced:
         told.append("The arrivals set this ratio as long as both engines keep up")
-    spoilt = [name for name in (first, label) if engines[name].get("contaminated")]
-    if spoilt:
+    if spoilt := contaminated(engines, (first, label)):
         evidence.append("contaminated")
         told.append(f"Contaminated: {' and '.join(spoilt)}, see below")
     tone = "warn" if spoilt else "calm" if paced else TONES.get(str(word), "calm")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from experiments.console import Narrator, print_table
+from experiments.console import Narrator, print_comparison, print_table
 from experiments.statistics import Criteria, compare_all
 from experiments.sweep import print_sweep
 
@@ -67,3 +68,16 @@ def test_the_signs_in_a_table_are_explained_below_it(blocks: int, told: str, cap
     assert below.endswith("in brackets: percentiles of too few samples")
     print_table("title", {"jax": figures})
     assert "brackets" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spoilt", ["", "jax", "torch", "hf"])
+def test_the_line_of_a_verdict_on_contaminated_engines_says_so(spoilt: str, capsys: pytest.CaptureFixture[str]) -> None:
+    speeds = {"jax": [100.0] * 6, "torch": [90.0] * 6, "hf": [30.0] * 6}
+    engines = {label: {"contaminated": ["swapped"] * (label == spoilt)} for label in speeds}
+    comparisons = {label: asdict(compared) for label, compared in compare_all(speeds, Criteria(), seed=0).items()}
+    result = {"engines": engines, "comparisons": comparisons, "failures": {}, "stopped": "all 6 blocks were run"}
+    correctness = dict.fromkeys(("unjustified_divergences", "max_abs_logprob_diff", "first_divergence", "tokens_equal_share"))
+    print_comparison("title", result | correctness)
+    told = " ".join(capsys.readouterr().out.split()).partition("float32:")[0]
+    torch, hf = re.findall(r"(?:torch|hf) [^()]*\([^()]*\)[^.]*\.", told)
+    assert ("contaminated" in torch, "contaminated" in hf) == (spoilt in ("jax", "torch"), spoilt in ("jax", "hf"))
