@@ -33,6 +33,8 @@ class Caps:
     """Platform and kind, as people name it: `cpu`, `cuda:NVIDIA H100`."""
     dtypes: tuple[str, ...]
     kernels: tuple[str, ...]
+    library: str | None = None
+    """The file of native kernels that was loaded, by its name, which tells what it was built from; None without."""
     token_buckets: tuple[int, ...] = ()
     """Sizes T that a step is padded to, rising; empty where any size runs as it is."""
     decode_buckets: tuple[int, ...] = ()
@@ -64,14 +66,18 @@ class KVGroup:
     window: int
     """Keys a query sees in every layer of the group; 0 is all."""
     page_bytes: int
-    """Bytes of one page over all layers of the group, K and V together."""
+    """Bytes of one page over all layers of the group, K and V together, as they are stored."""
 
 
-def one_group(model: ModelConfig, config: EngineConfig) -> tuple[KVGroup]:
+def one_group(model: ModelConfig, page_bytes: int) -> tuple[KVGroup]:
     """All layers of a model on one page table."""
-    itemsize = {"float32": 4, "bfloat16": 2}[config.dtype]
-    page_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * itemsize * config.block_size
     return (KVGroup(layers=tuple(range(model.num_layers)), window=0, page_bytes=page_bytes),)
+
+
+def page_bytes(model: ModelConfig, config: EngineConfig) -> int:
+    """Bytes of one page over all layers that is stored as it is: [K, B, H] in each layer, twice."""
+    itemsize = {"float32": 4, "bfloat16": 2}[config.dtype]
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * itemsize * config.block_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,20 +1,23 @@
 """One engine, one workload: `python -m experiments.bench engine=jax workload=single`.
 With `measure=kernels` no workload: its native kernels, one by one (`experiments.kernels`).
 
-The last line of standard output is one JSON object; its keys are those of `vllm bench serve` and a few more.
+Piped or in a file, the last line of its output is one JSON object; its keys are those of `vllm bench serve` and a few more.
 The exit code is 1 if the engine failed, 2 for a mistake in what was asked, 3 if a condition of `fail_if` holds.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 from omegaconf import DictConfig
 
 from common.config import expect
 from experiments import kernels
 from experiments.cli import conclude, launch, report_on
-from experiments.config import engine_spec, resolved, runs_folder
-from experiments.console import Narrator, print_failures, print_json, print_table
-from experiments.fail_if import check_keys, parse_conditions
+from experiments.config import EngineSpec, engine_spec, resolved, runs_folder
+from experiments.console import Narrator, print_failures, print_result, print_table
+from experiments.fail_if import Condition, check_keys, parse_conditions
 from experiments.job import job_directory
 from experiments.measure import figure_names, make_plan, measure, measure_config, setting
 from experiments.records import write_run
@@ -28,23 +31,29 @@ def run(config: DictConfig) -> None:
     conditions = parse_conditions(resolved(config)["fail_if"])
     if how.kernel_passes:
         expect(not conditions, "fail_if holds the results of a workload to a bound; measure=kernels runs none. Leave out one.")
-        kernels.run(config, spec, how)
-        return
+        result = kernels.run(config, spec, how)
+    else:
+        result = run_workload(config, spec, conditions)
+    reported = report_on(config, result)
+    print_result(result, f"{result['run']}/results.json")
+    conclude(conditions, result, reported)
+
+
+def run_workload(config: DictConfig, spec: EngineSpec, conditions: Sequence[Condition]) -> dict[str, Any]:
+    """A run directory and a table. Returns what is in `results.json`."""
     plan = make_plan(config, [spec])
     check_keys(conditions, ["engine", *setting(config, plan), *RESULTS, *figure_names(plan)], [spec.label], {})
     what = f"bench-{spec.label}-{plan.workload.name}"
     with run_directory(runs_folder(config), what, job_directory(config)) as directory, Narrator() as narrator:
         write_setup(directory, config)
         outcome = measure(plan, directory, narrator)
-        result = {"engine": spec.label} | setting(config, plan)
-        result |= {"run": str(finished(directory)), "failures": outcome.failures, "stopped": outcome.stopped}
-        result = finite(result | outcome.figures.get(spec.label, {}))
+        whole = {"run": str(finished(directory)), "failures": outcome.failures, "stopped": outcome.stopped}
+        whole = {"engine": spec.label} | setting(config, plan) | whole
+        result: dict[str, Any] = finite(whole | outcome.figures.get(spec.label, {}))
         write_run(directory, result, outcome.windows, outcome.profiles)
     print_table(f"{plan.model} ({plan.checkpoint.path.name}), {config.dtype}, workload {plan.workload.name}", outcome.figures)
     print_failures(outcome.failures)
-    reported = report_on(config, result)
-    print_json(result)
-    conclude(conditions, result, reported)
+    return result
 
 
 def main() -> None:

@@ -62,7 +62,7 @@ def reason_to_stop(
     if done >= config.most_blocks or (extra and not comparisons):
         return f"all {done} blocks were run" if done > 1 else "its one block was run"
     if elapsed + ahead * longest > config.budget_s:
-        return f"the budget of {config.budget_s:g} s was used up after {done} blocks"
+        return f"the budget of {config.budget_s:g} s (measure.budget_s) was used up after {done} blocks"
     if not extra or done % 2 == 1:
         return None
     first = first_look(config, comparisons)

@@ -1,6 +1,7 @@
 """The main job: two engines or more, how fast, and whether they compute the same thing.
 
-`python -m experiments.compare engines=[jax,torch]`. The last line of standard output is one JSON object.
+`python -m experiments.compare engines=[jax,torch]`. Piped or in a file, the last line of its output is one JSON object; at a
+terminal it names the file that has it.
 The exit code is 1 if an engine failed, 2 for a mistake in what was asked, 3 if a condition of `fail_if` holds.
 """
 
@@ -16,7 +17,7 @@ from common.config import expect
 from experiments.agreement import agree, summarise, tokens_equal_share, verdict
 from experiments.cli import conclude, launch, report_on
 from experiments.config import correctness_config, engine_specs, resolved, runs_folder
-from experiments.console import Narrator, print_comparison, print_json
+from experiments.console import Narrator, print_comparison, print_result
 from experiments.fail_if import check_keys, parse_conditions
 from experiments.job import job_directory
 from experiments.measure import figure_names, make_plan, measure, setting
@@ -68,7 +69,7 @@ def run(config: DictConfig) -> None:
         write_run(directory, result, outcome.windows, outcome.profiles)
     print_comparison(f"{plan.model} ({plan.checkpoint.path.name}), {config.dtype}, workload {plan.workload.name}", result)
     reported = report_on(config, result)
-    print_json(result)
+    print_result(result, f"{result['run']}/results.json")
     conclude(conditions, result, reported)
 
 

@@ -1,11 +1,12 @@
-"""What people read: progress on standard error, a table and one line of JSON on standard output."""
+"""What people read: progress on standard error, tables on standard output; and what programs read there, a line of JSON."""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -62,11 +63,11 @@ GROUPS = (
     ),
     (
         ("kernels_used", "kernels"),
-        ("weights_mb", "weights in this dtype, MB"),
-        ("kv_pool_mb", "KV pages, MB"),
-        ("rss_mb", "memory after warm-up, MB"),
-        ("peak_load_mb", "peak memory until then, MB"),
-        ("peak_rss_mb", "peak memory, MB"),
+        ("weights_mb", "weights in this dtype, MiB"),
+        ("kv_pool_mb", "KV pages, MiB"),
+        ("rss_mb", "memory after warm-up, MiB"),
+        ("peak_load_mb", "peak memory until then, MiB"),
+        ("peak_rss_mb", "peak memory, MiB"),
         ("load_s", "load, s"),
         ("warmup_s", "warm-up, s"),
     ),
@@ -155,8 +156,9 @@ class Narrator:
 def print_comparison(title: str, result: Mapping[str, Any]) -> None:
     """The verdicts, then the figures, then what went wrong."""
     console = wide_console()
-    for comparison in result["comparisons"].values():
-        console.print(f"[{COLOURS[comparison['verdict']]}]{escape(comparison['said'])}.[/]", highlight=False)
+    for label, comparison in result["comparisons"].items():
+        doubt = ", [bold red]contaminated[/]" if contaminated(result["engines"], (comparison["against"], label)) else ""
+        console.print(f"[{COLOURS[comparison['verdict']]}]{escape(comparison['said'])}[/]{doubt}.", highlight=False)
     print_verdict(result)
     console.print(f"[dim]Stopped: {result['stopped']}.[/]", highlight=False)
     print_table(title, result["engines"], result["comparisons"])
@@ -184,13 +186,30 @@ def print_table(
     console = wide_console()
     console.print(title, style="bold", highlight=False, markup=False)
     console.print(table)
+    if notes := list(explanations(engines, comparisons or {})):
+        console.print("; ".join(notes), style="dim", highlight=False, markup=False)
     for label, figures in engines.items():
         print_doubts(console, label, figures["contaminated"], figures.get("unsure") or ())
 
 
-def print_doubts(console: Console, whose: str, contaminated: Iterable[str], unsure: Iterable[str]) -> None:
+def explanations(engines: Mapping[str, Mapping[str, Any]], comparisons: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """What the signs in a table mean, of those that it has."""
+    for comparison in list(comparisons.values())[:1]:
+        bounds = f" and its {100 * comparison['confidence']:.3g} % interval" if comparison["low"] is not None else ""
+        yield f"× {comparison['against']}: geometric mean of the blocks' ratios{bounds}"
+    few = {key for figures in engines.values() for key in figures.get("unsupported") or ()}
+    if few.intersection(key for key, _ in FIGURES):
+        yield "in brackets: percentiles of too few samples"
+
+
+def contaminated(engines: Mapping[str, Mapping[str, Any]], labels: Iterable[str]) -> list[str]:
+    """Those of the engines whose figures do not stand for what they seem to."""
+    return [label for label in labels if engines[label].get("contaminated")]
+
+
+def print_doubts(console: Console, whose: str, reasons: Iterable[str], unsure: Iterable[str]) -> None:
     """Why figures do not stand for what they seem to, and why perhaps."""
-    for reason in contaminated:
+    for reason in reasons:
         console.print(f"[bold red]contaminated[/] {escape(whose)}: {escape(reason)}.", highlight=False)
     for reason in unsure:
         console.print(f"{escape(whose)}: {escape(reason)}.", style="dim", highlight=False)
@@ -213,7 +232,9 @@ def times(comparison: Mapping[str, Any] | None) -> str:
     if comparison is None:
         return "1"
     ratio, low, high = comparison["ratio"], comparison["low"], comparison["high"]
-    return number(ratio) if low is None else f"{ratio:.3f} ({low:.3f}–{high:.3f})"
+    if ratio is None:
+        return number(ratio)
+    return f"{ratio:.3f} ({'no interval' if low is None else f'{low:.3f}–{high:.3f}'})"
 
 
 def print_failures(failures: Mapping[str, Mapping[str, str]]) -> None:
@@ -238,11 +259,19 @@ def number(value: float | int | None) -> str:
     return f"{value:.1e}" if abs(value) < 1e-4 else f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
 
 
-def print_json(result: Mapping[str, Any]) -> None:
-    """The last line of standard output. What is told of every position is left to `results.json`."""
+def print_result(result: Mapping[str, Any], kept: object) -> None:
+    """The last line of standard output: for programs the result as JSON; at a terminal, where that would take screens, the file
+    that it is `kept` in. What is told of every position is left to that file."""
+    if sys.stdout is not None and sys.stdout.isatty():
+        print(f"Results: {kept}")
+        return
     if result.get("agreement"):
         brief = {label: {k: v for k, v in found.items() if k != "by_position"} for label, found in result["agreement"].items()}
         result = {**result, "agreement": brief}
+    print_json(result)
+
+
+def print_json(result: Mapping[str, Any]) -> None:
     print(json.dumps(result, separators=(",", ":")), flush=True)
 
 

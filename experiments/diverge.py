@@ -4,8 +4,8 @@
 requests and its steps are recorded; both repeat them, on the first one's tokens, and whole rows of logits are compared. The
 first step whose logits are farther apart than rounding explains is repeated with its insides shown, and held against float64. A
 choice that differs where nothing exceeds the tolerance is a tie if the float64 margin is within the measured error. Both work
-with the first one's pages and budgets. The last line of standard output is one JSON object, kept in RUN as `diverge-1.json`,
-the next as `diverge-2.json`, and named in RUN's report.
+with the first one's pages and budgets. The last line of what it prints, but at a terminal, is one JSON object, kept in RUN as
+`diverge-1.json`, the next as `diverge-2.json`, and named in RUN's report.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from common.errors import ConfigError
 from experiments.agreement import SHAPE, record, small
 from experiments.cli import launch, torn
 from experiments.config import EngineSpec, engine_specs, resolved
-from experiments.console import Narrator, number, print_json, wide_console
+from experiments.console import Narrator, number, print_result, wide_console
 from experiments.findings import findings_of
 from experiments.isolate import IsolatedEngine
 from experiments.job import JOBS, is_whole
@@ -68,7 +68,7 @@ def run(config: DictConfig) -> None:
         from experiments.report import make_report  # matplotlib, for which nobody else should wait
 
         make_report(directory)
-    print_json(result)
+    print_result(result, file)
 
 
 def newest_run() -> str:

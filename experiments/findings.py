@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from experiments.config import ADAPTIVE_BLOCKS
-from experiments.console import number
+from experiments.console import contaminated, number
 from experiments.page import Notice, Tone, Verdict
 from experiments.results import RunFiles
 
 TONES: Mapping[str, Tone] = {"faster": "good", "slower": "warn", "equivalent": "calm", "undecided": "calm"}
 LOG_LINES = 30
-FEW = "Ask for more (measure.blocks), and give them time (measure.budget_s)"
-MORE = "More of them narrow the interval: give it more time (measure.budget_s), or more measure.max_blocks"
-"""What to do about too few blocks, and about an interval that is too wide."""
 
 
 def speed(run: RunFiles, paced: bool) -> Iterator[Verdict]:
@@ -38,7 +35,21 @@ def speed(run: RunFiles, paced: bool) -> Iterator[Verdict]:
             said = "The least time in which this machine could have done the same steps, over the time they took."
             yield Verdict("calm", f"{mine['roofline']:.0%}", "of the roofline", said)
     for label in list(engines)[1:]:
-        yield throughput(label, results, engines, paced)
+        yield throughput(label, results, engines, run.config.get("measure") or {}, paced)
+
+
+def kernels_alone(run: RunFiles) -> Iterator[Verdict]:
+    """Of `measure=kernels`: how close the layers come to the limit, at the worst shape and at the best."""
+    shares = {
+        shape: operators["layers"]["fraction"]
+        for shape, operators in (run.results.get("shapes") or {}).items()
+        if operators.get("layers", {}).get("fraction") is not None
+    }
+    if shares:
+        said = "Of the time that all layers take, what they need at least: "
+        said += ", ".join(f"{shape} {share:.0%}" for shape, share in shares.items()) + "."
+        tone: Tone = "warn" if run.results.get("contaminated") else "calm"
+        yield Verdict(tone, f"{min(shares.values()):.0%} to {max(shares.values()):.0%}", "of the limit, all layers", said)
 
 
 def latency(engines: Mapping[str, Mapping[str, Any]]) -> Verdict:
@@ -58,7 +69,9 @@ def latency(engines: Mapping[str, Mapping[str, Any]]) -> Verdict:
     return Verdict("calm", "Arrivals set the pace", "so look at latency, not at throughput", said.rstrip())
 
 
-def throughput(label: str, results: Mapping[str, Any], engines: Mapping[str, Mapping[str, Any]], paced: bool) -> Verdict:
+def throughput(
+    label: str, results: Mapping[str, Any], engines: Mapping[str, Mapping[str, Any]], measure: Mapping[str, Any], paced: bool
+) -> Verdict:
     """The verdict in a word, below it the ratio that it rests on, and what would make more of it."""
     first = next(iter(engines))
     found = (results.get("comparisons") or {}).get(label) or {}
@@ -67,23 +80,40 @@ def throughput(label: str, results: Mapping[str, Any], engines: Mapping[str, Map
     value = f"{label} is {word}" if word in ("faster", "slower") else str(word or "no verdict").capitalize()
     if word == "slower":
         value = f"{first} is faster"
-    evidence = [f"{label} gives {ratio:.3f}× the output tokens/s of {first}" if ratio else f"{label} against {first}"]
-    bounds = found.get("low") is not None and found.get("high") is not None
-    evidence.append(f"{found['low']:.3f}–{found['high']:.3f}" if bounds else "no interval")
+    evidence = [f"{label} against {first}", "no interval"]  # a ratio that may be chance is no headline: a sentence has it
+    if ratio and found.get("low") is not None and found.get("high") is not None:
+        evidence = [f"{label} gives {ratio:.3f}× the output tokens/s of {first}", f"{found['low']:.3f}–{found['high']:.3f}"]
     if blocks:
         evidence.append(plural(blocks, "block"))
     told = [str(found.get("said") or f"{label} gave {number(ratio)} times the output throughput of {first}").rstrip(".")]
     if word == "undecided" and ratio:
         stopped = str(results.get("stopped") or "")
-        told += [*filter(None, [stopped[:1].upper() + stopped[1:]]), MORE if blocks >= ADAPTIVE_BLOCKS else FEW]
+        told += filter(None, [stopped[:1].upper() + stopped[1:], advice(measure, len(results.get("order") or ()), found)])
     if paced:
         told.append("The arrivals set this ratio as long as both engines keep up")
-    spoilt = [name for name in (first, label) if engines[name].get("contaminated")]
-    if spoilt:
+    if spoilt := contaminated(engines, (first, label)):
         evidence.append("contaminated")
         told.append(f"Contaminated: {' and '.join(spoilt)}, see below")
     tone = "warn" if spoilt else "calm" if paced else TONES.get(str(word), "calm")
     return Verdict(tone, value, ", ".join(evidence), ". ".join(told) + ".")
+
+
+def advice(measure: Mapping[str, Any], done: int, found: Mapping[str, Any]) -> str:
+    """What to ask for where a ratio is undecided: the option that ended a run of so many blocks, by its `measure`. Empty where
+    that is not known."""
+    blocks, most, precision = (measure.get(name) for name in ("blocks", "max_blocks", "precision"))
+    low, high = found.get("low"), found.get("high")
+    if not done or blocks is None:
+        return ""
+    if done < blocks:
+        return f"Give all {blocks} their time: raise measure.budget_s"
+    if blocks < ADAPTIVE_BLOCKS:
+        return "Ask for more: raise measure.blocks"
+    if most is not None and done >= most:
+        return "More of them narrow the interval: raise measure.max_blocks"
+    if precision is not None and low is not None and high is not None and high - low <= precision:
+        return "More of them narrow the interval: lower measure.precision"
+    return "More of them narrow the interval: raise measure.budget_s"
 
 
 def open_loop(workload: Mapping[str, Any], scheduled: Collection[float]) -> bool:

@@ -20,6 +20,13 @@ EXPLAINED = {
     "parallel.": ("parallel/none",),
 }
 """The files of `configs` that explain the options which begin so."""
+ENGINES = """\
+== Options of each engine ==
+Put into braces, as in engines=[jax,{name:torch,max_num_seqs:8}]; a name in configs/engine may have defaults of its own, and
+more options: python -m experiments.bench engine=openai_http --help
+"""
+"""Of a command that runs several, whose configuration has none of these options."""
+FOOTER = "\nPowered by Hydra"
 COLUMN = 34
 """Where what is said of an option begins."""
 
@@ -36,7 +43,17 @@ def help_text(command: Callable[[], None], words: Sequence[str], config_name: st
     except (HydraException, OmegaConfBaseException, ValueError, SystemExit):
         print("What else was given makes no one configuration: these are the defaults.", file=sys.stderr)
         text = printed(command, ["--help"])
-    return explained(text, config_name)
+    shown = explained(text, config_name)
+    if config_name != "compare":
+        return shown
+    options, footer, rest = shown.partition(FOOTER)
+    return f"{options.rstrip()}\n\n\n{ENGINES}\n{engine_options()}\n{footer}{rest}"
+
+
+def engine_options() -> str:
+    """Every option of an engine but its name, with its default, as the file that has them explains them."""
+    _, _, told = config_file("engine_base").partition("name: ???\n")
+    return told
 
 
 def printed(command: Callable[[], None], words: Sequence[str]) -> str:

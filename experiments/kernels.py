@@ -1,10 +1,13 @@
 """Each native CPU kernel alone, against its own limit and against what the framework makes of the same piece of the model.
 
 `python -m experiments.bench engine=torch measure=kernels`. An operator of a layer is timed over all layers in turn, so that one
-layer's weights do not stay in a cache; a pass runs every operator once, and the median of the passes counts. Limits are counted
-as in `experiments.roofline`: layers and head are a step there. The framework's version is the step of `kernels=framework`, in
-pieces, padded as it pads. It writes keys and values in attend, the native kernels do in project: layers, which is all three,
-compares alike with alike.
+layer's weights do not stay in a cache; a pass runs every operator once, and the median of the passes counts, whose quartiles are
+in results.json. Limits are counted as in `experiments.roofline`: layers and head are a step there. The framework's version is the
+step of `kernels=framework`, in pieces, padded as it pads. It writes keys and values in attend, the native kernels do in project:
+layers, which is all three, compares alike with alike.
+
+A run that is cut short keeps what each shape took, by operator in seconds (quartile, median, quartile): lines of JSON in the
+engine's log.
 
 A time includes the call out of Python, microseconds each, on JAX tens of them for each pass over the layers: the least that an
 operator can show. A fraction above 1 means that its data came from a cache, as that of a tiny model does, or that the machine
@@ -14,7 +17,7 @@ was slower while its limits were measured: such a run is called contaminated.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import util
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,12 +36,12 @@ from common.schedule.rows import Rows
 from common.weights import zoo
 from common.weights.checkpoint import expected_shapes, open_checkpoint
 from experiments.config import EngineSpec, MeasureConfig, resolved, runs_folder
-from experiments.console import Narrator, number, print_json, wide_console
+from experiments.console import Narrator, number, print_doubts, wide_console
 from experiments.isolate import IsolatedEngine
 from experiments.job import job_directory
 from experiments.measure import machine_limits
 from experiments.metrics import BUSY
-from experiments.roofline import ITEMSIZES, Limits, Work, better, limit_seconds, seen
+from experiments.roofline import ITEMSIZES, Limits, Work, better, limit_seconds, limits_said, seen
 from experiments.rundir import finished, run_directory, write_json, write_setup
 
 
@@ -64,8 +67,20 @@ SHAPES = (
 )
 PROJECT = ("input_layernorm", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
 """A layer's tensors that project reads; combine reads the others."""
-FIGURES = ("ms", "mb", "gflop", "gb_per_s", "gflop_per_s", "limit_ms", "fraction", "framework_ms", "ratio")
-"""Of an operator at a shape; `fraction` is limit_ms / ms, and `ratio` is framework_ms / ms."""
+FIGURES = {
+    "ms": "ms",
+    "mib": "MiB",
+    "gflop": "GFLOP",
+    "gb_per_s": "GB/s",
+    "gflop_per_s": "GFLOP/s",
+    "limit_ms": "limit, ms",
+    "fraction": "of limit",
+    "framework_ms": "framework, ms",
+    "ratio": "× framework",
+}
+"""Of an operator at a shape, each with its name; `fraction` is limit_ms / ms, and `ratio` is framework_ms / ms."""
+Figures = Mapping[str, Any]
+"""`FIGURES`, and `quartiles_ms` and `framework_quartiles_ms`: the lower and the upper quartile of the passes."""
 
 
 def make_batch(shape: Shape, vocab_size: int, page_size: int) -> Batch:
@@ -105,7 +120,7 @@ def figures(work: Work, native_s: float, framework_s: float, limits: Limits | No
     limit = None if limits is None else float(limit_seconds(work, limits.bandwidth, limits.peak(dtype)))
     values = (
         native_s * 1e3,
-        float(work.bytes) / 1e6,
+        float(work.bytes) / 2**20,
         float(work.flops) / 1e9,
         float(work.bytes) / native_s / 1e9,
         float(work.flops) / native_s / 1e9,
@@ -117,8 +132,8 @@ def figures(work: Work, native_s: float, framework_s: float, limits: Limits | No
     return dict(zip(FIGURES, values, strict=True))
 
 
-def run(config: DictConfig, spec: EngineSpec, measure: MeasureConfig) -> None:
-    """Time the kernels of one engine, in a process of its own; a run directory, tables and one line of JSON as `bench` has."""
+def run(config: DictConfig, spec: EngineSpec, measure: MeasureConfig) -> dict[str, Any]:
+    """Time the kernels of one engine, in a process of its own; a run directory and tables. Returns what is in `results.json`."""
     expect_native(spec)
     name = str(resolved(config.model)["name"])
     checkpoint = open_checkpoint(zoo.resolve(name))
@@ -133,12 +148,13 @@ def run(config: DictConfig, spec: EngineSpec, measure: MeasureConfig) -> None:
         after = machine_limits(measure, narrator)
         limits = better(before, after) if before and after else None
         dtype, page_size, times = spec.config.dtype, spec.config.block_size, answer["times"]
-        shapes: dict[str, dict[str, dict[str, float | None]]] = {}
+        shapes: dict[str, dict[str, Figures]] = {}
         for shape in SHAPES:
             work = needs(checkpoint.config, dtype, make_batch(shape, checkpoint.config.vocab_size, page_size), page_size)
             native, framework = (times[kind][shape.name] for kind in ("native", "framework"))
             shapes[shape.name] = {
-                operator: figures(work[operator], seconds, framework[operator], limits, dtype)
+                operator: figures(work[operator], seconds[1], framework[operator][1], limits, dtype)
+                | {"quartiles_ms": spread_ms(seconds), "framework_quartiles_ms": spread_ms(framework[operator])}
                 for operator, seconds in native.items()
             }
         share = answer["foreign_cpu_share"]
@@ -148,6 +164,8 @@ def run(config: DictConfig, spec: EngineSpec, measure: MeasureConfig) -> None:
             "dtype": dtype,
             "passes": measure.kernel_passes,
             "run": str(finished(directory)),
+            "failures": {},
+            "kernel_library": answer["library"],
             "limits": before and after and {"before": before.summary(), "after": after.summary()},
             "foreign_cpu_share": share,
             "contaminated": contaminations(shapes, share),
@@ -155,21 +173,26 @@ def run(config: DictConfig, spec: EngineSpec, measure: MeasureConfig) -> None:
         }
         write_json(directory / "results.json", result)
     print_tables(result)
-    print_json(result)
+    return result
 
 
-def contaminations(shapes: Mapping[str, Mapping[str, Mapping[str, float | None]]], foreign_share: float) -> list[str]:
-    """What makes figures of shape → operator → `FIGURES` worth nothing."""
+def spread_ms(quartiles: Sequence[float]) -> list[float]:
+    """The outer two of three quartiles in seconds."""
+    return [1e3 * quartiles[0], 1e3 * quartiles[2]]
+
+
+def contaminations(shapes: Mapping[str, Mapping[str, Figures]], foreign_share: float) -> list[str]:
+    """What makes figures of shape → operator worth nothing."""
     reasons = [f"other programs used {foreign_share:.0%} of the processors"] if foreign_share > BUSY else []
-    fractions = [
-        (values["fraction"] or 0.0, f"{operator} in {shape}")
+    invalid = [
+        f"{operator} in {shape} ({values['fraction']:.2f})"
         for shape, rows in shapes.items()
         for operator, values in rows.items()
+        if (values["fraction"] or 0.0) > 1
     ]
-    most, which = max(fractions, default=(0.0, ""))
-    if most > 1:
-        why = "its data came from a cache, or the machine was slower while its limits were measured"
-        reasons.append(f"invalid: {which} is at {most:.2f} of the limit; {why}")
+    if invalid:
+        why = "data came from a cache, or the machine was slower while its limits were measured"
+        reasons.append(f"invalid: above the limit are {', '.join(invalid)}; {why}")
     return reasons
 
 
@@ -184,15 +207,17 @@ def expect_native(spec: EngineSpec) -> None:
 
 
 def print_tables(result: Mapping[str, Any]) -> None:
+    """What spoils them, the tables, and the limits that they rest on."""
     console = wide_console()
+    print_doubts(console, result["engine"], result["contaminated"], ())
     for shape, operators in result["shapes"].items():
-        title = f"{result['engine']}, {result['model']}, {result['dtype']}, {shape}"
+        title = f"{result['engine']}, {result['model']}, {result['dtype']}, {shape}{', contaminated' * bool(result['contaminated'])}"
         table = Table(title=escape(title), title_justify="left")
         table.add_column("all layers")
-        for heading in ("ms", "MB", "GFLOP", "GB/s", "GFLOP/s", "limit, ms", "of limit", "framework, ms", "× framework"):
+        for heading in FIGURES.values():
             table.add_column(heading, justify="right")
         for operator, values in operators.items():
             table.add_row(operator, *(number(values[name]) for name in FIGURES))
         console.print(table)
-    for reason in result["contaminated"]:
-        console.print(f"[bold red]contaminated[/] {result['engine']}: {reason}.", highlight=False)
+    if result["limits"]:
+        console.print(limits_said(result["limits"]), style="dim", highlight=False, markup=False)

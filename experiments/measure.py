@@ -275,7 +275,7 @@ def window_figures(windows: Sequence[Window], plan: Plan, spec: EngineSpec, limi
 def figure_names(plan: Plan) -> list[str]:
     """Every figure that a row can have, known before anything runs."""
     named = window_figures([], plan, plan.engines[0], None)
-    loaded = ("device", "kernels_used", "load_s", "warmup_s", *LOADED, "weights_mb", "peak_rss_mb")
+    loaded = ("device", "kernels_used", "kernel_library", "load_s", "warmup_s", *LOADED, "weights_mb", "peak_rss_mb")
     return [*named, *loaded, "limits", "contaminated", "unsure"]
 
 
@@ -300,7 +300,8 @@ def prepare(engine: IsolatedEngine, plan: Plan, narrator: Narrator) -> dict[str,
     caps = loaded["caps"]
     ours = util.find_spec(f"{engine.spec.name}infer")  # what outside engines compute by is their own
     kernels = ", ".join(caps["kernels"]) if ours else None
-    return {"device": caps["device"], "kernels_used": kernels, "load_s": loaded["load_s"], "warmup_s": warmup} | memory
+    what = {"device": caps["device"], "kernels_used": kernels, "kernel_library": caps["library"]}
+    return what | {"load_s": loaded["load_s"], "warmup_s": warmup} | memory
 
 
 def setting(config: DictConfig, plan: Plan) -> dict[str, Any]:

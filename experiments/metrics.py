@@ -179,7 +179,7 @@ def contaminations(figures: Mapping[str, Any], shares_prefixes: bool, relied_on:
     if above("foreign_cpu_share", BUSY) and above("duration", COARSE_S):
         reasons.append(f"other programs used {figures['foreign_cpu_share']:.0%} of the processors")
     if above("swapped_out_mb", 0):
-        reasons.append(f"{figures['swapped_out_mb']:.1f} MB of the engine's memory were swapped out")
+        reasons.append(f"{figures['swapped_out_mb']:.1f} MiB of the engine's memory were swapped out")
     if above("major_faults", FAULTS):
         reasons.append(f"{figures['major_faults']} pages were read from disk")
     if above("throttled_share", HELD_BACK):

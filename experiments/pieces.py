@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import gc
 import inspect
+import json
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.config import EngineConfig, ModelConfig, expect
-from common.interface import Progress, one_group
+from common.interface import Progress
+from common.kernels.cpu.pages import page_bytes
 from common.kernels.cpu.step import pack_step
 from common.platform import memory_available
 from common.schedule.batch import Batch
@@ -225,8 +226,10 @@ def time_kernels(
     passes: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """`times`: kind of kernels → shape → operator → seconds; `foreign_cpu_share`: what other programs used of the processors
-    meanwhile. Raises `ConfigError` or `BackendError` where the native kernels do not serve this model under these settings."""
+    """`times`: kind of kernels → shape → operator → seconds, the quartiles of the passes with the median between them;
+    `foreign_cpu_share`: what other programs used of the processors meanwhile; `library`: the file of the native kernels. What a
+    shape took is printed as soon as it is known, as a line of JSON, and so stands in the engine's log. Raises `ConfigError` or
+    `BackendError` where the native kernels do not serve this model under these settings."""
     config = replace(
         config,
         kernels="native",
@@ -237,25 +240,28 @@ def time_kernels(
     device = part(backend, "device").open_device(config.device, config.threads)
     part(backend, "kernels").usable(config, checkpoint.config, device)
     pages = most_pages(shapes, config.block_size)
-    needed, free = pages * one_group(checkpoint.config, config)[0].page_bytes, memory_available()
+    needed, free = pages * page_bytes(checkpoint.config, config), memory_available()
     expect(needed <= free, f"The KV pages of the longest step take {needed} bytes, and {free} are free; take a smaller model.")
 
-    times: dict[str, dict[str, dict[str, float]]] = {}
+    times: dict[str, dict[str, dict[str, list[float]]]] = {}
     foreign = wall = 0.0
     for kind in ("native", "framework"):
         times[kind] = {}
-        for name, medians, others, passed in time_kind(kind, backend, checkpoint, config, shapes, passes):
-            times[kind][name] = medians
+        for name, quartiles, others, passed in time_kind(kind, backend, checkpoint, config, shapes, passes):
+            times[kind][name] = quartiles
+            print(json.dumps({"kernels": kind, "shape": name, "seconds": quartiles}), flush=True)  # kept if it is cut short
             foreign, wall = foreign + others, wall + passed
             progress(len(times[kind]), len(shapes), f"{kind} kernels, {name}")
-    return {"times": times, "foreign_cpu_share": foreign / (wall * (os.cpu_count() or 1))}
+    share = foreign / (wall * (os.cpu_count() or 1))
+    return {"times": times, "foreign_cpu_share": share, "library": part(backend, "kernels").library()}
 
 
 def time_kind(
     kind: str, backend: str, checkpoint: Checkpoint, config: EngineConfig, shapes: Sequence[Shape], passes: int
-) -> Iterator[tuple[str, dict[str, float], float, float]]:
-    """For each shape its name, operator → seconds, and the seconds that other programs computed and that passed meanwhile. One
-    kind at a time: the threads of one would wait for work beside those of the other."""
+) -> Iterator[tuple[str, dict[str, list[float]], float, float]]:
+    """For each shape its name, operator → seconds (lower quartile, median, upper quartile), and the seconds that other programs
+    computed and that passed meanwhile. One kind at a time: the threads of one would wait for work beside those of the
+    other."""
     # Longer contexts than the model has are timed too: what the positions mean does not matter.
     positions = max(shape.past + shape.new for shape in shapes)
     held, programs, inputs = load(kind, backend, checkpoint, config, positions, most_pages(shapes, config.block_size))
@@ -269,8 +275,8 @@ def time_kind(
         begin, machine, own = time.perf_counter(), busy_seconds(), time.process_time()
         samples = [{name: timed(run)() for name, run in runs.items()} for _ in range(passes)]
         foreign = max(0.0, busy_seconds() - machine - (time.process_time() - own))
-        medians = {name: statistics.median(sample[name] for sample in samples) for name in runs}
-        yield shape.name, medians, foreign, time.perf_counter() - begin
+        quartiles = {name: np.percentile([sample[name] for sample in samples], (25, 50, 75)).tolist() for name in runs}
+        yield shape.name, quartiles, foreign, time.perf_counter() - begin
         for name in set(held) - lasting:
             del held[name]
 

@@ -43,9 +43,10 @@ def write_report(directory: Path) -> Path:
         run = open_run(directory)
         made, rows, steps = run_page(run)
         rows, steps = with_profiled(directory, rows, steps)
-        order = run.results.get("order") or ()
-        trace = perfetto.trace(rows, steps, list(run.engines), order, read_kernels(directory))
-        files["trace.perfetto.json"] = json.dumps(trace, separators=(",", ":")).encode()
+        if made.traced:
+            order = run.results.get("order") or ()
+            trace = perfetto.trace(rows, steps, list(run.engines), order, read_kernels(directory))
+            files["trace.perfetto.json"] = json.dumps(trace, separators=(",", ":")).encode()
     for drawing in made.drawings:
         files[f"figures/{drawing.name}.svg"] = canvas.standalone(drawing.svg).encode()
         files[f"figures/{drawing.name}.png"] = drawing.png

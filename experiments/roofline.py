@@ -104,6 +104,14 @@ class Limits:
         return figures | {"by": {limit: way for limit, (way, _) in best.items()}, "notes": list(self.notes)}
 
 
+def limits_said(limits: Mapping[str, Mapping[str, Any]]) -> str:
+    """Of a result's `limits`, the `summary` before and after: `Limits before and after: memory read 33.1 and 32.8 GB/s, …`."""
+    shown = [(f"{READ}_bytes_per_s", "memory read", "GB/s")]
+    shown += [(f"{dtype}_flops_per_s", f"matmul {dtype}", "GFLOP/s") for dtype in DTYPES]
+    both = lambda key: " and ".join(number(limits[when][key] / 1e9) for when in ("before", "after"))  # noqa: E731
+    return f"Limits before and after: {', '.join(f'{name} {both(key)} {unit}' for key, name, unit in shown)}."
+
+
 def better(one: Limits, other: Limits) -> Limits:
     """The better of two measurements for each way: whatever slowed one of them down was no limit."""
     ways = {

@@ -10,13 +10,13 @@ from typing import Any
 import pandas as pd
 
 from experiments.console import FIGURES
-from experiments.findings import correctness, divergences, notices, open_loop, plural, speed
+from experiments.findings import correctness, divergences, kernels_alone, notices, open_loop, plural, speed
 from experiments.glossary import GLOSSARY
-from experiments.page import Page, known
+from experiments.page import Page, Table, known
 from experiments.results import RunFiles
 from experiments.run_rows import rows_of, steps_of
 from experiments.run_sections import sections
-from experiments.run_tables import figures_table
+from experiments.run_tables import figures_table, kernels_summary
 
 SUMMARY = (
     "output_throughput",
@@ -38,19 +38,25 @@ def run_page(run: RunFiles) -> tuple[Page, pd.DataFrame, pd.DataFrame]:
     engines = list(run.engines)
     paced = open_loop(run.config.get("workload") or {}, rows["scheduled"])
     page = Page(
-        kind="comparison" if len(engines) > 1 else "run",
+        kind="comparison" if len(engines) > 1 else "kernels" if run.kind == "kernels" else "run",
         title=title(run.results, engines),
         facts=facts(run),
-        verdicts=[*speed(run, paced), *correctness(run), *divergences(run)],
+        verdicts=[*speed(run, paced), *kernels_alone(run), *correctness(run), *divergences(run)],
         notices=list(notices(run)),
-        summary=figures_table(run.engines, [row for row in FIGURES if row[0] in SUMMARY], run.results.get("comparisons")),
+        summary=summary(run),
         sections=sections(run, rows, steps, paced),
         glossary=GLOSSARY,
         command=command(run.environment),
         engines=engines,
-        traced=True,
+        traced=len(rows) > 0,
     )
     return page, rows, steps
+
+
+def summary(run: RunFiles) -> Table:
+    if run.kind == "kernels":
+        return kernels_summary(run.results["shapes"])
+    return figures_table(run.engines, [row for row in FIGURES if row[0] in SUMMARY], run.results.get("comparisons"))
 
 
 def title(results: Mapping[str, Any], engines: Sequence[str]) -> str:
@@ -68,6 +74,7 @@ def facts(run: RunFiles) -> list[str]:
         "workload {}": results.get("workload"),
         "{} requests": results.get("num_prompts"),
         "{}   ": plural(blocks, "block") if blocks else None,
+        "median of {} passes": results.get("passes"),
         "seed {}": results.get("seed"),
         "{}  ": run.environment.get("date"),
         "on {}": run.environment.get("cpu"),

@@ -18,6 +18,7 @@ from experiments.findings import text_of
 from experiments.page import Drawing, Section, known
 from experiments.records import read_kernels
 from experiments.results import RunFiles
+from experiments.roofline import limits_said
 from experiments.run_rows import block_points, window_of
 from experiments.run_tables import agreement_tables, environment_table, figures_table, kernels_tables, profile_tables
 from experiments.statistics import Criteria
@@ -42,11 +43,7 @@ def sections(run: RunFiles, rows: pd.DataFrame, steps: pd.DataFrame, paced: bool
     compared = [ratio_section(run, engines), latency_section(rows, engines)]
     every = [
         figures_section(run),
-        Section(
-            "Kernels",
-            "Each native kernel alone, by the shape of the step.",
-            tables=kernels_tables(run.results.get("shapes") or {}),
-        ),
+        kernels_section(run),
         *(compared[::-1] if paced else compared),
         blocks_section(rows, engines),
         Section(
@@ -64,7 +61,7 @@ def sections(run: RunFiles, rows: pd.DataFrame, steps: pd.DataFrame, paced: bool
         Section(
             "Environment",
             "What the numbers depend on, as far as the machine told.",
-            tables=[environment_table(run.environment)],
+            tables=[environment_table(run.environment | {"kernel library": libraries(run)})],
             texts=known({"config.yaml": text_of(run.directory / "config.yaml")}),
         ),
     ]
@@ -75,6 +72,13 @@ def figures_section(run: RunFiles) -> Section:
     few = any(mine.get("unsupported") for mine in run.engines.values())
     brackets = "In brackets: a percentile of fewer samples than it needs." if few else ""
     return Section("Figures", brackets, tables=[figures_table(run.engines, FIGURES)])
+
+
+def kernels_section(run: RunFiles) -> Section:
+    limits = run.results.get("limits") if run.kind == "kernels" else None
+    intro = "Each native kernel alone, by the shape of the step."
+    tables = kernels_tables(run.results.get("shapes") or {})
+    return Section("Kernels", f"{intro} {limits_said(limits)}" if limits else intro, tables=tables)
 
 
 def ratio_section(run: RunFiles, engines: Sequence[str]) -> Section:
@@ -138,6 +142,11 @@ def agreement_section(results: Mapping[str, Any], engines: Sequence[str]) -> Sec
     if flat:
         intro += f" At every position {', '.join(flat)}."
     return Section("Agreement", intro, drawings, agreement_tables(agreement, results.get("perplexity") or {}, engines))
+
+
+def libraries(run: RunFiles) -> dict[str, str]:
+    """The native kernels that each engine loaded, by label."""
+    return {label: mine["kernel_library"] for label, mine in run.engines.items() if mine.get("kernel_library")}
 
 
 def some(*drawings: Drawing | None) -> list[Drawing]:

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from common.interface import KernelEvent
+from experiments import kernels
 from experiments.console import figure, number
 from experiments.page import Table, known
 from experiments.profiled import own_seconds
@@ -57,19 +58,30 @@ def goodput(engines: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def interval(found: Mapping[str, Any]) -> str:
-    return "" if found.get("low") is None else f" [{number(found['low'])}, {number(found.get('high'))}]"
+    if found.get("ratio") is None:
+        return ""
+    return " [no interval]" if found.get("low") is None else f" [{number(found['low'])}, {number(found.get('high'))}]"
 
 
 def kernels_tables(shapes: Mapping[str, Any]) -> list[Table]:
     """Of `measure=kernels`: each operator by shape of step."""
     return [
         Table(
-            (shape, *(name.replace("_", " ") for name in next(iter(operators.values())))),
-            [(operator, *(small(figure) for figure in figures.values())) for operator, figures in operators.items()],
+            (shape, *kernels.FIGURES.values()),
+            [(operator, *(small(mine.get(key)) for key in kernels.FIGURES)) for operator, mine in operators.items()],
         )
         for shape, operators in shapes.items()
         if operators
     ]
+
+
+def kernels_summary(shapes: Mapping[str, Any]) -> Table:
+    """All of them in one: how close to its limit each operator is at each shape, and how much faster than the framework's."""
+    operators = dict.fromkeys(operator for rows in shapes.values() for operator in rows)
+    two = lambda value, digits: number(value) if value is None else f"{value:.{digits}f}"  # noqa: E731
+    cell = lambda mine: f"{two(mine.get('fraction'), 2)} ({two(mine.get('ratio'), 1)}×)"  # noqa: E731
+    rows = [(operator, *(cell(mine.get(operator) or {}) for mine in shapes.values())) for operator in operators]
+    return Table(("share of the limit (× the framework's time)", *shapes), rows)
 
 
 def profile_tables(kernels: pd.DataFrame, engines: Sequence[str]) -> list[Table]:

@@ -11,7 +11,6 @@ import platform
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
@@ -25,10 +24,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from common.errors import ConfigError, TandemError
 from common.platform import cores, cpu_name
+from experiments.source import compiler, lines_of, source
 
 PARTIAL = ".partial"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PACKAGES = ("tandem-infer", "jax", "jaxlib", "flax", "torch", "transformers", "numpy", "ml_dtypes", "gguf", "tokenizers")
+VARIABLES = ("XLA_FLAGS", "OMP_NUM_THREADS", "PJRT_NPROC", "CXX", "TANDEM_CXXFLAGS")
 
 
 class DiskFullError(Exception):
@@ -119,17 +120,14 @@ def finite(value: Any) -> Any:
 
 
 def rerun_command() -> list[str]:
-    """The words of the command line that runs this again, without those of a launcher."""
+    """The words of the command line that runs this again. Those of a launcher stay, for the sweep that a job belongs to; a run
+    alone takes no notice of them."""
     if not HydraConfig.initialized():
         return sys.orig_argv
     hydra = HydraConfig.get()
     folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
     options = [word for folder in folders for word in ("--config-dir", folder)]
-    wanted = [
-        word
-        for word in hydra.overrides.hydra
-        if not word.startswith(("hydra.mode=", "hydra.sweep.", "hydra.launcher", "hydra/"))
-    ]
+    wanted = [word for word in hydra.overrides.hydra if not word.startswith(("hydra.mode=", "hydra.sweep."))]
     wanted += [word for word in hydra.overrides.task if not word.startswith("sweep=")]
     return ["python", "-m", f"experiments.{hydra.job.config_name}", *options, *wanted]
 
@@ -146,16 +144,17 @@ def environment() -> dict[str, Any]:
         "cores": cores(),
         "governor": governors(),
         "frequency_mhz": frequency(),
-        "memory_gb": round(memory.total / 2**30, 1),
-        "memory_available_gb": round(memory.available / 2**30, 1),
-        "swap_used_gb": round(swap.used / 2**30, 1),
+        "memory_gib": round(memory.total / 2**30, 1),
+        "memory_available_gib": round(memory.available / 2**30, 1),
+        "swap_used_gib": round(swap.used / 2**30, 1),
         "hugepages": hugepages(),
         "gpus": lines_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"),
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := installed_version(name))},
-        "variables": {name: os.environ[name] for name in ("XLA_FLAGS", "OMP_NUM_THREADS", "PJRT_NPROC") if name in os.environ},
-        "commit": next(iter(lines_of("git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD")), None),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "compiler": compiler(),
+        **source(),
     }
 
 
@@ -194,14 +193,3 @@ def installed_version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def lines_of(*command: str) -> list[str]:
-    """What a program prints; nothing where it is missing or fails."""
-    if shutil.which(command[0]) is None:
-        return []
-    try:
-        answer = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=False)
-    except subprocess.TimeoutExpired:
-        return []
-    return answer.stdout.split("\n")[:-1] if answer.returncode == 0 else []

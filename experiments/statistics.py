@@ -231,7 +231,7 @@ def sentence(
     """`torch is 5.8 % slower than jax (ratio 0.942, 0.917–0.967, 6 blocks)`."""
     if ratio is None:
         return f"{label} against {first}: undecided, no block has a throughput of both"
-    bounds = f", {low:.3f}–{high:.3f}" if low is not None and high is not None else ""
+    bounds = f", {low:.3f}–{high:.3f}" if low is not None and high is not None else ", no interval"
     evidence = f"(ratio {ratio:.3f}{bounds}, {blocks} block{'s' * (blocks != 1)})"
     if called in ("faster", "slower"):
         return f"{label} is {abs(ratio - 1):.1%} {called} than {first} {evidence}".replace("%", " %", 1)

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from common.errors import TandemError
 from common.exits import FAILURE, USER_ERROR, fail
-from experiments.console import FIGURES, number, print_doubts, print_json, wide_console
+from experiments.console import FIGURES, number, print_doubts, print_result, wide_console
 from experiments.results import sweep_table
 
 SHOWN = ("output_throughput", "ratio", "verdict", "median_ttft_ms", "median_tpot_ms", "p99_e2el_ms", "peak_rss_mb")
@@ -50,7 +50,7 @@ def finish(folder: Path) -> bool:
         "table": str(folder / "sweep.parquet"),
         "report": report and str(report),
     }
-    print_json(result)
+    print_result(result, report or result["table"])
     return report is not None and failed.empty
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ COLUMNS = (
     ("median_tpot_ms", "TPOT median, ms"),
     ("p99_e2el_ms", "end to end p99, ms"),
     ("roofline", "roofline"),
-    ("peak_rss_mb", "peak memory, MB"),
+    ("peak_rss_mb", "peak memory, MiB"),
 )
 """What the table of all cells shows, where any cell has it."""
 AXES = 4
@@ -201,7 +202,9 @@ def sweep_command(jobs: Sequence[Job], first: str) -> str:
         choices.setdefault(name, {})[chosen] = None
     alike = all(len(overrides) == len(choices) for overrides in settings)
     if alike and math.prod(len(values) for values in choices.values()) == len(jobs):
-        return shlex.join([*words, "-m", *(f"{name}={','.join(values)}" for name, values in choices.items())])
+        launching = [word for word in words if re.match(r"hydra[./]\S+=", word)]  # -m stands before all that is set
+        before = [word for word in words if word not in launching]
+        return shlex.join([*before, "-m", *launching, *(f"{name}={','.join(values)}" for name, values in choices.items())])
     return "\n".join(shlex.join([*words, *overrides]) for overrides in settings)
 
 

@@ -18,14 +18,14 @@ _log = logging.getLogger(__name__)
 
 PLATFORMS = {"cuda": "cuda", "rocm": "rocm", "tpu": "tpu", "cpu": "cpu"}
 """Ours -> JAX's name."""
+_GUARDS = ("transfer_guard", "transfer_guard_host_to_device", "transfer_guard_device_to_host")
 
 
 def open_device(requested: str, threads: int | None, ranks: int = 1) -> jax.Device:
     """The first usable device for `requested`, as many of which as there are `ranks` a process that starts with it has. Raises
     `ConfigError` for an unknown name, `BackendError` if none is usable."""
     expect_not_forked("JAX")
-    if jax.config.read("jax_enable_x64"):
-        raise BackendError("JAX is set to 64 bits (JAX_ENABLE_X64, jax_enable_x64); the engine computes with 32. Unset it.")
+    _check_settings()
     # XLA sizes its CPU pool once, when the backend starts. It counts the node's cores inside a container with a quota.
     os.environ.setdefault("PJRT_NPROC", str(threads or cores()))
     if ranks > 1:
@@ -43,6 +43,20 @@ def open_device(requested: str, threads: int | None, ranks: int = 1) -> jax.Devi
     return jax.local_devices(backend=PLATFORMS[choice.platform])[0]
 
 
+def _check_settings() -> None:
+    """Raises `BackendError` for what a user may set and no step of the engine survives."""
+    settings: dict[str, object] = jax.config.values
+    refused = {
+        "enable_x64": "is set to 64 bits; the engine computes with 32",
+        "disable_jit": "is set to compile nothing; the engine's steps are compiled programs",
+    }
+    refused |= dict.fromkeys(_GUARDS, "is set to refuse transfers; the engine sends each step to its device")
+    for name, why in refused.items():
+        value = settings[f"jax_{name}"]
+        if value is True or str(value).startswith("disallow"):
+            raise BackendError(f"JAX {why}. Unset JAX_{name.upper()} (jax_{name}), which is {value}.")
+
+
 def _share_cpu(ranks: int) -> None:
     """Let JAX see as many CPU devices, if it has not started yet."""
     # They share one pool, in which whoever waits for the others of a collective holds a thread: it must not run out.
@@ -53,11 +67,22 @@ def _share_cpu(ranks: int) -> None:
 
 def probe(platform: str) -> str | None:
     """None if JAX can use the platform, else why not."""
+    bridge = logging.getLogger("jax._src.xla_bridge")
+    bridge.addFilter(_concerns_users)
     try:
         jax.local_devices(backend=PLATFORMS[platform])
     except (RuntimeError, AssertionError) as error:  # the second if JAX_PLATFORMS names it in vain
-        return (str(error) or "JAX could not start it").splitlines()[0]
+        reason = (str(error) or "JAX could not start it").splitlines()[0]
+        return "libtpu is not installed" if "Failed to open libtpu.so" in reason else reason
+    finally:
+        bridge.removeFilter(_concerns_users)
     return None
+
+
+def _concerns_users(record: logging.LogRecord) -> bool:
+    """Not what JAX says of each platform that it looked for in vain, as `INTERNAL: Failed to open libtpu.so`: that a platform
+    is not there, and why, is for `choose` to say."""
+    return not record.getMessage().startswith("Unable to initialize backend")
 
 
 def describe(device: jax.Device) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ from common.interface import Progress
 from common.kernels.cpu import usable as cpu
 from common.kernels.cpu.build import build
 from common.kernels.cpu.pack import pack_head, pack_layers
-from common.kernels.cpu.pages import keys_in, keys_out, pool_shapes, values_in, values_out
+from common.kernels.cpu.pages import keys_in, keys_out, page_bytes, pool_shapes, values_in, values_out
 from common.kernels.cpu.step import HEADER, SAMPLED, max_step_size, pack_changes, pack_step, unpack_sampled, without_modes
 from common.platform import cores
 from common.rope import rope_tables
@@ -31,6 +32,9 @@ from common.weights.checkpoint import Checkpoint
 from jaxinfer.cache import KVCache
 from jaxinfer.observe import Keep, Names, ignore, keeper
 from jaxinfer.step import _EDITS, State
+
+_PAGES = 16
+"""Pages that one call writes."""
 
 
 class Weights(NamedTuple):
@@ -52,6 +56,11 @@ def open_library() -> ctypes.CDLL:
         handler = jax.ffi.pycapsule(getattr(library, f"tandem_{name}"))
         jax.ffi.register_ffi_target(f"tandem_{name}", handler, platform="cpu")
     return library
+
+
+def library() -> str:
+    """The name of the file that `open_library` loads, with a hash of all that it was built from."""
+    return Path(open_library()._name).name
 
 
 def usable(config: EngineConfig, model: ModelConfig, device: jax.Device) -> bool:
@@ -192,6 +201,10 @@ class Step:
         _huge(logits_RV.unsafe_buffer_pointer(), logits_RV.nbytes)
         return State(cache, jnp.zeros((config.max_num_seqs,), jnp.int32, device=self.device), logits_RV)
 
+    def page_bytes(self) -> int:
+        """Bytes of one page."""
+        return page_bytes(self.model_config, self.config)
+
     def warmup(self, state: State, progress: Progress | None = None) -> State:
         """Compile what later steps need."""
         for done, tokens in enumerate(self._sizes):
@@ -199,7 +212,10 @@ class Step:
             state, *_ = self._run(tokens, state, None)
             if progress:
                 progress(done + 1, len(self._sizes), f"compiled steps of up to {tokens} tokens")
-        return state
+        config = self.model_config
+        shape = config.num_layers, 1, self.config.block_size, config.num_kv_heads, config.head_dim
+        null = np.zeros(shape, jnp.dtype(self.config.dtype))
+        return self.write_pages(state, [0], {"k": null, "v": null})
 
     def run(self, state: State, batch: Batch, mask: Mask = None) -> tuple[State, Callable[[], tuple[Any, ...]]]:
         """One step, and what brings its results to the host: the arguments of `interface.make_result`."""
@@ -226,7 +242,7 @@ class Step:
     def write_pages(self, state: State, pages_: Sequence[int], arrays: dict[str, np.ndarray]) -> State:
         """The inverse of `read_pages`."""
         (k,), (v,) = state.cache
-        put = lambda pool, x: _set_pages(pool, np.array(pages_, np.int32), x.view(pool.dtype))  # noqa: E731
+        put = lambda pool, x: _put_pages(pool, np.array(pages_, np.int32), x.view(pool.dtype))  # noqa: E731
         k = put(k, np.ascontiguousarray(keys_in(arrays["k"], k.shape[-1])))
         v = put(v, np.ascontiguousarray(values_in(arrays["v"], v.shape[-1])))
         return state._replace(cache=KVCache((k,), (v,)))
@@ -299,6 +315,17 @@ def _call(name: str, results: Any, *arguments: Array, aliases: dict[int, int] | 
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), results)
     attributes = {} if layer is None else {"layer": np.int64(layer)}
     return jax.ffi.ffi_call(f"tandem_{name}", shapes, input_output_aliases=aliases)(*arguments, **attributes)
+
+
+def _put_pages(pool: Array, pages: np.ndarray, x: np.ndarray) -> Array:
+    """A pool whose `pages` hold x [L K, pages, …]. One program serves any number of them: `_PAGES` at a time, and the null page
+    for what is missing."""
+    for at in range(0, len(pages), _PAGES):
+        some = x[:, at : at + _PAGES]
+        missing = _PAGES - some.shape[1]
+        some = np.pad(some, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)])
+        pool = _set_pages(pool, np.pad(pages[at : at + _PAGES], (0, missing)), some)
+    return pool
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -12,7 +12,6 @@ from common import interface
 from common.config import EngineConfig, ModelConfig, expect
 from common.errors import BackendError
 from common.interface import Caps, KVGroup, Progress
-from common.parallel import pool_config
 from common.schedule.batch import Batch, Mask
 from common.weights.checkpoint import Checkpoint
 from jaxinfer import kernels
@@ -56,6 +55,7 @@ class ModelRunner(interface.ModelRunner):
             device=describe(self.device),
             dtypes=("float32", "bfloat16"),
             kernels=(step.kernels,),
+            library=kernels.library() if native else None,
             token_buckets=step.token_buckets,
             decode_buckets=step.decode_buckets,
             max_tokens=self.config.max_num_batched_tokens,
@@ -66,7 +66,7 @@ class ModelRunner(interface.ModelRunner):
         )
 
     def kv_groups(self) -> tuple[KVGroup, ...]:
-        return interface.one_group(pool_config(self.model_config, self.group.ranks), self.config)
+        return interface.one_group(self.model_config, self._step.page_bytes())
 
     def allocate(self, pages_per_group: Sequence[int]) -> None:
         self._num_pages = pages_per_group[0]

@@ -21,7 +21,7 @@ from flax import nnx
 from jax import Array, lax
 
 from common.config import EngineConfig, ModelConfig
-from common.interface import Progress
+from common.interface import Progress, page_bytes
 from common.parallel import join_heads, local_config, pool_config, split_heads
 from common.schedule.batch import Batch, Mask, Want, masked
 from common.weights.checkpoint import Checkpoint
@@ -121,6 +121,10 @@ class Step:
         pool = pool_config(self.model_config, self.group.ranks)
         cache = pages.make_cache(pool, num_pages, config.block_size, config.dtype, place(_HEADS))
         return State(cache, jnp.zeros((config.max_num_seqs + 1,), jnp.int32, device=place(_WHOLE)))
+
+    def page_bytes(self) -> int:
+        """Bytes of one page of all ranks."""
+        return page_bytes(pool_config(self.model_config, self.group.ranks), self.config)
 
     def warmup(self, state: State, progress: Progress | None = None) -> State:
         """Compile what later steps need."""

@@ -12,8 +12,10 @@ import numpy as np
 PAGE, PAGES, SEQS = 16, 96, 8
 ENVIRONMENT = {
     "date": "2026-01-02T03:04:05+00:00", "argv": ["/usr/bin/python3", "-m", "experiments.compare", "engines=[jax,torch]"],
-    "cpu": "A processor", "cores": 2, "memory_gb": 24.0, "gpus": [], "python": "3.11.7",
-    "versions": {"jax": "0.10.2", "torch": "2.13.0"}, "variables": {}, "commit": "abc123",
+    "cpu": "A processor", "cores": 2, "memory_gib": 24.0, "gpus": [], "python": "3.11.7",
+    "versions": {"jax": "0.10.2", "torch": "2.13.0"}, "variables": {"CXX": "clang++"},
+    "compiler": {"command": "/usr/bin/clang++", "version": "clang 19"},
+    "commit": "abc123", "tree": "changed", "changed_files": [" M common/engine.py"], "changes_digest": "0123abcd",
 }  # fmt: skip
 HOSTILE = '</script><img src=x onerror="alert(1)">'
 """A text that a page must show and not obey."""
@@ -71,7 +73,7 @@ def figures(blocks: list[list[dict[str, Any]]], **more: Any) -> dict[str, Any]:
         "roofline": 0.41, "mbu": 0.38, "mfu": 0.12,
         "decode_mbu": 0.44, "decode_mfu": 0.06, "prefill_mbu": 0.21, "prefill_mfu": 0.48,
         "intensity": 2.9, "decode_intensity": 1.2, "prefill_intensity": 21.0,
-        "peak_rss_mb": 812.4, "limits": {"before": limits, "after": limits}, "contaminated": [],
+        "peak_rss_mb": 812.4, "kernel_library": "any-0a1b.so", "limits": {"before": limits, "after": limits}, "contaminated": [],
     } | more  # fmt: skip
 
 

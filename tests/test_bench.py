@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from experiments.frames import NoFrame, read_frame, write_frame
 from experiments.isolate import EngineFailure, IsolatedEngine, thread_settings
 from experiments.rundir import environment, run_directory
 from experiments.workload import WorkloadConfig, draw
-from tests.history_backend import VOCABULARY, command, history, last_line
+from tests.history_backend import ROOT, VOCABULARY, command, history, last_line
 from tests.history_runner import expected
 
 __all__ = ["history"]
@@ -252,7 +253,7 @@ def test_bench_reports_memory_and_what_it_is_needed_for(
     assert result["kv_pool_mb"] == 100 * 16 * 16 / 2**20  # 16 bytes for each of a page's 16 tokens
     weights = sum(np.prod(entry.shape) for entry in open_checkpoint(tiny()).entries.values())
     assert result["weights_mb"] == weights * 4 / 2**20
-    for name in ("weights in this dtype, MB", "KV pages, MB", "memory after warm-up, MB", "peak memory until then, MB"):
+    for name in ("weights in this dtype, MiB", "KV pages, MiB", "memory after warm-up, MiB", "peak memory until then, MiB"):
         assert name in out
 
 
@@ -384,6 +385,27 @@ def test_the_shell_can_complete_what_is_typed(
     assert {"engine=jax", "engine=torch", "engine=hf"} <= set(completed.split())
 
 
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("experiments.bench engine=", {"hf", "jax", "torch"}),  # behind a sign at which bash breaks words
+        ("experiments.bench engine=jax wor", {"workload", "workload.", "workload="}),
+        ("experiments.compare measure.bl", {"measure.blocks="}),
+        ("experiments.compare", set()),
+        ("pytest wor", set()),
+    ],
+)
+def test_the_shell_can_complete_what_is_typed_after_python_m(typed: str, offered: set[str]) -> None:
+    line = f"{sys.executable} -m {typed}"
+    script = 'source experiments/completion.bash; _tandem_options "$0"; printf "%s\\n" "${COMPREPLY[@]}"'
+    ask = os.environ | {"COMP_LINE": line, "COMP_POINT": str(len(line))}
+    done = subprocess.run(
+        ["bash", "--norc", "-c", script, sys.executable], cwd=ROOT, env=ask, capture_output=True, text=True, check=True
+    )
+    words = set(done.stdout.split())
+    assert words >= offered and bool(words) == bool(offered), done.stderr
+
+
 def output_of(
     main: Callable[[], None], words: Sequence[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> str:
@@ -438,6 +460,16 @@ def test_help_shows_the_options_as_they_are_set_beside_it_and_what_each_is(
     assert lines[lines.index("fail_if: []") - 1].startswith("# 'fail_if=[")
     beside = next(number for number, line in enumerate(lines) if line.startswith("limits_s:"))
     assert lines[beside + 1].startswith("# Beside each window")
+
+
+def test_help_on_several_engines_tells_what_each_can_be_given(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [" ".join(line.split()) for line in output_of(compare.main, ["--help"], monkeypatch, capsys).splitlines()]
+    told = lines[lines.index("== Options of each engine ==") :]
+    for option in fields(EngineConfig):
+        assert any(line.startswith(f"{option.name}: ") for line in told), option.name
+    assert "block_size: 16 # tokens a page" in told and any("{name:torch,max_num_seqs:8}" in line for line in told)
 
 
 def test_the_flags_that_are_known_are_those_of_hydra() -> None:

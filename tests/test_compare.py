@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_module
 
 from common.exits import TERMINATED, Terminated
 from experiments import compare, records
@@ -20,8 +21,9 @@ from experiments.config import MeasureConfig
 from experiments.correctness import Agreement, Divergence
 from experiments.drive import Row, Window
 from experiments.isolate import IsolatedEngine
-from experiments.measure import Outcome
+from experiments.measure import Outcome, measure_config
 from experiments.records import read_rows, read_steps
+from experiments.statistics import fewest_blocks
 from tests.history_backend import ROOT, command, history, interruptible, last_line, written
 
 __all__ = ["history"]
@@ -105,11 +107,18 @@ def test_the_interval_is_asked_for_only_where_it_decides() -> None:
 
 
 def test_no_block_starts_that_would_end_after_the_budget_and_the_first_two_always_run() -> None:
-    assert count(config(6, budget_s=35.0), block_s=10.0) == (3, "the budget of 35 s was used up after 3 blocks")
+    said = "the budget of 35 s (measure.budget_s) was used up after 3 blocks"
+    assert count(config(6, budget_s=35.0), block_s=10.0) == (3, said)
     assert count(config(6, budget_s=75.0), block_s=10.0)[0] == 6  # a pair more would have ended at 80
     assert count(config(6, budget_s=85.0), block_s=10.0)[0] == 8
     assert count(config(6, budget_s=0.0), block_s=10.0)[0] == 2
     assert count(config(1, budget_s=0.0), block_s=10.0)[0] == 1
+
+
+def test_by_default_the_fewest_blocks_that_tell_a_difference_fit_the_budget_of_a_slow_machine() -> None:
+    with initialize_config_module("configs", version_base="1.3"):
+        shipped = measure_config(compose("compare"))
+    assert count(shipped, block_s=60.0)[0] >= shipped.blocks == fewest_blocks(1, shipped.confidence)
 
 
 def test_the_time_left_is_never_more_than_the_budget_has_but_for_the_blocks_that_always_run() -> None:

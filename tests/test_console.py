@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
 import pandas as pd
 import pytest
 
-from experiments.console import Narrator, print_table
+from experiments.console import Narrator, print_comparison, print_table
+from experiments.statistics import Criteria, compare_all
 from experiments.sweep import print_sweep
 
 HOSTILE = "a template with [INST] but no [/INST]"
+ROOT = Path(__file__).parents[1]
 
 
 def test_a_failure_is_told_word_by_word(capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,3 +40,44 @@ def test_an_override_that_is_a_list_shows_in_the_table_of_a_sweep(capsys: pytest
     print_sweep("runs/sweeps/[/y]", table)
     shown = capsys.readouterr().out
     assert all(text in shown for text in ("[jax,torch]", "[/x]", "runs/sweeps/[/y]"))
+
+
+def test_a_result_is_json_for_programs_and_a_file_name_at_a_terminal() -> None:
+    script = "from experiments.console import print_result; print_result({'a': 1}, 'runs/x/results.json')"
+    command = [sys.executable, "-c", script]
+    piped = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    assert piped.stdout == b'{"a":1}\n'
+    ours, terminal = pty.openpty()
+    try:
+        subprocess.run(command, cwd=ROOT, stdout=terminal, check=True)
+        assert os.read(ours, 1000) == b"Results: runs/x/results.json\r\n"
+    finally:
+        os.close(ours)
+        os.close(terminal)
+
+
+@pytest.mark.parametrize(("blocks", "told"), [(1, "ratios; in"), (6, "ratios and its 95 % interval; in")])
+def test_the_signs_in_a_table_are_explained_below_it(blocks: int, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    speeds = [100.0 + i for i in range(blocks)]
+    figures: dict[str, Any] = {"output_throughput": 100.0, "p99_itl_ms": 3.0, "contaminated": []}
+    compared = compare_all({"jax": speeds, "torch": [2.0 + speed for speed in speeds]}, Criteria(), seed=0)
+    comparisons = {label: asdict(comparison) for label, comparison in compared.items()}
+    print_table("title", {"jax": figures, "torch": figures | {"unsupported": ["p99_itl_ms"]}}, comparisons)
+    *_, below = capsys.readouterr().out.splitlines()
+    assert below.startswith("× jax: geometric mean of the blocks' ratios") and told in below
+    assert below.endswith("in brackets: percentiles of too few samples")
+    print_table("title", {"jax": figures})
+    assert "brackets" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("spoilt", ["", "jax", "torch", "hf"])
+def test_the_line_of_a_verdict_on_contaminated_engines_says_so(spoilt: str, capsys: pytest.CaptureFixture[str]) -> None:
+    speeds = {"jax": [100.0] * 6, "torch": [90.0] * 6, "hf": [30.0] * 6}
+    engines = {label: {"contaminated": ["swapped"] * (label == spoilt)} for label in speeds}
+    comparisons = {label: asdict(compared) for label, compared in compare_all(speeds, Criteria(), seed=0).items()}
+    result = {"engines": engines, "comparisons": comparisons, "failures": {}, "stopped": "all 6 blocks were run"}
+    correctness = dict.fromkeys(("unjustified_divergences", "max_abs_logprob_diff", "first_divergence", "tokens_equal_share"))
+    print_comparison("title", result | correctness)
+    told = " ".join(capsys.readouterr().out.split()).partition("float32:")[0]
+    torch, hf = re.findall(r"(?:torch|hf) [^()]*\([^()]*\)[^.]*\.", told)
+    assert ("contaminated" in torch, "contaminated" in hf) == (spoilt in ("jax", "torch"), spoilt in ("jax", "hf"))

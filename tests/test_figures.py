@@ -140,7 +140,7 @@ def test_alive_counts_the_intervals_that_hold_each_time() -> None:
     assert list(counts) == [int(((start <= t) & (t < end)).sum()) for t in at]
 
 
-def test_a_ratio_says_that_it_has_no_interval_and_what_is_called_equivalent() -> None:
+def test_a_ratio_shows_its_interval_or_says_that_it_has_none_and_what_is_called_equivalent() -> None:
     found: dict[str, Any] = {"ratio": 1.1, "low": None, "high": None, "block_ratios": [1.1], "verdict": "undecided"}
     drawings = [
         drawing
@@ -153,6 +153,7 @@ def test_a_ratio_says_that_it_has_no_interval_and_what_is_called_equivalent() ->
     alts, svgs = ([getattr(drawing, name) for drawing in drawings] for name in ("alt", "svg"))
     assert "the band is 1 ± 5 %" in svgs[0] and "the band is 1 ± 7.5 %" in svgs[1]
     assert "torch 1.100, no interval" in alts[0] and "torch 1.100, interval 1.000 to 1.200" in alts[1]
+    assert [">all<" in svg for svg in svgs] == ["the ratio of all" in alt for alt in alts] == [False, True]
 
 
 def test_points_of_different_settings_are_named_and_have_no_middle() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from common.config import EngineConfig, ModelConfig
 from common.engine import record_step
 from experiments import bench, compare, kernels, pieces
 from experiments.kernels import Shape, make_batch, needs
+from experiments.report import write_report
 from experiments.roofline import READ, Limits, count
 from tests.backends import THREADS, checkpoint, device, part
 from tests.history_backend import ROOT, command, history, last_line
@@ -71,7 +73,7 @@ def test_a_figure_is_the_work_over_the_time_and_the_time_over_the_limit() -> Non
     ways = {READ: {"way": 1e9}, "float32": {"way": 1e12}, "bfloat16": {"way": 1e12}}
     limits = Limits(ways=ways, threads=1, cache_bytes=0, buffer_bytes=0)
     got = kernels.figures(work, 0.5, 1.0, limits, "float32")
-    assert got["mb"] == float(work.bytes) / 1e6 and got["gb_per_s"] == pytest.approx(float(work.bytes) / 0.5 / 1e9)
+    assert got["mib"] == float(work.bytes) / 2**20 and got["gb_per_s"] == pytest.approx(float(work.bytes) / 0.5 / 1e9)
     assert got["limit_ms"] == pytest.approx(float(work.bytes) / 1e9 * 1e3) and got["ratio"] == 2.0
     assert got["fraction"] == pytest.approx(float(work.bytes) / 1e9 / 0.5)
 
@@ -79,9 +81,9 @@ def test_a_figure_is_the_work_over_the_time_and_the_time_over_the_limit() -> Non
 def test_a_figure_above_the_limit_and_other_programs_contaminate() -> None:
     shapes = {"decode": {"head": {"fraction": 0.9}, "sample": {"fraction": None}}, "prefill": {"head": {"fraction": 1.0}}}
     assert kernels.contaminations(shapes, 0.0) == []
-    shapes["decode"]["sample"]["fraction"] = 1.01
+    shapes["decode"]["sample"]["fraction"], shapes["prefill"]["head"]["fraction"] = 1.01, 1.2
     (reason,) = kernels.contaminations(shapes, 0.0)
-    assert reason.startswith("invalid: sample in decode is at 1.01 of the limit")
+    assert reason.startswith("invalid: above the limit are sample in decode (1.01), head in prefill (1.20); data came")
     assert "other programs used 50% of the processors" in kernels.contaminations(shapes, 0.5)
 
 
@@ -169,19 +171,69 @@ def test_the_command_times_every_operator_and_keeps_the_run(
     )
     monkeypatch.setattr("experiments.measure.measure_limits", lambda seconds: asked.append(seconds) or limits)
     options = ("model=tiny-llama", "dtype=float32", "threads=1", "measure=kernels", "measure.kernel_passes=2")
-    command(monkeypatch, bench.main, f"engine={backend}", *options)
+    command(monkeypatch, bench.main, f"engine={backend}", *options, "report=true")
     out = capsys.readouterr().out
     result = last_line(out)
+    assert "\nLimits before and after: memory read 100.0 and 100.0 GB/s, matmul float32 1,000 and 1,000 GFLOP/s, matmul" in out
+    assert re.fullmatch(rf"{backend}-[0-9a-f]+\.so", result["kernel_library"])
     assert (result["engine"], result["model"], result["passes"], len(asked)) == (backend, "tiny-llama", 2, 2)
     assert json.loads((Path(result["run"]) / "results.json").read_text()) == result
     assert set(result["shapes"]) == {"decode", "prefill"} and "decode" in out and "of limit" in out
+    log = (Path(result["run"]) / f"{backend}.log").read_text()  # where they are too if the run is cut short
+    kept = [json.loads(line) for line in log.splitlines() if line.startswith('{"kernels"')]
+    assert [(row["kernels"], row["shape"]) for row in kept] == [
+        (kind, shape) for kind in ("native", "framework") for shape in ("decode", "prefill")
+    ]
+    low, median, high = (1e3 * seconds for seconds in kept[0]["seconds"]["head"])
+    head = result["shapes"]["decode"]["head"]
+    assert head["ms"] == pytest.approx(median) and head["quartiles_ms"] == pytest.approx([low, high]) and low <= median <= high
     for operators in result["shapes"].values():
         assert set(operators) == {"embed", "project", "attend", "combine", "layers", "head", "sample"}
         for values in operators.values():
             assert values["ms"] > 0 and values["ratio"] == pytest.approx(values["framework_ms"] / values["ms"])
             assert values["fraction"] == pytest.approx(values["limit_ms"] / values["ms"])
-            limit = max(values["mb"] / 1e5, values["gflop"] / 1e3)
+            assert values["framework_quartiles_ms"][0] <= values["framework_ms"] <= values["framework_quartiles_ms"][1]
+            limit = max(values["mib"] * 2**20 / 1e11, values["gflop"] / 1e3)
             assert values["limit_ms"] == pytest.approx(limit * 1e3)
+
+
+def timed(fraction: float) -> dict[str, Any]:
+    """Results of two shapes, whose layers come to `fraction` of the limit in the one and to half of it in the other."""
+    figures = dict.fromkeys(kernels.FIGURES, 1.0) | {"quartiles_ms": [0.9, 1.1], "framework_quartiles_ms": [0.9, 1.1]}
+    summary = {"read_bytes_per_s": 3.3e10, "float32_flops_per_s": 2e11, "bfloat16_flops_per_s": 3e11}
+    shapes = {shape: {"layers": figures | {"fraction": share}} for shape, share in (("decode", fraction), ("prefill", 0.5))}
+    return {
+        "engine": "torch",
+        "model": "any",
+        "dtype": "bfloat16",
+        "passes": 9,
+        "failures": {},
+        "limits": {"before": summary, "after": summary | {"read_bytes_per_s": 3.1e10}},
+        "contaminated": kernels.contaminations(shapes, 0.0),
+        "shapes": shapes,
+    }
+
+
+def test_what_spoils_the_tables_stands_above_them(capsys: pytest.CaptureFixture[str]) -> None:
+    kernels.print_tables(timed(1.25))
+    told = capsys.readouterr().out
+    assert told.startswith("contaminated torch: invalid: above the limit are layers in decode (1.25)")
+    assert told.count("any, bfloat16, decode, contaminated") == 1 and "memory read 33.00 and 31.00 GB/s" in told.splitlines()[-1]
+    kernels.print_tables(timed(0.75))
+    assert "contaminated" not in capsys.readouterr().out
+
+
+def test_a_run_of_kernels_has_a_report_with_their_shares_and_limits(tmp_path: Path) -> None:
+    for name, value in (("results", timed(1.25)), ("environment", {"cpu": "any"})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    (tmp_path / "config.yaml").write_text("model: {}\nengine: {}\n")
+    page = write_report(tmp_path).read_text()
+    assert "memory read 33.00 and 31.00 GB/s" in page and "trace.perfetto.json" not in page
+    said = (tmp_path / "report.md").read_text()
+    assert "median of 9 passes" in said and "50% to 125%" in said and "**torch is contaminated**: invalid: above" in said
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")]
+    assert rows[0][1:] == ["decode", "prefill"] and rows[2] == ["layers", "1.25 (1.0×)", "0.50 (1.0×)"]
+    assert not (tmp_path / "trace.perfetto.json").exists()
 
 
 @pytest.mark.parametrize(

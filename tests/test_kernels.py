@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -393,10 +394,16 @@ def test_auto_falls_back_where_there_is_no_cache(
     with caplog.at_level("INFO"):
         runner = part(backend, "runner").ModelRunner(EngineConfig(device="cpu", kernels="auto"))
         runner.load(model)
-    assert runner.caps.kernels == ("framework",) and caplog.text.count("using framework") == 1
+    assert (runner.caps.kernels, runner.caps.library) == (("framework",), None) and caplog.text.count("using framework") == 1
     runner = part(backend, "runner").ModelRunner(EngineConfig(device="cpu", kernels="native"))
     with pytest.raises(BackendError, match="TANDEM_CACHE"):
         runner.load(model)
+
+
+def test_a_runner_names_the_library_that_it_has_loaded(backend: str) -> None:
+    runner = part(backend, "runner").ModelRunner(EngineConfig(device="cpu", kernels="native", max_num_seqs=2))
+    runner.load(checkpoint("tiny-llama"))
+    assert re.fullmatch(rf"{backend}-[0-9a-f]{{24}}\.so", runner.caps.library)
 
 
 def test_a_library_that_does_not_load_is_a_backend_error() -> None:

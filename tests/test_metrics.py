@@ -250,7 +250,7 @@ CLEAN: dict[str, Any] = {"duration": 10.0, "failed": 0}
         ({"num_resets": 1}, "1 steps raised"),
         ({"failed": 2}, "2 requests failed"),
         ({"foreign_cpu_share": 0.5}, "other programs used 50%"),
-        ({"swapped_out_mb": 12.5}, "12.5 MB of the engine's memory were swapped out"),
+        ({"swapped_out_mb": 12.5}, "12.5 MiB of the engine's memory were swapped out"),
         ({"major_faults": 5000}, "5000 pages were read from disk"),
         ({"throttled_share": 0.2}, "a CPU quota held the engine back for 20%"),
         ({"thermal_throttles": 4}, "slowed down 4 times"),

@@ -61,7 +61,7 @@ def execute(path: Path, variables: Mapping[str, str]) -> Any:
 
 async def _run(client: NotebookClient, kernel: AsyncKernelManager, variables: Mapping[str, str]) -> None:
     try:
-        await client.async_execute(env=variables)
+        await client.async_execute(env=variables, cleanup_kc=True)  # its sockets too, which it leaves to who made the kernel
     finally:
         if kernel.has_kernel:
             await kernel.shutdown_kernel(now=True)  # a client ends only kernels that it has made

@@ -474,6 +474,25 @@ def test_a_command_is_filled_in() -> None:
     assert fill(command, values) == expected
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"base_url": "http://127.0.0.1:1"}, {"command": ["my-server", "--ranks=2"]}],
+    ids=["a server that runs", "a command that does not say it"],
+)
+def test_ranks_of_which_a_server_is_not_told_are_refused(options: dict[str, Any]) -> None:
+    checkpoint = open_checkpoint(zoo.resolve("tiny-llama"))
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size=2 does not reach the server .* \{tensor_parallel_size\}"):
+        build_engine(checkpoint, EngineConfig(tensor_parallel_size=2), options=Options(**options))
+
+
+def test_ranks_reach_a_server_whose_command_names_them() -> None:
+    options = Options(command=["no-such-server", "--tensor-parallel-size={tensor_parallel_size}"])
+    checkpoint, config = open_checkpoint(zoo.resolve("tiny-llama")), EngineConfig(tensor_parallel_size=2)
+    assert fill(options.command, placeholders(checkpoint, config, "http://127.0.0.1:81"))[-1] == "--tensor-parallel-size=2"
+    with pytest.raises(BackendError, match="no program 'no-such-server'"):
+        build_engine(checkpoint, config, options=options)
+
+
 def test_a_server_that_is_not_there_or_offers_another_model_is_told(server: Server) -> None:
     checkpoint = open_checkpoint(zoo.resolve("tiny-llama"))
     with pytest.raises(BackendError, match="No server answers at"):

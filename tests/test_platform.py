@@ -8,11 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from common.errors import BackendError, ConfigError
 from common.platform import PLATFORMS, choose, cores, cpu_name, cxx_compiler, memory_available, peak_rss, rss
+
+HAS_NVIDIA = Path("/dev/nvidia0").exists()
 
 
 def usable() -> None:
@@ -58,13 +61,35 @@ def test_a_requested_device_that_is_not_there_is_refused_with_the_reason() -> No
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "reason"), [("JAX_ENABLE_X64", "1", "JAX is set to 64 bits"), ("JAX_PLATFORMS", "cuda", "cpu: ")]
+    ("name", "value", "reason"),
+    [
+        ("JAX_ENABLE_X64", "1", "JAX is set to 64 bits"),
+        ("JAX_DISABLE_JIT", "1", "Unset JAX_DISABLE_JIT"),
+        ("JAX_TRANSFER_GUARD", "disallow", "Unset JAX_TRANSFER_GUARD"),
+        ("JAX_PLATFORMS", "nowhere", "cpu: "),  # no machine has it, so that JAX starts nothing, not even the CPU
+        pytest.param("JAX_PLATFORMS", "cuda", "cpu: ", marks=pytest.mark.skipif(HAS_NVIDIA, reason="here JAX starts CUDA")),
+    ],
 )
 def test_settings_of_jax_that_leave_no_engine_are_refused_with_the_reason(name: str, value: str, reason: str) -> None:
-    start = [sys.executable, "-c", "from jaxinfer.device import open_device; open_device('auto', 1)"]
-    done = subprocess.run(start, env=os.environ | {name: value}, capture_output=True, text=True)
+    done = open_jax_device(**{name: value})
     last = done.stderr.splitlines()[-1]
     assert last.startswith("common.errors.BackendError: ") and reason in last, done.stderr
+
+
+def test_a_platform_that_is_not_there_is_no_alarm() -> None:
+    """JAX looks for a TPU on every machine."""
+    said = open_jax_device().stderr
+    assert "using" in said and "Unable to initialize" not in said and "INTERNAL" not in said
+
+
+def open_jax_device(**variables: str) -> subprocess.CompletedProcess[str]:
+    """A process that logs all and takes the first device that there is."""
+    script = (
+        "import logging; logging.basicConfig(level=logging.INFO); "
+        "from jaxinfer.device import open_device; open_device('auto', 1)"
+    )
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
 
 
 def test_nothing_usable_names_every_reason() -> None:

@@ -104,6 +104,14 @@ def test_every_part_is_there(run: Path) -> None:
     assert "3 compilations inside the timed windows" in outline.text
 
 
+def test_the_environment_tells_which_code_ran(run: Path) -> None:
+    (section,) = (section for section in run_page(open_run(run))[0].sections if section.title == "Environment")
+    told = dict(section.tables[0].rows)  # type: ignore[arg-type]
+    assert told["kernel library: jax"] == told["kernel library: torch"] == "any-0a1b.so"
+    assert told["tree"] == "changed" and told["changed_files"] == " M common/engine.py" and told["changes_digest"] == "0123abcd"
+    assert told["compiler: version"] == "clang 19" and told["variables: CXX"] == "clang++"
+
+
 def test_the_page_asks_for_nothing_from_outside(run: Path) -> None:
     text = (run / "report.html").read_text()
     outline = Outline(text)
@@ -189,7 +197,7 @@ def compared(**changed: Any) -> RunFiles:
         "tokens_equal": True,
         "compared_tokens": 9,
     }
-    return RunFiles(Path("runs/a b"), {}, {}, results | changed)
+    return RunFiles(Path("runs/a b"), {"measure": changed.pop("measure", {})}, {}, results | changed)
 
 
 def test_a_difference_in_the_dtype_that_was_timed_is_not_hidden_by_sameness_in_float32() -> None:
@@ -212,13 +220,32 @@ def test_the_command_of_a_verdict_is_on_the_page_and_in_the_summary() -> None:
 
 def test_a_verdict_that_rests_on_too_little_says_what_to_do() -> None:
     said = sentence("torch", "jax", "undecided", 0.9, None, None, 1, 0.05, fewest=8)
-    (few,) = speed(compared(found={"said": said}, stopped="its one block was run"), paced=False)
+    once = {"measure": {"blocks": 1, "max_blocks": 40}, "order": [["jax", "torch"]], "stopped": "its one block was run"}
+    (few,) = speed(compared(found={"said": said}, **once), paced=False)
     assert (few.tone, few.value) == ("calm", "Undecided")
     assert few.said.startswith(f"{said}. Its one block was run. ") and "8 blocks are the fewest" in few.said
     assert "measure.blocks" in few.said and " 6 " not in few.said  # how many tell, the sentence alone says
-    assert few.word == "torch gives 0.900× the output tokens/s of jax, no interval, 1 block"
+    assert few.word == "torch against jax, no interval, 1 block" and "(ratio 0.900, no interval, 1 block)" in few.said
     (many,) = speed(compared(found={"low": 0.8, "high": 1.1, "blocks": 8}), paced=False)
-    assert many.word.endswith("of jax, 0.800–1.100, 8 blocks") and "measure.blocks" not in many.said
+    assert many.word.endswith("of jax, 0.800–1.100, 8 blocks") and "measure." not in many.said  # nobody knows what ended it
+
+
+@pytest.mark.parametrize(
+    ("blocks", "done", "high", "option"),
+    [
+        (6, 4, 1.1, "budget_s"),  # cut short: more blocks would only wait behind the same budget
+        (3, 2, 1.1, "budget_s"),
+        (3, 3, 1.1, "blocks"),
+        (6, 8, 1.1, "budget_s"),
+        (6, 40, 1.1, "max_blocks"),
+        (6, 8, 0.83, "precision"),
+    ],
+)
+def test_what_is_advised_is_the_option_that_ended_the_run(blocks: int, done: int, high: float, option: str) -> None:
+    measure = {"blocks": blocks, "max_blocks": 40, "precision": 0.04}
+    run = compared(found={"low": 0.8, "high": high, "blocks": done}, measure=measure, order=[["jax", "torch"]] * done)
+    (told,) = speed(run, paced=False)
+    assert re.findall(r"measure\.(\w+)", told.said) == [option]
 
 
 def test_a_verdict_on_contaminated_engines_says_so() -> None:
@@ -342,6 +369,8 @@ def test_a_sweep_of_all_combinations_is_one_command() -> None:
     ]
     first = "python -m experiments.bench --config-dir c engine=a seed=1"
     assert sweep_command(jobs, first) == "python -m experiments.bench --config-dir c -m engine=a,b seed=1,2"
+    launched = sweep_command(jobs, f"{first} hydra.launcher.timeout_s=9")
+    assert launched == "python -m experiments.bench --config-dir c -m hydra.launcher.timeout_s=9 engine=a,b seed=1,2"
     assert sweep_command(jobs[:3], first).count("\n") == 2
     for some in (jobs, jobs[:3]):  # in a folder of its own: in that of the sweep every job is done
         assert "sweep=" not in sweep_command(some, f"{first} sweep=s")

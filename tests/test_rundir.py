@@ -84,8 +84,9 @@ def test_an_error_that_no_disk_has_to_do_with_stays_what_it_is(tmp_path: Path) -
 
 def test_the_environment_tells_the_machine_as_far_as_it_tells_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = json.loads(json.dumps(environment()))
-    assert told["memory_gb"] >= told["memory_available_gb"] > 0 and isinstance(told["governor"], list)
+    assert told["memory_gib"] >= told["memory_available_gib"] > 0 and isinstance(told["governor"], list)
     assert {"transparent", "reserved"} == set(told["hugepages"])
+    assert {"commit", "tree", "changed_files", "changes_digest", "compiler"} <= set(told)
     monkeypatch.setattr(rundir, "text_of", lambda _: "")
     monkeypatch.setattr(rundir.psutil, "cpu_freq", lambda: None)
     told = environment()

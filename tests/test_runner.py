@@ -80,6 +80,35 @@ def test_pages_come_back_as_they_were_written(backend: str, dtype: str, kernels:
     runner.write_pages(0, [], none)
 
 
+@pytest.mark.parametrize("kernels", ["framework", "native"])
+def test_no_number_of_pages_compiles_anything_after_warm_up(backend: str, kernels: str) -> None:
+    runner = shared_runner(backend, MODEL, PAGES, engine_config(kernels=kernels, max_num_seqs=2, max_num_batched_tokens=32))
+    runner.reset()
+    rng, before = np.random.default_rng(1), runner.compilations
+    for count in (1, 2, 17, 35):
+        pages = rng.permutation(np.arange(1, PAGES))[:count].tolist()
+        arrays = {name: rng.standard_normal(x.shape, np.float32) for name, x in runner.read_pages(0, pages).items()}
+        runner.write_pages(0, pages, arrays)
+        after = runner.read_pages(0, pages)
+        assert all(np.array_equal(after[name], arrays[name]) for name in arrays)
+    assert runner.compilations == before
+
+
+@pytest.mark.parametrize("kernels", ["framework", "native"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_a_page_takes_the_bytes_that_are_stored(
+    backend: str, dtype: str, kernels: str, family: str, families: dict[str, Path]
+) -> None:
+    """Heads of 24 are padded by the native kernels, those of 32 are not."""
+    runner = load_backend(backend, engine_config(dtype=dtype, kernels=kernels))
+    runner.load(checkpoint(families[family]))
+    runner.allocate([7])
+    (group,) = runner.kv_groups()
+    assert sum(pool.nbytes for pools in runner.state.cache for pool in pools) == 7 * group.page_bytes
+    runner.close()
+
+
 @pytest.mark.parametrize(("writer", "reader"), [(a, b) for a in BACKENDS for b in BACKENDS])
 def test_pages_of_one_engine_are_continued_by_another(writer: str, reader: str) -> None:
     first, second = (shared_runner(name, MODEL, PAGES, CONFIG) for name in (writer, reader))

@@ -70,6 +70,24 @@ def test_routes_that_take_no_body_need_no_header_for_one(tmp_path: Path) -> None
         assert server.client.post("/v1/completions").status_code == 415
 
 
+def test_a_body_that_a_get_brings_is_ignored(served: Served) -> None:
+    """As a server of one backend ignores it: `curl -X GET -d …` calls it a form."""
+    form = {"content-type": "application/x-www-form-urlencoded"}
+    answer = served.client.request("GET", "/tokenizer_info", content=b"x=1", headers=form)
+    assert answer.status_code == 200 and answer.json()["eos_token"] == "<|im_end|>"
+    assert served.client.request("GET", "/nowhere", content=b"x=1", headers=form).status_code == 404
+
+
+def test_each_request_and_the_end_are_logged_once(mortal: Served) -> None:
+    assert mortal.client.post("/v1/completions", json=BODY, headers={"x-request-id": "asked-once"}).status_code == 200
+    mortal.stop()
+    log = mortal.log.read_text()
+    lines = [line for line in log.splitlines() if "request_id='asked-once'" in line]
+    assert ["Answered." in line for line in lines].count(True) == 1
+    assert ["completion_tokens=8" in line for line in lines].count(True) == 1  # which the backend alone knows
+    assert log.count("Told to end") == log.count("common.serve.main: Ended.") == 1
+
+
 def test_whoever_leaves_is_noticed_behind_the_front_too(served: Served) -> None:
     before = served.metric("request_success_total", finished_reason="abort")
     with served.client.stream("POST", "/v1/completions", json={**BODY, "max_tokens": 400, "stream": True}) as response:

@@ -69,6 +69,7 @@ def test_fewer_than_three_blocks_give_a_ratio_and_nothing_else() -> None:
     assert outcome.ratio == pytest.approx(0.5)
     assert (outcome.low, outcome.high, outcome.p_value, outcome.interval) == (None, None, None, None)
     assert outcome.verdict == "undecided" and outcome.width == math.inf and "fewest" in outcome.said
+    assert "(ratio 0.500, no interval, 2 blocks)" in outcome.said
 
 
 def test_below_eight_blocks_the_interval_is_students() -> None:

@@ -156,10 +156,10 @@ def test_a_comparison_has_a_row_for_each_engine(
 def test_the_command_that_a_report_gives_runs_the_sweep_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert sweep(monkeypatch, "sweep=s", *TWO) == 0
+    assert sweep(monkeypatch, "sweep=s", "hydra.launcher.timeout_s=500", *TWO) == 0
     report = Path(last_line(capfd.readouterr().out)["report"]).with_suffix(".md").read_text()
     words = shlex.split(report.rstrip().splitlines()[-1])
-    assert words[:4] == ["python", "-m", "experiments.bench", "--config-dir"]
+    assert words[:4] == ["python", "-m", "experiments.bench", "--config-dir"] and "hydra.launcher.timeout_s=500" in words
     again = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, check=True)
     result = last_line(again.stdout)
     assert result["ok"] == 2 and result["sweep"] != "runs/sweeps/s" and len(starts(folder)) == 4

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from common.interface import Progress
 from common.kernels.cpu import usable as cpu
 from common.kernels.cpu.build import build
 from common.kernels.cpu.pack import pack_head, pack_layers
-from common.kernels.cpu.pages import keys_in, keys_out, pool_shapes, values_in, values_out
+from common.kernels.cpu.pages import keys_in, keys_out, page_bytes, pool_shapes, values_in, values_out
 from common.kernels.cpu.step import SAMPLED, pack_changes, pack_step, unpack_sampled
 from common.platform import cores
 from common.rope import rope_tables
@@ -44,12 +45,19 @@ class Weights(NamedTuple):
 
 
 @cache
-def open_library() -> None:
+def open_library() -> Path:
     """Compile and load the operators. Raises `BackendError` if that fails."""
     folders = cpp_extension.include_paths()
-    library = f"{torch.__path__[0]}/lib"
-    linked = (f"-L{library}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{library}")
-    torch.ops.load_library(str(build("torch", folders, ("-std=c++20",), linked, torch.__version__)))
+    theirs = f"{torch.__path__[0]}/lib"
+    linked = (f"-L{theirs}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{theirs}")
+    path = build("torch", folders, ("-std=c++20",), linked, torch.__version__)
+    torch.ops.load_library(str(path))
+    return path
+
+
+def library() -> str:
+    """The name of the file that `open_library` loads, with a hash of all that it was built from."""
+    return open_library().name
 
 
 def usable(config: EngineConfig, model: ModelConfig, device: torch.device) -> bool:
@@ -192,6 +200,10 @@ class Step:
         logits_RV = torch.zeros((config.max_num_seqs, self.model_config.vocab_size), dtype=torch.float32, device="cpu")
         torch.ops.tandem.huge(logits_RV)
         return State(cache, torch.zeros(config.max_num_seqs, dtype=torch.int32, device="cpu"), logits_RV)
+
+    def page_bytes(self) -> int:
+        """Bytes of one page."""
+        return page_bytes(self.model_config, self.config)
 
     def warmup(self, state: State, progress: Progress | None = None) -> State:
         """Nothing is compiled: one step wakes the threads and brings the weights to memory."""

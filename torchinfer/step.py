@@ -15,8 +15,8 @@ from torch import Tensor
 
 from common.config import EngineConfig, ModelConfig
 from common.errors import BackendError
-from common.interface import Progress
-from common.parallel import join_heads, local_config, split_heads
+from common.interface import Progress, page_bytes
+from common.parallel import join_heads, local_config, pool_config, split_heads
 from common.platform import cxx_compiler
 from common.schedule.batch import Batch, Mask, Want, masked, null_batch
 from common.weights.checkpoint import Checkpoint
@@ -99,6 +99,10 @@ class Step:
         config = self.config
         cache = pages.make_cache(self._local, num_pages, config.block_size, config.dtype, self.device)
         return State(cache, torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=self.device))
+
+    def page_bytes(self) -> int:
+        """Bytes of one page of all ranks."""
+        return page_bytes(pool_config(self.model_config, self.group.ranks), self.config)
 
     def warmup(self, state: State, progress: Progress | None = None) -> State:
         """Compile what later steps need."""

@@ -33,7 +33,9 @@ from common.text.tokenizer import open_tokenizer
 from common.weights.checkpoint import open_checkpoint
 from common.weights.zoo import resolve
 
-log = logging.getLogger("common.serve")
+log = logging.getLogger("common.serve.main")
+TOLD_BY_THE_FRONT = (log.name, "common.serve.guard")
+"""Loggers that say what concerns all backends: of each HTTP request that it was answered, and of the server that it ends."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         options = parse(_parser(), given)
-        configure_logging(options.log_json)
+        configure_logging(options.log_json, behind_front=bool(options.uds))
         listener = listen(options)
         backends = options.backend.split(",")
         try:
@@ -181,11 +183,12 @@ def end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def configure_logging(as_json: bool) -> None:
+def configure_logging(as_json: bool, behind_front: bool) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if as_json else TextLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    for name in ("uvicorn", *(TOLD_BY_THE_FRONT if behind_front else ())):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

@@ -183,9 +183,9 @@ class _Merged(Collector):
 
 @router.api_route("/{path:path}", methods=["GET", "POST"])
 async def pass_on(http: HttpRequest) -> Response:
-    """Everything else goes to the backend that serves the model, as it is."""
+    """Everything else goes to the backend that serves the model, as it is, but for the body of a GET, which nobody reads."""
     has_body = "transfer-encoding" in http.headers or http.headers.get("content-length", "0") != "0"
-    data = await read_bytes(http) if has_body else b""
+    data = await read_bytes(http) if has_body and http.method == "POST" else b""
     name = (await asyncio.to_thread(parse, Named, data)).model if data else http.query_params.get("model")
     backend = Backends.of(http).by_model(name)
     headers = {name: http.headers[name] for name in PASSED_ON if name in http.headers}

@@ -27,7 +27,7 @@ from gguf import GGMLQuantizationType
 from common.config import EngineConfig, expect
 from common.engine import pool_size
 from common.errors import CheckpointError
-from common.interface import Caps, Progress, one_group
+from common.interface import Caps, Progress, page_bytes
 from common.platform import choose, cores
 from common.request import Logprobs, Request, Status, TokenEvent
 from experiments.baselines.greedy import GreedyEngine, check_policies, check_request
@@ -49,8 +49,7 @@ def build_engine(checkpoint: Checkpoint, config: EngineConfig, progress: Progres
     expect(not config.enable_prefix_caching, "engine=llamacpp shares no prefixes here; set enable_prefix_caching=false.")
     choose(config.device, {"cpu": lambda: None})
     wanted = config.model_len(checkpoint.config)
-    (group,) = one_group(checkpoint.config, config)
-    tokens = config.block_size * pool_size(config, wanted, group.page_bytes)
+    tokens = config.block_size * pool_size(config, wanted, page_bytes(checkpoint.config, config))
     slot_len = min(wanted, tokens // config.max_num_seqs)
     expect(slot_len >= 2, f"{config.max_num_seqs} slots cannot share {tokens} tokens; lower max_num_seqs or raise num_blocks.")
     caps = Caps(

@@ -81,7 +81,14 @@ class Options:
 def build_engine(
     checkpoint: Checkpoint, config: EngineConfig, progress: Progress | None = None, *, options: Options
 ) -> CompletionsEngine:
-    """Start the server, if that is asked for, and wait until it offers the model. Raises `BackendError` if it does not."""
+    """Start the server, if that is asked for, and wait until it offers the model. Raises `BackendError` if it does not, and
+    `ConfigError` for several ranks of which the server is not told."""
+    ranks = config.tensor_parallel_size
+    expect(
+        ranks == 1 or any("{tensor_parallel_size}" in part for part in options.command),
+        f"tensor_parallel_size={ranks} does not reach the server: only a command that has the word "
+        "{tensor_parallel_size} passes it on. Put it there, or give this engine tensor_parallel_size:1.",
+    )
     if progress:
         progress(0, 1, "server")
     server, url = None, options.base_url or f"http://127.0.0.1:{free_port()}"

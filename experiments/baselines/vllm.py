@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.config import EngineConfig, expect
 from common.engine import pool_size
-from common.interface import Caps, Progress, one_group
+from common.interface import Caps, Progress, page_bytes
 from common.platform import choose
 from common.request import Logprobs, Request, Status, TokenEvent
 from experiments.baselines.greedy import GreedyEngine, check_policies, check_request
@@ -50,7 +50,7 @@ def build_engine(checkpoint: Checkpoint, config: EngineConfig, progress: Progres
     head_dim, served = checkpoint.config.head_dim, CPUAttentionBackend.get_supported_head_sizes()
     expect(head_dim in served, f"engine=vllm has attention on a CPU for heads of {served} only; this model's have {head_dim}.")
     max_model_len = config.model_len(checkpoint.config)
-    (group,) = one_group(checkpoint.config, config)
+    page = page_bytes(checkpoint.config, config)
     engine = LLMEngine.from_engine_args(
         EngineArgs(
             model=str(checkpoint.path),
@@ -60,7 +60,7 @@ def build_engine(checkpoint: Checkpoint, config: EngineConfig, progress: Progres
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             block_size=config.block_size,
-            kv_cache_memory_bytes=group.page_bytes * pool_size(config, max_model_len, group.page_bytes),
+            kv_cache_memory_bytes=page * pool_size(config, max_model_len, page),
             enable_prefix_caching=config.enable_prefix_caching,
             enable_chunked_prefill=config.enable_chunked_prefill,
             enforce_eager=not config.compile,

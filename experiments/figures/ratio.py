@@ -14,31 +14,30 @@ from experiments.page import Drawing, Table
 
 
 def ratio(comparisons: Mapping[str, Mapping[str, Any]], engines: Sequence[str], equivalence: float) -> Drawing | None:
-    """Each block's ratio of output throughput to the first engine's, with the interval of the whole; a band shows which ratios
-    are called equivalent, those within 1 ± `equivalence`. None without blocks."""
+    """Each block's ratio of output throughput to the first engine's, with the ratio of all where that has an interval; a band
+    shows which ratios are called equivalent, those within 1 ± `equivalence`. None without blocks."""
     shown = {label: found for label, found in comparisons.items() if found.get("block_ratios")}
     if not shown:
         return None
     blocks = max(len(found["block_ratios"]) for found in shown.values())
+    bounded = [label for label, found in shown.items() if found.get("low") is not None]
 
     def paint(axes: Axes) -> None:
         axes.axhspan(1 - equivalence, 1 + equivalence, color=GRID, alpha=0.6, linewidth=0)
         axes.axhline(1, color=MUTED, linewidth=1)
-        for place, (label, found) in enumerate(shown.items()):
+        for label, found in shown.items():
             i = engines.index(label)
             ratios = np.array(found["block_ratios"], float)
             x = np.arange(1, len(ratios) + 1)
             axes.plot(x, ratios, marker(i), color=colour(i), markersize=5.5, gid=mark(i), clip_on=False)
-            end = blocks + 1.2 + 0.5 * place
-            low, mid, high = (found.get(name) for name in ("low", "ratio", "high"))
-            if low is not None and high is not None:
-                axes.vlines(end, low, high, color=colour(i), linewidth=2.5, gid=mark(i))
-            if mid is not None:
-                axes.plot([end], [mid], marker(i), color=PAPER, markeredgecolor=colour(i), markersize=8, gid=mark(i))
-        axes.set_xlim(0.4, blocks + 1.7 + 0.5 * len(shown))
-        step = max(1, -(-blocks // 10))
-        ticks = list(range(1, blocks + 1, step))
-        axes.set_xticks([*ticks, blocks + 1.2 + 0.25 * (len(shown) - 1)], [*map(str, ticks), "all"])
+            if label in bounded:
+                end = blocks + 1.2 + 0.5 * bounded.index(label)
+                axes.vlines(end, found["low"], found["high"], color=colour(i), linewidth=2.5, gid=mark(i))
+                axes.plot([end], [found["ratio"]], marker(i), color=PAPER, markeredgecolor=colour(i), markersize=8, gid=mark(i))
+        axes.set_xlim(0.4, blocks + (1.7 + 0.5 * len(bounded) if bounded else 0.6))
+        ticks = list(range(1, blocks + 1, max(1, -(-blocks // 10))))
+        middle = [blocks + 1.2 + 0.25 * (len(bounded) - 1)] if bounded else []  # of the marks for all
+        axes.set_xticks([*ticks, *middle], [*map(str, ticks), *(["all"] if bounded else [])])
 
     rows = [
         (
@@ -57,7 +56,7 @@ def ratio(comparisons: Mapping[str, Mapping[str, Any]], engines: Sequence[str], 
     return draw(
         "ratio",
         f"Output throughput over {shorten(str(against))}'s",
-        f"One mark for each block, and at the right the ratio of all: {said}.",
+        f"One mark for each block{', and at the right the ratio of all' if bounded else ''}: {said}.",
         paint,
         x="block",
         y=f"ratio; the band is 1 ± {100 * equivalence:g} %",

@@ -7,9 +7,11 @@ one register each.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
-from common.config import ModelConfig
+from common.config import EngineConfig, ModelConfig
 from common.kernels.cpu.pack import LANES
 
 
@@ -17,6 +19,12 @@ def pool_shapes(config: ModelConfig, pages: int, page_size: int, itemsize: int) 
     """Shapes of the pools of keys and of values, the null page included."""
     heads, H, pair = config.num_layers * config.num_kv_heads, config.head_dim, 4 // itemsize
     return (heads, pages, H // pair, page_size, pair), (heads, pages, page_size // pair, H + -H % LANES, pair)
+
+
+def page_bytes(model: ModelConfig, config: EngineConfig) -> int:
+    """Bytes of one page over all layers: more than `common.interface.page_bytes` where the values of a head are padded."""
+    itemsize = {"float32": 4, "bfloat16": 2}[config.dtype]
+    return itemsize * sum(math.prod(shape) for shape in pool_shapes(model, 1, config.block_size, itemsize))
 
 
 def keys_out(pool: np.ndarray, kv_heads: int) -> np.ndarray:
