@@ -1,8 +1,9 @@
 """An outside judge of figures: from the raw rows of a run, with nothing but the standard library and the definitions.
 
 `python -m tests.judge_figures RUN …` prints how far each figure in `results.json` is from what the rows of that run give, and
-which figures it leaves alone: those that need more than rows. They are held to cases worked out by hand, roofline, MBU and MFU in
-`tests/test_roofline.py`, ratios, intervals and verdicts in `tests/test_statistics.py`; of a single run nobody counts them again.
+which figures it leaves alone: those that need more than rows. They are held to cases worked out by hand, roofline, MBU and
+MFU in `tests/test_roofline.py`, ratios, intervals and verdicts in `tests/test_statistics.py`; of a single run nobody counts
+them again.
 """
 
 from __future__ import annotations
