@@ -40,7 +40,7 @@ def run(config: DictConfig) -> None:
 
 
 def run_workload(config: DictConfig, spec: EngineSpec, conditions: Sequence[Condition]) -> dict[str, Any]:
-    """A run directory and a table. Returns what is in `results.json`."""
+    """Time a workload; a run directory and a table. Returns what results.json has."""
     plan = make_plan(config, [spec])
     check_keys(conditions, ["engine", *setting(config, plan), *RESULTS, *figure_names(plan)], [spec.label], {})
     what = f"bench-{spec.label}-{plan.workload.name}"

@@ -1,10 +1,10 @@
 """Each native CPU kernel alone, against its own limit and against what the framework makes of the same piece of the model.
 
-`python -m experiments.bench engine=torch measure=kernels`. An operator of a layer is timed over all layers in turn, so that one
-layer's weights do not stay in a cache; a pass runs every operator once, and the median of the passes counts, whose quartiles are
-in results.json. Limits are counted as in `experiments.roofline`: layers and head are a step there. The framework's version is the
-step of `kernels=framework`, in pieces, padded as it pads. It writes keys and values in attend, the native kernels do in project:
-layers, which is all three, compares alike with alike.
+`python -m experiments.bench engine=torch measure=kernels`. An operator of a layer is timed over all layers in turn, so that
+one layer's weights do not stay in a cache; a pass runs every operator once, and the median of the passes counts; results.json
+has their quartiles too. Limits are counted as in `experiments.roofline`: layers and head are a step there. The framework's
+version is the step of `kernels=framework`, in pieces, padded as it pads. It writes keys and values in attend, the native
+kernels do in project: layers, which is all three, compares alike with alike.
 
 A run that is cut short keeps what each shape took, by operator in seconds (quartile, median, quartile): lines of JSON in the
 engine's log.
@@ -133,7 +133,7 @@ def figures(work: Work, native_s: float, framework_s: float, limits: Limits | No
 
 
 def run(config: DictConfig, spec: EngineSpec, measure: MeasureConfig) -> dict[str, Any]:
-    """Time the kernels of one engine, in a process of its own; a run directory and tables. Returns what is in `results.json`."""
+    """Time the kernels of one engine, in a process of its own; a run directory and tables. Returns what results.json has."""
     expect_native(spec)
     name = str(resolved(config.model)["name"])
     checkpoint = open_checkpoint(zoo.resolve(name))
@@ -210,8 +210,9 @@ def print_tables(result: Mapping[str, Any]) -> None:
     """What spoils them, the tables, and the limits that they rest on."""
     console = wide_console()
     print_doubts(console, result["engine"], result["contaminated"], ())
+    spoilt = bool(result["contaminated"])
     for shape, operators in result["shapes"].items():
-        title = f"{result['engine']}, {result['model']}, {result['dtype']}, {shape}{', contaminated' * bool(result['contaminated'])}"
+        title = ", ".join([*(result[key] for key in ("engine", "model", "dtype")), shape, *["contaminated"] * spoilt])
         table = Table(title=escape(title), title_justify="left")
         table.add_column("all layers")
         for heading in FIGURES.values():

@@ -1,6 +1,6 @@
 """How close to this machine's limits did a run come? The limits are measured, the work is counted, and both are joined.
 
-`python -m experiments.roofline` prints this machine's limits: a table, and one line of JSON.
+`python -m experiments.roofline` prints this machine's limits: a table, which of its rows count, and one line of JSON.
 
 The roofline (Williams, Waterman & Patterson 2009, doi:10.1145/1498765.1498785): a step that must move `bytes` and compute
 `flops` takes at least max(bytes / bandwidth, flops / peak) seconds. A step of T tokens, with R rows of logits, must at least
@@ -47,7 +47,8 @@ from common.weights.checkpoint import expected_shapes
 from experiments.console import number, print_json, wide_console
 from experiments.drive import Window
 from experiments.isolate import thread_settings
-from experiments.metrics import INTENSITIES, LIMITED
+from experiments.machine import Watch
+from experiments.metrics import BUSY, INTENSITIES, LIMITED
 from experiments.phases import rate, step_seconds
 
 READ = "read"
@@ -398,20 +399,28 @@ def efficiency(windows: Iterable[Window], model: ModelConfig, dtype: Dtype, limi
 # The command.
 
 
-def print_limits(limits: Limits) -> None:
+def print_limits(limits: Limits, foreign_share: float | None) -> None:
+    """Every way, those that count as limits, and what may have kept them low: `foreign_share` of the processors' time went to
+    other programs; None if the machine does not tell."""
     table = Table("limit", "way")
     table.add_column("10⁹ a second", justify="right")
     for limit, ways in limits.ways.items():
         what = "memory read, bytes" if limit == READ else f"matmul {limit}, FLOP"
-        fastest = max(ways.values(), default=0.0)
         for way, value in ways.items():
-            table.add_row(what, way, number(value / 1e9), style="bold" if value == fastest else None)
+            table.add_row(what, way, number(value / 1e9))
     console = wide_console()
     console.print(table)
+    for limit in limits.ways:
+        (way, value), name = limits.best(limit), "bandwidth" if limit == READ else f"peak of {limit}"
+        told = f"{name}: {way}, {number(value / 1e9)} {'GB/s' if limit == READ else 'GFLOP/s'}"
+        console.print(told, style="bold", highlight=False, markup=False)
     megabytes = f"{limits.buffer_bytes >> 20} MiB read, last-level cache {limits.cache_bytes >> 20} MiB"
     console.print(f"{limits.threads} threads; {megabytes}.", highlight=False)
     for note in limits.notes:
         console.print(note, style="dim", highlight=False)
+    if foreign_share is not None and foreign_share > BUSY:
+        used = f"Other programs used {foreign_share:.0%} of the processors meanwhile: the machine may do more than this."
+        console.print(used, style="bold red", highlight=False)
 
 
 def main() -> None:
@@ -421,10 +430,15 @@ def main() -> None:
     options = parser.parse_args()
     if not 0 <= options.seconds <= 60:
         parser.error(f"--seconds must lie in [0, 60], got {options.seconds}.")
-    limits = find_limits(options.seconds) if options.limits else measure_limits(options.seconds)
-    if not options.limits:
-        print_limits(limits)
-    print_json(asdict(limits))
+    if options.limits:
+        print_json(asdict(find_limits(options.seconds)))
+        return
+    watch = Watch()
+    limits, risen = measure_limits(options.seconds), watch.rise()
+    foreign = risen.get("foreign_cpu_seconds")
+    share = None if foreign is None else min(1.0, foreign / (risen["watched_seconds"] * (os.cpu_count() or 1)))
+    print_limits(limits, share)
+    print_json(asdict(limits) | {"foreign_cpu_share": share})
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class Plan(NamedTuple):
 
 
 def make_plan(batch: Batch, config: ModelConfig, page_size: int) -> Plan:
-    """The plan of a batch, of NumPy arrays, not padded yet: `runner` puts it into the shapes of its bucket."""
+    """The plan of a batch, of NumPy arrays, not padded yet: `step` puts it into the shapes of its bucket."""
     decodes, chunks = query_tiles(batch, CHUNK)
     fields = [np.stack((t.seq, t.first, t.count, t.position)) for t in (decodes.by_length(), chunks.by_length())]
     counts = np.array([len(decodes), len(chunks)], np.int32)

@@ -1,6 +1,9 @@
 """An outside judge of figures: from the raw rows of a run, with nothing but the standard library and the definitions.
 
-`python -m tests.judge_figures RUN …` prints how far each figure in `results.json` is from what the rows of that run give.
+`python -m tests.judge_figures RUN …` prints how far each figure in `results.json` is from what the rows of that run give, and
+which figures it leaves alone: those that need more than rows. They are held to cases worked out by hand, roofline, MBU and
+MFU in `tests/test_roofline.py`, ratios, intervals and verdicts in `tests/test_statistics.py`; of a single run nobody counts
+them again.
 """
 
 from __future__ import annotations
@@ -88,6 +91,12 @@ def summary(statistic: str, samples: Sequence[float]) -> float:
     return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
+def left_out(reported: Mapping[str, Any], judged: Mapping[str, Any]) -> list[str]:
+    """Names of numbers among the results of an engine, or of a comparison, that are not judged."""
+    is_number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)  # noqa: E731
+    return sorted(name for name, value in reported.items() if name not in judged and is_number(value))
+
+
 def distance(one: float | None, other: float | None) -> float:
     """How far two figures are apart, relative to the larger, or in ms where that is less than one; 0 for the same, or none."""
     if one is None or other is None:
@@ -110,6 +119,10 @@ def main() -> None:
             print(
                 f"{directory} {label}: {len(mine)} figures, at most {distance(mine[worst], reported[worst]):.1e} off ({worst})"
             )
+            print(f"  not judged: {', '.join(left_out(reported, mine))}")
+        for label, comparison in (results.get("comparisons") or {}).items():
+            print(f"{directory} {label} against {comparison['against']}")
+            print(f"  not judged: {', '.join([*left_out(comparison, {}), 'verdict'])}")
 
 
 if __name__ == "__main__":

@@ -112,8 +112,28 @@ def test_the_judge_finds_the_figures_of_a_whole_run(
     assert len(mine) == 9 + 8 * 6
     monkeypatch.setattr(sys, "argv", ["judge_figures", result["run"]])
     judge_figures.main()
-    assert f"{result['run']} history: 57 figures, at most " in capsys.readouterr().out
+    told, apart = capsys.readouterr().out.splitlines()
+    assert told.startswith(f"{result['run']} history: 57 figures, at most ") and apart.startswith("  not judged: ")
+    assert "decode_throughput" in apart and "output_throughput," not in apart.replace("steady_output_throughput,", "")
     assert 0 < result["harness_overhead_share"] < 1 and result["decode_throughput"] > 0 and result["peak_running"] >= 1
+
+
+def test_the_judge_says_what_it_leaves_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"engine": "jax", "block": 0, "tokens": [1, 2], "times": [0.5, 1.0], "sent": 0.0, "scheduled": 0.0, "started": 0.1}
+    row |= {"error": None, "output_len": 2, "prompt_len": 3}
+    (tmp_path / "requests.jsonl").write_text(json.dumps(row) + "\n")
+    figures = judge_figures.figures([row]) | {"roofline": 0.5, "slo": None, "contaminated": []}
+    comparison = {"against": "jax", "ratio": 0.9, "low": None, "verdict": "undecided", "blocks": 1}
+    results = {"engines": {"jax": figures}, "comparisons": {"torch": comparison}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    monkeypatch.setattr(sys, "argv", ["judge_figures", str(tmp_path)])
+    judge_figures.main()
+    assert [line for line in capsys.readouterr().out.splitlines() if "not judged" in line] == [
+        "  not judged: roofline",
+        "  not judged: blocks, ratio, verdict",
+    ]
 
 
 def test_the_judge_notices_a_figure_that_is_off() -> None:

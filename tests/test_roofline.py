@@ -3,6 +3,7 @@
 import ctypes
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -346,11 +347,29 @@ def test_the_command_prints_a_table_and_one_line_of_json(
     monkeypatch.setattr(sys, "argv", ["roofline", "--seconds", "0"])
     roofline.main()
     out = capsys.readouterr().out
-    found = limits_of(last_line(out))
+    record = last_line(out)
+    share = record.pop("foreign_cpu_share")
+    assert share is None or 0 <= share <= 1
+    found = limits_of(record)
     assert found.notes == () and found.buffer_bytes >= 8 * found.cache_bytes
     assert {way.split()[0] for way in found.ways["float32"]} == {"numpy", "torch", "onednn", "jax"}
     assert found.bandwidth > 1e8 and found.peak("bfloat16") >= found.peak("float32") > 1e8
     assert "read_streams" in out and "jax 1024" in out
+
+
+def test_the_command_says_which_ways_count_and_who_else_computed(capsys: pytest.CaptureFixture[str]) -> None:
+    ways = {READ: {"slow": 1e9, "quick": 4e9}, "float32": {"x 64": 9e9}, "bfloat16": {"x 64": 5e9}}
+    found = Limits(ways=ways, threads=2, cache_bytes=0, buffer_bytes=0)
+    counted = [
+        "bandwidth: quick, 4.000 GB/s",
+        "peak of float32: x 64, 9.000 GFLOP/s",
+        "peak of bfloat16: x 64, float32, 9.000 GFLOP/s",
+    ]
+    for share, warned in ((None, False), (0.01, False), (0.5, True)):
+        roofline.print_limits(found, share)
+        told = capsys.readouterr().out.splitlines()
+        assert [line for line in told if re.match("bandwidth|peak", line)] == counted
+        assert any(line.startswith("Other programs used 50% of the processors") for line in told) == warned
 
 
 def test_a_child_that_fails_is_told_with_its_words(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,7 @@ class Grammars:
         does where there is no llguidance, or no EOS to end with."""
         if wanted is None:
             return None
-        expect(find_spec("llguidance") is not None, "structured_outputs need llguidance: pip install 'tandem-infer[grammar]'.")
+        expect(find_spec("llguidance") is not None, "structured_outputs need llguidance: pip install -e '.[grammar]'.")
         expect(bool(self._eos), "structured_outputs need a token that ends an output, and this model has none (EOS).")
         with self._lock:
             if self._vocabulary is None:
