@@ -389,7 +389,7 @@ def test_the_shell_can_complete_what_is_typed(
     ("typed", "offered"),
     [
         ("experiments.bench engine=", {"hf", "jax", "torch"}),  # behind a sign at which bash breaks words
-        ("experiments.bench engine=jax wor", {"workload", "workload.", "workload="}),
+        ("experiments.bench engine=jax wor", {"workload.", "workload="}),
         ("experiments.compare measure.bl", {"measure.blocks="}),
         ("experiments.compare", set()),
         ("pytest wor", set()),
