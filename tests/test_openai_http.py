@@ -481,7 +481,7 @@ def test_a_command_is_filled_in() -> None:
 )
 def test_ranks_of_which_a_server_is_not_told_are_refused(options: dict[str, Any]) -> None:
     checkpoint = open_checkpoint(zoo.resolve("tiny-llama"))
-    with pytest.raises(ConfigError, match=r"tensor_parallel_size=2 does not reach the server .* \{tensor_parallel_size\}"):
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size=2 does not reach the server: .* \{tensor_parallel_size\}"):
         build_engine(checkpoint, EngineConfig(tensor_parallel_size=2), options=Options(**options))
 
 
