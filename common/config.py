@@ -7,12 +7,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_args
 
 from common.errors import ConfigError, nearest_hint, shown
 
 Dtype = Literal["float32", "bfloat16"]
+ITEMSIZES: Mapping[Dtype, int] = {"float32": 4, "bfloat16": 2}
+"""Bytes of an element."""
 Kernels = Literal["auto", "native", "framework"]
 Schedule = Literal["continuous", "static"]
 Cache = Literal["paged", "dense"]

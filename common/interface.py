@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from common.config import ITEMSIZES
 from common.errors import BackendError, nearest_hint
 from common.request import Request, TokenEvent
 from common.schedule.batch import Batch, Mask, Want
@@ -33,7 +34,7 @@ class Caps:
     """Platform and kind, as people name it: `cpu`, `cuda:NVIDIA H100`."""
     dtypes: tuple[str, ...]
     kernels: tuple[str, ...]
-    library: str | None = None
+    kernel_library: str | None = None
     """The file of native kernels that was loaded, by its name, which tells what it was built from; None without."""
     token_buckets: tuple[int, ...] = ()
     """Sizes T that a step is padded to, rising; empty where any size runs as it is."""
@@ -76,8 +77,7 @@ def one_group(model: ModelConfig, page_bytes: int) -> tuple[KVGroup]:
 
 def page_bytes(model: ModelConfig, config: EngineConfig) -> int:
     """Bytes of one page over all layers that is stored as it is: [K, B, H] in each layer, twice."""
-    itemsize = {"float32": 4, "bfloat16": 2}[config.dtype]
-    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * itemsize * config.block_size
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * ITEMSIZES[config.dtype] * config.block_size
 
 
 @dataclass(frozen=True, kw_only=True)

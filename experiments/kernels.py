@@ -27,7 +27,7 @@ from omegaconf import DictConfig
 from rich.markup import escape
 from rich.table import Table
 
-from common.config import Dtype, ModelConfig, expect
+from common.config import ITEMSIZES, Dtype, ModelConfig, expect
 from common.engine import record_step
 from common.errors import BackendError
 from common.request import SamplingParams
@@ -41,7 +41,7 @@ from experiments.isolate import IsolatedEngine
 from experiments.job import job_directory
 from experiments.measure import machine_limits
 from experiments.metrics import BUSY
-from experiments.roofline import ITEMSIZES, Limits, Work, better, limit_seconds, limits_said, seen
+from experiments.roofline import Limits, Work, better, limit_seconds, limits_said, seen
 from experiments.rundir import finished, run_directory, write_json, write_setup
 
 
@@ -165,7 +165,7 @@ def run(config: DictConfig, spec: EngineSpec, measure: MeasureConfig) -> dict[st
             "passes": measure.kernel_passes,
             "run": str(finished(directory)),
             "failures": {},
-            "kernel_library": answer["library"],
+            "kernel_library": answer["kernel_library"],
             "limits": before and after and {"before": before.summary(), "after": after.summary()},
             "foreign_cpu_share": share,
             "contaminated": contaminations(shapes, share),

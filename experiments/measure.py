@@ -300,7 +300,7 @@ def prepare(engine: IsolatedEngine, plan: Plan, narrator: Narrator) -> dict[str,
     caps = loaded["caps"]
     ours = util.find_spec(f"{engine.spec.name}infer")  # what outside engines compute by is their own
     kernels = ", ".join(caps["kernels"]) if ours else None
-    what = {"device": caps["device"], "kernels_used": kernels, "kernel_library": caps["library"]}
+    what = {"device": caps["device"], "kernels_used": kernels, "kernel_library": caps["kernel_library"]}
     return what | {"load_s": loaded["load_s"], "warmup_s": warmup} | memory
 
 

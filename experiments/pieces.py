@@ -227,9 +227,9 @@ def time_kernels(
     progress: Progress,
 ) -> dict[str, Any]:
     """`times`: kind of kernels → shape → operator → seconds, the quartiles of the passes with the median between them;
-    `foreign_cpu_share`: what other programs used of the processors meanwhile; `library`: the file of the native kernels. What a
-    shape took is printed as soon as it is known, as a line of JSON, and so stands in the engine's log. Raises `ConfigError` or
-    `BackendError` where the native kernels do not serve this model under these settings."""
+    `foreign_cpu_share`: what other programs used of the processors meanwhile; `kernel_library`: the file of the native kernels.
+    What a shape took is printed as soon as it is known, as a line of JSON, and so stands in the engine's log. Raises
+    `ConfigError` or `BackendError` where the native kernels do not serve this model under these settings."""
     config = replace(
         config,
         kernels="native",
@@ -253,7 +253,7 @@ def time_kernels(
             foreign, wall = foreign + others, wall + passed
             progress(len(times[kind]), len(shapes), f"{kind} kernels, {name}")
     share = foreign / (wall * (os.cpu_count() or 1))
-    return {"times": times, "foreign_cpu_share": share, "library": part(backend, "kernels").library()}
+    return {"times": times, "foreign_cpu_share": share, "kernel_library": part(backend, "kernels").built_library().name}
 
 
 def time_kind(

@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from rich.table import Table
 
-from common.config import Dtype, ModelConfig
+from common.config import ITEMSIZES, Dtype, ModelConfig
 from common.engine import StepRecord
 from common.errors import BackendError
 from common.kernels.cpu.build import build
@@ -52,7 +52,6 @@ from experiments.metrics import BUSY, INTENSITIES, LIMITED
 from experiments.phases import rate, step_seconds
 
 READ = "read"
-ITEMSIZES: Mapping[Dtype, int] = {"float32": 4, "bfloat16": 2}
 DTYPES = tuple(ITEMSIZES)
 CACHES = 8
 """The buffer is this many times the last-level cache, so that next to nothing of it is found there the next time."""

@@ -49,18 +49,19 @@ class Weights(NamedTuple):
 
 
 @cache
+def built_library() -> Path:
+    """Where the operators are, compiled if need be; the name tells what of. Raises `BackendError` if that fails."""
+    return build("jax", (jax.ffi.include_dir(),), (), (), jax.__version__)
+
+
+@cache
 def open_library() -> ctypes.CDLL:
     """Compile and load the operators. Raises `BackendError` if that fails."""
-    library = ctypes.CDLL(str(build("jax", (jax.ffi.include_dir(),), (), (), jax.__version__)))
+    library = ctypes.CDLL(str(built_library()))
     for name in ("embed", "layers", "project", "attend", "combine", "head", "adjust", "sample"):
         handler = jax.ffi.pycapsule(getattr(library, f"tandem_{name}"))
         jax.ffi.register_ffi_target(f"tandem_{name}", handler, platform="cpu")
     return library
-
-
-def library() -> str:
-    """The name of the file that `open_library` loads, with a hash of all that it was built from."""
-    return Path(open_library()._name).name
 
 
 def usable(config: EngineConfig, model: ModelConfig, device: jax.Device) -> bool:

@@ -55,7 +55,7 @@ class ModelRunner(interface.ModelRunner):
             device=describe(self.device),
             dtypes=("float32", "bfloat16"),
             kernels=(step.kernels,),
-            library=kernels.library() if native else None,
+            kernel_library=kernels.built_library().name if native else None,
             token_buckets=step.token_buckets,
             decode_buckets=step.decode_buckets,
             max_tokens=self.config.max_num_batched_tokens,

@@ -45,19 +45,18 @@ class Weights(NamedTuple):
 
 
 @cache
-def open_library() -> Path:
-    """Compile and load the operators. Raises `BackendError` if that fails."""
+def built_library() -> Path:
+    """Where the operators are, compiled if need be; the name tells what of. Raises `BackendError` if that fails."""
     folders = cpp_extension.include_paths()
-    theirs = f"{torch.__path__[0]}/lib"
-    linked = (f"-L{theirs}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{theirs}")
-    path = build("torch", folders, ("-std=c++20",), linked, torch.__version__)
-    torch.ops.load_library(str(path))
-    return path
+    library = f"{torch.__path__[0]}/lib"
+    linked = (f"-L{library}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{library}")
+    return build("torch", folders, ("-std=c++20",), linked, torch.__version__)
 
 
-def library() -> str:
-    """The name of the file that `open_library` loads, with a hash of all that it was built from."""
-    return open_library().name
+@cache
+def open_library() -> None:
+    """Compile and load the operators. Raises `BackendError` if that fails."""
+    torch.ops.load_library(str(built_library()))
 
 
 def usable(config: EngineConfig, model: ModelConfig, device: torch.device) -> bool:

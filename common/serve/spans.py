@@ -39,7 +39,7 @@ class Spans:
         try:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         except ImportError as error:
-            raise ConfigError(f"--otlp-endpoint needs OpenTelemetry ({error}): pip install 'tandem-infer[otel]'.") from error
+            raise ConfigError(f"--otlp-endpoint needs OpenTelemetry ({error}): pip install -e '.[otel]'.") from error
         return cls(OTLPSpanExporter(endpoint=endpoint))
 
     def end(self, facts: Mapping[str, Any], arrival: float, headers: Mapping[str, str], error: str | None = None) -> None:

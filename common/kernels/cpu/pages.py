@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from common.config import EngineConfig, ModelConfig
+from common.config import ITEMSIZES, EngineConfig, ModelConfig
 from common.kernels.cpu.pack import LANES
 
 
@@ -23,7 +23,7 @@ def pool_shapes(config: ModelConfig, pages: int, page_size: int, itemsize: int) 
 
 def page_bytes(model: ModelConfig, config: EngineConfig) -> int:
     """Bytes of one page over all layers: more than `common.interface.page_bytes` where the values of a head are padded."""
-    itemsize = {"float32": 4, "bfloat16": 2}[config.dtype]
+    itemsize = ITEMSIZES[config.dtype]
     return itemsize * sum(math.prod(shape) for shape in pool_shapes(model, 1, config.block_size, itemsize))
 
 
