@@ -63,7 +63,9 @@ def test_bad_words_across_the_place_where_it_goes_on_do_not_come_up() -> None:
 def test_a_grammar_goes_on_where_the_output_stands() -> None:
     tokenizer = open_tokenizer(resolve("tiny-llama"))
     with Grammars(tokenizer, tokenizer.eos_token_ids, tokenizer.vocab_size) as grammars:
-        params = SamplingParams(max_tokens=40, temperature=0.0, structured_outputs=StructuredOutputsParams(regex="[a-z]{3}-[0-9]{4}"))
+        params = SamplingParams(
+            max_tokens=40, temperature=0.0, structured_outputs=StructuredOutputsParams(regex="[a-z]{3}-[0-9]{4}")
+        )
         asked = Request(
             request_id="r",
             prompt_token_ids=(5, 6, 7),
@@ -82,7 +84,9 @@ def test_output_that_the_grammar_does_not_allow_ends_the_request_with_an_error()
     with Grammars(tokenizer, tokenizer.eos_token_ids, tokenizer.vocab_size) as grammars:
         params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="[0-9]+"))
         wrong = tuple(tokenizer.encode("word", add_special_tokens=False))
-        asked = Request(request_id="r", prompt_token_ids=(5,), params=params, grammar=grammars.compile(params.structured_outputs))
+        asked = Request(
+            request_id="r", prompt_token_ids=(5,), params=params, grammar=grammars.compile(params.structured_outputs)
+        )
         (end,) = history_engine().run([replace(asked, output_token_ids=wrong)])["r"]
         assert end.finish is Status.FINISHED_ERROR and end.token_id is None
 
