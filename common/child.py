@@ -65,11 +65,12 @@ def listen() -> tuple[IO[bytes], queue.SimpleQueue[Frame]]:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes our input
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is a log, not an answer
+    source = os.fdopen(os.dup(0), "rb")  # not sys.stdin, whose lock a thread that reads would hold as Python ends
     told: queue.SimpleQueue[Frame] = queue.SimpleQueue()
 
     def hear() -> None:
         try:
-            while (frame := read_frame(sys.stdin.buffer)) is not None:
+            while (frame := read_frame(source)) is not None:
                 told.put(frame)
         except Exception:
             traceback.print_exc()

@@ -24,7 +24,6 @@ from common import child
 from common.config import EngineConfig
 from common.engine import Engine
 from common.errors import BackendError, ConfigError, DrainingError, QueueFullError, RequestError
-from common.frames import write_frame
 from common.llm import LLM
 from common.platform import thread_settings
 from common.replicas.engine import Replicas, open_engine
@@ -40,12 +39,9 @@ from tests.history_backend import ROOT, command, last_line
 from tests.history_runner import Expected, HistoryRunner, expected
 from tests.http_server import PATIENCE_S, Served, serving, until
 from tests.http_server import history as history_package
+from tests.replica_mains import MODEL, SMALL
 
-MODEL = "tiny-llama"
 VOCAB = 320
-SMALL = EngineConfig(
-    max_num_seqs=8, max_num_batched_tokens=64, max_model_len=512, num_blocks=200, data_parallel_size=2, threads=2, device="cpu"
-)
 KINDS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},
     {"temperature": 0.0, "logprobs": 2, "prompt_logprobs": 1},
@@ -367,18 +363,18 @@ def test_conversations_go_back_to_where_their_history_lies(history: Path) -> Non
     """Pages of a replica fit the histories of half the conversations: with round robin each replica would need those of all."""
 
     def hits(routing: str) -> int:
-        config = replace(SMALL, routing=routing, num_blocks=150, max_num_batched_tokens=256)  # type: ignore[arg-type]
+        config = replace(SMALL, routing=routing, num_blocks=150)  # type: ignore[arg-type]
         rng, found = random.Random(0), 0
-        texts = [[rng.randrange(3, VOCAB) for _ in range(40)] for _ in range(16)]
+        texts = [[rng.randrange(3, VOCAB) for _ in range(160)] for _ in range(16)]
         with running("history", config) as engine:
             for turn in range(6):
                 order = rng.sample(range(16), 16)
                 asked = {f"{turn}-{i}": i for i in order}
-                params = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
+                params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
                 got = engine.run(Request(request_id=n, prompt_token_ids=texts[i], params=params) for n, i in asked.items())
                 for name, i in asked.items():
                     texts[i] += [e.token_id for e in got[name] if e.token_id is not None]
-                    texts[i] += [rng.randrange(3, VOCAB) for _ in range(24)]
+                    texts[i] += [rng.randrange(3, VOCAB) for _ in range(8)]
             found = engine.stats()["prefix_cache_hits"]
         return found
 
@@ -391,12 +387,7 @@ def test_conversations_go_back_to_where_their_history_lies(history: Path) -> Non
 
 @pytest.mark.parametrize("stopped", [False, True])
 def test_no_replica_outlives_an_engine_that_is_killed(history: Path, stopped: bool) -> None:
-    code = (
-        "import time\nfrom tests.test_replicas import *\n"
-        "engine = Replicas('history', checkpoint(MODEL), SMALL)\n"
-        "print(*[state.pid for state in engine.replicas], flush=True)\ntime.sleep(600)\n"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen([sys.executable, "-m", "tests.replica_mains"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert parent.stdout
     others = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
     assert len(others) == 2
@@ -445,22 +436,6 @@ def test_one_that_cannot_start_again_is_given_up_and_the_last_takes_all_requests
         assert not engine.has_work
 
 
-def chatter(what: str) -> None:
-    """A replica that serves, and then does not do as it should."""
-    answers, told = child.listen()
-    write_frame(answers, {"ready": {}})
-    if what == "garbage":
-        answers.write(b"HTTP/1.1 200 OK\r\n\r\n")
-    elif what == "half a frame":
-        answers.write(b"TNDM\x05")
-    elif what == "oversize":
-        answers.write(b"TNDM" + b"\xff" * 12)
-    answers.flush()
-    if what == "half a frame":
-        os._exit(3)
-    told.get()
-
-
 @pytest.mark.parametrize(
     ("what", "how"),
     [
@@ -472,7 +447,7 @@ def chatter(what: str) -> None:
 )
 def test_a_process_that_says_what_it_should_not_or_nothing_is_started_again(what: str, how: str) -> None:
     news: SimpleQueue[News] = SimpleQueue()
-    keeper = Keeper(0, "tests.test_replicas:chatter", [what], {}, news.put)
+    keeper = Keeper(0, "tests.replica_mains:chatter", [what], {}, news.put)
     try:
         for _ in range(2):
             assert isinstance(news.get(timeout=PATIENCE_S), Ready)
@@ -489,7 +464,7 @@ def test_replicas_share_the_threads(two: Replicas) -> None:
 
 
 def test_whoever_looks_into_an_engine_is_told_that_replicas_are_elsewhere() -> None:
-    with pytest.raises(ConfigError, match="lab.load"):
+    with pytest.raises(ConfigError, match=r"lab\.load"):
         lab.load("model=tiny-llama", "engine=torch", "parallel=dp2")
 
 
@@ -617,7 +592,7 @@ def test_compare_takes_replicas_as_an_engine_and_adds_up_their_memory(
         compare.main,
         "engines=[history,{name:history,data_parallel_size:2}]",
         "model=tiny-llama", "workload=fixed", "workload.num_requests=4", "workload.output_len=5",
-        "correctness.num_requests=2", "correctness.output_len=4", "measure.limits_s=0", "measure.blocks=1", "measure.budget_s=0",
+        "correctness.num_requests=2", "correctness.output_len=4", "measure.limits_s=0", "measure.blocks=1",
     )  # fmt: skip
     result = last_line(capfd.readouterr().out)
     single, double = result["engines"]["history"], result["engines"]["history-data_parallel_size=2"]

@@ -60,6 +60,8 @@ class _Live:
     request: Request
     output: list[int]
     deaths: int = 0
+    cost: int = 0
+    """Tokens that its replica computes before it can give the first that is new."""
     number: int = -1
     """By which the replica knows it."""
     replica: _Replica | None = None
@@ -89,8 +91,8 @@ class _Replica:
 
     @property
     def load(self) -> int:
-        """Tokens of its requests."""
-        return sum(len(live.request.prompt_token_ids) + len(live.output) for live in self.live.values())
+        """Tokens that it computes for its requests, as far as they have come."""
+        return sum(live.cost + len(live.output) for live in self.live.values())
 
 
 class Replicas(ServingEngine):
@@ -169,15 +171,17 @@ class Replicas(ServingEngine):
     def _send(self, live: _Live) -> None:
         """To the replica of its parent, whose pages it starts from, or to the one that the router chooses; if none serves, it
         waits for one."""
+        self._tell_whether_to_log()
         loads = {i: replica.load for i, replica in enumerate(self._replicas) if replica.link}
         if not loads:
             return
         request, tokens, parent = live.request, live.tokens, self._parent(live.request)
         beside = parent.replica if parent is not None and not live.output else None
         if beside is None:
-            index = self._router.choose(tokens, request.cache_salt, loads)
+            index, cached = self._router.choose(tokens, request.cache_salt, loads)
         else:
-            index = self._replicas.index(beside)
+            index, cached = self._replicas.index(beside), len(tokens) - 1
+        live.cost = len(tokens) - cached
         replica = live.replica = self._replicas[index]
         assert replica.link
         live.number = next(self._numbers)

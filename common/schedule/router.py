@@ -1,7 +1,7 @@
 """Which of several engines gets a request. Bookkeeping only: an engine is a number here, and its load is told.
 
-`prefix` sends a request where least is to be computed before its turn: the tokens of the requests that an engine has, and of
-its own those that are not cached there. So a conversation goes back to where its history lies, until that engine has so much
+`prefix` sends a request where least is to compute: for the requests that an engine has, and of its own tokens those that are
+not cached there. So a conversation goes back to where its history lies, until that engine has so much
 more to do than another that computing the history anew is the shorter way. `round_robin` knows neither; it is what `prefix` is
 held against.
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,12 @@ from common.schedule.pages import PageKey, next_key
 
 _SECRET = b"router"
 """Keys of pages are compared within this process alone."""
+
+
+class Choice(NamedTuple):
+    engine: int
+    cached: int
+    """Tokens at the start of the request that it has in its pages, as far as is known."""
 
 
 class Router:
@@ -34,15 +41,14 @@ class Router:
         self._sent: list[OrderedDict[PageKey, None]] = [OrderedDict() for _ in range(count)]
         """By engine: the keys of its pages, the one that goes first at the front."""
 
-    def choose(self, tokens: Sequence[int], salt: str, loads: Mapping[int, int]) -> int:
-        """One of the engines in `loads`, which says how many tokens the requests of each have."""
-        if self._routing == "round_robin":
-            turns = {engine: (engine - self._last - 1) % self._count for engine in loads}
-        else:
-            keys = self._keys(tokens, salt)
-            turns = {engine: load - self._cached(engine, keys) for engine, load in loads.items()}
-        self._last = min(loads, key=lambda engine: (turns[engine], (engine - self._last - 1) % self._count))
-        return self._last
+    def choose(self, tokens: Sequence[int], salt: str, loads: Mapping[int, int]) -> Choice:
+        """One of the engines in `loads`, which says how many tokens each computes for the requests that it has."""
+        keys = self._keys(tokens, salt)
+        cached = {engine: self._cached(engine, keys) for engine in loads}
+        turns = {engine: (engine - self._last - 1) % self._count for engine in loads}
+        weights = {engine: loads[engine] - cached[engine] if self._routing == "prefix" else 0 for engine in loads}
+        self._last = min(loads, key=lambda engine: (weights[engine], turns[engine]))
+        return Choice(self._last, cached[self._last])
 
     def sent(self, engine: int, tokens: Sequence[int], salt: str, pages: int) -> None:
         """An engine of so many pages has computed these tokens, or is about to."""
