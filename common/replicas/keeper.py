@@ -1,4 +1,4 @@
-"""The process of one replica: started, watched, and started again when it has ended or gives no sign of life.
+"""The process of one replica: started, watched, and started again when it has ended, is stopped, or gives no sign of life.
 
 A thread for each does this, and says what happens in the order in which it does. It waits for the next frame in short turns and
 counts those in which none came, instead of looking at a clock: so time in which this process did not run itself, suspended or
@@ -16,16 +16,20 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
+import psutil
+
 from common import child
 from common.frames import Frame, Message, NoFrame, read_frame, write_frame
 from common.interface import ReplicaState
 
 BEAT_S = 0.25
 """Between two signs of life of a replica."""
-SILENCE_S = 1.25
-"""Without one, after which it counts as dead."""
+SILENCE_S = 10.0
+"""Without one, after which it counts as dead. A library may hold up all threads of a process, and a machine have much to do."""
+STOPPED_S = 0.5
+"""That it is stopped (SIGSTOP), after which it counts as dead: whoever stops a whole group goes on with it one by one."""
 LOADING_SILENCE_S = 60.0
-"""Likewise before it serves: a library that is loaded may hold up all threads of a process."""
+"""Likewise before it serves."""
 TURN_S = 0.1
 ATTEMPTS = 3
 """How often in a row a replica may end without having served until it is given up."""
@@ -149,7 +153,7 @@ class Keeper:
     def _watch(self, process: subprocess.Popen[bytes]) -> tuple[str, Mapping[str, str] | None]:
         """Tell what it says until it has ended; then how, and the error that it told."""
         assert process.stdout and self._link
-        source, error, how = _Patient(process.stdout.fileno()), None, ""
+        source, error, how = _Patient(process), None, ""
         try:
             while (frame := read_frame(source)) is not None:
                 match frame.message:
@@ -159,14 +163,14 @@ class Keeper:
                         source.patience_s = SILENCE_S
                         self._state = self._state._replace(serves=True)
                         self._post(Ready(self._index, told, self._link))
-                    case {"failed": told}:
+                    case {"failed_to_start": told}:
                         error = told
                     case _:
                         self._post(Said(self._index, frame))
         except NoFrame as garbage:
             how = f"wrote something else than an answer ({garbage})"
-        except TimeoutError:
-            how = f"gave no sign of life for {source.patience_s:g} s"
+        except TimeoutError as silence:
+            how = str(silence)
         if not how:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 how = child.how_it_ended(process.wait(child.PATIENCE_S))
@@ -178,24 +182,35 @@ class Keeper:
 
 
 class _Patient:
-    """A pipe whose other end must not be silent for long: then to read raises `TimeoutError`."""
+    """The output of a process that must neither be silent for long nor be stopped: then to read raises `TimeoutError`."""
 
-    def __init__(self, file: int) -> None:
-        self._file, self._poll = file, select.poll()
-        self._poll.register(file, select.POLLIN)
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout
+        self._pid, self._file, self._poll = process.pid, process.stdout.fileno(), select.poll()
+        self._poll.register(self._file, select.POLLIN)
         self.patience_s = LOADING_SILENCE_S
 
     def read(self, size: int, /) -> bytes:
-        parts, silence = bytearray(), 0.0
+        parts, silence, stopped = bytearray(), 0.0, 0.0
         while len(parts) < size:
             if not self._poll.poll(TURN_S * 1e3):
                 silence += TURN_S
+                stopped = stopped + TURN_S if is_stopped(self._pid) else 0.0
+                if stopped >= STOPPED_S:
+                    raise TimeoutError("was stopped")
                 if silence >= self.patience_s:
-                    raise TimeoutError
+                    raise TimeoutError(f"gave no sign of life for {self.patience_s:g} s")
                 continue
             part = os.read(self._file, size - len(parts))
             if not part:
                 break
             parts += part
-            silence = 0.0
+            silence = stopped = 0.0
         return bytes(parts)
+
+
+def is_stopped(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    except psutil.NoSuchProcess:
+        return False

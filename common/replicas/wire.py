@@ -96,4 +96,7 @@ def _pack_logprobs(found: Logprobs | None) -> list[Any] | None:
 
 
 def _unpack_logprobs(values: Sequence[Any] | None) -> Logprobs | None:
-    return None if values is None else Logprobs(*values)
+    if values is None:
+        return None
+    logprob, rank, ids, logprobs = values
+    return Logprobs(logprob, rank, ids or (), logprobs or ())

@@ -38,7 +38,7 @@ def main(backend: str, path: str, options: dict[str, Any]) -> None:
         engine = build_engine(backend, checkpoint, EngineConfig(**options), voice.progress)
     except Exception as error:
         traceback.print_exc()
-        voice.say({"failed": failure(error)})
+        voice.say({"failed_to_start": failure(error)})
         sys.exit(1)
     caps, limits = asdict(engine.caps), asdict(engine.scheduler.limits)
     voice.say({"ready": {"caps": caps, "limits": limits, "stats": engine.stats()}})

@@ -1,9 +1,8 @@
 """Which of several engines gets a request. Bookkeeping only: an engine is a number here, and its load is told.
 
 `prefix` sends a request where least is to compute: for the requests that an engine has, and of its own tokens those that are
-not cached there. So a conversation goes back to where its history lies, until that engine has so much
-more to do than another that computing the history anew is the shorter way. `round_robin` knows neither; it is what `prefix` is
-held against.
+not cached there. So a conversation goes back to where its history lies, until that engine has so much more to do than another
+that computing the history anew is the shorter way. `round_robin` knows neither; it is what `prefix` is held against.
 
 What is cached where, nobody tells the router: it remembers the keys of the pages that it has sent to each engine, as many as
 that has pages, and forgets those first that were not asked for longest, of one request its tail first, as the engine's pool
