@@ -144,7 +144,11 @@ def judge(asked: Sequence[Request], events: dict[str, list[TokenEvent]]) -> None
         assert [event.finish for event in mine] == [None] * (len(mine) - 1) + [oracle.finish]
         assert mine[0].prompt_logprobs == oracle.prompt_logprobs
         if (k := request.params.logprobs) is not None:
-            assert [event.logprobs for event in mine] == [oracle.logprobs(i, k, VOCAB) for i in range(len(mine))]
+            found = [
+                (x.logprob, x.rank, list(x.top_ids), list(x.top_logprobs)) for x in (event.logprobs for event in mine) if x
+            ]
+            judged = [oracle.logprobs(i, k, VOCAB) for i in range(len(mine))]
+            assert found == [(x.logprob, x.rank, x.top_ids, x.top_logprobs) for x in judged]
 
 
 def drive(
