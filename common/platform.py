@@ -5,6 +5,7 @@ The choice of a device is pure logic here; what is usable, only a backend can te
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import platform
@@ -117,6 +118,16 @@ def cpu_vendor() -> str:
 def cpu_features() -> str:
     """The instruction sets that Linux says the processor has, or nothing where it does not tell."""
     return _cpuinfo("flags", "Features")
+
+
+@cache
+def matrix_unit() -> bool:
+    """Whether this process may use Intel's matrix unit (AMX) for bfloat16. Linux wants to be asked, and here it is; it refuses
+    where a thread's signal stack is too small for the unit's registers, or a sandbox is strict."""
+    if platform.machine() != "x86_64" or "amx_bf16" not in cpu_features().split():
+        return False
+    arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18  # arch/x86/include/uapi/asm/prctl.h
+    return ctypes.CDLL(None).syscall(arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0
 
 
 def _cpuinfo(*names: str) -> str:

@@ -82,6 +82,8 @@ _CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         Gemma3TextConfig,
         num_hidden_layers=7,
         num_key_value_heads=1,
+        # With this and its head_dim all products are a matrix unit's, and some sums have to wait for their second part.
+        intermediate_size=416,
         head_dim=32,
         query_pre_attn_scalar=24,
         sliding_window=8,

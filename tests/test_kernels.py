@@ -455,7 +455,12 @@ def test_libraries_that_nobody_used_for_long_are_removed(monkeypatch: pytest.Mon
 @pytest.mark.accept
 @pytest.mark.parametrize(
     "options",
-    ["-DTANDEM_WIDEN -DTANDEM_FEW_ROWS=0", "-UTANDEM_WIDEN -UTANDEM_FEW_ROWS", "-mno-avx512bf16", "-DTANDEM_PORTABLE"],
+    [
+        "-UTANDEM_AMX -DTANDEM_WIDEN -DTANDEM_FEW_ROWS=0",
+        "-UTANDEM_AMX -UTANDEM_WIDEN -UTANDEM_FEW_ROWS",
+        "-UTANDEM_AMX -mno-avx512bf16",
+        "-DTANDEM_PORTABLE",
+    ],
     ids=["as on Intel", "as on AMD", "without BF16", "any processor"],
 )
 def test_what_other_processors_would_compute_passes_the_same_tests(options: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -165,3 +167,21 @@ if not (child := os.fork()):
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_matrix_unit_may_be_used_where_linux_says_so_after_it_was_asked() -> None:
+    XTILEDATA = 1 << 18
+    granted = "from common import platform; from tests import test_platform as here; "
+    granted += "print(platform.matrix_unit(), here.xcomp_permitted())"
+    told = subprocess.run([sys.executable, "-c", granted], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    usable, permitted = told.stdout.split()
+    assert (usable == "True") == bool(int(permitted) & XTILEDATA), told.stderr
+
+
+def xcomp_permitted() -> int:
+    """The extended states that this process may use, as bits; 0 where the system knows of none."""
+    arch_prctl, ARCH_GET_XCOMP_PERM = 158, 0x1022
+    bits = ctypes.c_uint64()
+    if platform.machine() == "x86_64":
+        ctypes.CDLL(None).syscall(arch_prctl, ARCH_GET_XCOMP_PERM, ctypes.byref(bits))
+    return bits.value

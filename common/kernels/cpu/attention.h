@@ -9,12 +9,13 @@
 
 #include <vector>
 
+#include "amx.h"
 #include "pool.h"
 #include "step.h"
 
 namespace tandem {
 
-constexpr int BLOCK = 64, PARTITION = 512, SUB = BLOCK / LANES, AHEAD = 1;
+constexpr int BLOCK = 64, PARTITION = 512, SUB = BLOCK / LANES, AHEAD = 1, MAX_HEAD_DIM = 512;
 constexpr float MASKED = -1e30f;
 
 constexpr int padded(int n) { return (n + LANES - 1) / LANES * LANES; }
@@ -66,10 +67,10 @@ struct Partial {
 // Scratch of one tile, grown once and kept by its thread.
 template <class E>
 struct Tile {
-  std::vector<typename E::A> q, p;
-  std::vector<float> s, acc;
-  std::vector<Partial> partials;
-  std::vector<int> position;
+  Buffer<typename E::A> q, p;
+  Buffer<float> s, acc;
+  Buffer<Partial> partials;
+  Buffer<int> position;
 
   void fit(int rows, int head_dim, int partitions) {
     auto grow = [](auto& v, size_t n) { if (v.size() < n) v.resize(n); };
@@ -151,12 +152,80 @@ inline void weigh(const typename E::A* p, int keys, const typename E::T* const* 
     for (int c = 0; c < C; ++c) store(acc + r * width + c * LANES, sum[r][c]);
 }
 
-// One block for all rows of a tile, of which the last sees `keys` keys: what lies behind them is not looked at.
+#if TANDEM_TILES
+// s[r][64] = q[r] · k of one block by the matrix unit: up to sixteen rows, keys in groups of sixteen. Of the next block all groups
+// are fetched.
+inline void score_tile(const bf16* q, int head_dim, int groups, const bf16* const* k, const bf16* const* next, size_t stride,
+                       float* s) {
+  constexpr int WIDTH = BLOCK * sizeof(float);
+  asm volatile("" ::: "memory");
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int h = 0; h < head_dim; h += TILE_INPUTS) {
+    const size_t at = h / 2 * stride;
+    _tile_loadd(4, q + h, head_dim * sizeof(bf16));
+#define TANDEM_SCORE(J)                                 \
+  do {                                                  \
+    _tile_loadd(6, k[J] + at, stride * sizeof(bf16));   \
+    _tile_dpbf16ps(J, 4, 6);                            \
+  } while (false)
+    TANDEM_SCORE(0);
+    if (groups > 1) TANDEM_SCORE(1);
+    if (groups > 2) TANDEM_SCORE(2);
+    if (groups > 3) TANDEM_SCORE(3);
+#undef TANDEM_SCORE
+    if (next)
+      for (int j = 0; j < SUB; ++j)
+        for (int i = 0; i < TILE_INPUTS / 2; ++i) prefetch(next[j] + at + i * stride);
+  }
+  _tile_stored(0, s, WIDTH);
+  _tile_stored(1, s + 16, WIDTH);
+  _tile_stored(2, s + 32, WIDTH);
+  _tile_stored(3, s + 48, WIDTH);
+}
+
+// acc[r][:width] += p[r] v of one block by the matrix unit, likewise.
+inline void weigh_tile(const bf16* p, int groups, const bf16* const* v, const bf16* const* next, int width, float* acc) {
+  const size_t row = width * sizeof(float);
+  asm volatile("" ::: "memory");
+  for (int h = 0; h < width; h += 4 * LANES) {
+    const int columns = (width - h) / LANES;
+    float* sum = acc + h;
+    _tile_loadd(0, sum, row);
+    if (columns > 1) _tile_loadd(1, sum + 16, row);
+    if (columns > 2) _tile_loadd(2, sum + 32, row);
+    if (columns > 3) _tile_loadd(3, sum + 48, row);
+    for (int j = 0; j < groups; ++j) {
+      const bf16* from = v[j] + 2 * h;
+      _tile_loadd(5, p + j * LANES, BLOCK * sizeof(bf16));
+#define TANDEM_WEIGH(C)                         \
+  do {                                          \
+    _tile_loadd(7, from + 2 * C * LANES, row);  \
+    _tile_dpbf16ps(C, 5, 7);                    \
+  } while (false)
+      TANDEM_WEIGH(0);
+      if (columns > 1) TANDEM_WEIGH(1);
+      if (columns > 2) TANDEM_WEIGH(2);
+      if (columns > 3) TANDEM_WEIGH(3);
+#undef TANDEM_WEIGH
+    }
+    _tile_stored(0, sum, row);
+    if (columns > 1) _tile_stored(1, sum + 16, row);
+    if (columns > 2) _tile_stored(2, sum + 32, row);
+    if (columns > 3) _tile_stored(3, sum + 48, row);
+  }
+  if (next)
+    for (int j = 0; j < SUB; ++j)
+      for (int i = 0; i < LANES * width; i += 64 / sizeof(bf16)) prefetch(next[j] + i);
+}
+#endif
+
+// s[r][64] = q[r] · k of one block, for all rows of a tile.
 template <class E>
-inline void attend_block(Tile<E>& tile, int rows, int head_dim, const typename E::T* const* k, const typename E::T* const* v,
-                         const typename E::T* const* next_k, const typename E::T* const* next_v, size_t k_stride, int first,
-                         int keys, int window, float scale, Partial* partials, float* acc) {
-  const int width = padded(head_dim), groups = padded(keys) / LANES;
+inline void all_scores(typename E::Registers&, Tile<E>& tile, int rows, int head_dim, int groups, const typename E::T* const* k,
+                       const typename E::T* const* next_k, size_t k_stride) {
   for (int r = 0; r < rows;) {
     const auto* q = tile.q.data() + size_t(r) * head_dim;
     float* s = tile.s.data() + size_t(r) * BLOCK;
@@ -175,35 +244,12 @@ inline void attend_block(Tile<E>& tile, int rows, int head_dim, const typename E
 #undef TANDEM_GROUPS
 #undef TANDEM_SCORES
   }
-  I lane;
-  for (int i = 0; i < LANES; ++i) lane[i] = i;
-  const V low = set1(MASKED);
-  for (int r = 0; r < rows; ++r) {
-    const int last = tile.position[r], from = window ? last - window + 1 : 0;
-    const bool whole = last >= first + BLOCK - 1 && from <= first;
-    V x[SUB] = {low, low, low, low};
-    I seen[SUB];
-    for (int j = 0; j < groups; ++j) {
-      x[j] = load(&tile.s[size_t(r) * BLOCK + j * LANES]) * scale;
-      const I key = lane + (first + j * LANES);
-      seen[j] = whole ? ~I{} : (I)((key <= last) & (key >= from));
-      if (!whole) x[j] = select(seen[j], x[j], low);
-    }
-    Partial& partial = partials[r];
-    const float peak = std::fmax(partial.peak, max(max(max(x[0], x[1]), max(x[2], x[3]))));
-    if (partial.peak != peak) {
-      const V decay = exp2(set1(partial.peak - peak));
-      partial.total = partial.total * decay;
-      for (int h = 0; h < width; h += LANES) store(acc + size_t(r) * width + h, load(acc + size_t(r) * width + h) * decay);
-      partial.peak = peak;
-    }
-    auto* p = tile.p.data() + size_t(r) * BLOCK;
-    for (int j = 0; j < groups; ++j) {
-      V e = exp2(x[j] - peak);
-      if (!whole) e = select(seen[j], e, V{});
-      partial.total = partial.total + put_operands<E>(p + j * LANES, e);  // as rounded, so that the weights add up to one
-    }
-  }
+}
+
+// acc[r] += p[r][:keys] v of one block, for all rows of a tile.
+template <class E>
+inline void all_weighed(typename E::Registers&, Tile<E>& tile, int rows, int width, int keys, const typename E::T* const* v,
+                        const typename E::T* const* next_v, float* acc) {
   for (int h = 0; h < width; h += 4 * LANES) {
     const int columns = (width - h) / LANES < 4 ? (width - h) / LANES : 4;
     const typename E::T *values[SUB], *after[SUB];
@@ -227,6 +273,94 @@ inline void attend_block(Tile<E>& tile, int rows, int head_dim, const typename E
   }
 }
 
+#if TANDEM_TILES
+// Both by the matrix unit, sixteen rows at a time.
+inline void all_scores(Registers& registers, Tile<BF16Tiles>& tile, int rows, int head_dim, int groups, const bf16* const* k,
+                       const bf16* const* next_k, size_t k_stride) {
+  for (int r = 0; r < rows; r += TILE_ROWS) {
+    registers.for_queries(rows - r < TILE_ROWS ? rows - r : TILE_ROWS);
+    score_tile(&tile.q[size_t(r) * head_dim], head_dim, groups, k, r == 0 ? next_k : nullptr, k_stride, &tile.s[size_t(r) * BLOCK]);
+  }
+}
+
+inline void all_weighed(Registers& registers, Tile<BF16Tiles>& tile, int rows, int width, int keys, const bf16* const* v,
+                        const bf16* const* next_v, float* acc) {
+  // Of the last sixteen keys those that no token has written yet count as 0.
+  const int groups = padded(keys) / LANES, whole = keys / LANES, left = keys % LANES;
+  alignas(64) bf16 last[LANES * MAX_HEAD_DIM];
+  const bf16* from[SUB];
+  for (int j = 0; j < groups; ++j) from[j] = j < whole ? v[j] : last;
+  for (int i = 0; left && i < LANES; i += 2)
+    for (int h = 0; h < 2 * width; h += 2 * LANES) {
+      const I pairs = i < left ? BF16::vec(v[whole] + size_t(i) * width + h) : I{};
+      const I written = i + 1 == left ? BF16::first(pairs) : pairs;
+      std::memcpy(last + size_t(i) * width + h, &written, sizeof written);
+    }
+  for (int r = 0; r < rows; r += TILE_ROWS) {
+    registers.for_queries(rows - r < TILE_ROWS ? rows - r : TILE_ROWS);
+    weigh_tile(&tile.p[size_t(r) * BLOCK], groups, from, r == 0 ? next_v : nullptr, width, acc + size_t(r) * width);
+  }
+}
+#endif
+
+// A row's probabilities from its scores of one block, C groups of sixteen keys. Keys outside [from, last] count as 0; if WHOLE, none
+// is. Without branches between the groups their powers overlap.
+template <class E, int C, bool WHOLE>
+inline void soften(const float* s, int first, int from, int last, float scale, typename E::A* p, Partial& partial, float* acc,
+                   int width) {
+  I lane;
+  for (int i = 0; i < LANES; ++i) lane[i] = i;
+  const V low = set1(MASKED);
+  V x[C], top = low;
+  I seen[C];
+#pragma GCC unroll 4
+  for (int j = 0; j < C; ++j) {
+    x[j] = load(s + j * LANES) * scale;
+    const I key = lane + (first + j * LANES);
+    seen[j] = (I)((key <= last) & (key >= from));
+    if (!WHOLE) x[j] = select(seen[j], x[j], low);
+    top = max(x[j], top);
+  }
+  if (const float peak = max(top); peak > partial.peak) {
+    const V decay = exp2(set1(partial.peak - peak));
+    partial.total = partial.total * decay;
+    for (int h = 0; h < width; h += LANES) store(acc + h, load(acc + h) * decay);
+    partial.peak = peak;
+  }
+  V total = partial.total;
+#pragma GCC unroll 4
+  for (int j = 0; j < C; ++j) {
+    V e = exp2(x[j] - partial.peak);
+    if (!WHOLE) e = select(seen[j], e, V{});
+    total = total + put_operands<E>(p + j * LANES, e);  // as rounded, so that the weights add up to one
+  }
+  partial.total = total;
+}
+
+// One block for all rows of a tile, of which the last sees `keys` keys: what lies behind them is not looked at.
+template <class E>
+inline void attend_block(typename E::Registers& registers, Tile<E>& tile, int rows, int head_dim, const typename E::T* const* k,
+                         const typename E::T* const* v, const typename E::T* const* next_k, const typename E::T* const* next_v,
+                         size_t k_stride, int first, int keys, int window, float scale, Partial* partials, float* acc) {
+  const int width = padded(head_dim), groups = padded(keys) / LANES;
+  all_scores(registers, tile, rows, head_dim, groups, k, next_k, k_stride);
+  for (int r = 0; r < rows; ++r) {
+    const int last = tile.position[r], from = window ? last - window + 1 : 0;
+    const bool whole = last >= first + BLOCK - 1 && from <= first;
+    const float* s = tile.s.data() + size_t(r) * BLOCK;
+    auto* p = tile.p.data() + size_t(r) * BLOCK;
+    float* sum = acc + size_t(r) * width;
+#define TANDEM_SOFTEN(C, WHOLE) soften<E, C, WHOLE>(s, first, from, last, scale, p, partials[r], sum, width)
+    if (whole) TANDEM_SOFTEN(4, true);
+    else if (groups == 4) TANDEM_SOFTEN(4, false);
+    else if (groups == 3) TANDEM_SOFTEN(3, false);
+    else if (groups == 2) TANDEM_SOFTEN(2, false);
+    else TANDEM_SOFTEN(1, false);
+#undef TANDEM_SOFTEN
+  }
+  all_weighed(registers, tile, rows, width, keys, v, next_v, acc);
+}
+
 // A run of query tokens of one sequence with one key and value head.
 struct Run {
   int seq, head, token, count;  // its first token, among all of the step
@@ -239,13 +373,14 @@ class Attention {
  public:
   using T = typename E::T;
 
-  Attention(const Step& step, const Weights& w, const Pages<E>& pages, T* q, int threads)
+  Attention(const Step& step, const Weights& w, const Pages<typename E::Stored>& pages, T* q, int threads)
       : step_(step), w_(w), pages_(pages), q_(q) {
     plan(threads);
   }
 
   // Threads call this together. q becomes the output.
   void operator()(Member& team) {
+    typename E::Registers registers;
     if (!split_) {
       team.share(int(runs_.size()), [&](int i) {
         static thread_local Tile<E> tile;
@@ -255,7 +390,7 @@ class Attention {
         tile.fit(rows, w_.head_dim, n);
         load(tile, run);
         for (int part = 0; part < n; ++part)
-          partition(tile, run, run.begin + part, after, &tile.partials[size_t(part) * rows],
+          partition(registers, tile, run, run.begin + part, after, &tile.partials[size_t(part) * rows],
                     &tile.acc[size_t(part) * rows * padded(w_.head_dim)]);
         merge(run, n, tile.partials.data(), tile.acc.data());
       });
@@ -267,7 +402,7 @@ class Attention {
       tile.fit(run.count * group(), w_.head_dim, 1);
       load(tile, run);
       const size_t at = size_t(run.part) + size_t(work_[i].second) * run.count * group();
-      partition(tile, run, run.begin + work_[i].second, nullptr, &partials_[at], &acc_[at * padded(w_.head_dim)]);
+      partition(registers, tile, run, run.begin + work_[i].second, nullptr, &partials_[at], &acc_[at * padded(w_.head_dim)]);
     });
     team.barrier();
     team.share(int(runs_.size()), [&](int i) {
@@ -334,7 +469,8 @@ class Attention {
   }
 
   // `after`: the run that this thread is likely to come to next.
-  void partition(Tile<E>& tile, const Run& run, int part, const Run* after, Partial* partials, float* acc) {
+  void partition(typename E::Registers& registers, Tile<E>& tile, const Run& run, int part, const Run* after, Partial* partials,
+                 float* acc) {
     const int rows = run.count * group(), H = w_.head_dim;
     for (int r = 0; r < rows; ++r) partials[r] = {MASKED, V{}};
     std::memset(acc, 0, sizeof(float) * rows * padded(H));
@@ -351,7 +487,7 @@ class Attention {
       if (more) find(run, soon, next_k, next_v);
       else if (other) find(*after, then, next_k, next_v);
       const int keys = last + 1 - first < BLOCK ? last + 1 - first : BLOCK;
-      attend_block<E>(tile, rows, H, k, v, more || other ? next_k : nullptr, more || other ? next_v : nullptr,
+      attend_block<E>(registers, tile, rows, H, k, v, more || other ? next_k : nullptr, more || other ? next_v : nullptr,
                       size_t(pages_.page) * E::PAIR, first, keys, w_.window, w_.attention_scale * LOG2E, partials, acc);
     }
   }
@@ -380,13 +516,13 @@ class Attention {
 
   const Step& step_;
   const Weights& w_;
-  const Pages<E>& pages_;
+  const Pages<typename E::Stored>& pages_;
   T* q_;
   bool split_ = false;
   std::vector<Run> runs_;
   std::vector<std::pair<int, int>> work_;
-  std::vector<Partial> partials_;
-  std::vector<float> acc_;
+  Buffer<Partial> partials_;
+  Buffer<float> acc_;
 };
 
 }  // namespace tandem

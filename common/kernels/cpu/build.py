@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from common.errors import BackendError, CheckpointError
-from common.platform import cpu_features, cpu_name, cpu_vendor, cxx_compiler
+from common.platform import cpu_features, cpu_name, cpu_vendor, cxx_compiler, matrix_unit
 from common.weights.zoo import cache_directory
 
 log = logging.getLogger(__name__)
@@ -26,6 +26,8 @@ OPTIONS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread",
 INTEL = ("-DTANDEM_WIDEN", "-DTANDEM_FEW_ROWS=0", "-DTANDEM_NEAR=2048")
 """For Intel's processors, as measured on Emerald Rapids: a dot product of pairs is slower than the two fused multiply-adds that
 it replaces; and weights want to be fetched ahead even where they meet a single row, and again into the nearest cache."""
+AMX = ("-DTANDEM_AMX",)
+"""Where this process may use Intel's matrix unit: products of bfloat16 go through it."""
 BUILDING = "building-"
 READ = 2000
 """Characters of a compiler that are told."""
@@ -41,7 +43,7 @@ def build(
     options in the environment's TANDEM_CXXFLAGS behind ours. Raises `BackendError` with the compiler's words if it fails, or if
     libraries cannot be kept."""
     compiler = cxx_compiler()
-    tuned = INTEL if cpu_vendor() == "GenuineIntel" else ()
+    tuned = (*(INTEL if cpu_vendor() == "GenuineIntel" else ()), *(AMX if matrix_unit() else ()))
     asked = os.environ.get("TANDEM_CXXFLAGS", "").split()
     flags = [*OPTIONS, *tuned, *options, *asked, *(f"-isystem{folder}" for folder in include)]
     command = [*compiler, *flags, str(FOLDER / f"{name}.cc"), *linked]

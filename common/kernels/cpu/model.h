@@ -11,8 +11,6 @@
 
 namespace tandem {
 
-constexpr int MAX_HEAD_DIM = 512;
-
 constexpr int even(int n) { return n + n % 2; }
 
 // What an operator needs besides its arguments, grown once and kept. Operators run one after another: `lock` makes sure.
@@ -283,15 +281,17 @@ void layer(const Step& step, const Weights& w, const float* rope, const Pages<E>
   std::lock_guard<std::mutex> lock(Scratch::get().lock);
   T* q = Scratch::get().take<T>(4, size_t(step.tokens) * w.heads * w.head_dim);
   const Project<E> project(step, w, rope, pages, x, q);
-  Attention<E> attention(step, w, pages, q, Pool::get().wanted());
   const Combine<E> combine(step, w, q, x);
-  Pool::get().run([&](Member& team) {
-    project(team);
-    team.barrier();
-    attention(team);
-    barrier(team, o_of<E>(w));
-    combine(team);
-    if (next) barrier(team, qkv_of<E>(*next));
+  by_tiles<E>(w.head_dim, [&](auto e) {
+    Attention<decltype(e)> attention(step, w, pages, q, Pool::get().wanted());
+    Pool::get().run([&](Member& team) {
+      project(team);
+      team.barrier();
+      attention(team);
+      barrier(team, o_of<E>(w));
+      combine(team);
+      if (next) barrier(team, qkv_of<E>(*next));
+    });
   });
 }
 
@@ -305,8 +305,10 @@ void project(const Step& step, const Weights& w, const float* rope, const Pages<
 
 template <class E>
 void attend(const Step& step, const Weights& w, const Pages<E>& pages, typename E::T* q) {
-  Attention<E> attention(step, w, pages, q, Pool::get().wanted());
-  Pool::get().run(attention);
+  by_tiles<E>(w.head_dim, [&](auto e) {
+    Attention<decltype(e)> attention(step, w, pages, q, Pool::get().wanted());
+    Pool::get().run(attention);
+  });
 }
 
 template <class E>

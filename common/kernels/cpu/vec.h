@@ -9,7 +9,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <type_traits>
+#include <vector>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && !defined(TANDEM_PORTABLE)
 #define TANDEM_AVX512 1
@@ -216,6 +218,9 @@ TANDEM_INLINE V exp(V x) {
 struct F32 {
   using T = float;
   using A = float;
+  using Stored = F32;
+  static constexpr bool TILES = false;
+  struct Registers {};
   using Vec = V;
   static constexpr int PAIR = 1, STEPS = 1;
   static TANDEM_INLINE Vec vec(const T* p) { return load(p); }
@@ -228,6 +233,9 @@ struct F32 {
 
 struct BF16 {
   using T = bf16;
+  using Stored = BF16;
+  static constexpr bool TILES = false;
+  struct Registers {};
   using Vec = I;
   static constexpr int PAIR = 2;
   static TANDEM_INLINE Vec vec(const T* p) {
@@ -295,6 +303,22 @@ TANDEM_INLINE V put_operands(typename E::A* to, V v) {
   else store(to, rounded);
   return rounded;
 }
+
+// A vector that begins with a cache line.
+template <class T>
+struct CacheLines {
+  using value_type = T;
+  CacheLines() = default;
+  template <class U>
+  CacheLines(const CacheLines<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  bool operator==(const CacheLines&) const { return true; }
+  bool operator!=(const CacheLines&) const { return false; }
+};
+
+template <class T>
+using Buffer = std::vector<T, CacheLines<T>>;
 
 // Into the second-level cache: the first has too few places for what is on its way from memory.
 TANDEM_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
