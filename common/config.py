@@ -19,8 +19,10 @@ ITEMSIZES: Mapping[Dtype, int] = {"float32": 4, "bfloat16": 2}
 Kernels = Literal["auto", "native", "framework"]
 Schedule = Literal["continuous", "static"]
 Cache = Literal["paged", "dense"]
+Routing = Literal["prefix", "round_robin"]
 MAX_RANKS = 64
 """That share out one model."""
+MAX_REPLICAS = 64
 
 
 def expect(condition: bool, message: str) -> None:
@@ -188,6 +190,12 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     """Ranks that share out every matrix of the model, and the compute threads: devices of one process in JAX, processes in
     PyTorch. More than one compute with the framework's kernels."""
+    data_parallel_size: int = 1
+    """Replicas of the engine, each a process with a model and pages of its own; they share the compute threads. All other
+    numbers are of each of them, but for `max_waiting`."""
+    routing: Routing = "prefix"
+    """Which replica gets a request. `prefix`: the one with the least to do, in which cached prefixes count. `round_robin`: each
+    in turn."""
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -195,6 +203,7 @@ class EngineConfig:
             ("kernels", get_args(Kernels)),
             ("schedule", get_args(Schedule)),
             ("cache", get_args(Cache)),
+            ("routing", get_args(Routing)),
         ):
             value = getattr(self, name)
             known = isinstance(value, str) and value in allowed
@@ -205,6 +214,7 @@ class EngineConfig:
             ("max_num_seqs", 1, 65_536),
             ("max_num_batched_tokens", 1, 1 << 20),
             ("tensor_parallel_size", 1, MAX_RANKS),
+            ("data_parallel_size", 1, MAX_REPLICAS),
         ):
             value = getattr(self, name)
             expect(

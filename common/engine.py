@@ -1,4 +1,4 @@
-"""The engine loop: schedule, submit, take the result, update. `InferenceEngine`, implemented once over any `ModelRunner`."""
+"""The engine loop: schedule, submit, take the result, update. `ServingEngine`, implemented once over any `ModelRunner`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import psutil
 from common.config import EngineConfig
 from common.config import expect as expect_config
 from common.errors import RequestError, shown
-from common.interface import Caps, InferenceEngine, ModelRunner, Pending, Progress, load_backend
+from common.interface import Caps, ModelRunner, Pending, Progress, ReplicaState, ServingEngine, load_backend
 from common.request import Request, Status, TokenEvent, expect
 from common.schedule.batch import Batch
 from common.schedule.scheduler import Scheduler, Sequence, Step
@@ -64,14 +64,18 @@ class StepRecord(NamedTuple):
     started: tuple[str, ...] = ()
     """The ids of the requests for which this is the first step."""
 
+    @classmethod
+    def of(cls, values: Listed[Any]) -> StepRecord:
+        """A record after its trip through JSON, in which arrays and tuples became lists."""
+        step = cls(*values)
+        counts, kv_lengths, shared = (np.array(by_seq, np.int32) for by_seq in (step.counts, step.kv_lengths, step.shared))
+        return step._replace(counts=counts, kv_lengths=kv_lengths, shared=shared, started=tuple(step.started))
 
-class Engine(InferenceEngine):
+
+class Engine(ServingEngine):
     """Continuous batching over one runner that is loaded, allocated and warmed up. `num_pages` counts the null page; it may be
     less than the runner has. The engine owns the runner: `close` closes it. Deadlines are held against `clock`.
     """
-
-    step_log: list[StepRecord] | None = None
-    """Set it to a list, and every step that lands is appended; whoever sets it sees to its growth."""
 
     def __init__(
         self, runner: ModelRunner, config: EngineConfig, *, num_pages: int, clock: Callable[[], float] = perf_counter
@@ -107,21 +111,7 @@ class Engine(InferenceEngine):
         return self._caps
 
     def add(self, request: Request) -> None:
-        vocab, name = self.caps.vocab_size, request.request_id
-        n = request.params.n
-        expect(
-            n == 1, f"Request {name!r}: an engine continues a prompt once, got n={n}; add what fan_out makes of the request."
-        )
-        listed: list[tuple[str, Any]] = [
-            ("prompt_token_ids", request.prompt_token_ids),
-            ("stop_token_ids", request.params.stop_token_ids),
-            ("eos_token_ids", request.eos_token_ids),
-            ("allowed_token_ids", request.params.allowed_token_ids or ()),
-            ("logit_bias", tuple(dict(request.params.logit_bias or ()))),
-            *(("bad_words", word) for word in request.bad_words),
-        ]
-        for what, ids in listed:
-            check_tokens(f"Request {name!r}: {what}", ids, vocab, what)
+        check_request(request, self.caps.vocab_size)
         self.scheduler.add(request)
         self._counters["prompt_tokens"] += len(request.prompt_token_ids)
 
@@ -225,9 +215,7 @@ class Engine(InferenceEngine):
         log.warning("A step of %d requests raised; starting over with all of them.", len(step.seqs), exc_info=error)
 
     def hidden_states(self, prompts: Listed[Listed[int]]) -> list[np.ndarray]:
-        """The residual stream behind the last layer, float32[T, D], of as many `prompts`, from the first on, as one step takes;
-        computed at once, between two steps, on pages that are given back. A prompt that no step takes is computed in several.
-        Raises `RequestError`, before it computes any, for a prompt that can never be computed."""
+        """On pages that are given back."""
         scheduler, size = self.scheduler, self.config.block_size
         room = scheduler.pool.num_pages - 1
         most = min(self.caps.max_model_len, room * size)
@@ -255,14 +243,12 @@ class Engine(InferenceEngine):
         return states
 
     def drain(self) -> None:
-        """From now on `add` raises `DrainingError`; what was added before goes on to its end. Idempotent."""
         self.scheduler.draining = True
 
     def abort(self, request_id: str) -> bool:
         return self._end(request_id, Status.FINISHED_ABORT, None)
 
     def finish(self, request_id: str, stop_reason: str) -> bool:
-        """Like `abort`, for a request whose text has come to a stop string: it ends with `FINISHED_STOP`."""
         return self._end(request_id, Status.FINISHED_STOP, stop_reason)
 
     def _end(self, request_id: str, status: Status, stop_reason: str | None) -> bool:
@@ -270,6 +256,10 @@ class Engine(InferenceEngine):
         if live:
             self._events.append(TokenEvent(request_id, None, perf_counter(), finish=status, stop_reason=stop_reason))
         return live
+
+    @property
+    def replicas(self) -> tuple[ReplicaState, ...]:
+        return ()
 
     @property
     def has_work(self) -> bool:
@@ -320,6 +310,23 @@ def shared_pages(page_table: np.ndarray) -> np.ndarray:
     return ((last[table] != place) & (table > 0)).reshape(page_table.shape).sum(axis=1, dtype=np.int32)
 
 
+def check_request(request: Request, vocab_size: int) -> None:
+    """Raise `RequestError` for a request with n > 1, or with anything that is no token of the model."""
+    n, name = request.params.n, request.request_id
+    expect(n == 1, f"Request {name!r}: an engine continues a prompt once, got n={n}; add what fan_out makes of the request.")
+    listed: list[tuple[str, Any]] = [
+        ("prompt_token_ids", request.prompt_token_ids),
+        ("output_token_ids", request.output_token_ids),
+        ("stop_token_ids", request.params.stop_token_ids),
+        ("eos_token_ids", request.eos_token_ids),
+        ("allowed_token_ids", request.params.allowed_token_ids or ()),
+        ("logit_bias", tuple(dict(request.params.logit_bias or ()))),
+        *(("bad_words", word) for word in request.bad_words),
+    ]
+    for what, ids in listed:
+        check_tokens(f"Request {name!r}: {what}", ids, vocab_size, what)
+
+
 def check_tokens(what: str, ids: Listed[Any], vocab_size: int, param: str | None = None) -> None:
     """Raise `RequestError` for the first of `ids` that is no token id: an integer in [0, vocab_size), which True and 1.0 are
     not."""
@@ -329,11 +336,13 @@ def check_tokens(what: str, ids: Listed[Any], vocab_size: int, param: str | None
 
 
 def pool_size(config: EngineConfig, max_model_len: int, page_bytes: int) -> int:
-    """Pages to allocate, the null page included: `num_blocks`, or enough for `max_num_seqs` full contexts within bounds."""
+    """Pages to allocate, the null page included: `num_blocks`, or enough for `max_num_seqs` full contexts within bounds, which
+    replicas share."""
     if config.num_blocks is not None:
         return config.num_blocks
     wanted = 1 + config.max_num_seqs * -(-max_model_len // config.block_size)
-    affordable = min(psutil.virtual_memory().available // 4, MAX_POOL_BYTES) // page_bytes
+    share = psutil.virtual_memory().available // (4 * config.data_parallel_size)
+    affordable = min(share, MAX_POOL_BYTES) // page_bytes
     expect_config(
         affordable >= 2,
         f"One KV page of {config.block_size} tokens takes {page_bytes} bytes, and there is no memory for two; "
@@ -349,7 +358,8 @@ def build_engine(
     progress: Progress | None = None,
     trace: Path | None = None,
 ) -> Engine:
-    """An engine of `backend` (`jax`, `torch`), loaded, allocated and warmed up. With `trace`, every call is recorded there."""
+    """An engine of `backend` (`jax`, `torch`), loaded, allocated and warmed up; of several replicas, one. With `trace`, every
+    call is recorded there."""
     max_model_len = config.model_len(checkpoint.config)
     config = replace(config, max_model_len=max_model_len)
     runner = load_backend(backend, config)

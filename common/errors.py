@@ -52,3 +52,9 @@ def shown(value: object, most: int = 80) -> str:
     except ValueError:  # Python prints no integer of more than 4300 digits
         return f"a value too large to print ({type(value).__name__})"
     return text if len(text) <= most else f"{text[:most]}…"
+
+
+def by_name(kind: str, message: str) -> TandemError | None:
+    """The error that was raised in another process, which told its class and message; None if it is none of these."""
+    known = globals().get(kind)
+    return known(message) if isinstance(known, type) and issubclass(known, TandemError) else None

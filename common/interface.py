@@ -21,6 +21,7 @@ from common.schedule.batch import Batch, Mask, Want
 
 if TYPE_CHECKING:
     from common.config import EngineConfig, ModelConfig
+    from common.engine import StepRecord
     from common.weights.checkpoint import Checkpoint
 
 
@@ -285,6 +286,42 @@ class InferenceEngine(ABC):
             for event in self.step():
                 events.setdefault(event.request_id, []).append(event)
         return events
+
+
+class ReplicaState(NamedTuple):
+    """One of the processes that an engine consists of."""
+
+    pid: int
+    serves: bool
+    """Else it has been started, and loads."""
+    step_seconds: float
+    """That the step in progress has taken, when it last said so; 0 between steps."""
+
+
+class ServingEngine(InferenceEngine):
+    """What `LLM` and the server need besides: an engine of ours, be it one or several behind a router."""
+
+    step_log: list[StepRecord] | None = None
+    """Set it to a list, and every step that lands is appended; whoever sets it sees to its growth."""
+
+    @abstractmethod
+    def finish(self, request_id: str, stop_reason: str) -> bool:
+        """Like `abort`, for a request whose text has come to a stop string: it ends with `FINISHED_STOP`."""
+
+    @abstractmethod
+    def drain(self) -> None:
+        """From now on `add` raises `DrainingError`; what was added before goes on to its end. Idempotent."""
+
+    @abstractmethod
+    def hidden_states(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """The residual stream behind the last layer, float32[T, D], of as many `prompts`, from the first on, as one step takes;
+        computed at once, between two steps. A prompt that no step takes is computed in several. Raises `RequestError`, before
+        it computes any, for a prompt that can never be computed."""
+
+    @property
+    @abstractmethod
+    def replicas(self) -> tuple[ReplicaState, ...]:
+        """The processes behind a router; none of an engine that is one. Any thread may ask."""
 
 
 def load_backend(name: str, config: EngineConfig) -> ModelRunner:

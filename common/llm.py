@@ -25,12 +25,12 @@ from rich.progress import Progress as ProgressBar
 
 from common.beam import Beam, BeamSearchParams, beam_search
 from common.config import EngineConfig
-from common.engine import build_engine
 from common.errors import BackendError, RequestError, TandemError, shown
 from common.exits import FAILURE, INTERRUPTED, USER_ERROR, printing, replace_unprintable
 from common.interface import Progress
 from common.interrupt import uninterrupted
 from common.options import add_engine_options, add_model_options, engine_options, flag, parse
+from common.replicas.engine import open_engine
 from common.request import Logprobs, Request, SamplingParams, Status, TokenEvent, expect, fan_out
 from common.states import Pooler, Pooling, check_pooling
 from common.text.chat import ChatTemplate, Message
@@ -124,7 +124,7 @@ class LLM:
         self._eos = self.tokenizer.all_eos(checkpoint.config.eos_token_ids)
         self._grammars = Grammars(self.tokenizer, self._eos, checkpoint.config.vocab_size)
         with _progress(use_tqdm) as progress:
-            self.engine = build_engine(backend, checkpoint, config, progress)
+            self.engine = open_engine(backend, checkpoint, config, progress)
         self._chat: ChatTemplate | None = None
         self._numbers = count()
         self._lock = threading.RLock()  # over the engine and the two tables of requests

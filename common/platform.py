@@ -12,7 +12,8 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -162,6 +163,25 @@ def peak_rss(pid: int | None = None) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def family_memory(pids: Iterable[int]) -> tuple[int, int]:
+    """Bytes that these processes and their descendants hold, and have held at most, each by itself, added up."""
+    family: list[psutil.Process] = []
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            family += [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    return sum(rss(process.pid) for process in family), sum(peak_rss(process.pid) for process in family)
+
+
+def thread_settings(threads: int) -> dict[str, str]:
+    """The environment in which every framework starts with so many compute threads."""
+    count = str(threads)
+    return {
+        "OMP_NUM_THREADS": count,
+        "MKL_NUM_THREADS": count,
+        "PJRT_NPROC": count,  # XLA's pool, which neither of the others reaches
+    }
 
 
 def cxx_compiler() -> list[str]:

@@ -299,11 +299,14 @@ class Request:
     parent: str | None = None
     """The id of a live request with the same prompt and salt: this one starts from its pages once they are written, instead of
     computing the prompt anew. Where there is no such request, or it leaves them before that, this one goes by itself."""
+    output_token_ids: tuple[int, ...] = ()
+    """What it has of its output already, from an engine that is gone: it goes on from there, as one does that was preempted."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt_token_ids", tuple(self.prompt_token_ids))
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
         object.__setattr__(self, "bad_words", tuple(map(tuple, self.bad_words)))
+        object.__setattr__(self, "output_token_ids", tuple(self.output_token_ids))
         expect(bool(self.request_id), "request_id must not be empty.")
         expect(len(self.prompt_token_ids) > 0, f"Request {self.request_id!r}: the prompt is empty; give at least one token.")
         expect(all(self.bad_words), f"Request {self.request_id!r}: a bad word has no tokens.")
@@ -325,6 +328,12 @@ class Request:
             f"Request {self.request_id!r}: deadline must be a finite number of seconds or None, got {shown(self.deadline)}.",
             "deadline",
         )
+
+    @property
+    def stops(self) -> dict[int, int | None]:
+        """Tokens that end it → the reason to report: None for EOS."""
+        eos = () if self.params.ignore_eos else self.eos_token_ids
+        return {**{token: token for token in self.params.stop_token_ids}, **dict.fromkeys(eos)}
 
 
 def fan_out(request: Request) -> list[Request]:

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Self
 
-import numpy as np
-
 from common.engine import Engine, StepRecord
 from common.errors import RequestError
 from common.interface import InferenceEngine
@@ -90,17 +88,10 @@ class Window:
             rows=tuple(map(Row.of, record["rows"])),
             duration=record["duration"],
             stats=record["stats"],
-            steps=None if steps is None else tuple(map(step_of, steps)),
+            steps=None if steps is None else tuple(map(StepRecord.of, steps)),
             bandwidth=record["bandwidth"],
             began=record["began"],
         )
-
-
-def step_of(values: Sequence[Any]) -> StepRecord:
-    """A step after its trip through JSON, in which arrays and tuples became lists."""
-    step = StepRecord(*values)
-    counts, kv_lengths, shared = (np.array(by_seq, np.int32) for by_seq in (step.counts, step.kv_lengths, step.shared))
-    return step._replace(counts=counts, kv_lengths=kv_lengths, shared=shared, started=tuple(step.started))
 
 
 def drive(

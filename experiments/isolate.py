@@ -1,7 +1,7 @@
 """An engine in a process of its own: `IsolatedEngine` here, `experiments.worker` there.
 
 Each process imports one framework, with its threads settled in the environment before the import, so that two engines can be
-alive at once and compute in turn. They speak in frames (`experiments.frames`) over the child's standard input and output. The
+alive at once and compute in turn. They speak in frames (`common.frames`) over the child's standard input and output. The
 child sleeps on a read while it is idle, and ends when that pipe does: it cannot outlive us.
 """
 
@@ -17,12 +17,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common import errors
+from common.child import how_it_ended
+from common.errors import by_name
+from common.frames import Message, NoFrame, read_frame, write_frame
 from common.interface import Progress
-from common.platform import cores
+from common.platform import cores, thread_settings
 from common.weights.checkpoint import open_checkpoint
 from experiments.drive import Window
-from experiments.frames import Message, NoFrame, read_frame, write_frame
 from experiments.peers import PEERS, interpreter, module_settings
 from experiments.profiled import Profile
 from experiments.workload import Workload
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from experiments.config import EngineSpec
 
 TAIL_LINES = 15
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+"""What keeps an engine's process off the network, and a library from warning of a fork."""
 
 
 class EngineFailure(RuntimeError):
@@ -65,7 +68,7 @@ class IsolatedEngine:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
-                env=os.environ | thread_settings(spec.config.threads or cores()) | module_settings(spec.name),
+                env=os.environ | OFFLINE | thread_settings(spec.config.threads or cores()) | module_settings(spec.name),
                 process_group=0,  # so that it can be ended with the processes that it started
             )
 
@@ -142,11 +145,9 @@ class IsolatedEngine:
             raise self._failure(
                 "timeout", f"did not answer {command!r} within measure.timeout_s={self._timeout_s:g}: it was ended"
             )
-        if code >= 0:
-            raise self._failure("died", f"ended with exit code {code} during {command!r}")
-        name = signal.Signals(-code).name
         hint = ". So Linux ends a process when memory runs out; smaller num_blocks, max_num_seqs and max_model_len need less"
-        raise self._failure("killed", f"was killed by {name} during {command!r}{hint if name == 'SIGKILL' else ''}")
+        told = f"{how_it_ended(code)} during {command!r}{hint if code == -signal.SIGKILL else ''}"
+        raise self._failure("died" if code >= 0 else "killed", told)
 
     @contextlib.contextmanager
     def _deadline(self) -> Iterator[None]:
@@ -173,15 +174,15 @@ class IsolatedEngine:
     def _read(self, command: str) -> Message | None:
         assert self._process.stdout
         try:
-            return read_frame(self._process.stdout)
+            frame = read_frame(self._process.stdout)
+            return frame.message if frame else None
         except NoFrame as error:
             self._kill()
             raise self._failure("garbage", f"wrote something else than an answer to {command!r}: {error}") from None
 
     def _error(self, kind: str, message: str, trace: str) -> Exception:
-        known = getattr(errors, kind, None)
-        if isinstance(known, type) and issubclass(known, errors.TandemError):
-            return known(message)
+        if known := by_name(kind, message):
+            return known
         failure = self._failure("error", f"raised {kind}: {message}")
         failure.log = f"{failure.log}\n{trace}".strip()
         return failure
@@ -190,15 +191,3 @@ class IsolatedEngine:
         lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
         message = f"The process of engine {self.spec.label!r} {what}."
         return EngineFailure(message, kind=kind, label=self.spec.label, log="\n".join(lines))
-
-
-def thread_settings(threads: int) -> dict[str, str]:
-    """The environment that gives every framework `threads` compute threads and keeps it off the network."""
-    count = str(threads)
-    return {
-        "OMP_NUM_THREADS": count,
-        "MKL_NUM_THREADS": count,
-        "PJRT_NPROC": count,  # XLA's pool, which neither of the others reaches
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }

@@ -60,6 +60,10 @@ def load(*overrides: str) -> Engine:
     """The engine that `bench` would time, here in this process, with its scheduler and runner to look at. `close` it."""
     config = compose(*overrides, command="bench")
     spec = engine_spec(config.engine)
+    expect(
+        spec.config.data_parallel_size == 1,
+        "lab.load makes an engine in this process, to look into, and replicas are in others: leave parallel=dp2 out.",
+    )
     return build_engine(spec.name, checkpoint(str(resolved(config.model)["name"])), spec.config)
 
 

@@ -42,11 +42,10 @@ from common.config import ITEMSIZES, Dtype, ModelConfig
 from common.engine import StepRecord
 from common.errors import BackendError
 from common.kernels.cpu.build import build
-from common.platform import cores, memory_available
+from common.platform import cores, memory_available, thread_settings
 from common.weights.checkpoint import expected_shapes
 from experiments.console import number, print_json, wide_console
 from experiments.drive import Window
-from experiments.isolate import thread_settings
 from experiments.machine import Watch
 from experiments.metrics import BUSY, INTENSITIES, LIMITED
 from experiments.phases import rate, step_seconds

@@ -5,11 +5,6 @@ A peer's environment has no more than this module and the peer itself need. What
 
 from __future__ import annotations
 
-import os
-import queue
-import signal
-import sys
-import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -17,13 +12,14 @@ from dataclasses import asdict
 from importlib import import_module, util
 from typing import IO, Any
 
+from common.child import listen
 from common.config import EngineConfig
 from common.errors import BackendError
+from common.frames import Message, write_frame
 from common.interface import InferenceEngine, Progress
 from common.platform import peak_rss, rss
 from common.weights.checkpoint import open_checkpoint
 from experiments.drive import drive
-from experiments.frames import Message, read_frame, write_frame
 from experiments.peers import PEERS
 from experiments.profiled import profiled
 from experiments.workload import Item
@@ -48,9 +44,9 @@ def build(
                 f"engine={name} needs the package {error.name!r}, which is not installed. Run: {remedy}"
             ) from error
         return engine
-    from common.engine import build_engine
+    from common.replicas.engine import open_engine
 
-    return build_engine(name, checkpoint, config, progress)
+    return open_engine(name, checkpoint, config, progress)
 
 
 def items_of(records: Sequence[Message]) -> list[Item]:
@@ -81,8 +77,8 @@ class Worker:
         return {
             "load_s": loaded - start,
             "warmup_s": end - loaded,
-            "rss_mb": (rss() + stats.get("server_rss_bytes", 0)) / 2**20,
-            "peak_load_mb": (peak_rss() + stats.get("server_peak_rss_bytes", 0)) / 2**20,
+            "rss_mb": (rss() + stats.get("others_rss_bytes", 0)) / 2**20,
+            "peak_load_mb": (peak_rss() + stats.get("others_peak_rss_bytes", 0)) / 2**20,
             "kv_pool_mb": None if pool is None else pool / 2**20,
             "caps": asdict(self._engine.caps),
         }
@@ -114,8 +110,8 @@ class Worker:
         return answer
 
     def on_peak_rss_mb(self) -> Message:
-        server = self._engine.stats().get("server_peak_rss_bytes", 0) if self._engine else 0
-        return {"value": (peak_rss() + server) / 2**20}
+        others = self._engine.stats().get("others_peak_rss_bytes", 0) if self._engine else 0
+        return {"value": (peak_rss() + others) / 2**20}
 
     def progress(self, done: int, total: int, what: str) -> None:
         now = time.perf_counter()
@@ -128,20 +124,10 @@ class Worker:
 
 def serve() -> None:
     """Answer commands until the parent is gone, even in the middle of one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes our input
-    output = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is a log, not an answer
-    commands: queue.SimpleQueue[Message] = queue.SimpleQueue()
-
-    def listen() -> None:
-        while (message := read_frame(sys.stdin.buffer)) is not None:
-            commands.put(message)
-        os._exit(0)
-
-    threading.Thread(target=listen, daemon=True).start()
+    output, commands = listen()
     worker = Worker(output)
     while True:
-        message = commands.get()
+        message = commands.get().message
         try:
             answer = worker.answer(message)
         except (Exception, SystemExit) as error:

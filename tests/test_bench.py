@@ -1,6 +1,5 @@
 """The isolated process, the run directory and `experiments.bench` as a whole."""
 
-import io
 import json
 import os
 import re
@@ -18,6 +17,7 @@ import pytest
 
 from common.config import EngineConfig
 from common.errors import CheckpointError, ConfigError, RequestError
+from common.platform import thread_settings
 from common.request import Request, SamplingParams
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
@@ -25,8 +25,7 @@ from experiments import bench, compare, diverge
 from experiments.cli import FLAGS, torn
 from experiments.config import EngineSpec
 from experiments.console import number
-from experiments.frames import NoFrame, read_frame, write_frame
-from experiments.isolate import EngineFailure, IsolatedEngine, thread_settings
+from experiments.isolate import EngineFailure, IsolatedEngine
 from experiments.rundir import environment, run_directory
 from experiments.workload import WorkloadConfig, draw
 from tests.history_backend import ROOT, VOCABULARY, command, history, last_line
@@ -68,17 +67,6 @@ def isolated(history: Path) -> Iterator[IsolatedEngine]:
 
 def tiny() -> Path:
     return zoo.resolve("tiny-llama")
-
-
-def test_a_frame_survives_the_trip_and_a_broken_one_is_the_end() -> None:
-    stream = io.BytesIO()
-    write_frame(stream, {"a": [1, 2.5, "ü"], "array": np.arange(2), "scalar": np.float32(0.5)})
-    data = stream.getvalue()
-    assert read_frame(io.BytesIO(data)) == {"a": [1, 2.5, "ü"], "array": [0, 1], "scalar": 0.5}
-    assert read_frame(io.BytesIO(data[:-1])) is None
-    assert read_frame(io.BytesIO(b"")) is None
-    with pytest.raises(NoFrame, match="frame"):
-        read_frame(io.BytesIO(b"\xff\xff\xff\xff"))
 
 
 def test_an_isolated_engine_gives_the_tokens_of_the_oracle_and_starts_each_window_cold(isolated: IsolatedEngine) -> None:

@@ -77,13 +77,19 @@ def test_lengths_can_be_overridden_by_a_number_and_by_a_part() -> None:
     assert other.output_len == Lengths(mu=4.5, sigma=0.7, low=8, high=64)
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("none", 1), ("tp2", 2), ("tp4", 4)])
-def test_every_parallel_reaches_the_engines(name: str, ranks: int) -> None:
-    assert name in names("parallel") and len(names("parallel")) == 3
-    assert composed("bench", f"parallel={name}").engine.tensor_parallel_size == ranks
-    config = composed("compare", f"parallel={name}", "engines=[torch,{name:torch,tensor_parallel_size:3}]")
+@pytest.mark.parametrize(("name", "ranks", "replicas"), [("none", 1, 1), ("tp2", 2, 1), ("tp4", 4, 1), ("dp2", 1, 2)])
+def test_every_parallel_reaches_the_engines(name: str, ranks: int, replicas: int) -> None:
+    assert name in names("parallel") and len(names("parallel")) == 4
+    engine = composed("bench", f"parallel={name}").engine
+    assert (engine.tensor_parallel_size, engine.data_parallel_size) == (ranks, replicas)
+    config = composed("compare", f"parallel={name}", "engines=[torch,{name:torch,tensor_parallel_size:3,data_parallel_size:4}]")
     with hydra_initialized():
-        assert [spec.config.tensor_parallel_size for spec in engine_specs(config)] == [ranks, 3]
+        configs = [spec.config for spec in engine_specs(config)]
+    assert [(each.tensor_parallel_size, each.data_parallel_size) for each in configs] == [(ranks, replicas), (3, 4)]
+
+
+def test_the_number_of_replicas_can_be_any() -> None:
+    assert composed("bench", "parallel=dp2", "parallel.data=5").engine.data_parallel_size == 5
 
 
 @pytest.mark.parametrize("name", names("measure"))

@@ -479,10 +479,11 @@ def test_a_command_is_filled_in() -> None:
     [{"base_url": "http://127.0.0.1:1"}, {"command": ["my-server", "--ranks=2"]}],
     ids=["a server that runs", "a command that does not say it"],
 )
-def test_ranks_of_which_a_server_is_not_told_are_refused(options: dict[str, Any]) -> None:
+def test_ranks_and_replicas_of_which_a_server_is_not_told_are_refused(options: dict[str, Any]) -> None:
     checkpoint = open_checkpoint(zoo.resolve("tiny-llama"))
-    with pytest.raises(ConfigError, match=r"tensor_parallel_size=2 does not reach the server: .* \{tensor_parallel_size\}"):
-        build_engine(checkpoint, EngineConfig(tensor_parallel_size=2), options=Options(**options))
+    for name in ("tensor_parallel_size", "data_parallel_size"):
+        with pytest.raises(ConfigError, match=rf"{name}=2 does not reach the server: .* \{{{name}\}}"):
+            build_engine(checkpoint, EngineConfig(**{name: 2}), options=Options(**options))  # type: ignore[arg-type]
 
 
 def test_ranks_reach_a_server_whose_command_names_them() -> None:

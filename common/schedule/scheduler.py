@@ -41,11 +41,12 @@ from operator import attrgetter
 import numpy as np
 
 from common.config import Cache, Schedule
-from common.errors import BackendError, DrainingError, QueueFullError, RequestError
+from common.errors import BackendError, RequestError
 from common.interface import Caps, Result
-from common.request import STUCK, Logprobs, Request, Status, TokenEvent, expect
+from common.request import STUCK, Logprobs, Request, Status, TokenEvent
 from common.schedule.batch import Batch, Want
 from common.schedule.edits import Edits
+from common.schedule.limits import Limits, expect_new, expect_room
 from common.schedule.pages import PageKey, PagePool, next_key
 from common.schedule.rows import Change, Rows, Score, masks_of
 from common.text.grammar import Grammar, Matcher
@@ -101,6 +102,7 @@ class Sequence:
     raised: int = 0
     """Trials in a row in which it was alone and raised."""
     admissions: int = 0
+    """Elsewhere too, where it has output from there."""
     urgency: tuple[int, int] = field(init=False)
     """Priority, then arrival; the lesser is more urgent, and no two are alike."""
 
@@ -173,7 +175,7 @@ class Scheduler:
         seed: int = 0,
     ) -> None:
         self.caps = caps
-        self.block_size, self.max_model_len, self.prefix_caching, self.seed = block_size, max_model_len, prefix_caching, seed
+        self.block_size, self.prefix_caching, self.seed = block_size, prefix_caching, seed
         self.budget = min(max_num_batched_tokens, caps.max_tokens)
         self.max_num_seqs = min(max_num_seqs, caps.max_seqs, self.budget)
         self.chunk = chunk or self.budget
@@ -187,6 +189,13 @@ class Scheduler:
         self.faults_in_a_row = 0
         self.max_waiting, self.draining = max_waiting, False
         self.pool = PagePool(num_pages)
+        self.limits = Limits(
+            max_model_len=max_model_len,
+            num_pages=num_pages - 1,
+            block_size=block_size,
+            budget=self.budget,
+            chunked_prefill=chunked_prefill,
+        )
         self.rows = Rows(self.max_num_seqs, max_model_len, block_size, groups)
         self.live: dict[str, Sequence] = {}
         self.waiting: list[Sequence] = []  # the most urgent first, the preempted among them
@@ -205,67 +214,27 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request. Raises `RequestError`, and changes nothing, if it can never be served; `QueueFullError` or
         `DrainingError` if it could be, but not here and now."""
-        name, params, prompt_len = request.request_id, request.params, len(request.prompt_token_ids)
-        expect(name not in self.live, f"Request {name!r} is live already; give every live request an id of its own.")
-        expect(
-            prompt_len < self.max_model_len,
-            f"Request {name!r}: a prompt of {prompt_len} tokens leaves no room for output in a context of {self.max_model_len} "
-            f"(max_model_len); shorten it to at most {self.max_model_len - 1}.",
-            "prompt_token_ids",
-        )
-        expect(
-            self.chunked_prefill or prompt_len <= self.budget,
-            f"Request {name!r}: a prompt of {prompt_len} tokens does not fit a step of {self.budget} (max_num_batched_tokens), "
-            "and enable_chunked_prefill=false computes it in one; shorten it, raise max_num_batched_tokens, or allow chunks.",
-            "prompt_token_ids",
-        )
-        room = (self.pool.num_pages - 1) * self.block_size  # the last output token needs no KV: nothing follows it
-        expect(
-            prompt_len <= room,
-            f"Request {name!r}: a prompt of {prompt_len} tokens needs {-(-prompt_len // self.block_size)} pages, but the pool "
-            f"has {self.pool.num_pages - 1} of {self.block_size} tokens; shorten it or raise num_blocks.",
-            "prompt_token_ids",
-        )
-        limit = min(self.max_model_len, room + 1) - prompt_len
-        max_tokens = limit if params.max_tokens is None else params.max_tokens
-        expect(
-            prompt_len + max_tokens <= self.max_model_len,
-            f"Request {name!r}: {prompt_len} prompt tokens and max_tokens={max_tokens} exceed the context of "
-            f"{self.max_model_len} (max_model_len); ask for at most {limit}.",
-            "max_tokens",
-        )
-        expect(
-            max_tokens <= limit,
-            f"Request {name!r}: {prompt_len} prompt tokens and max_tokens={max_tokens} need "
-            f"{-(-(prompt_len + max_tokens - 1) // self.block_size)} pages, but the pool has {self.pool.num_pages - 1} of "
-            f"{self.block_size} tokens; ask for at most {limit} or raise num_blocks.",
-            "max_tokens",
-        )
-        parent = None if request.parent is None or self.dense else self.live.get(request.parent)
-        alike = lambda one: (one.prompt_token_ids, one.cache_salt)  # noqa: E731
-        expect(
-            parent is None or alike(parent.request) == alike(request),
-            f"Request {name!r}: parent {request.parent!r} has another prompt or cache_salt; name one with the same, or none.",
-        )
-        if self.draining:
-            raise DrainingError(f"Request {name!r}: this engine only finishes what it has; send the request to another.")
-        if self.max_waiting is not None and len(self.waiting) >= self.max_waiting:
-            raise QueueFullError(
-                f"Request {name!r}: {len(self.waiting)} requests wait already, and max_waiting={self.max_waiting}; try again "
-                "later, or raise max_waiting."
-            )
-        eos = () if params.ignore_eos else request.eos_token_ids
-        stops: dict[int, int | None] = {**{token: token for token in params.stop_token_ids}, **dict.fromkeys(eos)}
+        name, params, output = request.request_id, request.params, list(request.output_token_ids)
+        twin, parent = self.live.get(name), None if request.parent is None or self.dense else self.live.get(request.parent)
+        expect_new(request, twin.request if twin else None, parent.request if parent else None)
+        max_tokens = self.limits.max_tokens(request)
+        expect_room(request, len(self.waiting), self.max_waiting, self.draining)
+        edits = Edits.of(request, request.stops, self.caps.vocab_size)
+        if edits is not None:
+            for token in output:
+                edits.append(token)
         seq = Sequence(
             request=request,
             number=self.num_requests,
             max_tokens=max_tokens,
             seed=mix64(self.seed, self.num_requests) if params.seed is None else params.seed,
-            known=prompt_len,
-            stops=stops,
-            edits=Edits.of(request, stops, self.caps.vocab_size),
-            scores=None if params.prompt_logprobs is None else [None],
-            parent=None if params.prompt_logprobs is not None else parent,  # which has to be computed for that
+            known=len(request.prompt_token_ids) + len(output),
+            stops=request.stops,
+            edits=edits,
+            scores=None if params.prompt_logprobs is None or output else [None],
+            parent=None if params.prompt_logprobs is not None or output else parent,  # which computes the prompt
+            output=output,
+            admissions=int(bool(output)),
         )
         self.num_requests += 1
         self.live[name] = seq
@@ -308,6 +277,8 @@ class Scheduler:
                 continue
             try:
                 seq.matcher = grammar.result().start(self.caps.vocab_size)
+                if error := _refused(seq.matcher, seq.output):
+                    raise RequestError(error)
             except Exception as error:
                 self._finish(seq, Status.FINISHED_ERROR)
                 why = "" if isinstance(error, RequestError) else "The grammar of this request cannot be used: "
@@ -707,6 +678,11 @@ def _refusal(seq: Sequence, token: int) -> str | None:
     if seq.edits is not None and seq.edits.forbids(token, seq.output):
         return STUCK
     return None if seq.matcher is None else seq.matcher.accept(token)
+
+
+def _refused(matcher: Matcher, tokens: list[int]) -> str | None:
+    """Why a grammar cannot go on by these, if it cannot; else it has."""
+    return next((error for token in tokens if (error := matcher.accept(token))), None)
 
 
 def _scores(i: int, seq: Sequence, end: int) -> list[Score]:

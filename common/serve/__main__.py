@@ -16,9 +16,9 @@ from fastapi import FastAPI
 
 from common.config import EngineConfig
 from common.config import expect as expect_config
-from common.engine import build_engine
 from common.errors import ConfigError, TandemError
 from common.options import add_engine_options, add_model_options, engine_options, parse
+from common.replicas.engine import open_engine
 from common.serve.app import create_app
 from common.serve.front import Backends, create_front
 from common.serve.guard import JsonLines, TextLines
@@ -125,9 +125,13 @@ def make_app(options: argparse.Namespace) -> FastAPI:
     tokenizer = open_tokenizer(checkpoint.path)
     tokenizer.check_fits(checkpoint.config.vocab_size)
     expect_config(options.admin or not options.profile_dir, "--profile-dir is for /start_profile, which needs --admin.")
+    expect_config(
+        config.data_parallel_size == 1 or not options.profile_dir,
+        "--profile-dir is for an engine in the server's own process, not for replicas: leave out --data-parallel-size.",
+    )
     profiler = Profiler.of(options.backend, options.profile_dir) if options.profile_dir else None
     spans = Spans.to(options.otlp_endpoint) if options.otlp_endpoint else None
-    worker = Worker(lambda: build_engine(options.backend, checkpoint, config), tokenizer)
+    worker = Worker(lambda: open_engine(options.backend, checkpoint, config), tokenizer)
     engine = worker.wait_ready()
     name = os.path.basename(os.path.normpath(options.model)) if os.path.exists(options.model) else options.model
     served = options.served_model_name or [name, f"{name}@{options.backend}"]

@@ -53,13 +53,18 @@ def card(model: ServedModel, name: str) -> dict[str, Any]:
 
 @router.get("/health")
 async def health(http: HttpRequest) -> Response:
-    """200 while the step loop lives and moves."""
+    """200 while the step loop lives and moves, of an engine with replicas that of one of them; the answer tells of each."""
     serving = Serving.of(http)
     if serving.worker.dead:
         raise ApiError(503, "The step loop has ended.")
     if serving.worker.stalled > serving.stall_s:
         raise ApiError(503, "The step loop hangs.")
-    return Response()
+    replicas = serving.worker.replicas
+    if not replicas:
+        return Response()
+    if not any(each.serves and each.step_seconds <= serving.stall_s for each in replicas):
+        raise ApiError(503, "No replica serves, or each of them hangs.")
+    return json_response({"replicas": [each._asdict() for each in replicas]})
 
 
 @router.get("/version")

@@ -156,3 +156,27 @@ class _Stats(Collector):
             counter = CounterMetricFamily(f"vllm:{metric}", text, labels=names)
             counter.add_metric(values, self._stats[key])
             yield counter
+        yield from self._by_replica()
+
+    def _by_replica(self) -> Iterator[Metric]:
+        """What stands behind the sums of an engine with replicas, by names of their own: who adds up a name counts once."""
+        replicas = self._stats.get("replicas", ())
+        if not replicas:
+            return
+        names, values = [*self._labels, "replica"], list(self._labels.values())
+        serves = GaugeMetricFamily("tandem:replica_serves", "Whether a replica serves.", labels=names)
+        for index, stats in enumerate(replicas):
+            serves.add_metric([*values, str(index)], stats["serves"])
+        yield serves
+        for metric, (key, text) in (GAUGES | COUNTERS).items():
+            kind = GaugeMetricFamily if metric in GAUGES else CounterMetricFamily
+            family = kind(f"tandem:replica_{metric}", text, labels=names)
+            for index, stats in enumerate(replicas):
+                if key in stats:
+                    family.add_metric([*values, str(index)], stats[key])
+            yield family
+        lost = CounterMetricFamily(
+            "tandem:replicas_lost", "Replicas that have ended and were started anew.", labels=list(self._labels)
+        )
+        lost.add_metric(values, self._stats["num_replicas_lost"])
+        yield lost

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from common.engine import Engine, StepRecord
+from common.engine import StepRecord
+from common.interface import ReplicaState, ServingEngine
 from common.request import Request, TokenEvent
 from common.serve.errors import ApiError
 from common.text.output import Delta, OutputText
@@ -71,7 +72,7 @@ class _Live:
     text: OutputText
 
 
-Order = Callable[[Engine | None], None]
+Order = Callable[[ServingEngine | None], None]
 """What the thread is to do between two steps; without an engine if it has ended meanwhile."""
 Observer = Callable[[list[StepRecord], list[tuple[Call, list[Piece]]]], None]
 """Called on the event loop for each step: its records, and what it brought by call."""
@@ -80,7 +81,7 @@ Observer = Callable[[list[StepRecord], list[tuple[Call, list[Piece]]]], None]
 class Worker:
     """One engine on a thread of its own. `start` it on the event loop that `run`, `abort` and `ask` are used on."""
 
-    def __init__(self, make_engine: Callable[[], Engine], tokenizer: Tokenizer) -> None:
+    def __init__(self, make_engine: Callable[[], ServingEngine], tokenizer: Tokenizer) -> None:
         """`make_engine` runs on the thread."""
         self._make_engine, self._tokenizer = make_engine, tokenizer
         self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
@@ -90,13 +91,13 @@ class Worker:
         self._step_began: float | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._observe: Observer | None = None
-        self._ready: Future[Engine] = Future()
+        self._ready: Future[ServingEngine] = Future()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._thread.start()
 
     # ── for the others ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def wait_ready(self) -> Engine:
+    def wait_ready(self) -> ServingEngine:
         """Its `caps` may be read; all else is the thread's. Raises what making it raised."""
         return self._ready.result()
 
@@ -114,6 +115,11 @@ class Worker:
         began = self._step_began
         return 0.0 if began is None else time.monotonic() - began
 
+    @property
+    def replicas(self) -> tuple[ReplicaState, ...]:
+        """The processes of its engine, where that has several."""
+        return self.wait_ready().replicas
+
     async def run(self, call: Call) -> None:
         """Admit all requests or none. The caller sees to it that `abort` is called if it leaves before all have ended."""
         try:
@@ -126,11 +132,11 @@ class Worker:
         """End what is left of a call, before the next step."""
         self._order(lambda engine: self._abort(engine, call))
 
-    async def ask(self, question: Callable[[Engine], T]) -> T:
+    async def ask(self, question: Callable[[ServingEngine], T]) -> T:
         """What `question` says of the engine between two steps."""
         answer: Future[T] = Future()
 
-        def order(engine: Engine | None) -> None:
+        def order(engine: ServingEngine | None) -> None:
             if not answer.set_running_or_notify_cancel():
                 return
             try:
@@ -148,7 +154,7 @@ class Worker:
         """What `profile` says of everything that the thread does from now on until `stop` is set between two steps."""
         found: Future[T] = Future()
 
-        def order(engine: Engine | None) -> None:
+        def order(engine: ServingEngine | None) -> None:
             try:
                 if engine is None:
                     raise gone()
@@ -194,12 +200,12 @@ class Worker:
         finally:
             self._end(engine)
 
-    def _work(self, engine: Engine, stop: threading.Event | None = None) -> None:
+    def _work(self, engine: ServingEngine, stop: threading.Event | None = None) -> None:
         """Step, and do what is ordered, until the order to end; or until `stop` is set between two steps."""
         while self._obey(engine) and not (stop and stop.is_set()):
             self._step(engine)
 
-    def _obey(self, engine: Engine) -> bool:
+    def _obey(self, engine: ServingEngine) -> bool:
         """Do what was ordered, waiting for an order if there is nothing else to do; False from the order to end on."""
         wait = not engine.has_work
         while not self._ending:
@@ -214,7 +220,7 @@ class Worker:
             wait = False
         return False
 
-    def _step(self, engine: Engine) -> None:
+    def _step(self, engine: ServingEngine) -> None:
         if not engine.has_work:
             return
         self._step_began = time.monotonic()
@@ -235,7 +241,7 @@ class Worker:
         if records or fresh:
             self._tell(partial(self._deliver, records, list(fresh.items())))
 
-    def _admit(self, engine: Engine, call: Call) -> None:
+    def _admit(self, engine: ServingEngine, call: Call) -> None:
         try:
             for index, request in enumerate(call.requests):
                 engine.add(request)
@@ -244,7 +250,7 @@ class Worker:
             self._abort(engine, call)
             raise
 
-    def _abort(self, engine: Engine | None, call: Call) -> None:
+    def _abort(self, engine: ServingEngine | None, call: Call) -> None:
         for request in call.requests:
             live = self._live.get(request.request_id)
             if live is not None and live.call is call:
@@ -252,7 +258,7 @@ class Worker:
                 if engine is not None:
                     engine.abort(request.request_id)
 
-    def _end(self, engine: Engine) -> None:
+    def _end(self, engine: ServingEngine) -> None:
         with self._lock:
             self._dead = True
         while not self._orders.empty():

@@ -82,13 +82,14 @@ def build_engine(
     checkpoint: Checkpoint, config: EngineConfig, progress: Progress | None = None, *, options: Options
 ) -> CompletionsEngine:
     """Start the server, if that is asked for, and wait until it offers the model. Raises `BackendError` if it does not, and
-    `ConfigError` for several ranks of which the server is not told."""
-    ranks = config.tensor_parallel_size
-    expect(
-        ranks == 1 or any("{tensor_parallel_size}" in part for part in options.command),
-        f"tensor_parallel_size={ranks} does not reach the server: only a command that has the word "
-        "{tensor_parallel_size} passes it on. Put it there, or give this engine tensor_parallel_size:1.",
-    )
+    `ConfigError` for several ranks or replicas of which the server is not told."""
+    for option in ("tensor_parallel_size", "data_parallel_size"):
+        number = getattr(config, option)
+        expect(
+            number == 1 or any(f"{{{option}}}" in part for part in options.command),
+            f"{option}={number} does not reach the server: only a command that has the word {{{option}}} passes it on. Put it "
+            f"there, or give this engine {option}:1.",
+        )
     if progress:
         progress(0, 1, "server")
     server, url = None, options.base_url or f"http://127.0.0.1:{free_port()}"
@@ -252,7 +253,7 @@ class CompletionsEngine(GreedyEngine[_Exchange]):
         if self._server is None:
             return {}
         held, most = self._server.memory()
-        return {"server_rss_bytes": held, "server_peak_rss_bytes": most}
+        return {"others_rss_bytes": held, "others_peak_rss_bytes": most}
 
     def reset_prefix_cache(self) -> bool:
         """There is no common way to ask a server for it: start one that has none, or know that it is warm."""

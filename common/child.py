@@ -1,0 +1,88 @@
+"""Processes that this one starts and that end when it does: what all of them have in common, on both ends.
+
+A child reads frames on its standard input, and answers with frames on its standard output. It ends when its input does, even
+in the middle of a call, so that it cannot outlive its parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from common.frames import Frame, read_frame
+
+_ROOT = Path(__file__).parents[1]
+PATIENCE_S = 10.0
+"""How long a child may take to end."""
+_PR_SET_PDEATHSIG = 1
+
+
+def start(main: str, *arguments: Any, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """Start the function `main`, as `module:name`, with `arguments` that JSON can hold; it is to call `listen`. `environment`
+    is added to ours."""
+    module, name = main.split(":")
+    code = f"import json, sys; from {module} import {name}; {name}(*json.loads(sys.argv[1]))"
+    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.Popen(
+        [sys.executable, "-c", code, json.dumps(arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | dict(environment or {}),
+    )
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Close its input, wait until it has ended, and insist. Idempotent."""
+    assert process.stdin and process.stdout
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+    try:
+        process.wait(PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    process.stdout.close()
+
+
+def how_it_ended(code: int) -> str:
+    """A return code of `subprocess` as the rest of a sentence."""
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def listen() -> tuple[IO[bytes], queue.SimpleQueue[Frame]]:
+    """In the child: where its answers go, and what it is told, as it comes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes our input
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is a log, not an answer
+    source = os.fdopen(os.dup(0), "rb")  # not sys.stdin, whose lock a thread that reads would hold as Python ends
+    told: queue.SimpleQueue[Frame] = queue.SimpleQueue()
+
+    def hear() -> None:
+        try:
+            while (frame := read_frame(source)) is not None:
+                told.put(frame)
+        except Exception:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+
+    threading.Thread(target=hear, daemon=True).start()
+    return answers, told
+
+
+def die_with_parent() -> None:
+    """In the child: end as soon as the thread that started this process does, even while this process is stopped and cannot see
+    that its input ends. Linux alone knows this."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,1 @@
+"""One engine that is several, each in a process of its own."""

@@ -1,0 +1,428 @@
+"""An engine that is several: replicas in processes of their own behind a router, which together are one `ServingEngine`.
+
+A request is sent to one replica and goes by a number there, a new one each time it is sent, so that what a replica says of a
+request that is no longer its own finds nobody. When a replica ends, its requests go on elsewhere behind the tokens that they
+have, as after a preemption; since a token depends on its request, its seed and its place alone, they are those that it would
+have had. Seeds are drawn here, so that they are those of one engine.
+
+All of this is on the caller's thread; what threads there are only read and write pipes (`common.replicas.keeper`).
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import count
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from common.config import EngineConfig
+from common.config import expect as expect_config
+from common.engine import StepRecord, build_engine, check_request
+from common.errors import BackendError, by_name
+from common.frames import Frame, Message
+from common.interface import Caps, Progress, ReplicaState, ServingEngine
+from common.platform import cores, family_memory, thread_settings
+from common.replicas.keeper import Gone, Keeper, Link, News, Ready, Said
+from common.replicas.wire import pack_request, unpack_caps, unpack_event
+from common.request import Request, Status, TokenEvent, expect
+from common.schedule.edits import Edits
+from common.schedule.limits import Limits, expect_new, expect_room
+from common.schedule.router import Router
+from common.schedule.scheduler import mix64
+from common.weights.checkpoint import Checkpoint
+
+log = logging.getLogger(__name__)
+
+MOST_DEATHS = 3
+"""Replicas that may end while they have a request, until it is taken for the reason and ends too."""
+PATIENCE_S = 0.005
+"""How long a step waits for news where the caller does not say: others of its thread may want something meanwhile."""
+GAUGES = ("num_running", "num_waiting", "kv_cache_usage", "kv_pool_bytes")
+"""Entries of `stats` that tell what is; all others count since the start."""
+
+
+def open_engine(backend: str, checkpoint: Checkpoint, config: EngineConfig, progress: Progress | None = None) -> ServingEngine:
+    """The engine that `config` asks for, ready: one in this process, or replicas of it in processes of their own."""
+    if config.data_parallel_size == 1:
+        return build_engine(backend, checkpoint, config, progress)
+    return Replicas(backend, checkpoint, config, progress)
+
+
+@dataclass(eq=False)
+class _Live:
+    """A request that has not ended."""
+
+    request: Request
+    output: list[int]
+    deaths: int = 0
+    cost: int = 0
+    """Tokens that its replica computes before it can give the first that is new."""
+    number: int = -1
+    """By which the replica knows it."""
+    replica: _Replica | None = None
+    """None while it waits for one to serve."""
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return (*self.request.prompt_token_ids, *self.output)
+
+
+@dataclass(eq=False)
+class _Replica:
+    """What is known of one."""
+
+    keeper: Keeper
+    link: Link | None = None
+    """None while it does not serve."""
+    num_pages: int = 0
+    live: dict[int, _Live] = field(default_factory=dict)
+    stats: dict[str, Any] = field(default_factory=dict)
+    """As it last told them."""
+    sent: int = 0
+    taken: int = 0
+    """Requests that were sent to this process, and of which it knew when it told its `stats`."""
+    logs: bool = False
+    given_up: bool = False
+
+    @property
+    def load(self) -> int:
+        """Tokens that it computes for its requests, as far as they have come."""
+        return sum(live.cost + len(live.output) for live in self.live.values())
+
+
+class Replicas(ServingEngine):
+    """`config.data_parallel_size` engines of `backend`. They share the compute threads; what else `config` says is of each, but
+    for `max_waiting`, which is of all."""
+
+    def __init__(self, backend: str, checkpoint: Checkpoint, config: EngineConfig, progress: Progress | None = None) -> None:
+        """Start them and wait until all serve. Raises what made one of them fail."""
+        size = config.data_parallel_size
+        threads = max(1, (config.threads or cores()) // size)
+        options = asdict(replace(config, threads=threads, max_waiting=None))
+        self._config = config
+        self._news: queue.SimpleQueue[News] = queue.SimpleQueue()
+        main, arguments = "common.replicas.worker:main", (backend, str(checkpoint.path), options)
+        self._replicas = [_Replica(Keeper(i, main, arguments, thread_settings(threads), self._news.put)) for i in range(size)]
+        self._router = Router(config.routing, size, config.block_size)
+        self._live: dict[str, _Live] = {}
+        self._numbers = count()
+        self._num_requests = 0
+        self._draining = False
+        self._events: list[TokenEvent] = []
+        self._answers: dict[int, Frame] = {}
+        self._lost: dict[str, float] = {}  # what replicas that have ended had counted
+        self._counters = dict.fromkeys(("prompt_tokens", "generation_tokens", "num_replicas_lost", "num_recomputed"), 0)
+        self._caps: Caps | None = None
+        self._limits: Limits | None = None
+        try:
+            while not all(replica.link for replica in self._replicas):
+                self._await_start(self._news.get(), progress)
+        except BaseException:
+            self.close()
+            raise
+
+    def _await_start(self, news: News, progress: Progress | None) -> None:
+        match news:
+            case Gone(_, how, error, _):
+                raise (error and by_name(**error)) or BackendError(
+                    f"A replica of this engine {how} before it served; its log says more."
+                )
+            case Said(index, Frame({"progress": (done, total, what)})):
+                if progress and index == 0:  # all load the same
+                    progress(done, total, what)
+            case _:
+                self._take(news)
+
+    # ── requests come and go ────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def caps(self) -> Caps:
+        assert self._caps
+        return self._caps
+
+    def add(self, request: Request) -> None:
+        assert self._limits
+        self._hear(0)
+        self._expect_able()
+        check_request(request, self.caps.vocab_size)
+        twin, parent = self._live.get(request.request_id), self._parent(request)
+        expect_new(request, twin.request if twin else None, parent.request if parent else None)
+        self._limits.max_tokens(request)
+        Edits.of(request, request.stops, self.caps.vocab_size)  # refuses what leaves no token to choose
+        expect_room(request, self._num_waiting(), self._config.max_waiting, self._draining)
+        if request.params.seed is None:
+            seed = mix64(self._config.seed, self._num_requests)
+            request = replace(request, params=replace(request.params, seed=seed))
+        self._num_requests += 1
+        self._counters["prompt_tokens"] += len(request.prompt_token_ids)
+        self._live[request.request_id] = live = _Live(request, list(request.output_token_ids))
+        self._send(live)
+
+    def _parent(self, request: Request) -> _Live | None:
+        if request.parent is None or self._config.cache == "dense":
+            return None
+        return self._live.get(request.parent)
+
+    def _send(self, live: _Live) -> None:
+        """To the replica of its parent, whose pages it starts from, or to the one that the router chooses; if none serves, it
+        waits for one."""
+        self._tell_whether_to_log()
+        loads = {i: replica.load for i, replica in enumerate(self._replicas) if replica.link}
+        if not loads:
+            return
+        request, tokens, parent = live.request, live.tokens, self._parent(live.request)
+        beside = parent.replica if parent is not None and not live.output else None
+        if beside is None:
+            index, cached = self._router.choose(tokens, request.cache_salt, loads)
+        else:
+            index, cached = self._replicas.index(beside), len(tokens) - 1
+        live.cost = len(tokens) - cached
+        replica = live.replica = self._replicas[index]
+        assert replica.link
+        live.number = next(self._numbers)
+        replica.live[live.number] = live
+        replica.sent += 1
+        self._router.sent(index, tokens, request.cache_salt, replica.num_pages)
+        number = parent.number if parent is not None and beside is not None else None
+        message, data = pack_request(live.number, number, replace(request, output_token_ids=tuple(live.output)))
+        replica.link.send({"order": "add"} | message, data)
+
+    def abort(self, request_id: str) -> bool:
+        return self._end(request_id, Status.FINISHED_ABORT, None)
+
+    def finish(self, request_id: str, stop_reason: str) -> bool:
+        return self._end(request_id, Status.FINISHED_STOP, stop_reason)
+
+    def _end(self, request_id: str, status: Status, stop_reason: str | None) -> bool:
+        live = self._live.get(request_id)
+        if live is None:
+            return False
+        if live.replica is not None and live.replica.link:
+            live.replica.link.send({"order": "abort", "number": live.number})
+        self._leave(live, TokenEvent(request_id, None, perf_counter(), finish=status, stop_reason=stop_reason))
+        return True
+
+    def _leave(self, live: _Live, event: TokenEvent) -> None:
+        """It ends with this event."""
+        del self._live[live.request.request_id]
+        if live.replica is not None:
+            del live.replica.live[live.number]
+            index = self._replicas.index(live.replica)
+            self._router.sent(index, live.tokens, live.request.cache_salt, live.replica.num_pages)
+        self._events.append(event)
+
+    def drain(self) -> None:
+        self._draining = True
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._live or self._events)
+
+    def step(self, timeout: float | None = None) -> list[TokenEvent]:
+        """What the replicas have brought. Where that is nothing yet, waits for `timeout`, or a moment."""
+        self._tell_whether_to_log()
+        self._hear(0)
+        self._expire(perf_counter())
+        if not self._events and self._live:
+            self._hear(PATIENCE_S if timeout is None else timeout)
+        events, self._events = self._events, []
+        return events
+
+    def _expire(self, now: float) -> None:
+        """End those whose deadline comes while no replica has them; each replica ends its own."""
+        held = [live.request for live in self._live.values() if live.replica is None]
+        for request in held:
+            if request.deadline is not None and request.deadline <= now:
+                self._end(request.request_id, Status.FINISHED_TIMEOUT, None)
+
+    # ── what the replicas say ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def _hear(self, timeout: float) -> None:
+        """Take in all that has come, and wait for something if nothing has."""
+        try:
+            self._take(self._news.get(timeout=timeout) if timeout > 0 else self._news.get_nowait())
+            while True:
+                self._take(self._news.get_nowait())
+        except queue.Empty:
+            pass
+
+    def _take(self, news: News) -> None:
+        replica = self._replicas[news.replica]
+        match news:
+            case Ready(index, told, link):
+                self._admit(index, replica, told, link)
+            case Said(_, Frame({"answer": int(ask)}) as frame):
+                self._answers[ask] = frame
+            case Said(_, Frame({"events": events, "records": records, "stats": stats, "taken": taken})):
+                replica.stats, replica.taken = stats, taken
+                if self.step_log is not None:
+                    self.step_log += [self._named(replica, StepRecord.of(values)) for values in records]
+                for values in events:
+                    self._pass_on(replica, *unpack_event(values))
+            case Gone():
+                self._bury(news, replica)
+
+    def _admit(self, index: int, replica: _Replica, told: Message, link: Link) -> None:
+        """A replica serves."""
+        caps, limits = unpack_caps(told["caps"]), Limits(**told["limits"])
+        expect_config(
+            caps.device == "cpu",
+            f"data_parallel_size={len(self._replicas)} has replicas that compute on cpu, not {caps.device}.",
+        )
+        replica.link, replica.stats, replica.num_pages = link, told["stats"], limits.num_pages
+        replica.sent = replica.taken = 0
+        replica.logs = False
+        # What only an engine in this process has, its runner, nobody sees here.
+        self._caps = replace(caps, max_seqs=caps.max_seqs * len(self._replicas), observes=False)
+        if self._limits is None or limits.num_pages < self._limits.num_pages:
+            self._limits = limits  # a request may come to any of them
+        for live in [live for live in self._live.values() if live.replica is None]:
+            self._send(live)
+
+    def _pass_on(self, replica: _Replica, number: int, event: TokenEvent) -> None:
+        live = replica.live.get(number)
+        if live is None:
+            return  # aborted meanwhile
+        event = replace(event, request_id=live.request.request_id)
+        if event.token_id is not None:
+            live.output.append(event.token_id)
+            self._counters["generation_tokens"] += 1
+        if event.finish is None:
+            self._events.append(event)
+        else:
+            self._leave(live, event)
+
+    def _named(self, replica: _Replica, record: StepRecord) -> StepRecord:
+        """A step with its requests by the names that they have here."""
+        started = [replica.live[int(number)] for number in record.started if int(number) in replica.live]
+        return record._replace(started=tuple(live.request.request_id for live in started))
+
+    def _bury(self, news: Gone, replica: _Replica) -> None:
+        """A replica has ended: its requests go on elsewhere."""
+        left, replica.live, replica.link, replica.given_up = list(replica.live.values()), {}, None, news.given_up
+        self._router.forget(news.replica)
+        for name, value in replica.stats.items():
+            if name not in GAUGES:
+                self._lost[name] = self._lost.get(name, 0) + value
+        replica.stats = {}
+        self._counters["num_replicas_lost"] += 1
+        log.warning(
+            "Replica %d %s%s; its %d requests go on elsewhere.",
+            news.replica, news.how, " once more, and is given up" if news.given_up else "", len(left),
+        )  # fmt: skip
+        for live in left:
+            live.deaths, live.replica = live.deaths + 1, None
+        for live in left:
+            if live.deaths >= MOST_DEATHS:
+                self._fail(live, f"{live.deaths} replicas have ended while they had this request; the last {news.how}.")
+            else:
+                self._counters["num_recomputed"] += 1
+                self._send(live)
+        if self._hopeless:
+            for live in list(self._live.values()):
+                self._fail(live, f"No replica of this engine is left; the last {news.how}.")
+
+    def _fail(self, live: _Live, error: str) -> None:
+        name, now = live.request.request_id, perf_counter()
+        self._leave(live, TokenEvent(name, None, now, finish=Status.FINISHED_ERROR, error=error))
+
+    @property
+    def _hopeless(self) -> bool:
+        return all(replica.given_up for replica in self._replicas)
+
+    def _expect_able(self) -> None:
+        if self._hopeless:
+            raise BackendError("No replica of this engine is left; its log says more. Make a new engine.")
+
+    # ── beside the requests ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def replicas(self) -> tuple[ReplicaState, ...]:
+        return tuple(replica.keeper.state for replica in self._replicas)
+
+    def stats(self) -> dict[str, Any]:
+        """Sums over the replicas, those that have ended included, of what `Engine.stats` tells, `kv_cache_usage` a mean.
+        `prompt_tokens` and `generation_tokens` are counted here, so that what is computed anew counts once. `replicas` has what
+        each tells, and `others_rss_bytes` and `others_peak_rss_bytes` say what their processes hold and have held."""
+        self._hear(0)
+        told = [replica.stats for replica in self._replicas if replica.link]
+        names = dict.fromkeys(name for stats in (self._lost, *told) for name in (*stats, *GAUGES))
+        sums = {name: self._lost.get(name, 0) + sum(stats.get(name, 0) for stats in told) for name in names}
+        held, most = family_memory([state.pid for state in self.replicas if state.pid])
+        return sums | {
+            **self._counters,
+            "num_waiting": self._num_waiting(),
+            "kv_cache_usage": sums["kv_cache_usage"] / max(len(told), 1),
+            "others_rss_bytes": held,
+            "others_peak_rss_bytes": most,
+            "replicas": [{"serves": replica.link is not None, **replica.stats} for replica in self._replicas],
+        }
+
+    def _num_waiting(self) -> int:
+        """Requests that wait: for a replica, or in one that has said so or does not know of them yet."""
+        sent = sum(replica.stats["num_waiting"] + replica.sent - replica.taken for replica in self._replicas if replica.link)
+        return int(sent) + sum(live.replica is None for live in self._live.values())
+
+    def _tell_whether_to_log(self) -> None:
+        on = self.step_log is not None
+        for replica in self._replicas:
+            if replica.link and replica.logs != on:
+                replica.logs = on
+                replica.link.send({"order": "log", "on": on})
+
+    def hidden_states(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Of one replica, the one with the least to do."""
+        expect(len(prompts) > 0 and all(len(prompt) > 0 for prompt in prompts), "Every prompt must hold at least one token.")
+        data = np.concatenate([np.array(prompt, np.int32) for prompt in prompts]).tobytes()
+        lengths = [len(prompt) for prompt in prompts]
+        for _ in range(MOST_DEATHS):
+            replica = self._await_one()
+            frame = self._ask(replica, {"order": "states", "lengths": lengths}, data)
+            if frame is not None:
+                break
+        else:
+            raise BackendError(f"{MOST_DEATHS} replicas have ended while they computed these states; their log says more.")
+        if error := frame.message.get("failed"):
+            raise by_name(**error) or BackendError(error["message"])
+        shapes = frame.message["shapes"]
+        ends = np.cumsum([rows * columns for rows, columns in shapes])[:-1]
+        parts = np.split(np.frombuffer(frame.data, np.float32), ends)
+        self._counters["prompt_tokens"] += sum(lengths[: len(shapes)])
+        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def _await_one(self) -> _Replica:
+        while True:
+            self._expect_able()
+            if serving := [replica for replica in self._replicas if replica.link]:
+                return min(serving, key=lambda replica: replica.load)
+            self._hear(PATIENCE_S)
+
+    def _ask(self, replica: _Replica, message: Message, data: bytes = b"") -> Frame | None:
+        """Its answer, while events are kept for the next step; None if it ends before."""
+        link, ask = replica.link, next(self._numbers)
+        assert link
+        link.send(message | {"ask": ask}, data)
+        while ask not in self._answers and replica.link is link:
+            self._hear(PATIENCE_S)
+        return self._answers.pop(ask, None)
+
+    def reset_prefix_cache(self) -> bool:
+        self._hear(0)
+        if self._live:
+            return False
+        for index, replica in enumerate(self._replicas):
+            frame = self._ask(replica, {"order": "forget"}) if replica.link else None
+            if frame is not None and not frame.message["done"]:
+                return False
+            self._router.forget(index)
+        return True
+
+    def close(self) -> None:
+        for end in (Keeper.close, Keeper.join):
+            for replica in self._replicas:
+                end(replica.keeper)

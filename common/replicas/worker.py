@@ -1,0 +1,145 @@
+"""The process of a replica: an engine, what it is told between two steps, and what it says after each."""
+
+from __future__ import annotations
+
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import asdict
+from typing import IO, Any, NoReturn
+
+import numpy as np
+
+from common import child
+from common.config import EngineConfig
+from common.engine import Engine, build_engine
+from common.frames import Frame, Message, write_frame
+from common.replicas.keeper import BEAT_S
+from common.replicas.wire import pack_event, unpack_request
+from common.request import Status, StructuredOutputsParams, TokenEvent
+from common.text.grammar import Grammar, Grammars
+from common.text.tokenizer import open_tokenizer
+from common.weights.checkpoint import Checkpoint, open_checkpoint
+
+
+def main(backend: str, path: str, options: dict[str, Any]) -> None:
+    """Serve until our input ends."""
+    answers, told = child.listen()
+    child.die_with_parent()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # who ends a whole group of processes lets our parent finish what it has
+    voice = Voice(answers)
+    try:
+        checkpoint = open_checkpoint(path)
+        engine = build_engine(backend, checkpoint, EngineConfig(**options), voice.progress)
+    except Exception as error:
+        traceback.print_exc()
+        voice.say({"failed_to_start": failure(error)})
+        sys.exit(1)
+    caps, limits = asdict(engine.caps), asdict(engine.scheduler.limits)
+    voice.say({"ready": {"caps": caps, "limits": limits, "stats": engine.stats()}})
+    Replica(engine, checkpoint, voice).run(told)
+
+
+class Voice:
+    """Where a replica speaks, as two threads do: while it computes, it gives signs of life."""
+
+    def __init__(self, answers: IO[bytes]) -> None:
+        self._answers, self._lock = answers, threading.Lock()
+        self.step_began: float | None = None
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def say(self, message: Message, data: Sequence[memoryview] = ()) -> None:
+        with self._lock:
+            write_frame(self._answers, message, data)
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        self.say({"progress": [done, total, what]})
+
+    def _beat(self) -> None:
+        while True:
+            began = self.step_began
+            self.say({"beat": 0.0 if began is None else time.perf_counter() - began})
+            time.sleep(BEAT_S)
+
+
+class Replica:
+    """One engine under orders."""
+
+    def __init__(self, engine: Engine, checkpoint: Checkpoint, voice: Voice) -> None:
+        self._engine, self._checkpoint, self._voice = engine, checkpoint, voice
+        self._grammars: Grammars | None = None
+        self._taken = 0
+        self._refused: list[TokenEvent] = []
+
+    def run(self, told: queue.SimpleQueue[Frame]) -> NoReturn:
+        """An engine that cannot go on raises."""
+        while True:
+            while not (self._engine.has_work and told.empty()):
+                self._obey(told.get())
+                if self._refused:
+                    self._tell([])
+            self._step()
+
+    def _step(self) -> None:
+        self._voice.step_began = time.perf_counter()
+        events = self._engine.step()
+        self._voice.step_began = None
+        self._tell(events)
+
+    def _tell(self, events: list[TokenEvent]) -> None:
+        records, refused, self._refused = self._engine.step_log or [], self._refused, []
+        if records:
+            self._engine.step_log = []
+        told = [pack_event(event) for event in (*refused, *events)]
+        self._voice.say({"events": told, "records": records, "stats": self._engine.stats(), "taken": self._taken})
+
+    def _obey(self, frame: Frame) -> None:
+        message, data = frame
+        match message:
+            case {"order": "add"}:
+                self._add(message, data)
+            case {"order": "abort", "number": number}:
+                self._engine.abort(str(number))
+            case {"order": "log", "on": on}:
+                self._engine.step_log = [] if on else None
+            case {"order": "forget", "ask": ask}:
+                while self._engine.has_work:  # of requests that were aborted; nobody waits for the others
+                    self._step()
+                self._voice.say({"answer": ask, "done": self._engine.reset_prefix_cache()})
+            case {"order": "states", "ask": ask, "lengths": lengths}:
+                self._show(ask, np.split(np.frombuffer(data, np.int32), np.cumsum(lengths)[:-1]))
+
+    def _add(self, message: Message, data: bytes) -> None:
+        self._taken += 1
+        try:
+            self._engine.add(unpack_request(message, data, self._compile))
+        except Exception as error:
+            name, now = str(message["number"]), time.perf_counter()
+            self._refused.append(TokenEvent(name, None, now, finish=Status.FINISHED_ERROR, error=str(error)))
+
+    def _compile(self, wanted: StructuredOutputsParams | None) -> Future[Grammar] | None:
+        if wanted is None:
+            return None
+        if self._grammars is None:
+            tokenizer, config = open_tokenizer(self._checkpoint.path), self._checkpoint.config
+            self._grammars = Grammars(tokenizer, tokenizer.all_eos(config.eos_token_ids), config.vocab_size)
+        return self._grammars.compile(wanted)
+
+    def _show(self, ask: int, prompts: list[np.ndarray]) -> None:
+        try:
+            states = self._engine.hidden_states([prompt.tolist() for prompt in prompts])
+        except Exception as error:
+            self._voice.say({"answer": ask, "failed": failure(error)})
+            return
+        parts = [np.ascontiguousarray(x_TD, np.float32) for x_TD in states]
+        self._voice.say({"answer": ask, "shapes": [x_TD.shape for x_TD in parts]}, [x_TD.data.cast("B") for x_TD in parts])
+
+
+def failure(error: Exception) -> dict[str, str]:
+    """What was raised, for the other end to raise it there."""
+    return {"kind": type(error).__name__, "message": str(error)}

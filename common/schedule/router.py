@@ -1,0 +1,75 @@
+"""Which of several engines gets a request. Bookkeeping only: an engine is a number here, and its load is told.
+
+`prefix` sends a request where least is to compute: for the requests that an engine has, and of its own tokens those that are
+not cached there. So a conversation goes back to where its history lies, until that engine has so much more to do than another
+that computing the history anew is the shorter way. `round_robin` knows neither; it is what `prefix` is held against.
+
+What is cached where, nobody tells the router: it remembers the keys of the pages that it has sent to each engine, as many as
+that has pages, and forgets those first that were not asked for longest, of one request its tail first, as the engine's pool
+does (`common.schedule.pages`). It may be wrong, and then a request is computed where it need not have been.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from typing import NamedTuple
+
+import numpy as np
+
+from common.config import Routing
+from common.schedule.pages import PageKey, next_key
+
+_SECRET = b"router"
+"""Keys of pages are compared within this process alone."""
+
+
+class Choice(NamedTuple):
+    engine: int
+    cached: int
+    """Tokens at the start of the request that it has in its pages, as far as is known."""
+
+
+class Router:
+    """Remembers what `count` engines have in pages of `block_size` tokens."""
+
+    def __init__(self, routing: Routing, count: int, block_size: int) -> None:
+        self._routing, self._count, self._block_size = routing, count, block_size
+        self._last = -1
+        self._sent: list[OrderedDict[PageKey, None]] = [OrderedDict() for _ in range(count)]
+        """By engine: the keys of its pages, the one that goes first at the front."""
+
+    def choose(self, tokens: Sequence[int], salt: str, loads: Mapping[int, int]) -> Choice:
+        """One of the engines in `loads`, which says how many tokens each computes for the requests that it has."""
+        keys = self._keys(tokens, salt)
+        cached = {engine: self._cached(engine, keys) for engine in loads}
+        turns = {engine: (engine - self._last - 1) % self._count for engine in loads}
+        weights = {engine: loads[engine] - cached[engine] if self._routing == "prefix" else 0 for engine in loads}
+        self._last = min(loads, key=lambda engine: (weights[engine], turns[engine]))
+        return Choice(self._last, cached[self._last])
+
+    def sent(self, engine: int, tokens: Sequence[int], salt: str, pages: int) -> None:
+        """An engine of so many pages has computed these tokens, or is about to."""
+        held = self._sent[engine]
+        for key in reversed(self._keys(tokens, salt)):
+            held[key] = None
+            held.move_to_end(key)
+        while len(held) > pages:
+            held.popitem(last=False)
+
+    def forget(self, engine: int) -> None:
+        """It has nothing in its pages any more."""
+        self._sent[engine].clear()
+
+    def _cached(self, engine: int, keys: Sequence[PageKey]) -> int:
+        """Tokens at the start of those with these keys that the engine has, as far as is known."""
+        return self._block_size * sum(1 for _ in takewhile(self._sent[engine].__contains__, keys))
+
+    def _keys(self, tokens: Sequence[int], salt: str) -> list[PageKey]:
+        """Of all full pages but one that ends with the last token, which is computed in any case."""
+        ids, size = np.array(tokens, np.int32), self._block_size
+        keys: list[PageKey] = []
+        for start in range(0, (len(ids) - 1) // size * size, size):
+            keys.append(next_key(_SECRET, keys[-1] if keys else None, ids[start : start + size].tobytes(), salt))
+        return keys
