@@ -17,6 +17,9 @@ namespace tandem {
 
 constexpr int BLOCK = 64, PARTITION = 512, SUB = BLOCK / LANES, AHEAD = 1, MAX_HEAD_DIM = 512;
 constexpr float MASKED = -1e30f;
+// A maximum that rises by no more than this, in units of log 2, stays as it is: sums need not be scaled anew nearly as often, and
+// what is 2^8 times as large keeps as many bits.
+constexpr float SLACK = 8;
 
 constexpr int padded(int n) { return (n + LANES - 1) / LANES * LANES; }
 
@@ -57,8 +60,8 @@ struct Pages {
   }
 };
 
-// What one query head of one token has gathered in one partition: the maximum of its scores, in units of log 2, and the sum of
-// their powers of 2, lane by lane.
+// What one query head of one token has gathered in one partition: the maximum of its scores, in units of log 2 and up to SLACK, and
+// the sum of their powers of 2 less it, lane by lane.
 struct Partial {
   float peak;
   V total;
@@ -308,6 +311,7 @@ inline void all_weighed(Registers& registers, Tile<BF16Tiles>& tile, int rows, i
 template <class E, int C, bool WHOLE>
 inline void soften(const float* s, int first, int from, int last, float scale, typename E::A* p, Partial& partial, float* acc,
                    int width) {
+  constexpr bool ROUGH = sizeof(typename E::T) == sizeof(bf16);
   I lane;
   for (int i = 0; i < LANES; ++i) lane[i] = i;
   const V low = set1(MASKED);
@@ -315,22 +319,23 @@ inline void soften(const float* s, int first, int from, int last, float scale, t
   I seen[C];
 #pragma GCC unroll 4
   for (int j = 0; j < C; ++j) {
-    x[j] = load(s + j * LANES) * scale;
+    x[j] = load(s + j * LANES);
     const I key = lane + (first + j * LANES);
     seen[j] = (I)((key <= last) & (key >= from));
     if (!WHOLE) x[j] = select(seen[j], x[j], low);
     top = max(x[j], top);
   }
-  if (const float peak = max(top); peak > partial.peak) {
+  if (const float peak = max(top) * scale; peak > partial.peak + SLACK) {
     const V decay = exp2(set1(partial.peak - peak));
     partial.total = partial.total * decay;
     for (int h = 0; h < width; h += LANES) store(acc + h, load(acc + h) * decay);
     partial.peak = peak;
   }
+  const V peak = set1(partial.peak);
   V total = partial.total;
 #pragma GCC unroll 4
   for (int j = 0; j < C; ++j) {
-    V e = exp2(x[j] - partial.peak);
+    V e = exp2<ROUGH>(fma(x[j], set1(scale), -peak));
     if (!WHOLE) e = select(seen[j], e, V{});
     total = total + put_operands<E>(p + j * LANES, e);  // as rounded, so that the weights add up to one
   }
@@ -415,7 +420,7 @@ class Attention {
   int group() const { return w_.heads / w_.kv_heads; }
 
   void plan(int threads) {
-    const int most = w_.head_dim > 128 ? 32 : 48, count = most / group() > 1 ? most / group() : 1;
+    const int most = w_.head_dim > 128 ? 32 : E::TILES ? 96 : 48, count = most / group() > 1 ? most / group() : 1;
     for (int s = 0; s < step_.seqs; ++s) {
       const int first = step_.query_starts[s], stop = step_.query_starts[s + 1];
       for (int token = first; token < stop; token += count) {

@@ -177,11 +177,13 @@ TANDEM_INLINE float max(V v) {
 
 // 2^x for x ≤ 127, within 2 units of the last place; exactly 1 at 0, exactly 0 below -126, greater x as 127. NaN stays NaN.
 // The nearest whole number goes to the exponent, the rest, in [-1/2, 1/2], through a
-// polynomial of degree 6, fitted by least squares to the relative error.
+// polynomial of degree 6, fitted by least squares to the relative error. ROUGH: for x below 127 and what is rounded to bfloat16 at
+// once, of degree 4, within 6e-6.
+template <bool ROUGH = false>
 TANDEM_INLINE V exp2(V x) {
-  V p = set1(1.53707048e-4f);
 #if TANDEM_AVX512
-  x = _mm512_max_ps(_mm512_set1_ps(-200.0f), _mm512_min_ps(_mm512_set1_ps(127.0f), x));  // the second where one is NaN
+  if (!ROUGH) x = _mm512_min_ps(_mm512_set1_ps(127.0f), x);  // the second where one is NaN
+  x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);
   const V n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
   const I tiny = above(set1(-126.0f), x), huge = above(x, set1(127.0f));
@@ -190,11 +192,18 @@ TANDEM_INLINE V exp2(V x) {
   const V t = x + shift, n = t - shift;
 #endif
   const V r = x - n;
-  p = fma(p, r, set1(1.33998483e-3f));
-  p = fma(p, r, set1(9.61837325e-3f));
-  p = fma(p, r, set1(5.55032904e-2f));
-  p = fma(p, r, set1(2.40226485e-1f));
-  p = fma(p, r, set1(6.93147206e-1f));
+  V p;
+  if (ROUGH) {
+    p = fma(set1(9.5902402e-3f), r, set1(5.58702722e-2f));
+    p = fma(p, r, set1(2.40236774e-1f));
+    p = fma(p, r, set1(6.93128049e-1f));
+  } else {
+    p = fma(set1(1.53707048e-4f), r, set1(1.33998483e-3f));
+    p = fma(p, r, set1(9.61837325e-3f));
+    p = fma(p, r, set1(5.55032904e-2f));
+    p = fma(p, r, set1(2.40226485e-1f));
+    p = fma(p, r, set1(6.93147206e-1f));
+  }
   p = fma(p, r, set1(1.0f));
 #if TANDEM_AVX512
   return _mm512_scalef_ps(p, n);  // what falls below the smallest normal number is flushed to 0
