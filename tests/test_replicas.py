@@ -529,7 +529,8 @@ def test_both_backends_show_the_states_of_one_engine(pair: Replicas, backend: st
 # ── what is built on engines ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_library_answers_as_with_one_engine(history: Path) -> None:
+def test_the_library_answers_as_with_one_engine(history: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(history.parent / "packages"))  # one engine is in this process
     prompts, params = ["the and of", "once upon"], SamplingParams(max_tokens=12, seed=5, n=2)
     small = {"max_num_seqs": 4, "max_model_len": 256, "num_blocks": 64, "device": "cpu"}
     texts = []
@@ -537,6 +538,7 @@ def test_the_library_answers_as_with_one_engine(history: Path) -> None:
         with LLM(MODEL, backend="history", data_parallel_size=size, **small) as llm:
             texts.append([[output.text for output in each.outputs] for each in llm.generate(prompts, params)])
             assert len(llm.engine.replicas) == (size if size > 1 else 0)
+    del sys.modules["historyinfer"]
     assert texts[0] == texts[1]
 
 
