@@ -83,7 +83,7 @@ _CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
         num_hidden_layers=7,
         num_key_value_heads=1,
         # With this and its head_dim all products are a matrix unit's, and some sums have to wait for their second part.
-        intermediate_size=416,
+        intermediate_size=480,
         head_dim=32,
         query_pre_attn_scalar=24,
         sliding_window=8,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import common.schedule.scheduler as scheduler_module
 from common.request import Status
 from common.schedule.batch import Batch
 from common.schedule.edits import Edits
+from common.schedule.limits import Limits
 from common.schedule.pages import PageError, PageKey, PagePool
 from common.schedule.rows import Rows, Score
 from common.schedule.scheduler import Scheduler, Sequence, Step
@@ -124,17 +126,13 @@ def the_null_page_is_given_out(patch: Patch, ran: Ran) -> None:
 
 @mutant
 def the_null_page_is_forgotten_at_the_door(patch: Patch, ran: Ran) -> None:
-    original = Scheduler.add
+    original = Limits.max_tokens
 
-    def add(self: Scheduler, request: Any) -> None:
-        self.pool.num_pages += 1
-        try:
-            original(self, request)
-        finally:
-            self.pool.num_pages -= 1
+    def max_tokens(self: Limits, request: Any) -> int:
         ran.append(1)
+        return original(replace(self, num_pages=self.num_pages + 1), request)
 
-    patch.setattr(Scheduler, "add", add)
+    patch.setattr(Limits, "max_tokens", max_tokens)
 
 
 @mutant
