@@ -204,6 +204,31 @@ def test_attend_is_softmax_over_the_keys_a_query_sees(case: Case) -> None:
     case.expect_near(out, right)
 
 
+def test_the_greatest_of_huge_scores_is_all_that_is_seen(case: Case) -> None:
+    """As of small ones: less their maximum they are 0 and far below, however coarsely numbers of their size are rounded."""
+    c, T = case.config, case.batch.num_tokens
+    N, K, H, window = c.num_heads, c.num_kv_heads, c.head_dim, c.layer_window[0]
+    q = (case.rng.standard_normal((T, N, H)) * 1e12).astype(case.draw(1).dtype)
+    right, clear = np.zeros((T, N, H)), np.zeros((T, N), bool)
+    for seq, (start, n) in enumerate(case.plan):
+        k, v = case.draw(start + n, K, H), case.draw(start + n, K, H)
+        case.pages_in(seq, k, v)
+        first = int(case.batch.query_starts[seq])
+        for i in range(n):
+            seen = slice(max(0, start + i - window + 1) if window else 0, start + i + 1)
+            for head in range(N):
+                group = head // (N // K)
+                s = k[seen, group].astype(np.float64) @ q[first + i, head].astype(np.float64)
+                order = np.sort(s)
+                clear[first + i, head] = len(s) == 1 or order[-1] - order[-2] > 1e-4 * np.abs(s).max()
+                right[first + i, head] = v[seen, group][s.argmax()]
+    out = case.tensor(q)
+    torch.ops.tandem.attend(case.step, case.layers, *pools(case), out, 0)
+    got = out.float().numpy().reshape(T, N, H)
+    assert clear.mean() > 0.9
+    case.expect_near(got[clear], right[clear])
+
+
 def test_combine_is_two_branches_on_the_residual_stream(case: Case) -> None:
     c, T = case.config, case.batch.num_tokens
     attended = case.draw(T, c.num_heads, c.head_dim)

@@ -45,10 +45,10 @@ class Registers {
   // Or attention of up to sixteen rows: in 0 to 3 the sums, in 4 queries, in 5 the probabilities of sixteen keys, in 6 sixteen
   // keys, of each sixteen pairs of dimensions, in 7 sixteen dimensions of the values of eight pairs of keys.
   void for_queries(int rows) {
-    if (rows == loaded_) return;
+    if (-rows == loaded_) return;
     for (int i = 0; i < 5; ++i) shape(i, rows, 64);
     shape(5, rows, 32), shape(6, 16, 64), shape(7, 8, 64);
-    load(rows);
+    load(-rows);
   }
 
  private:
@@ -57,8 +57,8 @@ class Registers {
     bytes_[which] = uint16_t(rows ? bytes : 0);
   }
 
-  void load(int rows) {
-    palette_ = 1, loaded_ = rows;
+  void load(int which) {
+    palette_ = 1, loaded_ = which;
     asm volatile("" ::: "memory");
     _tile_loadconfig(this);
   }
@@ -67,7 +67,7 @@ class Registers {
   uint8_t start_ = 0, reserved_[14] = {};
   uint16_t bytes_[16] = {};
   uint8_t rows_[16] = {};
-  int loaded_ = 0;
+  int loaded_ = 0;  // rows of a matmul, or less the rows of attention
 };
 
 // Where a tile of rows lies: elements from one row to the next, and from 32 inputs of a row to the next 32.

@@ -319,13 +319,13 @@ inline void soften(const float* s, int first, int from, int last, float scale, t
   I seen[C];
 #pragma GCC unroll 4
   for (int j = 0; j < C; ++j) {
-    x[j] = load(s + j * LANES);
+    x[j] = load(s + j * LANES) * scale;
     const I key = lane + (first + j * LANES);
     seen[j] = (I)((key <= last) & (key >= from));
     if (!WHOLE) x[j] = select(seen[j], x[j], low);
     top = max(x[j], top);
   }
-  if (const float peak = max(top) * scale; peak > partial.peak + SLACK) {
+  if (const float peak = max(top); peak > partial.peak + SLACK) {
     const V decay = exp2(set1(partial.peak - peak));
     partial.total = partial.total * decay;
     for (int h = 0; h < width; h += LANES) store(acc + h, load(acc + h) * decay);
@@ -335,7 +335,7 @@ inline void soften(const float* s, int first, int from, int last, float scale, t
   V total = partial.total;
 #pragma GCC unroll 4
   for (int j = 0; j < C; ++j) {
-    V e = exp2<ROUGH>(fma(x[j], set1(scale), -peak));
+    V e = exp2<ROUGH>(x[j] - peak);  // both rounded: however large, the greatest is 0
     if (!WHOLE) e = select(seen[j], e, V{});
     total = total + put_operands<E>(p + j * LANES, e);  // as rounded, so that the weights add up to one
   }
