@@ -91,16 +91,16 @@ inline void fill(const typename E::T* from, size_t lda, int inputs, int n, typen
     for (int r = 0; r < n; ++r, to += LINE<E>) operands<E>(from + r * lda + i, inputs - i, to);
 }
 
+// Where the `part`-th of `parts` like parts of n begins.
+inline int part_of(int n, int part, int parts) { return int(int64_t(n) * part / parts); }
+
 // Rows of a matmul, in tiles of at most MAX_ROWS that differ by one at most.
 template <class E>
 struct Tiles {
   const int begin, end;  // of the rows
   int size() const { return (end - begin + MAX_ROWS<E> - 1) / MAX_ROWS<E>; }
-  int first(int tile) const { return begin + int(int64_t(end - begin) * tile / size()); }
+  int first(int tile) const { return begin + part_of(end - begin, tile, size()); }
 };
-
-// Where the `part`-th of `parts` like parts of n begins.
-inline int part_of(int n, int part, int parts) { return int(int64_t(n) * part / parts); }
 
 // In how many parts rows meet the panels, so that the operands of a part, of at most `kilobytes`, stay in the second-level cache
 // meanwhile.
