@@ -148,7 +148,7 @@ def counters(stats: Sequence[Mapping[str, float]], duration: float, outputs: int
         # Processor time is counted in ticks of a hundredth of a second, so a short window may seem to have had more than all.
         "foreign_cpu_share": None if foreign is None else min(foreign, 1.0),
         "major_faults": whole("major_faults"),
-        "swapped_out_mb": share("swapped_out_bytes", 2**20),
+        "swapped_out_mib": share("swapped_out_bytes", 2**20),
         "throttled_share": share("throttled_seconds", watched),
         "thermal_throttles": whole("thermal_throttles"),
         "clock_limit_drop_mhz": total.get("clock_limit_drop_mhz"),
@@ -178,8 +178,8 @@ def contaminations(figures: Mapping[str, Any], shares_prefixes: bool, relied_on:
         reasons.append(f"{figures['failed']} requests failed")
     if above("foreign_cpu_share", BUSY) and above("duration", COARSE_S):
         reasons.append(f"other programs used {figures['foreign_cpu_share']:.0%} of the processors")
-    if above("swapped_out_mb", 0):
-        reasons.append(f"{figures['swapped_out_mb']:.1f} MiB of the engine's memory were swapped out")
+    if above("swapped_out_mib", 0):
+        reasons.append(f"{figures['swapped_out_mib']:.1f} MiB of the engine's memory were swapped out")
     if above("major_faults", FAULTS):
         reasons.append(f"{figures['major_faults']} pages were read from disk")
     if above("throttled_share", HELD_BACK):

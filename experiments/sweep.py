@@ -19,7 +19,7 @@ from common.exits import FAILURE, USER_ERROR, fail
 from experiments.console import FIGURES, number, print_doubts, print_result, wide_console
 from experiments.results import sweep_table
 
-SHOWN = ("output_throughput", "ratio", "verdict", "median_ttft_ms", "median_tpot_ms", "p99_e2el_ms", "peak_rss_mb")
+SHOWN = ("output_throughput", "ratio", "verdict", "median_ttft_ms", "median_tpot_ms", "p99_e2el_ms", "peak_rss_mib")
 """Figures of the table that is printed; the files have all."""
 HEADINGS = dict(FIGURES) | {"ratio": "× first", "verdict": "verdict", "p99_e2el_ms": "end to end p99, ms"}
 HEADING = 12

@@ -32,7 +32,7 @@ COLUMNS = (
     ("median_tpot_ms", "TPOT median, ms"),
     ("p99_e2el_ms", "end to end p99, ms"),
     ("roofline", "roofline"),
-    ("peak_rss_mb", "peak memory, MiB"),
+    ("peak_rss_mib", "peak memory, MiB"),
 )
 """What the table of all cells shows, where any cell has it."""
 AXES = 4

@@ -77,9 +77,9 @@ class Worker:
         return {
             "load_s": loaded - start,
             "warmup_s": end - loaded,
-            "rss_mb": (rss() + stats.get("others_rss_bytes", 0)) / 2**20,
-            "peak_load_mb": (peak_rss() + stats.get("others_peak_rss_bytes", 0)) / 2**20,
-            "kv_pool_mb": None if pool is None else pool / 2**20,
+            "rss_mib": (rss() + stats.get("others_rss_bytes", 0)) / 2**20,
+            "peak_load_mib": (peak_rss() + stats.get("others_peak_rss_bytes", 0)) / 2**20,
+            "kv_pool_mib": None if pool is None else pool / 2**20,
             "caps": asdict(self._engine.caps),
         }
 
@@ -109,7 +109,7 @@ class Worker:
         answer: Message = getattr(observe, f"on_{what}")(self._engine, self.progress, **arguments)
         return answer
 
-    def on_peak_rss_mb(self) -> Message:
+    def on_peak_rss_mib(self) -> Message:
         others = self._engine.stats().get("others_peak_rss_bytes", 0) if self._engine else 0
         return {"value": (peak_rss() + others) / 2**20}
 

@@ -215,7 +215,7 @@ def test_what_nobody_counted_is_none_and_never_0() -> None:
     figures = summarize([Window((row(0.0, (0.1,)),), 1.0)])
     for name in (
         *("num_steps", "num_preemptions", "compilations_in_window", "prefix_cache_hit_rate", "foreign_cpu_share"),
-        *("major_faults", "swapped_out_mb", "throttled_share", "thermal_throttles", "clock_limit_drop_mhz"),
+        *("major_faults", "swapped_out_mib", "throttled_share", "thermal_throttles", "clock_limit_drop_mhz"),
         *("joules", "joules_per_token", "harness_overhead_share"),
     ):
         assert figures[name] is None, name
@@ -250,7 +250,7 @@ CLEAN: dict[str, Any] = {"duration": 10.0, "failed": 0}
         ({"num_resets": 1}, "1 steps raised"),
         ({"failed": 2}, "2 requests failed"),
         ({"foreign_cpu_share": 0.5}, "other programs used 50%"),
-        ({"swapped_out_mb": 12.5}, "12.5 MiB of the engine's memory were swapped out"),
+        ({"swapped_out_mib": 12.5}, "12.5 MiB of the engine's memory were swapped out"),
         ({"major_faults": 5000}, "5000 pages were read from disk"),
         ({"throttled_share": 0.2}, "a CPU quota held the engine back for 20%"),
         ({"thermal_throttles": 4}, "slowed down 4 times"),

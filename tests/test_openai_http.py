@@ -521,7 +521,7 @@ def test_a_server_of_the_run_is_compared_with_an_engine(
     result = last_line(capsys.readouterr().out)
     _, figures = result["engines"].values()
     assert (figures["completed"], figures["failed"], figures["total_output_tokens"]) == (3, 0, 18)
-    assert figures["median_ttft_ms"] > 0 and figures["median_itl_ms"] >= 0 and figures["rss_mb"] > 20
+    assert figures["median_ttft_ms"] > 0 and figures["median_itl_ms"] >= 0 and figures["rss_mib"] > 20
     assert (result["tokens_equal"], result["tokens_equal_share"]) == (True, 1.0)
     log = next(Path(result["run"]).glob("openai_http*.log"))
     assert "a server that prints" in log.read_text()

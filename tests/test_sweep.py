@@ -35,7 +35,7 @@ __all__ = ["folder"]
 
 PATIENCE_S = 120
 TWO = ("engine.max_num_seqs=4,5",)
-MEASURED = ("throughput", "_ms", "_s", "_mb", "duration", "share", "run", "unsure", "contaminated")
+MEASURED = ("throughput", "_ms", "_s", "_mib", "duration", "share", "run", "unsure", "contaminated")
 """Parts of the names of columns that no two runs have alike."""
 
 
