@@ -184,6 +184,27 @@ def test_a_peer_that_is_not_there_is_told_before_any_engine_starts(
     assert not (history / "runs").exists()
 
 
+@pytest.mark.usefixtures("peers_there")
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ("{name:hf,schedule:continuous}", "engine=hf has schedule=static and nothing else; got continuous"),
+        ("{name:hf,compile:true}", "engine=hf has compile=false and nothing else; got true"),
+        ("{name:llamacpp,cache:paged}", "engine=llamacpp has cache=dense and nothing else; got paged"),
+        ("{name:vllm,tensor_parallel_size:2,compile:false}", "engine=vllm has tensor_parallel_size=1 and nothing else; got 2"),
+        ("{name:vllm_server,data_parallel_size:2}", "data_parallel_size=2 does not reach the server"),
+        ("{name:llamacpp_server,tensor_parallel_size:2}", "tensor_parallel_size=2 does not reach the server"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_told_before_weights_are_converted_or_anything_starts(
+    engine: str, said: str, history: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        command(monkeypatch, compare.main, "model=tiny-llama", f"engines=[history,{engine}]")
+    assert exit.value.code == 2 and said in capfd.readouterr().err
+    assert not (history / "runs").exists()
+
+
 def test_a_peer_runs_our_modules_with_no_more_than_make_peers_installs() -> None:
     """With the project's other requirements out of reach, as they are in a peer's environment."""
     line = re.search(r"^ISOLATE := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
