@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
-from common.engine import build_engine
 from common.errors import BackendError, ConfigError
 from common.interface import load_backend
-from common.request import Request, SamplingParams
 from common.weights import zoo
 from experiments.reference import NumpyModel
 from tests.backends import checkpoint, engine_config
 from tests.families import FAMILIES
-from tests.history_backend import ROOT
 from tests.ranks import Answer, Asked, Ranks
 from tests.test_model import text
 
@@ -167,75 +160,3 @@ def test_more_ranks_than_jax_has_devices_are_refused() -> None:
     count = len(jax.local_devices(backend="cpu"))
     with pytest.raises(BackendError, match=f"needs {count + 1} devices, and JAX has {count} of cpu"):
         load_backend("jax", engine_config(tensor_parallel_size=count + 1))
-
-
-# ── processes ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-ENGINE = engine_config(tensor_parallel_size=2, max_num_seqs=2, max_num_batched_tokens=32, max_model_len=128, num_blocks=32)
-
-
-def children() -> list[psutil.Process]:
-    running = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
-    return [child for child in running if "torchinfer.parallel" in " ".join(child.cmdline())]
-
-
-def requests() -> list[Request]:
-    params = SamplingParams(max_tokens=6, temperature=0.0)
-    return [Request(request_id=str(i), prompt_token_ids=prompt, params=params) for i, prompt in enumerate(PROMPTS)]
-
-
-def test_a_step_that_fails_on_one_rank_costs_nobody_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = build_engine("torch", checkpoint(MODEL), ENGINE)
-    try:
-        right = {name: [event.token_id for event in events] for name, events in engine.run(requests()).items()}
-        step, calls = engine.runner._step, 0  # type: ignore[attr-defined]
-        sample = step._sample
-
-        def failing(*arguments: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == 3:
-                raise RuntimeError("planted")  # while the other rank waits for this one
-            return sample(*arguments)
-
-        monkeypatch.setattr(step, "_sample", failing)
-        engine.reset_prefix_cache()
-        got = {name: [event.token_id for event in events] for name, events in engine.run(requests()).items()}
-        assert engine.stats()["num_resets"] == 1 and got == right
-    finally:
-        engine.close()
-
-
-def test_a_rank_that_is_killed_ends_the_engine_with_one_error_and_no_process_is_left() -> None:
-    engine = build_engine("torch", checkpoint(MODEL), ENGINE)
-    (other,) = children()
-    try:
-        for request in requests():
-            engine.add(request)
-        engine.step()
-        other.kill()
-        begin = time.monotonic()
-        with pytest.raises(BackendError, match=f"pid {other.pid}\\) was killed by SIGKILL"):
-            while engine.has_work:
-                engine.step()
-        assert time.monotonic() - begin < 20
-    finally:
-        engine.close()
-    assert children() == []
-
-
-def test_no_rank_outlives_an_engine_that_is_killed() -> None:
-    code = (
-        "import sys, time\n"
-        "from common.engine import build_engine\nfrom common.weights import zoo\n"
-        "from common.weights.checkpoint import open_checkpoint\nfrom tests.test_parallel import ENGINE, MODEL\n"
-        "engine = build_engine('torch', open_checkpoint(zoo.resolve(MODEL)), ENGINE)\n"
-        "print('ready', flush=True)\ntime.sleep(600)\n"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert parent.stdout and parent.stdout.readline() == "ready\n"
-    (other,) = psutil.Process(parent.pid).children()
-    parent.kill()
-    parent.wait()
-    _, alive = psutil.wait_procs([other], timeout=20)
-    assert alive == []

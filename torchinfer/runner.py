@@ -45,7 +45,7 @@ class ModelRunner(interface.ModelRunner):
         positions = self.config.model_len(checkpoint.config)
         native = kernels.usable(self.config, checkpoint.config, self.device)
         step = kernels.Step(self.config, self.device) if native else Step(self.config, self.device, self.group)
-        self.group._tell("load", str(checkpoint.path))
+        self.group._load(checkpoint.path)
         step.load(checkpoint, positions, progress)
         self.group._settle()
         self._step = step
@@ -74,8 +74,8 @@ class ModelRunner(interface.ModelRunner):
     def reset(self) -> None:
         self._expect_open()
         self.state = None  # the old pool goes before the new one comes
-        self.group._tell("allocate", [self._num_pages])
         self.group._meet()
+        self.group._tell("allocate", [self._num_pages])
         self.state = self._step.make_state(self._num_pages)
 
     def warmup(self, progress: Progress | None = None) -> None:
