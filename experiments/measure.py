@@ -28,7 +28,7 @@ from experiments.roofline import Limits, bandwidth_probe, better, efficiency, me
 from experiments.statistics import Comparison, compare_all
 from experiments.workload import Workload, WorkloadConfig, draw, known_options
 
-LOADED = ("rss_mib", "peak_load_mib", "kv_pool_mib")
+LOADED = ("rss_mib", "peak_load_mib", "kv_pool_mib", "rank_mib")
 """Figures that an engine's process tells when it has loaded."""
 PROFILED_REQUESTS, PROFILED_OUTPUT_LEN = 8, 16
 """Of the window under a profiler, at most."""
