@@ -98,7 +98,15 @@ def run(backend: str, ranks: int, model: str, kernels: str, asked: Sequence[Aske
 
 def caps(backend: str, ranks: int, model: str, kernels: str) -> dict[str, Any]:
     runner = make_engine(backend, ranks, model, kernels).runner
-    return asdict(runner.caps) | {"page_bytes": runner.kv_groups()[0].page_bytes}
+    return asdict(runner.caps) | {"page_bytes": runner.kv_groups()[0].page_bytes} | runner.stats()
+
+
+def told(backend: str, ranks: int, model: str, kernels: str, asked: Sequence[Asked]) -> dict[str, float]:
+    """By how much a run makes the counters of a runner rise."""
+    run(backend, ranks, model, kernels, asked)
+    before = _runners[ranks, kernels].stats()
+    run(backend, ranks, model, kernels, asked)
+    return {name: value - before[name] for name, value in _runners[ranks, kernels].stats().items()}
 
 
 def pages(backend: str, ranks: int, model: str, kernels: str, asked: Sequence[Asked], pages: Sequence[int]) -> dict[str, Any]:
