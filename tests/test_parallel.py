@@ -161,15 +161,15 @@ def test_what_ranks_tell_each_other_is_counted(ranks: Ranks, kernels: str, numbe
 
 def test_with_native_kernels_both_engines_hold_the_same_bits_on_two_ranks(families: dict[str, Path]) -> None:
     """Of more than two the frameworks add up the terms in different orders."""
-    prompt = [token % 199 for token in PROMPTS[0]]
-    for family in ("smollm", "gemma3"):
-        held = []
-        for backend in BACKENDS:
-            with Ranks(backend) as process:
-                asked = [(prompt, {"temperature": 0.0, "max_tokens": 8})]
-                step = {"model": families[family], "kernels": "native", "asked": asked, "pages": [1, 2]}
+    asked = [([token % 199 for token in PROMPTS[0]], {"temperature": 0.0, "max_tokens": 8})]
+    held = []
+    for backend in BACKENDS:
+        with Ranks(backend) as process:
+            for family, dtype in (("smollm", "float32"), ("smollm", "bfloat16"), ("gemma3", "bfloat16")):
+                step = {"model": families[family], "kernels": "native", "dtype": dtype, "asked": asked, "pages": [1, 2]}
                 held.append(process.ask("pages", ranks=2, **step))
-        assert held[0] == held[1]
+    assert held[:3] == held[3:]
+    assert all(each["same"] for each in held)
 
 
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
