@@ -111,10 +111,18 @@ def told(backend: str, ranks: int, model: str, kernels: str, asked: Sequence[Ask
     return {name: value - before[name] for name, value in runner.stats().items()}
 
 
-def pages(backend: str, ranks: int, model: str, kernels: str, asked: Sequence[Asked], pages: Sequence[int]) -> dict[str, Any]:
+def pages(
+    backend: str,
+    ranks: int,
+    model: str,
+    kernels: str,
+    asked: Sequence[Asked],
+    pages: Sequence[int],
+    dtype: str = "float32",
+) -> dict[str, Any]:
     """What stands in pages behind a run; and whether others are as they were written, once these are written there."""
-    run(backend, ranks, model, kernels, asked)
-    runner = _runners[ranks, kernels]
+    run(backend, ranks, model, kernels, asked, dtype)
+    runner = _runners[ranks, kernels, dtype]
     held = runner.read_pages(0, pages)
     there = [PAGES - 1 - page for page in pages]
     runner.write_pages(0, there, held)
