@@ -64,14 +64,15 @@ class Ranks:
         return answers
 
 
-_runners: dict[tuple[int, str], ModelRunner] = {}
+_runners: dict[tuple[int, str, str], ModelRunner] = {}
 _loaded: dict[ModelRunner, str] = {}
 
 
-def make_engine(backend: str, ranks: int, model: str, kernels: str) -> Engine:
+def make_engine(backend: str, ranks: int, model: str, kernels: str, dtype: str = "float32") -> Engine:
     """With empty pages."""
-    config = replace(CONFIG, tensor_parallel_size=ranks, kernels=kernels)
-    runner = _runners[ranks, kernels] = _runners.get((ranks, kernels)) or load_backend(backend, config)
+    config = replace(CONFIG, tensor_parallel_size=ranks, kernels=kernels, dtype=dtype)
+    runner = _runners.get((ranks, kernels, dtype)) or load_backend(backend, config)
+    _runners[ranks, kernels, dtype] = runner
     if _loaded.get(runner) != model:
         runner.load(open_checkpoint(model))
         _loaded[runner] = model
@@ -84,9 +85,9 @@ def wanted(logit_bias: dict[str, float] | None = None, **params: Any) -> Samplin
     return SamplingParams(ignore_eos=True, logit_bias=bias, **params)
 
 
-def run(backend: str, ranks: int, model: str, kernels: str, asked: Sequence[Asked]) -> list[Answer]:
+def run(backend: str, ranks: int, model: str, kernels: str, asked: Sequence[Asked], dtype: str = "float32") -> list[Answer]:
     """Continue prompts."""
-    engine = make_engine(backend, ranks, model, kernels)
+    engine = make_engine(backend, ranks, model, kernels, dtype)
     requests = [
         Request(request_id=str(i), prompt_token_ids=prompt, params=wanted(**params)) for i, (prompt, params) in enumerate(asked)
     ]
@@ -98,13 +99,30 @@ def run(backend: str, ranks: int, model: str, kernels: str, asked: Sequence[Aske
 
 def caps(backend: str, ranks: int, model: str, kernels: str) -> dict[str, Any]:
     runner = make_engine(backend, ranks, model, kernels).runner
-    return asdict(runner.caps) | {"page_bytes": runner.kv_groups()[0].page_bytes}
+    return asdict(runner.caps) | {"page_bytes": runner.kv_groups()[0].page_bytes} | runner.stats()
 
 
-def pages(backend: str, ranks: int, model: str, kernels: str, asked: Sequence[Asked], pages: Sequence[int]) -> dict[str, Any]:
-    """What stands in pages behind a run; and whether others are as they were written, once these are written there."""
+def told(backend: str, ranks: int, model: str, kernels: str, asked: Sequence[Asked]) -> dict[str, float]:
+    """By how much a run makes the counters of a runner rise."""
     run(backend, ranks, model, kernels, asked)
-    runner = _runners[ranks, kernels]
+    runner = _runners[ranks, kernels, "float32"]
+    before = runner.stats()
+    run(backend, ranks, model, kernels, asked)
+    return {name: value - before[name] for name, value in runner.stats().items()}
+
+
+def pages(
+    backend: str,
+    ranks: int,
+    model: str,
+    kernels: str,
+    asked: Sequence[Asked],
+    pages: Sequence[int],
+    dtype: str = "float32",
+) -> dict[str, Any]:
+    """What stands in pages behind a run; and whether others are as they were written, once these are written there."""
+    run(backend, ranks, model, kernels, asked, dtype)
+    runner = _runners[ranks, kernels, dtype]
     held = runner.read_pages(0, pages)
     there = [PAGES - 1 - page for page in pages]
     runner.write_pages(0, there, held)
@@ -112,7 +130,7 @@ def pages(backend: str, ranks: int, model: str, kernels: str, asked: Sequence[As
     none = runner.read_pages(0, [])
     runner.write_pages(0, [], none)
     same = all(np.array_equal(held[name], again[name]) and none[name].shape[1] == 0 for name in ("k", "v"))
-    return {"same": same} | {name: x.tolist() for name, x in held.items()}
+    return {"same": same} | {name: x.astype(np.float32).tolist() for name, x in held.items()}
 
 
 def masked(backend: str, ranks: int, model: str, kernels: str, prompt: Sequence[int], allowed: int) -> list[int]:
@@ -129,7 +147,7 @@ def masked(backend: str, ranks: int, model: str, kernels: str, prompt: Sequence[
 def said(backend: str, ranks: int, model: str, kernels: str, asked: Sequence[Asked]) -> list[list[Any]]:
     """What the ranks tell each other in one step: the kind and the shape of each collective."""
     make_engine(backend, ranks, model, kernels)
-    runner: Any = _runners[ranks, kernels]
+    runner: Any = _runners[ranks, kernels, "float32"]
     if backend == "jax":
         runner._step._compiled.clear()
         run(backend, ranks, model, kernels, asked)

@@ -12,10 +12,11 @@ import pytest
 from common.errors import BackendError, ConfigError
 from common.interface import load_backend
 from common.weights import zoo
+from common.weights.checkpoint import expected_shapes
 from experiments.reference import NumpyModel
 from tests.backends import BACKENDS, checkpoint, engine_config
 from tests.families import FAMILIES
-from tests.ranks import Answer, Asked, Ranks
+from tests.ranks import PAGES, Answer, Asked, Ranks
 from tests.test_model import text
 
 MODEL = "tiny-llama"
@@ -142,19 +143,33 @@ def test_what_an_engine_of_several_ranks_says_of_itself(ranks: Ranks, kernels: s
     assert two["kernels"] == [kernels] and two["vocab_size"] == one["vocab_size"] == VOCAB
     # Both KV heads split over two ranks; on four each of them is twice.
     assert two["page_bytes"] == one["page_bytes"] and four["page_bytes"] == 2 * one["page_bytes"]
+    whole = PAGES * one["page_bytes"] + 4 * sum(
+        int(np.prod(shape)) for shape in expected_shapes(checkpoint(MODEL).config).values()
+    )
+    assert "rank_bytes" not in one and 0.5 * whole < two["rank_bytes"] < 0.75 * whole
+
+
+@pytest.mark.parametrize("number", SEVERAL)
+def test_what_ranks_tell_each_other_is_counted(ranks: Ranks, kernels: str, number: int) -> None:
+    config = checkpoint(MODEL).config
+    asked = [(PROMPTS[3][:32], {"temperature": 0.0, "max_tokens": 1})]
+    told = ranks.ask("told", ranks=number, model=model(MODEL), kernels=kernels, asked=asked)
+    stream = (2 * config.num_layers + 1) * 32 * config.hidden_size * 4
+    assert stream < told["communication_bytes"] < 1.25 * stream
+    assert told.get("communication_seconds", 1.0) > 0
 
 
 def test_with_native_kernels_both_engines_hold_the_same_bits_on_two_ranks(families: dict[str, Path]) -> None:
     """Of more than two the frameworks add up the terms in different orders."""
-    prompt = [token % 199 for token in PROMPTS[0]]
-    for family in ("smollm", "gemma3"):
-        held = []
-        for backend in BACKENDS:
-            with Ranks(backend) as process:
-                asked = [(prompt, {"temperature": 0.0, "max_tokens": 8})]
-                step = {"model": families[family], "kernels": "native", "asked": asked, "pages": [1, 2]}
+    asked = [([token % 199 for token in PROMPTS[0]], {"temperature": 0.0, "max_tokens": 8})]
+    held = []
+    for backend in BACKENDS:
+        with Ranks(backend) as process:
+            for family, dtype in (("smollm", "float32"), ("smollm", "bfloat16"), ("gemma3", "bfloat16")):
+                step = {"model": families[family], "kernels": "native", "dtype": dtype, "asked": asked, "pages": [1, 2]}
                 held.append(process.ask("pages", ranks=2, **step))
-        assert held[0] == held[1]
+    assert held[:3] == held[3:]
+    assert all(each["same"] for each in held)
 
 
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

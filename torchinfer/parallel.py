@@ -276,7 +276,11 @@ class _First(_Ranks):
             except BackendError:
                 pass  # at which it failed is being started over
         for other in fresh:
-            other.settle()
+            try:
+                other.settle()
+            except BackendError:
+                other.close()  # of no use without the model
+                raise
 
     def _stats(self) -> dict[str, float]:
         held, most = family_memory(other.pid for other in self._others)
