@@ -84,6 +84,7 @@ GROUPS = (
 )
 """Speed, latency, efficiency, the batch and its pages, memory and start, guards: each figure with its name."""
 FIGURES = tuple(figure for group in GROUPS for figure in group)
+BRACKETS = "in brackets: percentiles of too few samples"
 
 
 class Narrator:
@@ -202,7 +203,7 @@ def explanations(engines: Mapping[str, Mapping[str, Any]], comparisons: Mapping[
         yield f"× {comparison['against']}: geometric mean of the blocks' ratios{bounds}"
     few = {key for figures in engines.values() for key in figures.get("unsupported") or ()}
     if few.intersection(key for key, _ in FIGURES):
-        yield "in brackets: percentiles of too few samples"
+        yield BRACKETS
 
 
 def contaminated(engines: Mapping[str, Mapping[str, Any]], labels: Iterable[str]) -> list[str]:
