@@ -51,7 +51,7 @@ GROUPS = (
         ("prefill_mfu", "MFU, steps with prompts"),
         ("host_ms_per_step", "host work a step, ms"),
         ("communication_ms_per_step", "between ranks a step, ms"),
-        ("communication_mb_per_step", "between ranks a step, MiB"),
+        ("communication_mib_per_step", "between ranks a step, MiB"),
         ("padded_tokens_share", "padding share"),
         ("joules", "energy, J"),
         ("joules_per_token", "energy an output token, J"),

@@ -146,7 +146,7 @@ def counters(stats: Sequence[Mapping[str, float]], duration: float, outputs: int
         "padded_tokens_share": share("padded_tokens", total.get("padded_tokens", 0) + total.get("scheduled_tokens", 0)),
         "host_ms_per_step": a_step("host_seconds", 1e3),
         "communication_ms_per_step": a_step("communication_seconds", 1e3),
-        "communication_mb_per_step": a_step("communication_bytes", 2**-20),
+        "communication_mib_per_step": a_step("communication_bytes", 2**-20),
         "harness_overhead_share": share("driver_seconds", duration),
         # Processor time is counted in ticks of a hundredth of a second, so a short window may seem to have had more than all.
         "foreign_cpu_share": None if foreign is None else min(foreign, 1.0),

@@ -67,7 +67,7 @@ def test_counters_become_rates() -> None:
     figures = summarize([Window((), 1.0, stats), Window((), 1.0, stats | {"prefix_cache_hits": 0})])
     assert figures["num_steps"] == 8
     assert figures["host_ms_per_step"] == pytest.approx(0.5)
-    assert figures["communication_mb_per_step"] == 1 and figures["communication_ms_per_step"] is None
+    assert figures["communication_mib_per_step"] == 1 and figures["communication_ms_per_step"] is None
     assert figures["prefix_cache_hit_rate"] == 0.25
     assert figures["compilations_in_window"] == 2
 
