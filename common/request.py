@@ -200,7 +200,10 @@ class SamplingParams:
     def __new__(cls, **options: Any) -> Self:
         known = [f.name for f in fields(cls)]
         for name in options:
-            expect(name in known, f"Unknown sampling parameter {name!r}.{nearest_hint(name, known)} Known: {', '.join(known)}.")
+            if name not in known:  # to look for the nearest takes time
+                raise RequestError(
+                    f"Unknown sampling parameter {name!r}.{nearest_hint(name, known)} Known: {', '.join(known)}."
+                )
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
