@@ -142,7 +142,7 @@ class Step:
             deque(choosers, 0)
         for (bucket, _), step in self._compiled.items():
             state, *_ = step(self.weights, state, np.zeros(bucket.size, np.int32))
-        return state
+        return self.write_pages(state, [0], self.read_pages(state, [0]))
 
     def run(self, state: State, batch: Batch, mask: Mask = None) -> tuple[State, Callable[[], tuple[Any, ...]]]:
         """One step, and what brings its results to the host: the arguments of `interface.make_result`."""
