@@ -481,7 +481,7 @@ def test_a_command_is_filled_in() -> None:
 )
 def test_ranks_and_replicas_of_which_a_server_is_not_told_are_refused(options: dict[str, Any]) -> None:
     checkpoint = open_checkpoint(zoo.resolve("tiny-llama"))
-    for name in ("tensor_parallel_size", "data_parallel_size"):
+    for name in ("tensor_parallel_size", "data_parallel_size", "prefill_parallel_size"):
         with pytest.raises(ConfigError, match=rf"{name}=2 does not reach the server: .* \{{{name}\}}"):
             build_engine(checkpoint, EngineConfig(**{name: 2}), options=Options(**options))  # type: ignore[arg-type]
 

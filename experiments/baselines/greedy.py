@@ -17,7 +17,8 @@ Live = TypeVar("Live")
 
 def check_policies(name: str, config: EngineConfig, **policies: Any) -> None:
     """Raise `ConfigError` unless `config` has the `policies` that engine `name` cannot do without, one rank and one replica."""
-    for option, value in (policies | {"tensor_parallel_size": 1, "data_parallel_size": 1}).items():
+    alone = {"tensor_parallel_size": 1, "data_parallel_size": 1, "prefill_parallel_size": 0}
+    for option, value in (policies | alone).items():
         given = getattr(config, option)
         expect_config(given == value, f"engine={name} has {option}={value} and nothing else; got {given!r}.")
 

@@ -83,12 +83,12 @@ def build_engine(
 ) -> CompletionsEngine:
     """Start the server, if that is asked for, and wait until it offers the model. Raises `BackendError` if it does not, and
     `ConfigError` for several ranks or replicas of which the server is not told."""
-    for option in ("tensor_parallel_size", "data_parallel_size"):
+    for option, alone in (("tensor_parallel_size", 1), ("data_parallel_size", 1), ("prefill_parallel_size", 0)):
         number = getattr(config, option)
         expect(
-            number == 1 or any(f"{{{option}}}" in part for part in options.command),
+            number == alone or any(f"{{{option}}}" in part for part in options.command),
             f"{option}={number} does not reach the server: only a command that has the word {{{option}}} passes it on. Put it "
-            f"there, or give this engine {option}:1.",
+            f"there, or give this engine {option}:{alone}.",
         )
     if progress:
         progress(0, 1, "server")
