@@ -77,10 +77,15 @@ struct Rows {
 };
 
 // c[rows][32] (+)= a tile of up to 32 rows times `blocks` of 32 inputs of a panel. `more`: c holds the sums of the inputs before.
-// With each block `lines` cache lines at `ahead` are fetched. The registers must be `for_rows(rows)`.
+// With each block `lines` cache lines at `ahead` are fetched. The registers must be `for_rows(rows)`. ONCE: the panel comes from
+// memory and is not read again. Then vectors bring each block into the first-level cache, a line for each that they ask for, and
+// memory answers them faster than the loads of a tile.
+template <bool ONCE>
 inline void multiply_tile(Rows a, int rows, const bf16* b, int blocks, bool more, float* c, const char* ahead, int lines) {
   constexpr int WIDTH = 2 * 16 * sizeof(float), HALF = TILE_ROWS * 32;  // bytes of a row of c, as of pairs in a panel; elements
+  constexpr int SIZE = 2 * 16 * TILE_INPUTS, LINE = 64 / sizeof(bf16);  // of a block; elements
   const bool both = rows > TILE_ROWS;
+  alignas(64) bf16 near[2][ONCE ? SIZE : 1];
   asm volatile("" ::: "memory");  // the intrinsics do not tell the compiler what they read
   if (more) {
     _tile_loadd(0, c, WIDTH);
@@ -97,18 +102,29 @@ inline void multiply_tile(Rows a, int rows, const bf16* b, int blocks, bool more
       _tile_zero(3);
     }
   }
-  for (int k = 0; k < blocks; ++k, a.data += a.block, b += 2 * 16 * TILE_INPUTS) {
-    _tile_loadd(6, b, WIDTH);
+  for (int k = 0; k < blocks; ++k, a.data += a.block, b += SIZE) {
+    const bf16* outputs = b;
+    if (ONCE) {
+      bf16* const to = near[k % 2];
+      for (int i = 0; i < SIZE; i += LINE, ahead += 64) {
+        prefetch(ahead);
+        _mm512_store_si512(to + i, _mm512_loadu_si512(b + i));
+      }
+      asm volatile("" ::: "memory");
+      outputs = to;
+    }
+    _tile_loadd(6, outputs, WIDTH);
     _tile_loadd(4, a.data, a.row * sizeof(bf16));
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, b + 32, WIDTH);
+    _tile_loadd(7, outputs + 32, WIDTH);
     _tile_dpbf16ps(1, 4, 7);
     if (both) {
       _tile_loadd(5, a.data + TILE_ROWS * a.row, a.row * sizeof(bf16));
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
-    for (int i = 0; i < lines; ++i, ahead += 64) prefetch(ahead);
+    if (!ONCE)
+      for (int i = 0; i < lines; ++i, ahead += 64) prefetch(ahead);
   }
   _tile_stored(0, c, WIDTH);
   _tile_stored(1, c + 16, WIDTH);

@@ -170,7 +170,7 @@ inline void matmul_by(Member& team, const bf16* a, size_t lda, int rows, const M
   using E = BF16Tiles;
   // Where a panel meets several tiles, PART blocks of its inputs stay in the first-level cache while FEW tiles pass by; the tiles'
   // sums wait there for the next part.
-  constexpr int PART = 12, FEW = 4, AHEAD = 4096, LINES = TILE_INPUTS * COLUMNS * sizeof(bf16) / 64;  // the last in a block
+  constexpr int PART = 12, FEW = 4, AHEAD = 8192, LINES = TILE_INPUTS * COLUMNS * sizeof(bf16) / 64;  // the last in a block
   // From so many rows on each thread has rows of its own: what it made of them lies in its cache when it reads them again, and the
   // other's would have to come from there.
   constexpr int OWN_ROWS = 128;
@@ -201,8 +201,10 @@ inline void matmul_by(Member& team, const bf16* a, size_t lda, int rows, const M
           const Rows x = single ? Rows{copy.data(), TILE_INPUTS, size_t(rows) * TILE_INPUTS}
                                 : Rows{a + row * lda + begin * TILE_INPUTS, lda, TILE_INPUTS};
           registers.for_rows(height);
-          multiply_tile(x, height, b + size_t(begin) * TILE_INPUTS * COLUMNS, n, part > 0, c[t - from],
-                        next + size_t(at) * lines * 64, at * lines < blocks * LINES ? lines : 0);
+          if (single) multiply_tile<true>(x, height, b, n, false, c[0], next, LINES);
+          else
+            multiply_tile<false>(x, height, b + size_t(begin) * TILE_INPUTS * COLUMNS, n, part > 0, c[t - from],
+                                 next + size_t(at) * lines * 64, at * lines < blocks * LINES ? lines : 0);
         }
       }
       for (int t = from; t < to; ++t) done(tiles.first(t), tiles.first(t + 1) - tiles.first(t), panel, c[t - from]);
