@@ -23,7 +23,7 @@ from common.interface import Caps, Progress, ReplicaState, ServingEngine
 from common.platform import cores
 from common.replicas.engine import PATIENCE_S, Replicas
 from common.request import Request, Status, TokenEvent
-from common.schedule.limits import expect_room
+from common.schedule.limits import expect_new, expect_room
 from common.schedule.scheduler import mix64
 from common.weights.checkpoint import Checkpoint
 
@@ -40,7 +40,9 @@ class Disaggregated(ServingEngine):
         self._config = config
         self._bell = threading.Event()
         self._live: dict[str, Request] = {}
-        """Those whose prompts are being computed, or wait for it, as they were asked for."""
+        """As they were asked for."""
+        self._first: set[str] = set()
+        """Those whose first token is to come yet, and who then go on elsewhere."""
         self._events: list[TokenEvent] = []
         self._draining = False
         self._num_requests = 0
@@ -64,18 +66,21 @@ class Disaggregated(ServingEngine):
     # ── requests come and go ────────────────────────────────────────────────────────────────────────────────────────────
 
     def add(self, request: Request) -> None:
+        most, cap = self._decode.check(request), len(request.output_token_ids) + 1
+        parent = None if request.parent is None or self._config.cache == "dense" else self._live.get(request.parent)
+        expect_new(request, self._live.get(request.request_id), parent)
         waiting = self._prefill.num_waiting + self._decode.num_waiting
         expect_room(request, waiting, self._config.max_waiting, self._draining)
         if request.params.seed is None:
             seed = mix64(self._config.seed, self._num_requests)
             request = replace(request, params=replace(request.params, seed=seed))
-        cap = len(request.output_token_ids) + 1
-        if self._decode.check(request) == cap:
+        if most == cap:
             self._prefill.add(request)  # which is all of it
         else:
             params = replace(request.params, max_tokens=cap, min_tokens=min(request.params.min_tokens, cap))
             self._prefill.add(replace(request, params=params, keep_pages=True))
-            self._live[request.request_id] = request
+            self._first.add(request.request_id)
+        self._live[request.request_id] = request
         self._num_requests += 1
 
     def abort(self, request_id: str) -> bool:
@@ -87,7 +92,7 @@ class Disaggregated(ServingEngine):
     def _end(self, request_id: str, end: Callable[[Replicas], bool]) -> bool:
         """End it where it is; and that is its end."""
         self._events += self._hear()  # it may be on its way from one to the other
-        self._live.pop(request_id, None)
+        self._first.discard(request_id)
         ended = end(self._decode if self._decode.has(request_id) else self._prefill)
         self._events += self._hear()  # before another of its name comes
         return ended
@@ -112,13 +117,19 @@ class Disaggregated(ServingEngine):
 
     def _hear(self) -> list[TokenEvent]:
         told = [event for first in self._prefill.step(0) for event in self._pass_on(first)]
-        return told + self._decode.step(0)
+        told += self._decode.step(0)
+        for event in told:
+            if event.finish:
+                del self._live[event.request_id]
+        return told
 
     def _pass_on(self, event: TokenEvent) -> list[TokenEvent]:
         """What is to be told of an event of those that compute prompts."""
-        request = self._live.pop(event.request_id, None)
-        if request is None or event.finish is not Status.FINISHED_LENGTH or event.token_id is None:
+        goes_on = event.finish is Status.FINISHED_LENGTH and event.request_id in self._first
+        self._first.discard(event.request_id)
+        if not goes_on or event.token_id is None:
             return [event]
+        request = self._live[event.request_id]
         output = (*request.output_token_ids, event.token_id)
         told = [replace(event, finish=None)]
         try:
