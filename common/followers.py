@@ -1,13 +1,19 @@
 """Processes that do what this one does: each is told every call that is made here, in order, and makes the same one.
 
 A call is a frame: a name, arguments, and bytes. Of a call that raises there, the log tells, and the next one comes: what was to
-be done together fails here too.
+be done together fails here too. A process that is stopped is ended: whoever waits for it then learns at once that it is gone,
+wherever he waits.
 """
 
 from __future__ import annotations
 
+import logging
+import subprocess
+import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -15,9 +21,18 @@ import numpy as np
 from common import child
 from common.errors import BackendError
 from common.frames import read_frame, write_frame
+from common.replicas.keeper import STOPPED_S, is_stopped
+
+log = logging.getLogger(__name__)
 
 Calls = Mapping[str, Callable[..., object]]
 """What a follower can be told to do. What came in bytes is the last argument, where any did."""
+TURN_S = 0.25
+"""Between two looks at a process. They cost what is beside a step."""
+
+
+class Ended(BackendError):
+    """A process is no more."""
 
 
 class Follower:
@@ -25,15 +40,18 @@ class Follower:
 
     def __init__(self, main: str, *arguments: Any) -> None:
         """Start the function `main`, as `module:name`, with `arguments` that JSON can hold; it is to call `follow`."""
-        self._process = child.start(main, *arguments)
+        started: Future[subprocess.Popen[bytes]] = Future()
+        # The thread that watches it is the one that starts it: it ends with that thread, and any other may be short-lived.
+        threading.Thread(target=_keep, args=(started, main, arguments), name="follower", daemon=True).start()
+        self._process = started.result()
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
     def tell(self, name: str, *arguments: Any, data: Sequence[np.ndarray] = ()) -> None:
-        """Have it make a call, with the bytes of `data` as its last argument if there are any. Does not wait. Raises
-        `BackendError` if it has ended."""
+        """Have it make a call, with the bytes of `data` as its last argument if there are any. Does not wait. Raises `Ended` if
+        it is no more."""
         assert self._process.stdin
         parts = [np.ascontiguousarray(x).reshape(-1).view(np.uint8).data for x in data]
         try:
@@ -42,7 +60,8 @@ class Follower:
             raise self._ended() from None
 
     def settle(self) -> None:
-        """Wait until it has made all calls so far. Raises `BackendError` if one of them raised there, or if it has ended."""
+        """Wait until it has made all calls so far. Raises `BackendError` if one of them raised there, `Ended` if it is no
+        more."""
         assert self._process.stdout
         self.tell("settle")
         answer = read_frame(self._process.stdout)
@@ -51,17 +70,41 @@ class Follower:
         if error := answer.message["error"]:
             raise BackendError(f"A process of this engine (pid {self.pid}) failed: {error}")
 
+    def expect_alive(self) -> None:
+        """Raise `Ended` if it is no more."""
+        if self._process.poll() is not None:
+            raise self._ended()
+
     def close(self) -> None:
         """End it. Idempotent."""
         child.end(self._process)
 
-    def _ended(self) -> BackendError:
+    def _ended(self) -> Ended:
         how = child.how_it_ended(self._process.wait(child.PATIENCE_S))
-        return BackendError(f"A process of this engine (pid {self.pid}) {how}; its log says more. Make a new engine.")
+        return Ended(f"A process of this engine (pid {self.pid}) {how}; its log says more.")
+
+
+def _keep(started: Future[subprocess.Popen[bytes]], main: str, arguments: Sequence[Any]) -> None:
+    """Start a process, and end it if it is stopped for long. Returns when it has ended."""
+    try:
+        process = child.start(main, *arguments)
+    except BaseException as error:
+        started.set_exception(error)
+        return
+    started.set_result(process)
+    stopped = 0.0
+    while process.poll() is None:
+        time.sleep(TURN_S)
+        stopped = stopped + TURN_S if is_stopped(process.pid) else 0.0
+        if stopped >= STOPPED_S:
+            log.error("A process of this engine (pid %d) was stopped, and is ended.", process.pid)
+            process.kill()
+            process.wait()
 
 
 def follow(calls: Calls, failed: Callable[[], object]) -> None:
     """Make every call that comes, until none can. `failed` is called when one has raised."""
+    child.die_with_parent()
     answers, told = child.listen()
     error: str | None = None
     while True:

@@ -209,6 +209,13 @@ class ModelRunner(ABC):
     def compilations(self) -> int:
         """Programs compiled so far in this process, by this runner."""
 
+    def stats(self) -> dict[str, float]:
+        """Of a runner whose ranks share out a model: `communication_bytes`, what each of them has told the others since the
+        start, and where it knows `communication_seconds`, how long the first was at it, waiting for the others included;
+        `rank_bytes`, its weights and pages; `others_rss_bytes` and `others_peak_rss_bytes`, what ranks in other processes hold
+        and have held. Of one rank nothing."""
+        return {}
+
     @abstractmethod
     def submit(self, batch: Batch, mask: Mask = None) -> Pending:
         """Start one step. It runs after every earlier one. `mask` gives the masks of a batch that has `mask_rows` alone: it is

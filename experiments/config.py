@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from common.config import EngineConfig, expect
 from common.errors import ConfigError, nearest_hint
 from experiments.peers import PEERS, interpreter
+from experiments.policies import check_policies
 from experiments.statistics import Criteria
 from experiments.workload import known_options
 
@@ -38,7 +39,8 @@ class EngineSpec:
     name: str
     config: EngineConfig
     options: Mapping[str, Any] = field(default_factory=dict)
-    """What the engine has beside `EngineConfig`, as plain Python: the fields of `Options` in `experiments.baselines.<name>`."""
+    """What the engine has beside `EngineConfig`, as plain Python: the fields of `Options` in `experiments.baselines.<name>`,
+    whose `check` is given the `EngineConfig` too."""
 
 
 def engine_spec(options: DictConfig, label: str | None = None) -> EngineSpec:
@@ -51,6 +53,9 @@ def engine_spec(options: DictConfig, label: str | None = None) -> EngineSpec:
     own = own_options(name, values)
     interpreter(name)
     engine = EngineConfig.of(**{key: value for key, value in values.items() if key not in own})
+    check_policies(name, engine)
+    if own:
+        declared_options(name)(**own).check(engine)
     expect(
         not (engine.compile and engine.kernels == "native") or name in PEERS,  # a peer has kernels of its own
         f"Engine {label or name} has kernels=native and compile=true, but native kernels leave a compiler nothing to compile. "
@@ -63,14 +68,16 @@ def own_options(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `values` that only an outside engine has, checked. Its module is imported only where there are any."""
     known = {each.name for each in fields(EngineConfig)}
     own = {key: value for key, value in values.items() if key not in known}
-    module = f"experiments.baselines.{name}"
-    if not own or not name.isidentifier() or not util.find_spec(module):
-        return {}
-    declared = getattr(import_module(module), "Options", None)
+    declared = declared_options(name) if own and util.find_spec(f"experiments.baselines.{name}") else None
     if declared is None:
         return {}
     declared(**known_options(declared, f"engine={name}:", own))
     return own
+
+
+def declared_options(name: str) -> Any:
+    """The class of the options that only engine `name` has, None if it has none."""
+    return getattr(import_module(f"experiments.baselines.{name}"), "Options", None)
 
 
 def engine_specs(config: DictConfig) -> list[EngineSpec]:

@@ -50,6 +50,8 @@ GROUPS = (
         ("decode_mbu", "MBU, decode steps"),
         ("prefill_mfu", "MFU, steps with prompts"),
         ("host_ms_per_step", "host work a step, ms"),
+        ("communication_ms_per_step", "between ranks a step, ms"),
+        ("communication_mb_per_step", "between ranks a step, MiB"),
         ("padded_tokens_share", "padding share"),
         ("joules", "energy, J"),
         ("joules_per_token", "energy an output token, J"),
@@ -63,11 +65,12 @@ GROUPS = (
     ),
     (
         ("kernels_used", "kernels"),
-        ("weights_mb", "weights in this dtype, MiB"),
-        ("kv_pool_mb", "KV pages, MiB"),
-        ("rss_mb", "memory after warm-up, MiB"),
-        ("peak_load_mb", "peak memory until then, MiB"),
-        ("peak_rss_mb", "peak memory, MiB"),
+        ("weights_mib", "weights in this dtype, MiB"),
+        ("kv_pool_mib", "KV pages, MiB"),
+        ("rank_mib", "weights and pages of a rank, MiB"),
+        ("rss_mib", "memory after warm-up, MiB"),
+        ("peak_load_mib", "peak memory until then, MiB"),
+        ("peak_rss_mib", "peak memory, MiB"),
         ("load_s", "load, s"),
         ("warmup_s", "warm-up, s"),
     ),
@@ -81,6 +84,7 @@ GROUPS = (
 )
 """Speed, latency, efficiency, the batch and its pages, memory and start, guards: each figure with its name."""
 FIGURES = tuple(figure for group in GROUPS for figure in group)
+BRACKETS = "in brackets: percentiles of too few samples"
 
 
 class Narrator:
@@ -199,7 +203,7 @@ def explanations(engines: Mapping[str, Mapping[str, Any]], comparisons: Mapping[
         yield f"× {comparison['against']}: geometric mean of the blocks' ratios{bounds}"
     few = {key for figures in engines.values() for key in figures.get("unsupported") or ()}
     if few.intersection(key for key, _ in FIGURES):
-        yield "in brackets: percentiles of too few samples"
+        yield BRACKETS
 
 
 def contaminated(engines: Mapping[str, Mapping[str, Any]], labels: Iterable[str]) -> list[str]:

@@ -26,7 +26,7 @@ from common.weights.checkpoint import Checkpoint, open_checkpoint
 from common.weights.parameters import NUMPY_DTYPES
 from common.weights.zoo import cache_directory
 
-_VERSION = 1
+_VERSION = 2
 """Part of the name in the cache: raise it whenever the bytes change."""
 
 Writer = Callable[[Checkpoint, str, Path], None]
@@ -42,7 +42,8 @@ def hugging_face_directory(checkpoint: Checkpoint, dtype: str) -> Path:
 
 
 def gguf_file(checkpoint: Checkpoint, dtype: str) -> Path:
-    """A GGUF file with matrices in `dtype`, vectors in float32, and no vocabulary: it is to be given token ids.
+    """A GGUF file with matrices in `dtype`, vectors in float32, and a vocabulary that spells tokens by their ids: those it is
+    to be given.
 
     Raises `ConfigError` for a model that llama.cpp would not compute as it is, `CheckpointError` if it cannot be written."""
     return _cached(checkpoint, dtype, ".gguf", write_gguf)
@@ -236,7 +237,10 @@ def _add_metadata(writer: GGUFWriter, config: ModelConfig, architecture: str) ->
     writer.add_rope_dimension_count(c.head_dim)
     writer.add_layer_norm_rms_eps(c.norm_eps)
     writer.add_vocab_size(c.vocab_size)
-    writer.add_tokenizer_model("none")
+    # llama-server aborts at the first token of a file without a vocabulary. Of the kinds that it knows this one has no end of
+    # text: where ends are to be ignored it forbids them, and so would choose other tokens.
+    writer.add_tokenizer_model("rwkv")
+    writer.add_token_list([f"{token} " for token in range(c.vocab_size)])
     writer.add_rope_freq_base(rope.base)
     if c.family == "gemma3":
         writer.add_sliding_window(max(c.layer_window))

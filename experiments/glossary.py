@@ -101,7 +101,7 @@ GLOSSARY: tuple[tuple[str, str, str], ...] = (
         "Of the time of all processors, what neither engine nor harness used. Above 5 % the run is contaminated.",
         "foreign CPU time / (time · processors)",
     ),
-    ("MiB", "2^20 bytes, here and in the keys of results.json that end in _mb; GB/s are 10^9 bytes a second.", ""),
+    ("MiB", "2^20 bytes, here and in the keys of results.json that end in _mib; GB/s are 10^9 bytes a second.", ""),
     (
         "KL",
         "Kullback–Leibler divergence of an engine's next-token distribution q from the first engine's p, in nats.",

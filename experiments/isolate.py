@@ -73,9 +73,9 @@ class IsolatedEngine:
             )
 
     def load(self, model: Path, progress: Progress | None = None) -> Message:
-        """Build the engine. Returns `load_s` and `warmup_s`, what it can do, and the memory it holds then (`rss_mb`), held at
-        most until then (`peak_load_mb`) and has for KV pages (`kv_pool_mb`, None where it does not tell). A peer's weights are
-        converted here, once, so that neither its times nor its memory include that."""
+        """Build the engine. Returns `load_s` and `warmup_s`, what it can do, and the memory it holds then (`rss_mib`), held at
+        most until then (`peak_load_mib`) and has for KV pages (`kv_pool_mib`, None where it does not tell). A peer's weights
+        are converted here, once, so that neither its times nor its memory include that."""
         if self.spec.name in PEERS:
             model = PEERS[self.spec.name](open_checkpoint(model), self.spec.config.dtype)
         config, options = asdict(self.spec.config), dict(self.spec.options)
@@ -102,8 +102,8 @@ class IsolatedEngine:
         """What `experiments.observe.on_<what>` returns of this engine, once it is loaded."""
         return self._call("observe", progress, what=what, **arguments)
 
-    def peak_rss_mb(self) -> float:
-        return float(self._call("peak_rss_mb")["value"])
+    def peak_rss_mib(self) -> float:
+        return float(self._call("peak_rss_mib")["value"])
 
     def close(self) -> None:
         """End the process. Idempotent."""

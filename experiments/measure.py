@@ -28,7 +28,7 @@ from experiments.roofline import Limits, bandwidth_probe, better, efficiency, me
 from experiments.statistics import Comparison, compare_all
 from experiments.workload import Workload, WorkloadConfig, draw, known_options
 
-LOADED = ("rss_mb", "peak_load_mb", "kv_pool_mb")
+LOADED = ("rss_mib", "peak_load_mib", "kv_pool_mib", "rank_mib")
 """Figures that an engine's process tells when it has loaded."""
 PROFILED_REQUESTS, PROFILED_OUTPUT_LEN = 8, 16
 """Of the window under a profiler, at most."""
@@ -179,7 +179,7 @@ def measure(plan: Plan, directory: Path, narrator: Narrator) -> Outcome:
         for label in outcome.survivors:
             engine, figures = engines[label], outcome.figures[label]
             with outcome.row_of(engine, narrator):
-                figures["peak_rss_mb"] = engine.peak_rss_mb()
+                figures["peak_rss_mib"] = engine.peak_rss_mib()
             here = limits if figures["device"] == "cpu" else None  # another device has limits of its own
             figures |= window_figures(outcome.windows[label], plan, engine.spec, here)
             figures["limits"] = before and after and {"before": before.summary(), "after": after.summary()}
@@ -275,7 +275,7 @@ def window_figures(windows: Sequence[Window], plan: Plan, spec: EngineSpec, limi
 def figure_names(plan: Plan) -> list[str]:
     """Every figure that a row can have, known before anything runs."""
     named = window_figures([], plan, plan.engines[0], None)
-    loaded = ("device", "kernels_used", "kernel_library", "load_s", "warmup_s", *LOADED, "weights_mb", "peak_rss_mb")
+    loaded = ("device", "kernels_used", "kernel_library", "load_s", "warmup_s", *LOADED, "weights_mib", "peak_rss_mib")
     return [*named, *loaded, "limits", "contaminated", "unsure"]
 
 
@@ -296,7 +296,7 @@ def prepare(engine: IsolatedEngine, plan: Plan, narrator: Narrator) -> dict[str,
         engine.run(plan.workload.share(plan.measure.warmup_requests, plan.measure.warmup_output_len))
     warmup = loaded["warmup_s"] + time.perf_counter() - start
     memory = {name: loaded[name] for name in LOADED}
-    memory["weights_mb"] = weights_bytes(plan.checkpoint.config, engine.spec.config.dtype) / 2**20
+    memory["weights_mib"] = weights_bytes(plan.checkpoint.config, engine.spec.config.dtype) / 2**20
     caps = loaded["caps"]
     ours = util.find_spec(f"{engine.spec.name}infer")  # what outside engines compute by is their own
     kernels = ", ".join(caps["kernels"]) if ours else None

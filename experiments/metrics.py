@@ -134,6 +134,7 @@ def counters(stats: Sequence[Mapping[str, float]], duration: float, outputs: int
     total = {name: sum(window[name] for window in stats) for name in names}
     whole = lambda name: int(total[name]) if name in total else None  # noqa: E731
     share = lambda name, by: rate(total[name], by) if name in total else None  # noqa: E731
+    a_step = lambda name, unit: rate(total[name] * unit, total.get("steps", 0)) if name in total else None  # noqa: E731
     watched = total.get("watched_seconds", 0.0)
     foreign = share("foreign_cpu_seconds", watched * (os.cpu_count() or 1))
     return {
@@ -143,12 +144,14 @@ def counters(stats: Sequence[Mapping[str, float]], duration: float, outputs: int
         "compilations_in_window": whole("compilations"),
         "prefix_cache_hit_rate": share("prefix_cache_hits", total.get("prefix_cache_queries", 0)),
         "padded_tokens_share": share("padded_tokens", total.get("padded_tokens", 0) + total.get("scheduled_tokens", 0)),
-        "host_ms_per_step": rate(total["host_seconds"] * 1e3, total.get("steps", 0)) if "host_seconds" in total else None,
+        "host_ms_per_step": a_step("host_seconds", 1e3),
+        "communication_ms_per_step": a_step("communication_seconds", 1e3),
+        "communication_mb_per_step": a_step("communication_bytes", 2**-20),
         "harness_overhead_share": share("driver_seconds", duration),
         # Processor time is counted in ticks of a hundredth of a second, so a short window may seem to have had more than all.
         "foreign_cpu_share": None if foreign is None else min(foreign, 1.0),
         "major_faults": whole("major_faults"),
-        "swapped_out_mb": share("swapped_out_bytes", 2**20),
+        "swapped_out_mib": share("swapped_out_bytes", 2**20),
         "throttled_share": share("throttled_seconds", watched),
         "thermal_throttles": whole("thermal_throttles"),
         "clock_limit_drop_mhz": total.get("clock_limit_drop_mhz"),
@@ -178,8 +181,8 @@ def contaminations(figures: Mapping[str, Any], shares_prefixes: bool, relied_on:
         reasons.append(f"{figures['failed']} requests failed")
     if above("foreign_cpu_share", BUSY) and above("duration", COARSE_S):
         reasons.append(f"other programs used {figures['foreign_cpu_share']:.0%} of the processors")
-    if above("swapped_out_mb", 0):
-        reasons.append(f"{figures['swapped_out_mb']:.1f} MiB of the engine's memory were swapped out")
+    if above("swapped_out_mib", 0):
+        reasons.append(f"{figures['swapped_out_mib']:.1f} MiB of the engine's memory were swapped out")
     if above("major_faults", FAULTS):
         reasons.append(f"{figures['major_faults']} pages were read from disk")
     if above("throttled_share", HELD_BACK):

@@ -27,7 +27,7 @@ SUMMARY = (
     "mean_e2el_ms",
     "roofline",
     "mbu",
-    "peak_rss_mb",
+    "peak_rss_mib",
 )
 """Of `console.FIGURES`: what a pull request has room for."""
 

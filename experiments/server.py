@@ -19,6 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import IO, Any
 from urllib.parse import SplitResult, urlsplit
 
@@ -84,6 +85,17 @@ def models(url: str) -> list[str]:
         return []
 
 
+def program(name: str) -> str:
+    """The path of a program on the PATH, or of our own environment though that is not activated. Raises `BackendError`."""
+    found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    if found is None:
+        raise BackendError(
+            f"There is no program {name!r} to start a server with. `make peers` brings vLLM's, and `make llama-server` "
+            "llama.cpp's; or name where it is as the first word of command."
+        )
+    return found
+
+
 class Server:
     """A process that is to answer at `url`. Its output goes to our standard error, and so into the log of the engine."""
 
@@ -99,13 +111,10 @@ class Server:
                     "name another port, or leave command out to use what is there."
                 )
             time.sleep(POLL_S)
-        program = shutil.which(command[0])
-        if program is None:
-            raise BackendError(f"There is no program {command[0]!r} to start a server with; install it or set command.")
         self.url = url
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "experiments.server", program, *command[1:]],
+            [sys.executable, "-m", "experiments.server", program(command[0]), *command[1:]],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from rich.markup import escape
@@ -16,10 +18,10 @@ from rich.table import Table
 
 from common.errors import TandemError
 from common.exits import FAILURE, USER_ERROR, fail
-from experiments.console import FIGURES, number, print_doubts, print_result, wide_console
+from experiments.console import BRACKETS, FIGURES, figure, number, print_doubts, print_result, wide_console
 from experiments.results import sweep_table
 
-SHOWN = ("output_throughput", "ratio", "verdict", "median_ttft_ms", "median_tpot_ms", "p99_e2el_ms", "peak_rss_mb")
+SHOWN = ("output_throughput", "ratio", "verdict", "median_ttft_ms", "median_tpot_ms", "p99_e2el_ms", "peak_rss_mib")
 """Figures of the table that is printed; the files have all."""
 HEADINGS = dict(FIGURES) | {"ratio": "× first", "verdict": "verdict", "p99_e2el_ms": "end to end p99, ms"}
 HEADING = 12
@@ -68,7 +70,8 @@ def print_sweep(title: str, table: pd.DataFrame) -> None:
     told = ["job", "engine", *(name for name in table.attrs["swept"] if name != "engine"), "status"]
     headings = {name: name.rpartition(".")[2] for name in told}
     headings |= {name: textwrap.fill(HEADINGS[name], HEADING) for name in SHOWN if name in table}
-    rows = [{name: cell(row[name]) for name in headings} for row in table.to_dict("records")]
+    records = table.to_dict("records")
+    rows = [{name: cell(row[name]) if name in told else swept_figure(name, row) for name in headings} for row in records]
     console, used = wide_console(), 1
     view = Table(title=escape(title), title_justify="left")
     for name, heading in headings.items():
@@ -79,9 +82,22 @@ def print_sweep(title: str, table: pd.DataFrame) -> None:
     for row in rows:
         view.add_row(*map(escape, list(row.values())[: len(view.columns)]))
     console.print(view)
-    for row in table.to_dict("records"):
+    if any(few(row) & headings.keys() for row in records):
+        console.print(BRACKETS, style="dim", highlight=False)
+    for row in records:
         contaminated, unsure = ([row[key]] if isinstance(row.get(key), str) else [] for key in ("contaminated", "unsure"))
         print_doubts(console, f"{row['engine']} of job {cell(row['job'])}", contaminated, unsure)
+
+
+def swept_figure(key: str, row: Mapping[Any, Any]) -> str:
+    """A figure of a row of a sweep's table, as that of a run is shown."""
+    return figure(key, {key: None if pd.isna(row[key]) else row[key], "unsupported": few(row)})
+
+
+def few(row: Mapping[Any, Any]) -> set[str]:
+    """The percentiles of a row that are of fewer samples than they need."""
+    told = row.get("unsupported")
+    return set(told.split("; ")) if isinstance(told, str) else set()
 
 
 def cell(value: object) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.console import figure, number
+from experiments.console import BRACKETS, number
 from experiments.figures.scatter import scatter
 from experiments.findings import log_end, plural
 from experiments.glossary import GLOSSARY
@@ -22,6 +22,7 @@ from experiments.results import open_run, sweep_table
 from experiments.run_report import command
 from experiments.run_sections import some
 from experiments.run_tables import environment_table
+from experiments.sweep import few, swept_figure
 from experiments.sweep_figures import last, over_axis, value
 
 COLUMNS = (
@@ -32,7 +33,7 @@ COLUMNS = (
     ("median_tpot_ms", "TPOT median, ms"),
     ("p99_e2el_ms", "end to end p99, ms"),
     ("roofline", "roofline"),
-    ("peak_rss_mb", "peak memory, MiB"),
+    ("peak_rss_mib", "peak memory, MiB"),
 )
 """What the table of all cells shows, where any cell has it."""
 AXES = 4
@@ -53,11 +54,13 @@ def sweep_page(folder: Path) -> Page:
     done = table[table["status"] == "ok"] if len(table) else table
     engines = [str(label) for label in dict.fromkeys(done["engine"])] if len(done) else []
     cells = cells_table(table, swept)
+    bracketed = {key for row in table.to_dict("records") for key in few(row)}
+    brackets = f"; {BRACKETS}" if bracketed & {key for key, _ in COLUMNS} else ""
     whole = [run for run in dict.fromkeys(table["run"]) if (folder / run / "results.json").exists()] if len(table) else []
     environments = [open_run(folder / run).environment for run in whole]
     environment = environments[0] if environments else {}
     sections = [
-        Section("Cells", "Every job and engine of the sweep.", tables=[cells]),
+        Section("Cells", f"Every job and engine of the sweep{brackets}.", tables=[cells]),
         Section("Over the swept options", "", some(*over(table, engines, swept))),
         Section(
             "Throughput against latency",
@@ -88,19 +91,12 @@ def cells_table(table: pd.DataFrame, swept: Sequence[str]) -> Table:
             value(row["job"]),
             value(row["engine"]),
             *(value(row[name]) for name in told),
-            *(cell(key, row) for key, _ in shown),
+            *(swept_figure(key, row) for key, _ in shown),
             str(row["status"]),
         )
         for row in table.to_dict("records")
     ]
     return Table(("job", "engine", *map(last, told), *(name for _, name in shown), "status"), rows)
-
-
-def cell(key: str, row: Mapping[Any, Any]) -> str:
-    few = row.get("unsupported")
-    return figure(
-        key, {key: None if pd.isna(row[key]) else row[key], "unsupported": few.split("; ") if isinstance(few, str) else ()}
-    )
 
 
 def facts(table: pd.DataFrame, environments: Sequence[Mapping[str, Any]]) -> list[str]:

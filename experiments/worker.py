@@ -73,13 +73,14 @@ class Worker:
         end = time.perf_counter()
         loaded = self._stage_ended or end
         stats = self._engine.stats()
-        pool = stats.get("kv_pool_bytes")
+        pool, rank = stats.get("kv_pool_bytes"), stats.get("rank_bytes")
         return {
             "load_s": loaded - start,
             "warmup_s": end - loaded,
-            "rss_mb": (rss() + stats.get("others_rss_bytes", 0)) / 2**20,
-            "peak_load_mb": (peak_rss() + stats.get("others_peak_rss_bytes", 0)) / 2**20,
-            "kv_pool_mb": None if pool is None else pool / 2**20,
+            "rss_mib": (rss() + stats.get("others_rss_bytes", 0)) / 2**20,
+            "peak_load_mib": (peak_rss() + stats.get("others_peak_rss_bytes", 0)) / 2**20,
+            "kv_pool_mib": None if pool is None else pool / 2**20,
+            "rank_mib": None if rank is None else rank / 2**20,
             "caps": asdict(self._engine.caps),
         }
 
@@ -109,7 +110,7 @@ class Worker:
         answer: Message = getattr(observe, f"on_{what}")(self._engine, self.progress, **arguments)
         return answer
 
-    def on_peak_rss_mb(self) -> Message:
+    def on_peak_rss_mib(self) -> Message:
         others = self._engine.stats().get("others_peak_rss_bytes", 0) if self._engine else 0
         return {"value": (peak_rss() + others) / 2**20}
 

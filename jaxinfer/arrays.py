@@ -16,3 +16,8 @@ def to_device(tree: Any, device: jax.Device | jax.sharding.Sharding) -> Any:
 def to_host(tree: Any) -> Any:
     """Every device array of a tree as a NumPy array; waits for the device."""
     return jax.device_get(tree)
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of a tree's arrays on one rank's device."""
+    return sum(int(x.addressable_shards[0].data.nbytes) for x in jax.tree.leaves(tree))

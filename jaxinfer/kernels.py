@@ -25,16 +25,23 @@ from common.kernels.cpu.build import build
 from common.kernels.cpu.pack import pack_head, pack_layers
 from common.kernels.cpu.pages import keys_in, keys_out, page_bytes, pool_shapes, values_in, values_out
 from common.kernels.cpu.step import HEADER, SAMPLED, max_step_size, pack_changes, pack_step, unpack_sampled, without_modes
+from common.parallel import join_heads, local_config, split_heads
 from common.platform import cores
 from common.rope import rope_tables
 from common.schedule.batch import Batch, Mask, masked
 from common.weights.checkpoint import Checkpoint
 from jaxinfer.cache import KVCache
 from jaxinfer.observe import Keep, Names, ignore, keeper
-from jaxinfer.step import _EDITS, State
+from jaxinfer.parallel import _WHOLE, ALONE, Group
+from jaxinfer.step import _EDITS, State, _choice_shape
+from jaxinfer.step import Step as FrameworkStep
 
 _PAGES = 16
 """Pages that one call writes."""
+_OPERATORS = (
+    *("embed", "layers", "project", "attend", "combine", "head", "adjust", "sample"),
+    *("attention_term", "add_attention", "mlp_term", "add_mlp"),
+)
 
 
 class Weights(NamedTuple):
@@ -58,7 +65,7 @@ def built_library() -> Path:
 def open_library() -> ctypes.CDLL:
     """Compile and load the operators. Raises `BackendError` if that fails."""
     library = ctypes.CDLL(str(built_library()))
-    for name in ("embed", "layers", "project", "attend", "combine", "head", "adjust", "sample"):
+    for name in _OPERATORS:
         handler = jax.ffi.pycapsule(getattr(library, f"tandem_{name}"))
         jax.ffi.register_ffi_target(f"tandem_{name}", handler, platform="cpu")
     return library
@@ -69,25 +76,27 @@ def usable(config: EngineConfig, model: ModelConfig, device: jax.Device) -> bool
     return cpu.usable(config, model, device.platform, open_library)
 
 
-def load_weights(checkpoint: Checkpoint, dtype: Any, positions: int, progress: Progress | None = None) -> Weights:
-    """Pack a checkpoint, one layer at a time."""
-    config = checkpoint.config
-    done = lambda count: progress and progress(count, config.num_layers + 1, "weights")  # noqa: E731
-    layers = _put(pack_layers(checkpoint, dtype, done))
-    head = _put(pack_head(checkpoint, dtype))
-    ropes = _put(np.stack([np.concatenate(rope_tables(rope, config.head_dim, positions), 1) for rope in config.ropes]))
-    done(config.num_layers + 1)
-    return Weights(layers, head, ropes)
+def load_weights(
+    checkpoint: Checkpoint, dtype: Any, positions: int, progress: Progress | None = None, group: Group = ALONE
+) -> Weights:
+    """Pack a checkpoint, one layer at a time. In a `group` it is each rank's part, side by side along the first axis."""
+    config, ranks = checkpoint.config, group.ranks
+    total = ranks * config.num_layers + 1
+    done = lambda count: progress and progress(count, total, "weights")  # noqa: E731
+    layers, head = [], []
+    for rank in range(ranks):
+        done_here = partial(lambda before, count: done(before + count), rank * config.num_layers)
+        layers.append(pack_layers(checkpoint, dtype, done_here, rank, ranks))
+        head.append(pack_head(checkpoint, dtype, rank, ranks))
+    ropes = np.stack([np.concatenate(rope_tables(rope, config.head_dim, positions), 1) for rope in config.ropes])
+    done(total)
+    return Weights(_put(layers, 0, group), _put(head, 0, group), _put([ropes] * ranks, None, group))
 
 
 def make_cache(config: ModelConfig, pages: int, page_size: int, dtype: str) -> KVCache:
     """Zeroed pools as the kernels keep them, one for all layers: keys [L K, pages, H / PAIR, B, PAIR], values
     [L K, pages, B / PAIR, H', PAIR]."""
-    element = jnp.dtype(jnp.uint16 if dtype == "bfloat16" else dtype)
-    k, v = (jnp.zeros(shape, element, device=_cpu()) for shape in pool_shapes(config, pages, page_size, element.itemsize))
-    for pool in (k, v):
-        _huge(pool.unsafe_buffer_pointer(), pool.nbytes)
-    return KVCache((k,), (v,))
+    return _make_cache(config, pages, page_size, dtype, ALONE)
 
 
 def embed(config: ModelConfig, weights: Weights, step: Array, last_tokens: Array, tokens: int) -> Array:
@@ -137,6 +146,21 @@ def layers_in_parts(
         x_TD = combine(weights, layer, step, out_TNH, x_TD)
         keep(layer, residual=x_TD)
     return cache, x_TD
+
+
+def layers_in_terms(
+    config: ModelConfig, weights: Weights, step: Array, cache: KVCache, x_TD: Array, group: Group
+) -> tuple[KVCache, Array]:
+    """As `layers`, where the ranks of a `group` share each of them out: what attention gives and what the MLP gives are sums of
+    every rank's terms, which are added to the stream once they are whole."""
+    (k,), (v,) = cache
+    for layer in range(config.num_layers):
+        arguments = (step, weights.layers, weights.ropes, x_TD, k, v)
+        term_TD, k, v = _call("attention_term", (x_TD, k, v), *arguments, aliases={4: 1, 5: 2}, layer=layer)
+        x_TD = _add("add_attention", weights, step, group.all_reduce(term_TD), x_TD, layer)
+        term_TD = _call("mlp_term", x_TD, step, weights.layers, x_TD, layer=layer)
+        x_TD = _add("add_mlp", weights, step, group.all_reduce(term_TD), x_TD, layer)
+    return KVCache((k,), (v,)), x_TD
 
 
 def head(weights: Weights, step: Array, x_TD: Array, logits_RV: Array) -> Array:
@@ -198,8 +222,7 @@ class Step:
         """Empty pages and rows."""
         config = self.config
         cache = make_cache(self.model_config, num_pages, config.block_size, config.dtype)
-        logits_RV = jnp.zeros((config.max_num_seqs, self.model_config.vocab_size), jnp.float32, device=self.device)
-        _huge(logits_RV.unsafe_buffer_pointer(), logits_RV.nbytes)
+        logits_RV = _zeros((config.max_num_seqs, self.model_config.vocab_size), jnp.float32, self.device)
         return State(cache, jnp.zeros((config.max_num_seqs,), jnp.int32, device=self.device), logits_RV)
 
     def page_bytes(self) -> int:
@@ -213,10 +236,7 @@ class Step:
             state, *_ = self._run(tokens, state, None)
             if progress:
                 progress(done + 1, len(self._sizes), f"compiled steps of up to {tokens} tokens")
-        config = self.model_config
-        shape = config.num_layers, 1, self.config.block_size, config.num_kv_heads, config.head_dim
-        null = np.zeros(shape, jnp.dtype(self.config.dtype))
-        return self.write_pages(state, [0], {"k": null, "v": null})
+        return self.write_pages(state, [0], _null_page(self.model_config, self.config))
 
     def run(self, state: State, batch: Batch, mask: Mask = None) -> tuple[State, Callable[[], tuple[Any, ...]]]:
         """One step, and what brings its results to the host: the arguments of `interface.make_result`."""
@@ -297,6 +317,84 @@ class Step:
         return state, sampled, taps
 
 
+class _Packed(NamedTuple):
+    """A step's inputs where ranks choose together. Also used for their shapes."""
+
+    step: Any  # [n], as the kernels read it
+    choice: Any  # of R logit rows
+
+
+class SharedStep(FrameworkStep):
+    """As `Step`, of a model that the ranks of a group share out. Between the operators they add up their terms. Each has the
+    logits of its tokens, from which they choose together in the framework's operations."""
+
+    kernels = "native"
+
+    def __init__(self, config: EngineConfig, device: jax.Device, group: Group) -> None:
+        super().__init__(config, device, group)
+        self._threads = config.threads or cores()  # of all ranks, whose operators take turns
+
+    def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
+        """Pack the weights, with room for `positions` rotary positions."""
+        self.model_config = checkpoint.config
+        self._local = local_config(checkpoint.config, self.group.ranks)
+        self._positions = positions
+        self.weights = load_weights(checkpoint, self.config.dtype, positions, progress, self.group)
+
+    def make_state(self, num_pages: int) -> State:
+        """Empty pages and rows."""
+        config = self.config
+        cache = _make_cache(self._local, num_pages, config.block_size, config.dtype, self.group)
+        whole = self.group._place(self.device, _WHOLE)
+        return State(cache, jnp.zeros((config.max_num_seqs + 1,), jnp.int32, device=whole))
+
+    def page_bytes(self) -> int:
+        """Bytes of one page of all ranks."""
+        return self.group.ranks * page_bytes(self._local, self.config)
+
+    def read_pages(self, state: State, pages_: Sequence[int]) -> dict[str, np.ndarray]:
+        """Copies `k` and `v`: [L, pages, B, K, H]."""
+        (k,), (v,) = state.cache
+        every = lambda pool: np.split(_typed(np.asarray(pool)[:, list(pages_)]), self.group.ranks)  # noqa: E731
+        K, H = self._local.num_kv_heads, self._local.head_dim
+        whole = {"k": [keys_out(pool, K) for pool in every(k)], "v": [values_out(pool, K, H) for pool in every(v)]}
+        return {name: join_heads(np.concatenate(x, 3), self.model_config, self.group.ranks) for name, x in whole.items()}
+
+    def write_pages(self, state: State, pages_: Sequence[int], arrays: dict[str, np.ndarray]) -> State:
+        """The inverse of `read_pages`."""
+        (k,), (v,) = state.cache
+        parts = lambda x: np.split(split_heads(x, self.model_config, self.group.ranks), self.group.ranks, 3)  # noqa: E731
+        every = lambda pack, x, pool: np.concatenate([pack(part, pool.shape[-1]) for part in parts(x)])  # noqa: E731
+        put = lambda pool, x: _put_pages(pool, np.array(pages_, np.int32), x.view(pool.dtype))  # noqa: E731
+        k, v = put(k, every(keys_in, arrays["k"], k)), put(v, every(values_in, arrays["v"], v))
+        return state._replace(cache=KVCache((k,), (v,)))
+
+    def _warm_pages(self, state: State) -> State:
+        return self.write_pages(state, [0], _null_page(self.model_config, self.config))
+
+    def _run(self, *arguments: Any, **options: Any) -> Any:
+        open_library().tandem_threads(self._threads)  # another engine of this process may have another number
+        return super()._run(*arguments, **options)
+
+    def _shapes(self, bucket: Any) -> _Packed:
+        return _Packed((max_step_size(bucket.tokens, bucket.seqs, bucket.pages),), _choice_shape(bucket.seqs))
+
+    def _inputs(self, bucket: Any, batch: Batch) -> _Packed:
+        return _Packed(pack_step(batch), self._first_choice(batch, bucket.seqs))
+
+    def _logits(self, bucket: Any, weights: Weights, state: State, x: _Packed, keep: Keep) -> tuple[KVCache, Array]:
+        config, group, step = self._local, self.group, x.step
+        x_TD = group.all_reduce(embed(config, weights, step, state.last_tokens, bucket.tokens))
+        cache, x_TD = layers_in_terms(config, weights, step, state.cache, x_TD, group)
+        # No place is given for the logits: what stands where one is expected is not looked at.
+        return cache, _call("head", _shape((bucket.seqs, config.vocab_size)), step, weights.head, x_TD, x_TD)
+
+
+def make_step(config: EngineConfig, device: jax.Device, group: Group) -> Step | SharedStep:
+    """The step of a model that the ranks of a `group` share out."""
+    return Step(config, device) if group.ranks == 1 else SharedStep(config, device, group)
+
+
 def _choose(last_tokens: Array, step: Array, changes: Array, logits_RV: Array, changed_RV: Array) -> tuple[Array, Array, Array]:
     """The pure function that is compiled: the last tokens, the logits changed further, and what is chosen from them."""
     changed_RV = adjust(step, changes, changed_RV)
@@ -316,6 +414,16 @@ def _call(name: str, results: Any, *arguments: Array, aliases: dict[int, int] | 
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), results)
     attributes = {} if layer is None else {"layer": np.int64(layer)}
     return jax.ffi.ffi_call(f"tandem_{name}", shapes, input_output_aliases=aliases)(*arguments, **attributes)
+
+
+def _null_page(config: ModelConfig, engine: EngineConfig) -> dict[str, np.ndarray]:
+    """As `read_pages` gives them."""
+    shape = config.num_layers, 1, engine.block_size, config.num_kv_heads, config.head_dim
+    return dict.fromkeys(("k", "v"), np.zeros(shape, jnp.dtype(engine.dtype)))
+
+
+def _add(name: str, weights: Weights, step: Array, sum_TD: Array, x_TD: Array, layer: int) -> Array:
+    return _call(name, x_TD, step, weights.layers, sum_TD, x_TD, aliases={3: 0}, layer=layer)
 
 
 def _put_pages(pool: Array, pages: np.ndarray, x: np.ndarray) -> Array:
@@ -342,10 +450,28 @@ def _typed(pages: np.ndarray) -> np.ndarray:
     return pages.view(jnp.bfloat16) if pages.dtype == np.uint16 else pages
 
 
-def _put(array: np.ndarray) -> Array:
-    """The array's own memory, which is aligned and which nobody writes to again, in large pages."""
-    _huge(array.ctypes.data, array.nbytes)
-    return jax.device_put(array, _cpu())
+def _put(parts: Sequence[np.ndarray], axis: int | None, group: Group) -> Array:
+    """The arrays' own memory, which is aligned and which nobody writes to again, in large pages, as `group._whole` has them."""
+    for part in parts:
+        _huge(part.ctypes.data, part.nbytes)
+    return group._whole(
+        [jax.device_put(part, device) for part, device in zip(parts, group._devices(_cpu()), strict=True)], axis
+    )
+
+
+def _make_cache(config: ModelConfig, pages: int, page_size: int, dtype: str, group: Group) -> KVCache:
+    """Such pools of each rank, of whose part of a model `config` is, as `group._whole` has them."""
+    element = jnp.dtype(jnp.uint16 if dtype == "bfloat16" else dtype)
+    shapes = pool_shapes(config, pages, page_size, element.itemsize)
+    k, v = (group._whole([_zeros(shape, element, device) for device in group._devices(_cpu())], 0) for shape in shapes)
+    return KVCache((k,), (v,))
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, device: jax.Device) -> Array:
+    """In large pages."""
+    zeros = jnp.zeros(shape, dtype, device=device)
+    _huge(zeros.unsafe_buffer_pointer(), zeros.nbytes)
+    return zeros
 
 
 def _huge(pointer: int, size: int) -> None:

@@ -9,6 +9,8 @@ Letters: R logit rows · V vocabulary, of which each rank has n · k candidates.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,9 +86,17 @@ class Group:
     def _place(self, device: jax.Device, spec: PartitionSpec) -> jax.sharding.Sharding:
         return SingleDeviceSharding(device)
 
+    def _devices(self, device: jax.Device) -> Sequence[jax.Device]:
+        """Every rank's, of which `device` is the first."""
+        return (device,)
+
     def _put(self, parts: Sequence[np.ndarray], axis: int | None, device: jax.Device) -> Array:
-        """Each rank's part of an array, which lie side by side along `axis`, or are all the same, on its device."""
-        return to_device(parts[0], device)
+        """Each rank's part of an array on its device, as `_whole` has them."""
+        return self._whole([to_device(part, place) for part, place in zip(parts, self._devices(device), strict=True)], axis)
+
+    def _whole(self, parts: Sequence[Array], axis: int | None) -> Array:
+        """The array of which each rank's device has a part: they lie side by side along `axis`, or are all the same."""
+        return parts[0]
 
     def _spread(self, function: Callable[..., Any], takes: Any, gives: Any) -> Callable[..., Any]:
         """A function of each rank's parts as one of whole arrays. `takes`, `gives`: how they are shared out, or arrays that are
@@ -99,7 +109,7 @@ ALONE = Group()
 
 @dataclass(frozen=True)
 class _Ranks(Group):
-    """Devices of one mesh. Everything but the last three is for the inside of `_spread`."""
+    """Devices of one mesh. Everything but the last four is for the inside of `_spread`."""
 
     mesh: Mesh
 
@@ -151,17 +161,29 @@ class _Ranks(Group):
     def _place(self, device: jax.Device, spec: PartitionSpec) -> jax.sharding.Sharding:
         return NamedSharding(self.mesh, spec)
 
-    def _put(self, parts: Sequence[np.ndarray], axis: int | None, device: jax.Device) -> Array:
-        if axis is None:
-            return to_device(parts[0], NamedSharding(self.mesh, _WHOLE))
+    def _devices(self, device: jax.Device) -> Sequence[jax.Device]:
+        return tuple(self.mesh.devices)
+
+    def _whole(self, parts: Sequence[Array], axis: int | None) -> Array:
         shape = tuple(size * (self.ranks if i == axis else 1) for i, size in enumerate(parts[0].shape))
-        sharding = NamedSharding(self.mesh, PartitionSpec(*[None] * axis, _AXIS))
-        arrays = [to_device(part, device) for part, device in zip(parts, self.mesh.devices, strict=True)]
-        return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+        spec = _WHOLE if axis is None else PartitionSpec(*[None] * axis, _AXIS)
+        return jax.make_array_from_single_device_arrays(shape, NamedSharding(self.mesh, spec), list(parts))
 
     def _spread(self, function: Callable[..., Any], takes: Any, gives: Any) -> Callable[..., Any]:
         specs = lambda tree: jax.tree.map(lambda x: x if isinstance(x, PartitionSpec) else x.sharding.spec, tree)  # noqa: E731
         return jax.shard_map(function, mesh=self.mesh, in_specs=specs(takes), out_specs=specs(gives), check_vma=False)
+
+
+def _bytes_told(program: str) -> int:
+    """How many bytes a rank tells the others in a compiled program, whose every branch is counted."""
+    told = 0
+    for gives, kind, ranks in re.findall(r"= (.*?) (all-reduce|all-gather)\(.*?replica_groups=\{\{([\d,]*)\}", program):
+        given = sum(
+            math.prod(int(size) for size in shape.split(",") if size) * (int(bits) if bits else 8) // 8
+            for bits, shape in re.findall(r"[a-z]+(\d*)\[([\d,]*)\]", gives)
+        )
+        told += given // (len(ranks.split(",")) if kind == "all-gather" else 1)
+    return told
 
 
 def start(config: EngineConfig, device: jax.Device) -> Group:

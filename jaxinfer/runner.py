@@ -47,7 +47,7 @@ class ModelRunner(interface.ModelRunner):
         self.model_config: ModelConfig = checkpoint.config
         positions = self.config.model_len(checkpoint.config)
         native = kernels.usable(self.config, checkpoint.config, self.device)
-        step = kernels.Step(self.config, self.device) if native else Step(self.config, self.device, self.group)
+        step: Any = (kernels.make_step if native else Step)(self.config, self.device, self.group)
         step.load(checkpoint, positions, progress)
         self._step = step
         self._caps = Caps(
@@ -76,6 +76,7 @@ class ModelRunner(interface.ModelRunner):
         self._expect_open()
         self.state = None  # the old pool goes before the new one comes
         self.state = self._step.make_state(self._num_pages)
+        self._rank_bytes = self._step.held(self.state) if self.group.ranks > 1 else 0
 
     def warmup(self, progress: Progress | None = None) -> None:
         self.state = self._step.warmup(self.state, progress)
@@ -84,6 +85,11 @@ class ModelRunner(interface.ModelRunner):
     @property
     def compilations(self) -> int:
         return self._compilations()
+
+    def stats(self) -> dict[str, float]:
+        if self.group.ranks == 1:
+            return {}
+        return {"communication_bytes": self._step._told, "rank_bytes": self._rank_bytes}
 
     def submit(self, batch: Batch, mask: Mask = None) -> interface.Pending:
         self._expect_open()

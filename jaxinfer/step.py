@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,12 +27,12 @@ from common.schedule.batch import Batch, Mask, Want, masked
 from common.weights.checkpoint import Checkpoint
 from jaxinfer import cache as pages
 from jaxinfer import sampling
-from jaxinfer.arrays import to_host
+from jaxinfer.arrays import nbytes, to_host
 from jaxinfer.attention import Plan, _plan_shape, make_plan, paged_attention
 from jaxinfer.cache import KVCache
 from jaxinfer.model import Decoder, forward, logits
-from jaxinfer.observe import Names, keeper
-from jaxinfer.parallel import _COLUMNS, _HEADS, _WHOLE, ALONE, Group
+from jaxinfer.observe import Keep, Names, keeper
+from jaxinfer.parallel import _COLUMNS, _HEADS, _WHOLE, ALONE, Group, _bytes_told
 from jaxinfer.weights import load_model
 
 _EDITS = 1 << 16
@@ -99,6 +99,8 @@ class Step:
         self.decode_buckets = _decode_buckets(config.max_num_seqs)
         self._compiled: dict[tuple[_Bucket, Names], Any] = {}
         self._choosers: dict[int, Any] = {}
+        self._layouts: dict[_Bucket, Any] = {}
+        self._told, self._tells = 0, dict[_Bucket, int]()  # bytes of each rank to the others, so far and in one step
 
     def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
         """Bring the weights to the device, with room for `positions` rotary positions."""
@@ -108,7 +110,7 @@ class Step:
         graph, state = nnx.split(load_model(checkpoint, self.config.dtype, positions, self.device, progress, self.group))
         # Plain arrays in a tuple: walking NNX variables would cost milliseconds a step.
         leaves, tree = jax.tree.flatten(state)
-        self.weights = tuple(leaves)
+        self.weights: Any = tuple(leaves)
         self._merge = lambda leaves: nnx.merge(graph, jax.tree.unflatten(tree, leaves))
 
     def model(self, weights: Any) -> Decoder:
@@ -126,6 +128,10 @@ class Step:
         """Bytes of one page of all ranks."""
         return page_bytes(pool_config(self.model_config, self.group.ranks), self.config)
 
+    def held(self, state: State) -> int:
+        """Bytes of one rank's weights and pages."""
+        return nbytes((self.weights, state.cache))
+
     def warmup(self, state: State, progress: Progress | None = None) -> State:
         """Compile what later steps need."""
         buckets = [self._bucket(size, False) for size in self.decode_buckets]
@@ -141,7 +147,11 @@ class Step:
                     progress(done + 1, len(buckets), f"compiled steps of {bucket.tokens} tokens, {kind}")
             deque(choosers, 0)
         for (bucket, _), step in self._compiled.items():
-            state, *_ = step(self.weights, state, np.zeros(bucket.size, np.int32))
+            state, *_ = step(self.weights, state, np.zeros(_size(self._layout(bucket)), np.int32))
+        return self._warm_pages(state)
+
+    def _warm_pages(self, state: State) -> State:
+        """Compile what reads and writes pages."""
         return self.write_pages(state, [0], self.read_pages(state, [0]))
 
     def run(self, state: State, batch: Batch, mask: Mask = None) -> tuple[State, Callable[[], tuple[Any, ...]]]:
@@ -183,8 +193,9 @@ class Step:
     def _run(self, bucket: _Bucket, state: State, batch: Batch, names: Names = frozenset(), mask: Mask = None) -> Any:
         if (bucket, names) not in self._compiled:
             self._compiled[bucket, names] = self._compile(bucket, state, names)
-        packed = self._pack(bucket, batch)
+        packed = _pack(self._layout(bucket), self._inputs(bucket, batch))
         state, sampled, taps, logits_RV = self._compiled[bucket, names](self.weights, state, packed)
+        self._told += self._tells[bucket]
         if batch.adjusts:
             state, sampled = self._choose_changed(state, masked(batch, mask), logits_RV)
             taps |= {"tokens": sampled.tokens} if "tokens" in taps else {}
@@ -237,21 +248,33 @@ class Step:
     def _compile(self, bucket: _Bucket, state: State, names: Names = frozenset()) -> Any:
         takes, gives = (self.weights, state, _WHOLE), (state, _WHOLE, _WHOLE, _COLUMNS)
         step = self.group._spread(lambda *args: self._step(bucket, names, *args), takes, gives)
-        return (
-            jax.jit(step, donate_argnums=1)
-            .lower(self.weights, state, jax.ShapeDtypeStruct((bucket.size,), jnp.int32))
-            .compile()
-        )
+        packed = jax.ShapeDtypeStruct((_size(self._layout(bucket)),), jnp.int32)
+        program = jax.jit(step, donate_argnums=1).lower(self.weights, state, packed).compile()
+        self._tells[bucket] = _bytes_told(program.as_text() or "") if self.group.ranks > 1 else 0
+        return program
 
-    def _pack(self, bucket: _Bucket, batch: Batch) -> np.ndarray:
-        """A batch as the one array of inputs of its bucket."""
+    def _layout(self, bucket: _Bucket) -> Any:
+        """Of a bucket's inputs in the one array that they are packed into."""
+        if bucket not in self._layouts:
+            self._layouts[bucket] = _layout(self._shapes(bucket))
+        return self._layouts[bucket]
+
+    def _shapes(self, bucket: _Bucket) -> Any:
+        """A tree of the shapes of a bucket's inputs."""
+        T, plan = (bucket.tokens,), _plan_shape(bucket.tokens, bucket.seqs, bucket.pages, bucket.chunked)
+        return Inputs(T, T, T, (bucket.seqs,), _choice_shape(bucket.seqs), plan)
+
+    def _inputs(self, bucket: _Bucket, batch: Batch) -> Any:
+        """A batch as a tree of arrays, each of which is at most as large."""
         fill_row = np.full(bucket.tokens, -1, np.int32)
         fill_row[batch.fill_at] = batch.fill_row
-        choice = self._choice(batch, bucket.seqs)
-        if batch.adjusts:
-            choice = choice._replace(modes=None)  # what it chooses is chosen anew
         plan = make_plan(batch, self.model_config, self.config.block_size)
-        return _pack(bucket.layout, Inputs(batch.token_ids, batch.positions, fill_row, batch.logit_rows, choice, plan))
+        choice = self._first_choice(batch, bucket.seqs)
+        return Inputs(batch.token_ids, batch.positions, fill_row, batch.logit_rows, choice, plan)
+
+    def _first_choice(self, batch: Batch, R: int) -> _Choice:
+        choice = self._choice(batch, R)
+        return choice._replace(modes=None) if batch.adjusts else choice  # what it chooses is chosen anew
 
     def _choice(self, batch: Batch, R: int) -> _Choice:
         owner = batch.logit_owner
@@ -271,19 +294,23 @@ class Step:
         )
 
     def _step(
-        self, bucket: _Bucket, names: Names, weights: tuple[Array, ...], state: State, packed: Array
+        self, bucket: _Bucket, names: Names, weights: Any, state: State, packed: Array
     ) -> tuple[State, sampling.Sampled, dict[str, Array], Array]:
         """The pure function that is compiled: its last result are the logits, for a step that changes them."""
         taps, keep = keeper(names)
-        x: Inputs = _unpack(bucket.layout, packed)
+        x = _unpack(self._layout(bucket), packed)
+        cache, logits_RV = self._logits(bucket, weights, state, x, keep)
+        sampled = self._choose(logits_RV, logits_RV, x.choice)
+        keep(logits=logits_RV, tokens=sampled.tokens)
+        return State(cache, state.last_tokens.at[x.choice.rows].set(sampled.tokens)), sampled, taps, logits_RV
+
+    def _logits(self, bucket: _Bucket, weights: Any, state: State, x: Any, keep: Keep) -> tuple[KVCache, Array]:
+        """The pages as they are afterwards, and of each logit row the logits of this rank's tokens."""
         model: Decoder = self.model(weights)
         token_ids = jnp.where(x.fill_row >= 0, state.last_tokens[x.fill_row], x.token_ids)
         attend = paged_attention(self._local, x.plan)
         hidden_TD, cache = forward(model, token_ids, x.positions, attend, state.cache, keep)
-        logits_RV = logits(model, hidden_TD[x.logit_rows])
-        sampled = self._choose(logits_RV, logits_RV, x.choice)
-        keep(logits=logits_RV, tokens=sampled.tokens)
-        return State(cache, state.last_tokens.at[x.choice.rows].set(sampled.tokens)), sampled, taps, logits_RV
+        return cache, logits(model, hidden_TD[x.logit_rows])
 
     def _choose(self, logits_RV: Array, changed_RV: Array, x: _Choice) -> sampling.Sampled:
         """Tokens from `changed_RV`, and what is reported of them from `logits_RV`."""
@@ -335,16 +362,6 @@ class _Bucket:
     seqs: int
     pages: int
     chunked: bool
-
-    @cached_property
-    def layout(self) -> Inputs:
-        """Of its inputs in the packed array."""
-        T, plan = (self.tokens,), _plan_shape(self.tokens, self.seqs, self.pages, self.chunked)
-        return _layout(Inputs(T, T, T, (self.seqs,), _choice_shape(self.seqs), plan))
-
-    @property
-    def size(self) -> int:
-        return _size(self.layout)
 
 
 _DTYPES = {"seeds": np.uint32, "masks": np.uint32} | dict.fromkeys(("temperature", "top_p", "min_p", "edits"), np.float32)

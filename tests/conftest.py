@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def peers_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every peer has an environment, as far as is looked before one is started."""
+    """Every peer has an environment, and llama.cpp its server, as far as is looked before one is started."""
     from experiments.peers import PEERS
 
     for name in PEERS:
@@ -37,6 +38,8 @@ def peers_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (folder / "bin" / "python").symlink_to(sys.executable)
         (folder / "done").touch()
     monkeypatch.setenv("TANDEM_PEERS", str(tmp_path))
+    (tmp_path / "llama-server").symlink_to(sys.executable)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
 
 
 @pytest.fixture

@@ -59,22 +59,23 @@ class Ranks:
         assert error is None, error
         return answer
 
-    def run(self, ranks: int, model: Path, asked: Sequence[Asked]) -> list[Answer]:
-        answers: list[Answer] = self.ask("run", ranks=ranks, model=model, asked=asked)
+    def run(self, ranks: int, model: Path, kernels: str, asked: Sequence[Asked]) -> list[Answer]:
+        answers: list[Answer] = self.ask("run", ranks=ranks, model=model, kernels=kernels, asked=asked)
         return answers
 
 
-_runners: dict[int, ModelRunner] = {}
-_loaded: dict[int, str] = {}
+_runners: dict[tuple[int, str, str], ModelRunner] = {}
+_loaded: dict[ModelRunner, str] = {}
 
 
-def make_engine(backend: str, ranks: int, model: str) -> Engine:
+def make_engine(backend: str, ranks: int, model: str, kernels: str, dtype: str = "float32") -> Engine:
     """With empty pages."""
-    config = replace(CONFIG, tensor_parallel_size=ranks, kernels="auto" if ranks > 1 else "framework")
-    runner = _runners[ranks] = _runners.get(ranks) or load_backend(backend, config)
-    if _loaded.get(ranks) != model:
+    config = replace(CONFIG, tensor_parallel_size=ranks, kernels=kernels, dtype=dtype)
+    runner = _runners.get((ranks, kernels, dtype)) or load_backend(backend, config)
+    _runners[ranks, kernels, dtype] = runner
+    if _loaded.get(runner) != model:
         runner.load(open_checkpoint(model))
-        _loaded[ranks] = model
+        _loaded[runner] = model
     runner.allocate([PAGES])
     return Engine(runner, config, num_pages=PAGES)
 
@@ -84,9 +85,9 @@ def wanted(logit_bias: dict[str, float] | None = None, **params: Any) -> Samplin
     return SamplingParams(ignore_eos=True, logit_bias=bias, **params)
 
 
-def run(backend: str, ranks: int, model: str, asked: Sequence[Asked]) -> list[Answer]:
+def run(backend: str, ranks: int, model: str, kernels: str, asked: Sequence[Asked], dtype: str = "float32") -> list[Answer]:
     """Continue prompts."""
-    engine = make_engine(backend, ranks, model)
+    engine = make_engine(backend, ranks, model, kernels, dtype)
     requests = [
         Request(request_id=str(i), prompt_token_ids=prompt, params=wanted(**params)) for i, (prompt, params) in enumerate(asked)
     ]
@@ -96,15 +97,32 @@ def run(backend: str, ranks: int, model: str, asked: Sequence[Asked]) -> list[An
     return [[[event.token_id, *told(event.logprobs)] for event in events[request.request_id]] for request in requests]
 
 
-def caps(backend: str, ranks: int, model: str) -> dict[str, Any]:
-    runner = make_engine(backend, ranks, model).runner
-    return asdict(runner.caps) | {"page_bytes": runner.kv_groups()[0].page_bytes}
+def caps(backend: str, ranks: int, model: str, kernels: str) -> dict[str, Any]:
+    runner = make_engine(backend, ranks, model, kernels).runner
+    return asdict(runner.caps) | {"page_bytes": runner.kv_groups()[0].page_bytes} | runner.stats()
 
 
-def pages(backend: str, ranks: int, model: str, asked: Sequence[Asked], pages: Sequence[int]) -> dict[str, Any]:
+def told(backend: str, ranks: int, model: str, kernels: str, asked: Sequence[Asked]) -> dict[str, float]:
+    """By how much a run makes the counters of a runner rise."""
+    run(backend, ranks, model, kernels, asked)
+    runner = _runners[ranks, kernels, "float32"]
+    before = runner.stats()
+    run(backend, ranks, model, kernels, asked)
+    return {name: value - before[name] for name, value in runner.stats().items()}
+
+
+def pages(
+    backend: str,
+    ranks: int,
+    model: str,
+    kernels: str,
+    asked: Sequence[Asked],
+    pages: Sequence[int],
+    dtype: str = "float32",
+) -> dict[str, Any]:
     """What stands in pages behind a run; and whether others are as they were written, once these are written there."""
-    run(backend, ranks, model, asked)
-    runner = _runners[ranks]
+    run(backend, ranks, model, kernels, asked, dtype)
+    runner = _runners[ranks, kernels, dtype]
     held = runner.read_pages(0, pages)
     there = [PAGES - 1 - page for page in pages]
     runner.write_pages(0, there, held)
@@ -112,12 +130,12 @@ def pages(backend: str, ranks: int, model: str, asked: Sequence[Asked], pages: S
     none = runner.read_pages(0, [])
     runner.write_pages(0, [], none)
     same = all(np.array_equal(held[name], again[name]) and none[name].shape[1] == 0 for name in ("k", "v"))
-    return {"same": same} | {name: x.tolist() for name, x in held.items()}
+    return {"same": same} | {name: x.astype(np.float32).tolist() for name, x in held.items()}
 
 
-def masked(backend: str, ranks: int, model: str, prompt: Sequence[int], allowed: int) -> list[int]:
+def masked(backend: str, ranks: int, model: str, kernels: str, prompt: Sequence[int], allowed: int) -> list[int]:
     """The token chosen where a mask that comes while the step runs allows one."""
-    runner = make_engine(backend, ranks, model).runner
+    runner = make_engine(backend, ranks, model, kernels).runner
     packer = Packer(PAGES, CONFIG.block_size, num_rows=4, max_len=128)
     masks = np.zeros((1, -(-runner.caps.vocab_size // 32)), np.uint32)
     masks[0, allowed // 32] = 1 << allowed % 32
@@ -126,13 +144,13 @@ def masked(backend: str, ranks: int, model: str, prompt: Sequence[int], allowed:
     return tokens
 
 
-def said(backend: str, ranks: int, model: str, asked: Sequence[Asked]) -> list[list[Any]]:
+def said(backend: str, ranks: int, model: str, kernels: str, asked: Sequence[Asked]) -> list[list[Any]]:
     """What the ranks tell each other in one step: the kind and the shape of each collective."""
-    make_engine(backend, ranks, model)
-    runner: Any = _runners[ranks]
+    make_engine(backend, ranks, model, kernels)
+    runner: Any = _runners[ranks, kernels, "float32"]
     if backend == "jax":
         runner._step._compiled.clear()
-        run(backend, ranks, model, asked)
+        run(backend, ranks, model, kernels, asked)
         (program,) = runner._step._compiled.values()
         found = re.findall(r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\(", program.as_text())
         shapes = [(kind, re.findall(r"\[([\d,]*)\]", result)) for result, kind in found]
@@ -153,7 +171,7 @@ def said(backend: str, ranks: int, model: str, asked: Sequence[Asked]) -> list[l
             heard.append(["all-gather", [len(every[0]), *tensors[0].shape]])
             return self.gloo.allgather(every, tensors)
 
-    run(backend, ranks, model, [(asked[0][0], asked[0][1] | {"max_tokens": 1})])
+    run(backend, ranks, model, kernels, [(asked[0][0], asked[0][1] | {"max_tokens": 1})])
     group = runner.group
     whole, group._gloo = group._gloo, Listening(group._gloo)
     engine = Engine(runner, CONFIG, num_pages=PAGES)

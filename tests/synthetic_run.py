@@ -73,7 +73,7 @@ def figures(blocks: list[list[dict[str, Any]]], **more: Any) -> dict[str, Any]:
         "roofline": 0.41, "mbu": 0.38, "mfu": 0.12,
         "decode_mbu": 0.44, "decode_mfu": 0.06, "prefill_mbu": 0.21, "prefill_mfu": 0.48,
         "intensity": 2.9, "decode_intensity": 1.2, "prefill_intensity": 21.0,
-        "peak_rss_mb": 812.4, "limits": {"before": limits, "after": limits}, "contaminated": [],
+        "peak_rss_mib": 812.4, "limits": {"before": limits, "after": limits}, "contaminated": [],
         "kernel_library": "any-0a1b.so",
     } | more  # fmt: skip
 

@@ -81,7 +81,7 @@ def test_an_isolated_engine_gives_the_tokens_of_the_oracle_and_starts_each_windo
         oracle = expected(request, vocab_size=VOCABULARY, max_tokens=item.output_len)
         assert a.tokens == b.tokens == tuple(oracle.tokens)
     assert second.stats["prefix_cache_hits"] == 0
-    assert isolated.peak_rss_mb() > 10
+    assert isolated.peak_rss_mib() > 10
 
 
 def test_the_childs_environment_settles_its_threads(isolated: IsolatedEngine) -> None:
@@ -120,7 +120,7 @@ def test_a_child_that_is_killed_is_named_with_its_signal(isolated: IsolatedEngin
     isolated.load(tiny())
     isolated._process.send_signal(signal.SIGKILL)
     with pytest.raises(EngineFailure, match="SIGKILL"):
-        isolated.peak_rss_mb()
+        isolated.peak_rss_mib()
 
 
 def test_an_idle_child_does_not_compute(isolated: IsolatedEngine) -> None:
@@ -237,10 +237,10 @@ def test_bench_reports_memory_and_what_it_is_needed_for(
     command(monkeypatch, bench.main, *SMALL, "engine.num_blocks=100")
     out = capsys.readouterr().out
     result = last_line(out)
-    assert 10 < result["rss_mb"] <= result["peak_load_mb"] <= result["peak_rss_mb"]
-    assert result["kv_pool_mb"] == 100 * 16 * 16 / 2**20  # 16 bytes for each of a page's 16 tokens
+    assert 10 < result["rss_mib"] <= result["peak_load_mib"] <= result["peak_rss_mib"]
+    assert result["kv_pool_mib"] == 100 * 16 * 16 / 2**20  # 16 bytes for each of a page's 16 tokens
     weights = sum(np.prod(entry.shape) for entry in open_checkpoint(tiny()).entries.values())
-    assert result["weights_mb"] == weights * 4 / 2**20
+    assert result["weights_mib"] == weights * 4 / 2**20
     for name in ("weights in this dtype, MiB", "KV pages, MiB", "memory after warm-up, MiB", "peak memory until then, MiB"):
         assert name in out
 

@@ -130,6 +130,8 @@ def test_a_point_under_the_roofline_is_where_its_shares_put_it() -> None:
     assert faster is not None and faster.table is not None and faster.table.rows[0][-1] == "25.0%"
     assert roofline({"jax": mine | {"limits": None}}, "float32") is None
     assert roofline({"jax": mine | {"intensity": None}}, "float32") is None
+    without = roofline({"a_server": {"limits": limits}, "jax": mine}, "float32")  # which tells nothing of its steps
+    assert without is not None and "a_server" not in without.svg and "jax" in without.svg
 
 
 def test_alive_counts_the_intervals_that_hold_each_time() -> None:

@@ -25,6 +25,7 @@ from common.kernels.cpu.step import max_step_size, pack_changes, pack_step
 from common.platform import cxx_compiler
 from common.schedule.batch import null_batch
 from experiments.reference import NumpyModel
+from jaxinfer.parallel import Group
 from tests.backends import BACKENDS, Packer, checkpoint, device, native_logits, native_weights, paged_logits, part
 from tests.families import BOUND, FAMILIES
 from tests.test_model import PROMPTS, STEPS
@@ -154,6 +155,26 @@ def native_state(backend: str, path: Path, dtype: str = "bfloat16") -> tuple[Any
     return weights, state, pack_step(batch), batch.num_tokens
 
 
+def test_layers_that_ranks_share_out_are_operators_and_two_sums_each(families: dict[str, Path]) -> None:
+    path, kernels = families["gemma3"], part("jax", "kernels")
+    config = checkpoint(path).config
+    weights, state, step, tokens = native_state("jax", path)
+
+    class Summing(Group):
+        def all_reduce(self, x: jax.Array) -> jax.Array:
+            return jax.lax.psum(x, "ranks")
+
+    def run(weights: Any, state: Any, step: Any) -> Any:
+        x_TD = kernels.embed(config, weights, step, state.last_tokens, tokens)
+        return kernels.layers_in_terms(config, weights, step, state.cache, x_TD, Summing())
+
+    traced = jax.make_jaxpr(run, axis_env=[("ranks", 2)])(weights, state, step)
+    seen = list(primitives(traced.jaxpr))
+    assert set(seen) <= MOVES | {"psum", "psum_invariant"}
+    assert seen.count("ffi_call") == 1 + 4 * config.num_layers  # attention's term, its sum added; the MLP's
+    assert len([name for name in seen if "psum" in name]) == 2 * config.num_layers
+
+
 def test_a_native_step_of_jax_is_operators_and_nothing_else(families: dict[str, Path]) -> None:
     path, kernels = families["gemma3"], part("jax", "kernels")
     config = checkpoint(path).config
@@ -215,6 +236,24 @@ def test_layers_in_parts_compute_the_same_bits(backend: str, families: dict[str,
         words = step if backend == "jax" else torch.from_numpy(step)
         state = kernels.forward(config, weights, state, words, tokens, keep)
         host = part(backend, "arrays").to_host((state.logits, state.cache.k[0], state.cache.v[0]))
+        results.append([np.ascontiguousarray(array).tobytes() for array in host])
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama2", "gemma3"])
+def test_layers_in_the_terms_of_one_rank_compute_the_same_bits(
+    backend: str, family: str, dtype: str, families: dict[str, Path]
+) -> None:
+    path, kernels = families[family], part(backend, "kernels")
+    config, alone = checkpoint(path).config, part(backend, "parallel").ALONE
+    results = []
+    for layers in (kernels.layers, lambda *x: kernels.layers_in_terms(config, *x, alone)):
+        weights, state, step, tokens = native_state(backend, path, dtype)
+        words = step if backend == "jax" else torch.from_numpy(step)
+        x_TD = kernels.embed(config, weights, words, state.last_tokens, tokens)
+        cache, x_TD = layers(weights, words, state.cache, x_TD)
+        host = part(backend, "arrays").to_host((x_TD, cache.k[0], cache.v[0]))
         results.append([np.ascontiguousarray(array).tobytes() for array in host])
     assert results[0] == results[1]
 

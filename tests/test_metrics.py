@@ -56,10 +56,18 @@ def test_a_figure_without_a_sample_is_none() -> None:
 
 
 def test_counters_become_rates() -> None:
-    stats = {"steps": 4, "host_seconds": 0.002, "prefix_cache_queries": 10, "prefix_cache_hits": 5, "compilations": 1}
+    stats = {
+        "steps": 4,
+        "host_seconds": 0.002,
+        "communication_bytes": 2**22,
+        "prefix_cache_queries": 10,
+        "prefix_cache_hits": 5,
+        "compilations": 1,
+    }
     figures = summarize([Window((), 1.0, stats), Window((), 1.0, stats | {"prefix_cache_hits": 0})])
     assert figures["num_steps"] == 8
     assert figures["host_ms_per_step"] == pytest.approx(0.5)
+    assert figures["communication_mb_per_step"] == 1 and figures["communication_ms_per_step"] is None
     assert figures["prefix_cache_hit_rate"] == 0.25
     assert figures["compilations_in_window"] == 2
 
@@ -215,7 +223,7 @@ def test_what_nobody_counted_is_none_and_never_0() -> None:
     figures = summarize([Window((row(0.0, (0.1,)),), 1.0)])
     for name in (
         *("num_steps", "num_preemptions", "compilations_in_window", "prefix_cache_hit_rate", "foreign_cpu_share"),
-        *("major_faults", "swapped_out_mb", "throttled_share", "thermal_throttles", "clock_limit_drop_mhz"),
+        *("major_faults", "swapped_out_mib", "throttled_share", "thermal_throttles", "clock_limit_drop_mhz"),
         *("joules", "joules_per_token", "harness_overhead_share"),
     ):
         assert figures[name] is None, name
@@ -250,7 +258,7 @@ CLEAN: dict[str, Any] = {"duration": 10.0, "failed": 0}
         ({"num_resets": 1}, "1 steps raised"),
         ({"failed": 2}, "2 requests failed"),
         ({"foreign_cpu_share": 0.5}, "other programs used 50%"),
-        ({"swapped_out_mb": 12.5}, "12.5 MiB of the engine's memory were swapped out"),
+        ({"swapped_out_mib": 12.5}, "12.5 MiB of the engine's memory were swapped out"),
         ({"major_faults": 5000}, "5000 pages were read from disk"),
         ({"throttled_share": 0.2}, "a CPU quota held the engine back for 20%"),
         ({"thermal_throttles": 4}, "slowed down 4 times"),

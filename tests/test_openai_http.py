@@ -26,7 +26,7 @@ from experiments import bench, compare
 from experiments.baselines.openai_http import CompletionsEngine, Options, build_engine, fill, placeholders
 from experiments.completions import UNNAMED, EventStream, WireError, read_chunk
 from experiments.drive import drive
-from experiments.server import Server, free_port, get, listens, models
+from experiments.server import Server, free_port, get, listens, models, program
 from experiments.workload import Item
 from tests.completions_server import MODEL, VOCABULARY, answer
 from tests.history_backend import command, history, last_line
@@ -389,8 +389,23 @@ def test_a_port_in_use_is_told() -> None:
 
 
 def test_a_program_that_is_not_there_is_told() -> None:
-    with pytest.raises(BackendError, match="no program 'no-such-server'"):
+    with pytest.raises(BackendError, match=r"no program 'no-such-server' .* `make llama-server`"):
         Server(["no-such-server"], {}, url(free_port()))
+
+
+def test_a_program_of_this_environment_is_found_though_that_is_not_activated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert program(Path(sys.executable).name) == sys.executable
+
+
+@pytest.mark.parametrize("first", ["no-such-server", "{peers}/.venv-none/bin/python"])
+def test_a_program_that_is_not_there_is_told_before_any_engine_starts(
+    first: str, history: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        command(monkeypatch, compare.main, *SMALL, f"engines=[history,{{name:openai_http,base_url:null,command:['{first}']}}]")
+    assert exit.value.code == 2 and "There is no program" in capfd.readouterr().err
+    assert not (history / "runs").exists()
 
 
 def test_a_server_does_not_outlive_who_started_it() -> None:
@@ -480,18 +495,16 @@ def test_a_command_is_filled_in() -> None:
     ids=["a server that runs", "a command that does not say it"],
 )
 def test_ranks_and_replicas_of_which_a_server_is_not_told_are_refused(options: dict[str, Any]) -> None:
-    checkpoint = open_checkpoint(zoo.resolve("tiny-llama"))
     for name in ("tensor_parallel_size", "data_parallel_size", "prefill_parallel_size"):
         with pytest.raises(ConfigError, match=rf"{name}=2 does not reach the server: .* \{{{name}\}}"):
-            build_engine(checkpoint, EngineConfig(**{name: 2}), options=Options(**options))  # type: ignore[arg-type]
+            Options(**options).check(EngineConfig(**{name: 2}))  # type: ignore[arg-type]
 
 
 def test_ranks_reach_a_server_whose_command_names_them() -> None:
-    options = Options(command=["no-such-server", "--tensor-parallel-size={tensor_parallel_size}"])
+    options = Options(command=[sys.executable, "--tensor-parallel-size={tensor_parallel_size}"])
     checkpoint, config = open_checkpoint(zoo.resolve("tiny-llama")), EngineConfig(tensor_parallel_size=2)
+    options.check(config)
     assert fill(options.command, placeholders(checkpoint, config, "http://127.0.0.1:81"))[-1] == "--tensor-parallel-size=2"
-    with pytest.raises(BackendError, match="no program 'no-such-server'"):
-        build_engine(checkpoint, config, options=options)
 
 
 def test_a_server_that_is_not_there_or_offers_another_model_is_told(server: Server) -> None:
@@ -521,7 +534,7 @@ def test_a_server_of_the_run_is_compared_with_an_engine(
     result = last_line(capsys.readouterr().out)
     _, figures = result["engines"].values()
     assert (figures["completed"], figures["failed"], figures["total_output_tokens"]) == (3, 0, 18)
-    assert figures["median_ttft_ms"] > 0 and figures["median_itl_ms"] >= 0 and figures["rss_mb"] > 20
+    assert figures["median_ttft_ms"] > 0 and figures["median_itl_ms"] >= 0 and figures["rss_mib"] > 20
     assert (result["tokens_equal"], result["tokens_equal_share"]) == (True, 1.0)
     log = next(Path(result["run"]).glob("openai_http*.log"))
     assert "a server that prints" in log.read_text()

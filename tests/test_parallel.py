@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
-from common.engine import build_engine
 from common.errors import BackendError, ConfigError
 from common.interface import load_backend
-from common.request import Request, SamplingParams
 from common.weights import zoo
+from common.weights.checkpoint import expected_shapes
 from experiments.reference import NumpyModel
-from tests.backends import checkpoint, engine_config
+from tests.backends import BACKENDS, checkpoint, engine_config
 from tests.families import FAMILIES
-from tests.history_backend import ROOT
-from tests.ranks import Answer, Asked, Ranks
+from tests.ranks import PAGES, Answer, Asked, Ranks
 from tests.test_model import text
 
 MODEL = "tiny-llama"
@@ -42,6 +36,12 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"seed": 7, "allowed_token_ids": [*range(3, VOCAB, 7)], "presence_penalty": 0.5, "logprobs": 2},
     {"temperature": 0.0, "prompt_logprobs": 2},
 )
+
+
+@pytest.fixture(scope="module", params=["framework", "native"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
 
 
 @pytest.fixture(scope="module")
@@ -73,25 +73,26 @@ def judge(path: Path | str, prompt: list[int], answer: Answer) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("number", SEVERAL)
 def test_every_family_on_several_ranks_follows_the_judge(
-    ranks: Ranks, number: int, family: str, families: dict[str, Path]
+    ranks: Ranks, kernels: str, number: int, family: str, families: dict[str, Path]
 ) -> None:
     prompts = [[token % 199 for token in prompt] for prompt in PROMPTS[:2]]
     asked: list[Asked] = [(prompt, {"temperature": 0.0, "max_tokens": 4, "logprobs": 5}) for prompt in prompts]
-    for prompt, answer in zip(prompts, ranks.run(number, families[family], asked), strict=True):
+    for prompt, answer in zip(prompts, ranks.run(number, families[family], kernels, asked), strict=True):
         judge(families[family], prompt, answer)
 
 
 @pytest.mark.accept
 @pytest.mark.parametrize("number", SEVERAL)
-def test_a_real_model_on_several_ranks_follows_the_judge(ranks: Ranks, number: int) -> None:
+def test_a_real_model_on_several_ranks_follows_the_judge(ranks: Ranks, kernels: str, number: int) -> None:
     prompt = text("smollm2-135m", 30)
-    (answer,) = ranks.run(number, model("smollm2-135m"), [(prompt, {"temperature": 0.0, "max_tokens": 24, "logprobs": 5})])
+    asked: list[Asked] = [(prompt, {"temperature": 0.0, "max_tokens": 24, "logprobs": 5})]
+    (answer,) = ranks.run(number, model("smollm2-135m"), kernels, asked)
     judge("smollm2-135m", prompt, answer)
 
 
-def test_every_kind_of_sampling_gives_the_tokens_of_one_rank(ranks: Ranks) -> None:
+def test_every_kind_of_sampling_gives_the_tokens_of_one_rank(ranks: Ranks, kernels: str) -> None:
     asked = [(prompt, params | {"max_tokens": 12}) for params in KINDS for prompt in PROMPTS]
-    one, *others = (ranks.run(number, model(MODEL), asked) for number in (1, *SEVERAL))
+    one, *others = (ranks.run(number, model(MODEL), kernels, asked) for number in (1, *SEVERAL))
     assert len({tuple(answer) for answer in tokens(one)}) > len(KINDS)
     for other in others:
         assert tokens(other) == tokens(one)
@@ -104,15 +105,18 @@ def test_every_kind_of_sampling_gives_the_tokens_of_one_rank(ranks: Ranks) -> No
 
 @pytest.mark.parametrize("number", SEVERAL)
 @pytest.mark.parametrize("allowed", [0, 130, VOCAB - 1])
-def test_a_mask_that_comes_while_the_step_runs_reaches_every_rank(ranks: Ranks, number: int, allowed: int) -> None:
-    assert ranks.ask("masked", ranks=number, model=model(MODEL), prompt=PROMPTS[1], allowed=allowed) == [allowed]
+def test_a_mask_that_comes_while_the_step_runs_reaches_every_rank(
+    ranks: Ranks, kernels: str, number: int, allowed: int
+) -> None:
+    asked = {"ranks": number, "model": model(MODEL), "kernels": kernels, "prompt": PROMPTS[1]}
+    assert ranks.ask("masked", **asked, allowed=allowed) == [allowed]
 
 
 @pytest.mark.parametrize("number", SEVERAL)
-def test_two_sums_a_layer_are_told_and_one_of_the_embedding_and_no_logits(ranks: Ranks, number: int) -> None:
+def test_two_sums_a_layer_are_told_and_one_of_the_embedding_and_no_logits(ranks: Ranks, kernels: str, number: int) -> None:
     config = checkpoint(MODEL).config
     filters = {"seed": 1, "top_k": 9, "top_p": 0.9, "max_tokens": 1, "logprobs": 20}
-    said = ranks.ask("said", ranks=number, model=model(MODEL), asked=[(PROMPTS[3][:32], filters)])
+    said = ranks.ask("said", ranks=number, model=model(MODEL), kernels=kernels, asked=[(PROMPTS[3][:32], filters)])
     stream = [shape for kind, shape in said if kind == "all-reduce" and shape == [32, config.hidden_size]]
     assert len(stream) == 2 * config.num_layers + 1
     rows = 4 if ranks.process.args[-1] == "jax" else 1  # type: ignore[index]
@@ -121,35 +125,54 @@ def test_two_sums_a_layer_are_told_and_one_of_the_embedding_and_no_logits(ranks:
 
 
 @pytest.mark.parametrize("number", SEVERAL)
-def test_pages_are_read_and_written_whole(ranks: Ranks, number: int, families: dict[str, Path]) -> None:
+def test_pages_are_read_and_written_whole(ranks: Ranks, kernels: str, number: int, families: dict[str, Path]) -> None:
     for path in (model(MODEL), families["smollm"]):
         asked = [(PROMPTS[0], {"temperature": 0.0, "max_tokens": 2})]
         asked = [([token % 199 for token in prompt], params) for prompt, params in asked]
-        one, several = (ranks.ask("pages", ranks=n, model=path, asked=asked, pages=[1, 2]) for n in (1, number))
+        step = {"model": path, "kernels": kernels, "asked": asked, "pages": [1, 2]}
+        one, several = (ranks.ask("pages", ranks=n, **step) for n in (1, number))
         assert one["same"] and several["same"]
         for name in ("k", "v"):
             assert np.shape(one[name]) == np.shape(several[name])
             assert np.abs(np.subtract(one[name], several[name])).max() < 1e-4 and np.any(one[name])
 
 
-def test_what_an_engine_of_several_ranks_says_of_itself(ranks: Ranks, families: dict[str, Path]) -> None:
-    one, two, four = (ranks.ask("caps", ranks=n, model=model(MODEL)) for n in (1, 2, 4))
+def test_what_an_engine_of_several_ranks_says_of_itself(ranks: Ranks, kernels: str) -> None:
+    one, two, four = (ranks.ask("caps", ranks=n, model=model(MODEL), kernels=kernels) for n in (1, 2, 4))
     assert one["observes"] and not two["observes"]
-    assert two["kernels"] == ["framework"] and two["vocab_size"] == one["vocab_size"] == VOCAB
+    assert two["kernels"] == [kernels] and two["vocab_size"] == one["vocab_size"] == VOCAB
     # Both KV heads split over two ranks; on four each of them is twice.
     assert two["page_bytes"] == one["page_bytes"] and four["page_bytes"] == 2 * one["page_bytes"]
+    whole = PAGES * one["page_bytes"] + 4 * sum(
+        int(np.prod(shape)) for shape in expected_shapes(checkpoint(MODEL).config).values()
+    )
+    assert "rank_bytes" not in one and 0.5 * whole < two["rank_bytes"] < 0.75 * whole
+
+
+@pytest.mark.parametrize("number", SEVERAL)
+def test_what_ranks_tell_each_other_is_counted(ranks: Ranks, kernels: str, number: int) -> None:
+    config = checkpoint(MODEL).config
+    asked = [(PROMPTS[3][:32], {"temperature": 0.0, "max_tokens": 1})]
+    told = ranks.ask("told", ranks=number, model=model(MODEL), kernels=kernels, asked=asked)
+    stream = (2 * config.num_layers + 1) * 32 * config.hidden_size * 4
+    assert stream < told["communication_bytes"] < 1.25 * stream
+    assert told.get("communication_seconds", 1.0) > 0
+
+
+def test_with_native_kernels_both_engines_hold_the_same_bits_on_two_ranks(families: dict[str, Path]) -> None:
+    """Of more than two the frameworks add up the terms in different orders."""
+    asked = [([token % 199 for token in PROMPTS[0]], {"temperature": 0.0, "max_tokens": 8})]
+    held = []
+    for backend in BACKENDS:
+        with Ranks(backend) as process:
+            for family, dtype in (("smollm", "float32"), ("smollm", "bfloat16"), ("gemma3", "bfloat16")):
+                step = {"model": families[family], "kernels": "native", "dtype": dtype, "asked": asked, "pages": [1, 2]}
+                held.append(process.ask("pages", ranks=2, **step))
+    assert held[:3] == held[3:]
+    assert all(each["same"] for each in held)
 
 
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_native_kernels_are_refused() -> None:
-    runner = load_backend("torch", engine_config(kernels="native", tensor_parallel_size=2))
-    try:
-        with pytest.raises(ConfigError, match=r"kernels=native .* tensor_parallel_size=2"):
-            runner.load(checkpoint(MODEL))
-    finally:
-        runner.close()
 
 
 def test_a_number_of_ranks_that_does_not_divide_the_model_is_refused() -> None:
@@ -167,75 +190,3 @@ def test_more_ranks_than_jax_has_devices_are_refused() -> None:
     count = len(jax.local_devices(backend="cpu"))
     with pytest.raises(BackendError, match=f"needs {count + 1} devices, and JAX has {count} of cpu"):
         load_backend("jax", engine_config(tensor_parallel_size=count + 1))
-
-
-# ── processes ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-ENGINE = engine_config(tensor_parallel_size=2, max_num_seqs=2, max_num_batched_tokens=32, max_model_len=128, num_blocks=32)
-
-
-def children() -> list[psutil.Process]:
-    running = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
-    return [child for child in running if "torchinfer.parallel" in " ".join(child.cmdline())]
-
-
-def requests() -> list[Request]:
-    params = SamplingParams(max_tokens=6, temperature=0.0)
-    return [Request(request_id=str(i), prompt_token_ids=prompt, params=params) for i, prompt in enumerate(PROMPTS)]
-
-
-def test_a_step_that_fails_on_one_rank_costs_nobody_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = build_engine("torch", checkpoint(MODEL), ENGINE)
-    try:
-        right = {name: [event.token_id for event in events] for name, events in engine.run(requests()).items()}
-        step, calls = engine.runner._step, 0  # type: ignore[attr-defined]
-        sample = step._sample
-
-        def failing(*arguments: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == 3:
-                raise RuntimeError("planted")  # while the other rank waits for this one
-            return sample(*arguments)
-
-        monkeypatch.setattr(step, "_sample", failing)
-        engine.reset_prefix_cache()
-        got = {name: [event.token_id for event in events] for name, events in engine.run(requests()).items()}
-        assert engine.stats()["num_resets"] == 1 and got == right
-    finally:
-        engine.close()
-
-
-def test_a_rank_that_is_killed_ends_the_engine_with_one_error_and_no_process_is_left() -> None:
-    engine = build_engine("torch", checkpoint(MODEL), ENGINE)
-    (other,) = children()
-    try:
-        for request in requests():
-            engine.add(request)
-        engine.step()
-        other.kill()
-        begin = time.monotonic()
-        with pytest.raises(BackendError, match=f"pid {other.pid}\\) was killed by SIGKILL"):
-            while engine.has_work:
-                engine.step()
-        assert time.monotonic() - begin < 20
-    finally:
-        engine.close()
-    assert children() == []
-
-
-def test_no_rank_outlives_an_engine_that_is_killed() -> None:
-    code = (
-        "import sys, time\n"
-        "from common.engine import build_engine\nfrom common.weights import zoo\n"
-        "from common.weights.checkpoint import open_checkpoint\nfrom tests.test_parallel import ENGINE, MODEL\n"
-        "engine = build_engine('torch', open_checkpoint(zoo.resolve(MODEL)), ENGINE)\n"
-        "print('ready', flush=True)\ntime.sleep(600)\n"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert parent.stdout and parent.stdout.readline() == "ready\n"
-    (other,) = psutil.Process(parent.pid).children()
-    parent.kill()
-    parent.wait()
-    _, alive = psutil.wait_procs([other], timeout=20)
-    assert alive == []

@@ -3,6 +3,7 @@
 The tests marked `accept` run the engines themselves, where `make peers` has brought them.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from common.config import Dtype, EngineConfig
@@ -24,6 +26,7 @@ from common.interface import Caps
 from common.request import Request, SamplingParams, Status
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
+from common.weights.gguf_header import read_metadata
 from common.weights.parameters import NUMPY_DTYPES
 from experiments import compare, convert, peers
 from experiments.baselines.llamacpp import LlamaCppEngine
@@ -34,7 +37,7 @@ from experiments.isolate import IsolatedEngine
 from experiments.peers import PEERS, interpreter
 from experiments.workload import Item, Workload
 from tests.families import FAMILIES
-from tests.history_backend import ROOT, command, history
+from tests.history_backend import ROOT, command, history, last_line
 
 __all__ = ["history"]
 
@@ -129,6 +132,36 @@ def test_what_cannot_be_converted_leaves_nothing_behind(tmp_path: Path, monkeypa
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_has_a_text_for_each_token() -> None:
+    checkpoint = open_checkpoint(zoo.resolve("tiny-llama"))
+    tokens = read_metadata(gguf_file(checkpoint, "float32"))["tokenizer.ggml.tokens"]
+    assert len(set(tokens)) == checkpoint.config.vocab_size and all(tokens)
+
+
+VOCABULARY = """
+import sys
+import llama_cpp
+options = llama_cpp.llama_model_default_params()
+options.vocab_only = True
+vocab = llama_cpp.llama_model_get_vocab(llama_cpp.llama_model_load_from_file(sys.argv[1].encode(), options))
+text = llama_cpp.ctypes.create_string_buffer(64)
+for token in range(llama_cpp.llama_vocab_n_tokens(vocab)):
+    size = llama_cpp.llama_token_to_piece(vocab, token, text, 64, 0, True)
+    assert text.raw[:size] == b"%d " % token, (token, text.raw[:size])
+    assert not llama_cpp.llama_vocab_is_eog(vocab, token), token
+"""
+
+
+@pytest.mark.accept
+def test_llama_cpp_spells_each_token_and_knows_none_that_it_would_forbid() -> None:
+    try:
+        python = interpreter("llamacpp")
+    except BackendError as error:
+        pytest.skip(str(error))
+    file = gguf_file(open_checkpoint(zoo.resolve("tiny-llama")), "float32")
+    subprocess.run([python, "-c", VOCABULARY, file], check=True)
+
+
 def test_another_weight_or_setting_is_another_model(tmp_path: Path) -> None:
     source = open_checkpoint(zoo.resolve("tiny-llama"))
     write_directory(source, "float32", tmp_path / "copy")
@@ -181,6 +214,27 @@ def test_a_peer_that_is_not_there_is_told_before_any_engine_starts(
     with pytest.raises(SystemExit) as exit:
         command(monkeypatch, compare.main, "model=tiny-llama", "engines=[history,history]", "peers=[vllm]")
     assert exit.value.code == 2 and "Run: make peers" in capfd.readouterr().err
+    assert not (history / "runs").exists()
+
+
+@pytest.mark.usefixtures("peers_there")
+@pytest.mark.parametrize(
+    ("engine", "said"),
+    [
+        ("{name:hf,schedule:continuous}", "engine=hf has schedule=static and nothing else; got continuous"),
+        ("{name:hf,compile:true}", "engine=hf has compile=false and nothing else; got true"),
+        ("{name:llamacpp,cache:paged}", "engine=llamacpp has cache=dense and nothing else; got paged"),
+        ("{name:vllm,tensor_parallel_size:2,compile:false}", "engine=vllm has tensor_parallel_size=1 and nothing else; got 2"),
+        ("{name:vllm_server,data_parallel_size:2}", "data_parallel_size=2 does not reach the server"),
+        ("{name:llamacpp_server,tensor_parallel_size:2}", "tensor_parallel_size=2 does not reach the server"),
+    ],
+)
+def test_what_an_engine_cannot_do_is_told_before_weights_are_converted_or_anything_starts(
+    engine: str, said: str, history: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        command(monkeypatch, compare.main, "model=tiny-llama", f"engines=[history,{engine}]")
+    assert exit.value.code == 2 and said in capfd.readouterr().err
     assert not (history / "runs").exists()
 
 
@@ -471,3 +525,35 @@ def test_a_peer_answers_as_our_engine_does(name: str, model: str, dtype: Dtype, 
         assert theirs == ours
     else:
         assert [tokens[0] for tokens in theirs] == [tokens[0] for tokens in ours]
+
+
+@pytest.mark.accept
+@pytest.mark.parametrize("name", ["llamacpp_server", "vllm_server"])
+def test_a_server_is_started_for_a_comparison_and_ended_with_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    small = ("model=tiny-qwen3", "dtype=float32", "workload=fixed", "workload.num_requests=3", "workload.output_len=8")
+    try:
+        command(monkeypatch, compare.main, *small, "measure=quick", "measure.limits_s=0", f"engines=[torch,{name}]")
+    except SystemExit as exit:
+        told = capfd.readouterr().err
+        if exit.code == 2 and "There is no program" in told:
+            pytest.skip(told)
+        pytest.fail(told)
+    result = last_line(capfd.readouterr().out)
+    assert [figures["completed"] for figures in result["engines"].values()] == [3, 3]
+    assert (result["tokens_equal"], result["unjustified_divergences"]) == (True, 0)
+    assert result["tokens_equal_share"] == {"vllm_server": 1.0, "llamacpp_server": None}[name]  # which names them if asked why
+    assert result["max_abs_logprob_diff"] < 1e-4
+    end = time.monotonic() + 20  # its supervisor ends it once we have let go of it
+    while (left := started_in(tmp_path)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not left
+
+
+def started_in(folder: Path) -> list[list[str]]:
+    """The command line of each process that works there, but for ours."""
+    there = (each.info for each in psutil.process_iter(["pid", "cwd", "cmdline"]) if each.info["cwd"] == str(folder))
+    return [info["cmdline"] for info in there if info["pid"] != os.getpid()]

@@ -606,7 +606,7 @@ def test_compare_takes_replicas_as_an_engine_and_adds_up_their_memory(
     result = last_line(capfd.readouterr().out)
     single, double = result["engines"]["history"], result["engines"]["history-data_parallel_size=2"]
     assert result["unjustified_divergences"] == 0 and result["tokens_equal_share"] == 1.0 and result["failures"] == {}
-    assert double["rss_mb"] > 2 * single["rss_mb"]
+    assert double["rss_mib"] > 2 * single["rss_mib"]
 
 
 def test_open_engine_makes_one_engine_where_one_is_asked_for() -> None:

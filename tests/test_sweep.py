@@ -35,7 +35,7 @@ __all__ = ["folder"]
 
 PATIENCE_S = 120
 TWO = ("engine.max_num_seqs=4,5",)
-MEASURED = ("throughput", "_ms", "_s", "_mb", "duration", "share", "run", "unsure", "contaminated")
+MEASURED = ("throughput", "_ms", "_s", "_mib", "duration", "share", "run", "unsure", "contaminated")
 """Parts of the names of columns that no two runs have alike."""
 
 
@@ -310,6 +310,16 @@ def test_a_sweeps_figures_are_headed_as_those_of_a_run(capsys: pytest.CaptureFix
     print_sweep("s", table)
     printed = " ".join(capsys.readouterr().out.replace("┃", " ").split())
     assert "output TTFT median," in printed and "tokens/s ms" in printed  # of two lines
+
+
+def test_a_sweep_brackets_a_percentile_of_too_few_samples_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"job": 0, "engine": "jax", "status": "ok", "p99_e2el_ms": 38.2, "unsupported": None}
+    for few, shown in ((None, "38.20"), ("p99_ttft_ms", "38.20"), ("p99_ttft_ms; p99_e2el_ms", "(38.20)")):
+        table = pd.DataFrame([row | {"unsupported": few}])
+        table.attrs["swept"] = []
+        print_sweep("s", table)
+        printed = capsys.readouterr().out
+        assert f" {shown} " in printed and ("in brackets: percentiles of too few samples" in printed) == ("(" in shown)
 
 
 def test_a_sweep_tells_which_rows_are_contaminated_and_which_may_be(capsys: pytest.CaptureFixture[str]) -> None:

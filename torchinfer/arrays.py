@@ -35,3 +35,8 @@ def to_host(tree: Any) -> Any:
         return x.cpu().numpy()
 
     return pytree.tree_map(get, tree)
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of a tree's arrays on this rank's device."""
+    return sum(x.nbytes for x in pytree.tree_leaves(tree) if isinstance(x, Tensor))

@@ -23,6 +23,7 @@ from common.kernels.cpu.build import build
 from common.kernels.cpu.pack import pack_head, pack_layers
 from common.kernels.cpu.pages import keys_in, keys_out, page_bytes, pool_shapes, values_in, values_out
 from common.kernels.cpu.step import SAMPLED, pack_changes, pack_step, unpack_sampled
+from common.parallel import join_heads, local_config, split_heads
 from common.platform import cores
 from common.rope import rope_tables
 from common.schedule.batch import Batch, Mask, masked, null_batch
@@ -30,7 +31,9 @@ from common.weights.checkpoint import Checkpoint
 from torchinfer.arrays import to_device, to_host
 from torchinfer.cache import KVCache
 from torchinfer.observe import Keep, Names, ignore, keeper
-from torchinfer.step import State
+from torchinfer.parallel import ALONE, Group
+from torchinfer.step import Inputs, State
+from torchinfer.step import Step as FrameworkStep
 
 
 class Weights(NamedTuple):
@@ -64,12 +67,14 @@ def usable(config: EngineConfig, model: ModelConfig, device: torch.device) -> bo
     return cpu.usable(config, model, device.type, open_library)
 
 
-def load_weights(checkpoint: Checkpoint, dtype: Any, positions: int, progress: Progress | None = None) -> Weights:
-    """Pack a checkpoint, one layer at a time."""
+def load_weights(
+    checkpoint: Checkpoint, dtype: Any, positions: int, progress: Progress | None = None, group: Group = ALONE
+) -> Weights:
+    """Pack a checkpoint, one layer at a time. In a `group` it is this rank's part."""
     config = checkpoint.config
     done = lambda count: progress and progress(count, config.num_layers + 1, "weights")  # noqa: E731
-    layers = _put(pack_layers(checkpoint, dtype, done))
-    head = _put(pack_head(checkpoint, dtype))
+    layers = _put(pack_layers(checkpoint, dtype, done, group.rank, group.ranks))
+    head = _put(pack_head(checkpoint, dtype, group.rank, group.ranks))
     ropes = _put(np.stack([np.concatenate(rope_tables(rope, config.head_dim, positions), 1) for rope in config.ropes]))
     done(config.num_layers + 1)
     return Weights(layers, head, ropes)
@@ -135,6 +140,21 @@ def layers_in_parts(
         keep(layer, attention=out_TNH)
         x_TD = combine(weights, layer, step, out_TNH, x_TD)
         keep(layer, residual=x_TD)
+    return cache, x_TD
+
+
+def layers_in_terms(
+    config: ModelConfig, weights: Weights, step: Tensor, cache: KVCache, x_TD: Tensor, group: Group
+) -> tuple[KVCache, Tensor]:
+    """As `layers`, where the ranks of a `group` share each of them out: what attention gives and what the MLP gives are sums of
+    every rank's terms, which are added to the stream once they are whole."""
+    (k,), (v,) = cache
+    term_TD, tandem = torch.empty_like(x_TD), torch.ops.tandem
+    for layer in range(config.num_layers):
+        tandem.attention_term.default(step, weights.layers, weights.ropes, x_TD, k, v, term_TD, layer)
+        tandem.add_attention.default(step, weights.layers, group.all_reduce(term_TD), x_TD, layer)
+        tandem.mlp_term.default(step, weights.layers, x_TD, term_TD, layer)
+        tandem.add_mlp.default(step, weights.layers, group.all_reduce(term_TD), x_TD, layer)
     return cache, x_TD
 
 
@@ -252,6 +272,68 @@ class Step:
         if keep:
             keep(tokens=sampled[:, 0])
         return state, sampled
+
+
+class SharedStep(FrameworkStep):
+    """As `Step`, of a model that the ranks of a group share out. Between the operators they add up their terms. Each has the
+    logits of its tokens, from which they choose together in the framework's operations."""
+
+    kernels = "native"
+
+    def __init__(self, config: EngineConfig, device: torch.device, group: Group) -> None:
+        super().__init__(config, device, group)
+        self._threads = max(1, (config.threads or cores()) // group.ranks)
+
+    def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
+        """Pack the weights, with room for `positions` rotary positions."""
+        self.model_config = checkpoint.config
+        self._local = local_config(checkpoint.config, self.group.ranks)
+        self._positions = positions
+        self.weights = load_weights(checkpoint, self.config.dtype, positions, progress, self.group)
+
+    def make_state(self, num_pages: int) -> State:
+        """Empty pages and rows."""
+        config = self.config
+        cache = make_cache(self._local, num_pages, config.block_size, config.dtype)
+        logits_RV = torch.zeros((config.max_num_seqs, self._local.vocab_size), dtype=torch.float32, device="cpu")
+        torch.ops.tandem.huge(logits_RV)
+        return State(cache, torch.zeros(config.max_num_seqs + 1, dtype=torch.int32, device="cpu"), logits_RV)
+
+    def page_bytes(self) -> int:
+        """Bytes of one page of all ranks."""
+        return self.group.ranks * page_bytes(self._local, self.config)
+
+    def read_pages(self, state: State, pages_: Sequence[int]) -> dict[str, np.ndarray]:
+        """Copies `k` and `v`: [L, pages, B, K, H]."""
+        (k,), (v,) = state.cache
+        every = lambda pool: to_host(list(self.group.gather(pool[:, list(pages_)])))  # noqa: E731
+        K, H = self._local.num_kv_heads, self._local.head_dim
+        whole = {"k": [keys_out(pool, K) for pool in every(k)], "v": [values_out(pool, K, H) for pool in every(v)]}
+        return {name: join_heads(np.concatenate(x, 3), self.model_config, self.group.ranks) for name, x in whole.items()}
+
+    def write_pages(self, state: State, pages_: Sequence[int], arrays: dict[str, np.ndarray]) -> State:
+        """The inverse of `read_pages`."""
+        (k,), (v,) = state.cache
+        rank, ranks = self.group.rank, self.group.ranks
+        mine = {name: np.split(split_heads(x, self.model_config, ranks), ranks, 3)[rank] for name, x in arrays.items()}
+        k[:, list(pages_)] = to_device(np.ascontiguousarray(keys_in(mine["k"], k.shape[-1])), self.device)
+        v[:, list(pages_)] = to_device(np.ascontiguousarray(values_in(mine["v"], v.shape[-1])), self.device)
+        return state
+
+    def _tensors(self) -> Any:
+        return self.weights
+
+    def _logits(self, state: State, batch: Batch, x: Inputs, keep: Keep) -> tuple[KVCache, Tensor]:
+        torch.ops.tandem.threads(self._threads)  # another engine of this process may have another number
+        step, config, group = torch.from_numpy(pack_step(batch)), self._local, self.group
+        x_TD = group.all_reduce(embed(config, self.weights, step, state.last_tokens, batch.num_tokens))
+        cache, x_TD = layers_in_terms(config, self.weights, step, state.cache, x_TD, group)
+        return cache, head(self.weights, step, x_TD, state.logits[: len(batch.logit_rows)])
+
+
+def make_step(config: EngineConfig, device: torch.device, group: Group) -> Step | SharedStep:
+    """The step of a model that the ranks of a `group` share out."""
+    return Step(config, device) if group.ranks == 1 else SharedStep(config, device, group)
 
 
 def _put(array: np.ndarray) -> Tensor:

@@ -10,10 +10,12 @@ Letters: R logit rows · V vocabulary, of which each rank has n · k candidates.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
+import logging
+import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,17 @@ from torch import Tensor
 
 from common.config import EngineConfig
 from common.errors import BackendError
-from common.followers import Follower, follow
+from common.followers import Ended, Follower, follow
+from common.platform import family_memory
 from common.schedule.batch import Batch, Mask, masked
 from common.weights.checkpoint import open_checkpoint
+
+_log = logging.getLogger(__name__)
+
+_MEETING = timedelta(seconds=5)
+"""How long ranks that are there may take to connect."""
+_ATTEMPTS = 3
+"""How often they try."""
 
 
 class Group:
@@ -85,6 +95,9 @@ class Group:
     def _tell(self, call: str, *arguments: Any, data: Sequence[np.ndarray] = ()) -> None:
         """Have the other ranks do what this one is about to do."""
 
+    def _load(self, path: Path) -> None:
+        """Have them load a checkpoint, and whoever takes the place of one of them."""
+
     def _hand_out(self, batch: Batch, mask: Mask) -> tuple[Batch, Mask]:
         """Have them run a step; what is left to run of it here."""
         return batch, mask
@@ -93,7 +106,12 @@ class Group:
         """Wait until they have done what they were told. Raises `BackendError` if they could not."""
 
     def _meet(self) -> None:
-        """Connect all ranks, anew if they were: who is still in a step leaves it with an error."""
+        """Connect all ranks, anew if they were: who is still in a step leaves it with an error, and in the place of one that
+        has ended another is started. Raises `RuntimeError` if they cannot come together."""
+
+    def _stats(self) -> dict[str, float]:
+        """As `ModelRunner.stats`."""
+        return {}
 
     def _close(self) -> None:
         """End the other ranks."""
@@ -103,13 +121,12 @@ ALONE = Group()
 
 
 class _Ranks(Group):
-    """Processes of this machine. The first has a handle on each of the others."""
+    """Processes of this machine."""
 
-    def __init__(self, rank: int, ranks: int, folder: Path, others: Sequence[Follower] = ()) -> None:
-        """`folder`: where they find each other."""
-        self._rank, self._ranks, self._folder, self._others = rank, ranks, folder, others
-        self._meetings = 0
+    def __init__(self, rank: int, ranks: int) -> None:
+        self._rank, self._ranks = rank, ranks
         self._gloo: Any = None
+        self._seconds, self._bytes = 0.0, 0
 
     @property
     def ranks(self) -> int:
@@ -120,12 +137,12 @@ class _Ranks(Group):
         return self._rank
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        self._gloo.allreduce([x]).wait()
+        self._exchange(x, lambda: self._gloo.allreduce([x]))
         return x
 
     def gather(self, x: Tensor) -> Tensor:
         every = x.new_empty((self._ranks, *x.shape))
-        self._gloo.allgather([list(every)], [x.contiguous()]).wait()
+        self._exchange(x, lambda: self._gloo.allgather([list(every)], [x.contiguous()]))
         return every
 
     def fold(self, reduce: Callable[..., Tensor], x: Tensor) -> Tensor:
@@ -162,9 +179,55 @@ class _Ranks(Group):
         k = logits.shape[1]
         return top[:, :k], self.join(self._rank * n + ids).gather(1, at[:, :k])
 
+    def _exchange(self, x: Tensor, begin: Callable[[], Any]) -> None:
+        """Wait for what is told of x, and count it."""
+        start = time.perf_counter()
+        begin().wait()
+        self._seconds += time.perf_counter() - start
+        self._bytes += x.nbytes
+
+    def _join(self, place: str) -> None:
+        """Connect with those who come to the same place, a file. Raises `RuntimeError` if one does not."""
+        self._leave()
+        store = dist.FileStore(place, self._ranks)  # type: ignore[attr-defined]
+        store.set_timeout(_MEETING)
+        store.set(f"here {self._rank}", "")
+        self._await_others(store)
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        patience, options._timeout = options._timeout, _MEETING
+        self._gloo = dist.ProcessGroupGloo(store, self._rank, self._ranks, options)
+        self._gloo.set_timeout(patience)  # in a step one may compile while the others wait
+
+    def _await_others(self, store: Any) -> None:
+        """Wait until all are where they connect. Who is not the first learns from it if one has ended."""
+
+    def _leave(self) -> None:
+        """Disconnect: what the others wait for here fails there."""
+        if self._gloo is not None:
+            self._gloo.abort()
+            self._gloo = None
+
+
+class _First(_Ranks):
+    """The rank that has started the others, and leads them."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(0, config.tensor_parallel_size)
+        self._config = config
+        self._others = [self._start(rank) for rank in range(1, self._ranks)]
+        self._checkpoint: str | None = None
+
+    def _start(self, rank: int) -> Follower:
+        return Follower("torchinfer.parallel:_follow", rank, asdict(self._config))
+
     def _tell(self, call: str, *arguments: Any, data: Sequence[np.ndarray] = ()) -> None:
         for other in self._others:
             other.tell(call, *arguments, data=data)
+
+    def _load(self, path: Path) -> None:
+        self._checkpoint = str(path)
+        self._tell("load", self._checkpoint)
 
     def _hand_out(self, batch: Batch, mask: Mask) -> tuple[Batch, Mask]:
         batch = masked(batch, mask)
@@ -176,24 +239,58 @@ class _Ranks(Group):
             other.settle()
 
     def _meet(self) -> None:
-        self._leave()
-        self._meetings += 1
-        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-        store = dist.FileStore(str(self._folder / str(self._meetings)), self._ranks)  # type: ignore[attr-defined]
-        self._gloo = dist.ProcessGroupGloo(store, self._rank, self._ranks, options)
+        for attempts_left in reversed(range(_ATTEMPTS)):
+            self._leave()
+            try:
+                self._replace()
+                # A file without a name: nothing is left of it when the processes have ended, however they did.
+                with open(os.memfd_create("tandem"), "r+b") as file:
+                    place = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+                    self._tell("join", place)
+                    self._join(place)
+                    self._settle()
+                return
+            except RuntimeError:
+                if not attempts_left:
+                    raise
+                _log.warning("The ranks of this engine could not connect; trying again.", exc_info=True)
 
-    def _leave(self) -> None:
-        """Disconnect: what the others wait for here fails there."""
-        if self._gloo is not None:
-            self._gloo.abort()
-            self._gloo = None
+    def _await_others(self, store: Any) -> None:
+        while not store.check([f"here {rank}" for rank in range(self._ranks)]):
+            for other in self._others:
+                other.expect_alive()
+            time.sleep(1e-3)
+
+    def _replace(self) -> None:
+        """Wait until the others have done what they were at, and start anew who has ended."""
+        fresh = []
+        for at, other in enumerate(self._others):
+            try:
+                other.settle()
+            except Ended as ended:
+                _log.warning("%s It is started again.", ended)
+                other.close()
+                fresh.append(self._start(at + 1))
+                self._others[at] = fresh[-1]
+                fresh[-1].tell("load", self._checkpoint)
+            except BackendError:
+                pass  # at which it failed is being started over
+        for other in fresh:
+            try:
+                other.settle()
+            except BackendError:
+                other.close()  # of no use without the model
+                raise
+
+    def _stats(self) -> dict[str, float]:
+        held, most = family_memory(other.pid for other in self._others)
+        memory = {"others_rss_bytes": held, "others_peak_rss_bytes": most}
+        return memory | {"communication_seconds": self._seconds, "communication_bytes": self._bytes}
 
     def _close(self) -> None:
         self._leave()
         for other in self._others:
             other.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def start(config: EngineConfig, device: torch.device) -> Group:
@@ -203,16 +300,14 @@ def start(config: EngineConfig, device: torch.device) -> Group:
         return ALONE
     if device.type != "cpu":
         raise BackendError(f"tensor_parallel_size={ranks} has processes that compute on cpu, not on {device.type}.")
-    folder = tempfile.mkdtemp(prefix="tandem-")
-    others = [Follower("torchinfer.parallel:_follow", rank, folder, asdict(config)) for rank in range(1, ranks)]
-    return _Ranks(0, ranks, Path(folder), others)
+    return _First(config)
 
 
-def _follow(rank: int, folder: str, config: dict[str, Any]) -> None:
+def _follow(rank: int, config: dict[str, Any]) -> None:
     """The life of every other rank."""
     from torchinfer.runner import ModelRunner  # which imports this file
 
-    group = _Ranks(rank, config["tensor_parallel_size"], Path(folder))
+    group = _Ranks(rank, config["tensor_parallel_size"])
     runner = ModelRunner(EngineConfig(**config), group)
 
     def write_pages(pages_of: int, pages: Sequence[int], dtype: str, shape: Sequence[int], data: bytes = b"") -> None:
@@ -221,6 +316,7 @@ def _follow(rank: int, folder: str, config: dict[str, Any]) -> None:
 
     calls: dict[str, Callable[..., object]] = {
         "load": lambda path: runner.load(open_checkpoint(path)),
+        "join": group._join,
         "allocate": runner.allocate,
         "warmup": runner.warmup,
         "submit": lambda data: runner.submit(Batch.from_bytes(data)),

@@ -44,8 +44,8 @@ class ModelRunner(interface.ModelRunner):
         self.model_config: ModelConfig = checkpoint.config
         positions = self.config.model_len(checkpoint.config)
         native = kernels.usable(self.config, checkpoint.config, self.device)
-        step = kernels.Step(self.config, self.device) if native else Step(self.config, self.device, self.group)
-        self.group._tell("load", str(checkpoint.path))
+        step: Any = (kernels.make_step if native else Step)(self.config, self.device, self.group)
+        self.group._load(checkpoint.path)
         step.load(checkpoint, positions, progress)
         self.group._settle()
         self._step = step
@@ -74,9 +74,10 @@ class ModelRunner(interface.ModelRunner):
     def reset(self) -> None:
         self._expect_open()
         self.state = None  # the old pool goes before the new one comes
-        self.group._tell("allocate", [self._num_pages])
         self.group._meet()
+        self.group._tell("allocate", [self._num_pages])
         self.state = self._step.make_state(self._num_pages)
+        self._rank_bytes = self._step.held(self.state) if self.group.ranks > 1 else 0
 
     def warmup(self, progress: Progress | None = None) -> None:
         self.group._tell("warmup")
@@ -85,6 +86,9 @@ class ModelRunner(interface.ModelRunner):
     @property
     def compilations(self) -> int:
         return int(counters["stats"]["unique_graphs"])
+
+    def stats(self) -> dict[str, float]:
+        return self.group._stats() | {"rank_bytes": self._rank_bytes} if self.group.ranks > 1 else {}
 
     def submit(self, batch: Batch, mask: Mask = None) -> interface.Pending:
         self._expect_open()

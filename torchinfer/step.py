@@ -22,7 +22,7 @@ from common.schedule.batch import Batch, Mask, Want, masked, null_batch
 from common.weights.checkpoint import Checkpoint
 from torchinfer import cache as pages
 from torchinfer import sampling
-from torchinfer.arrays import to_device, to_host
+from torchinfer.arrays import nbytes, to_device, to_host
 from torchinfer.attention import Plan, make_plan, paged_attention
 from torchinfer.cache import KVCache
 from torchinfer.layers import Linear
@@ -59,7 +59,6 @@ class Inputs(NamedTuple):
     min_p: Any  # [R], float32
     edits: Any  # [E], [E], [E, 3]: rows, ids and their edits, or None
     modes: tuple[bool, bool, bool]  # any row samples, any row filters, any row wants logprobs
-    plan: Plan
 
 
 class Step:
@@ -104,6 +103,10 @@ class Step:
         """Bytes of one page of all ranks."""
         return page_bytes(pool_config(self.model_config, self.group.ranks), self.config)
 
+    def held(self, state: State) -> int:
+        """Bytes of one rank's weights and pages."""
+        return nbytes((self._tensors(), state.cache))
+
     def warmup(self, state: State, progress: Progress | None = None) -> State:
         """Compile what later steps need."""
         # Nothing is padded here: one small step and one full one leave no lazy set-up for later.
@@ -142,6 +145,9 @@ class Step:
         mine = {name: np.split(split_heads(x, self.model_config, ranks), ranks, 3)[rank] for name, x in arrays.items()}
         return state._replace(cache=pages.write_pages(state.cache, pages_, mine))
 
+    def _tensors(self) -> Any:
+        return [*self.weights.parameters(), *self.weights.buffers()]
+
     def _inputs(self, batch: Batch) -> Inputs:
         owner = batch.logit_owner
         wide = lambda array: None if array is None else array.astype(np.int64)  # noqa: E731
@@ -162,20 +168,24 @@ class Step:
             by_owner(batch.min_p),
             None if batch.edit_rows is None else (wide(batch.edit_rows), wide(batch.edit_ids), batch.edits),
             (batch.seeds is not None, batch.top_k is not None, batch.num_top is not None),
-            make_plan(batch, self.model_config, self.config.block_size),
         )
 
     @torch.inference_mode()
     def _step(self, state: State, batch: Batch, keep: Keep = ignore, mask: Mask = None) -> tuple[State, sampling.Sampled]:
         x: Inputs = to_device(self._inputs(batch), self.device)
-        x.token_ids.index_copy_(0, x.fill_at, state.last_tokens[x.fill_row])
-        attend = paged_attention(self._local, x.plan)
-        hidden_TD, cache = forward(self.weights, x.token_ids, x.positions, attend, state.cache, keep)
-        logits_RV = logits(self.weights, hidden_TD[x.logit_rows])
+        cache, logits_RV = self._logits(state, batch, x, keep)
         sampled = self._sample(logits_RV, x, masked(batch, mask))
         keep(logits=logits_RV, tokens=sampled.tokens)
-        state.last_tokens.index_copy_(0, x.rows, sampled.tokens)
-        return State(cache, state.last_tokens), sampled
+        state.last_tokens.index_copy_(0, x.rows, sampled.tokens.to(state.last_tokens.dtype))
+        return state._replace(cache=cache), sampled
+
+    def _logits(self, state: State, batch: Batch, x: Inputs, keep: Keep) -> tuple[KVCache, Tensor]:
+        """The pages as they are afterwards, and of each logit row the logits of this rank's tokens."""
+        x.token_ids.index_copy_(0, x.fill_at, state.last_tokens[x.fill_row])
+        plan: Plan = to_device(make_plan(batch, self.model_config, self.config.block_size), self.device)
+        attend = paged_attention(self._local, plan)
+        hidden_TD, cache = forward(self.weights, x.token_ids, x.positions, attend, state.cache, keep)
+        return cache, logits(self.weights, hidden_TD[x.logit_rows])
 
     def _sample(self, logits_RV: Tensor, x: Inputs, batch: Batch) -> sampling.Sampled:
         sampled, filtered, logprobs = x.modes

@@ -185,6 +185,9 @@ class Recorder(ModelRunner):
     def compilations(self) -> int:
         return self._runner.compilations
 
+    def stats(self) -> dict[str, float]:
+        return self._runner.stats()
+
     def load(self, checkpoint: Checkpoint, progress: Progress | None = None) -> None:
         self._runner.load(checkpoint, progress)
 

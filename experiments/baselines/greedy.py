@@ -1,26 +1,16 @@
-"""What outside engines have in common: which requests they take, how these end early, and which settings they refuse."""
+"""What outside engines have in common: which requests they take, and how these end early."""
 
 from __future__ import annotations
 
 import time
 from abc import abstractmethod
 from collections.abc import Container
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
-from common.config import EngineConfig
-from common.config import expect as expect_config
 from common.interface import Caps, InferenceEngine
 from common.request import Request, Status, TokenEvent, expect
 
 Live = TypeVar("Live")
-
-
-def check_policies(name: str, config: EngineConfig, **policies: Any) -> None:
-    """Raise `ConfigError` unless `config` has the `policies` that engine `name` cannot do without, one rank and one replica."""
-    alone = {"tensor_parallel_size": 1, "data_parallel_size": 1, "prefill_parallel_size": 0}
-    for option, value in (policies | alone).items():
-        given = getattr(config, option)
-        expect_config(given == value, f"engine={name} has {option}={value} and nothing else; got {given!r}.")
 
 
 def check_request(request: Request, caps: Caps, live: Container[str], advice: str = "") -> int:

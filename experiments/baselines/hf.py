@@ -17,12 +17,12 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, GgufConfig, PreTrainedModel
 from transformers.utils import logging
 
-from common.config import EngineConfig, expect
+from common.config import EngineConfig
 from common.errors import CheckpointError
 from common.interface import Caps, Progress
 from common.platform import choose, cores
 from common.request import Logprobs, Request, Status, TokenEvent
-from experiments.baselines.greedy import GreedyEngine, check_policies, check_request
+from experiments.baselines.greedy import GreedyEngine, check_request
 
 if TYPE_CHECKING:
     from common.weights.checkpoint import Checkpoint
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 def build_engine(checkpoint: Checkpoint, config: EngineConfig, progress: Progress | None = None) -> HuggingFaceEngine:
     """Load the model in `config.dtype`; `config.max_num_seqs` is the batch size."""
-    expect(not config.compile, "engine=hf runs transformers as it is; compile=true is not among its options.")
-    check_policies("hf", config, schedule="static", cache="dense")
     torch.set_num_threads(config.threads or cores())
     device = choose(config.device, {"cuda": probe_cuda, "cpu": lambda: None}).platform
     if progress:

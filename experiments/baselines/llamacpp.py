@@ -30,7 +30,7 @@ from common.errors import CheckpointError
 from common.interface import Caps, Progress, page_bytes
 from common.platform import choose, cores
 from common.request import Logprobs, Request, Status, TokenEvent
-from experiments.baselines.greedy import GreedyEngine, check_policies, check_request
+from experiments.baselines.greedy import GreedyEngine, check_request
 
 if TYPE_CHECKING:
     from common.weights.checkpoint import Checkpoint
@@ -44,9 +44,6 @@ _ATTENTION = {
 
 def build_engine(checkpoint: Checkpoint, config: EngineConfig, progress: Progress | None = None) -> LlamaCppEngine:
     """Load a GGUF file, which brings its dtype. The slots share as much memory for keys and values as our engines take."""
-    expect(not config.compile, "engine=llamacpp is compiled already; compile=true is not among its options.")
-    check_policies("llamacpp", config, schedule="continuous", cache="dense", enable_chunked_prefill=True)
-    expect(not config.enable_prefix_caching, "engine=llamacpp shares no prefixes here; set enable_prefix_caching=false.")
     choose(config.device, {"cpu": lambda: None})
     wanted = config.model_len(checkpoint.config)
     tokens = config.block_size * pool_size(config, wanted, page_bytes(checkpoint.config, config))

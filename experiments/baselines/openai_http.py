@@ -23,7 +23,7 @@ from common.request import Request, Status, TokenEvent
 from experiments.baselines.greedy import GreedyEngine, check_request
 from experiments.completions import DONE, UNNAMED, EventStream, WireError, http_request, read_chunk
 from experiments.peers import peers_folder
-from experiments.server import Server, free_port, models, parse_url
+from experiments.server import Server, free_port, models, parse_url, program
 
 if TYPE_CHECKING:
     from common.weights.checkpoint import Checkpoint
@@ -77,19 +77,25 @@ class Options:
             f"start_timeout_s must be a number of seconds > 0, got {seconds!r}.",
         )
 
+    def check(self, config: EngineConfig) -> None:
+        """Raise `ConfigError` for several ranks or replicas of which the server would not be told, and `BackendError` if there
+        is no program to start it."""
+        for option, alone in (("tensor_parallel_size", 1), ("data_parallel_size", 1), ("prefill_parallel_size", 0)):
+            number = getattr(config, option)
+            expect(
+                number == alone or any(f"{{{option}}}" in part for part in self.command),
+                f"{option}={number} does not reach the server: only a command that has the word {{{option}}} passes it on. "
+                f"Put it there, or give this engine {option}:{alone}.",
+            )
+        for name in fill(self.command[:1], {"peers": str(peers_folder())}):
+            if "{" not in name:  # else the model decides, which is not known yet
+                program(name)
+
 
 def build_engine(
     checkpoint: Checkpoint, config: EngineConfig, progress: Progress | None = None, *, options: Options
 ) -> CompletionsEngine:
-    """Start the server, if that is asked for, and wait until it offers the model. Raises `BackendError` if it does not, and
-    `ConfigError` for several ranks or replicas of which the server is not told."""
-    for option, alone in (("tensor_parallel_size", 1), ("data_parallel_size", 1), ("prefill_parallel_size", 0)):
-        number = getattr(config, option)
-        expect(
-            number == alone or any(f"{{{option}}}" in part for part in options.command),
-            f"{option}={number} does not reach the server: only a command that has the word {{{option}}} passes it on. Put it "
-            f"there, or give this engine {option}:{alone}.",
-        )
+    """Start the server, if that is asked for, and wait until it offers the model. Raises `BackendError` if it does not."""
     if progress:
         progress(0, 1, "server")
     server, url = None, options.base_url or f"http://127.0.0.1:{free_port()}"

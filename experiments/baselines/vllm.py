@@ -22,7 +22,7 @@ from common.engine import pool_size
 from common.interface import Caps, Progress, page_bytes
 from common.platform import choose
 from common.request import Logprobs, Request, Status, TokenEvent
-from experiments.baselines.greedy import GreedyEngine, check_policies, check_request
+from experiments.baselines.greedy import GreedyEngine, check_request
 
 if TYPE_CHECKING:
     from common.weights.checkpoint import Checkpoint
@@ -39,7 +39,6 @@ def build_engine(checkpoint: Checkpoint, config: EngineConfig, progress: Progres
     """Load a Hugging Face directory. The memory for keys and values is what our engines take; `compile` is torch.compile. vLLM
     loads, compiles and warms up in one call, so that all of it counts as loading and nothing is told in between."""
     choose(config.device, {"cpu": lambda: None})
-    check_policies("vllm", config, schedule="continuous", cache="paged")
     os.environ.update(_ENVIRONMENT)
     _prefer_intel_openmp()
     from torch._dynamo.utils import counters

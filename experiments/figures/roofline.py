@@ -72,6 +72,6 @@ def roofline(figures: Mapping[str, Mapping[str, Any]], dtype: str) -> Drawing | 
         paint,
         x="FLOP a byte (full: all, hollow: decode steps, half: prompts)",
         y=f"FLOP/s; the slope is {number(bandwidth / 1e9)} GB/s",
-        keys=[key(i, label, line=False) for i, label in enumerate(figures)],
+        keys=[key(i, label, line=False) for i, label in dict.fromkeys(point[:2] for point in found)],
         table=Table(("engine", "phase", "FLOP a byte", "GFLOP/s", "of the roof"), rows, "Under the roofline"),
     )

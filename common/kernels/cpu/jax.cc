@@ -64,6 +64,25 @@ ffi::Error combine(Buffer step, Buffer weights, Buffer attended, Buffer, Out x, 
   return status([&] { tandem::combine(view(step), view(weights), view(attended), view(x), *layer); });
 }
 
+ffi::Error attention_term(Buffer step, Buffer weights, Buffer ropes, Buffer x, Buffer, Buffer, Out term, Out k, Out v,
+                          Layer layer) {
+  return status([&] {
+    tandem::attention_term(view(step), view(weights), view(ropes), view(x), view(k), view(v), view(term), *layer);
+  });
+}
+
+ffi::Error mlp_term(Buffer step, Buffer weights, Buffer x, Out term, Layer layer) {
+  return status([&] { tandem::mlp_term(view(step), view(weights), view(x), view(term), *layer); });
+}
+
+ffi::Error add_attention(Buffer step, Buffer weights, Buffer sum, Buffer, Out x, Layer layer) {
+  return status([&] { tandem::add_attention(view(step), view(weights), view(sum), view(x), *layer); });
+}
+
+ffi::Error add_mlp(Buffer step, Buffer weights, Buffer sum, Buffer, Out x, Layer layer) {
+  return status([&] { tandem::add_mlp(view(step), view(weights), view(sum), view(x), *layer); });
+}
+
 ffi::Error head(Buffer step, Buffer weights, Buffer x, Buffer, Out logits) {
   return status([&] { tandem::head(view(step), view(weights), view(x), view(logits)); });
 }
@@ -90,6 +109,10 @@ TANDEM_HANDLER(layers)
 TANDEM_HANDLER(project)
 TANDEM_HANDLER(attend)
 TANDEM_HANDLER(combine)
+TANDEM_HANDLER(attention_term)
+TANDEM_HANDLER(mlp_term)
+TANDEM_HANDLER(add_attention)
+TANDEM_HANDLER(add_mlp)
 TANDEM_HANDLER(head)
 TANDEM_HANDLER(adjust)
 TANDEM_HANDLER(sample)

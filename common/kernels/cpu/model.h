@@ -92,7 +92,8 @@ Matrix<E> o_of(const Weights& w) {
   return {w.matrix<typename E::T>(w.o), w.heads * w.head_dim, w.inputs};
 }
 
-// x[T, D]: the rows of the embedding table, scaled and rounded as the model's dtype would.
+// x[T, D]: the rows of the embedding table, scaled and rounded as the model's dtype would. Those of tokens that other ranks have
+// are 0.
 template <class E>
 void embed(const Step& step, const Weights& w, const int32_t* last_tokens, float* x) {
   using T = typename E::T;
@@ -101,6 +102,8 @@ void embed(const Step& step, const Weights& w, const int32_t* last_tokens, float
   const Matrix<E> head{w.matrix<T>(w.head), even(D), w.vocab};
   auto row = [&](int t, int token) {
     float* to = x + size_t(t) * D;
+    token -= w.first_token;
+    if (token < 0 || token >= w.vocab) return void(std::memset(to, 0, D * sizeof(float)));
     const T* rows = w.embedding ? w.matrix<T>(w.embedding) + size_t(token) * D : nullptr;
     const T* packed = head.panel(token / COLUMNS) + size_t(token % COLUMNS) * G;
     for (int i = 0; i < D; i += LANES) {
@@ -199,29 +202,38 @@ TANDEM_INLINE V activate(V x, bool gelu) {
   return x / (exp(-y) + 1.0f);
 }
 
-// x[T, D] behind the layer: attention's output projection and the gated MLP, each added to the residual stream.
+// What a branch of a layer gave, to the residual stream x[T, D], through a norm if the layer has one for it.
+inline void add_branch(Member& team, const Step& step, const Weights& w, const float* branch, int64_t norm, float* x) {
+  const int D = w.inputs;
+  team.share(step.tokens, [&](int t) {
+    const float* from = branch + size_t(t) * D;
+    float* to = x + size_t(t) * D;
+    if (norm)
+      rms_norm(from, w.floats(norm), D, w.eps, [&](int i, int n, V v) { store(to + i, load(to + i, n) + v, n); });
+    else
+      for (int i = 0; i < D; i += LANES) store(to + i, load(to + i, D - i) + load(from + i, D - i), D - i);
+  });
+}
+
+// x[T, D] behind the layer: attention's output projection and the gated MLP, each added to the residual stream; or, with a
+// `branch`[T, D], what each of them gives, in its place.
 template <class E>
 class Combine {
  public:
   using T = typename E::T;
 
-  Combine(const Step& step, const Weights& w, const T* attended, float* x)
-      : step_(step), w_(w), attended_(attended), x_(x), F(padded(w.hidden)), sandwich_(w.post_mlp_norm),
+  Combine(const Step& step, const Weights& w, const T* attended, float* x, float* branch)
+      : step_(step), w_(w), attended_(attended), x_(x), branch_(branch), F(padded(w.hidden)),
         o(o_of<E>(w)),
         gate_up{w.matrix<T>(w.gate_up), even(w.inputs), 2 * F},
         down{w.matrix<T>(w.down), F, w.inputs},
         normed_(Scratch::get().take<T>(0, normed_size(w, step.tokens))),
-        active_(Scratch::get().take<T>(2, size_t(step.tokens) * F)),
-        branch_(sandwich_ ? Scratch::get().take<float>(3, size_t(step.tokens) * w.inputs) : nullptr) {}
+        active_(Scratch::get().take<T>(2, size_t(step.tokens) * F)) {}
 
-  void operator()(Member& team) const {
+  void output(Member& team) const { matmul<E>(team, attended_, o.inputs, step_.tokens, o, put(w_.floats(w_.o_bias))); }
+
+  void mlp(Member& team) const {
     const int tokens = step_.tokens;
-    matmul<E>(team, attended_, o.inputs, tokens, o, add(w_.floats(w_.o_bias)));
-    barrier(team, gate_up);
-    if (sandwich_) {
-      add_normed(team, w_.floats(w_.post_attention_norm));
-      barrier(team, gate_up);
-    }
     const T* normed = norm_rows<E>(team, x_, nullptr, tokens, w_, w_.pre_mlp_norm, normed_, gate_up);
     const float* bias = w_.floats(w_.gate_up_bias);
     matmul<E>(team, normed, even(w_.inputs), tokens, gate_up, [&](int row, int rows, int panel, const float* c) {
@@ -232,15 +244,25 @@ class Combine {
       }
     });
     barrier(team, down);
-    matmul<E>(team, active_, F, tokens, down, add(w_.floats(w_.down_bias)));
-    if (!sandwich_) return;
+    matmul<E>(team, active_, F, tokens, down, put(w_.floats(w_.down_bias)));
+  }
+
+  // Both, each added.
+  void operator()(Member& team) const {
+    output(team);
+    barrier(team, gate_up);
+    if (branch_) {
+      add_branch(team, step_, w_, branch_, w_.post_attention_norm, x_);
+      barrier(team, gate_up);
+    }
+    mlp(team);
+    if (!branch_) return;
     team.barrier();
-    add_normed(team, w_.floats(w_.post_mlp_norm));
+    add_branch(team, step_, w_, branch_, w_.post_mlp_norm, x_);
   }
 
  private:
-  // What a branch gives goes to the residual stream, or through a norm first.
-  auto add(const float* bias) const {
+  auto put(const float* bias) const {
     return [this, bias](int row, int rows, int panel, const float* c) {
       const int D = w_.inputs;
       for (int r = 0; r < rows; ++r)
@@ -248,30 +270,25 @@ class Combine {
           const int at = panel * COLUMNS + i, n = D - at;
           V y = load(c + r * COLUMNS + i);
           if (bias) y = y + load(bias + at);
-          float* to = (sandwich_ ? branch_ : x_) + size_t(row + r) * D + at;
-          store(to, sandwich_ ? y : load(to, n) + y, n);
+          float* to = (branch_ ? branch_ : x_) + size_t(row + r) * D + at;
+          store(to, branch_ ? y : load(to, n) + y, n);
         }
     };
-  }
-
-  void add_normed(Member& team, const float* norm) const {
-    const int D = w_.inputs;
-    team.share(step_.tokens, [&](int t) {
-      float* to = x_ + size_t(t) * D;
-      rms_norm(branch_ + size_t(t) * D, norm, D, w_.eps, [&](int i, int n, V v) { store(to + i, load(to + i, n) + v, n); });
-    });
   }
 
   const Step& step_;
   const Weights& w_;
   const T* attended_;
-  float* x_;
+  float *x_, *branch_;
   const int F;
-  const bool sandwich_;
   const Matrix<E> o, gate_up, down;
   T *normed_, *active_;
-  float* branch_;
 };
+
+// Where what a branch gives waits for its norm; null in a layer that adds it as it is.
+inline float* branch_of(const Step& step, const Weights& w) {
+  return w.post_mlp_norm ? Scratch::get().take<float>(3, size_t(step.tokens) * w.inputs) : nullptr;
+}
 
 // The three one after another, without leaving the team. Who is done first fetches what it will read of the layer that comes
 // next, if one does.
@@ -281,7 +298,7 @@ void layer(const Step& step, const Weights& w, const float* rope, const Pages<E>
   std::lock_guard<std::mutex> lock(Scratch::get().lock);
   T* q = Scratch::get().take<T>(4, size_t(step.tokens) * w.heads * w.head_dim);
   const Project<E> project(step, w, rope, pages, x, q);
-  const Combine<E> combine(step, w, q, x);
+  const Combine<E> combine(step, w, q, x, branch_of(step, w));
   by_tiles<E>(w.head_dim, [&](auto e) {
     Attention<decltype(e)> attention(step, w, pages, q, Pool::get().wanted());
     Pool::get().run([&](Member& team) {
@@ -314,8 +331,40 @@ void attend(const Step& step, const Weights& w, const Pages<E>& pages, typename 
 template <class E>
 void combine(const Step& step, const Weights& w, const typename E::T* attended, float* x) {
   std::lock_guard<std::mutex> lock(Scratch::get().lock);
-  const Combine<E> combine(step, w, attended, x);
+  const Combine<E> combine(step, w, attended, x, branch_of(step, w));
   Pool::get().run(combine);
+}
+
+// Where ranks share out a layer, each of its branches is a sum over them, of which each gives a term[T, D]: of attention what its
+// heads give, of the MLP what its features do. x[T, D] has the sum of the first when the second is asked for.
+template <class E>
+void attention_term(const Step& step, const Weights& w, const float* rope, const Pages<E>& pages, const float* x, float* term) {
+  using T = typename E::T;
+  std::lock_guard<std::mutex> lock(Scratch::get().lock);
+  T* q = Scratch::get().take<T>(4, size_t(step.tokens) * w.heads * w.head_dim);
+  const Project<E> project(step, w, rope, pages, x, q);
+  const Combine<E> combine(step, w, q, nullptr, term);
+  by_tiles<E>(w.head_dim, [&](auto e) {
+    Attention<decltype(e)> attention(step, w, pages, q, Pool::get().wanted());
+    Pool::get().run([&](Member& team) {
+      project(team);
+      team.barrier();
+      attention(team);
+      barrier(team, o_of<E>(w));
+      combine.output(team);
+    });
+  });
+}
+
+template <class E>
+void mlp_term(const Step& step, const Weights& w, float* x, float* term) {
+  std::lock_guard<std::mutex> lock(Scratch::get().lock);
+  const Combine<E> combine(step, w, nullptr, x, term);
+  Pool::get().run([&](Member& team) { combine.mlp(team); });
+}
+
+inline void add(const Step& step, const Weights& w, const float* sum, int64_t norm, float* x) {
+  Pool::get().run([&](Member& team) { add_branch(team, step, w, sum, norm, x); });
 }
 
 // logits[R, V] of the rows of x that want them, after the final norm.

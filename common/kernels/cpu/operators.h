@@ -150,12 +150,12 @@ inline void embed(const View& step, const View& weights, const View& last_tokens
   expect("last_tokens", last_tokens, "int32", {ANY});
   check_x(s, w, x);
   for (int t = 0; t < s.tokens; ++t)
-    if (s.token_ids[t] < 0 || s.token_ids[t] >= w.vocab) refuse("a token id lies outside the vocabulary");
+    if (s.token_ids[t] < 0 || s.token_ids[t] >= w.all_tokens) refuse("a token id lies outside the vocabulary");
   for (int i = 0; i < s.fills; ++i) {
     if (s.fill_at[i] < 0 || s.fill_at[i] >= s.tokens || s.fill_row[i] < 0 || s.fill_row[i] >= last_tokens.size())
       refuse("a token to fill in lies outside the step, or its row outside last_tokens");
     const int32_t token = ((const int32_t*)last_tokens.data)[s.fill_row[i]];
-    if (token < 0 || token >= w.vocab) refuse("a last token lies outside the vocabulary");
+    if (token < 0 || token >= w.all_tokens) refuse("a last token lies outside the vocabulary");
   }
   typed(w, [&](auto e) { embed<decltype(e)>(s, w, (const int32_t*)last_tokens.data, (float*)x.data); });
 }
@@ -241,6 +241,45 @@ inline void combine(const View& step, const View& weights, const View& attended,
     using E = decltype(e);
     combine<E>(s, w, (const typename E::T*)attended.data, (float*)x.data);
   });
+}
+
+inline void attention_term(const View& step, const View& weights, const View& ropes, const View& x, const View& k, const View& v,
+                           const View& term, int64_t layer) {
+  const Step s = read_step(step);
+  const Weights& w = read_layer(weights, layer);
+  check_project(s, w, weights.dims[0], ropes, x, k, v);
+  check_tokens(s, ropes, k);
+  check_attend(s, w, weights.dims[0], k, v);
+  check_x(s, w, term);
+  typed(w, [&](auto e) {
+    using E = decltype(e);
+    attention_term<E>(s, w, rope_of(w, ropes), pages_of<E>(w, k, v, layer), (const float*)x.data, (float*)term.data);
+  });
+}
+
+inline void mlp_term(const View& step, const View& weights, const View& x, const View& term, int64_t layer) {
+  const Step s = read_step(step);
+  const Weights& w = read_layer(weights, layer);
+  check_x(s, w, x);
+  check_x(s, w, term);
+  typed(w, [&](auto e) { mlp_term<decltype(e)>(s, w, (float*)x.data, (float*)term.data); });
+}
+
+// To x, the sum over ranks of the terms of a layer's branch.
+inline void add_attention(const View& step, const View& weights, const View& sum, const View& x, int64_t layer) {
+  const Step s = read_step(step);
+  const Weights& w = read_layer(weights, layer);
+  check_x(s, w, sum);
+  check_x(s, w, x);
+  add(s, w, (const float*)sum.data, w.post_attention_norm, (float*)x.data);
+}
+
+inline void add_mlp(const View& step, const View& weights, const View& sum, const View& x, int64_t layer) {
+  const Step s = read_step(step);
+  const Weights& w = read_layer(weights, layer);
+  check_x(s, w, sum);
+  check_x(s, w, x);
+  add(s, w, (const float*)sum.data, w.post_mlp_norm, (float*)x.data);
 }
 
 inline void head(const View& step, const View& weights, const View& x, const View& logits) {

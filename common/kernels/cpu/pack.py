@@ -15,6 +15,7 @@ import numpy as np
 from common.config import Dtype, ModelConfig
 from common.weights.checkpoint import Checkpoint
 from common.weights.parameters import NUMPY_DTYPES, parameter
+from common.weights.shard import shard
 
 MAGIC = 0x31_57_44_54
 ALIGN = 64
@@ -28,14 +29,19 @@ PARTS = (
 HEADER = np.dtype(
     [(name, "<i4") for name in ("inputs", "heads", "kv_heads", "head_dim", "hidden", "vocab", "window", "gelu")]
     + [(name, "<f4") for name in ("eps", "attention_scale", "embedding_scale")]
-    + [("magic", "<i4"), ("itemsize", "<i4"), ("rope", "<i4"), ("bytes", "<i8")]
+    + [(name, "<i4") for name in ("magic", "itemsize", "rope", "first_token", "all_tokens")]
+    + [("bytes", "<i8")]
     + [(name, "<i8") for name in PARTS]
 )
 MAX_HEAD_DIM = 512
 
 
-def pack_layers(checkpoint: Checkpoint, dtype: Dtype, done: Callable[[int], None] = lambda layers: None) -> np.ndarray:
-    """The decoder's layers: uint8[L, n], from a large memory page's begin on. Calls `done` with the number of those packed."""
+def pack_layers(
+    checkpoint: Checkpoint, dtype: Dtype, done: Callable[[int], None] = lambda layers: None, rank: int = 0, ranks: int = 1
+) -> np.ndarray:
+    """What a rank has of the decoder's layers: uint8[L, n], from a large memory page's begin on. Calls `done` with the number
+    of those packed."""
+    checkpoint = shard(checkpoint, rank, ranks)
     config, packed = checkpoint.config, np.empty((0, 0), np.uint8)
     for layer in range(config.num_layers):
         parts = _layer(checkpoint, layer, dtype)
@@ -48,8 +54,10 @@ def pack_layers(checkpoint: Checkpoint, dtype: Dtype, done: Callable[[int], None
     return packed
 
 
-def pack_head(checkpoint: Checkpoint, dtype: Dtype) -> np.ndarray:
-    """Embedding, final norm and LM head: uint8[n], from a large memory page on. A tied head serves the embedding rows too."""
+def pack_head(checkpoint: Checkpoint, dtype: Dtype, rank: int = 0, ranks: int = 1) -> np.ndarray:
+    """What a rank has of embedding, final norm and LM head: uint8[n], from a large memory page on. A tied head serves the
+    embedding rows too."""
+    whole, checkpoint = checkpoint.config, shard(checkpoint, rank, ranks)
     embedding = parameter(checkpoint, "model.embed_tokens.weight", dtype)
     parts = {"final_norm": parameter(checkpoint, "model.norm.weight", dtype)}
     if checkpoint.config.tie_embeddings:
@@ -57,6 +65,7 @@ def pack_head(checkpoint: Checkpoint, dtype: Dtype) -> np.ndarray:
     else:
         parts |= {"embedding": embedding, "head": panels(parameter(checkpoint, "lm_head.weight", dtype))}
     header = _describe(checkpoint.config, dtype, parts)
+    header["first_token"], header["all_tokens"] = rank * checkpoint.config.vocab_size, whole.vocab_size
     packed = aligned(1, int(header["bytes"]))[0]
     _write(packed, header, parts)
     return packed

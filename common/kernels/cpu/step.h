@@ -70,6 +70,8 @@ struct Weights {
   int32_t magic;       // MAGIC: the bytes are what pack.py wrote
   int32_t itemsize;    // of the matrices' elements: 4 is float32, 2 is bfloat16
   int32_t rope;        // which rotary table a layer turns by
+  int32_t first_token;  // of the V here, in the whole model's vocabulary,
+  int32_t all_tokens;   // which has so many
   int64_t bytes;       // of the whole buffer
   int64_t qkv, qkv_bias, o, o_bias, gate_up, gate_up_bias, down, down_bias;
   int64_t input_norm, post_attention_norm, pre_mlp_norm, post_mlp_norm, q_norm, k_norm;

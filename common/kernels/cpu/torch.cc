@@ -47,6 +47,23 @@ void combine(const Tensor& step, const Tensor& weights, const Tensor& attended, 
   tandem::combine(view(step), view(weights), view(attended), view(x), layer);
 }
 
+void attention_term(const Tensor& step, const Tensor& weights, const Tensor& ropes, const Tensor& x, const Tensor& k,
+                    const Tensor& v, const Tensor& term, int64_t layer) {
+  tandem::attention_term(view(step), view(weights), view(ropes), view(x), view(k), view(v), view(term), layer);
+}
+
+void mlp_term(const Tensor& step, const Tensor& weights, const Tensor& x, const Tensor& term, int64_t layer) {
+  tandem::mlp_term(view(step), view(weights), view(x), view(term), layer);
+}
+
+void add_attention(const Tensor& step, const Tensor& weights, const Tensor& sum, const Tensor& x, int64_t layer) {
+  tandem::add_attention(view(step), view(weights), view(sum), view(x), layer);
+}
+
+void add_mlp(const Tensor& step, const Tensor& weights, const Tensor& sum, const Tensor& x, int64_t layer) {
+  tandem::add_mlp(view(step), view(weights), view(sum), view(x), layer);
+}
+
 void head(const Tensor& step, const Tensor& weights, const Tensor& x, const Tensor& logits) {
   tandem::head(view(step), view(weights), view(x), view(logits));
 }
@@ -72,6 +89,12 @@ TORCH_LIBRARY(tandem, m) {
       "project(Tensor step, Tensor weights, Tensor ropes, Tensor x, Tensor(a!) k, Tensor(b!) v, Tensor(c!) q, int layer) -> ()");
   m.def("attend(Tensor step, Tensor weights, Tensor k, Tensor v, Tensor(a!) q, int layer) -> ()");
   m.def("combine(Tensor step, Tensor weights, Tensor attended, Tensor(a!) x, int layer) -> ()");
+  m.def(
+      "attention_term(Tensor step, Tensor weights, Tensor ropes, Tensor x, Tensor(a!) k, Tensor(b!) v, Tensor(c!) term, int layer) "
+      "-> ()");
+  m.def("mlp_term(Tensor step, Tensor weights, Tensor x, Tensor(a!) term, int layer) -> ()");
+  m.def("add_attention(Tensor step, Tensor weights, Tensor sum, Tensor(a!) x, int layer) -> ()");
+  m.def("add_mlp(Tensor step, Tensor weights, Tensor sum, Tensor(a!) x, int layer) -> ()");
   m.def("head(Tensor step, Tensor weights, Tensor x, Tensor(a!) logits) -> ()");
   m.def("adjust(Tensor step, Tensor changes, Tensor logits, Tensor(a!) changed) -> ()");
   m.def("sample(Tensor step, Tensor logits, Tensor changed, Tensor(a!) last_tokens, Tensor(b!) sampled) -> ()");
@@ -86,6 +109,10 @@ TORCH_LIBRARY_IMPL(tandem, CPU, m) {
   m.impl("project", &project);
   m.impl("attend", &attend);
   m.impl("combine", &combine);
+  m.impl("attention_term", &attention_term);
+  m.impl("mlp_term", &mlp_term);
+  m.impl("add_attention", &add_attention);
+  m.impl("add_mlp", &add_mlp);
   m.impl("head", &head);
   m.impl("adjust", &adjust);
   m.impl("sample", &sample);

@@ -42,8 +42,6 @@ def against(config: EngineConfig, model: ModelConfig, device: str) -> str | None
         return f"there are native kernels for cpu, not for {device}"
     if config.compile:
         return "compile=true has nothing to compile there"
-    if config.tensor_parallel_size > 1:
-        return f"their step is of one rank, not of tensor_parallel_size={config.tensor_parallel_size}"
     if config.block_size % LANES:
         return f"block_size must be a multiple of {LANES}, got {config.block_size}"
     if model.head_dim > MAX_HEAD_DIM:

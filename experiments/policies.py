@@ -1,0 +1,35 @@
+"""What outside engines cannot do otherwise than they do, so that it is told before weights are converted or anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from common.config import EngineConfig, expect
+
+ALONE = {"tensor_parallel_size": 1, "data_parallel_size": 1, "prefill_parallel_size": 0}
+POLICIES: Mapping[str, Mapping[str, Any]] = {
+    "hf": ALONE | {"schedule": "static", "cache": "dense", "compile": False},
+    "llamacpp": ALONE
+    | {
+        "schedule": "continuous",
+        "cache": "dense",
+        "enable_chunked_prefill": True,
+        "enable_prefix_caching": False,
+        "compile": False,  # it is compiled already
+    },
+    "vllm": ALONE | {"schedule": "continuous", "cache": "paged"},
+}
+"""engine → each option of which it has one value alone, with that."""
+
+
+def check_policies(name: str, config: EngineConfig) -> None:
+    """Raise `ConfigError` unless `config` has what engine `name` cannot do without."""
+    for option, value in POLICIES.get(name, {}).items():
+        given = getattr(config, option)
+        expect(given == value, f"engine={name} has {option}={spelt(value)} and nothing else; got {spelt(given)}.")
+
+
+def spelt(value: Any) -> str:
+    """As the command line has it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
