@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from common.frames import Frame, read_frame
+from common.frames import read_frame
 
 _ROOT = Path(__file__).parents[1]
 PATIENCE_S = 10.0
@@ -60,13 +60,13 @@ def how_it_ended(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
-def listen() -> tuple[IO[bytes], queue.SimpleQueue[Frame]]:
-    """In the child: where its answers go, and what it is told, as it comes."""
+def listen() -> tuple[IO[bytes], queue.SimpleQueue[Any]]:
+    """In the child: where its answers go, and the frames that it is told, as they come. It may put there what else it hears."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes our input
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is a log, not an answer
     source = os.fdopen(os.dup(0), "rb")  # not sys.stdin, whose lock a thread that reads would hold as Python ends
-    told: queue.SimpleQueue[Frame] = queue.SimpleQueue()
+    told: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def hear() -> None:
         try:

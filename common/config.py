@@ -193,6 +193,11 @@ class EngineConfig:
     data_parallel_size: int = 1
     """Replicas of the engine, each a process with a model and pages of its own; they share the compute threads. All other
     numbers are of each of them, but for `max_waiting`."""
+    prefill_parallel_size: int = 0
+    """Engines that compute prompts alone, in processes of their own, for the `data_parallel_size` others, which go on with
+    them; 0: each computes those of its own requests."""
+    prefill_backend: str | None = None
+    """Of those; None takes the same as for the others."""
     routing: Routing = "prefix"
     """Which replica gets a request. `prefix`: the one with the least to do, in which cached prefixes count. `round_robin`: each
     in turn."""
@@ -215,6 +220,7 @@ class EngineConfig:
             ("max_num_batched_tokens", 1, 1 << 20),
             ("tensor_parallel_size", 1, MAX_RANKS),
             ("data_parallel_size", 1, MAX_REPLICAS),
+            ("prefill_parallel_size", 0, MAX_REPLICAS),
         ):
             value = getattr(self, name)
             expect(
@@ -243,6 +249,12 @@ class EngineConfig:
         expect(
             self.tensor_parallel_size == 1 or not self.compile,
             f"compile=true compiles the step of one rank, got tensor_parallel_size={self.tensor_parallel_size}; leave out one.",
+        )
+        backend = self.prefill_backend
+        expect(
+            backend is None or (isinstance(backend, str) and self.prefill_parallel_size > 0),
+            f"prefill_backend must be a name, with prefill_parallel_size=1 or more, or null, got {shown(backend)} and "
+            f"{self.prefill_parallel_size}.",
         )
         expect(isinstance(self.device, str), f"device must be a name such as auto, cpu or cuda, got {self.device!r}.")
         expect(

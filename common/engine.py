@@ -22,6 +22,7 @@ from common.errors import RequestError, shown
 from common.interface import Caps, ModelRunner, Pending, Progress, ReplicaState, ServingEngine, load_backend
 from common.request import Request, Status, TokenEvent, expect
 from common.schedule.batch import Batch
+from common.schedule.kv import KV, read_tokens, write_tokens
 from common.schedule.scheduler import Scheduler, Sequence, Step
 from common.schedule.trace import record
 from common.states import hidden_states, num_fitting
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 MAX_POOL_BYTES = 2 << 30
 """Of KV pages, unless `num_blocks` asks for more."""
 _PATIENCE_S = 0.01
-"""How long a step waits for a grammar where there is nothing else to do."""
+"""How long a step waits for what must come before a request can run, where there is nothing else to do."""
 
 
 class StepRecord(NamedTuple):
@@ -129,7 +130,7 @@ class Engine(ServingEngine):
             raise
         if step is not None:
             self._submit(step)
-        elif self.scheduler.live and not self._in_flight and not self.scheduler.await_grammar(_PATIENCE_S):
+        elif self.scheduler.live and not self._in_flight and not self.scheduler.await_others(_PATIENCE_S):
             raise RuntimeError("The scheduler has requests, but neither runs nor awaits any; this is a bug.")
         if self._in_flight and (step is None or len(self._in_flight) > self.caps.depth):
             self._land()
@@ -142,6 +143,8 @@ class Engine(ServingEngine):
         # On a thread of their own, for where the runner dispatches it may as well compute.
         masks = None if step.masks is None else self._masking.submit(step.masks)
         try:
+            for pages, kv in step.arrivals:
+                write_tokens(self.runner, pages, self.config.block_size, kv)
             pending = self.runner.submit(step.batch, None if masks is None else masks.result)
             returned = perf_counter()
             record = self._record(step, begin)
@@ -182,6 +185,7 @@ class Engine(ServingEngine):
         total = scheduler.pool.num_pages - 1
         used = total - scheduler.pool.num_free
         held = sum(len(seq.pages) for seq in (*scheduler.running, *scheduler.leaving))
+        held += sum(len(kept.pages) for kept in scheduler.kept.values())
         record = record_step(step.batch, size, submitted, submitted, sharing=held > used)
         prompts = np.fromiter((len(seq.request.prompt_token_ids) for seq in step.seqs), np.int32, len(step.seqs))
         prefills = (record.counts > 1) | (record.kv_lengths - record.counts < prompts)
@@ -242,6 +246,18 @@ class Engine(ServingEngine):
         self._device_seconds += perf_counter() - begin
         return states
 
+    def read_kept(self, request_id: str, start: int, stop: int) -> KV:
+        """Copies of what the tokens [start, stop) of a request that keeps its pages have in them. Raises `LookupError` if they
+        are gone."""
+        kept = self.scheduler.kept.get(request_id)
+        if kept is None or kept.tokens < stop:
+            raise LookupError(f"the engine has no pages of {stop} tokens of request {request_id} (any more)")
+        return read_tokens(self.runner, kept.pages, self.config.block_size, start, stop)
+
+    def drop_kept(self, request_id: str) -> None:
+        """Give back what is kept of a request, if anything is."""
+        self.scheduler.drop(request_id)
+
     def drain(self) -> None:
         self.scheduler.draining = True
 
@@ -267,7 +283,8 @@ class Engine(ServingEngine):
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start: `scheduled_tokens` went through the model, `padded_tokens` came on top to fill buckets;
-        `device_seconds` were spent in the runner, `host_seconds` in the rest of `step`. Prefix cache counts are in tokens.
+        `device_seconds` were spent in the runner, `host_seconds` in the rest of `step`. Prefix cache counts are in tokens,
+        the external ones of tokens that another engine had computed.
         `kv_pool_bytes` is what all pages take, whoever has them. What ranks tell each other is `ModelRunner.stats`.
         """
         scheduler, pool = self.scheduler, self.scheduler.pool
@@ -276,6 +293,7 @@ class Engine(ServingEngine):
             "num_preemptions": scheduler.num_preemptions,
             "prefix_cache_queries": scheduler.prefix_cache_queries,
             "prefix_cache_hits": scheduler.prefix_cache_hits,
+            "external_prefix_cache_hits": scheduler.external_prefix_cache_hits,
             "host_seconds": self._host_seconds,
             "device_seconds": self._device_seconds,
             "num_running": len(scheduler.running),

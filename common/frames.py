@@ -55,23 +55,24 @@ def write_frame(stream: Sink, message: Message, data: Sequence[bytes | memoryvie
     stream.flush()
 
 
-def read_frame(stream: Source) -> Frame | None:
-    """The next frame; None where the stream ends, be it in the middle of one. Raises `NoFrame` for anything else."""
+def read_frame(stream: Source, most_message: int = MAX_MESSAGE, most_data: int = MAX_DATA) -> Frame | None:
+    """The next frame; None where the stream ends, be it in the middle of one. Raises `NoFrame` for anything else, and for one
+    that announces more bytes than it may have."""
     head = stream.read(_HEAD.size)
     if head[: len(MAGIC)] != MAGIC[: len(head)]:
         raise NoFrame(f"expected a frame, got {head!r}")
     if len(head) < _HEAD.size:
         return None
     _, length, size = _HEAD.unpack(head)
-    if length > MAX_MESSAGE or size > MAX_DATA:
-        raise NoFrame(f"got a frame of {length} and {size} bytes, at most {MAX_MESSAGE} and {MAX_DATA} are expected")
+    if length > most_message or size > most_data:
+        raise NoFrame(f"got a frame of {length} and {size} bytes, at most {most_message} and {most_data} are expected")
     text = stream.read(length)
     data = stream.read(size) if size else b""
     if len(text) < length or len(data) < size:
         return None
     try:
         message = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise NoFrame(f"got a frame that is no JSON: {error}") from error
     if not isinstance(message, dict):
         raise NoFrame(f"got a frame with {message!r:.80}")

@@ -30,7 +30,7 @@ from common.exits import FAILURE, INTERRUPTED, USER_ERROR, printing, replace_unp
 from common.interface import Progress
 from common.interrupt import uninterrupted
 from common.options import add_engine_options, add_model_options, engine_options, flag, parse
-from common.replicas.engine import open_engine
+from common.replicas.open import open_engine
 from common.request import Logprobs, Request, SamplingParams, Status, TokenEvent, expect, fan_out
 from common.states import Pooler, Pooling, check_pooling
 from common.text.chat import ChatTemplate, Message

@@ -55,7 +55,7 @@ def _reading(hint: Any) -> dict[str, Any]:
         return {"type": _boolean, "metavar": "true|false"}
     if int in (hint, *get_args(hint)):
         return {"type": int, "metavar": "N"}
-    return {"metavar": "|".join(get_args(hint)) or "NAME"}
+    return {"metavar": "|".join(arg for arg in get_args(hint) if isinstance(arg, str)) or "NAME"}
 
 
 def _boolean(text: str) -> bool:

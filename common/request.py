@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 from common.errors import RequestError, nearest_hint, shown
 
 if TYPE_CHECKING:
+    from common.schedule.kv import KV
     from common.text.grammar import Grammar
 
 MAX_LOGPROBS = 20
@@ -200,7 +201,10 @@ class SamplingParams:
     def __new__(cls, **options: Any) -> Self:
         known = [f.name for f in fields(cls)]
         for name in options:
-            expect(name in known, f"Unknown sampling parameter {name!r}.{nearest_hint(name, known)} Known: {', '.join(known)}.")
+            if name not in known:  # to look for the nearest takes time
+                raise RequestError(
+                    f"Unknown sampling parameter {name!r}.{nearest_hint(name, known)} Known: {', '.join(known)}."
+                )
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -301,6 +305,12 @@ class Request:
     computing the prompt anew. Where there is no such request, or it leaves them before that, this one goes by itself."""
     output_token_ids: tuple[int, ...] = ()
     """What it has of its output already, from an engine that is gone: it goes on from there, as one does that was preempted."""
+    kv: Future[KV] | None = None
+    """Keys and values of its first tokens, from an engine that has computed them. Until they are there the request waits, and
+    holds up nobody; if that fails, they are computed. When it ends before, this is cancelled."""
+    keep_pages: bool = False
+    """Where its output comes to `max_tokens`, its pages stay as they are, to be read (`Engine.read_kept`) and given back
+    (`Engine.drop_kept`), unless the engine must start over."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt_token_ids", tuple(self.prompt_token_ids))

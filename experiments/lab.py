@@ -61,8 +61,8 @@ def load(*overrides: str) -> Engine:
     config = compose(*overrides, command="bench")
     spec = engine_spec(config.engine)
     expect(
-        spec.config.data_parallel_size == 1,
-        "lab.load makes an engine in this process, to look into, and replicas are in others: leave parallel=dp2 out.",
+        spec.config.data_parallel_size == 1 and spec.config.prefill_parallel_size == 0,
+        "lab.load makes an engine in this process, to look into, and replicas are in others: leave parallel=dp2 or pd1 out.",
     )
     return build_engine(spec.name, checkpoint(str(resolved(config.model)["name"])), spec.config)
 

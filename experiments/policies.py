@@ -7,7 +7,7 @@ from typing import Any
 
 from common.config import EngineConfig, expect
 
-ALONE = {"tensor_parallel_size": 1, "data_parallel_size": 1}
+ALONE = {"tensor_parallel_size": 1, "data_parallel_size": 1, "prefill_parallel_size": 0}
 POLICIES: Mapping[str, Mapping[str, Any]] = {
     "hf": ALONE | {"schedule": "static", "cache": "dense", "compile": False},
     "llamacpp": ALONE

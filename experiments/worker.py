@@ -44,7 +44,7 @@ def build(
                 f"engine={name} needs the package {error.name!r}, which is not installed. Run: {remedy}"
             ) from error
         return engine
-    from common.replicas.engine import open_engine
+    from common.replicas.open import open_engine
 
     return open_engine(name, checkpoint, config, progress)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,10 @@ import numpy as np
 from jax import Array, lax
 
 from common.config import ModelConfig
+from jaxinfer.arrays import to_host
+
+_PAGES = 16
+"""Pages of one call."""
 
 
 class KVCache(NamedTuple):
@@ -65,23 +69,45 @@ def copy_pages(cache: KVCache, pairs: Array) -> KVCache:
 
 def read_pages(cache: KVCache, pages: Sequence[int]) -> dict[str, np.ndarray]:
     """Copies `k` and `v`: [L, pages, B, K, H]."""
+    parts = [to_host(_take(cache, _some(pages, at))) for at in range(0, max(len(pages), 1), _PAGES)]
 
-    def take(pools: tuple[Array, ...]) -> np.ndarray:
-        host = np.stack([np.asarray(pool)[:, list(pages)] for pool in pools])
-        return host.view(jnp.bfloat16) if host.dtype == np.uint16 else host
+    def join(pools: Sequence[tuple[np.ndarray, ...]]) -> np.ndarray:
+        x_LKPBH = np.concatenate([np.stack(layers) for layers in pools], axis=2)[:, :, : len(pages)]
+        return np.moveaxis(x_LKPBH.view(jnp.bfloat16) if x_LKPBH.dtype == np.uint16 else x_LKPBH, 1, 3)
 
-    return {name: np.moveaxis(take(pools), 1, 3) for name, pools in cache._asdict().items()}
+    return {"k": join([part.k for part in parts]), "v": join([part.v for part in parts])}
 
 
 def write_pages(cache: KVCache, pages: Sequence[int], arrays: dict[str, np.ndarray]) -> KVCache:
     """The inverse of `read_pages`."""
+    stored = cache.k[0].dtype
 
-    def put(pool: Array, x_PBKH: np.ndarray) -> Array:
-        host = np.array(pool)
-        host[:, list(pages)] = np.moveaxis(np.ascontiguousarray(x_PBKH).view(host.dtype), 2, 0)
-        return jax.device_put(host, pool.sharding)
+    def cut(x_LPBKH: np.ndarray, at: int) -> tuple[Any, ...]:
+        some = np.moveaxis(x_LPBKH[:, at : at + _PAGES].view(stored), 3, 1)
+        return tuple(np.pad(some, [(0, 0), (0, 0), (0, _PAGES - some.shape[2]), (0, 0), (0, 0)]))
 
-    return KVCache(*(tuple(map(put, pools, arrays[name])) for name, pools in cache._asdict().items()))
+    for at in range(0, len(pages), _PAGES):
+        cache = _put(cache, _some(pages, at), KVCache(cut(arrays["k"], at), cut(arrays["v"], at)))
+    return cache
+
+
+@jax.jit
+def _take(cache: KVCache, pages: Array) -> KVCache:
+    """Not by a view of the pools from the host: while one is left, they cannot be donated."""
+    return jax.tree.map(lambda pool: pool.at[:, pages].get(mode="promise_in_bounds"), cache)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put(cache: KVCache, pages: Array, x: KVCache) -> KVCache:
+    return jax.tree.map(lambda pool, x_KPBH: pool.at[:, pages].set(x_KPBH, mode="promise_in_bounds"), cache, x)
+
+
+def _some(pages: Sequence[int], at: int) -> np.ndarray:
+    """int32[_PAGES]: those from `at` on, and the null page for what is missing. So one program serves any number of them."""
+    some = np.zeros(_PAGES, np.int32)
+    part = list(pages[at : at + _PAGES])
+    some[: len(part)] = part
+    return some
 
 
 def _at(pools: tuple[Array, ...], layer: int, pool: Array) -> tuple[Array, ...]:

@@ -151,8 +151,8 @@ class Step:
         return self._warm_pages(state)
 
     def _warm_pages(self, state: State) -> State:
-        """Compile what writes pages, where anything does."""
-        return state
+        """Compile what reads and writes pages."""
+        return self.write_pages(state, [0], self.read_pages(state, [0]))
 
     def run(self, state: State, batch: Batch, mask: Mask = None) -> tuple[State, Callable[[], tuple[Any, ...]]]:
         """One step, and what brings its results to the host: the arguments of `interface.make_result`."""

@@ -132,13 +132,13 @@ class HistoryRunner(ModelRunner):
         self.chain[spoiled] = 0xDEAD
 
     def read_pages(self, group: int, pages: Sequence[int]) -> dict[str, np.ndarray]:
-        size, where = self.block_size, list(pages)
-        return {"k": self.chain.reshape(-1, size)[where].view(np.int64), "v": self.at.reshape(-1, size)[where]}
+        shape, where = (1, -1, self.block_size, 1, 1), list(pages)
+        return {"k": self.chain.reshape(shape)[:, where].view(np.int64), "v": self.at.reshape(shape)[:, where]}
 
     def write_pages(self, group: int, pages: Sequence[int], arrays: dict[str, np.ndarray]) -> None:
-        size, where = self.block_size, list(pages)
-        self.chain.reshape(-1, size)[where] = arrays["k"].view(np.uint64)
-        self.at.reshape(-1, size)[where] = arrays["v"]
+        shape, where = (1, -1, self.block_size, 1, 1), list(pages)
+        self.chain.reshape(shape)[:, where] = arrays["k"].view(np.uint64)
+        self.at.reshape(shape)[:, where] = arrays["v"]
 
     def close(self) -> None:
         pass

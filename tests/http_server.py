@@ -44,6 +44,20 @@ class ModelRunner(HistoryRunner):
         if (CONTROL / "die").exists():
             raise SystemExit("the step loop is to die")
         return super().submit(batch, *more)
+
+    def read_pages(self, group, pages):
+        self.hold("reading", pages)
+        return super().read_pages(group, pages)
+
+    def write_pages(self, group, pages, arrays):
+        self.hold("writing", pages)
+        super().write_pages(group, pages, arrays)
+
+    def hold(self, what, pages):
+        # where a file says so: leave another that says that this is going on, and stay in it
+        while len(pages) and (CONTROL / f"hold {{what}}").exists():
+            (CONTROL / what).touch()
+            time.sleep(0.01)
 """
 
 

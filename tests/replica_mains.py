@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
+from dataclasses import replace
 
 from common import child
 from common.config import EngineConfig
 from common.frames import write_frame
-from common.replicas.engine import Replicas
+from common.replicas.open import open_engine
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
 
@@ -35,8 +37,9 @@ def chatter(what: str) -> None:
 
 
 def parent() -> None:
-    """Start replicas, say who they are, and sleep."""
-    engine = Replicas("history", open_checkpoint(zoo.resolve(MODEL)), SMALL)
+    """Start replicas, or those that the option says, say who they are, and sleep."""
+    config = replace(SMALL, data_parallel_size=1, prefill_parallel_size=1) if "disaggregated" in sys.argv else SMALL
+    engine = open_engine("history", open_checkpoint(zoo.resolve(MODEL)), config)
     print(*[state.pid for state in engine.replicas], flush=True)
     time.sleep(600)
 

@@ -36,6 +36,7 @@ def check_pages(scheduler: Scheduler) -> None:
     pool = scheduler.pool
     holders = [*scheduler.running, *scheduler.leaving]
     held = Counter(page for seq in holders for page in seq.pages)
+    held += Counter(page for kept in scheduler.kept.values() for page in kept.pages)
     free = pool.free_pages()
     require(
         len(free) == pool.num_free == len(set(free)),

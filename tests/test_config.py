@@ -59,6 +59,9 @@ YARN = {"scaling": "yarn", "factor": 4.0, "original_max_position": 32}
         ("tensor_parallel_size", 2.0),
         ("data_parallel_size", 0),
         ("data_parallel_size", 65),
+        ("prefill_parallel_size", -1),
+        ("prefill_parallel_size", 65),
+        ("prefill_backend", "jax"),
         ("routing", "prefx"),
         ("max_num_seqs", 0),
         ("max_num_batched_tokens", 63),  # below the 64 sequences of the default

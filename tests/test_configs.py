@@ -77,9 +77,11 @@ def test_lengths_can_be_overridden_by_a_number_and_by_a_part() -> None:
     assert other.output_len == Lengths(mu=4.5, sigma=0.7, low=8, high=64)
 
 
-@pytest.mark.parametrize(("name", "ranks", "replicas"), [("none", 1, 1), ("tp2", 2, 1), ("tp4", 4, 1), ("dp2", 1, 2)])
+@pytest.mark.parametrize(
+    ("name", "ranks", "replicas"), [("none", 1, 1), ("tp2", 2, 1), ("tp4", 4, 1), ("dp2", 1, 2), ("pd1", 1, 1)]
+)
 def test_every_parallel_reaches_the_engines(name: str, ranks: int, replicas: int) -> None:
-    assert name in names("parallel") and len(names("parallel")) == 4
+    assert name in names("parallel") and len(names("parallel")) == 5
     engine = composed("bench", f"parallel={name}").engine
     assert (engine.tensor_parallel_size, engine.data_parallel_size) == (ranks, replicas)
     config = composed("compare", f"parallel={name}", "engines=[torch,{name:torch,tensor_parallel_size:3,data_parallel_size:4}]")
@@ -90,6 +92,8 @@ def test_every_parallel_reaches_the_engines(name: str, ranks: int, replicas: int
 
 def test_the_number_of_replicas_can_be_any() -> None:
     assert composed("bench", "parallel=dp2", "parallel.data=5").engine.data_parallel_size == 5
+    engine = composed("bench", "parallel=pd1", "parallel.data=2", "engine=torch", "engine.prefill_backend=jax").engine
+    assert (engine.prefill_parallel_size, engine.data_parallel_size, engine.prefill_backend) == (1, 2, "jax")
 
 
 @pytest.mark.parametrize("name", names("measure"))

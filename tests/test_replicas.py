@@ -26,8 +26,9 @@ from common.engine import Engine
 from common.errors import BackendError, ConfigError, DrainingError, QueueFullError, RequestError
 from common.llm import LLM
 from common.platform import thread_settings
-from common.replicas.engine import Replicas, open_engine
+from common.replicas.engine import Replicas
 from common.replicas.keeper import Gone, Keeper, News, Ready
+from common.replicas.open import open_engine
 from common.request import Request, SamplingParams, Status, StructuredOutputsParams, TokenEvent, fan_out
 from common.schedule.scheduler import mix64
 from common.text.grammar import Grammars

@@ -81,6 +81,21 @@ def test_pages_come_back_as_they_were_written(backend: str, dtype: str, kernels:
 
 
 @pytest.mark.parametrize("kernels", ["framework", "native"])
+def test_pages_are_written_where_the_pools_are(backend: str, kernels: str) -> None:
+    runner = shared_runner(backend, MODEL, PAGES, engine_config(kernels=kernels, max_num_seqs=2, max_num_batched_tokens=32))
+    runner.reset()
+
+    def places() -> list[int]:
+        pools = [pool for pools in runner.state.cache for pool in pools]
+        return [pool.data_ptr() if backend == "torch" else pool.unsafe_buffer_pointer() for pool in pools]
+
+    before = places()
+    for pages in ([3], [5, 1, 40]):
+        runner.write_pages(0, pages, runner.read_pages(0, pages))
+    assert places() == before
+
+
+@pytest.mark.parametrize("kernels", ["framework", "native"])
 def test_no_number_of_pages_compiles_anything_after_warm_up(backend: str, kernels: str) -> None:
     runner = shared_runner(backend, MODEL, PAGES, engine_config(kernels=kernels, max_num_seqs=2, max_num_batched_tokens=32))
     runner.reset()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import queue
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from time import perf_counter
@@ -22,11 +22,12 @@ import numpy as np
 
 from common.config import EngineConfig
 from common.config import expect as expect_config
-from common.engine import StepRecord, build_engine, check_request
+from common.engine import StepRecord, check_request
 from common.errors import BackendError, by_name
 from common.frames import Frame, Message
 from common.interface import Caps, Progress, ReplicaState, ServingEngine
 from common.platform import cores, family_memory, thread_settings
+from common.replicas.handover import SECRET
 from common.replicas.keeper import Gone, Keeper, Link, News, Ready, Said
 from common.replicas.wire import pack_request, unpack_caps, unpack_event
 from common.request import Request, Status, TokenEvent, expect
@@ -46,13 +47,6 @@ GAUGES = ("num_running", "num_waiting", "kv_cache_usage", "kv_pool_bytes")
 """Entries of `stats` that tell what is; all others count since the start."""
 
 
-def open_engine(backend: str, checkpoint: Checkpoint, config: EngineConfig, progress: Progress | None = None) -> ServingEngine:
-    """The engine that `config` asks for, ready: one in this process, or replicas of it in processes of their own."""
-    if config.data_parallel_size == 1:
-        return build_engine(backend, checkpoint, config, progress)
-    return Replicas(backend, checkpoint, config, progress)
-
-
 @dataclass(eq=False)
 class _Live:
     """A request that has not ended."""
@@ -66,6 +60,8 @@ class _Live:
     """By which the replica knows it."""
     replica: _Replica | None = None
     """None while it waits for one to serve."""
+    offer: Sequence[Any] | None = None
+    """Where pages of its prompt are held, or were, as `Replicas.offers` has it."""
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -99,15 +95,32 @@ class Replicas(ServingEngine):
     """`config.data_parallel_size` engines of `backend`. They share the compute threads; what else `config` says is of each, but
     for `max_waiting`, which is of all."""
 
-    def __init__(self, backend: str, checkpoint: Checkpoint, config: EngineConfig, progress: Progress | None = None) -> None:
-        """Start them and wait until all serve. Raises what made one of them fail."""
+    def __init__(
+        self,
+        backend: str,
+        checkpoint: Checkpoint,
+        config: EngineConfig,
+        progress: Progress | None = None,
+        secret: str = "",
+        ring: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Start them and wait until all serve. Raises what made one of them fail. With a `secret` they hand over pages to all
+        that have the same. `ring` is called, on a thread, when there is something to hear."""
         size = config.data_parallel_size
         threads = max(1, (config.threads or cores()) // size)
         options = asdict(replace(config, threads=threads, max_waiting=None))
         self._config = config
         self._news: queue.SimpleQueue[News] = queue.SimpleQueue()
+        self.offers: dict[str, Sequence[Any]] = {}
+        """By the id of a request that has ended and keeps its pages: where they are to be had, for `add`."""
         main, arguments = "common.replicas.worker:main", (backend, str(checkpoint.path), options)
-        self._replicas = [_Replica(Keeper(i, main, arguments, thread_settings(threads), self._news.put)) for i in range(size)]
+        environment = thread_settings(threads) | ({SECRET: secret} if secret else {})
+
+        def post(news: News) -> None:
+            self._news.put(news)
+            ring()
+
+        self._replicas = [_Replica(Keeper(i, main, arguments, environment, post)) for i in range(size)]
         self._router = Router(config.routing, size, config.block_size)
         self._live: dict[str, _Live] = {}
         self._numbers = count()
@@ -145,23 +158,33 @@ class Replicas(ServingEngine):
         assert self._caps
         return self._caps
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, offer: Sequence[Any] | None = None) -> None:
+        """`offer`: where pages of its prompt are to be had."""
+        self.check(request)
+        if request.params.seed is None:
+            seed = mix64(self._config.seed, self._num_requests)
+            request = replace(request, params=replace(request.params, seed=seed))
+        self._num_requests += 1
+        self._counters["prompt_tokens"] += len(request.prompt_token_ids)
+        self._live[request.request_id] = live = _Live(request, list(request.output_token_ids), offer=offer)
+        self._send(live)
+
+    def has(self, request_id: str) -> bool:
+        """Whether it is live."""
+        return request_id in self._live
+
+    def check(self, request: Request) -> int:
+        """How many output tokens a request can come to have. Raises what `add` would."""
         assert self._limits
         self._hear(0)
         self._expect_able()
         check_request(request, self.caps.vocab_size)
         twin, parent = self._live.get(request.request_id), self._parent(request)
         expect_new(request, twin.request if twin else None, parent.request if parent else None)
-        self._limits.max_tokens(request)
+        most = self._limits.max_tokens(request)
         Edits.of(request, request.stops, self.caps.vocab_size)  # refuses what leaves no token to choose
-        expect_room(request, self._num_waiting(), self._config.max_waiting, self._draining)
-        if request.params.seed is None:
-            seed = mix64(self._config.seed, self._num_requests)
-            request = replace(request, params=replace(request.params, seed=seed))
-        self._num_requests += 1
-        self._counters["prompt_tokens"] += len(request.prompt_token_ids)
-        self._live[request.request_id] = live = _Live(request, list(request.output_token_ids))
-        self._send(live)
+        expect_room(request, self.num_waiting, self._config.max_waiting, self._draining)
+        return most
 
     def _parent(self, request: Request) -> _Live | None:
         if request.parent is None or self._config.cache == "dense":
@@ -181,7 +204,7 @@ class Replicas(ServingEngine):
             index, cached = self._router.choose(tokens, request.cache_salt, loads)
         else:
             index, cached = self._replicas.index(beside), len(tokens) - 1
-        live.cost = len(tokens) - cached
+        live.cost = 1 if live.offer else len(tokens) - cached
         replica = live.replica = self._replicas[index]
         assert replica.link
         live.number = next(self._numbers)
@@ -190,7 +213,7 @@ class Replicas(ServingEngine):
         self._router.sent(index, tokens, request.cache_salt, replica.num_pages)
         number = parent.number if parent is not None and beside is not None else None
         message, data = pack_request(live.number, number, replace(request, output_token_ids=tuple(live.output)))
-        replica.link.send({"order": "add"} | message, data)
+        replica.link.send({"order": "add", "offer": live.offer} | message, data)
 
     def abort(self, request_id: str) -> bool:
         return self._end(request_id, Status.FINISHED_ABORT, None)
@@ -258,8 +281,11 @@ class Replicas(ServingEngine):
                 self._admit(index, replica, told, link)
             case Said(_, Frame({"answer": int(ask)}) as frame):
                 self._answers[ask] = frame
-            case Said(_, Frame({"events": events, "records": records, "stats": stats, "taken": taken})):
+            case Said(_, Frame({"events": events, "records": records, "stats": stats, "taken": taken, "offers": offers})):
                 replica.stats, replica.taken = stats, taken
+                for offer in offers:
+                    if live := replica.live.get(int(offer[1])):
+                        self.offers[live.request.request_id] = offer
                 if self.step_log is not None:
                     self.step_log += [self._named(replica, StepRecord.of(values)) for values in records]
                 for values in events:
@@ -356,14 +382,15 @@ class Replicas(ServingEngine):
         held, most = family_memory([state.pid for state in self.replicas if state.pid])
         return sums | {
             **self._counters,
-            "num_waiting": self._num_waiting(),
+            "num_waiting": self.num_waiting,
             "kv_cache_usage": sums["kv_cache_usage"] / max(len(told), 1),
             "others_rss_bytes": held,
             "others_peak_rss_bytes": most,
             "replicas": [{"serves": replica.link is not None, **replica.stats} for replica in self._replicas],
         }
 
-    def _num_waiting(self) -> int:
+    @property
+    def num_waiting(self) -> int:
         """Requests that wait: for a replica, or in one that has said so or does not know of them yet."""
         sent = sum(replica.stats["num_waiting"] + replica.sent - replica.taken for replica in self._replicas if replica.link)
         return int(sent) + sum(live.replica is None for live in self._live.values())

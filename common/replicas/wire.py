@@ -15,6 +15,8 @@ import numpy as np
 from common.frames import Message
 from common.interface import Caps
 from common.request import Logprobs, Request, SamplingParams, Status, StructuredOutputsParams, TokenEvent
+from common.schedule.kv import KV
+from common.schedule.transfer import Offer, Tag
 from common.text.grammar import Grammar
 
 Compile = Callable[[StructuredOutputsParams | None], Future[Grammar] | None]
@@ -35,12 +37,13 @@ def pack_request(number: int, parent: int | None, request: Request) -> tuple[Mes
         "priority": int(request.priority),
         "deadline": None if request.deadline is None else float(request.deadline),
         "num_output": len(request.output_token_ids),
+        "keep_pages": request.keep_pages,
     }
     return message, np.array((*request.prompt_token_ids, *request.output_token_ids), np.int32).tobytes()
 
 
-def unpack_request(message: Mapping[str, Any], data: bytes, compile: Compile) -> Request:
-    """The request, which goes by its number, its grammar compiled by `compile`."""
+def unpack_request(message: Mapping[str, Any], data: bytes, compile: Compile, kv: Future[KV] | None = None) -> Request:
+    """The request, which goes by its number, its grammar compiled by `compile`, its keys and values to come as `kv`."""
     tokens = np.frombuffer(data, np.int32).tolist()
     end = len(tokens) - message["num_output"]
     params = dict(message["params"])
@@ -59,6 +62,8 @@ def unpack_request(message: Mapping[str, Any], data: bytes, compile: Compile) ->
         parent=None if message["parent"] is None else str(message["parent"]),
         output_token_ids=tuple(tokens[end:]),
         grammar=compile(params["structured_outputs"]),
+        kv=kv,
+        keep_pages=message["keep_pages"],
     )
 
 
@@ -83,6 +88,16 @@ def unpack_event(values: Sequence[Any]) -> tuple[int, TokenEvent]:
     status = None if finish is None else Status(finish)
     listed = None if scores is None else [_unpack_logprobs(entry) for entry in scores]
     return number, TokenEvent("", token, time, _unpack_logprobs(logprobs), status, stop_reason, error, listed, cached)
+
+
+def pack_offer(port: int, offer: Offer) -> list[Any]:
+    """An offer, and where it stands."""
+    return [port, *offer.tag, offer.tokens, offer.layout]
+
+
+def unpack_offer(values: Sequence[Any]) -> tuple[int, Offer]:
+    port, name, generation, tokens, layout = values
+    return port, Offer(Tag(name, generation), tokens, layout)
 
 
 def unpack_caps(values: Mapping[str, Any]) -> Caps:

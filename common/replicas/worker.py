@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import queue
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from typing import IO, Any, NoReturn
 
@@ -19,16 +21,25 @@ from common import child
 from common.config import EngineConfig
 from common.engine import Engine, build_engine
 from common.frames import Frame, Message, write_frame
+from common.replicas.handover import SECRET, Door, Heard, fetch
 from common.replicas.keeper import BEAT_S
-from common.replicas.wire import pack_event, unpack_request
+from common.replicas.wire import pack_event, pack_offer, unpack_offer, unpack_request
 from common.request import Status, StructuredOutputsParams, TokenEvent
+from common.schedule.kv import KV, layout_of, model_fingerprint
+from common.schedule.transfer import Sender
 from common.text.grammar import Grammar, Grammars
 from common.text.tokenizer import open_tokenizer
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 
+MAX_FETCHES = 8
+"""At once; others wait, and are computed if that takes long."""
+EXPIRE_S = 0.25
+"""Between two looks at what is held in vain, where nothing else is to be done."""
+
 
 def main(backend: str, path: str, options: dict[str, Any]) -> None:
     """Serve until our input ends."""
+    secret = os.environ.pop(SECRET, "").encode()
     answers, told = child.listen()
     child.die_with_parent()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # who ends a whole group of processes lets our parent finish what it has
@@ -41,8 +52,9 @@ def main(backend: str, path: str, options: dict[str, Any]) -> None:
         voice.say({"failed_to_start": failure(error)})
         sys.exit(1)
     caps, limits = asdict(engine.caps), asdict(engine.scheduler.limits)
+    handover = Handover(engine, checkpoint, secret, told.put) if secret else None
     voice.say({"ready": {"caps": caps, "limits": limits, "stats": engine.stats()}})
-    Replica(engine, checkpoint, voice).run(told)
+    Replica(engine, checkpoint, voice, handover).run(told)
 
 
 class Voice:
@@ -67,28 +79,70 @@ class Voice:
             time.sleep(BEAT_S)
 
 
+class Handover:
+    """The pages that an engine holds for others, and those that it gets. All but `heard` is of the engine's thread."""
+
+    def __init__(self, engine: Engine, checkpoint: Checkpoint, secret: bytes, heard: Callable[[Heard], object]) -> None:
+        self._engine, self._secret = engine, secret
+        self._layout = layout_of(engine.runner, model_fingerprint(checkpoint))
+        # Later than any of a process that was here before: so are its generations.
+        self._sender = Sender(self._layout, engine.read_kept, engine.drop_kept, generation=time.time_ns())
+        self._door = Door(secret, heard)
+        self._fetching = ThreadPoolExecutor(MAX_FETCHES, "fetch")
+
+    def offers(self) -> list[list[Any]]:
+        """Of pages that have come to be held since the last call, as `fetch` takes them."""
+        kept, names = self._engine.scheduler.kept, self._sender.names
+        new = [self._sender.offer(name, kept[name].tokens, time.monotonic()) for name in kept if name not in names]
+        return [pack_offer(self._door.port, offer) for offer in new]
+
+    def hear(self, heard: Heard) -> None:
+        heard.answer(self._sender.hear(heard.said, time.monotonic()))
+
+    def expire(self) -> float | None:
+        """Give back what was held in vain; in how many seconds to come again, if it is needed."""
+        self._sender.expire(time.monotonic())  # who has accepted hears of it as the connection ends
+        return EXPIRE_S if self._sender.names else None
+
+    def fetch(self, offer: Sequence[Any]) -> Future[KV]:
+        """What was offered elsewhere."""
+        kv: Future[KV] = Future()
+        self._fetching.submit(fetch, *unpack_offer(offer), self._layout, self._secret, kv)
+        return kv
+
+
 class Replica:
     """One engine under orders."""
 
-    def __init__(self, engine: Engine, checkpoint: Checkpoint, voice: Voice) -> None:
-        self._engine, self._checkpoint, self._voice = engine, checkpoint, voice
+    def __init__(self, engine: Engine, checkpoint: Checkpoint, voice: Voice, handover: Handover | None) -> None:
+        self._engine, self._checkpoint, self._voice, self._handover = engine, checkpoint, voice, handover
         self._grammars: Grammars | None = None
         self._taken = 0
         self._refused: list[TokenEvent] = []
 
-    def run(self, told: queue.SimpleQueue[Frame]) -> NoReturn:
+    def run(self, told: queue.SimpleQueue[Frame | Heard]) -> NoReturn:
         """An engine that cannot go on raises."""
         while True:
             while not (self._engine.has_work and told.empty()):
-                self._obey(told.get())
-                if self._refused:
-                    self._tell([])
+                self._listen(told)
             self._step()
+
+    def _listen(self, told: queue.SimpleQueue[Frame | Heard]) -> None:
+        """Do what is said next; nothing, from time to time, while pages are held. What that changes is told."""
+        free = self._engine.scheduler.pool.num_free
+        patience = self._handover.expire() if self._handover else None
+        if self._engine.scheduler.pool.num_free == free:
+            with contextlib.suppress(queue.Empty):
+                self._obey(told.get(timeout=patience))
+        if self._refused or self._engine.scheduler.pool.num_free != free:
+            self._tell([])
 
     def _step(self) -> None:
         self._voice.step_began = time.perf_counter()
         events = self._engine.step()
         self._voice.step_began = None
+        if self._handover:
+            self._handover.expire()
         self._tell(events)
 
     def _tell(self, events: list[TokenEvent]) -> None:
@@ -96,10 +150,16 @@ class Replica:
         if records:
             self._engine.step_log = []
         told = [pack_event(event) for event in (*refused, *events)]
-        self._voice.say({"events": told, "records": records, "stats": self._engine.stats(), "taken": self._taken})
+        offers = self._handover.offers() if self._handover else []
+        stats = self._engine.stats()
+        self._voice.say({"events": told, "records": records, "stats": stats, "taken": self._taken, "offers": offers})
 
-    def _obey(self, frame: Frame) -> None:
-        message, data = frame
+    def _obey(self, said: Frame | Heard) -> None:
+        if isinstance(said, Heard):
+            assert self._handover
+            self._handover.hear(said)
+            return
+        message, data = said
         match message:
             case {"order": "add"}:
                 self._add(message, data)
@@ -117,7 +177,9 @@ class Replica:
     def _add(self, message: Message, data: bytes) -> None:
         self._taken += 1
         try:
-            self._engine.add(unpack_request(message, data, self._compile))
+            offer = message.get("offer")
+            kv = self._handover.fetch(offer) if self._handover and offer else None
+            self._engine.add(unpack_request(message, data, self._compile, kv))
         except Exception as error:
             name, now = str(message["number"]), time.perf_counter()
             self._refused.append(TokenEvent(name, None, now, finish=Status.FINISHED_ERROR, error=str(error)))

@@ -33,19 +33,22 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from heapq import heapify, heappop, heappush
 from operator import attrgetter
+from time import sleep
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from common.config import Cache, Schedule
 from common.errors import BackendError, RequestError
 from common.interface import Caps, Result
-from common.request import STUCK, Logprobs, Request, Status, TokenEvent
+from common.request import STUCK, Logprobs, Request, Status, TokenEvent, expect
 from common.schedule.batch import Batch, Want
 from common.schedule.edits import Edits
+from common.schedule.kv import KV
 from common.schedule.limits import Limits, expect_new, expect_room
 from common.schedule.pages import PageKey, PagePool, next_key
 from common.schedule.rows import Change, Rows, Score, masks_of
@@ -78,6 +81,8 @@ class Sequence:
     """Of its prompt's tokens, as far as they are known; None if nobody asked."""
     matcher: Matcher | None = None
     """How far its output has come in its grammar; None without one, and until that is compiled."""
+    kv: Future[KV] | None = None
+    """Of its first tokens, from elsewhere; None without, and once it has started."""
     parent: Sequence | None = None
     """From whose pages it starts; None once it has started."""
     status: Status = Status.WAITING
@@ -137,6 +142,20 @@ class Sequence:
         return np.array((*self.request.prompt_token_ids, *self.output), np.int32)
 
 
+class Arrival(NamedTuple):
+    """Keys and values that pages are to have before a step."""
+
+    pages: list[int]
+    kv: KV
+
+
+class Kept(NamedTuple):
+    """Pages of a request that has ended, and how many tokens are written in them."""
+
+    pages: list[int]
+    tokens: int
+
+
 @dataclass(slots=True, eq=False)
 class Step:
     """A scheduled step, until its result has landed."""
@@ -147,6 +166,8 @@ class Step:
     """The ids of requests that were admitted for the first time, and so run their first tokens in it."""
     masks: Callable[[], np.ndarray] | None = None
     """The masks that the batch lacks, uint32[M, W]: to be called once, while the step runs; None where it lacks none."""
+    arrivals: list[Arrival] = field(default_factory=list)
+    """To be written before it runs."""
 
 
 class Scheduler:
@@ -184,6 +205,10 @@ class Scheduler:
         """The static batch that runs, or is about to."""
         self.copies: list[tuple[int, int]] = []
         """Pages (from, to) to copy at the beginning of the step that is being scheduled."""
+        self.arrivals: list[Arrival] = []
+        """Likewise pages to write, before they are copied."""
+        self.kept: dict[str, Kept] = {}
+        """By the id of the request."""
         self.trials: list[list[Sequence]] = []
         """Groups of suspects; while there are any, only the last is run."""
         self.faults_in_a_row = 0
@@ -208,6 +233,7 @@ class Scheduler:
         self.num_forks = 0
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
+        self.external_prefix_cache_hits = 0
 
     # ── requests come and go ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -215,6 +241,10 @@ class Scheduler:
         """Queue a request. Raises `RequestError`, and changes nothing, if it can never be served; `QueueFullError` or
         `DrainingError` if it could be, but not here and now."""
         name, params, output = request.request_id, request.params, list(request.output_token_ids)
+        expect(
+            not (request.keep_pages and name in self.kept),
+            f"Request {name!r}: pages of a request of this id are kept still; give it another.",
+        )
         twin, parent = self.live.get(name), None if request.parent is None or self.dense else self.live.get(request.parent)
         expect_new(request, twin.request if twin else None, parent.request if parent else None)
         max_tokens = self.limits.max_tokens(request)
@@ -224,7 +254,7 @@ class Scheduler:
             for token in output:
                 edits.append(token)
         seq = Sequence(
-            request=request,
+            request=request if request.kv is None else replace(request, kv=None),  # it goes as soon as pages have it
             number=self.num_requests,
             max_tokens=max_tokens,
             seed=mix64(self.seed, self.num_requests) if params.seed is None else params.seed,
@@ -233,6 +263,7 @@ class Scheduler:
             edits=edits,
             scores=None if params.prompt_logprobs is None or output else [None],
             parent=None if params.prompt_logprobs is not None or output else parent,  # which computes the prompt
+            kv=request.kv,
             output=output,
             admissions=int(bool(output)),
         )
@@ -285,9 +316,16 @@ class Scheduler:
                 failed.append((seq.request.request_id, f"{why}{error}"))
         return failed
 
-    def await_grammar(self, seconds: float) -> bool:
-        """Wait until a grammar has been compiled, at most so long; False if there is none to wait for."""
-        return bool(self.compiling) and bool(wait([f for _, f in self.compiling], seconds, FIRST_COMPLETED))
+    def await_others(self, seconds: float) -> bool:
+        """Wait for what may let the next request start: a grammar, keys and values, or pages that are kept; at most so long.
+        False if there is nothing to wait for."""
+        coming: list[Future[Any]] = [grammar for _, grammar in self.compiling]
+        coming += [seq.kv for seq in self.waiting if seq.kv is not None]  # or has come since a moment ago
+        if coming:
+            wait(coming, seconds, FIRST_COMPLETED)
+        elif self.kept:
+            sleep(seconds)
+        return bool(coming or self.kept)
 
     def recover(self, suspects: list[Sequence]) -> list[str]:
         """After a step raised, and the runner lost its pages and rows: everyone who ran waits again and keeps the emitted
@@ -301,7 +339,7 @@ class Scheduler:
         for seq in (*self.running, *self.leaving):
             self._give_back(seq)
             seq.in_flight = 0
-        self.running, self.leaving, self.copies = [], [], []
+        self.running, self.leaving, self.copies, self.arrivals, self.kept = [], [], [], [], {}
         self.pool = PagePool(self.pool.num_pages, self.pool.secret)
         guilty = self._arraign([seq for seq in suspects if seq.suspect], alone=len(suspects) == 1)
         for seq in guilty:
@@ -418,7 +456,9 @@ class Scheduler:
                 continue
             parent = seq.parent if seq.parent and seq.parent.status is Status.RUNNING else None
             hits = parent.pages[: (seq.known - 1) // self.block_size] if parent else self._lookup(seq)
-            computed = seq.known - 1 if parent else len(hits) * self.block_size
+            found = len(hits) * self.block_size
+            kv = None if parent else self._brought(seq, found)
+            computed = seq.known - 1 if parent else found if kv is None else found + kv.tokens
             if seq.known - computed > budget and not self._may_split(seq):
                 break
             pages = self.pool.allocate(self._pages_to_start(seq) - len(hits), hits)
@@ -427,7 +467,10 @@ class Scheduler:
                 break
             seq.pages, seq.published, seq.computed, seq.landed = pages, len(hits), computed, computed
             seq.row = self.rows.take(seq.tokens(), pages, seq.request.params, seq.seed)
-            seq.parent = None
+            seq.parent = seq.kv = None
+            if kv is not None:
+                self.arrivals.append(Arrival(pages[len(hits) :], kv))
+                self.external_prefix_cache_hits += kv.tokens
             if parent:
                 self.num_forks += 1
                 seq.keys = parent.keys[: len(hits)]
@@ -454,6 +497,8 @@ class Scheduler:
         if self.trials and seq not in self.trials[-1]:
             return False
         if seq.matcher is None and seq.request.grammar is not None:  # it is being compiled
+            return False
+        if seq.kv is not None and not seq.kv.done():
             return False
         return (not self.static or seq in self.batch) and not self._awaits_parent(seq)
 
@@ -498,6 +543,15 @@ class Scheduler:
                 self._extend_keys(seq, tokens[i * size : (i + 1) * size])
         return self.pool.match(seq.keys[:full])
 
+    def _brought(self, seq: Sequence, found: int) -> KV | None:
+        """What came from elsewhere of its tokens behind the first `found`, which the cache has. The last token is always left
+        to compute."""
+        if seq.kv is None or seq.scoring or seq.kv.cancelled() or seq.kv.exception() is not None:
+            return None
+        kv = seq.kv.result()
+        stop = min(kv.tokens, seq.known - 1)
+        return kv.slice(found, stop) if found < stop else None
+
     def _fit_bucket(self, num_decodes: int, chunks: list[tuple[Sequence, int]]) -> None:
         """Shorten the last chunk to end the step on a bucket, where running its rest in the next step pads less in sum."""
         total = num_decodes + sum(count for _, count in chunks)
@@ -532,9 +586,11 @@ class Scheduler:
             seq.computed = end
             seq.in_flight += 1
         copies, self.copies = self.copies, []
+        arrivals, self.arrivals = self.arrivals, []
         batch = self.rows.build(rows, starts, counts, samples, fills, scores, changes, copies)
         lacks_masks = batch.mask_rows is not None and batch.masks is None
-        return Step([seq for seq, _ in plan], batch, started, partial(masks_of, [*changes.values()]) if lacks_masks else None)
+        masks = partial(masks_of, [*changes.values()]) if lacks_masks else None
+        return Step([seq for seq, _ in plan], batch, started, masks, arrivals)
 
     # ── one step: its result ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -622,10 +678,19 @@ class Scheduler:
 
     def lend(self, count: int) -> list[int]:
         """Pages for whoever gives them back (`pool.release`) before the next step, while none is in flight. Where there are too
-        few, the least urgent that run are sent back to waiting."""
+        few, the least urgent that run are sent back to waiting, and then those that are kept go."""
         while (pages := self.pool.allocate(count)) is None:
-            self._preempt(self.running[-1])
+            if self.running:
+                self._preempt(self.running[-1])
+            else:
+                self.drop(next(iter(self.kept)))
         return pages
+
+    def drop(self, request_id: str) -> None:
+        """Give back what is kept of a request, if anything is."""
+        kept = self.kept.pop(request_id, None)
+        if kept is not None:
+            self.pool.release(kept.pages)
 
     # ── leaving ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -647,6 +712,12 @@ class Scheduler:
         seq.become(status)
         seq.suspect, seq.parent = 0, None
         del self.live[seq.request.request_id]
+        if seq.kv is not None:
+            seq.kv.cancel()
+            seq.kv = None
+        if seq.request.keep_pages and status is Status.FINISHED_LENGTH:  # so that no step in flight names it
+            self.kept[seq.request.request_id] = Kept(seq.pages, seq.landed)
+            seq.pages = []
         if before is Status.RUNNING:
             self.running.remove(seq)
             self._vacate(seq)

@@ -18,7 +18,7 @@ from common.config import EngineConfig
 from common.config import expect as expect_config
 from common.errors import ConfigError, TandemError
 from common.options import add_engine_options, add_model_options, engine_options, parse
-from common.replicas.engine import open_engine
+from common.replicas.open import open_engine
 from common.serve.app import create_app
 from common.serve.front import Backends, create_front
 from common.serve.guard import JsonLines, TextLines
@@ -126,8 +126,9 @@ def make_app(options: argparse.Namespace) -> FastAPI:
     tokenizer.check_fits(checkpoint.config.vocab_size)
     expect_config(options.admin or not options.profile_dir, "--profile-dir is for /start_profile, which needs --admin.")
     expect_config(
-        config.data_parallel_size == 1 or not options.profile_dir,
-        "--profile-dir is for an engine in the server's own process, not for replicas: leave out --data-parallel-size.",
+        (config.data_parallel_size == 1 and not config.prefill_parallel_size) or not options.profile_dir,
+        "--profile-dir is for an engine in the server's own process, not for replicas: leave out --data-parallel-size and "
+        "--prefill-parallel-size.",
     )
     profiler = Profiler.of(options.backend, options.profile_dir) if options.profile_dir else None
     spans = Spans.to(options.otlp_endpoint) if options.otlp_endpoint else None

@@ -80,12 +80,12 @@ class Options:
     def check(self, config: EngineConfig) -> None:
         """Raise `ConfigError` for several ranks or replicas of which the server would not be told, and `BackendError` if there
         is no program to start it."""
-        for option in ("tensor_parallel_size", "data_parallel_size"):
+        for option, alone in (("tensor_parallel_size", 1), ("data_parallel_size", 1), ("prefill_parallel_size", 0)):
             number = getattr(config, option)
             expect(
-                number == 1 or any(f"{{{option}}}" in part for part in self.command),
+                number == alone or any(f"{{{option}}}" in part for part in self.command),
                 f"{option}={number} does not reach the server: only a command that has the word {{{option}}} passes it on. "
-                f"Put it there, or give this engine {option}:1.",
+                f"Put it there, or give this engine {option}:{alone}.",
             )
         for name in fill(self.command[:1], {"peers": str(peers_folder())}):
             if "{" not in name:  # else the model decides, which is not known yet

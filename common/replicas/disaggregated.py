@@ -1,0 +1,167 @@
+"""An engine whose prompts are computed by some processes and gone on with by others: two sets of replicas, which together are
+one `ServingEngine`.
+
+A request goes to the one set for its first token, and its pages stay there; then to the other, which fetches them
+(`common.replicas.handover`) and goes on behind that token. What does not come is computed there: a prompt's pages are worth its
+time, never its tokens.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from common.config import EngineConfig
+from common.errors import BackendError
+from common.interface import Caps, Progress, ReplicaState, ServingEngine
+from common.platform import cores
+from common.replicas.engine import PATIENCE_S, Replicas
+from common.request import Request, Status, TokenEvent
+from common.schedule.limits import expect_new, expect_room
+from common.schedule.scheduler import mix64
+from common.weights.checkpoint import Checkpoint
+
+
+class Disaggregated(ServingEngine):
+    """`config.prefill_parallel_size` engines of `config.prefill_backend` before `config.data_parallel_size` of `backend`. They
+    share the compute threads; what else `config` says is of each, but for `max_waiting`, which is of all."""
+
+    def __init__(self, backend: str, checkpoint: Checkpoint, config: EngineConfig, progress: Progress | None = None) -> None:
+        """Start them and wait until all serve. Raises what made one of them fail."""
+        before, behind, secret = config.prefill_parallel_size, config.data_parallel_size, secrets.token_hex(32)
+        threads = max(1, (config.threads or cores()) // (before + behind))
+        each = replace(config, prefill_parallel_size=0, prefill_backend=None, max_waiting=None)
+        self._config = config
+        self._bell = threading.Event()
+        self._live: dict[str, Request] = {}
+        """As they were asked for."""
+        self._first: set[str] = set()
+        """Those whose first token is to come yet, and who then go on elsewhere."""
+        self._events: list[TokenEvent] = []
+        self._draining = False
+        self._num_requests = 0
+
+        def start(backend: str, size: int) -> Replicas:
+            part = replace(each, data_parallel_size=size, threads=size * threads)
+            return Replicas(backend, checkpoint, part, progress, secret, self._bell.set)
+
+        self._prefill = start(config.prefill_backend or backend, before)
+        try:
+            self._decode = start(backend, behind)
+        except BaseException:
+            self._prefill.close()
+            raise
+
+    @property
+    def caps(self) -> Caps:
+        prefill, decode = self._prefill.caps, self._decode.caps
+        return replace(decode, max_model_len=min(prefill.max_model_len, decode.max_model_len))
+
+    # ── requests come and go ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def add(self, request: Request) -> None:
+        most, cap = self._decode.check(request), len(request.output_token_ids) + 1
+        parent = None if request.parent is None or self._config.cache == "dense" else self._live.get(request.parent)
+        expect_new(request, self._live.get(request.request_id), parent)
+        waiting = self._prefill.num_waiting + self._decode.num_waiting
+        expect_room(request, waiting, self._config.max_waiting, self._draining)
+        if request.params.seed is None:
+            seed = mix64(self._config.seed, self._num_requests)
+            request = replace(request, params=replace(request.params, seed=seed))
+        if most == cap:
+            self._prefill.add(request)  # which is all of it
+        else:
+            params = replace(request.params, max_tokens=cap, min_tokens=min(request.params.min_tokens, cap))
+            self._prefill.add(replace(request, params=params, keep_pages=True))
+            self._first.add(request.request_id)
+        self._live[request.request_id] = request
+        self._num_requests += 1
+
+    def abort(self, request_id: str) -> bool:
+        return self._end(request_id, lambda part: part.abort(request_id))
+
+    def finish(self, request_id: str, stop_reason: str) -> bool:
+        return self._end(request_id, lambda part: part.finish(request_id, stop_reason))
+
+    def _end(self, request_id: str, end: Callable[[Replicas], bool]) -> bool:
+        """End it where it is; and that is its end."""
+        self._events += self._hear()  # it may be on its way from one to the other
+        self._first.discard(request_id)
+        ended = end(self._decode if self._decode.has(request_id) else self._prefill)
+        self._events += self._hear()  # before another of its name comes
+        return ended
+
+    def drain(self) -> None:
+        self._draining = True
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._events) or self._prefill.has_work or self._decode.has_work
+
+    def step(self, timeout: float | None = None) -> list[TokenEvent]:
+        """What the replicas have brought. Where that is nothing yet, waits for `timeout`, or a moment."""
+        self._prefill.step_log = self._decode.step_log = self.step_log
+        self._events += self._hear()
+        if not self._events and self.has_work:
+            self._bell.wait(PATIENCE_S if timeout is None else timeout)
+            self._bell.clear()
+            self._events += self._hear()
+        events, self._events = self._events, []
+        return events
+
+    def _hear(self) -> list[TokenEvent]:
+        told = [event for first in self._prefill.step(0) for event in self._pass_on(first)]
+        told += self._decode.step(0)
+        for event in told:
+            if event.finish:
+                del self._live[event.request_id]
+        return told
+
+    def _pass_on(self, event: TokenEvent) -> list[TokenEvent]:
+        """What is to be told of an event of those that compute prompts."""
+        goes_on = event.finish is Status.FINISHED_LENGTH and event.request_id in self._first
+        self._first.discard(event.request_id)
+        if not goes_on or event.token_id is None:
+            return [event]
+        request = self._live[event.request_id]
+        output = (*request.output_token_ids, event.token_id)
+        told = [replace(event, finish=None)]
+        try:
+            self._decode.add(replace(request, output_token_ids=output), self._prefill.offers.pop(request.request_id, None))
+        except BackendError as error:  # none of them is left
+            name, now = request.request_id, perf_counter()
+            told.append(TokenEvent(name, None, now, finish=Status.FINISHED_ERROR, error=str(error)))
+        return told
+
+    # ── beside the requests ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def replicas(self) -> tuple[ReplicaState, ...]:
+        """Those that compute prompts first."""
+        return (*self._prefill.replicas, *self._decode.replicas)
+
+    def stats(self) -> dict[str, Any]:
+        """As `Replicas.stats`, of all."""
+        parts = self._prefill.stats(), self._decode.stats()
+        sums = {name: sum(part[name] for part in parts) for name in parts[0] if name != "replicas"}
+        return sums | {
+            "prompt_tokens": parts[0]["prompt_tokens"],
+            "kv_cache_usage": sums["kv_cache_usage"] / len(parts),
+            "replicas": [told for part in parts for told in part["replicas"]],
+        }
+
+    def hidden_states(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        return self._decode.hidden_states(prompts)
+
+    def reset_prefix_cache(self) -> bool:
+        return not self.has_work and self._prefill.reset_prefix_cache() and self._decode.reset_prefix_cache()
+
+    def close(self) -> None:
+        self._prefill.close()
+        self._decode.close()

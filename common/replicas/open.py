@@ -1,0 +1,19 @@
+"""The engine that a configuration asks for: one in this process, or several in processes of their own."""
+
+from __future__ import annotations
+
+from common.config import EngineConfig
+from common.engine import build_engine
+from common.interface import Progress, ServingEngine
+from common.replicas.disaggregated import Disaggregated
+from common.replicas.engine import Replicas
+from common.weights.checkpoint import Checkpoint
+
+
+def open_engine(backend: str, checkpoint: Checkpoint, config: EngineConfig, progress: Progress | None = None) -> ServingEngine:
+    """Ready."""
+    if config.prefill_parallel_size:
+        return Disaggregated(backend, checkpoint, config, progress)
+    if config.data_parallel_size > 1:
+        return Replicas(backend, checkpoint, config, progress)
+    return build_engine(backend, checkpoint, config, progress)

@@ -1,0 +1,345 @@
+"""How keys and values get from the engine that has computed them to the one that goes on with them: who says what, and what
+holds when something goes wrong. Pure bookkeeping: messages in, messages out; sockets, pages and clocks are the caller's.
+
+    sender                                receiver
+    holds the pages: Offer ─────────────► goes with the request, whichever way that takes
+                           ◄───── Accept
+    reads them:      Pages ─────────────► into memory of its own, in any order
+                      Done ─────────────► all are there, and each as it was sent: only now they are used
+                           ◄──────── Ack
+    gives them back
+
+Whoever gives up says `Abort` at once; whoever hears nothing for a lease gives up. The sender holds its pages until `Ack`,
+`Abort`, or the end of the lease, so that nobody writes to a page that is still to be read. The receiver has no page before all
+is proven: what comes late, twice, damaged or in part finds none, and the request is computed anew, which gives the same tokens.
+
+A transfer goes by a tag, whose generation no other offer ever has: a message of an earlier one finds nobody. All messages are
+signed with the secret of a launch, and bytes are named by their checksum in a message.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, NamedTuple
+
+import xxhash
+
+from common.errors import TandemError, shown
+from common.frames import Frame, Message
+from common.schedule.kv import KV, Layout, join
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+LEASE_S = 5.0
+CHUNK_BYTES = 4 << 20
+"""Of keys and values in one message, unless one token has more."""
+MAX_BYTES = 4 << 30
+"""Of keys and values in one transfer."""
+MAX_TEXT = 1024
+
+
+class TransferError(TandemError, ValueError):
+    """A message, or an offer, that is refused. Nothing of it was used."""
+
+
+class Tag(NamedTuple):
+    """Which transfer."""
+
+    name: str
+    """Of the request whose pages they are, in the engine that holds them."""
+    generation: int
+
+
+@dataclass(frozen=True)
+class Offer:
+    """The first `tokens` tokens of a request have been computed, and are held for a lease."""
+
+    tag: Tag
+    tokens: int
+    layout: str
+    """`Layout.fingerprint`."""
+
+
+@dataclass(frozen=True)
+class Accept:
+    """Send them."""
+
+    tag: Tag
+    layout: str
+
+
+@dataclass(frozen=True)
+class Pages:
+    """The tokens from `first` on, `count` of them."""
+
+    tag: Tag
+    first: int
+    count: int
+    checksum: int
+    data: Sequence[bytes | memoryview]
+    """Of which `Layout.unpack` makes arrays, in parts that stand one behind the other."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """That was all."""
+
+    tag: Tag
+    digest: str
+    """Of all checksums, in the order of tokens."""
+
+
+@dataclass(frozen=True)
+class Ack:
+    """All is there."""
+
+    tag: Tag
+
+
+@dataclass(frozen=True)
+class Abort:
+    """The transfer is over."""
+
+    tag: Tag
+    reason: str
+
+
+Said = Accept | Pages | Done | Ack | Abort
+_FIELDS: dict[type[Said], tuple[type, ...]] = {
+    Accept: (str,),
+    Pages: (int, int, int),
+    Done: (str,),
+    Ack: (),
+    Abort: (str,),
+}
+"""What follows the tag, but for bytes."""
+_KINDS = {kind.__name__: kind for kind in _FIELDS}
+
+
+def seal(said: Said, secret: bytes) -> tuple[Message, Sequence[bytes | memoryview]]:
+    """A message and its bytes as a frame has them, signed."""
+    data = said.data if isinstance(said, Pages) else ()
+    values = [getattr(said, name) for name in said.__dataclass_fields__ if name not in ("tag", "data")]
+    body = [VERSION, type(said).__name__, *said.tag, *values]
+    return {"transfer": body, "signature": _sign(body, secret)}, data
+
+
+def unseal(frame: Frame, secret: bytes) -> Said:
+    """The inverse of `seal`. Raises `TransferError` for what was not sealed with this secret, by this version."""
+    body, signature = frame.message.get("transfer"), frame.message.get("signature")
+    if not isinstance(body, list) or not isinstance(signature, str):
+        raise TransferError(f"Expected a message about a transfer, got {shown(frame.message)}.")
+    if not hmac.compare_digest(signature.encode(), _sign(body, secret).encode()):
+        raise TransferError("Got a message that is not signed with the secret of this launch.")
+    version, kind, name, generation, *values = [*body, None, None, None, None][: max(len(body), 4)]
+    if version != VERSION:
+        raise TransferError(f"Expected version {VERSION} of the protocol, got {shown(version)}.")
+    if (
+        not isinstance(kind, str)
+        or kind not in _KINDS
+        or not _are([name, generation, *values], (str, int, *_FIELDS[_KINDS[kind]]))
+    ):
+        raise TransferError(f"Got a message that the protocol does not have: {shown(body)}.")
+    said = _KINDS[kind]
+    return said(Tag(name, generation), *values, *([[frame.data]] if said is Pages else []))
+
+
+def _sign(body: list[Any], secret: bytes) -> str:
+    return blake2b(json.dumps(body).encode(), key=secret, digest_size=16).hexdigest()
+
+
+def _are(values: list[Any], types: tuple[type, ...]) -> bool:
+    fits = [type(value) is kind for value, kind in zip(values, types, strict=False)]
+    texts = [value for value in values if isinstance(value, str)]
+    return len(values) == len(types) and all(fits) and all(len(text) <= MAX_TEXT for text in texts)
+
+
+def checksum(data: Sequence[bytes | memoryview]) -> int:
+    """Of parts that stand one behind the other. Against damage; against malice there is the signature."""
+    digest = xxhash.xxh3_64()
+    for part in data:
+        digest.update(part)
+    return int(digest.intdigest())
+
+
+def digest_of(checksums: Sequence[int]) -> str:
+    return blake2b(b"".join(value.to_bytes(8, "little") for value in checksums), digest_size=16).hexdigest()
+
+
+@dataclass(eq=False)
+class _Held:
+    """An offer that stands."""
+
+    offer: Offer
+    until: float
+    """On the caller's clock."""
+    accepted: bool = False
+
+
+class Sender:
+    """All that one engine holds for others. `read(name, start, stop)` gives the tokens [start, stop) of a request, or raises
+    `LookupError` if its pages are gone; `free(name)` gives them back. `generation` is to be greater than any that another
+    sender of this launch has come to."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        read: Callable[[str, int, int], KV],
+        free: Callable[[str], object],
+        generation: int,
+        lease_s: float = LEASE_S,
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> None:
+        self._layout, self._fingerprint = layout, layout.fingerprint
+        self._read, self._free, self._generation, self._lease_s = read, free, generation, lease_s
+        self._chunk = max(1, chunk_bytes // layout.num_bytes(1))
+        self._held: dict[str, _Held] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The requests whose pages are held."""
+        return list(self._held)
+
+    def offer(self, name: str, tokens: int, now: float) -> Offer:
+        """Hold the first `tokens` tokens of a request for whoever accepts."""
+        self._generation += 1
+        offer = Offer(Tag(name, self._generation), tokens, self._fingerprint)
+        self._held[name] = _Held(offer, now + self._lease_s)
+        return offer
+
+    def hear(self, said: Said, now: float) -> list[Said]:
+        """What is to be answered."""
+        held = self._held.get(said.tag.name)
+        if held is None or held.offer.tag != said.tag:
+            over = isinstance(said, (Ack, Abort))
+            return [] if over else [Abort(said.tag, "no pages are held for it (any more)")]
+        match said:
+            case Accept(tag, layout) if layout != self._fingerprint:
+                self._end(tag.name, "the receiver has another model or layout")
+                return [Abort(tag, "this is another model or layout")]
+            case Accept():
+                return [] if held.accepted else self._all_of(held, now)
+            case Ack(tag):
+                self._end(tag.name)
+            case Abort(tag, reason):
+                self._end(tag.name, reason)
+            case _:
+                self._end(said.tag.name, "the receiver said what only a sender says")
+                return [Abort(said.tag, "a sender is told nothing of this kind")]
+        return []
+
+    def _all_of(self, held: _Held, now: float) -> list[Said]:
+        tag, tokens = held.offer.tag, held.offer.tokens
+        held.accepted, held.until = True, now + self._lease_s
+        pages: list[Pages] = []
+        try:
+            for first in range(0, tokens, self._chunk):
+                kv = self._read(tag.name, first, min(first + self._chunk, tokens))
+                data = self._layout.pack(kv)
+                pages.append(Pages(tag, first, kv.tokens, checksum(data), data))
+        except LookupError as lost:
+            self._end(tag.name, str(lost))
+            return [Abort(tag, "the pages have been lost")]
+        return [*pages, Done(tag, digest_of([each.checksum for each in pages]))]
+
+    def expire(self, now: float) -> list[Abort]:
+        """Give back what was held for a lease in vain; what is to be said of it, to those who have accepted."""
+        late = [held for held in self._held.values() if held.until <= now]
+        for held in late:
+            self._end(held.offer.tag.name, "the lease is over")
+        return [Abort(held.offer.tag, "the lease is over") for held in late if held.accepted]
+
+    def _end(self, name: str, trouble: str = "") -> None:
+        if trouble:
+            log.warning("Pages of request %s are not handed over: %s.", name, trouble)
+        del self._held[name]
+        self._free(name)
+
+
+class Receiver:
+    """One transfer, from its offer on: first say `accept`. Then exactly one of `kv` and `error` comes to be there, and nothing
+    that is heard later changes it."""
+
+    def __init__(self, offer: Offer, layout: Layout, now: float, lease_s: float = LEASE_S, max_bytes: int = MAX_BYTES) -> None:
+        """Raises `TransferError` for an offer that is not to be accepted."""
+        fingerprint, size = layout.fingerprint, layout.num_bytes(offer.tokens)
+        if offer.layout != fingerprint:
+            raise TransferError(f"The pages of request {offer.tag.name} are of another model or layout.")
+        if not (offer.tokens > 0 and size <= max_bytes):
+            raise TransferError(f"The pages of request {offer.tag.name} have {size} bytes; expected 1 to {max_bytes}.")
+        self.accept = Accept(offer.tag, fingerprint)
+        self.kv: KV | None = None
+        self.error: str | None = None
+        self._tag, self._tokens, self._layout, self._lease_s = offer.tag, offer.tokens, layout, lease_s
+        self.until = now + lease_s
+        """When `expire` gives up."""
+        self._pages: dict[int, Pages] = {}
+        self._digest: str | None = None
+
+    @property
+    def over(self) -> bool:
+        return self.kv is not None or self.error is not None
+
+    def hear(self, said: Said, now: float) -> list[Said]:
+        """What is to be answered."""
+        if said.tag != self._tag:
+            return [Abort(said.tag, "nobody waits for it (any more)")] if isinstance(said, (Pages, Done)) else []
+        if self.over:
+            return []
+        self.until = now + self._lease_s
+        match said:
+            case Pages():
+                return self._take(said)
+            case Done(_, digest) if self._digest not in (None, digest):
+                return self.give_up("Two messages differ about the end.")
+            case Done(_, digest):
+                self._digest = digest
+                return self._finish()
+            case Abort(_, reason):
+                self.error = f"The sender has given up: {reason}."
+                return []
+            case _:
+                return self.give_up("The sender said what only a receiver says.")
+
+    def _take(self, pages: Pages) -> list[Said]:
+        before = self._pages.get(pages.first)
+        if before is not None:
+            same = (before.count, before.checksum) == (pages.count, pages.checksum)
+            return [] if same else self.give_up(f"Two messages differ about token {pages.first}.")
+        size = sum(len(part) for part in pages.data)
+        if not (0 <= pages.first < pages.first + pages.count <= self._tokens):
+            return self.give_up(f"Got {pages.count} tokens from {pages.first} on, of {self._tokens}.")
+        if size != self._layout.num_bytes(pages.count) or checksum(pages.data) != pages.checksum:
+            return self.give_up(f"The tokens from {pages.first} on are damaged.")
+        self._pages[pages.first] = pages
+        return self._finish()
+
+    def _finish(self) -> list[Said]:
+        """Once the end has been told and nothing is missing: use it, if it is what was sent."""
+        pages = [self._pages[first] for first in sorted(self._pages)]
+        held = sum(each.count for each in pages)
+        if self._digest is None or held < self._tokens:
+            return []
+        whole = [each.first for each in pages] == [sum(each.count for each in pages[:i]) for i in range(len(pages))]
+        if not whole or digest_of([each.checksum for each in pages]) != self._digest:
+            return self.give_up("The tokens that came are not those that were sent.")
+        self.kv = join([self._layout.unpack(b"".join(each.data), each.count) for each in pages])
+        self._pages.clear()
+        return [Ack(self._tag)]
+
+    def expire(self, now: float) -> list[Said]:
+        return self.give_up("Nothing more came.") if self.until <= now else []
+
+    def give_up(self, error: str) -> list[Said]:
+        """What is to be said."""
+        if self.over:
+            return []
+        self.error = error
+        self._pages.clear()
+        return [Abort(self._tag, error)]

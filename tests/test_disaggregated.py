@@ -1,0 +1,378 @@
+"""Prompts computed by one process and gone on with by another are one engine: same tokens, one end each, whatever becomes of
+either, in whatever state."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from common.config import EngineConfig
+from common.engine import Engine
+from common.errors import BackendError, ConfigError, DrainingError, QueueFullError, RequestError
+from common.llm import LLM
+from common.replicas.disaggregated import Disaggregated
+from common.replicas.open import open_engine
+from common.request import Request, SamplingParams, Status, TokenEvent, fan_out
+from experiments import compare, lab
+from tests import history_backend
+from tests.backends import BACKENDS, checkpoint, engine_config, make_engine
+from tests.history_backend import ROOT, command, last_line
+from tests.history_runner import HistoryRunner
+from tests.http_server import history as history_package
+from tests.http_server import serving, until
+from tests.replica_mains import MODEL, SMALL
+from tests.test_replicas import VOCAB, Awake, judge, requests, right, told
+
+PAIR = replace(SMALL, data_parallel_size=1, prefill_parallel_size=1)
+
+
+@contextmanager
+def running(backend: str, config: EngineConfig = PAIR) -> Iterator[Disaggregated]:
+    engine = open_engine(backend, checkpoint(MODEL), config)
+    assert isinstance(engine, Disaggregated)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Makes `history` known to processes that are started; the folder whose files say what goes wrong in them."""
+    packages, control = history_package(tmp_path_factory.mktemp("disaggregated"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{packages}{os.pathsep}{ROOT}")
+        yield control
+
+
+@pytest.fixture(scope="module")
+def lasting(history: Path) -> Iterator[Disaggregated]:
+    with running("history") as engine:
+        yield engine
+
+
+@pytest.fixture
+def two(lasting: Disaggregated, history: Path) -> Iterator[Disaggregated]:
+    """One that computes prompts and one that goes on, which serve; afterwards nothing goes wrong in them any more."""
+    Awake().wait(lambda: all(state.serves for state in lasting.replicas))
+    lasting.step(0)
+    lasting._num_requests = 0  # seeds as in a new engine
+    yield lasting
+    for file in history.iterdir():
+        file.unlink()
+    for part in (lasting._prefill, lasting._decode):
+        for name in list(part._live):
+            lasting.abort(name)
+    while lasting.has_work:
+        lasting.step()
+
+
+def drive(
+    engine: Disaggregated, asked: Sequence[Request], when: Callable[[int], bool], meanwhile: Callable[[], object]
+) -> dict[str, list[TokenEvent]]:
+    """Run them all; do something once, as soon as `when` holds of the number of tokens that are out."""
+    events: dict[str, list[TokenEvent]] = {request.request_id: [] for request in asked}
+    for request in asked:
+        engine.add(request)
+    count, done = 0, False
+    while engine.has_work:
+        if not done and when(count):
+            meanwhile()
+            done = True
+        for event in engine.step():
+            events[event.request_id].append(event)
+            count += 1
+    assert done
+    return events
+
+
+def idle(engine: Disaggregated) -> bool:
+    """Whether no page is held in any of them, as far as they have told."""
+    engine.step(0)
+    return not any(part.stats()["kv_cache_usage"] for part in (engine._prefill, engine._decode))
+
+
+def test_outputs_are_those_of_one_engine_and_no_prompt_is_computed_twice(two: Disaggregated) -> None:
+    asked, before = requests(), two.stats()
+    judge(asked, two.run(asked))
+    stats = two.stats()
+    rise = {name: stats[name] - before[name] for name in before if name != "replicas"}
+    prompts = sum(len(request.prompt_token_ids) for request in asked)
+    assert rise["prompt_tokens"] == rise["external_prefix_cache_hits"] == prompts
+    assert rise["generation_tokens"] == rise["scheduled_tokens"] - prompts + len(asked)
+    assert rise["num_recomputed"] == rise["num_replicas_lost"] == 0
+    Awake().wait(lambda: idle(two))
+    assert two.reset_prefix_cache() and not two.caps.observes
+
+
+def test_what_ends_with_its_first_token_goes_nowhere(two: Disaggregated) -> None:
+    asked = [
+        replace(request, params=replace(request.params, **change))
+        for request, change in zip(
+            requests(3),
+            ({"max_tokens": 1}, {"stop_token_ids": [*range(VOCAB)]}, {"max_tokens": 1, "min_tokens": 1}),
+            strict=True,
+        )
+    ]
+    before = two.stats()["replicas"][1]["steps"]
+    judge(asked, two.run(asked))
+    assert two.stats()["replicas"][1]["steps"] == before
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("which", [0, 1], ids=["prefill", "decode"])
+@pytest.mark.parametrize("after", [0, 1, 30, 300])
+def test_one_that_ends_on_the_way_costs_nobody_a_token(
+    two: Disaggregated, history: Path, how: signal.Signals, which: int, after: int
+) -> None:
+    (history / "slow").touch()
+    asked, lost = requests(), two.stats()["num_replicas_lost"]
+    judge(asked, drive(two, asked, lambda count: count >= after, lambda: os.kill(two.replicas[which].pid, how)))
+    Awake().wait(lambda: two.stats()["num_replicas_lost"] == lost + 1)
+    Awake().wait(lambda: idle(two))
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("which", [0, 1], ids=["prefill", "decode"])
+@pytest.mark.parametrize("state", ["reading", "writing"])
+def test_one_that_ends_while_pages_are_handed_over_is_noticed_soon_and_costs_nobody_a_token(
+    two: Disaggregated, history: Path, how: signal.Signals, which: int, state: str
+) -> None:
+    """Pages have been accepted and are read, or have come and are written."""
+    (history / f"hold {state}").touch()
+    asked, lost = requests(6), two.stats()["num_replicas_lost"]
+
+    def end() -> None:
+        os.kill(two.replicas[which].pid, how)
+        waited = Awake().wait(lambda: not two._hear() and two.stats()["num_replicas_lost"] == lost + 1)
+        assert waited < 2
+        (history / f"hold {state}").unlink()
+
+    held: list[TokenEvent] = []
+    hear = two._hear
+    try:
+        two._hear = lambda: held.extend(hear()) or []  # type: ignore[method-assign]
+        for request in asked:
+            two.add(request)
+        Awake().wait(lambda: not two._hear() and (history / state).exists())
+        end()
+    finally:
+        two._hear = hear  # type: ignore[method-assign]
+    events: dict[str, list[TokenEvent]] = {request.request_id: [] for request in asked}
+    while two.has_work:
+        for event in (*held, *two.step()):
+            events[event.request_id].append(event)
+        held.clear()
+    judge(asked, events)
+    Awake().wait(lambda: idle(two))
+
+
+@pytest.mark.parametrize("state", ["reading", "writing"])
+def test_a_request_can_be_ended_while_its_pages_are_handed_over_and_they_come_back(
+    two: Disaggregated, history: Path, state: str
+) -> None:
+    (history / f"hold {state}").touch()
+    (asked,) = requests(1)
+    two.add(asked)
+    events: list[TokenEvent] = []
+    Awake().wait(lambda: events.extend(two.step(0)) or (history / state).exists())  # type: ignore[func-returns-value]
+    assert two.abort(asked.request_id) and not two.abort(asked.request_id)
+    events += two.step()
+    assert [event.finish for event in events] == [None, Status.FINISHED_ABORT]
+    (history / f"hold {state}").unlink()
+    assert not two.has_work
+    Awake().wait(lambda: idle(two))
+
+
+def test_a_request_can_be_ended_and_its_name_used_again_while_its_prompt_is_computed(two: Disaggregated, history: Path) -> None:
+    (history / "slow").touch()
+    request, again = requests(2)
+    again = replace(again, request_id=request.request_id)
+    two.add(request)
+    assert two.finish(request.request_id, "stop")
+    two._num_requests = 1
+    two.add(again)
+    first, *rest = [event for events in two.run([]).values() for event in events]
+    assert (first.finish, first.stop_reason) == (Status.FINISHED_STOP, "stop")
+    oracle = right(again, 1)
+    assert [event.token_id for event in rest] == oracle.tokens
+    assert [event.finish for event in rest] == [None] * (len(rest) - 1) + [oracle.finish]
+
+
+def test_continuations_of_one_prompt_are_those_of_one_engine(two: Disaggregated) -> None:
+    params = SamplingParams(n=4, seed=9, max_tokens=12)
+    asked = fan_out(Request(request_id="n", prompt_token_ids=[*range(3, 40)], params=params))
+    judge(asked, two.run(asked))
+
+
+def test_steps_are_logged_under_the_names_of_requests(two: Disaggregated) -> None:
+    asked = requests(5)
+    two.step_log = []
+    two.run(asked)
+    started = [name for record in two.step_log for name in record.started]
+    two.step_log = None
+    assert sorted(started) == sorted(request.request_id for request in asked)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"prompt_token_ids": (VOCAB,)},
+        {"prompt_token_ids": tuple(range(3, 300)) * 2},
+        {"params": SamplingParams(max_tokens=600)},
+        {"params": SamplingParams(n=2)},
+        {"params": SamplingParams(allowed_token_ids=[3], min_tokens=1, stop_token_ids=[3])},
+        {"request_id": "live"},
+        {"parent": "live"},
+    ],
+)
+def test_what_one_engine_refuses_is_refused_in_the_same_words(two: Disaggregated, bad: dict[str, Any]) -> None:
+    runner = HistoryRunner(num_pages=200, vocab_size=VOCAB, max_seqs=8)
+    one = Engine(runner, replace(PAIR, prefill_parallel_size=0), num_pages=200)
+    live = Request(request_id="live", prompt_token_ids=(5, 6, 7))
+    wrong = replace(Request(request_id="bad", prompt_token_ids=(5, 6)), **bad)
+    messages = []
+    for engine in (one, two):
+        engine.add(live)
+        with pytest.raises(RequestError) as refused:
+            engine.add(wrong)
+        messages.append((str(refused.value), refused.value.param))
+        engine.run([])
+    assert messages[0] == messages[1]
+    one.close()
+
+
+def test_the_queue_has_one_bound_and_a_drain_stops_all(history: Path) -> None:
+    (history / "slow").touch()
+    with running("history", replace(PAIR, max_num_seqs=1, max_waiting=3)) as engine:
+        asked = requests(9, output=30)
+        engine.add(asked[0])
+        Awake().wait(lambda: not engine.step(0) and engine.stats()["num_running"] == 1)
+        for request in asked[1:4]:
+            engine.add(request)
+        with pytest.raises(QueueFullError, match="3 requests wait already, and max_waiting=3"):
+            engine.add(asked[4])
+        engine.drain()
+        with pytest.raises(DrainingError):
+            engine.add(asked[4])
+        ends = [event.request_id for events in engine.run([]).values() for event in events if event.finish]
+        assert sorted(ends) == [request.request_id for request in asked[:4]]
+    (history / "slow").unlink()
+
+
+def test_more_than_one_of_each(history: Path) -> None:
+    with running("history", replace(PAIR, prefill_parallel_size=2, data_parallel_size=2)) as engine:
+        asked = requests()
+        judge(asked, engine.run(asked))
+        steps = [told["steps"] for told in engine.stats()["replicas"]]
+        assert len(steps) == 4 and all(steps)
+
+
+def test_no_process_outlives_an_engine_that_is_killed(history: Path) -> None:
+    words = [sys.executable, "-m", "tests.replica_mains", "disaggregated"]
+    parent = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout
+    others = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+    assert len(others) == 2
+    others[0].suspend()
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(others, timeout=5)
+    assert alive == []
+
+
+def test_what_keeps_one_from_starting_is_told_as_it_was_raised_and_the_others_end() -> None:
+    before = {process.pid for process in psutil.Process().children()}
+    with pytest.raises(BackendError, match="Unknown backend 'torhc'"), running("torhc"):
+        pass
+    with pytest.raises(BackendError, match="Unknown backend 'jxa'"), running("torch", replace(PAIR, prefill_backend="jxa")):
+        pass
+    assert {process.pid for process in psutil.Process().children()} <= before
+
+
+def test_whoever_looks_into_an_engine_is_told_that_it_is_elsewhere() -> None:
+    with pytest.raises(ConfigError, match=r"lab\.load"):
+        lab.load("model=tiny-llama", "engine=torch", "parallel=pd1")
+
+
+# ── over both backends ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+REAL = engine_config(kernels="native", num_blocks=128)
+
+
+@pytest.mark.parametrize(("first", "then"), [(a, b) for a in BACKENDS for b in BACKENDS])
+def test_one_backend_goes_on_with_the_prompts_of_the_other_as_one_engine_would(first: str, then: str) -> None:
+    """Log-probabilities to the bit, of the chosen token and twenty others."""
+    asked = [replace(request, params=replace(request.params, logprobs=20)) for request in requests(12, output=20)]
+    config = replace(REAL, prefill_parallel_size=1, prefill_backend=first, threads=2)
+    with running(then, config) as engine:
+        events = engine.run(asked)
+        prompts = sum(len(request.prompt_token_ids) for request in asked)
+        assert engine.stats()["external_prefix_cache_hits"] == prompts
+        states = engine.hidden_states([[5, 6, 7, 8]])
+    one = make_engine(then, MODEL, REAL, pages=128)
+    wanted = one.run(asked)
+    assert {name: told(mine) for name, mine in events.items()} == {name: told(mine) for name, mine in wanted.items()}
+    assert np.array_equal(states[0], one.hidden_states([[5, 6, 7, 8]])[0])
+
+
+# ── what is built on engines ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_library_answers_as_with_one_engine(history: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(history.parent / "packages"))  # one engine is in this process
+    prompts, params = ["the and of", "once upon"], SamplingParams(max_tokens=12, seed=5, n=2)
+    small = {"max_num_seqs": 4, "max_model_len": 256, "num_blocks": 64, "device": "cpu"}
+    texts = []
+    for size in (0, 1):
+        with LLM(MODEL, backend="history", prefill_parallel_size=size, **small) as llm:
+            texts.append([[output.text for output in each.outputs] for each in llm.generate(prompts, params)])
+            assert len(llm.engine.replicas) == 2 * size
+    del sys.modules["historyinfer"]
+    assert texts[0] == texts[1]
+
+
+def test_a_server_answers_the_same_when_one_is_killed_and_has_its_pages_back(tmp_path: Path) -> None:
+    packages, _ = history_package(tmp_path)
+    options = ("--backend", "history", "--max-model-len", "512", "--prefill-parallel-size", "1")
+    with serving(tmp_path, *options, packages=[packages]) as server:
+        body = {"prompt": "the and of ", "max_tokens": 60, "ignore_eos": True, "seed": 3, "temperature": 0.8}
+        (whole,) = server.complete(**body)["choices"]
+        states = server.client.get("/health").json()["replicas"]
+        assert len(states) == 2
+        os.kill(states[0]["pid"], signal.SIGKILL)
+        (again,) = server.complete(**body)["choices"]
+        assert again["text"] == whole["text"]
+        until(lambda: all(state["serves"] for state in server.client.get("/health").json()["replicas"]))
+        server.wait_idle()
+        assert server.stop() == 0
+    time.sleep(0.1)
+    assert not any(psutil.pid_exists(state["pid"]) for state in states)
+
+
+def test_compare_takes_it_as_an_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    history_backend.install(history_backend.PACKAGE, tmp_path, monkeypatch)
+    command(
+        monkeypatch,
+        compare.main,
+        "engines=[history,{name:history,prefill_parallel_size:1}]",
+        "model=tiny-llama", "workload=fixed", "workload.num_requests=4", "workload.output_len=5",
+        "correctness.num_requests=2", "correctness.output_len=4", "measure.limits_s=0", "measure.blocks=1",
+    )  # fmt: skip
+    result = last_line(capfd.readouterr().out)
+    assert result["unjustified_divergences"] == 0 and result["tokens_equal_share"] == 1.0 and result["failures"] == {}
+    assert set(result["engines"]) == {"history", "history-prefill_parallel_size=1"}

@@ -1,0 +1,227 @@
+"""Prompts computed by one engine and gone on with by another, over a channel that does its worst: 10,000 steps here, more in
+`make fuzz`; and deliberate defects of the transfer, each of which this must catch."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import pytest
+
+import common.engine as engine_module
+import common.schedule.transfer as transfer_module
+from common.schedule.kv import KV, join, read_tokens
+from common.schedule.pages import PageError
+from common.schedule.scheduler import Scheduler
+from common.schedule.transfer import Abort, Done, Receiver, Said, Sender
+from tests import test_mutants
+from tests.schedule_driver import Violation
+from tests.test_mutants import Patch, Ran
+from tests.transfer_driver import Episode
+
+TICKS = 100
+"""Of random work in an episode; what is left over is then run to its end."""
+MUTANTS: dict[str, Any] = {}
+
+
+def mutant(define: Any) -> Any:
+    MUTANTS[define.__name__] = define
+    return define
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Time is the driver's: nothing is waited for. And what goes wrong on purpose is nobody's news."""
+    monkeypatch.setattr(engine_module, "_PATIENCE_S", 0.0)
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def run_episodes(seeds: Iterable[int]) -> Counter[str]:
+    """Run one episode a seed; returns totals. A violation names the seed, so `Episode(seed).run(TICKS)` repeats it."""
+    totals: Counter[str] = Counter()
+    for seed in seeds:
+        episode = Episode(seed)
+        try:
+            episode.run(TICKS)
+        except Exception as error:
+            raise AssertionError(f"Episode({seed}) after {episode.counts['steps']} steps: {error}") from error
+        totals += episode.counts
+        totals["tokens received"] += episode.decode.engine.stats()["external_prefix_cache_hits"]
+        totals["steps that raised"] += len(episode.faults)
+    return totals
+
+
+def test_whatever_befalls_a_transfer_costs_no_page_and_no_token() -> None:
+    totals = run_episodes(range(32))
+    assert totals["steps"] > 10_000
+    # The work was worth judging: everything that can happen did.
+    often = {"judged": 500, "received": 200, "tokens received": 1500, "not received": 100, "aborted": 80}
+    often |= dict.fromkeys(("dropped", "truncated", "corrupted", "forged", "repeated", "delayed", "stale", "refused"), 50)
+    often |= dict.fromkeys(("prefills killed", "decodes killed", "offer lost", "offer of another model"), 8)
+    often |= {"steps that raised": 50, "of another generation": 8}
+    for what, least in often.items():
+        assert totals[what] > least, (what, totals)
+
+
+@pytest.mark.fuzz
+def test_a_hundred_thousand_steps_of_transfers() -> None:
+    assert run_episodes(range(10_000, 10_320))["steps"] > 100_000
+
+
+# ── defects ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@mutant
+def a_checksum_says_nothing(patch: Patch, ran: Ran) -> None:
+    def checksum(data: Sequence[bytes | memoryview]) -> int:
+        ran.append(1)
+        return 0
+
+    patch.setattr(transfer_module, "checksum", checksum)
+
+
+@mutant
+def what_has_come_is_used_although_a_part_is_missing(patch: Patch, ran: Ran) -> None:
+    original = Receiver.hear
+
+    def hear(self: Receiver, said: Said, now: float) -> list[Said]:
+        answers = original(self, said, now)
+        if isinstance(said, Done) and said.tag == self._tag and not self.over and self._pages:
+            pages = [self._pages[first] for first in sorted(self._pages)]
+            self.kv = join([self._layout.unpack(b"".join(each.data), each.count) for each in pages])
+            ran.append(1)
+        return answers
+
+    patch.setattr(Receiver, "hear", hear)
+
+
+@mutant
+def an_earlier_generation_is_heard_and_what_was_sent_not_compared_with_what_came(patch: Patch, ran: Ran) -> None:
+    original = Receiver.hear
+
+    def hear(self: Receiver, said: Said, now: float) -> list[Said]:
+        ran.extend([1] if said.tag != self._tag else [])
+        object.__setattr__(said, "tag", self._tag)
+        return original(self, said, now)
+
+    patch.setattr(Receiver, "hear", hear)
+    patch.setattr(transfer_module, "digest_of", lambda checksums: "")
+
+
+@mutant
+def pages_are_read_although_they_are_held_no_longer(patch: Patch, ran: Ran) -> None:
+    original = Scheduler.drop
+
+    def drop(self: Scheduler, request_id: str) -> None:
+        kept = self.kept.get(request_id)
+        original(self, request_id)
+        if kept is not None:
+            self.kept[request_id] = kept._replace(pages=list(kept.pages))
+            ran.append(1)
+
+    patch.setattr(Scheduler, "drop", drop)
+
+
+@mutant
+def pages_that_are_kept_are_given_to_others(patch: Patch, ran: Ran) -> None:
+    original = Scheduler._finish
+
+    def finish(self: Scheduler, seq: Any, status: Any) -> None:
+        original(self, seq, status)
+        if seq.request.request_id in self.kept:
+            self.pool.release(self.kept[seq.request.request_id].pages)
+            ran.append(1)
+
+    patch.setattr(Scheduler, "_finish", finish)
+
+
+@mutant
+def pages_stay_kept_when_the_runner_has_lost_them(patch: Patch, ran: Ran) -> None:
+    original = Scheduler.recover
+
+    def recover(self: Scheduler, suspects: Any) -> list[str]:
+        kept = self.kept
+        guilty = original(self, suspects)
+        self.kept = kept
+        ran.extend(1 for _ in kept)
+        return guilty
+
+    patch.setattr(Scheduler, "recover", recover)
+
+
+@mutant
+def a_lease_never_ends(patch: Patch, ran: Ran) -> None:
+    def expire(self: Sender, now: float) -> list[Abort]:
+        ran.extend(1 for held in self._held.values() if held.until <= now)
+        return []
+
+    patch.setattr(Sender, "expire", expire)
+
+
+@mutant
+def who_waits_for_pages_waits_for_ever(patch: Patch, ran: Ran) -> None:
+    def expire(self: Receiver, now: float) -> list[Said]:
+        ran.extend([1] if self.until <= now and not self.over else [])
+        return []
+
+    patch.setattr(Receiver, "expire", expire)
+
+
+@mutant
+def an_abort_gives_nothing_back(patch: Patch, ran: Ran) -> None:
+    original = Sender.hear
+
+    def hear(self: Sender, said: Said, now: float) -> list[Said]:
+        if isinstance(said, Abort):
+            ran.append(1)
+            return []
+        return original(self, said, now)
+
+    patch.setattr(Sender, "hear", hear)
+
+
+@mutant
+def tokens_are_read_from_the_start_of_their_page(patch: Patch, ran: Ran) -> None:
+    def read(runner: Any, pages: Any, size: int, start: int, stop: int) -> KV:
+        ran.extend([1] if start % size else [])
+        first = start - start % size
+        return read_tokens(runner, pages, size, first, first + stop - start)
+
+    patch.setattr(engine_module, "read_tokens", read)
+
+
+@mutant
+def what_the_cache_has_is_not_left_out_of_what_came(patch: Patch, ran: Ran) -> None:
+    original = Scheduler._brought
+
+    def brought(self: Scheduler, seq: Any, found: int) -> KV | None:
+        kv = original(self, seq, found)
+        if kv is None or not found:
+            return kv
+        ran.append(1)
+        whole = original(self, seq, 0)
+        assert whole is not None
+        return whole.slice(0, kv.tokens)
+
+    patch.setattr(Scheduler, "_brought", brought)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_the_fuzz_catches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: Ran = []
+    MUTANTS[name](monkeypatch, ran)
+    try:
+        for seed in range(100):
+            Episode(seed).run(TICKS)
+    except (Violation, PageError, IndexError, KeyError, RuntimeError) as error:
+        assert ran, f"the mutant was blamed for {error!r}, but never erred"
+    else:
+        pytest.fail(f"the mutant erred {len(ran)} times and was not caught")
+
+
+def test_no_defect_has_the_name_of_another() -> None:
+    assert not {*MUTANTS} & {*test_mutants.MUTANTS}

@@ -1,0 +1,244 @@
+"""Pages over a connection: what comes is what was held, and who should not have them, or has none, is told nothing and is
+logged."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+
+import pytest
+
+from common.frames import MAGIC, read_frame, write_frame
+from common.replicas import handover
+from common.replicas.handover import HOST, Door, Heard, fetch
+from common.schedule.kv import KV
+from common.schedule.transfer import Abort, Accept, Offer, Pages, Said, Sender, Tag, TransferError, seal
+from tests.test_transfer import LAYOUT, Memory, same, some_kv
+
+SECRET = b"of this launch"
+PATIENCE_S = 60.0
+
+
+class Holder:
+    """A process that holds pages, as a thread of this one."""
+
+    def __init__(self, tokens: int = 50) -> None:
+        self.memory = Memory(tokens)
+        self.sender: Sender = self.memory.sender(chunk=7)
+        self.told: queue.SimpleQueue[Heard | None] = queue.SimpleQueue()
+        self.heard: list[Said] = []
+        self.before: Callable[[Said], None] = lambda said: None
+        self.door = Door(SECRET, self.told.put)
+        self.offer = self.sender.offer("r", tokens, time.monotonic())
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+
+    def run(self) -> None:
+        while (heard := self.told.get()) is not None:
+            self.before(heard.said)
+            self.heard.append(heard.said)
+            heard.answer(self.sender.hear(heard.said, time.monotonic()))
+
+    def until(self, condition: Callable[[], object]) -> None:
+        end = time.monotonic() + PATIENCE_S
+        while not condition():
+            assert time.monotonic() < end, "it does not come"
+            time.sleep(0.005)
+
+
+@contextmanager
+def holding(tokens: int = 50) -> Iterator[Holder]:
+    holder = Holder(tokens)
+    try:
+        yield holder
+    finally:
+        holder.door.close()
+        holder.told.put(None)
+        holder.thread.join()
+
+
+def fetched(holder: Holder, offer: Offer | None = None, secret: bytes = SECRET) -> KV:
+    kv: Future[KV] = Future()
+    fetch(holder.door.port, offer or holder.offer, LAYOUT, secret, kv)
+    return kv.result(0)
+
+
+def test_what_comes_is_what_was_held_and_then_it_is_given_back() -> None:
+    with holding() as holder:
+        assert same(fetched(holder), holder.memory.kv)
+        holder.until(lambda: holder.memory.freed == ["r"])
+        with pytest.raises(TransferError, match="no pages are held for it"):
+            fetched(holder)
+
+
+@pytest.mark.parametrize(
+    ("offer", "told"),
+    [
+        (lambda offer: replace(offer, tag=Tag("r", offer.tag.generation - 1)), "no pages are held"),
+        (lambda offer: replace(offer, tag=Tag("q", offer.tag.generation)), "no pages are held"),
+        (lambda offer: replace(offer, layout="another"), "another model or layout"),
+        (lambda offer: replace(offer, tokens=49), "Got 1 tokens from 49 on, of 49"),
+    ],
+)
+def test_what_was_not_offered_does_not_come(offer: Callable[[Offer], Offer], told: str) -> None:
+    with holding() as holder, pytest.raises(TransferError, match=told):
+        fetched(holder, offer(holder.offer))
+
+
+def test_who_has_another_secret_gets_nothing_and_the_pages_are_there_for_who_has_it(caplog: pytest.LogCaptureFixture) -> None:
+    with holding() as holder:
+        with pytest.raises(TransferError, match="hung up"):
+            fetched(holder, secret=b"of another launch")
+        holder.until(lambda: "not signed with the secret" in caplog.text)
+        assert holder.heard == []
+        assert same(fetched(holder), holder.memory.kv)
+
+
+def test_pages_of_who_has_another_secret_are_not_taken(caplog: pytest.LogCaptureFixture) -> None:
+    """Another process may have come to listen where the one that held the pages did."""
+    with holding() as holder:
+        holder.door._secret = b"of another launch"
+        holder.door._heard = lambda heard: heard.answer([Abort(heard.said.tag, "no")])
+        with pytest.raises(TransferError):
+            fetched(holder)
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", "expected a frame"),
+        (b"\xff" * 100, "expected a frame"),
+        (MAGIC + b"\xff" * 12, "at most 65536 and 0 are expected"),
+        (MAGIC + (2).to_bytes(4, "little") + (1).to_bytes(8, "little") + b"{}x", "at most 65536 and 0 are expected"),
+        (MAGIC + (2).to_bytes(4, "little") + bytes(8) + b"{}", "Expected a message about a transfer"),
+        (MAGIC + (9).to_bytes(4, "little") + bytes(8) + b"[[[[[[[[[", "no JSON"),
+    ],
+)
+def test_garbage_is_refused_and_logged(data: bytes, told: str, caplog: pytest.LogCaptureFixture) -> None:
+    with holding() as holder:
+        with socket.create_connection((HOST, holder.door.port)) as stranger:
+            stranger.sendall(data)
+            stranger.settimeout(PATIENCE_S)
+            with suppress(ConnectionResetError):
+                assert stranger.recv(1) == b""
+        holder.until(lambda: told in caplog.text)
+        assert holder.heard == [] and same(fetched(holder), holder.memory.kv)
+
+
+@pytest.mark.parametrize("drips", [False, True])
+def test_who_says_nothing_is_hung_up_on(drips: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handover, "HELLO_S", 0.3)
+    with holding() as holder, socket.create_connection((HOST, holder.door.port)) as stranger:
+        stranger.settimeout(0.05)
+        begin, closed = time.monotonic(), False
+        while not closed:
+            with suppress(TimeoutError):
+                if drips:
+                    stranger.sendall(MAGIC[:1])
+                closed = stranger.recv(1) == b""
+            assert time.monotonic() - begin < PATIENCE_S
+        assert holder.heard == []
+
+
+def test_there_is_room_for_so_many_and_no_more(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(handover, "MAX_CONNECTIONS", 3)
+    with holding() as holder:
+        others = [socket.create_connection((HOST, holder.door.port)) for _ in range(3)]
+        with pytest.raises((TransferError, ConnectionError)):
+            fetched(holder)
+        assert "refused: there are 3" in caplog.text
+        for other in others:
+            other.close()
+        holder.until(lambda: holder.door._room._value == 3)
+        assert same(fetched(holder), holder.memory.kv)
+
+
+def test_who_ends_a_request_on_the_way_lets_it_be_known_at_once() -> None:
+    with holding() as holder:
+        kv: Future[KV] = Future()
+        reached, go_on = threading.Event(), threading.Event()
+
+        def before(said: Said) -> None:
+            if isinstance(said, Accept):
+                reached.set()
+                go_on.wait(PATIENCE_S)
+
+        holder.before = before
+        fetching = threading.Thread(target=fetch, args=(holder.door.port, holder.offer, LAYOUT, SECRET, kv))
+        fetching.start()
+        assert reached.wait(PATIENCE_S)
+        kv.cancel()
+        fetching.join(PATIENCE_S)
+        go_on.set()
+        holder.until(lambda: holder.memory.freed == ["r"])
+        assert isinstance(holder.heard[-1], Abort)
+        with pytest.raises(CancelledError):
+            kv.result(0)
+
+
+def test_who_has_ended_before_the_pages_were_asked_for_lets_it_be_known_too(caplog: pytest.LogCaptureFixture) -> None:
+    with holding() as holder:
+        kv: Future[KV] = Future()
+        kv.cancel()
+        fetch(holder.door.port, holder.offer, LAYOUT, SECRET, kv)
+        holder.until(lambda: holder.memory.freed == ["r"])
+        assert isinstance(holder.heard[0], Abort) and "are computed" not in caplog.text
+
+
+def test_who_hangs_up_on_the_way_is_not_waited_for() -> None:
+    """The one that holds pages dies in the middle of a part of them."""
+    listener = socket.create_server((HOST, 0))
+
+    def die() -> None:
+        connection, _ = listener.accept()
+        with connection, connection.makefile("rwb") as stream:
+            assert read_frame(stream) is not None
+            data = LAYOUT.pack(some_kv(3))
+            write_frame(stream, *seal(Pages(Tag("r", 7), 0, 3, 0, data), SECRET))
+            connection.sendall(MAGIC + bytes(3))
+
+    dying = threading.Thread(target=die)
+    dying.start()
+    kv: Future[KV] = Future()
+    fetch(listener.getsockname()[1], Offer(Tag("r", 7), 6, LAYOUT.fingerprint), LAYOUT, SECRET, kv)
+    assert isinstance(kv.exception(0), TransferError)
+    dying.join()
+    listener.close()
+
+
+def test_who_is_not_there_is_not_waited_for() -> None:
+    with holding() as holder:
+        port = holder.door.port
+    kv: Future[KV] = Future()
+    fetch(port, holder.offer, LAYOUT, SECRET, kv)
+    assert isinstance(kv.exception(0), ConnectionError)
+
+
+def test_the_pages_of_many_requests_come_at_once() -> None:
+    with holding(200) as holder:
+        offers = [holder.sender.offer(f"r{i}", 200, time.monotonic()) for i in range(20)]
+        found: list[Future[KV]] = [Future() for _ in offers]
+        threads = [
+            threading.Thread(target=fetch, args=(holder.door.port, offer, LAYOUT, SECRET, kv))
+            for offer, kv in zip(offers, found, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        assert all(same(kv.result(PATIENCE_S), holder.memory.kv) for kv in found)
+        for thread in threads:
+            thread.join()
+
+
+def test_the_log_is_quiet_where_all_goes_well(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    with holding() as holder:
+        fetched(holder)
+        holder.until(lambda: holder.memory.freed == ["r"])
+    assert caplog.text == ""

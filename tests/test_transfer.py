@@ -1,0 +1,659 @@
+"""What two engines say of pages that one hands to the other, and what the scheduler of each makes of it."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import Future
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from common.config import EngineConfig
+from common.engine import Engine
+from common.errors import RequestError
+from common.frames import Frame
+from common.request import Request, SamplingParams, Status, TokenEvent
+from common.schedule.kv import KV, Layout, Part, join, model_fingerprint, read_tokens, write_tokens
+from common.schedule.scheduler import Scheduler
+from common.schedule.transfer import (
+    VERSION,
+    Abort,
+    Accept,
+    Ack,
+    Done,
+    Offer,
+    Pages,
+    Receiver,
+    Said,
+    Sender,
+    Tag,
+    TransferError,
+    checksum,
+    digest_of,
+    seal,
+    unseal,
+)
+from tests.backends import checkpoint
+from tests.history_runner import HistoryRunner, expected
+from tests.schedule_driver import check_pages
+
+VOCAB, SECRET = 32, b"secret"
+LAYOUT = Layout(model="m", groups=((Part("k", np.dtype(np.float32), 2, 1, 3), Part("v", np.dtype(np.int64), 2, 1, 1)),))
+LEASE_S = 5.0
+
+
+# ── the layout ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def some_kv(tokens: int, layout: Layout = LAYOUT, seed: int = 0) -> KV:
+    rng = np.random.default_rng(seed)
+    draw = lambda part: rng.integers(0, 100, part.shape(tokens)).astype(part.dtype)  # noqa: E731
+    return KV(tokens, tuple({part.name: draw(part) for part in parts} for parts in layout.groups))
+
+
+def same(one: KV, other: KV) -> bool:
+    pairs = zip(one.groups, other.groups, strict=True)
+    return one.tokens == other.tokens and all(np.array_equal(a[name], b[name]) for a, b in pairs for name in a)
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)])
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_bytes_of_keys_and_values_are_the_same_keys_and_values(dtype: np.dtype, tokens: int) -> None:
+    parts = Part("k", dtype, 3, 2, 4), Part("v", dtype, 3, 2, 4)
+    layout = Layout(model="m", groups=(parts, parts[:1]))
+    kv = some_kv(tokens, layout)
+    data = b"".join(layout.pack(kv))
+    assert len(data) == layout.num_bytes(tokens) == tokens * 9 * 8 * dtype.itemsize
+    assert same(layout.unpack(data, tokens), kv)
+    assert same(join([kv.slice(a, b) for a, b in pairwise({0, 1, tokens // 2, tokens})]), kv)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(LAYOUT, model="n"),
+        replace(LAYOUT, groups=LAYOUT.groups * 2),
+        replace(LAYOUT, groups=(LAYOUT.groups[0][:1],)),
+        *(
+            replace(LAYOUT, groups=((LAYOUT.groups[0][0]._replace(**change), LAYOUT.groups[0][1]),))
+            for change in ({"dtype": np.dtype(np.int32)}, {"layers": 3}, {"heads": 2}, {"width": 4}, {"name": "q"})
+        ),
+    ],
+)
+def test_layouts_that_differ_in_anything_have_other_fingerprints(other: Layout) -> None:
+    assert other.fingerprint != LAYOUT.fingerprint == replace(LAYOUT).fingerprint
+
+
+def test_weights_and_configurations_are_told_apart() -> None:
+    names = ("tiny-llama", "tiny-qwen3", "tiny-gemma3")
+    prints = [model_fingerprint(checkpoint(name)) for name in names]
+    assert len(set(prints)) == 3 and prints[0] == model_fingerprint(checkpoint("tiny-llama"))
+    llama = checkpoint("tiny-llama")
+    last = llama.names()[-1]
+    stored = llama[last].raw().copy()
+    stored.reshape(-1)[-1] += 1
+    altered = replace(llama, entries={**llama.entries, last: replace(llama[last], stored=stored)})
+    assert model_fingerprint(altered) != prints[0]
+
+
+@pytest.mark.parametrize(("giving", "taking"), [(1, 8), (8, 1), (4, 4), (2, 8), (8, 4)])
+def test_tokens_move_between_pages_of_any_two_sizes(giving: int, taking: int) -> None:
+    source, target = (HistoryRunner(num_pages=64 // size, block_size=size, groups=2) for size in (giving, taking))
+    source.chain[:], source.at[:] = np.arange(64), np.arange(64) + 100
+    pages = [*range(1, 64 // giving)][::-1][: -(-11 // giving)]
+    kv = read_tokens(source, pages, giving, 0, 11)
+    assert same(kv, join([read_tokens(source, pages, giving, a, b) for a, b in ((0, 3), (3, 4), (4, 11))]))
+    there = [*range(2, 2 + -(-11 // taking))]
+    write_tokens(target, there, taking, kv)
+    assert same(read_tokens(target, there, taking, 0, 11), kv)
+    untouched = [page for page in range(64 // taking) if page not in there]
+    assert (target.read_pages(0, untouched)["v"] == -1).all()
+
+
+# ── what is said ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+TAG = Tag("r", 7)
+
+
+def pages_of(kv: KV, first: int, stop: int, tag: Tag = TAG) -> Pages:
+    data = [bytes(part) for part in LAYOUT.pack(kv.slice(first, stop))]
+    return Pages(tag, first, stop - first, checksum(data), data)
+
+
+EVERYTHING: list[Said] = [
+    Accept(TAG, LAYOUT.fingerprint),
+    pages_of(some_kv(4), 1, 3),
+    Done(TAG, "ff"),
+    Ack(TAG),
+    Abort(TAG, "why"),
+]
+
+
+def frame_of(said: Said) -> Frame:
+    message, data = seal(said, SECRET)
+    return Frame(json.loads(json.dumps(message)), b"".join(data))
+
+
+@pytest.mark.parametrize("said", EVERYTHING, ids=lambda said: type(said).__name__)
+def test_a_message_survives_the_trip(said: Said) -> None:
+    got = unseal(frame_of(said), SECRET)
+    if isinstance(said, Pages):
+        said = replace(said, data=[b"".join(said.data)])
+    assert got == said
+
+
+@pytest.mark.parametrize("said", EVERYTHING, ids=lambda said: type(said).__name__)
+def test_a_message_in_which_anything_was_changed_is_refused(said: Said) -> None:
+    frame = frame_of(said)
+    body = frame.message["transfer"]
+    for i, value in enumerate(body):
+        changed = [*body[:i], value + 1 if isinstance(value, int) else value + "x", *body[i + 1 :]]
+        with pytest.raises(TransferError, match="not signed with the secret"):
+            unseal(frame._replace(message=frame.message | {"transfer": changed}), SECRET)
+    with pytest.raises(TransferError, match="not signed with the secret"):
+        unseal(frame, b"another launch's")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {},
+        {"transfer": "x", "signature": "y"},
+        {"transfer": [1], "signature": 3},
+        {"transfer": {}, "signature": ""},
+        {"beat": 1},
+    ],
+)
+def test_what_is_no_message_about_a_transfer_is_refused(message: dict[str, Any]) -> None:
+    with pytest.raises(TransferError, match="Expected a message about a transfer"):
+        unseal(Frame(message, b""), SECRET)
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ([], "version"),
+        ([VERSION + 1, "Ack", "r", 7], "Expected version 1"),
+        ([VERSION], "does not have"),
+        ([VERSION, "Sender", "r", 7], "does not have"),
+        ([VERSION, ["Ack"], "r", 7], "does not have"),
+        ([VERSION, "Ack", "r"], "does not have"),
+        ([VERSION, "Ack", "r", 7, 8], "does not have"),
+        ([VERSION, "Ack", 7, "r"], "does not have"),
+        ([VERSION, "Ack", "r", True], "does not have"),
+        ([VERSION, "Pages", "r", 7, 0, 1], "does not have"),
+        ([VERSION, "Pages", "r", 7, 0, 1.0, 2], "does not have"),
+        ([VERSION, "Abort", "r", 7, "x" * 5000], "does not have"),
+    ],
+)
+def test_what_the_protocol_does_not_have_is_refused_even_if_it_is_signed(
+    body: list[Any], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.schedule.transfer._sign", lambda body, secret: "signed")
+    with pytest.raises(TransferError, match=told):
+        unseal(Frame({"transfer": body, "signature": "signed"}, b""), SECRET)
+
+
+# ── the sender ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Memory:
+    """Pages of requests, as a sender sees them."""
+
+    def __init__(self, tokens: int = 5) -> None:
+        self.kv, self.freed, self.lost = some_kv(tokens), list[str](), False
+
+    def read(self, name: str, start: int, stop: int) -> KV:
+        if self.lost:
+            raise LookupError("they are gone")
+        return self.kv.slice(start, stop)
+
+    def sender(self, chunk: int = 2) -> Sender:
+        """That says so many tokens at once."""
+        size = LAYOUT.num_bytes(chunk)
+        return Sender(LAYOUT, self.read, self.freed.append, generation=6, lease_s=LEASE_S, chunk_bytes=size)
+
+
+def test_pages_go_out_in_parts_and_are_held_until_they_have_come() -> None:
+    memory = Memory()
+    sender = memory.sender()
+    offer = sender.offer("r", 5, now=0.0)
+    assert offer == Offer(TAG, 5, LAYOUT.fingerprint)
+    *pages, done = sender.hear(Accept(TAG, LAYOUT.fingerprint), now=1.0)
+    assert [(each.first, each.count) for each in pages if isinstance(each, Pages)] == [(0, 2), (2, 2), (4, 1)]
+    assert isinstance(done, Done) and memory.freed == [] and sender.names == ["r"]
+    assert sender.hear(Accept(TAG, LAYOUT.fingerprint), now=1.0) == []  # it came twice
+    assert sender.hear(Ack(TAG), now=2.0) == [] and memory.freed == ["r"] and sender.names == []
+    assert sender.hear(Ack(TAG), now=2.0) == sender.hear(Abort(TAG, ""), now=2.0) == [] and memory.freed == ["r"]
+
+
+def test_a_part_has_one_token_where_not_even_one_fits() -> None:
+    memory = Memory(3)
+    sender = memory.sender(chunk=0)
+    sender.offer("r", 3, now=0.0)
+    assert len(sender.hear(Accept(TAG, LAYOUT.fingerprint), now=0.0)) == 3 + 1
+
+
+def test_what_nobody_takes_is_given_back_when_the_lease_is_over() -> None:
+    memory = Memory()
+    sender = memory.sender()
+    sender.offer("r", 5, now=0.0)
+    sender.offer("s", 5, now=1.0)
+    assert sender.expire(LEASE_S - 0.1) == [] and memory.freed == []
+    assert sender.expire(LEASE_S) == [] and memory.freed == ["r"]  # nobody has accepted whom it could be told
+    sender.hear(Accept(Tag("s", 8), LAYOUT.fingerprint), now=LEASE_S)
+    assert sender.expire(2 * LEASE_S - 0.1) == []  # which renews the lease
+    assert sender.expire(2 * LEASE_S) == [Abort(Tag("s", 8), "the lease is over")] and memory.freed == ["r", "s"]
+
+
+@pytest.mark.parametrize(
+    ("said", "told", "freed"),
+    [
+        (Accept(Tag("r", 6), LAYOUT.fingerprint), "no pages are held", False),  # of an earlier generation
+        (Accept(Tag("r", 8), LAYOUT.fingerprint), "no pages are held", False),
+        (Accept(Tag("q", 7), LAYOUT.fingerprint), "no pages are held", False),
+        (Ack(Tag("r", 6)), None, False),
+        (Abort(Tag("r", 6), "late"), None, False),
+        (Accept(TAG, "another"), "another model or layout", True),
+        (Abort(TAG, "its client has left"), None, True),
+        (Done(TAG, ""), "told nothing of this kind", True),
+    ],
+)
+def test_a_sender_heeds_those_alone_whom_its_offer_was_for(said: Said, told: str | None, freed: bool) -> None:
+    memory = Memory()
+    sender = memory.sender()
+    sender.offer("r", 5, now=0.0)
+    answers = sender.hear(said, now=0.0)
+    assert [answer.reason for answer in answers if isinstance(answer, Abort) and told and told in answer.reason] == [
+        answer.reason for answer in answers if isinstance(answer, Abort)
+    ]
+    assert len(answers) == (told is not None) and (memory.freed == ["r"]) == freed == (sender.names == [])
+
+
+def test_pages_that_were_lost_are_not_sent() -> None:
+    memory = Memory()
+    sender = memory.sender()
+    sender.offer("r", 5, now=0.0)
+    memory.lost = True
+    assert sender.hear(Accept(TAG, LAYOUT.fingerprint), now=0.0) == [Abort(TAG, "the pages have been lost")]
+    assert sender.names == []
+
+
+# ── the receiver ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+OFFER = Offer(TAG, 5, LAYOUT.fingerprint)
+
+
+def conversation() -> tuple[KV, list[Said]]:
+    """What is right, and what a sender says."""
+    kv = some_kv(5)
+    pages = [pages_of(kv, a, b) for a, b in ((0, 2), (2, 4), (4, 5))]
+    return kv, [*pages, Done(TAG, digest_of([each.checksum for each in pages]))]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 0, 1, 2), (0, 0, 1, 2, 3)])
+def test_pages_come_in_any_order_and_twice(order: tuple[int, ...]) -> None:
+    kv, said = conversation()
+    receiver = Receiver(OFFER, LAYOUT, now=0.0)
+    *first, last = [receiver.hear(said[i], now=0.0) for i in order]
+    assert first == [[]] * len(first) and last == [Ack(TAG)] and receiver.kv is not None and same(receiver.kv, kv)
+    got = receiver.kv
+    for late in (*said, Abort(TAG, "late")):
+        assert receiver.hear(late, now=0.0) == [] and receiver.kv is got and receiver.error is None
+    assert receiver.expire(1e9) == receiver.give_up("late") == [] and receiver.error is None
+
+
+def damaged(pages: Pages, **changes: Any) -> Pages:
+    return replace(pages, **changes)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda p: damaged(p, data=[b"".join(p.data)[:-1]]), "damaged"),
+        (lambda p: damaged(p, data=[b"".join(p.data) + b"x"]), "damaged"),
+        (lambda p: damaged(p, data=[b"\xff" + b"".join(p.data)[1:]]), "damaged"),
+        (lambda p: damaged(p, count=1), "damaged"),
+        (lambda p: damaged(p, first=-1), "from -1 on"),
+        (lambda p: damaged(p, first=4), "from 4 on"),
+        (lambda p: damaged(p, count=0, data=[], checksum=checksum([])), "Got 0 tokens"),
+        (lambda p: damaged(p, count=1 << 70), "Got"),
+        (lambda p: damaged(p, first=0), "differ about token 0"),
+        (lambda p: damaged(p, first=1), "not those that were sent"),
+        (lambda p: pages_of(some_kv(5, seed=1), 2, 4), "not those that were sent"),
+        (lambda p: Done(TAG, "another"), "differ about the end"),
+        (lambda p: Ack(TAG), "only a receiver says"),
+        (lambda p: Abort(TAG, "the lease is over"), "has given up: the lease is over"),
+    ],
+)
+def test_pages_that_are_not_what_was_sent_are_not_used_and_the_sender_is_told_at_once(spoil: Any, told: str) -> None:
+    _, said = conversation()
+    assert isinstance(said[1], Pages)
+    receiver = Receiver(OFFER, LAYOUT, now=0.0)
+    answers = [answer for each in (said[0], spoil(said[1]), said[2], said[3], said[1]) for answer in receiver.hear(each, 0.0)]
+    assert receiver.kv is None and receiver.error is not None and told in receiver.error
+    assert answers == ([] if "given up" in told else [Abort(TAG, receiver.error)])
+
+
+def test_who_hears_nothing_for_a_lease_gives_up() -> None:
+    _, said = conversation()
+    receiver = Receiver(OFFER, LAYOUT, now=0.0, lease_s=LEASE_S)
+    receiver.hear(said[0], now=4.0)
+    assert receiver.expire(LEASE_S + 3.9) == [] and not receiver.over
+    assert receiver.expire(LEASE_S + 4.0) == [Abort(TAG, "Nothing more came.")] and receiver.error == "Nothing more came."
+    assert receiver.expire(LEASE_S + 5.0) == []
+
+
+def test_a_stale_generation_is_told_to_stop_and_changes_nothing() -> None:
+    kv, said = conversation()
+    receiver, before = Receiver(OFFER, LAYOUT, now=0.0), Tag("r", 6)
+    stale = pages_of(some_kv(5, seed=2), 2, 4, before)
+    for each in (said[0], said[2], said[3]):
+        receiver.hear(each, 0.0)
+    assert receiver.hear(stale, 0.0) == [Abort(before, "nobody waits for it (any more)")]
+    assert receiver.hear(Done(before, ""), 0.0) == [Abort(before, "nobody waits for it (any more)")]
+    assert receiver.hear(Abort(before, ""), 0.0) == [] and not receiver.over
+    assert receiver.hear(said[1], 0.0) == [Ack(TAG)] and receiver.kv is not None and same(receiver.kv, kv)
+
+
+@pytest.mark.parametrize(
+    ("offer", "told"),
+    [
+        (replace(OFFER, layout="another"), "another model or layout"),
+        (replace(OFFER, tokens=0), "expected 1 to"),
+        (replace(OFFER, tokens=-3), "expected 1 to"),
+        (replace(OFFER, tokens=100), r"4000 bytes; expected 1 to 400"),
+    ],
+)
+def test_an_offer_of_another_model_or_of_too_much_is_not_accepted(offer: Offer, told: str) -> None:
+    with pytest.raises(TransferError, match=told):
+        Receiver(offer, LAYOUT, now=0.0, max_bytes=400)
+
+
+# ── the scheduler of who receives ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def engine_of(size: int, pages: int = 20, **options: Any) -> tuple[Engine, HistoryRunner]:
+    runner = HistoryRunner(num_pages=pages, block_size=size, vocab_size=VOCAB, max_seqs=4)
+    runner.batches = []
+    config = EngineConfig(block_size=size, max_num_seqs=4, max_num_batched_tokens=64, max_model_len=64, **options)
+    return Engine(runner, config, num_pages=pages), runner
+
+
+def asked(tokens: int, name: str = "r", output: int = 4, first: int = 1) -> Request:
+    return Request(
+        request_id=name,
+        prompt_token_ids=tuple((first + i) % VOCAB for i in range(tokens)),
+        params=SamplingParams(max_tokens=output, temperature=0.0),
+    )
+
+
+def right(request: Request) -> list[int]:
+    return expected(request, vocab_size=VOCAB, max_tokens=64).tokens
+
+
+def prefilled(request: Request, size: int = 4) -> tuple[KV, int]:
+    """The keys and values of its prompt, as another engine computes them, and its first token."""
+    engine, _ = engine_of(size)
+    first = replace(request, keep_pages=True, params=replace(request.params, max_tokens=1))
+    ((event,),) = engine.run([first]).values()
+    kv = engine.read_kept(request.request_id, 0, len(request.prompt_token_ids))
+    assert event.token_id is not None
+    return kv, event.token_id
+
+
+def received(request: Request, size: int = 4) -> tuple[Request, KV]:
+    """The request as it goes on elsewhere, what it waits for not there yet."""
+    kv, token = prefilled(request, size)
+    return replace(request, output_token_ids=(token,), kv=Future()), kv
+
+
+def tokens_of(events: list[TokenEvent]) -> list[int]:
+    return [event.token_id for event in events if event.token_id is not None]
+
+
+def finish(engine: Engine) -> list[TokenEvent]:
+    events = []
+    while engine.has_work:
+        events += engine.step()
+    return events
+
+
+def test_a_request_whose_pages_are_on_their_way_is_not_run_and_holds_up_nobody() -> None:
+    engine, runner = engine_of(4)
+    request, kv = received(asked(10))
+    engine.add(request)
+    assert request.kv is not None
+    for _ in range(2):
+        assert engine.step() == [] and runner.batches == []
+    other = asked(3, "other")
+    engine.add(other)
+    events = []
+    while "other" in engine.scheduler.live:
+        events += engine.step()
+    assert tokens_of(events) == right(other)
+    assert [seq.status for seq in engine.scheduler.waiting] == [Status.WAITING]
+    assert engine.scheduler.pool.num_free == 19  # it has no page yet
+    request.kv.set_result(kv)
+    assert [*request.output_token_ids, *tokens_of(finish(engine))] == right(asked(10))
+    engine.close()
+
+
+@pytest.mark.parametrize(("tokens", "giving", "taking"), [(10, 4, 4), (8, 4, 4), (10, 2, 8), (9, 8, 1), (16, 16, 4)])
+def test_one_token_is_computed_where_the_whole_prompt_has_come(tokens: int, giving: int, taking: int) -> None:
+    engine, runner = engine_of(taking, pages=64)
+    request, kv = received(asked(tokens), giving)
+    assert request.kv is not None
+    request.kv.set_result(kv)
+    engine.add(request)
+    engine.step()
+    assert runner.batches is not None
+    batch = runner.batches[0]
+    assert batch.num_tokens == 1 and batch.positions.tolist() == [tokens] and batch.kv_lengths.tolist() == [tokens + 1]
+    (seq,) = engine.scheduler.running
+    assert len(seq.pages) == -(-(tokens + 1) // taking)
+    keyed = [engine.scheduler.pool.keys[page] is not None for page in seq.pages]
+    full = (tokens + 1) // taking
+    assert keyed == [True] * full + [False] * (len(seq.pages) - full)  # offered to others, now that a step has used them
+    assert engine.stats()["external_prefix_cache_hits"] == tokens
+    assert [*request.output_token_ids, *seq.output[1:], *tokens_of(finish(engine))] == right(asked(tokens))
+    assert runner.violations == []
+    engine.close()
+
+
+def test_the_last_token_of_a_prompt_is_computed_again_where_nothing_has_been_sampled() -> None:
+    engine, runner = engine_of(4)
+    request, kv = received(asked(8))
+    assert request.kv is not None
+    request.kv.set_result(kv)
+    engine.add(replace(request, output_token_ids=()))
+    events = engine.step()
+    assert runner.batches is not None
+    assert runner.batches[0].positions.tolist() == [7] and runner.batches[0].page_table.shape[-1] == 2
+    assert tokens_of(events + finish(engine)) == right(asked(8))
+    engine.close()
+
+
+def test_nothing_is_offered_to_others_before_a_step_has_used_it() -> None:
+    engine, _ = engine_of(4)
+    request, kv = received(asked(8))
+    assert request.kv is not None
+    engine.add(request)
+    engine.step()
+    assert not engine.scheduler.pool.cached
+    request.kv.set_result(kv)
+    engine.scheduler.schedule()
+    assert not engine.scheduler.pool.cached
+    engine.close()
+
+
+def test_what_the_cache_has_is_shared_and_the_rest_comes() -> None:
+    engine, runner = engine_of(4)
+    engine.run([asked(9, "before")])
+    request, kv = received(asked(14))
+    assert request.kv is not None
+    request.kv.set_result(kv)
+    engine.add(request)
+    events = engine.step()
+    assert engine.stats()["external_prefix_cache_hits"] == 14 - 8
+    assert [*request.output_token_ids, *tokens_of(events + finish(engine))] == right(asked(14))
+    assert runner.violations == []
+    engine.close()
+
+
+@pytest.mark.parametrize("how", ["fails", "is cancelled", "is of fewer tokens"])
+def test_what_has_not_come_is_computed(how: str) -> None:
+    engine, runner = engine_of(4)
+    request, kv = received(asked(10))
+    future = request.kv
+    assert future is not None
+    engine.add(request)
+    engine.step()
+    if how == "fails":
+        future.set_exception(TransferError("lost"))
+    elif how == "is cancelled":
+        future.cancel()
+    else:
+        future.set_result(kv.slice(0, 7))
+    events = engine.step()
+    assert runner.batches is not None
+    assert runner.batches[0].num_tokens == (4 if "fewer" in how else 11)
+    assert [*request.output_token_ids, *tokens_of(events + finish(engine))] == right(asked(10))
+    engine.close()
+
+
+def test_a_prompt_that_is_to_be_scored_is_computed() -> None:
+    engine, _ = engine_of(4)
+    request, kv = received(asked(10))
+    assert request.kv is not None
+    request.kv.set_result(kv)
+    scored = replace(request, output_token_ids=(), params=replace(request.params, prompt_logprobs=0))
+    first, *_ = engine.run([scored])["r"]
+    assert first.prompt_logprobs is not None and len(first.prompt_logprobs) == 10
+    assert engine.stats()["external_prefix_cache_hits"] == 0
+    engine.close()
+
+
+def test_who_ends_before_the_pages_have_come_lets_it_be_known() -> None:
+    engine, _ = engine_of(4)
+    request, _kv = received(asked(10))
+    assert request.kv is not None
+    engine.add(request)
+    engine.step()
+    engine.abort("r")
+    assert request.kv.cancelled() and [event.finish for event in finish(engine)] == [Status.FINISHED_ABORT]
+    assert engine.reset_prefix_cache()
+    engine.close()
+
+
+def test_a_step_that_raises_costs_what_came_and_no_token() -> None:
+    engine, runner = engine_of(4)
+    request, kv = received(asked(10))
+    assert request.kv is not None
+    request.kv.set_result(kv)
+    engine.add(request)
+    runner.fail_submit = RuntimeError("injected")
+    engine.step()
+    assert [*request.output_token_ids, *tokens_of(finish(engine))] == right(asked(10))
+    engine.close()
+
+
+def test_a_request_holds_on_to_nothing_that_came_once_it_is_in_pages() -> None:
+    engine, _ = engine_of(4)
+    request, kv = received(asked(10))
+    assert request.kv is not None
+    request.kv.set_result(kv)
+    engine.add(request)
+    engine.step()
+    (seq,) = engine.scheduler.running
+    assert seq.kv is None and seq.request.kv is None
+    engine.close()
+
+
+# ── the scheduler of who sends ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def keeping(name: str = "r", tokens: int = 10) -> Request:
+    return replace(asked(tokens, name, output=1), keep_pages=True)
+
+
+def held(scheduler: Scheduler) -> int:
+    return scheduler.pool.num_pages - 1 - scheduler.pool.num_free
+
+
+def test_pages_stay_held_when_their_request_has_ended_until_they_are_given_back() -> None:
+    engine, runner = engine_of(4)
+    (event,) = engine.run([keeping()])["r"]
+    assert event.finish is Status.FINISHED_LENGTH and not engine.has_work
+    assert held(engine.scheduler) == 3 and not engine.reset_prefix_cache()
+    check_pages(engine.scheduler)
+    kept = engine.scheduler.kept["r"].pages
+    engine.run([asked(40, "other", first=7)])
+    runner.poison([page for page in range(20) if page not in kept])
+    kv = engine.read_kept("r", 0, 10)
+    assert kv.groups[0]["v"].ravel().tolist() == list(range(10))
+    engine.drop_kept("r")
+    engine.drop_kept("r")
+    assert held(engine.scheduler) == 0
+    with pytest.raises(LookupError, match="no pages of 10 tokens of request r"):
+        engine.read_kept("r", 0, 10)
+    engine.close()
+
+
+@pytest.mark.parametrize("how", ["stop", "abort"])
+def test_who_ends_otherwise_keeps_nothing(how: str) -> None:
+    engine, _ = engine_of(4)
+    stops = tuple(range(VOCAB)) if how == "stop" else ()
+    request = keeping()
+    engine.add(replace(request, params=replace(request.params, stop_token_ids=stops)))
+    if how == "abort":
+        engine.abort("r")
+    (event,) = finish(engine)
+    assert event.finish is (Status.FINISHED_STOP if stops else Status.FINISHED_ABORT)
+    assert engine.scheduler.kept == {} and engine.reset_prefix_cache()
+    engine.close()
+
+
+def test_pages_are_lost_when_the_engine_starts_over() -> None:
+    engine, runner = engine_of(4)
+    engine.run([keeping()])
+    runner.fail_submit = RuntimeError("injected")
+    engine.run([asked(3, "other")])
+    with pytest.raises(LookupError):
+        engine.read_kept("r", 0, 10)
+    assert engine.reset_prefix_cache()
+    engine.close()
+
+
+def test_who_needs_pages_that_are_kept_waits_for_them() -> None:
+    engine, _ = engine_of(4, pages=5)
+    engine.run([keeping()])
+    request = asked(12, "other", first=7)
+    engine.add(request)
+    for _ in range(3):
+        assert engine.step() == [] and engine.has_work
+    engine.drop_kept("r")
+    assert tokens_of(finish(engine)) == right(request)
+    engine.close()
+
+
+def test_a_name_is_not_used_again_while_its_pages_are_kept() -> None:
+    engine, _ = engine_of(4)
+    engine.run([keeping()])
+    with pytest.raises(RequestError, match="kept still"):
+        engine.add(keeping())
+    engine.drop_kept("r")
+    engine.add(keeping())
+    engine.close()
+
+
+def test_embeddings_have_pages_before_those_that_are_kept() -> None:
+    engine, _ = engine_of(4, pages=5)
+    engine.run([keeping()])
+    pages = engine.scheduler.lend(3)
+    assert len(pages) == 3 and engine.scheduler.kept == {}
+    engine.close()
