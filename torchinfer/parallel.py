@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -193,14 +195,19 @@ class _Ranks(Group):
         store.set_timeout(_MEETING)
         store.set(f"here {self._rank}", "")
         self._await_others(store)
-        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-        patience, options._timeout = options._timeout, _MEETING
-        self._gloo = dist.ProcessGroupGloo(store, self._rank, self._ranks, options)
-        self._gloo.set_timeout(patience)  # in a step one may compile while the others wait
+        self._gloo = self._connect(store)
 
     def _await_others(self, store: Any) -> None:
         """Wait until all are where they connect. Who is not the first learns from it if one has ended."""
+
+    def _connect(self, store: Any) -> Any:
+        """With all who are there."""
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        patience, options._timeout = options._timeout, _MEETING
+        gloo = dist.ProcessGroupGloo(store, self._rank, self._ranks, options)
+        gloo.set_timeout(patience)  # in a step one may compile while the others wait
+        return gloo
 
     def _leave(self) -> None:
         """Disconnect: what the others wait for here fails there."""
@@ -256,7 +263,25 @@ class _First(_Ranks):
                 _log.warning("The ranks of this engine could not connect; trying again.", exc_info=True)
 
     def _await_others(self, store: Any) -> None:
-        while not store.check([f"here {rank}" for rank in range(self._ranks)]):
+        self._await(lambda: store.check([f"here {rank}" for rank in range(self._ranks)]))
+
+    def _connect(self, store: Any) -> Any:
+        gloo: Future[Any] = Future()
+
+        def connect() -> None:
+            try:
+                gloo.set_result(super(_First, self)._connect(store))
+            except Exception as error:
+                gloo.set_exception(error)
+
+        # On a thread, for it waits its full time for one that was there and has ended since.
+        threading.Thread(target=connect, name="connect", daemon=True).start()
+        self._await(gloo.done)
+        return gloo.result()
+
+    def _await(self, done: Callable[[], bool]) -> None:
+        """Raises `Ended` if another rank ends before."""
+        while not done():
             for other in self._others:
                 other.expect_alive()
             time.sleep(1e-3)
