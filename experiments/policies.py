@@ -1,4 +1,4 @@
-"""What outside engines cannot do otherwise than they do, so that it is told before weights are converted or anything starts."""
+"""What engines cannot do otherwise than they do, so that it is told before weights are converted or anything is loaded."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from common.config import EngineConfig, expect
 
 ALONE = {"tensor_parallel_size": 1, "data_parallel_size": 1, "prefill_parallel_size": 0}
 POLICIES: Mapping[str, Mapping[str, Any]] = {
+    "jax": {"compile": False},  # its step is compiled always
     "hf": ALONE | {"schedule": "static", "cache": "dense", "compile": False},
     "llamacpp": ALONE
     | {

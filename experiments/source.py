@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import BackendError
+from common.kernels.cpu.build import machine_options
 from common.platform import cxx_compiler
 
 SOURCES = ("*.py", "*.cc", "*.h", "*.yaml")
@@ -44,12 +45,14 @@ def digest(root: Path, marked: Sequence[str]) -> str:
 
 
 def compiler() -> dict[str, str]:
-    """The C++ compiler that native kernels are made with: its `command` and the first line of its `version`; empty without."""
+    """The C++ compiler that native kernels are made with: its `command`, the first line of its `version`, and the `options` on
+    this machine; empty without."""
     try:
         command = cxx_compiler()
     except BackendError:
         return {}
-    return {"command": " ".join(command), "version": next(iter(lines_of(*command, "--version")), "")}
+    version = next(iter(lines_of(*command, "--version")), "")
+    return {"command": " ".join(command), "version": version, "options": " ".join(machine_options())}
 
 
 def git(folder: Path, *words: str, end: str = "\n") -> list[str]:

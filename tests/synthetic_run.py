@@ -14,7 +14,7 @@ ENVIRONMENT = {
     "date": "2026-01-02T03:04:05+00:00", "argv": ["/usr/bin/python3", "-m", "experiments.compare", "engines=[jax,torch]"],
     "cpu": "A processor", "cores": 2, "memory_gib": 24.0, "gpus": [], "python": "3.11.7",
     "versions": {"jax": "0.10.2", "torch": "2.13.0"}, "variables": {"CXX": "clang++"},
-    "compiler": {"command": "/usr/bin/clang++", "version": "clang 19"},
+    "compiler": {"command": "/usr/bin/clang++", "version": "clang 19", "options": "-O3"},
     "commit": "abc123", "tree": "changed", "changed_files": [" M common/engine.py"], "changes_digest": "0123abcd",
 }  # fmt: skip
 HOSTILE = '</script><img src=x onerror="alert(1)">'

@@ -11,6 +11,7 @@ import hydra
 import pytest
 
 from common.errors import ConfigError
+from common.platform import matrix_unit
 from experiments import rundir
 from experiments.rundir import DiskFullError, environment, run_directory, write_json, write_whole
 
@@ -87,6 +88,7 @@ def test_the_environment_tells_the_machine_as_far_as_it_tells_itself(tmp_path: P
     assert told["memory_gib"] >= told["memory_available_gib"] > 0 and isinstance(told["governor"], list)
     assert {"transparent", "reserved"} == set(told["hugepages"])
     assert {"commit", "tree", "changed_files", "changes_digest", "compiler"} <= set(told)
+    assert told["compiler"] == {} or ("-DTANDEM_AMX" in told["compiler"]["options"]) == matrix_unit()
     monkeypatch.setattr(rundir, "text_of", lambda _: "")
     monkeypatch.setattr(rundir.psutil, "cpu_freq", lambda: None)
     told = environment()

@@ -66,6 +66,9 @@ def test_the_compiler_is_the_one_that_would_be_called(tmp_path: Path, monkeypatc
     fake.write_text("#!/bin/sh\necho version 7 of $1\necho more\n")
     fake.chmod(0o755)
     monkeypatch.setenv("CXX", f"{fake} -m64")
-    assert compiler() == {"command": f"{fake} -m64", "version": "version 7 of -m64"}
+    monkeypatch.setenv("TANDEM_CXXFLAGS", "-O1 -g")
+    told = compiler()
+    assert told["options"].endswith(" -O1 -g")
+    assert told == {"command": f"{fake} -m64", "version": "version 7 of -m64", "options": told["options"]}
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert compiler() == {}

@@ -43,9 +43,7 @@ def build(
     options in the environment's TANDEM_CXXFLAGS behind ours. Raises `BackendError` with the compiler's words if it fails, or if
     libraries cannot be kept."""
     compiler = cxx_compiler()
-    tuned = (*(INTEL if cpu_vendor() == "GenuineIntel" else ()), *(AMX if matrix_unit() else ()))
-    asked = os.environ.get("TANDEM_CXXFLAGS", "").split()
-    flags = [*OPTIONS, *tuned, *options, *asked, *(f"-isystem{folder}" for folder in include)]
+    flags = [*options, *machine_options(), *(f"-isystem{folder}" for folder in include)]
     command = [*compiler, *flags, str(FOLDER / f"{name}.cc"), *linked]
     digest = _digest([*command, version, _run([*compiler, "--version"]).stdout])
     try:
@@ -56,6 +54,12 @@ def build(
     except (CheckpointError, OSError) as error:
         raise BackendError(f"Native kernels need a cache that can be written; TANDEM_CACHE can name one: {error}") from error
     return target
+
+
+def machine_options() -> tuple[str, ...]:
+    """What every library is compiled with on this machine. What a processor is to compute with is among it."""
+    tuned = (*(INTEL if cpu_vendor() == "GenuineIntel" else ()), *(AMX if matrix_unit() else ()))
+    return (*OPTIONS, *tuned, *os.environ.get("TANDEM_CXXFLAGS", "").split())
 
 
 def _compile(name: str, command: Sequence[str], target: Path) -> None:
