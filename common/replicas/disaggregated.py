@@ -66,6 +66,7 @@ class Disaggregated(ServingEngine):
     # ── requests come and go ────────────────────────────────────────────────────────────────────────────────────────────
 
     def add(self, request: Request) -> None:
+        self._share_log()  # now, for it runs at once
         most, cap = self._decode.check(request), len(request.output_token_ids) + 1
         parent = None if request.parent is None or self._config.cache == "dense" else self._live.get(request.parent)
         expect_new(request, self._live.get(request.request_id), parent)
@@ -106,7 +107,7 @@ class Disaggregated(ServingEngine):
 
     def step(self, timeout: float | None = None) -> list[TokenEvent]:
         """What the replicas have brought. Where that is nothing yet, waits for `timeout`, or a moment."""
-        self._prefill.step_log = self._decode.step_log = self.step_log
+        self._share_log()
         self._events += self._hear()
         if not self._events and self.has_work:
             self._bell.wait(PATIENCE_S if timeout is None else timeout)
@@ -114,6 +115,9 @@ class Disaggregated(ServingEngine):
             self._events += self._hear()
         events, self._events = self._events, []
         return events
+
+    def _share_log(self) -> None:
+        self._prefill.step_log = self._decode.step_log = self.step_log
 
     def _hear(self) -> list[TokenEvent]:
         told = [event for first in self._prefill.step(0) for event in self._pass_on(first)]
