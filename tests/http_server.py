@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import pytest
 
 ROOT = Path(__file__).parent.parent
 PATIENCE_S = 300.0
@@ -182,3 +183,12 @@ def history(folder: Path, *names: str) -> tuple[Path, Path]:
         package.mkdir(parents=True)
         (package / "__init__.py").write_text(PACKAGE.format(control=str(control)))
     return folder / "packages", control
+
+
+@contextmanager
+def known_history(folder: Path) -> Iterator[Path]:
+    """Makes `history` known to processes that are started; the folder whose files say what goes wrong in them."""
+    packages, control = history(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{packages}{os.pathsep}{ROOT}")
+        yield control

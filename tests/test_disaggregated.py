@@ -31,7 +31,7 @@ from tests.backends import BACKENDS, checkpoint, engine_config, make_engine
 from tests.history_backend import ROOT, command, last_line
 from tests.history_runner import HistoryRunner
 from tests.http_server import history as history_package
-from tests.http_server import serving, until
+from tests.http_server import known_history, serving, until
 from tests.replica_mains import MODEL, SMALL
 from tests.test_replicas import VOCAB, Awake, judge, requests, right, told
 
@@ -50,10 +50,7 @@ def running(backend: str, config: EngineConfig = PAIR) -> Iterator[Disaggregated
 
 @pytest.fixture(scope="module")
 def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Makes `history` known to processes that are started; the folder whose files say what goes wrong in them."""
-    packages, control = history_package(tmp_path_factory.mktemp("disaggregated"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{packages}{os.pathsep}{ROOT}")
+    with known_history(tmp_path_factory.mktemp("disaggregated")) as control:
         yield control
 
 

@@ -38,7 +38,7 @@ from tests import history_backend
 from tests.backends import checkpoint, engine_config, make_engine
 from tests.history_backend import ROOT, command, last_line
 from tests.history_runner import Expected, HistoryRunner, expected
-from tests.http_server import PATIENCE_S, Served, serving, until
+from tests.http_server import PATIENCE_S, Served, known_history, serving, until
 from tests.http_server import history as history_package
 from tests.replica_mains import MODEL, SMALL
 
@@ -105,10 +105,7 @@ def running(backend: str, config: EngineConfig = SMALL) -> Iterator[Replicas]:
 
 @pytest.fixture(scope="module")
 def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Makes `history` known to processes that are started; the folder whose files say what goes wrong in them."""
-    packages, control = history_package(tmp_path_factory.mktemp("replicas"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{packages}{os.pathsep}{ROOT}")
+    with known_history(tmp_path_factory.mktemp("replicas")) as control:
         yield control
 
 

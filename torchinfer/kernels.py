@@ -257,8 +257,8 @@ class Step:
     def write_pages(self, state: State, pages_: Sequence[int], arrays: dict[str, np.ndarray]) -> State:
         """The inverse of `read_pages`."""
         (k,), (v,) = state.cache
-        k[:, list(pages_)] = to_device(np.ascontiguousarray(keys_in(arrays["k"], k.shape[-1])), self.device)
-        v[:, list(pages_)] = to_device(np.ascontiguousarray(values_in(arrays["v"], v.shape[-1])), self.device)
+        _put_pages(k, pages_, keys_in(arrays["k"], k.shape[-1]))
+        _put_pages(v, pages_, values_in(arrays["v"], v.shape[-1]))
         return state
 
     @torch.inference_mode()
@@ -316,8 +316,8 @@ class SharedStep(FrameworkStep):
         (k,), (v,) = state.cache
         rank, ranks = self.group.rank, self.group.ranks
         mine = {name: np.split(split_heads(x, self.model_config, ranks), ranks, 3)[rank] for name, x in arrays.items()}
-        k[:, list(pages_)] = to_device(np.ascontiguousarray(keys_in(mine["k"], k.shape[-1])), self.device)
-        v[:, list(pages_)] = to_device(np.ascontiguousarray(values_in(mine["v"], v.shape[-1])), self.device)
+        _put_pages(k, pages_, keys_in(mine["k"], k.shape[-1]))
+        _put_pages(v, pages_, values_in(mine["v"], v.shape[-1]))
         return state
 
     def _tensors(self) -> Any:
@@ -334,6 +334,11 @@ class SharedStep(FrameworkStep):
 def make_step(config: EngineConfig, device: torch.device, group: Group) -> Step | SharedStep:
     """The step of a model that the ranks of a `group` share out."""
     return Step(config, device) if group.ranks == 1 else SharedStep(config, device, group)
+
+
+def _put_pages(pool: Tensor, pages: Sequence[int], x: np.ndarray) -> None:
+    """Have the `pages` of a pool hold x [L K, pages, …]."""
+    pool[:, list(pages)] = to_device(np.ascontiguousarray(x), pool.device)
 
 
 def _put(array: np.ndarray) -> Tensor:

@@ -23,6 +23,7 @@ from common.request import Request, Status, TokenEvent
 from experiments.baselines.greedy import GreedyEngine, check_request
 from experiments.completions import DONE, UNNAMED, EventStream, WireError, http_request, read_chunk
 from experiments.peers import peers_folder
+from experiments.policies import ALONE
 from experiments.server import Server, free_port, models, parse_url, program
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Options:
     def check(self, config: EngineConfig) -> None:
         """Raise `ConfigError` for several ranks or replicas of which the server would not be told, and `BackendError` if there
         is no program to start it."""
-        for option, alone in (("tensor_parallel_size", 1), ("data_parallel_size", 1), ("prefill_parallel_size", 0)):
+        for option, alone in ALONE.items():
             number = getattr(config, option)
             expect(
                 number == alone or any(f"{{{option}}}" in part for part in self.command),
