@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -151,9 +152,9 @@ def test_a_rank_that_is_lost_is_started_again_and_costs_nobody_a_token(
         lose()
         return given
 
-    def join(place: str) -> None:
+    def join(*place: Any) -> None:
         lose()
-        whole_join(place)
+        whole_join(*place)
 
     whole_hand_out, whole_join = group._hand_out, group._join
     if state == "idle":
@@ -167,6 +168,14 @@ def test_a_rank_that_is_lost_is_started_again_and_costs_nobody_a_token(
     assert len(losses) == len(heard.at) == 1
     assert heard.at[0] - losses[0] < NOTICED_S and CLOCK.seconds - losses[0] < AGAIN_S + LOADS[0]
     assert others(engine.runner) != [other] and alive(others(engine.runner))
+
+
+def test_ranks_that_connect_anew_write_to_no_file_of_their_process(engine: Engine, tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        files = [stack.enter_context((tmp_path / str(i)).open("w")) for i in range(32)]
+        for _ in range(2):
+            engine.runner.group._meet()  # type: ignore[attr-defined]
+        assert [Path(file.name).stat().st_size for file in files] == [0] * 32
 
 
 def test_of_four_ranks_those_that_are_not_lost_go_on() -> None:

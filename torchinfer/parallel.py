@@ -11,7 +11,7 @@ Letters: R logit rows · V vocabulary, of which each rank has n · k candidates.
 from __future__ import annotations
 
 import logging
-import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +36,7 @@ from common.weights.checkpoint import open_checkpoint
 
 _log = logging.getLogger(__name__)
 
+_HOST = "127.0.0.1"
 _MEETING = timedelta(seconds=5)
 """How long ranks that are there may take to connect."""
 _ATTEMPTS = 3
@@ -188,11 +189,13 @@ class _Ranks(Group):
         self._seconds += time.perf_counter() - start
         self._bytes += x.nbytes
 
-    def _join(self, place: str) -> None:
-        """Connect with those who come to the same place, a file. Raises `RuntimeError` if one does not."""
+    def _join(self, port: int, listening: int | None = None) -> None:
+        """Connect with those who come to the same port, at which the first listens, through a socket that is its own from now
+        on. Raises `RuntimeError` if one does not."""
         self._leave()
-        store = dist.FileStore(place, self._ranks)  # type: ignore[attr-defined]
-        store.set_timeout(_MEETING)
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            _HOST, port, None, listening is not None, _MEETING, wait_for_workers=False, master_listen_fd=listening
+        )
         store.set(f"here {self._rank}", "")
         self._await_others(store)
         self._gloo = self._connect(store)
@@ -203,7 +206,7 @@ class _Ranks(Group):
     def _connect(self, store: Any) -> Any:
         """With all who are there."""
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=_HOST)]
         patience, options._timeout = options._timeout, _MEETING
         gloo = dist.ProcessGroupGloo(store, self._rank, self._ranks, options)
         gloo.set_timeout(patience)  # in a step one may compile while the others wait
@@ -250,11 +253,11 @@ class _First(_Ranks):
             self._leave()
             try:
                 self._replace()
-                # A file without a name: nothing is left of it when the processes have ended, however they did.
-                with open(os.memfd_create("tandem"), "r+b") as file:
-                    place = f"/proc/{os.getpid()}/fd/{file.fileno()}"
-                    self._tell("join", place)
-                    self._join(place)
+                # A port, not a file: a store that is a file writes to its path once more as it ends, whatever is there then.
+                with socket.create_server((_HOST, 0)) as listening:
+                    port = listening.getsockname()[1]
+                    self._tell("join", port)
+                    self._join(port, listening.detach())
                     self._settle()
                 return
             except RuntimeError:
