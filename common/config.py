@@ -116,6 +116,10 @@ class ModelConfig:
     """How many keys, itself included, a query of each layer sees; 0 is all of them; empty means all everywhere."""
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    embeds: bool = True
+    """Whether it begins with tokens: else with the residual stream of the stage before it."""
+    predicts: bool = True
+    """Whether it ends with logits: else with its residual stream."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"):
@@ -152,6 +156,11 @@ class ModelConfig:
     def queries_per_kv(self) -> int:
         """N / K: how many query heads share one key and value head."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def has_table(self) -> bool:
+        """Whether the embedding is among its tensors: a tied LM head is one too."""
+        return self.embeds or (self.predicts and self.tie_embeddings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +199,9 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     """Ranks that share out every matrix of the model, and the compute threads: devices of one process in JAX, processes in
     PyTorch. More than one compute with the framework's kernels."""
+    pipeline_parallel_size: int = 1
+    """Stages that share out the model's layers, each of so many ranks, and the compute threads. As many steps are in flight,
+    each of a share of the requests."""
     data_parallel_size: int = 1
     """Replicas of the engine, each a process with a model and pages of its own; they share the compute threads. All other
     numbers are of each of them, but for `max_waiting`."""
@@ -219,6 +231,7 @@ class EngineConfig:
             ("max_num_seqs", 1, 65_536),
             ("max_num_batched_tokens", 1, 1 << 20),
             ("tensor_parallel_size", 1, MAX_RANKS),
+            ("pipeline_parallel_size", 1, MAX_RANKS),
             ("data_parallel_size", 1, MAX_REPLICAS),
             ("prefill_parallel_size", 0, MAX_REPLICAS),
         ):
@@ -246,10 +259,12 @@ class EngineConfig:
             "cache=dense keeps each request's keys and values to itself, so that no prefix can be shared; set "
             "enable_prefix_caching=false with it.",
         )
-        expect(
-            self.tensor_parallel_size == 1 or not self.compile,
-            f"compile=true compiles the step of one rank, got tensor_parallel_size={self.tensor_parallel_size}; leave out one.",
-        )
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+            size = getattr(self, name)
+            expect(
+                size == 1 or not self.compile,
+                f"compile=true compiles the step of one rank, got {name}={size}; leave out one.",
+            )
         backend = self.prefill_backend
         expect(
             backend is None or (isinstance(backend, str) and self.prefill_parallel_size > 0),
@@ -279,6 +294,11 @@ class EngineConfig:
             f"max_model_len must not exceed the model's {model.max_position} positions, got {asked}.",
         )
         return asked or min(model.max_position, 4096)
+
+    @property
+    def ranks(self) -> int:
+        """Of all stages that share out a model."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @classmethod
     def of(cls, **options: Any) -> Self:

@@ -49,6 +49,9 @@ class Caps:
     vocab_size: int = 1 << 30
     depth: int = 0
     """Steps that may be in flight beside the one being built."""
+    pipelined: bool = False
+    """Whether those are computed at once, in stages, each with its share of the requests: whoever is to get a token from a step
+    is in no other before it lands."""
     observes: bool = False
     """Whether the runner has `ModelRunner.observe`."""
 
@@ -210,10 +213,10 @@ class ModelRunner(ABC):
         """Programs compiled so far in this process, by this runner."""
 
     def stats(self) -> dict[str, float]:
-        """Of a runner whose ranks share out a model: `communication_bytes`, what each of them has told the others since the
-        start, and where it knows `communication_seconds`, how long the first was at it, waiting for the others included;
-        `rank_bytes`, its weights and pages; `others_rss_bytes` and `others_peak_rss_bytes`, what ranks in other processes hold
-        and have held. Of one rank nothing."""
+        """Of a runner whose ranks share out a model: `communication_bytes`, what one of the last stage has told others of it,
+        or heard of the stage before, since the start, and where it knows `communication_seconds`, how long it was at it, waiting
+        included; `rank_bytes`, its weights and pages; `others_rss_bytes` and `others_peak_rss_bytes`, what ranks in other
+        processes hold and have held. Of one rank nothing."""
         return {}
 
     @abstractmethod

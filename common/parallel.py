@@ -1,4 +1,8 @@
-"""How a model is shared out over ranks: which heads, features and tokens each of them computes with. Arithmetic alone.
+"""How a model is shared out: its layers over stages, and those of a stage over ranks, each of which computes with some of their
+heads, features and tokens. Arithmetic alone.
+
+A stage's part of a model is a smaller model too, which begins with the residual stream of the stage before it, or with tokens,
+and ends with its own, or with logits.
 
 A rank's part of a model is a smaller model with the same residual stream. What its attention and its MLP add to the stream are
 terms of a sum over the ranks (Shoeybi et al. 2019, arXiv:1909.08053, §3); its tokens are its rows of embedding and LM head.
@@ -11,6 +15,7 @@ and split its queries.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +49,33 @@ class Share(NamedTuple):
     """Of F."""
     tokens: Span
     """Of V."""
+
+
+def stage_layers(layers: int, stages: int) -> list[range]:
+    """The layers of each stage in turn, as evenly as it goes: some of the first have one more."""
+    least, more = divmod(layers, stages)
+    ends = [least * stage + min(stage, more) for stage in range(stages + 1)]
+    return [range(start, end) for start, end in pairwise(ends)]
+
+
+def stage_config(config: ModelConfig, stage: int, stages: int) -> ModelConfig:
+    """The model that stage `stage` of `stages` computes. Raises `ConfigError` if there are not enough layers."""
+    if stages == 1:
+        return config
+    L = config.num_layers
+    expect(
+        stages <= L,
+        f"pipeline_parallel_size={stages} needs a layer for each stage, and this model has {L}. Numbers that can: 1 to {L}.",
+    )
+    layers = stage_layers(L, stages)[stage]
+    return replace(
+        config,
+        num_layers=len(layers),
+        layer_rope=config.layer_rope[layers.start : layers.stop],
+        layer_window=config.layer_window[layers.start : layers.stop],
+        embeds=stage == 0,
+        predicts=stage == stages - 1,
+    )
 
 
 def local_config(config: ModelConfig, ranks: int) -> ModelConfig:

@@ -7,7 +7,7 @@ from typing import Any
 
 from common.config import EngineConfig, expect
 
-ALONE = {"tensor_parallel_size": 1, "data_parallel_size": 1, "prefill_parallel_size": 0}
+ALONE = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1, "prefill_parallel_size": 0}
 """One engine on one rank."""
 POLICIES: Mapping[str, Mapping[str, Any]] = {
     "jax": {"compile": False},  # its step is compiled always

@@ -16,6 +16,8 @@ from jaxinfer.arrays import to_host
 
 _PAGES = 16
 """Pages of one call."""
+_COPIES = 16
+"""Page copies of one call."""
 
 
 class KVCache(NamedTuple):
@@ -65,6 +67,15 @@ def gather(pool: Array, pages: Array) -> Array:
 def copy_pages(cache: KVCache, pairs: Array) -> KVCache:
     """Copy pages from pairs[:, 0] to pairs[:, 1]; (0, 0) does nothing."""
     return jax.tree.map(lambda pool: pool.at[:, pairs[:, 1]].set(pool[:, pairs[:, 0]]), cache)
+
+
+def _copy_all(cache: KVCache, pairs: np.ndarray) -> KVCache:
+    """As `copy_pages`, of any number of pairs int32[C, 2], and even of none: it compiles the one program then."""
+    for at in range(0, max(len(pairs), 1), _COPIES):
+        part = np.zeros((_COPIES, 2), np.int32)
+        part[: len(pairs[at : at + _COPIES])] = pairs[at : at + _COPIES]
+        cache = copy_pages(cache, part)
+    return cache
 
 
 def read_pages(cache: KVCache, pages: Sequence[int]) -> dict[str, np.ndarray]:

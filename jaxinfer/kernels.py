@@ -25,12 +25,14 @@ from common.kernels.cpu.build import build
 from common.kernels.cpu.pack import pack_head, pack_layers
 from common.kernels.cpu.pages import keys_in, keys_out, page_bytes, pool_shapes, values_in, values_out
 from common.kernels.cpu.step import HEADER, SAMPLED, max_step_size, pack_changes, pack_step, unpack_sampled, without_modes
-from common.parallel import join_heads, local_config, split_heads
+from common.parallel import join_heads, local_config, split_heads, stage_layers
 from common.platform import cores
 from common.rope import rope_tables
 from common.schedule.batch import Batch, Mask, masked
 from common.weights.checkpoint import Checkpoint
-from jaxinfer.cache import KVCache
+from common.weights.shard import stage_of
+from jaxinfer.arrays import nbytes
+from jaxinfer.cache import KVCache, _copy_all
 from jaxinfer.observe import Keep, Names, ignore, keeper
 from jaxinfer.parallel import _WHOLE, ALONE, Group
 from jaxinfer.step import _EDITS, State, _choice_shape
@@ -168,18 +170,30 @@ def head(weights: Weights, step: Array, x_TD: Array, logits_RV: Array) -> Array:
     return _call("head", logits_RV, step, weights.head, x_TD, logits_RV, aliases={3: 0})
 
 
-def forward(config: ModelConfig, weights: Weights, state: State, step: Array, tokens: int, keep: Keep | None = None) -> State:
-    """The state after a packed step of `tokens` tokens: their keys and values in its pages, what was asked for in `logits`.
-    With `keep` it goes layer by layer, in parts."""
-    x_TD = embed(config, weights, step, state.last_tokens, tokens)
+def forward(
+    config: ModelConfig,
+    weights: Weights,
+    state: State,
+    step: Array,
+    tokens: int,
+    keep: Keep | None = None,
+    before_TD: Array | None = None,
+) -> tuple[State, Array]:
+    """The state after a packed step of `tokens` tokens, their keys and values in its pages, what was asked for in `logits`; and
+    the residual stream behind the layers. Of stages only the last has logits, and all but the first take the stream
+    `before_TD` them. With `keep` it goes layer by layer, in parts."""
+    x_TD = embed(config, weights, step, state.last_tokens, tokens) if before_TD is None else before_TD
     if keep is None:
         cache, x_TD = layers(weights, step, state.cache, x_TD)
-        return state._replace(cache=cache, logits=head(weights, step, x_TD, state.logits))
-    keep(embedding=x_TD)
-    cache, x_TD = layers_in_parts(config, weights, step, state.cache, x_TD, keep)
-    logits_RV = head(weights, step, x_TD, state.logits)
-    keep(logits=logits_RV)
-    return state._replace(cache=cache, logits=logits_RV)
+    else:
+        keep(embedding=x_TD)
+        cache, x_TD = layers_in_parts(config, weights, step, state.cache, x_TD, keep)
+    state = state._replace(cache=cache)
+    if config.predicts:
+        state = state._replace(logits=head(weights, step, x_TD, state.logits))
+        if keep is not None:
+            keep(logits=state.logits)
+    return state, x_TD
 
 
 def adjust(step: Array, changes: Array, logits_RV: Array) -> Array:
@@ -204,15 +218,18 @@ class Step:
     token_buckets: tuple[int, ...] = ()
     decode_buckets: tuple[int, ...] = ()
 
-    def __init__(self, config: EngineConfig, device: jax.Device) -> None:
-        self.config, self.device = config, device
+    def __init__(self, config: EngineConfig, device: jax.Device, group: Group = ALONE) -> None:
+        self.config, self.device, self.group = config, device, group
+        self._told = 0  # bytes of the stage before to this
         self._threads = config.threads or cores()
         open_library().tandem_threads(self._threads)
 
     def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
         """Pack the weights, with room for `positions` rotary positions."""
+        self._layers = stage_layers(checkpoint.config.num_layers, self.group.stages)[self.group.stage]
+        checkpoint = stage_of(checkpoint, self.group.stage, self.group.stages)
         self.model_config: ModelConfig = checkpoint.config
-        self.weights = load_weights(checkpoint, self.config.dtype, positions, progress)
+        self.weights = load_weights(checkpoint, self.config.dtype, positions, progress, self.group)
         self._pages = -(-positions // self.config.block_size)
         self._sizes = sorted({self.config.max_num_seqs, self.config.max_num_batched_tokens})
         self._compiled: dict[tuple[int, int, Names], Any] = {}
@@ -220,28 +237,32 @@ class Step:
 
     def make_state(self, num_pages: int) -> State:
         """Empty pages and rows."""
-        config = self.config
-        cache = make_cache(self.model_config, num_pages, config.block_size, config.dtype)
-        logits_RV = _zeros((config.max_num_seqs, self.model_config.vocab_size), jnp.float32, self.device)
-        return State(cache, jnp.zeros((config.max_num_seqs,), jnp.int32, device=self.device), logits_RV)
+        config, (device,) = self.config, self.group._devices(self.device)
+        cache = _make_cache(self.model_config, num_pages, config.block_size, config.dtype, self.group)
+        shape = config.max_num_seqs, self.model_config.vocab_size
+        logits_RV = _zeros(shape, jnp.float32, device) if self.model_config.predicts else None
+        return State(cache, jnp.zeros((config.max_num_seqs,), jnp.int32, device=device), logits_RV)
 
-    def page_bytes(self) -> int:
-        """Bytes of one page."""
-        return page_bytes(self.model_config, self.config)
+    def page_bytes(self, model: ModelConfig) -> int:
+        """Bytes of one page, over all layers of the model."""
+        return page_bytes(model, self.config)
+
+    def held(self, state: State) -> int:
+        """Bytes of one rank's weights and pages."""
+        return nbytes((self.weights, state.cache))
 
     def warmup(self, state: State, progress: Progress | None = None) -> State:
         """Compile what later steps need."""
         for done, tokens in enumerate(self._sizes):
             # No tokens: the program runs through its operators and changes nothing.
-            state, *_ = self._run(tokens, state, None)
+            state, *_ = self._run(tokens, state, None, before=self._before(tokens))
             if progress:
                 progress(done + 1, len(self._sizes), f"compiled steps of up to {tokens} tokens")
         return self.write_pages(state, [0], _null_page(self.model_config, self.config))
 
     def run(self, state: State, batch: Batch, mask: Mask = None) -> tuple[State, Callable[[], tuple[Any, ...]]]:
         """One step, and what brings its results to the host: the arguments of `interface.make_result`."""
-        state, sampled, _ = self._run(self._tokens(batch), state, batch, mask=mask)
-        return state, lambda: unpack_sampled(np.asarray(sampled)[: len(batch.logit_rows)], batch)
+        return self._advance(state, batch, mask)
 
     def observe(self, state: State, batch: Batch, names: Names) -> tuple[State, dict[str, Array]]:
         """One step, and what it computes on the way, padded and on the device: those of `names`, or all."""
@@ -268,25 +289,50 @@ class Step:
         v = put(v, np.ascontiguousarray(values_in(arrays["v"], v.shape[-1])))
         return state._replace(cache=KVCache((k,), (v,)))
 
+    def _advance(self, state: State, batch: Batch, mask: Mask, *before: Array) -> tuple[State, Any]:
+        """As `run`, but that a stage that is not the last gives its residual stream, and one that is not the first takes that
+        of the stage before it."""
+        state, out, _ = self._run(self._tokens(batch), state, batch, mask=mask, before=before)
+        self._told += sum(x.nbytes for x in before)
+        if not self.model_config.predicts:
+            return state, out
+        return state, lambda: unpack_sampled(np.asarray(out)[: len(batch.logit_rows)], batch)
+
+    def _before(self, tokens: int) -> tuple[Array, ...]:
+        """What a stage that is not the first takes of the one before it, of zeros."""
+        (device,), shape = self.group._devices(self.device), (tokens, self.model_config.hidden_size)
+        return () if self.model_config.embeds else (jnp.zeros(shape, jnp.float32, device=device),)
+
+    def _copy_pages(self, state: State, pairs: np.ndarray) -> State:
+        return state._replace(cache=_copy_all(state.cache, pairs))
+
     def _tokens(self, batch: Batch) -> int:
         return next(size for size in self._sizes if size >= batch.num_tokens)
 
-    def _run(self, tokens: int, state: State, batch: Batch | None, names: Names = frozenset(), mask: Mask = None) -> Any:
+    def _run(
+        self,
+        tokens: int,
+        state: State,
+        batch: Batch | None,
+        names: Names = frozenset(),
+        mask: Mask = None,
+        before: Sequence[Array] = (),
+    ) -> Any:
         """A step in `tokens` as they are compiled, and in the rows of the state's logits; without a batch one that has none."""
-        rows = len(state.logits)
+        rows = self.config.max_num_seqs if state.logits is None else len(state.logits)
         program = tokens, rows, names
         open_library().tandem_threads(self._threads)  # another engine of this process may have another number
         size = max_step_size(self.config.max_num_batched_tokens, rows, self._pages)
         step = np.zeros(size, np.int32) if batch is None else _filled(size, pack_step(batch))
         first = without_modes(step) if batch is not None and batch.adjusts else step  # what it chooses is chosen anew
         if program not in self._compiled:
-            run = jax.jit(lambda weights, state, step: self._step(tokens, names, weights, state, step), donate_argnums=1)
-            self._compiled[program] = run.lower(self.weights, state, step).compile()
-        state, sampled, taps = self._compiled[program](self.weights, state, first)
-        if batch is None or batch.adjusts:
-            state, sampled = self._choose_changed(state, batch and masked(batch, mask), step)
-            taps |= {"tokens": sampled[:, 0]} if "tokens" in taps else {}
-        return state, sampled, taps
+            run = jax.jit(partial(self._step, tokens, names), donate_argnums=1)
+            self._compiled[program] = run.lower(self.weights, state, step, *before).compile()
+        state, out, taps = self._compiled[program](self.weights, state, first, *before)
+        if (batch is None or batch.adjusts) and self.model_config.predicts:
+            state, out = self._choose_changed(state, batch and masked(batch, mask), step)
+            taps |= {"tokens": out[:, 0]} if "tokens" in taps else {}
+        return state, out, taps
 
     def _choose_changed(self, state: State, batch: Batch | None, step: np.ndarray) -> tuple[State, Array]:
         """Choose the step's tokens anew, from changed logits: so a step that changes none stays one program."""
@@ -295,7 +341,8 @@ class Step:
         size = HEADER + 5 * _EDITS + rows * (1 + -(-vocab // 32))
         if rows not in self._choosers:
             words = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (len(step), size))
-            last, logits = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (state.last_tokens, logits_RV))
+            held = state.last_tokens, logits_RV
+            last, logits = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in held)
             run = jax.jit(_choose, donate_argnums=0)
             self._choosers[rows] = run.lower(last, *words, logits, logits).compile()
         changed_RV, last_tokens = logits_RV, state.last_tokens
@@ -306,12 +353,14 @@ class Step:
         return state._replace(last_tokens=last_tokens), sampled
 
     def _step(
-        self, tokens: int, names: Names, weights: Weights, state: State, step: Array
+        self, tokens: int, names: Names, weights: Weights, state: State, step: Array, *before: Array
     ) -> tuple[State, Array, dict[str, Array]]:
         """The pure function that is compiled."""
         taps, keep = keeper(names)
         whole = names == frozenset()
-        state = forward(self.model_config, weights, state, step, tokens, None if whole else keep)
+        state, x_TD = forward(self.model_config, weights, state, step, tokens, None if whole else keep, *before)
+        if not self.model_config.predicts:
+            return state, x_TD, taps
         sampled, state = sample(state, step)
         keep(tokens=sampled[:, 0])
         return state, sampled, taps
@@ -336,6 +385,8 @@ class SharedStep(FrameworkStep):
 
     def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
         """Pack the weights, with room for `positions` rotary positions."""
+        self._layers = stage_layers(checkpoint.config.num_layers, self.group.stages)[self.group.stage]
+        checkpoint = stage_of(checkpoint, self.group.stage, self.group.stages)
         self.model_config = checkpoint.config
         self._local = local_config(checkpoint.config, self.group.ranks)
         self._positions = positions
@@ -348,9 +399,9 @@ class SharedStep(FrameworkStep):
         whole = self.group._place(self.device, _WHOLE)
         return State(cache, jnp.zeros((config.max_num_seqs + 1,), jnp.int32, device=whole))
 
-    def page_bytes(self) -> int:
-        """Bytes of one page of all ranks."""
-        return self.group.ranks * page_bytes(self._local, self.config)
+    def page_bytes(self, model: ModelConfig) -> int:
+        """Bytes of one page of all ranks, over all layers of the model."""
+        return self.group.ranks * page_bytes(local_config(model, self.group.ranks), self.config)
 
     def read_pages(self, state: State, pages_: Sequence[int]) -> dict[str, np.ndarray]:
         """Copies `k` and `v`: [L, pages, B, K, H]."""
@@ -382,17 +433,28 @@ class SharedStep(FrameworkStep):
     def _inputs(self, bucket: Any, batch: Batch) -> _Packed:
         return _Packed(pack_step(batch), self._first_choice(batch, bucket.seqs))
 
-    def _logits(self, bucket: Any, weights: Weights, state: State, x: _Packed, keep: Keep) -> tuple[KVCache, Array]:
+    @property
+    def _stream_dtype(self) -> Any:
+        return jnp.float32
+
+    def _logits(
+        self, bucket: Any, weights: Weights, state: State, x: _Packed, keep: Keep, *before: Array
+    ) -> tuple[KVCache, Array]:
         config, group, step = self._local, self.group, x.step
-        x_TD = group.all_reduce(embed(config, weights, step, state.last_tokens, bucket.tokens))
+        if before:
+            (x_TD,) = before
+        else:
+            x_TD = group.all_reduce(embed(config, weights, step, state.last_tokens, bucket.tokens))
         cache, x_TD = layers_in_terms(config, weights, step, state.cache, x_TD, group)
+        if not config.predicts:
+            return cache, x_TD
         # No place is given for the logits: what stands where one is expected is not looked at.
         return cache, _call("head", _shape((bucket.seqs, config.vocab_size)), step, weights.head, x_TD, x_TD)
 
 
 def make_step(config: EngineConfig, device: jax.Device, group: Group) -> Step | SharedStep:
     """The step of a model that the ranks of a `group` share out."""
-    return Step(config, device) if group.ranks == 1 else SharedStep(config, device, group)
+    return Step(config, device, group) if group.ranks == 1 else SharedStep(config, device, group)
 
 
 def _choose(last_tokens: Array, step: Array, changes: Array, logits_RV: Array, changed_RV: Array) -> tuple[Array, Array, Array]:

@@ -98,7 +98,8 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Embedding, blocks, final norm, LM head. Attributes have the checkpoint's names, without the leading `model.`.
+    """Embedding, blocks, final norm, LM head, or of a stage as many of these as it has. Attributes have the checkpoint's names,
+    without the leading `model.`.
 
     Of several ranks each has a decoder of its part, whose sums over the `group` are the whole's and whose logits are of its own
     tokens: `config` is then that part's.
@@ -106,10 +107,11 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, dtype: Dtype, positions: int, group: Group = ALONE) -> None:
         V, D = config.vocab_size, config.hidden_size
-        self.embed_tokens = Embedding(V, D, config.embedding_scale, dtype, group)
+        self.embed_tokens: Any = Embedding(V, D, config.embedding_scale, dtype, group) if config.has_table else None
         self.layers = nnx.List([Block(config, dtype, group) for _ in range(config.num_layers)])
-        self.norm = RMSNorm(D, config.norm_eps)
-        self.lm_head = None if config.tie_embeddings else Linear(D, V, bias=False, split=1, dtype=dtype)
+        self.norm: Any = RMSNorm(D, config.norm_eps) if config.predicts else None
+        head = config.predicts and not config.tie_embeddings
+        self.lm_head = Linear(D, V, bias=False, split=1, dtype=dtype) if head else None
         self.ropes = nnx.List([Rotary(positions, config.head_dim) for _ in config.ropes])
         self.config = config
 
@@ -117,8 +119,9 @@ class Decoder(nnx.Module):
 def forward(
     model: Decoder, token_ids: Array, positions: Array, attend: Attend, cache: Any = None, keep: Keep = ignore
 ) -> tuple[Array, Any]:
-    """Hidden states [T, D] after the final norm, and the cache, of tokens int32[T] at positions int32[T]."""
-    x_TD = model.embed_tokens(token_ids)
+    """Hidden states [T, D] after the final norm, and the cache, of tokens int32[T] at positions int32[T]. Of a stage: the
+    residual stream behind it, unless it is the last; and unless it is the first, that before it in place of the tokens."""
+    x_TD = model.embed_tokens(token_ids) if model.config.embeds else token_ids
     keep(embedding=x_TD)
     ropes = [rope(positions) for rope in model.ropes]
     for layer, block in enumerate(model.layers):
@@ -128,8 +131,9 @@ def forward(
         here(q=q_TNH, k=k_TKH, v=v_TKH, attention=out_TNH)
         x_TD = block.combine(x_TD, out_TNH, here)
         here(residual=x_TD)
-    x_TD = model.norm(x_TD)
-    keep(final_norm=x_TD)
+    if model.config.predicts:
+        x_TD = model.norm(x_TD)
+        keep(final_norm=x_TD)
     return x_TD, cache
 
 

@@ -1,8 +1,12 @@
 """The ranks that share out a model, and what they tell each other inside a step: sums for the residual stream, and of logits
-that are shared out what a sampler must know of all of them. Never the logits.
+that are shared out what a sampler must know of all of them. Never the logits. Stages of several ranks, or of one, share out its
+layers: each passes the residual stream on to the next.
 
-JAX drives all ranks from one process. A step is one program on a mesh of devices, and `shard_map` shows each device its part of
-weights, pages and logits: what a rank computes stands in the program as it is, and so does every word between ranks.
+JAX drives all ranks from one process. A stage's step is one program on a mesh of devices, and `shard_map` shows each device its
+part of weights, pages and logits: what a rank computes stands in the program as it is, and so does every word between ranks.
+
+A stage is a program of its own, and not a place on a further axis of the mesh: there every stage would have the shapes of every
+other, with room for embedding, LM head and the most layers, and would run through the others' code.
 
 Letters: R logit rows · V vocabulary, of which each rank has n · k candidates.
 """
@@ -12,6 +16,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +26,11 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from common.config import EngineConfig
+from common.config import EngineConfig, ModelConfig
 from common.errors import BackendError
+from common.interface import Progress
+from common.schedule.batch import Batch, Mask
+from common.weights.checkpoint import Checkpoint
 from jaxinfer.arrays import to_device
 
 _AXIS = "tensor"
@@ -30,9 +38,16 @@ _WHOLE, _HEADS, _COLUMNS = PartitionSpec(), PartitionSpec(_AXIS), PartitionSpec(
 """Of what all ranks have alike; of pools, whose heads they share out; and of logits, whose columns."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Group:
-    """One rank that has all of a model. What it would ask the others for, it has."""
+    """One rank that has all of a model. What it would ask the others for, it has.
+
+    What is said below of ranks is of those of one stage."""
+
+    _stage: int = 0
+    _stages: int = 1
+    _device: jax.Device | None = None
+    """Of a stage that has one."""
 
     @property
     def ranks(self) -> int:
@@ -42,6 +57,15 @@ class Group:
     def rank(self) -> Any:
         """Which of them computes."""
         return 0
+
+    @property
+    def stages(self) -> int:
+        return self._stages
+
+    @property
+    def stage(self) -> int:
+        """Which of them computes."""
+        return self._stage
 
     def all_reduce(self, x: Array) -> Array:
         """The sum of every rank's x."""
@@ -84,11 +108,11 @@ class Group:
         return logits, ids
 
     def _place(self, device: jax.Device, spec: PartitionSpec) -> jax.sharding.Sharding:
-        return SingleDeviceSharding(device)
+        return SingleDeviceSharding(self._device or device)
 
     def _devices(self, device: jax.Device) -> Sequence[jax.Device]:
-        """Every rank's, of which `device` is the first."""
-        return (device,)
+        """Every rank's, of which `device` is the first, unless a stage has its own."""
+        return (self._device or device,)
 
     def _put(self, parts: Sequence[np.ndarray], axis: int | None, device: jax.Device) -> Array:
         """Each rank's part of an array on its device, as `_whole` has them."""
@@ -103,13 +127,21 @@ class Group:
         shared out so."""
         return function
 
+    def _bring(self, x: Array) -> Array:
+        """What all ranks of another stage have alike, to the devices of this."""
+        return jax.device_put(x, self._device)
+
+    def _staged(self, make: Callable[[Group], Any]) -> Any:
+        """The step that `make` makes for a group."""
+        return make(self)
+
 
 ALONE = Group()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Ranks(Group):
-    """Devices of one mesh. Everything but the last four is for the inside of `_spread`."""
+    """Devices of one mesh. Everything but what has an underscore is for the inside of `_spread`."""
 
     mesh: Mesh
 
@@ -173,6 +205,109 @@ class _Ranks(Group):
         specs = lambda tree: jax.tree.map(lambda x: x if isinstance(x, PartitionSpec) else x.sharding.spec, tree)  # noqa: E731
         return jax.shard_map(function, mesh=self.mesh, in_specs=specs(takes), out_specs=specs(gives), check_vma=False)
 
+    def _bring(self, x: Array) -> Array:
+        shards = zip(x.addressable_shards, self.mesh.devices, strict=True)
+        return self._whole([jax.device_put(shard.data, device) for shard, device in shards], None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stages(Group):
+    """All stages, whose groups are of devices of their own."""
+
+    groups: tuple[Group, ...]
+
+    @property
+    def ranks(self) -> int:
+        return self.groups[0].ranks
+
+    def _staged(self, make: Callable[[Group], Any]) -> Any:
+        return _Pipeline([make(group) for group in self.groups])
+
+
+_Advanced = Future[tuple[Any, Any]]
+"""Of a stage that has run a step: its state afterwards, and what it passes on, or at last what brings results to the host."""
+
+
+class _Pipeline:
+    """The steps of all stages as one: what it calls a state is a stage's last `_Advanced`, of each.
+
+    Each stage has a thread, on which it runs one step after another: so a stage is at one while the next is at the one before.
+    """
+
+    def __init__(self, stages: Sequence[Any]) -> None:
+        self._stages = stages
+        self._threads = [ThreadPoolExecutor(1, f"stage {at}") for at in range(len(stages))]
+        self.kernels, self.token_buckets, self.decode_buckets = (
+            getattr(stages[0], name) for name in ("kernels", "token_buckets", "decode_buckets")
+        )
+
+    @property
+    def _told(self) -> int:
+        told: int = self._stages[-1]._told
+        return told
+
+    def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
+        for stage in self._stages:
+            stage.load(checkpoint, positions, progress)
+
+    def make_state(self, num_pages: int) -> tuple[_Advanced, ...]:
+        make = lambda stage: (stage.make_state(num_pages), None)  # noqa: E731
+        return tuple(thread.submit(make, stage) for thread, stage in zip(self._threads, self._stages, strict=True))
+
+    def page_bytes(self, model: ModelConfig) -> int:
+        size: int = self._stages[0].page_bytes(model)
+        return size
+
+    def held(self, state: tuple[_Advanced, ...]) -> int:
+        size: int = self._stages[-1].held(state[-1].result()[0])
+        return size
+
+    def warmup(self, state: tuple[_Advanced, ...], progress: Progress | None = None) -> tuple[_Advanced, ...]:
+        return self._each(state, lambda at, stage, before: (stage.warmup(before, progress), None), wait=True)
+
+    def run(
+        self, state: tuple[_Advanced, ...], batch: Batch, mask: Mask = None
+    ) -> tuple[tuple[_Advanced, ...], Callable[[], Any]]:
+        done: list[_Advanced] = []
+
+        def advance(at: int, stage: Any, before: Any) -> tuple[Any, Any]:
+            passed = [stage.group._bring(done[at - 1].result()[1])] if at else []
+            advanced: tuple[Any, Any] = stage._advance(before, batch, mask, *passed)
+            return advanced
+
+        for at, before in enumerate(state):
+            done.append(self._then(at, before, advance))
+        return tuple(done), lambda: done[-1].result()[1]()
+
+    def read_pages(self, state: tuple[_Advanced, ...], pages: Sequence[int]) -> dict[str, np.ndarray]:
+        done = self._each(state, lambda at, stage, before: (before, stage.read_pages(before, pages)))
+        read = [each.result()[1] for each in done]
+        return {name: np.concatenate([arrays[name] for arrays in read]) for name in read[0]}
+
+    def write_pages(
+        self, state: tuple[_Advanced, ...], pages: Sequence[int], arrays: dict[str, np.ndarray]
+    ) -> tuple[_Advanced, ...]:
+        def write(at: int, stage: Any, before: Any) -> tuple[Any, Any]:
+            own = {name: x[stage._layers.start : stage._layers.stop] for name, x in arrays.items()}
+            return stage.write_pages(before, pages, own), None
+
+        return self._each(state, write, wait=True)  # an array may be the caller's again
+
+    def _copy_pages(self, state: tuple[_Advanced, ...], pairs: np.ndarray) -> tuple[_Advanced, ...]:
+        return self._each(state, lambda at, stage, before: (stage._copy_pages(before, pairs), None))
+
+    def _each(self, state: tuple[_Advanced, ...], change: Callable[..., Any], wait: bool = False) -> tuple[_Advanced, ...]:
+        done: list[_Advanced] = []
+        for at, before in enumerate(state):
+            done.append(self._then(at, before, change))
+            if wait:
+                done[-1].result()
+        return tuple(done)
+
+    def _then(self, at: int, before: _Advanced, change: Callable[[int, Any, Any], tuple[Any, Any]]) -> _Advanced:
+        """What `change` makes of a stage's state, once that is there."""
+        return self._threads[at].submit(lambda: change(at, self._stages[at], before.result()[0]))
+
 
 def _bytes_told(program: str) -> int:
     """How many bytes a rank tells the others in a compiled program, whose every branch is counted."""
@@ -188,13 +323,19 @@ def _bytes_told(program: str) -> int:
 
 def start(config: EngineConfig, device: jax.Device) -> Group:
     """The ranks of an engine, of which `device` is the first. Raises `BackendError` if there are not enough devices."""
-    ranks = config.tensor_parallel_size
-    if ranks == 1:
+    ranks, stages = config.tensor_parallel_size, config.pipeline_parallel_size
+    if config.ranks == 1:
         return ALONE
     devices = jax.local_devices(backend=device.platform)
-    if len(devices) < ranks:
+    if len(devices) < config.ranks:
         raise BackendError(
-            f"tensor_parallel_size={ranks} needs {ranks} devices, and JAX has {len(devices)} of {device.platform}. On a CPU it "
-            "makes them as it starts: let the engine with the most ranks be the first of its process."
+            f"tensor_parallel_size={ranks} with pipeline_parallel_size={stages} needs {config.ranks} devices, and JAX has "
+            f"{len(devices)} of {device.platform}. On a CPU it makes them as it starts: let the engine with the most ranks be "
+            "the first of its process."
         )
-    return _Ranks(Mesh(np.array(devices[:ranks]), (_AXIS,)))
+    meshes = np.array(devices[: config.ranks]).reshape(stages, ranks)
+    if ranks == 1:
+        groups = [Group(_stage=at, _stages=stages, _device=own[0]) for at, own in enumerate(meshes)]
+    else:
+        groups = [_Ranks(_stage=at, _stages=stages, mesh=Mesh(own, (_AXIS,))) for at, own in enumerate(meshes)]
+    return groups[0] if stages == 1 else _Stages(_stages=stages, groups=tuple(groups))

@@ -15,14 +15,10 @@ from common.interface import Caps, KVGroup, Progress
 from common.schedule.batch import Batch, Mask
 from common.weights.checkpoint import Checkpoint
 from jaxinfer import kernels
-from jaxinfer.cache import copy_pages
 from jaxinfer.device import describe, open_device
 from jaxinfer.observe import observe
 from jaxinfer.parallel import Group, start
 from jaxinfer.step import Step
-
-_COPIES = 16
-"""Page copies of one call."""
 
 
 class ModelRunner(interface.ModelRunner):
@@ -32,7 +28,7 @@ class ModelRunner(interface.ModelRunner):
         """`group`: where this is not the first of its ranks; else they are started."""
         expect(not config.compile, "The jax engine compiles its step always; compile=true is not among its options.")
         self.config = config
-        self.device = open_device(config.device, config.threads, config.tensor_parallel_size)
+        self.device = open_device(config.device, config.threads, config.ranks)
         self.group = group or start(config, self.device)
         self.state: Any = None  # a State once allocated
         self._step: Any = None  # a step.Step or a kernels.Step once loaded
@@ -47,7 +43,8 @@ class ModelRunner(interface.ModelRunner):
         self.model_config: ModelConfig = checkpoint.config
         positions = self.config.model_len(checkpoint.config)
         native = kernels.usable(self.config, checkpoint.config, self.device)
-        step: Any = (kernels.make_step if native else Step)(self.config, self.device, self.group)
+        make: Any = kernels.make_step if native else Step
+        step = self.group._staged(lambda group: make(self.config, self.device, group))
         step.load(checkpoint, positions, progress)
         self._step = step
         self._caps = Caps(
@@ -62,11 +59,13 @@ class ModelRunner(interface.ModelRunner):
             max_seqs=self.config.max_num_seqs,
             max_model_len=positions,
             vocab_size=self.model_config.vocab_size,
-            observes=self.group.ranks == 1,
+            depth=self.group.stages - 1,
+            pipelined=self.group.stages > 1,
+            observes=self.config.ranks == 1,
         )
 
     def kv_groups(self) -> tuple[KVGroup, ...]:
-        return interface.one_group(self.model_config, self._step.page_bytes())
+        return interface.one_group(self.model_config, self._step.page_bytes(self.model_config))
 
     def allocate(self, pages_per_group: Sequence[int]) -> None:
         self._num_pages = pages_per_group[0]
@@ -76,18 +75,18 @@ class ModelRunner(interface.ModelRunner):
         self._expect_open()
         self.state = None  # the old pool goes before the new one comes
         self.state = self._step.make_state(self._num_pages)
-        self._rank_bytes = self._step.held(self.state) if self.group.ranks > 1 else 0
+        self._rank_bytes = self._step.held(self.state) if self.config.ranks > 1 else 0
 
     def warmup(self, progress: Progress | None = None) -> None:
         self.state = self._step.warmup(self.state, progress)
-        self._copy_pages(np.zeros((0, 2), np.int32))
+        self.state = self._step._copy_pages(self.state, np.zeros((0, 2), np.int32))
 
     @property
     def compilations(self) -> int:
         return self._compilations()
 
     def stats(self) -> dict[str, float]:
-        if self.group.ranks == 1:
+        if self.config.ranks == 1:
             return {}
         return {"communication_bytes": self._step._told, "rank_bytes": self._rank_bytes}
 
@@ -120,13 +119,7 @@ class ModelRunner(interface.ModelRunner):
 
     def _copy(self, batch: Batch) -> None:
         if batch.copies.shape[1]:
-            self._copy_pages(batch.copies[0])
-
-    def _copy_pages(self, pairs: np.ndarray) -> None:
-        for at in range(0, max(len(pairs), 1), _COPIES):
-            part = np.zeros((_COPIES, 2), np.int32)
-            part[: len(pairs[at : at + _COPIES])] = pairs[at : at + _COPIES]
-            self.state = self.state._replace(cache=copy_pages(self.state.cache, part))
+            self.state = self._step._copy_pages(self.state, batch.copies[0])
 
 
 def _count_compilations() -> Callable[[], int]:

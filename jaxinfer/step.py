@@ -22,9 +22,10 @@ from jax import Array, lax
 
 from common.config import EngineConfig, ModelConfig
 from common.interface import Progress, page_bytes
-from common.parallel import join_heads, local_config, pool_config, split_heads
+from common.parallel import join_heads, local_config, pool_config, split_heads, stage_layers
 from common.schedule.batch import Batch, Mask, Want, masked
 from common.weights.checkpoint import Checkpoint
+from common.weights.shard import stage_of
 from jaxinfer import cache as pages
 from jaxinfer import sampling
 from jaxinfer.arrays import nbytes, to_host
@@ -104,6 +105,8 @@ class Step:
 
     def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
         """Bring the weights to the device, with room for `positions` rotary positions."""
+        self._layers = stage_layers(checkpoint.config.num_layers, self.group.stages)[self.group.stage]
+        checkpoint = stage_of(checkpoint, self.group.stage, self.group.stages)
         self.model_config: ModelConfig = checkpoint.config
         self._local = local_config(checkpoint.config, self.group.ranks)
         self._positions = positions
@@ -124,9 +127,9 @@ class Step:
         cache = pages.make_cache(pool, num_pages, config.block_size, config.dtype, place(_HEADS))
         return State(cache, jnp.zeros((config.max_num_seqs + 1,), jnp.int32, device=place(_WHOLE)))
 
-    def page_bytes(self) -> int:
-        """Bytes of one page of all ranks."""
-        return page_bytes(pool_config(self.model_config, self.group.ranks), self.config)
+    def page_bytes(self, model: ModelConfig) -> int:
+        """Bytes of one page of all ranks, over all layers of the model."""
+        return page_bytes(pool_config(model, self.group.ranks), self.config)
 
     def held(self, state: State) -> int:
         """Bytes of one rank's weights and pages."""
@@ -139,7 +142,7 @@ class Step:
         # XLA holds no lock while it compiles: a second thread fills what one leaves idle between its parallel phases.
         with ThreadPoolExecutor(2) as pool:
             compiled = pool.map(lambda bucket: self._compile(bucket, state), buckets)
-            choosers = pool.map(self._chooser, {bucket.seqs for bucket in buckets})
+            choosers = pool.map(self._chooser, {bucket.seqs for bucket in buckets if self._local.predicts})
             for done, (bucket, step) in enumerate(zip(buckets, compiled, strict=True)):
                 self._compiled[bucket, frozenset()] = step
                 if progress:
@@ -147,7 +150,8 @@ class Step:
                     progress(done + 1, len(buckets), f"compiled steps of {bucket.tokens} tokens, {kind}")
             deque(choosers, 0)
         for (bucket, _), step in self._compiled.items():
-            state, *_ = step(self.weights, state, np.zeros(_size(self._layout(bucket)), np.int32))
+            before = [jnp.zeros(x.shape, x.dtype, device=x.sharding) for x in self._before(bucket)]
+            state, *_ = step(self.weights, state, np.zeros(_size(self._layout(bucket)), np.int32), *before)
         return self._warm_pages(state)
 
     def _warm_pages(self, state: State) -> State:
@@ -156,10 +160,7 @@ class Step:
 
     def run(self, state: State, batch: Batch, mask: Mask = None) -> tuple[State, Callable[[], tuple[Any, ...]]]:
         """One step, and what brings its results to the host: the arguments of `interface.make_result`."""
-        sizes, chunked = self._sizes(batch)
-        bucket = self._bucket(next(size for size in sizes if size >= batch.num_tokens), chunked)
-        state, sampled, _ = self._run(bucket, state, batch, mask=mask)
-        return state, lambda: to_host(sampled)
+        return self._advance(state, batch, mask)
 
     def observe(self, state: State, batch: Batch, names: Names) -> tuple[State, dict[str, Array]]:
         """One step, and what it computes on the way, padded and on the device: those of `names`, or all."""
@@ -181,6 +182,17 @@ class Step:
         arrays = {name: split_heads(x, self.model_config, self.group.ranks) for name, x in arrays.items()}
         return state._replace(cache=pages.write_pages(state.cache, pages_, arrays))
 
+    def _advance(self, state: State, batch: Batch, mask: Mask, *before: Array) -> tuple[State, Any]:
+        """As `run`, but that a stage that is not the last gives its residual stream, and one that is not the first takes that
+        of the stage before it."""
+        sizes, chunked = self._sizes(batch)
+        bucket = self._bucket(next(size for size in sizes if size >= batch.num_tokens), chunked)
+        state, out, _ = self._run(bucket, state, batch, mask=mask, before=before)
+        return state, (lambda: to_host(out)) if self._local.predicts else out
+
+    def _copy_pages(self, state: State, pairs: np.ndarray) -> State:
+        return state._replace(cache=pages._copy_all(state.cache, pairs))
+
     def _sizes(self, batch: Batch) -> tuple[tuple[int, ...], bool]:
         chunked = batch.num_tokens > int(batch.num_decodes[0])
         return self.token_buckets if chunked else self.decode_buckets, chunked
@@ -190,16 +202,24 @@ class Step:
         seqs = min(tokens, max(config.max_num_seqs, 2))
         return _Bucket(tokens, seqs, -(-self._positions // config.block_size), chunked)
 
-    def _run(self, bucket: _Bucket, state: State, batch: Batch, names: Names = frozenset(), mask: Mask = None) -> Any:
+    def _run(
+        self,
+        bucket: _Bucket,
+        state: State,
+        batch: Batch,
+        names: Names = frozenset(),
+        mask: Mask = None,
+        before: Sequence[Array] = (),
+    ) -> Any:
         if (bucket, names) not in self._compiled:
             self._compiled[bucket, names] = self._compile(bucket, state, names)
         packed = _pack(self._layout(bucket), self._inputs(bucket, batch))
-        state, sampled, taps, logits_RV = self._compiled[bucket, names](self.weights, state, packed)
+        state, out, taps, logits_RV = self._compiled[bucket, names](self.weights, state, packed, *before)
         self._told += self._tells[bucket]
-        if batch.adjusts:
-            state, sampled = self._choose_changed(state, masked(batch, mask), logits_RV)
-            taps |= {"tokens": sampled.tokens} if "tokens" in taps else {}
-        return state, sampled, taps
+        if batch.adjusts and self._local.predicts:
+            state, out = self._choose_changed(state, masked(batch, mask), logits_RV)
+            taps |= {"tokens": out.tokens} if "tokens" in taps else {}
+        return state, out, taps
 
     def _choose_changed(self, state: State, batch: Batch, logits_RV: Array) -> tuple[State, sampling.Sampled]:
         """Choose the step's tokens anew, from changed logits: so a step that changes none stays one program."""
@@ -246,12 +266,25 @@ class Step:
         return last_tokens.at[change.choice.rows].set(sampled.tokens), changed_RV, sampled
 
     def _compile(self, bucket: _Bucket, state: State, names: Names = frozenset()) -> Any:
-        takes, gives = (self.weights, state, _WHOLE), (state, _WHOLE, _WHOLE, _COLUMNS)
+        before = self._before(bucket)
+        takes, gives = (self.weights, state, _WHOLE, *[_WHOLE] * len(before)), (state, _WHOLE, _WHOLE, _COLUMNS)
         step = self.group._spread(lambda *args: self._step(bucket, names, *args), takes, gives)
         packed = jax.ShapeDtypeStruct((_size(self._layout(bucket)),), jnp.int32)
-        program = jax.jit(step, donate_argnums=1).lower(self.weights, state, packed).compile()
-        self._tells[bucket] = _bytes_told(program.as_text() or "") if self.group.ranks > 1 else 0
+        program = jax.jit(step, donate_argnums=1).lower(self.weights, state, packed, *before).compile()
+        told = _bytes_told(program.as_text() or "") if self.group.ranks > 1 else 0
+        self._tells[bucket] = told + sum(x.size * x.dtype.itemsize for x in before)
         return program
+
+    def _before(self, bucket: _Bucket) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """What a stage that is not the first takes of the one before it: the residual stream [T, D]."""
+        if self._local.embeds:
+            return ()
+        shape, place = (bucket.tokens, self._local.hidden_size), self.group._place(self.device, _WHOLE)
+        return (jax.ShapeDtypeStruct(shape, self._stream_dtype, sharding=place),)
+
+    @property
+    def _stream_dtype(self) -> Any:
+        return jnp.dtype(self.config.dtype)
 
     def _layout(self, bucket: _Bucket) -> Any:
         """Of a bucket's inputs in the one array that they are packed into."""
@@ -294,23 +327,27 @@ class Step:
         )
 
     def _step(
-        self, bucket: _Bucket, names: Names, weights: Any, state: State, packed: Array
-    ) -> tuple[State, sampling.Sampled, dict[str, Array], Array]:
-        """The pure function that is compiled: its last result are the logits, for a step that changes them."""
+        self, bucket: _Bucket, names: Names, weights: Any, state: State, packed: Array, *before: Array
+    ) -> tuple[State, Any, dict[str, Array], Array | None]:
+        """The pure function that is compiled: its last result are the logits, for a step that changes them. A stage that is not
+        the last gives its residual stream in place of what is sampled."""
         taps, keep = keeper(names)
         x = _unpack(self._layout(bucket), packed)
-        cache, logits_RV = self._logits(bucket, weights, state, x, keep)
+        cache, logits_RV = self._logits(bucket, weights, state, x, keep, *before)
+        if not self._local.predicts:
+            return State(cache, state.last_tokens), logits_RV, taps, None
         sampled = self._choose(logits_RV, logits_RV, x.choice)
         keep(logits=logits_RV, tokens=sampled.tokens)
         return State(cache, state.last_tokens.at[x.choice.rows].set(sampled.tokens)), sampled, taps, logits_RV
 
-    def _logits(self, bucket: _Bucket, weights: Any, state: State, x: Any, keep: Keep) -> tuple[KVCache, Array]:
-        """The pages as they are afterwards, and of each logit row the logits of this rank's tokens."""
+    def _logits(self, bucket: _Bucket, weights: Any, state: State, x: Any, keep: Keep, *before: Array) -> tuple[KVCache, Array]:
+        """The pages as they are afterwards, and of each logit row the logits of this rank's tokens; the residual stream of a
+        stage that is not the last."""
         model: Decoder = self.model(weights)
         token_ids = jnp.where(x.fill_row >= 0, state.last_tokens[x.fill_row], x.token_ids)
         attend = paged_attention(self._local, x.plan)
-        hidden_TD, cache = forward(model, token_ids, x.positions, attend, state.cache, keep)
-        return cache, logits(model, hidden_TD[x.logit_rows])
+        hidden_TD, cache = forward(model, before[0] if before else token_ids, x.positions, attend, state.cache, keep)
+        return cache, logits(model, hidden_TD[x.logit_rows]) if self._local.predicts else hidden_TD
 
     def _choose(self, logits_RV: Array, changed_RV: Array, x: _Choice) -> sampling.Sampled:
         """Tokens from `changed_RV`, and what is reported of them from `logits_RV`."""

@@ -231,10 +231,10 @@ def _native_step(backend: str, path: str | Path) -> Callable[..., Any]:
     """(weights, state, packed step, tokens) → the state, with the logits of every token."""
     kernels, config = part(backend, "kernels"), checkpoint(path).config
     if backend == "jax":
-        return jax.jit(lambda *args: kernels.forward(config, *args), static_argnums=3)
+        return jax.jit(lambda *args: kernels.forward(config, *args)[0], static_argnums=3)
 
     def eager(weights: Any, state: Any, step: np.ndarray, tokens: int) -> Any:
-        return kernels.forward(config, weights, state, to_tensor(step), tokens)
+        return kernels.forward(config, weights, state, to_tensor(step), tokens)[0]
 
     return eager
 

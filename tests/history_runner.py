@@ -71,6 +71,7 @@ class HistoryRunner(ModelRunner):
         vocab_size: int = 64,
         max_seqs: int = 64,
         depth: int = 0,
+        pipelined: bool = False,
         buckets: tuple[int, ...] = (),
         groups: int = 1,
         nan_token: int | None = None,
@@ -87,6 +88,7 @@ class HistoryRunner(ModelRunner):
             max_seqs=max_seqs,
             vocab_size=vocab_size,
             depth=depth,
+            pipelined=pipelined,
         )
         self.violations: list[str] = []
         self.fail_submit: BaseException | None = None
@@ -166,6 +168,8 @@ class HistoryRunner(ModelRunner):
         rows, starts, kv_lengths = batch.rows, batch.query_starts[:-1], batch.kv_lengths
         table, slots, positions = batch.page_table[0], batch.slots[0], batch.positions
         tokens = batch.token_ids.astype(np.uint64)
+        if len(batch.fill_at) and self._caps.pipelined:
+            self.violations.append("a stage is to compute with a token that a later one is yet to choose")
         if len(batch.fill_at):
             tokens[batch.fill_at] = self.last[batch.fill_row]
         num_seqs = len(rows)

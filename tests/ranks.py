@@ -25,7 +25,7 @@ from common.weights.checkpoint import open_checkpoint
 from tests.backends import Packer
 from tests.history_backend import ROOT
 
-PAGES, MOST = 32, 4
+PAGES, MOST = 32, 8
 CONFIG = EngineConfig(
     dtype="float32", device="cpu", threads=2, max_num_seqs=4, max_num_batched_tokens=32, max_model_len=128, num_blocks=PAGES
 )
@@ -59,20 +59,20 @@ class Ranks:
         assert error is None, error
         return answer
 
-    def run(self, ranks: int, model: Path, kernels: str, asked: Sequence[Asked]) -> list[Answer]:
-        answers: list[Answer] = self.ask("run", ranks=ranks, model=model, kernels=kernels, asked=asked)
+    def run(self, ranks: int, model: Path, kernels: str, asked: Sequence[Asked], stages: int = 1) -> list[Answer]:
+        answers: list[Answer] = self.ask("run", ranks=ranks, stages=stages, model=model, kernels=kernels, asked=asked)
         return answers
 
 
-_runners: dict[tuple[int, str, str], ModelRunner] = {}
+_runners: dict[tuple[int, int, str, str], ModelRunner] = {}
 _loaded: dict[ModelRunner, str] = {}
 
 
-def make_engine(backend: str, ranks: int, model: str, kernels: str, dtype: str = "float32") -> Engine:
+def make_engine(backend: str, ranks: int, model: str, kernels: str, dtype: str = "float32", stages: int = 1) -> Engine:
     """With empty pages."""
-    config = replace(CONFIG, tensor_parallel_size=ranks, kernels=kernels, dtype=dtype)
-    runner = _runners.get((ranks, kernels, dtype)) or load_backend(backend, config)
-    _runners[ranks, kernels, dtype] = runner
+    config = replace(CONFIG, tensor_parallel_size=ranks, pipeline_parallel_size=stages, kernels=kernels, dtype=dtype)
+    runner = _runners.get((ranks, stages, kernels, dtype)) or load_backend(backend, config)
+    _runners[ranks, stages, kernels, dtype] = runner
     if _loaded.get(runner) != model:
         runner.load(open_checkpoint(model))
         _loaded[runner] = model
@@ -85,9 +85,11 @@ def wanted(logit_bias: dict[str, float] | None = None, **params: Any) -> Samplin
     return SamplingParams(ignore_eos=True, logit_bias=bias, **params)
 
 
-def run(backend: str, ranks: int, model: str, kernels: str, asked: Sequence[Asked], dtype: str = "float32") -> list[Answer]:
+def run(
+    backend: str, ranks: int, model: str, kernels: str, asked: Sequence[Asked], dtype: str = "float32", stages: int = 1
+) -> list[Answer]:
     """Continue prompts."""
-    engine = make_engine(backend, ranks, model, kernels, dtype)
+    engine = make_engine(backend, ranks, model, kernels, dtype, stages)
     requests = [
         Request(request_id=str(i), prompt_token_ids=prompt, params=wanted(**params)) for i, (prompt, params) in enumerate(asked)
     ]
@@ -97,17 +99,17 @@ def run(backend: str, ranks: int, model: str, kernels: str, asked: Sequence[Aske
     return [[[event.token_id, *told(event.logprobs)] for event in events[request.request_id]] for request in requests]
 
 
-def caps(backend: str, ranks: int, model: str, kernels: str) -> dict[str, Any]:
-    runner = make_engine(backend, ranks, model, kernels).runner
+def caps(backend: str, ranks: int, model: str, kernels: str, stages: int = 1) -> dict[str, Any]:
+    runner = make_engine(backend, ranks, model, kernels, stages=stages).runner
     return asdict(runner.caps) | {"page_bytes": runner.kv_groups()[0].page_bytes} | runner.stats()
 
 
-def told(backend: str, ranks: int, model: str, kernels: str, asked: Sequence[Asked]) -> dict[str, float]:
+def told(backend: str, ranks: int, model: str, kernels: str, asked: Sequence[Asked], stages: int = 1) -> dict[str, float]:
     """By how much a run makes the counters of a runner rise."""
-    run(backend, ranks, model, kernels, asked)
-    runner = _runners[ranks, kernels, "float32"]
+    run(backend, ranks, model, kernels, asked, stages=stages)
+    runner = _runners[ranks, stages, kernels, "float32"]
     before = runner.stats()
-    run(backend, ranks, model, kernels, asked)
+    run(backend, ranks, model, kernels, asked, stages=stages)
     return {name: value - before[name] for name, value in runner.stats().items()}
 
 
@@ -119,10 +121,11 @@ def pages(
     asked: Sequence[Asked],
     pages: Sequence[int],
     dtype: str = "float32",
+    stages: int = 1,
 ) -> dict[str, Any]:
     """What stands in pages behind a run; and whether others are as they were written, once these are written there."""
-    run(backend, ranks, model, kernels, asked, dtype)
-    runner = _runners[ranks, kernels, dtype]
+    run(backend, ranks, model, kernels, asked, dtype, stages)
+    runner = _runners[ranks, stages, kernels, dtype]
     held = runner.read_pages(0, pages)
     there = [PAGES - 1 - page for page in pages]
     runner.write_pages(0, there, held)
@@ -133,9 +136,11 @@ def pages(
     return {"same": same} | {name: x.astype(np.float32).tolist() for name, x in held.items()}
 
 
-def masked(backend: str, ranks: int, model: str, kernels: str, prompt: Sequence[int], allowed: int) -> list[int]:
+def masked(
+    backend: str, ranks: int, model: str, kernels: str, prompt: Sequence[int], allowed: int, stages: int = 1
+) -> list[int]:
     """The token chosen where a mask that comes while the step runs allows one."""
-    runner = make_engine(backend, ranks, model, kernels).runner
+    runner = make_engine(backend, ranks, model, kernels, stages=stages).runner
     packer = Packer(PAGES, CONFIG.block_size, num_rows=4, max_len=128)
     masks = np.zeros((1, -(-runner.caps.vocab_size // 32)), np.uint32)
     masks[0, allowed // 32] = 1 << allowed % 32
@@ -144,10 +149,30 @@ def masked(backend: str, ranks: int, model: str, kernels: str, prompt: Sequence[
     return tokens
 
 
+def nothing(backend: str, ranks: int, model: str, kernels: str, prompt: Sequence[int], stages: int = 1) -> list[list[int]]:
+    """The tokens of a step of no sequences, of one that asks for none, and of one that goes on where that ended: all three are
+    submitted before a result is asked for."""
+    runner = make_engine(backend, ranks, model, kernels, stages=stages).runner
+    packer = Packer(PAGES, CONFIG.block_size, num_rows=4, max_len=128)
+    row = packer.add(prompt)
+    plans = [([], []), ([(row, 0, len(prompt) - 1)], []), ([(row, len(prompt) - 1, 1)], [0])]
+    steps = [runner.submit(packer.step(plan, samples)) for plan, samples in plans]
+    return [step.result().tokens.tolist() for step in steps]
+
+
+def compiled(backend: str, ranks: int, model: str, kernels: str, asked: Sequence[Asked], stages: int = 1) -> int:
+    """Programs that a run compiles after warm-up."""
+    runner = make_engine(backend, ranks, model, kernels, stages=stages).runner
+    runner.warmup()
+    before = runner.compilations
+    run(backend, ranks, model, kernels, asked, stages=stages)
+    return runner.compilations - before
+
+
 def said(backend: str, ranks: int, model: str, kernels: str, asked: Sequence[Asked]) -> list[list[Any]]:
     """What the ranks tell each other in one step: the kind and the shape of each collective."""
     make_engine(backend, ranks, model, kernels)
-    runner: Any = _runners[ranks, kernels, "float32"]
+    runner: Any = _runners[ranks, 1, kernels, "float32"]
     if backend == "jax":
         runner._step._compiled.clear()
         run(backend, ranks, model, kernels, asked)

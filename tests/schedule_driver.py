@@ -189,10 +189,11 @@ def check_in_flight(engine: Engine) -> None:
 
 @dataclass
 class Episode:
-    """One engine in a random configuration under random work. Deterministic in `seed` and `depth`."""
+    """One engine in a random configuration under random work. Deterministic in `seed`, `depth` and `pipelined`."""
 
     seed: int
     depth: int
+    pipelined: bool = False
     finished: Counter = field(default_factory=Counter)
     steps: int = 0
     batches: list[Batch] = field(default_factory=list)
@@ -213,6 +214,7 @@ class Episode:
             vocab_size=VOCAB,
             max_seqs=max_seqs,
             depth=self.depth,
+            pipelined=self.pipelined,
             buckets=buckets,
             groups=rng.choice((1, 1, 2)),
             nan_token=rng.choice((None, None, 7)),

@@ -57,6 +57,8 @@ YARN = {"scaling": "yarn", "factor": 4.0, "original_max_position": 32}
         ("tensor_parallel_size", 0),
         ("tensor_parallel_size", 65),
         ("tensor_parallel_size", 2.0),
+        ("pipeline_parallel_size", 0),
+        ("pipeline_parallel_size", 65),
         ("data_parallel_size", 0),
         ("data_parallel_size", 65),
         ("prefill_parallel_size", -1),
@@ -72,9 +74,10 @@ def test_an_engine_option_that_cannot_work_is_refused_by_name(option: str, value
         EngineConfig(**{option: value})
 
 
-def test_a_step_of_several_ranks_is_not_compiled_by_torch() -> None:
-    with pytest.raises(ConfigError, match=r"compile=true .* tensor_parallel_size=2"):
-        EngineConfig(compile=True, tensor_parallel_size=2)
+@pytest.mark.parametrize("option", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_a_step_of_several_ranks_is_not_compiled_by_torch(option: str) -> None:
+    with pytest.raises(ConfigError, match=rf"compile=true .* {option}=2"):
+        EngineConfig(compile=True, **{option: 2})  # type: ignore[arg-type]
 
 
 def test_a_misspelt_engine_option_is_told_the_nearest() -> None:

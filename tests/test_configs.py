@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -78,16 +79,25 @@ def test_lengths_can_be_overridden_by_a_number_and_by_a_part() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "ranks", "replicas"), [("none", 1, 1), ("tp2", 2, 1), ("tp4", 4, 1), ("dp2", 1, 2), ("pd1", 1, 1)]
+    ("name", "ranks", "stages", "replicas"),
+    [
+        ("none", 1, 1, 1),
+        ("tp2", 2, 1, 1),
+        ("tp4", 4, 1, 1),
+        ("pp2", 1, 2, 1),
+        ("tp2pp2", 2, 2, 1),
+        ("dp2", 1, 1, 2),
+        ("pd1", 1, 1, 1),
+    ],
 )
-def test_every_parallel_reaches_the_engines(name: str, ranks: int, replicas: int) -> None:
-    assert name in names("parallel") and len(names("parallel")) == 5
-    engine = composed("bench", f"parallel={name}").engine
-    assert (engine.tensor_parallel_size, engine.data_parallel_size) == (ranks, replicas)
+def test_every_parallel_reaches_the_engines(name: str, ranks: int, stages: int, replicas: int) -> None:
+    assert name in names("parallel") and len(names("parallel")) == 7
+    sizes = attrgetter("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+    assert sizes(composed("bench", f"parallel={name}").engine) == (ranks, stages, replicas)
     config = composed("compare", f"parallel={name}", "engines=[torch,{name:torch,tensor_parallel_size:3,data_parallel_size:4}]")
     with hydra_initialized():
         configs = [spec.config for spec in engine_specs(config)]
-    assert [(each.tensor_parallel_size, each.data_parallel_size) for each in configs] == [(ranks, replicas), (3, 4)]
+    assert [sizes(each) for each in configs] == [(ranks, stages, replicas), (3, stages, 4)]
 
 
 def test_the_number_of_replicas_can_be_any() -> None:

@@ -19,17 +19,19 @@ from tests.schedule_driver import Episode
 
 STEPS = 200
 """Of random work in an episode; what is left over is then run to its end."""
+WAYS = [(0, False), (1, False), (2, False), (2, True)]
+"""Steps in flight, and whether in stages."""
 
 
-def run_episodes(seeds: Iterable[int], depth: int) -> Counter:
-    """Run one episode a seed; returns totals. A violation names the seed, so `Episode(seed, depth).run(STEPS)` repeats it."""
+def run_episodes(seeds: Iterable[int], depth: int, pipelined: bool = False) -> Counter:
+    """Run one episode a seed; returns totals. A violation names its arguments, so `Episode(…).run(STEPS)` repeats it."""
     totals: Counter = Counter()
     for seed in seeds:
-        episode = Episode(seed, depth)
+        episode = Episode(seed, depth, pipelined)
         try:
             episode.run(STEPS)
         except Exception as error:
-            raise AssertionError(f"Episode(seed={seed}, depth={depth}) at step {episode.steps}: {error}") from error
+            raise AssertionError(f"Episode({seed}, {depth}, {pipelined}) at step {episode.steps}: {error}") from error
         stats, scheduler = episode.engine.stats(), episode.engine.scheduler
         totals += episode.finished + Counter(
             steps=episode.steps,
@@ -51,9 +53,9 @@ def run_episodes(seeds: Iterable[int], depth: int) -> Counter:
     return totals
 
 
-@pytest.mark.parametrize("depth", [0, 1, 2])
-def test_random_work_leaves_every_invariant_standing_and_every_output_right(depth: int) -> None:
-    totals = run_episodes(range(depth * 1000, depth * 1000 + 160), depth)
+@pytest.mark.parametrize(("depth", "pipelined"), WAYS)
+def test_random_work_leaves_every_invariant_standing_and_every_output_right(depth: int, pipelined: bool) -> None:
+    totals = run_episodes(range(depth * 1000, depth * 1000 + 160), depth, pipelined)
     assert totals["steps"] > 34_000
     # The work was worth judging: everything that can happen did, and often.
     often = {"preemptions": 300, "hits": 2000, "resets": 100, "evictions": 1000}
@@ -96,9 +98,9 @@ def test_a_culprit_that_ends_while_its_step_computes_takes_no_innocent_with_it()
 
 
 @pytest.mark.fuzz
-@pytest.mark.parametrize("depth", [0, 1, 2])
-def test_a_million_steps_of_random_work(depth: int) -> None:
-    totals = run_episodes(range(100_000 + depth * 10_000, 100_000 + depth * 10_000 + 1600), depth)
+@pytest.mark.parametrize(("depth", "pipelined"), WAYS)
+def test_a_million_steps_of_random_work(depth: int, pipelined: bool) -> None:
+    totals = run_episodes(range(100_000 + depth * 10_000, 100_000 + depth * 10_000 + 1600), depth, pipelined)
     assert totals["steps"] > 340_000
 
 

@@ -181,7 +181,7 @@ def test_a_native_step_of_jax_is_operators_and_nothing_else(families: dict[str, 
     weights, state, step, tokens = native_state("jax", path)
 
     def run(weights: Any, state: Any, step: Any) -> Any:
-        return kernels.sample(kernels.forward(config, weights, state, step, tokens), step)
+        return kernels.sample(kernels.forward(config, weights, state, step, tokens)[0], step)
 
     seen = list(primitives(jax.make_jaxpr(run)(weights, state, step).jaxpr))
     assert set(seen) <= MOVES and seen.count("ffi_call") == 4  # embed, layers, head, sample
@@ -200,7 +200,7 @@ def test_a_native_step_of_torch_is_operators_and_nothing_else(families: dict[str
         return graph.forward
 
     def run(step: torch.Tensor) -> torch.Tensor:
-        return kernels.sample(kernels.forward(config, weights, state, step, tokens), step)[0]
+        return kernels.sample(kernels.forward(config, weights, state, step, tokens)[0], step)[0]
 
     torch._dynamo.reset()
     eager = run(torch.from_numpy(step)).numpy()
@@ -234,7 +234,7 @@ def test_layers_in_parts_compute_the_same_bits(backend: str, families: dict[str,
     for keep in (None, part(backend, "observe").ignore):
         weights, state, step, tokens = native_state(backend, path)
         words = step if backend == "jax" else torch.from_numpy(step)
-        state = kernels.forward(config, weights, state, words, tokens, keep)
+        state, _ = kernels.forward(config, weights, state, words, tokens, keep)
         host = part(backend, "arrays").to_host((state.logits, state.cache.k[0], state.cache.v[0]))
         results.append([np.ascontiguousarray(array).tobytes() for array in host])
     assert results[0] == results[1]
@@ -376,7 +376,7 @@ def test_jax_reports_what_does_not_fit(families: dict[str, Path]) -> None:
     weights, state, step, tokens = native_state("jax", families["llama2"])
     config = checkpoint(families["llama2"]).config
     x, halves = np.zeros((tokens, config.hidden_size), np.float32), jax.tree.map(lambda pool: pool.view("float16"), state.cache)
-    forward = jax.jit(lambda w, s, x: kernels.forward(config, w, s, x, tokens).logits)
+    forward = jax.jit(lambda w, s, x: kernels.forward(config, w, s, x, tokens)[0].logits)
     layers = jax.jit(kernels.layers)
     for wrong, run in (
         ("step: expected int32 of at least", lambda: forward(weights, state, step[:20])),

@@ -29,6 +29,7 @@ from tests.history_backend import ROOT
 
 MODEL = "tiny-llama"
 ENGINE = engine_config(tensor_parallel_size=2, max_num_seqs=2, max_num_batched_tokens=32, max_model_len=128, num_blocks=32)
+STAGES = replace(ENGINE, tensor_parallel_size=1, pipeline_parallel_size=2)
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, checkpoint(MODEL).config.vocab_size, length).tolist() for length in (40, 7, 1, 33)]
 NOTICED_S = 2.0
@@ -36,7 +37,7 @@ NOTICED_S = 2.0
 AGAIN_S = 10.0
 """Until the engine serves again, beside the load."""
 LOADS: list[float] = []
-"""Seconds that the load of `engine` took."""
+"""Seconds that the loads of `engine` took."""
 ENDS: dict[str, Callable[[psutil.Process], object]] = {
     "killed": lambda process: process.kill(),
     "stopped": lambda process: process.suspend(),
@@ -92,10 +93,10 @@ def run(engine: Engine) -> dict[str, list[int | None]]:
     return {name: [event.token_id for event in events] for name, events in engine.run(asked).items()}
 
 
-@pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
+@pytest.fixture(scope="module", params=[ENGINE, STAGES], ids=["ranks", "stages"])
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
     begin = CLOCK.seconds
-    engine = build_engine("torch", checkpoint(MODEL), ENGINE)
+    engine = build_engine("torch", checkpoint(MODEL), request.param)
     LOADS.append(CLOCK.seconds - begin)
     yield engine
     last = others(engine.runner)
@@ -156,17 +157,18 @@ def test_a_rank_that_is_lost_is_started_again_and_costs_nobody_a_token(
         lose()
         whole_join(*place)
 
-    whole_hand_out, whole_join = group._hand_out, group._join
+    connects = "_join" if group.ranks > 1 else "_link"
+    whole_hand_out, whole_join = group._hand_out, getattr(group, connects)
     if state == "idle":
         lose()
     elif state == "computing":
         monkeypatch.setattr(group, "_hand_out", hand_out)
     else:
-        monkeypatch.setattr(group, "_join", join)
+        monkeypatch.setattr(group, connects, join)
         group._leave()  # so that the next step fails, and they connect anew
     assert run(engine) == right
     assert len(losses) == len(heard.at) == 1
-    assert heard.at[0] - losses[0] < NOTICED_S and CLOCK.seconds - losses[0] < AGAIN_S + LOADS[0]
+    assert heard.at[0] - losses[0] < NOTICED_S and CLOCK.seconds - losses[0] < AGAIN_S + LOADS[-1]
     assert others(engine.runner) != [other] and alive(others(engine.runner))
 
 
@@ -178,8 +180,10 @@ def test_ranks_that_connect_anew_write_to_no_file_of_their_process(engine: Engin
         assert [Path(file.name).stat().st_size for file in files] == [0] * 32
 
 
-def test_of_four_ranks_those_that_are_not_lost_go_on() -> None:
-    engine = build_engine("torch", checkpoint(MODEL), replace(ENGINE, tensor_parallel_size=4))
+@pytest.mark.parametrize(("ranks", "stages"), [(4, 1), (2, 2)])
+def test_of_four_ranks_those_that_are_not_lost_go_on(ranks: int, stages: int) -> None:
+    config = replace(ENGINE, tensor_parallel_size=ranks, pipeline_parallel_size=stages)
+    engine = build_engine("torch", checkpoint(MODEL), config)
     try:
         right, before = run(engine), others(engine.runner)
         before[1].kill()

@@ -23,6 +23,7 @@ MODEL = "tiny-llama"
 TOLERANCE = 2e-4
 """Of float32 logprobs, in whatever order they are summed."""
 SEVERAL = (2, 4)
+WIDER = pytest.mark.accept
 RNG = np.random.default_rng(0)
 VOCAB = checkpoint(MODEL).config.vocab_size
 PROMPTS = [RNG.integers(0, VOCAB, length).tolist() for length in (40, 7, 1, 33)]
@@ -172,6 +173,102 @@ def test_with_native_kernels_both_engines_hold_the_same_bits_on_two_ranks(famili
     assert all(each["same"] for each in held)
 
 
+# ── stages ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("number", "stages"),
+    [(1, 2), pytest.param(1, 3, marks=WIDER), pytest.param(2, 2, marks=WIDER), pytest.param(4, 2, marks=WIDER)],
+)
+def test_every_family_in_stages_follows_the_judge(
+    ranks: Ranks, kernels: str, number: int, stages: int, family: str, families: dict[str, Path]
+) -> None:
+    prompts = [[token % 199 for token in prompt] for prompt in PROMPTS]
+    asked: list[Asked] = [(prompt, {"temperature": 0.0, "max_tokens": 4, "logprobs": 5}) for prompt in prompts]
+    for prompt, answer in zip(prompts, ranks.run(number, families[family], kernels, asked, stages), strict=True):
+        judge(families[family], prompt, answer)
+
+
+@pytest.mark.accept
+@pytest.mark.parametrize(("number", "stages"), [(1, 2), (1, 4), (2, 2), (4, 2)])
+def test_a_real_model_in_stages_follows_the_judge(ranks: Ranks, kernels: str, number: int, stages: int) -> None:
+    prompt = text("smollm2-135m", 30)
+    asked: list[Asked] = [(prompt, {"temperature": 0.0, "max_tokens": 24, "logprobs": 5})]
+    (answer,) = ranks.run(number, model("smollm2-135m"), kernels, asked, stages)
+    judge("smollm2-135m", prompt, answer)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_stages_with_several_steps_in_flight_give_the_tokens_of_one_rank(ranks: Ranks, kernels: str, number: int) -> None:
+    asked = [(prompt, params | {"max_tokens": 6}) for params in KINDS for prompt in PROMPTS]
+    one, staged = (ranks.run(n, model(MODEL), kernels, asked, stages) for n, stages in ((1, 1), (number, 2)))
+    assert tokens(staged) == tokens(one)
+    caps = ranks.ask("caps", ranks=number, stages=2, model=model(MODEL), kernels=kernels)
+    assert (caps["depth"], caps["pipelined"]) == (1, True)
+
+
+def test_kv_heads_that_several_ranks_hold_are_in_stages_too(ranks: Ranks, families: dict[str, Path]) -> None:
+    """Four ranks a stage: SmolLM's one KV head is in each, and Llama's two in two each."""
+    for family, kernels in (("smollm", "framework"), ("llama3", "framework")):
+        prompt = [token % 199 for token in PROMPTS[0]]
+        asked: list[Asked] = [(prompt, {"temperature": 0.0, "max_tokens": 4, "logprobs": 5})]
+        (answer,) = ranks.run(4, families[family], kernels, asked, 2)
+        judge(families[family], prompt, answer)
+
+
+@pytest.mark.parametrize("allowed", [0, VOCAB - 1])
+def test_a_mask_that_comes_while_the_step_runs_reaches_the_last_stage(ranks: Ranks, kernels: str, allowed: int) -> None:
+    asked = {"ranks": 1, "stages": 2, "model": model(MODEL), "kernels": kernels, "prompt": PROMPTS[1]}
+    assert ranks.ask("masked", **asked, allowed=allowed) == [allowed]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_step_without_tokens_goes_through_all_stages(ranks: Ranks, kernels: str, number: int) -> None:
+    asked = {"model": model(MODEL), "kernels": kernels, "prompt": PROMPTS[0][:30]}
+    one, staged = (ranks.ask("nothing", ranks=n, stages=stages, **asked) for n, stages in ((1, 1), (number, 2)))
+    assert staged == one and [len(tokens) for tokens in staged] == [0, 0, 1]
+
+
+@pytest.mark.parametrize("stages", [2, pytest.param(3, marks=WIDER)])
+def test_with_native_kernels_stages_hold_the_bits_of_one_rank(ranks: Ranks, stages: int, families: dict[str, Path]) -> None:
+    asked = [([token % 199 for token in PROMPTS[0]], {"temperature": 0.0, "max_tokens": 8})]
+    for family, dtype in (("smollm", "float32"), ("gemma3", "bfloat16")):
+        step = {"model": families[family], "kernels": "native", "dtype": dtype, "asked": asked, "pages": [1, 2]}
+        one, staged = (ranks.ask("pages", ranks=1, stages=n, **step) for n in (1, stages))
+        assert one == staged and staged["same"]
+
+
+def test_pages_of_stages_are_read_and_written_whole(ranks: Ranks, kernels: str, families: dict[str, Path]) -> None:
+    asked = [([token % 199 for token in PROMPTS[0]], {"temperature": 0.0, "max_tokens": 2})]
+    step = {"model": families["smollm"], "kernels": kernels, "asked": asked, "pages": [1, 2]}
+    one, staged = (ranks.ask("pages", ranks=n, stages=stages, **step) for n, stages in ((1, 1), (2, 2)))
+    assert staged["same"]
+    for name in ("k", "v"):
+        assert np.shape(one[name]) == np.shape(staged[name])
+        assert np.abs(np.subtract(one[name], staged[name])).max() < 1e-4
+
+
+def test_a_stage_holds_its_own_layers_and_hears_one_stream(ranks: Ranks, kernels: str) -> None:
+    config = checkpoint(MODEL).config
+    sizes = {"model": model(MODEL), "kernels": kernels}
+    one, two = (ranks.ask("caps", ranks=1, stages=n, **sizes) for n in (1, 2))
+    assert two["page_bytes"] == one["page_bytes"]
+    layers = sum(4 * int(np.prod(shape)) for name, shape in expected_shapes(config).items() if name.startswith("model.layers"))
+    table = 4 * config.vocab_size * config.hidden_size
+    divisible = PAGES * one["page_bytes"] + layers
+    assert two["rank_bytes"] - table < 0.55 * divisible
+    asked = [(PROMPTS[3][:32], {"temperature": 0.0, "max_tokens": 1})]
+    told = ranks.ask("told", ranks=1, stages=2, asked=asked, **sizes)
+    assert told["communication_bytes"] == 32 * config.hidden_size * 4
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_stages_compile_nothing_after_warm_up(ranks: Ranks, kernels: str, number: int) -> None:
+    asked = [(prompt, {"max_tokens": 6, "seed": 1, "presence_penalty": 0.5}) for prompt in PROMPTS]
+    assert ranks.ask("compiled", ranks=number, stages=2, model=model(MODEL), kernels=kernels, asked=asked) == 0
+
+
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -179,6 +276,16 @@ def test_a_number_of_ranks_that_does_not_divide_the_model_is_refused() -> None:
     runner = load_backend("torch", engine_config(tensor_parallel_size=3))
     try:
         with pytest.raises(ConfigError, match="=3 does not divide the 128 features"):
+            runner.load(checkpoint(MODEL))
+    finally:
+        runner.close()
+
+
+def test_more_stages_than_layers_are_refused_with_the_numbers_that_can() -> None:
+    layers = checkpoint(MODEL).config.num_layers
+    runner = load_backend("torch", engine_config(pipeline_parallel_size=layers + 1))
+    try:
+        with pytest.raises(ConfigError, match=rf"pipeline_parallel_size={layers + 1} .* has {layers}\. .*: 1 to {layers}\."):
             runner.load(checkpoint(MODEL))
     finally:
         runner.close()

@@ -227,6 +227,10 @@ def test_a_peer_that_is_not_there_is_told_before_any_engine_starts(
         ("{name:llamacpp,cache:paged}", "engine=llamacpp has cache=dense and nothing else; got paged"),
         ("{name:vllm,tensor_parallel_size:2,compile:false}", "engine=vllm has tensor_parallel_size=1 and nothing else; got 2"),
         ("{name:vllm_server,data_parallel_size:2}", "data_parallel_size=2 does not reach the server"),
+        (
+            "{name:vllm,pipeline_parallel_size:2,compile:false}",
+            "engine=vllm has pipeline_parallel_size=1 and nothing else; got 2",
+        ),
         ("{name:llamacpp_server,tensor_parallel_size:2}", "tensor_parallel_size=2 does not reach the server"),
     ],
 )

@@ -19,7 +19,7 @@ EOS = 99
 
 
 def make_scheduler(**options: Any) -> Scheduler:
-    """Page size 16 and a budget of 1024 unless told; `buckets` and `depth` go into the caps."""
+    """Page size 16 and a budget of 1024 unless told; `buckets`, `depth` and `pipelined` go into the caps."""
     caps = Caps(
         backend="none",
         device="none",
@@ -28,6 +28,7 @@ def make_scheduler(**options: Any) -> Scheduler:
         token_buckets=(buckets := options.pop("buckets", ())),
         decode_buckets=buckets,
         depth=options.pop("depth", 0),
+        pipelined=options.pop("pipelined", False),
     )
     numbers = {"num_pages": 1000, "block_size": 16, "max_num_seqs": 16, "max_num_batched_tokens": 1024, "max_model_len": 2048}
     return Scheduler(caps, **(numbers | options))
@@ -645,6 +646,31 @@ def test_a_token_that_only_the_device_knows_is_filled_from_its_row() -> None:
     assert step is not None
     assert step.batch.fill_at.tolist() == [0] and step.batch.fill_row.tolist() == step.batch.rows.tolist()
     assert step.batch.positions.tolist() == [3] and step.batch.token_ids.tolist() == [0]
+
+
+def test_in_stages_those_that_decode_take_turns_and_no_token_is_awaited_there() -> None:
+    scheduler = make_scheduler(depth=1, pipelined=True)
+    for name in "abcd":
+        scheduler.add(request(name, 10))
+    first = scheduler.schedule()
+    assert scheduled(first) == dict.fromkeys("abcd", 10) and scheduler.schedule() is None
+    land(scheduler, first)
+    turns = [scheduler.schedule(), scheduler.schedule()]
+    assert [scheduled(step) for step in turns] == [{"a": 1, "b": 1}, {"c": 1, "d": 1}] and scheduler.schedule() is None
+    land(scheduler, turns[0])
+    turns.append(scheduler.schedule())
+    assert scheduled(turns[2]) == {"a": 1, "b": 1}
+    assert not any(len(step.batch.fill_at) for step in turns if step)
+
+
+def test_in_stages_one_that_is_alone_is_in_every_step_and_its_chunks_follow_each_other_at_once() -> None:
+    scheduler = make_scheduler(depth=2, pipelined=True, max_num_batched_tokens=32)
+    scheduler.add(request("a", 80))
+    chunks = [scheduler.schedule() for _ in range(3)]
+    assert [scheduled(step) for step in chunks] == [{"a": 32}, {"a": 32}, {"a": 16}] and scheduler.schedule() is None
+    for step in chunks:
+        land(scheduler, step)
+    assert scheduled(scheduler.schedule()) == {"a": 1} and scheduler.schedule() is None
 
 
 # ── forks ────────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,9 @@ import pytest
 
 from common.config import ModelConfig
 from common.errors import ConfigError
-from common.parallel import BLOCK, join_heads, pool_config, share, split_heads
+from common.parallel import BLOCK, join_heads, pool_config, share, split_heads, stage_layers
 from common.weights.checkpoint import Checkpoint
-from common.weights.shard import shard
+from common.weights.shard import shard, stage_of
 from experiments.reference import Keep, NumpyModel
 from tests.backends import checkpoint
 from tests.families import FAMILIES
@@ -163,3 +164,75 @@ def test_a_part_reads_as_any_tensor_does() -> None:
         np.testing.assert_array_equal(part.slice(axis, start, stop), np.take(dense, range(start, stop), axis), strict=True)
     with pytest.raises(IndexError, match="o_proj"):
         part.slice(1, 0, 385)
+
+
+# ── stages ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Staged(NumpyModel):
+    """The judge, each of whose layers is computed by the stage that has it, and the tables of tokens are the last one's."""
+
+    def __init__(self, parts: list[Checkpoint], config: ModelConfig) -> None:
+        super().__init__(parts[-1], config)
+        self.parts = [NumpyModel(part) for part in parts]
+        self.places = [(part, layer) for part in self.parts for layer in range(part.config.num_layers)]
+
+    def _attention(self, layer: int, x_TD: np.ndarray, keep: Keep) -> np.ndarray:
+        part, at = self.places[layer]
+        return part._attention(at, x_TD, keep)
+
+    def _mlp(self, prefix: str, x_TD: np.ndarray) -> np.ndarray:
+        part, at = self.places[int(prefix.rpartition(".")[2])]
+        return part._mlp(f"model.layers.{at}", x_TD)
+
+    def _norm(self, name: str, x: np.ndarray) -> np.ndarray:
+        if ".layers." not in name:
+            return super()._norm(name, x)
+        part, at = self.places[int(name.split(".")[2])]
+        return part._norm(f"model.layers.{at}.{name.rpartition('.')[2]}", x)
+
+    def _stored(self, name: str) -> np.ndarray:
+        return self.parts[0]._stored(name) if "embed_tokens" in name else super()._stored(name)
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_stages_compute_one_after_another_is_the_whole(family: str, stages: int, families: dict[str, Path]) -> None:
+    whole = checkpoint(families[family])
+    prompt = np.random.default_rng(0).integers(0, whole.config.vocab_size, 24).tolist()
+    staged = Staged([stage_of(whole, stage, stages) for stage in range(stages)], whole.config)
+    np.testing.assert_array_equal(staged.logits(prompt), NumpyModel(whole).logits(prompt))
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "sizes"), [(30, 2, [15, 15]), (30, 4, [8, 8, 7, 7]), (3, 2, [2, 1]), (3, 3, [1, 1, 1]), (7, 1, [7])]
+)
+def test_layers_are_shared_out_over_stages_as_evenly_as_it_goes(layers: int, stages: int, sizes: list[int]) -> None:
+    parts = stage_layers(layers, stages)
+    assert [len(part) for part in parts] == sizes
+    assert [layer for part in parts for layer in part] == list(range(layers))
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stages_have_every_tensor_once_and_a_tied_table_twice(family: str, stages: int, families: dict[str, Path]) -> None:
+    whole = checkpoint(families[family])
+    parts = [stage_of(whole, stage, stages) for stage in range(stages)]
+    held = Counter(entry.name for part in parts for entry in part.entries.values())
+    twice = {"model.embed_tokens.weight": 2} if whole.config.tie_embeddings and stages > 1 else {}
+    assert held == dict.fromkeys(whole.names(), 1) | twice
+    ends = [(part.config.embeds, part.config.predicts) for part in parts]
+    assert ends == [(stage == 0, stage == stages - 1) for stage in range(stages)]
+
+
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_of_a_real_model_no_stage_has_much_more_of_the_layers_than_its_part(stages: int) -> None:
+    whole = checkpoint("smollm2-135m")
+    size = lambda part: sum(int(np.prod(part[name].shape)) for name in part.names() if ".layers." in name)  # noqa: E731
+    parts = [size(stage_of(whole, stage, stages)) for stage in range(stages)]
+    assert sum(parts) == size(whole) and max(parts) <= (1 / stages + 0.05) * size(whole)
+
+
+def test_more_stages_than_layers_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"pipeline_parallel_size=31 .* has 30\. Numbers that can: 1 to 30\."):
+        stage_of(checkpoint("smollm2-135m"), 0, 31)

@@ -23,12 +23,13 @@ from common.kernels.cpu.build import build
 from common.kernels.cpu.pack import pack_head, pack_layers
 from common.kernels.cpu.pages import keys_in, keys_out, page_bytes, pool_shapes, values_in, values_out
 from common.kernels.cpu.step import SAMPLED, pack_changes, pack_step, unpack_sampled
-from common.parallel import join_heads, local_config, split_heads
+from common.parallel import join_heads, local_config, split_heads, stage_layers
 from common.platform import cores
 from common.rope import rope_tables
 from common.schedule.batch import Batch, Mask, masked, null_batch
 from common.weights.checkpoint import Checkpoint
-from torchinfer.arrays import to_device, to_host
+from common.weights.shard import stage_of
+from torchinfer.arrays import nbytes, to_device, to_host
 from torchinfer.cache import KVCache
 from torchinfer.observe import Keep, Names, ignore, keeper
 from torchinfer.parallel import ALONE, Group
@@ -164,18 +165,30 @@ def head(weights: Weights, step: Tensor, x_TD: Tensor, logits_RV: Tensor) -> Ten
     return logits_RV
 
 
-def forward(config: ModelConfig, weights: Weights, state: State, step: Tensor, tokens: int, keep: Keep | None = None) -> State:
-    """The state after a packed step of `tokens` tokens: their keys and values in its pages, what was asked for in `logits`.
-    With `keep` it goes layer by layer, in parts."""
-    x_TD = embed(config, weights, step, state.last_tokens, tokens)
+def forward(
+    config: ModelConfig,
+    weights: Weights,
+    state: State,
+    step: Tensor,
+    tokens: int,
+    keep: Keep | None = None,
+    before_TD: Tensor | None = None,
+) -> tuple[State, Tensor]:
+    """The state after a packed step of `tokens` tokens, their keys and values in its pages, what was asked for in `logits`; and
+    the residual stream behind the layers. Of stages only the last has logits, and all but the first take the stream
+    `before_TD` them. With `keep` it goes layer by layer, in parts."""
+    x_TD = embed(config, weights, step, state.last_tokens, tokens) if before_TD is None else before_TD
     if keep is None:
         cache, x_TD = layers(weights, step, state.cache, x_TD)
-        return state._replace(cache=cache, logits=head(weights, step, x_TD, state.logits))
-    keep(embedding=x_TD)
-    cache, x_TD = layers_in_parts(config, weights, step, state.cache, x_TD, keep)
-    logits_RV = head(weights, step, x_TD, state.logits)
-    keep(logits=logits_RV)
-    return state._replace(cache=cache, logits=logits_RV)
+    else:
+        keep(embedding=x_TD)
+        cache, x_TD = layers_in_parts(config, weights, step, state.cache, x_TD, keep)
+    state = state._replace(cache=cache)
+    if config.predicts:
+        state = state._replace(logits=head(weights, step, x_TD, state.logits))
+        if keep is not None:
+            keep(logits=state.logits)
+    return state, x_TD
 
 
 def adjust(step: Tensor, changes: Tensor, logits_RV: Tensor) -> Tensor:
@@ -202,13 +215,15 @@ class Step:
     token_buckets: tuple[int, ...] = ()
     decode_buckets: tuple[int, ...] = ()
 
-    def __init__(self, config: EngineConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
-        self._threads = config.threads or cores()
+    def __init__(self, config: EngineConfig, device: torch.device, group: Group = ALONE) -> None:
+        self.config, self.device, self.group = config, device, group
+        self._threads = max(1, (config.threads or cores()) // config.ranks)
         torch.ops.tandem.threads(self._threads)
 
     def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
         """Pack the weights, with room for `positions` rotary positions."""
+        self._layers = stage_layers(checkpoint.config.num_layers, self.group.stages)[self.group.stage]
+        checkpoint = stage_of(checkpoint, self.group.stage, self.group.stages)
         self.model_config: ModelConfig = checkpoint.config
         self.weights = load_weights(checkpoint, self.config.dtype, positions, progress)
 
@@ -216,13 +231,18 @@ class Step:
         """Empty pages and rows."""
         config = self.config
         cache = make_cache(self.model_config, num_pages, config.block_size, config.dtype)
-        logits_RV = torch.zeros((config.max_num_seqs, self.model_config.vocab_size), dtype=torch.float32, device="cpu")
+        vocab = self.model_config.vocab_size if self.model_config.predicts else 0
+        logits_RV = torch.zeros((config.max_num_seqs, vocab), dtype=torch.float32, device="cpu")
         torch.ops.tandem.huge(logits_RV)
         return State(cache, torch.zeros(config.max_num_seqs, dtype=torch.int32, device="cpu"), logits_RV)
 
-    def page_bytes(self) -> int:
-        """Bytes of one page."""
-        return page_bytes(self.model_config, self.config)
+    def page_bytes(self, model: ModelConfig) -> int:
+        """Bytes of one page, over all layers of the model."""
+        return page_bytes(model, self.config)
+
+    def held(self, state: State) -> int:
+        """Bytes of one rank's weights and pages."""
+        return nbytes((self.weights, state.cache))
 
     def warmup(self, state: State, progress: Progress | None = None) -> State:
         """Nothing is compiled: one step wakes the threads and brings the weights to memory."""
@@ -233,9 +253,9 @@ class Step:
         return state
 
     def run(self, state: State, batch: Batch, mask: Mask = None) -> tuple[State, Callable[[], tuple[Any, ...]]]:
-        """One step, and what brings its results to the host: the arguments of `interface.make_result`."""
+        """One step, and what brings its results to the host, of the last stage: the arguments of `interface.make_result`."""
         state, sampled = self._step(state, batch, mask=mask)
-        return state, lambda: unpack_sampled(sampled.numpy(), batch)
+        return state, lambda: () if sampled is None else unpack_sampled(sampled.numpy(), batch)
 
     def observe(self, state: State, batch: Batch, names: Names) -> tuple[State, dict[str, Tensor]]:
         """One step, and what it computes on the way, on the device: those of `names`, or all."""
@@ -249,24 +269,33 @@ class Step:
         """Copies `k` and `v`: [L, pages, B, K, H]."""
         config, ((k,), (v,)) = self.model_config, state.cache
         out = lambda pool: to_host(pool[:, list(pages_)])  # noqa: E731
-        return {
+        mine = {
             "k": keys_out(out(k), config.num_kv_heads),
             "v": values_out(out(v), config.num_kv_heads, config.head_dim),
         }
+        return {name: self.group._stack(x, self._layers.start) for name, x in mine.items()}
 
     def write_pages(self, state: State, pages_: Sequence[int], arrays: dict[str, np.ndarray]) -> State:
         """The inverse of `read_pages`."""
         (k,), (v,) = state.cache
-        _put_pages(k, pages_, keys_in(arrays["k"], k.shape[-1]))
-        _put_pages(v, pages_, values_in(arrays["v"], v.shape[-1]))
+        own = slice(self._layers.start, self._layers.stop)
+        _put_pages(k, pages_, keys_in(arrays["k"][own], k.shape[-1]))
+        _put_pages(v, pages_, values_in(arrays["v"][own], v.shape[-1]))
         return state
 
     @torch.inference_mode()
-    def _step(self, state: State, batch: Batch, keep: Keep | None = None, mask: Mask = None) -> tuple[State, Tensor]:
+    def _step(self, state: State, batch: Batch, keep: Keep | None = None, mask: Mask = None) -> tuple[State, Tensor | None]:
+        config = self.model_config
         torch.ops.tandem.threads(self._threads)  # another engine of this process may have another number
         step, logits_RV = torch.from_numpy(pack_step(batch)), state.logits[: len(batch.logit_rows)]
-        now = state._replace(logits=logits_RV)
-        now = forward(self.model_config, self.weights, now, step, batch.num_tokens, keep)
+        now, T = state._replace(logits=logits_RV), batch.num_tokens
+        x_TD = self.group._enter(
+            lambda: embed(config, self.weights, step, state.last_tokens, T), (T, config.hidden_size), torch.float32
+        )
+        now, x_TD = forward(config, self.weights, now, step, T, keep, x_TD)
+        if not config.predicts:
+            self.group._pass_on(x_TD)
+            return state, None
         changed_RV = adjust(step, torch.from_numpy(pack_changes(masked(batch, mask))), logits_RV) if batch.adjusts else None
         sampled, _ = sample(now, step, changed_RV)
         if keep:
@@ -282,10 +311,12 @@ class SharedStep(FrameworkStep):
 
     def __init__(self, config: EngineConfig, device: torch.device, group: Group) -> None:
         super().__init__(config, device, group)
-        self._threads = max(1, (config.threads or cores()) // group.ranks)
+        self._threads = max(1, (config.threads or cores()) // config.ranks)
 
     def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
         """Pack the weights, with room for `positions` rotary positions."""
+        self._layers = stage_layers(checkpoint.config.num_layers, self.group.stages)[self.group.stage]
+        checkpoint = stage_of(checkpoint, self.group.stage, self.group.stages)
         self.model_config = checkpoint.config
         self._local = local_config(checkpoint.config, self.group.ranks)
         self._positions = positions
@@ -295,13 +326,14 @@ class SharedStep(FrameworkStep):
         """Empty pages and rows."""
         config = self.config
         cache = make_cache(self._local, num_pages, config.block_size, config.dtype)
-        logits_RV = torch.zeros((config.max_num_seqs, self._local.vocab_size), dtype=torch.float32, device="cpu")
+        vocab = self._local.vocab_size if self._local.predicts else 0
+        logits_RV = torch.zeros((config.max_num_seqs, vocab), dtype=torch.float32, device="cpu")
         torch.ops.tandem.huge(logits_RV)
         return State(cache, torch.zeros(config.max_num_seqs + 1, dtype=torch.int32, device="cpu"), logits_RV)
 
-    def page_bytes(self) -> int:
-        """Bytes of one page of all ranks."""
-        return self.group.ranks * page_bytes(self._local, self.config)
+    def page_bytes(self, model: ModelConfig) -> int:
+        """Bytes of one page of all ranks, over all layers of the model."""
+        return self.group.ranks * page_bytes(local_config(model, self.group.ranks), self.config)
 
     def read_pages(self, state: State, pages_: Sequence[int]) -> dict[str, np.ndarray]:
         """Copies `k` and `v`: [L, pages, B, K, H]."""
@@ -309,13 +341,14 @@ class SharedStep(FrameworkStep):
         every = lambda pool: to_host(list(self.group.gather(pool[:, list(pages_)])))  # noqa: E731
         K, H = self._local.num_kv_heads, self._local.head_dim
         whole = {"k": [keys_out(pool, K) for pool in every(k)], "v": [values_out(pool, K, H) for pool in every(v)]}
-        return {name: join_heads(np.concatenate(x, 3), self.model_config, self.group.ranks) for name, x in whole.items()}
+        mine = {name: join_heads(np.concatenate(x, 3), self.model_config, self.group.ranks) for name, x in whole.items()}
+        return {name: self.group._stack(x, self._layers.start) for name, x in mine.items()}
 
     def write_pages(self, state: State, pages_: Sequence[int], arrays: dict[str, np.ndarray]) -> State:
         """The inverse of `read_pages`."""
         (k,), (v,) = state.cache
-        rank, ranks = self.group.rank, self.group.ranks
-        mine = {name: np.split(split_heads(x, self.model_config, ranks), ranks, 3)[rank] for name, x in arrays.items()}
+        rank, ranks, own = self.group.rank, self.group.ranks, slice(self._layers.start, self._layers.stop)
+        mine = {name: np.split(split_heads(x[own], self.model_config, ranks), ranks, 3)[rank] for name, x in arrays.items()}
         _put_pages(k, pages_, keys_in(mine["k"], k.shape[-1]))
         _put_pages(v, pages_, values_in(mine["v"], v.shape[-1]))
         return state
@@ -323,17 +356,22 @@ class SharedStep(FrameworkStep):
     def _tensors(self) -> Any:
         return self.weights
 
-    def _logits(self, state: State, batch: Batch, x: Inputs, keep: Keep) -> tuple[KVCache, Tensor]:
+    def _logits(self, state: State, batch: Batch, x: Inputs, keep: Keep) -> tuple[KVCache, Tensor | None]:
         torch.ops.tandem.threads(self._threads)  # another engine of this process may have another number
         step, config, group = torch.from_numpy(pack_step(batch)), self._local, self.group
-        x_TD = group.all_reduce(embed(config, self.weights, step, state.last_tokens, batch.num_tokens))
+        T = batch.num_tokens
+        embedded = lambda: group.all_reduce(embed(config, self.weights, step, state.last_tokens, T))  # noqa: E731
+        x_TD = group._enter(embedded, (T, config.hidden_size), torch.float32)
         cache, x_TD = layers_in_terms(config, self.weights, step, state.cache, x_TD, group)
+        if not config.predicts:
+            group._pass_on(x_TD)
+            return cache, None
         return cache, head(self.weights, step, x_TD, state.logits[: len(batch.logit_rows)])
 
 
 def make_step(config: EngineConfig, device: torch.device, group: Group) -> Step | SharedStep:
     """The step of a model that the ranks of a `group` share out."""
-    return Step(config, device) if group.ranks == 1 else SharedStep(config, device, group)
+    return Step(config, device, group) if group.ranks == 1 else SharedStep(config, device, group)
 
 
 def _put_pages(pool: Tensor, pages: Sequence[int], x: np.ndarray) -> None:

@@ -1,23 +1,30 @@
 """The ranks that share out a model, and what they tell each other inside a step: sums for the residual stream, and of logits
-that are shared out what a sampler must know of all of them. Never the logits.
+that are shared out what a sampler must know of all of them. Never the logits. Stages of several ranks, or of one, share out its
+layers: each passes the residual stream on to the next.
 
-PyTorch has one process a rank. The first is the caller's: its runner starts the others, and whatever it is told it tells them,
-down to the bytes of each batch. All run the same step, each on its part, and only the first reads what came of it. They speak
-gloo over loopback, in a group of their own, so that a process may have several engines.
+PyTorch has one process a rank. The caller's is the first of the last stage, where tokens are chosen: its runner starts the
+others, and whatever it is told it tells them, down to the bytes of each batch. All run the same step, each on its part, and
+only the caller's reads what came of it. Ranks speak gloo over loopback, in a group of their own, so that a process may have
+several engines; from stage to stage there are pipes, which whoever ends or fails closes.
 
 Letters: R logit rows · V vocabulary, of which each rank has n · k candidates.
 """
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from datetime import timedelta
+from io import FileIO
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +40,7 @@ from common.followers import Ended, Follower, follow
 from common.platform import family_memory
 from common.schedule.batch import Batch, Mask, masked
 from common.weights.checkpoint import open_checkpoint
+from torchinfer.arrays import to_device, to_host
 
 _log = logging.getLogger(__name__)
 
@@ -41,10 +49,14 @@ _MEETING = timedelta(seconds=5)
 """How long ranks that are there may take to connect."""
 _ATTEMPTS = 3
 """How often they try."""
+_PIPE_BYTES = 1 << 20
+"""What may lie between two stages: a stage need not wait for the next, which is at an earlier step."""
 
 
 class Group:
-    """One rank that has all of a model. What it would ask the others for, it has."""
+    """One rank that has all of a model. What it would ask the others for, it has.
+
+    What is said below of ranks is of those of one stage."""
 
     @property
     def ranks(self) -> int:
@@ -52,6 +64,15 @@ class Group:
 
     @property
     def rank(self) -> int:
+        """Which of them computes."""
+        return 0
+
+    @property
+    def stages(self) -> int:
+        return 1
+
+    @property
+    def stage(self) -> int:
         """Which of them computes."""
         return 0
 
@@ -95,8 +116,19 @@ class Group:
         """The k highest of every rank's k highest logits [R, k], falling, and their tokens. Of equals the first come first."""
         return logits, ids
 
+    def _enter(self, begin: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """What `begin` gives in the first stage; in any other what the one before has passed on."""
+        return begin()
+
+    def _pass_on(self, x: Tensor) -> None:
+        """To the next stage."""
+
+    def _stack(self, x: np.ndarray, first: int) -> np.ndarray:
+        """[L, ...] of this stage's layers, of which `first` is the first, behind those of all stages before."""
+        return x
+
     def _tell(self, call: str, *arguments: Any, data: Sequence[np.ndarray] = ()) -> None:
-        """Have the other ranks do what this one is about to do."""
+        """Have the other ranks of all stages do what this one is about to do."""
 
     def _load(self, path: Path) -> None:
         """Have them load a checkpoint, and whoever takes the place of one of them."""
@@ -126,9 +158,12 @@ ALONE = Group()
 class _Ranks(Group):
     """Processes of this machine."""
 
-    def __init__(self, rank: int, ranks: int) -> None:
-        self._rank, self._ranks = rank, ranks
+    def __init__(self, stage: int, rank: int, config: EngineConfig) -> None:
+        self._stage, self._stages = stage, config.pipeline_parallel_size
+        self._rank, self._ranks = rank, config.tensor_parallel_size
         self._gloo: Any = None
+        self._before: FileIO | None = None
+        self._behind: FileIO | None = None
         self._seconds, self._bytes = 0.0, 0
 
     @property
@@ -139,13 +174,24 @@ class _Ranks(Group):
     def rank(self) -> int:
         return self._rank
 
+    @property
+    def stages(self) -> int:
+        return self._stages
+
+    @property
+    def stage(self) -> int:
+        return self._stage
+
     def all_reduce(self, x: Tensor) -> Tensor:
-        self._exchange(x, lambda: self._gloo.allreduce([x]))
+        if self._ranks > 1:
+            self._exchange(x, lambda: self._gloo.allreduce([x]).wait())
         return x
 
     def gather(self, x: Tensor) -> Tensor:
+        if self._ranks == 1:
+            return super().gather(x)
         every = x.new_empty((self._ranks, *x.shape))
-        self._exchange(x, lambda: self._gloo.allgather([list(every)], [x.contiguous()]))
+        self._exchange(x, lambda: self._gloo.allgather([list(every)], [x.contiguous()]).wait())
         return every
 
     def fold(self, reduce: Callable[..., Tensor], x: Tensor) -> Tensor:
@@ -182,10 +228,31 @@ class _Ranks(Group):
         k = logits.shape[1]
         return top[:, :k], self.join(self._rank * n + ids).gather(1, at[:, :k])
 
-    def _exchange(self, x: Tensor, begin: Callable[[], Any]) -> None:
-        """Wait for what is told of x, and count it."""
+    def _enter(self, begin: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        if self._stage == 0:
+            return begin()
+        x = torch.empty(tuple(shape), dtype=dtype)
+        self._exchange(x, lambda: _move(x, self._before.readinto if self._before else None))
+        return x
+
+    def _pass_on(self, x: Tensor) -> None:
+        x = x.contiguous()
+        self._exchange(x, lambda: _move(x, self._behind.write if self._behind else None))
+
+    def _stack(self, x: np.ndarray, first: int) -> np.ndarray:
+        if self._stages == 1:
+            return x
+        mine: Tensor = to_device(x, torch.device("cpu"))
+        every = torch.cat([self._enter(lambda: mine[:0], (first, *mine.shape[1:]), mine.dtype), mine])
+        if self._stage < self._stages - 1:
+            self._pass_on(every)
+        whole: np.ndarray = to_host(every)
+        return whole
+
+    def _exchange(self, x: Tensor, tell: Callable[[], Any]) -> None:
+        """Wait for what is told or heard of x, and count it."""
         start = time.perf_counter()
-        begin().wait()
+        tell()
         self._seconds += time.perf_counter() - start
         self._bytes += x.nbytes
 
@@ -196,7 +263,7 @@ class _Ranks(Group):
         store = dist.TCPStore(  # type: ignore[attr-defined]
             _HOST, port, None, listening is not None, _MEETING, wait_for_workers=False, master_listen_fd=listening
         )
-        store.set(f"here {self._rank}", "")
+        store.set(f"here {self._stage} {self._rank}", "")
         self._await_others(store)
         self._gloo = self._connect(store)
 
@@ -204,16 +271,31 @@ class _Ranks(Group):
         """Wait until all are where they connect. Who is not the first learns from it if one has ended."""
 
     def _connect(self, store: Any) -> Any:
-        """With all who are there."""
+        """With all of this stage, who are there."""
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [dist.ProcessGroupGloo.create_device(hostname=_HOST)]
         patience, options._timeout = options._timeout, _MEETING
-        gloo = dist.ProcessGroupGloo(store, self._rank, self._ranks, options)
+        own = dist.PrefixStore(str(self._stage), store)  # type: ignore[attr-defined]
+        gloo = dist.ProcessGroupGloo(own, self._rank, self._ranks, options)
         gloo.set_timeout(patience)  # in a step one may compile while the others wait
         return gloo
 
+    def _link(self, before: str | None, behind: str | None) -> None:
+        """Open the pipes from the stage before and to the one behind this."""
+        self._unlink()
+        if before:
+            self._before = FileIO(before, "r")
+        if behind:
+            self._behind = FileIO(behind, "w")
+
+    def _unlink(self) -> None:
+        for pipe in filter(None, (self._before, self._behind)):
+            pipe.close()
+        self._before = self._behind = None
+
     def _leave(self) -> None:
         """Disconnect: what the others wait for here fails there."""
+        self._unlink()
         if self._gloo is not None:
             self._gloo.abort()
             self._gloo = None
@@ -223,13 +305,16 @@ class _First(_Ranks):
     """The rank that has started the others, and leads them."""
 
     def __init__(self, config: EngineConfig) -> None:
-        super().__init__(0, config.tensor_parallel_size)
+        super().__init__(config.pipeline_parallel_size - 1, 0, config)
         self._config = config
-        self._others = [self._start(rank) for rank in range(1, self._ranks)]
+        _, *places = product(reversed(range(self._stages)), range(self._ranks))
+        self._places = places
+        """Stage and rank of each of the others."""
+        self._others = [self._start(place) for place in places]
         self._checkpoint: str | None = None
 
-    def _start(self, rank: int) -> Follower:
-        return Follower("torchinfer.parallel:_follow", rank, asdict(self._config))
+    def _start(self, place: tuple[int, int]) -> Follower:
+        return Follower("torchinfer.parallel:_follow", *place, asdict(self._config))
 
     def _tell(self, call: str, *arguments: Any, data: Sequence[np.ndarray] = ()) -> None:
         for other in self._others:
@@ -251,22 +336,50 @@ class _First(_Ranks):
     def _meet(self) -> None:
         for attempts_left in reversed(range(_ATTEMPTS)):
             self._leave()
+            for other in self._others:
+                with suppress(Ended):
+                    other.tell("leave")
             try:
                 self._replace()
-                # A port, not a file: a store that is a file writes to its path once more as it ends, whatever is there then.
-                with socket.create_server((_HOST, 0)) as listening:
-                    port = listening.getsockname()[1]
-                    self._tell("join", port)
-                    self._join(port, listening.detach())
-                    self._settle()
+                if self._ranks > 1:
+                    self._join_all()
+                self._link_all()
                 return
             except RuntimeError:
                 if not attempts_left:
                     raise
                 _log.warning("The ranks of this engine could not connect; trying again.", exc_info=True)
 
+    def _join_all(self) -> None:
+        # A port, not a file: a store that is a file writes to its path once more as it ends, whatever is there then.
+        with socket.create_server((_HOST, 0)) as listening:
+            port = listening.getsockname()[1]
+            self._tell("join", port)
+            self._join(port, listening.detach())
+            self._settle()
+
+    def _link_all(self) -> None:
+        """Lay a pipe from each rank to that of the next stage that has its number. Ours are closed once everyone has opened
+        his: so a pipe has as many ends as it has neighbours, and ends with either."""
+        ends: dict[tuple[int, int], list[str | None]] = {
+            place: [None, None] for place in product(range(self._stages), range(self._ranks))
+        }
+        with ExitStack() as ours:
+            for stage, rank in product(range(1, self._stages), range(self._ranks)):
+                out, into = os.pipe()
+                ours.callback(os.close, out)
+                ours.callback(os.close, into)
+                with suppress(OSError):  # it is a matter of speed
+                    fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+                ends[stage, rank][0], ends[stage - 1, rank][1] = (f"/proc/{os.getpid()}/fd/{end}" for end in (out, into))
+            for other, place in zip(self._others, self._places, strict=True):
+                other.tell("link", *ends[place])
+            self._link(*ends[self._stage, self._rank])
+            self._settle()
+
     def _await_others(self, store: Any) -> None:
-        self._await(lambda: store.check([f"here {rank}" for rank in range(self._ranks)]))
+        keys = [f"here {stage} {rank}" for stage, rank in product(range(self._stages), range(self._ranks))]
+        self._await(lambda: store.check(keys))
 
     def _connect(self, store: Any) -> Any:
         gloo: Future[Any] = Future()
@@ -298,7 +411,7 @@ class _First(_Ranks):
             except Ended as ended:
                 _log.warning("%s It is started again.", ended)
                 other.close()
-                fresh.append(self._start(at + 1))
+                fresh.append(self._start(self._places[at]))
                 self._others[at] = fresh[-1]
                 fresh[-1].tell("load", self._checkpoint)
             except BackendError:
@@ -323,20 +436,37 @@ class _First(_Ranks):
 
 def start(config: EngineConfig, device: torch.device) -> Group:
     """The ranks of an engine, of which this process is the first. Raises `BackendError` where they cannot be."""
-    ranks = config.tensor_parallel_size
-    if ranks == 1:
-        return ALONE
-    if device.type != "cpu":
-        raise BackendError(f"tensor_parallel_size={ranks} has processes that compute on cpu, not on {device.type}.")
-    return _First(config)
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        size = getattr(config, name)
+        if size > 1 and device.type != "cpu":
+            raise BackendError(f"{name}={size} has processes that compute on cpu, not on {device.type}.")
+    return ALONE if config.ranks == 1 else _First(config)
 
 
-def _follow(rank: int, config: dict[str, Any]) -> None:
+def _move(x: Tensor, move: Callable[[memoryview], int | None] | None) -> None:
+    """All bytes of x through a pipe, of which each `move` takes as many as it tells."""
+    left = x.reshape(-1).view(torch.uint8).numpy().data
+    while left:
+        try:
+            moved = move(left) if move else None
+        except BrokenPipeError:
+            moved = None
+        if not moved:
+            raise BackendError("A stage of this engine is gone, or has failed; its log says more.")
+        left = left[moved:]
+
+
+def _follow(stage: int, rank: int, config: dict[str, Any]) -> None:
     """The life of every other rank."""
     from torchinfer.runner import ModelRunner  # which imports this file
 
-    group = _Ranks(rank, config["tensor_parallel_size"])
-    runner = ModelRunner(EngineConfig(**config), group)
+    engine_config = EngineConfig(**config)
+    group = _Ranks(stage, rank, engine_config)
+    runner = ModelRunner(engine_config, group)
+
+    def submit(data: bytes) -> None:
+        runner.submit(Batch.from_bytes(data))
+        runner._catch_up()
 
     def write_pages(pages_of: int, pages: Sequence[int], dtype: str, shape: Sequence[int], data: bytes = b"") -> None:
         k, v = np.frombuffer(data, dtype).reshape(2, *shape)
@@ -345,9 +475,11 @@ def _follow(rank: int, config: dict[str, Any]) -> None:
     calls: dict[str, Callable[..., object]] = {
         "load": lambda path: runner.load(open_checkpoint(path)),
         "join": group._join,
+        "link": group._link,
+        "leave": group._leave,
         "allocate": runner.allocate,
         "warmup": runner.warmup,
-        "submit": lambda data: runner.submit(Batch.from_bytes(data)),
+        "submit": submit,
         "read_pages": runner.read_pages,
         "write_pages": write_pages,
     }

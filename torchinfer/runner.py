@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -24,17 +25,36 @@ from torchinfer.parallel import Group, start
 from torchinfer.step import Step
 
 
+class _Waiting:
+    """A step that was submitted. Where there are stages before this one, its part here is run when somebody asks for what comes
+    of it: until then they are at work, and others of their steps are submitted."""
+
+    def __init__(self, runner: ModelRunner, batch: Batch, mask: Mask) -> None:
+        self._runner, self._batch, self._mask = runner, batch, mask
+        self._fetch: Any = None
+
+    def run(self) -> None:
+        runner = self._runner
+        runner._copy(self._batch)
+        runner.state, self._fetch = runner._step.run(runner.state, self._batch, self._mask)
+
+    def fetch(self) -> Any:
+        self._runner._catch_up(self)
+        return self._fetch()
+
+
 class ModelRunner(interface.ModelRunner):
     """`common.interface.ModelRunner` on PyTorch."""
 
     def __init__(self, config: EngineConfig, group: Group | None = None) -> None:
         """`group`: where this is not the first of its ranks; else they are started."""
         self.config = config
-        self.device = open_device(config.device, config.threads, config.tensor_parallel_size)
+        self.device = open_device(config.device, config.threads, config.ranks)
         self.group = group or start(config, self.device)
         self.state: Any = None  # a State once allocated
         self._step: Any = None  # a step.Step or a kernels.Step once loaded
         self._caps: Any = None
+        self._waiting: deque[_Waiting] = deque()
 
     @property
     def caps(self) -> Caps:
@@ -61,11 +81,13 @@ class ModelRunner(interface.ModelRunner):
             max_seqs=self.config.max_num_seqs,
             max_model_len=positions,
             vocab_size=self.model_config.vocab_size,
-            observes=self.group.ranks == 1,
+            depth=self.group.stages - 1,
+            pipelined=self.group.stages > 1,
+            observes=self.config.ranks == 1,
         )
 
     def kv_groups(self) -> tuple[KVGroup, ...]:
-        return interface.one_group(self.model_config, self._step.page_bytes())
+        return interface.one_group(self.model_config, self._step.page_bytes(self.model_config))
 
     def allocate(self, pages_per_group: Sequence[int]) -> None:
         self._num_pages = pages_per_group[0]
@@ -74,10 +96,11 @@ class ModelRunner(interface.ModelRunner):
     def reset(self) -> None:
         self._expect_open()
         self.state = None  # the old pool goes before the new one comes
+        self._waiting.clear()
         self.group._meet()
         self.group._tell("allocate", [self._num_pages])
         self.state = self._step.make_state(self._num_pages)
-        self._rank_bytes = self._step.held(self.state) if self.group.ranks > 1 else 0
+        self._rank_bytes = self._step.held(self.state) if self.config.ranks > 1 else 0
 
     def warmup(self, progress: Progress | None = None) -> None:
         self.group._tell("warmup")
@@ -88,14 +111,15 @@ class ModelRunner(interface.ModelRunner):
         return int(counters["stats"]["unique_graphs"])
 
     def stats(self) -> dict[str, float]:
-        return self.group._stats() | {"rank_bytes": self._rank_bytes} if self.group.ranks > 1 else {}
+        return self.group._stats() | {"rank_bytes": self._rank_bytes} if self.config.ranks > 1 else {}
 
     def submit(self, batch: Batch, mask: Mask = None) -> interface.Pending:
         self._expect_open()
-        batch, mask = self.group._hand_out(batch, mask)
-        self._copy(batch)
-        self.state, fetch = self._step.run(self.state, batch, mask)
-        return interface.Fetched(batch, fetch)
+        step = _Waiting(self, *self.group._hand_out(batch, mask))
+        self._waiting.append(step)
+        if self.group.stage == 0:
+            self._catch_up()
+        return interface.Fetched(batch, step.fetch)
 
     def observe(self, batch: Batch, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
         self._expect_open()
@@ -107,16 +131,23 @@ class ModelRunner(interface.ModelRunner):
 
     def read_pages(self, group: int, pages: Sequence[int]) -> dict[str, np.ndarray]:
         self.group._tell("read_pages", group, list(pages))
+        self._catch_up()
         return self._step.read_pages(self.state, pages)
 
     def write_pages(self, group: int, pages: Sequence[int], arrays: dict[str, np.ndarray]) -> None:
         k, v = arrays["k"], arrays["v"]
         self.group._tell("write_pages", group, list(pages), k.dtype.name, k.shape, data=[k, v])
+        self._catch_up()
         self.state = self._step.write_pages(self.state, pages, arrays)
 
     def close(self) -> None:
         self._step, self.state = None, None
         self.group._close()
+
+    def _catch_up(self, last: _Waiting | None = None) -> None:
+        """Run this rank's part of all steps that wait for it, or of those up to one."""
+        while self._waiting and (last is None or last in self._waiting):
+            self._waiting.popleft().run()
 
     def _copy(self, batch: Batch) -> None:
         if batch.copies.shape[1]:

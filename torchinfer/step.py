@@ -16,10 +16,11 @@ from torch import Tensor
 from common.config import EngineConfig, ModelConfig
 from common.errors import BackendError
 from common.interface import Progress, page_bytes
-from common.parallel import join_heads, local_config, pool_config, split_heads
+from common.parallel import join_heads, local_config, pool_config, split_heads, stage_layers
 from common.platform import cxx_compiler
 from common.schedule.batch import Batch, Mask, Want, masked, null_batch
 from common.weights.checkpoint import Checkpoint
+from common.weights.shard import stage_of
 from torchinfer import cache as pages
 from torchinfer import sampling
 from torchinfer.arrays import nbytes, to_device, to_host
@@ -77,6 +78,8 @@ class Step:
 
     def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
         """Bring the weights to the device, with room for `positions` rotary positions."""
+        self._layers = stage_layers(checkpoint.config.num_layers, self.group.stages)[self.group.stage]
+        checkpoint = stage_of(checkpoint, self.group.stage, self.group.stages)
         self.model_config: ModelConfig = checkpoint.config
         self._local = local_config(checkpoint.config, self.group.ranks)
         self._positions = positions
@@ -99,9 +102,9 @@ class Step:
         cache = pages.make_cache(self._local, num_pages, config.block_size, config.dtype, self.device)
         return State(cache, torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=self.device))
 
-    def page_bytes(self) -> int:
-        """Bytes of one page of all ranks."""
-        return page_bytes(pool_config(self.model_config, self.group.ranks), self.config)
+    def page_bytes(self, model: ModelConfig) -> int:
+        """Bytes of one page of all ranks, over all layers of the model."""
+        return page_bytes(pool_config(model, self.group.ranks), self.config)
 
     def held(self, state: State) -> int:
         """Bytes of one rank's weights and pages."""
@@ -123,7 +126,7 @@ class Step:
         return state
 
     def run(self, state: State, batch: Batch, mask: Mask = None) -> tuple[State, Callable[[], tuple[Any, ...]]]:
-        """One step, and what brings its results to the host: the arguments of `interface.make_result`."""
+        """One step, and what brings its results to the host, of the last stage: the arguments of `interface.make_result`."""
         state, sampled = self._step(state, batch, mask=mask)
         return state, lambda: to_host(sampled)
 
@@ -137,12 +140,13 @@ class Step:
         """Copies `k` and `v`: [L, pages, B, K, H]."""
         read = pages.read_pages(state.cache, pages_)
         every = {name: np.concatenate(to_host(self.group.gather(to_device(x, self.device))), 3) for name, x in read.items()}
-        return {name: join_heads(x, self.model_config, self.group.ranks) for name, x in every.items()}
+        mine = {name: join_heads(x, self.model_config, self.group.ranks) for name, x in every.items()}
+        return {name: self.group._stack(x, self._layers.start) for name, x in mine.items()}
 
     def write_pages(self, state: State, pages_: Sequence[int], arrays: dict[str, np.ndarray]) -> State:
         """The inverse of `read_pages`."""
-        rank, ranks = self.group.rank, self.group.ranks
-        mine = {name: np.split(split_heads(x, self.model_config, ranks), ranks, 3)[rank] for name, x in arrays.items()}
+        rank, ranks, own = self.group.rank, self.group.ranks, slice(self._layers.start, self._layers.stop)
+        mine = {name: np.split(split_heads(x[own], self.model_config, ranks), ranks, 3)[rank] for name, x in arrays.items()}
         return state._replace(cache=pages.write_pages(state.cache, pages_, mine))
 
     def _tensors(self) -> Any:
@@ -171,20 +175,30 @@ class Step:
         )
 
     @torch.inference_mode()
-    def _step(self, state: State, batch: Batch, keep: Keep = ignore, mask: Mask = None) -> tuple[State, sampling.Sampled]:
+    def _step(
+        self, state: State, batch: Batch, keep: Keep = ignore, mask: Mask = None
+    ) -> tuple[State, sampling.Sampled | None]:
         x: Inputs = to_device(self._inputs(batch), self.device)
         cache, logits_RV = self._logits(state, batch, x, keep)
+        if logits_RV is None:
+            return state._replace(cache=cache), None
         sampled = self._sample(logits_RV, x, masked(batch, mask))
         keep(logits=logits_RV, tokens=sampled.tokens)
         state.last_tokens.index_copy_(0, x.rows, sampled.tokens.to(state.last_tokens.dtype))
         return state._replace(cache=cache), sampled
 
-    def _logits(self, state: State, batch: Batch, x: Inputs, keep: Keep) -> tuple[KVCache, Tensor]:
-        """The pages as they are afterwards, and of each logit row the logits of this rank's tokens."""
+    def _logits(self, state: State, batch: Batch, x: Inputs, keep: Keep) -> tuple[KVCache, Tensor | None]:
+        """The pages as they are afterwards, and of each logit row the logits of this rank's tokens. A stage that is not the
+        last has none, and passes on its residual stream."""
         x.token_ids.index_copy_(0, x.fill_at, state.last_tokens[x.fill_row])
         plan: Plan = to_device(make_plan(batch, self.model_config, self.config.block_size), self.device)
         attend = paged_attention(self._local, plan)
-        hidden_TD, cache = forward(self.weights, x.token_ids, x.positions, attend, state.cache, keep)
+        shape, dtype = (batch.num_tokens, self._local.hidden_size), getattr(torch, self.config.dtype)
+        entered = self.group._enter(lambda: x.token_ids, shape, dtype)
+        hidden_TD, cache = forward(self.weights, entered, x.positions, attend, state.cache, keep)
+        if not self._local.predicts:
+            self.group._pass_on(hidden_TD)
+            return cache, None
         return cache, logits(self.weights, hidden_TD[x.logit_rows])
 
     def _sample(self, logits_RV: Tensor, x: Inputs, batch: Batch) -> sampling.Sampled:
@@ -216,14 +230,16 @@ def _sealed(method: Callable[..., Any]) -> Callable[..., Any]:
 def _pack(model: Decoder) -> None:
     """Put the matrices into the blocked layout of oneDNN, PyTorch's own CPU library, once instead of in every call. A tied LM
     head gets a packed copy of the embedding, whose rows are still looked up."""
-    dtype = model.embed_tokens.weight.dtype
+    dtype = model.layers[0].mlp.down_proj.weight.dtype
     ops = torch.ops.mkldnn
     if not torch.backends.mkldnn.is_available() or (dtype == torch.bfloat16 and not ops._is_mkldnn_bf16_supported()):
         return
-    if model.lm_head is None:
+    if model.config.predicts and model.lm_head is None:
         vocab, size = model.embed_tokens.weight.shape
         model.lm_head = Linear(size, vocab, bias=False, split=0, dtype=dtype)
         model.lm_head.weight = model.embed_tokens.weight
+        if not model.config.embeds:
+            model.embed_tokens = None
     for module in model.modules():
         if isinstance(module, Linear):
             packed = ops._reorder_linear_weight(module.weight.detach(), None)

@@ -19,6 +19,10 @@ A request with a `parent` forks: it holds the pages its parent has filled with t
 which it will write the rest, and computes only the prompt's last token. Until the parent's prompt is written it is passed over;
 that holds up nobody, for the parent runs or stands before it in the queue.
 
+Where steps are computed in stages (`Caps.pipelined`), those in flight are of different requests: a request that awaits a token
+is passed over until it has come, and no step takes more than its share of those that decode. So they form as many groups as
+there are stages, which take turns; but the chunks of one prompt may follow each other at once.
+
 Three of these ideas can be left out, to measure what each is worth; no output depends on them. What takes an idea's place is
 the mildest form of doing without it, so that its worth is not overstated:
 - `static`: those who wait form a batch, and nobody joins before all of it have ended (`_form_batch`). The place of a request
@@ -403,14 +407,18 @@ class Scheduler:
 
     def _continue(self) -> tuple[list[Sequence], list[tuple[Sequence, int]]]:
         """Running requests: those that need one token, then the next chunk of those that need more, both in their order."""
-        decodes, prefills = [], []
+        decodes: list[Sequence] = []
+        prefills: list[Sequence] = []
+        share = -(-len(self.running) // (self.caps.depth + 1)) if self.caps.pipelined else len(self.running)
         for seq in list(self.running):
             if seq.status is not Status.RUNNING:
                 break  # preempted just now, and so is everyone less urgent
             if seq.known + seq.pending - seq.computed > 1:
                 prefills.append(seq)
-            elif seq.pending and seq.follows:
+            elif seq.pending and (seq.follows or self.caps.pipelined):
                 continue  # one of them is in flight
+            elif len(decodes) == share:
+                continue  # a turn of the pipeline later
             elif len(seq.output) + seq.pending < seq.max_tokens and self._has_page(seq):
                 decodes.append(seq)
         budget, chunks = self.budget - len(decodes), []

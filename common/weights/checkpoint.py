@@ -57,7 +57,9 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Canonical name → logical shape of every tensor that a model of this configuration has."""
     c, heads, kv_heads = config, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c.vocab_size, c.hidden_size)}
+    shapes: dict[str, tuple[int, ...]] = {}
+    if c.has_table:
+        shapes["model.embed_tokens.weight"] = (c.vocab_size, c.hidden_size)
     projections = {
         "self_attn.q_proj": (heads, c.hidden_size, c.qkv_bias),
         "self_attn.k_proj": (kv_heads, c.hidden_size, c.qkv_bias),
@@ -80,8 +82,9 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
                 shapes[f"{prefix}.{name}.bias"] = (out,)
         for name, size in norms.items():
             shapes[f"{prefix}.{name}.weight"] = (size,)
-    shapes["model.norm.weight"] = (c.hidden_size,)
-    if not c.tie_embeddings:
+    if c.predicts:
+        shapes["model.norm.weight"] = (c.hidden_size,)
+    if c.predicts and not c.tie_embeddings:
         shapes["lm_head.weight"] = (c.vocab_size, c.hidden_size)
     return shapes
 

@@ -1,4 +1,4 @@
-"""A rank's part of a checkpoint: itself a checkpoint, of the smaller model that the rank computes (`common.parallel`)."""
+"""A stage's or a rank's part of a checkpoint: itself one, of the smaller model that it computes (`common.parallel`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.config import ModelConfig
-from common.parallel import Span, local_config, share
+from common.parallel import Span, local_config, share, stage_config, stage_layers
 from common.weights.checkpoint import Checkpoint, expected_shapes
 from common.weights.entry import Entry
 
@@ -29,6 +29,16 @@ class Part(Entry):
         return np.ascontiguousarray(dense[(slice(None),) * axis + (slice(start, stop),)])
 
 
+def stage_of(checkpoint: Checkpoint, stage: int, stages: int) -> Checkpoint:
+    """The part of stage `stage` of `stages`, its layers counted from 0. Raises `ConfigError` if there are not enough layers."""
+    if stages == 1:
+        return checkpoint
+    config = stage_config(checkpoint.config, stage, stages)
+    first = stage_layers(checkpoint.config.num_layers, stages)[stage].start
+    entries = {name: checkpoint[_moved(name, first)] for name in expected_shapes(config)}
+    return Checkpoint(checkpoint.path, config, entries)
+
+
 def shard(checkpoint: Checkpoint, rank: int, ranks: int) -> Checkpoint:
     """The part of rank `rank` of `ranks`. Raises `ConfigError` if they cannot share out the model."""
     if ranks == 1:
@@ -37,6 +47,14 @@ def shard(checkpoint: Checkpoint, rank: int, ranks: int) -> Checkpoint:
     cuts = _cuts(checkpoint.config, rank, ranks)
     entries = {name: _part(checkpoint[name], shape, cuts) for name, shape in expected_shapes(local).items()}
     return Checkpoint(checkpoint.path, local, entries)
+
+
+def _moved(name: str, layers: int) -> str:
+    """The name of the tensor so many layers further on."""
+    words = name.split(".")
+    if words[1] == "layers":
+        words[2] = str(int(words[2]) + layers)
+    return ".".join(words)
 
 
 def _cuts(config: ModelConfig, rank: int, ranks: int) -> dict[str, tuple[int, Span]]:

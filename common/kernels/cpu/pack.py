@@ -9,6 +9,7 @@ load brings one group of inputs for sixteen outputs. `step.h` has the header in 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import numpy as np
 
@@ -55,17 +56,20 @@ def pack_layers(
 
 
 def pack_head(checkpoint: Checkpoint, dtype: Dtype, rank: int = 0, ranks: int = 1) -> np.ndarray:
-    """What a rank has of embedding, final norm and LM head: uint8[n], from a large memory page on. A tied head serves the
-    embedding rows too."""
+    """What a rank has of embedding, final norm and LM head: uint8[n], from a large memory page on, and nothing of a stage that
+    has none of them. A head serves the embedding rows too where it is tied, or stands for the head of a later stage."""
     whole, checkpoint = checkpoint.config, shard(checkpoint, rank, ranks)
-    embedding = parameter(checkpoint, "model.embed_tokens.weight", dtype)
-    parts = {"final_norm": parameter(checkpoint, "model.norm.weight", dtype)}
-    if checkpoint.config.tie_embeddings:
-        parts["head"] = panels(embedding)
-    else:
-        parts |= {"embedding": embedding, "head": panels(parameter(checkpoint, "lm_head.weight", dtype))}
-    header = _describe(checkpoint.config, dtype, parts)
-    header["first_token"], header["all_tokens"] = rank * checkpoint.config.vocab_size, whole.vocab_size
+    config, get = checkpoint.config, partial(parameter, checkpoint, dtype=dtype)
+    parts = {"final_norm": get("model.norm.weight")} if config.predicts else {}
+    if config.predicts and not config.tie_embeddings:
+        parts |= {"embedding": get("model.embed_tokens.weight")} if config.embeds else {}
+        parts["head"] = panels(get("lm_head.weight"))
+    elif config.has_table:
+        parts["head"] = panels(get("model.embed_tokens.weight"))
+    if not parts:
+        return aligned(1, 0)[0]
+    header = _describe(config, dtype, parts)
+    header["first_token"], header["all_tokens"] = rank * config.vocab_size, whole.vocab_size
     packed = aligned(1, int(header["bytes"]))[0]
     _write(packed, header, parts)
     return packed
