@@ -78,8 +78,8 @@ class ModelRunner(interface.ModelRunner):
         self._rank_bytes = self._step.held(self.state) if self.config.ranks > 1 else 0
 
     def warmup(self, progress: Progress | None = None) -> None:
-        self.state = self._step.warmup(self.state, progress)
         self.state = self._step._copy_pages(self.state, np.zeros((0, 2), np.int32))
+        self.state = self._step.warmup(self.state, progress)  # which waits for all stages
 
     @property
     def compilations(self) -> int:
