@@ -269,6 +269,25 @@ def test_head_is_norm_and_matmul_and_embed_gives_rows(case: Case, tied: bool) ->
     assert np.array_equal(out.numpy(), exact.astype(np.float32))
 
 
+def test_best_is_the_first_of_the_highest_and_sees_what_is_not_finite() -> None:
+    part("torch", "kernels").open_library()
+    rng = np.random.default_rng(0)
+    logits = rng.integers(-40, 0, (9, 300)).astype(np.float32)  # many are equal
+    logits[3, 200], logits[4, 77], logits[5, 299] = np.nan, -np.inf, np.inf
+    for real in (1, 64, 65, 299, 300):
+        best = torch.empty((9, 3), dtype=torch.int32)
+        torch.ops.tandem.best(torch.from_numpy(logits), real, best)
+        seen = logits[:, :real]
+        assert best[:, 2].tolist() == np.isfinite(seen).all(axis=1).tolist()
+        numbers = ~np.isnan(seen).any(axis=1)
+        assert np.array_equal(best[:, 0].view(torch.float32).numpy()[numbers], seen.max(axis=1)[numbers])
+        assert np.array_equal(best[:, 1].numpy()[numbers], seen.argmax(axis=1)[numbers])
+    torch.ops.tandem.best(torch.from_numpy(logits), 0, best)
+    assert best[:, 0].view(torch.float32).tolist() == [-np.inf] * 9 and best[:, 1:].tolist() == [[0, 1]] * 9
+    with pytest.raises(ValueError, match="at most 300 columns, got 301"):
+        torch.ops.tandem.best(torch.from_numpy(logits), 301, best)
+
+
 @pytest.mark.parametrize("wrong", [{"attention_scale": 0.13}, {"window": 17}, {"window": 19}])
 def test_the_judge_sees_a_wrong_scale_and_a_mask_off_by_one(wrong: dict[str, Any]) -> None:
     case = Case(SHAPES[0], "bfloat16", 18, 7)

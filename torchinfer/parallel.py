@@ -2,8 +2,8 @@
 that are shared out what a sampler must know of all of them. Never the logits.
 
 PyTorch has one process a rank. The first is the caller's: its runner starts the others, and whatever it is told it tells them,
-down to the bytes of each batch. All run the same step, each on its part, and only the first reads what came of it. They speak
-gloo over loopback, in a group of their own, so that a process may have several engines.
+down to the bytes of each batch. All run the same step, each on its part, and only the first reads what came of it. Inside it
+they tell each other what they do through memory that all have mapped.
 
 Letters: R logit rows · V vocabulary, of which each rank has n · k candidates.
 """
@@ -11,36 +11,30 @@ Letters: R logit rows · V vocabulary, of which each rank has n · k candidates.
 from __future__ import annotations
 
 import logging
-import socket
-import threading
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from common.config import EngineConfig
 from common.errors import BackendError
 from common.followers import Ended, Follower, follow
+from common.kernels.cpu.sums import Exchange, Place, expect_told, meeting_place, open_library
 from common.platform import family_memory
 from common.schedule.batch import Batch, Mask, masked
 from common.weights.checkpoint import open_checkpoint
 
 _log = logging.getLogger(__name__)
 
-_HOST = "127.0.0.1"
-_MEETING = timedelta(seconds=5)
-"""How long ranks that are there may take to connect."""
+_SUMS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+"""What can be added up."""
 _ATTEMPTS = 3
-"""How often they try."""
+"""How often ranks try to meet."""
 
 
 class Group:
@@ -95,6 +89,10 @@ class Group:
         """The k highest of every rank's k highest logits [R, k], falling, and their tokens. Of equals the first come first."""
         return logits, ids
 
+    def _exchange_in(self, kernel: Callable[[Tensor, int, int], int]) -> None:
+        """Call a kernel that exchanges something itself: with the memory that ranks share, rank and ranks."""
+        kernel(torch.empty(0, dtype=torch.uint8), 0, 1)
+
     def _tell(self, call: str, *arguments: Any, data: Sequence[np.ndarray] = ()) -> None:
         """Have the other ranks do what this one is about to do."""
 
@@ -128,8 +126,9 @@ class _Ranks(Group):
 
     def __init__(self, rank: int, ranks: int) -> None:
         self._rank, self._ranks = rank, ranks
-        self._gloo: Any = None
+        self._exchange: Any = None  # an Exchange once they have met
         self._seconds, self._bytes = 0.0, 0
+        """Told in earlier meetings."""
 
     @property
     def ranks(self) -> int:
@@ -140,12 +139,13 @@ class _Ranks(Group):
         return self._rank
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        self._exchange(x, lambda: self._gloo.allreduce([x]))
+        x = x.contiguous()
+        self._exchange.add(x.data_ptr(), x.numel(), _SUMS[x.dtype])
         return x
 
     def gather(self, x: Tensor) -> Tensor:
-        every = x.new_empty((self._ranks, *x.shape))
-        self._exchange(x, lambda: self._gloo.allgather([list(every)], [x.contiguous()]))
+        x, every = x.contiguous(), x.new_empty((self._ranks, *x.shape))
+        self._exchange.gather(x.data_ptr(), x.nbytes, every.data_ptr())
         return every
 
     def fold(self, reduce: Callable[..., Tensor], x: Tensor) -> Tensor:
@@ -182,41 +182,21 @@ class _Ranks(Group):
         k = logits.shape[1]
         return top[:, :k], self.join(self._rank * n + ids).gather(1, at[:, :k])
 
-    def _exchange(self, x: Tensor, begin: Callable[[], Any]) -> None:
-        """Wait for what is told of x, and count it."""
-        start = time.perf_counter()
-        begin().wait()
-        self._seconds += time.perf_counter() - start
-        self._bytes += x.nbytes
+    def _exchange_in(self, kernel: Callable[[Tensor, int, int], int]) -> None:
+        expect_told(kernel(torch.from_numpy(self._exchange.memory), self._rank, self._ranks))
 
-    def _join(self, port: int, listening: int | None = None) -> None:
-        """Connect with those who come to the same port, at which the first listens, through a socket that is its own from now
-        on. Raises `RuntimeError` if one does not."""
-        self._leave()
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            _HOST, port, None, listening is not None, _MEETING, wait_for_workers=False, master_listen_fd=listening
-        )
-        store.set(f"here {self._rank}", "")
-        self._await_others(store)
-        self._gloo = self._connect(store)
-
-    def _await_others(self, store: Any) -> None:
-        """Wait until all are where they connect. Who is not the first learns from it if one has ended."""
-
-    def _connect(self, store: Any) -> Any:
-        """With all who are there."""
-        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=_HOST)]
-        patience, options._timeout = options._timeout, _MEETING
-        gloo = dist.ProcessGroupGloo(store, self._rank, self._ranks, options)
-        gloo.set_timeout(patience)  # in a step one may compile while the others wait
-        return gloo
+    def _join(self, place: Place) -> None:
+        """Meet all who come to the same place. Raises `Left` if that is over."""
+        exchange = Exchange(place, self._rank, self._ranks)
+        if self._exchange is not None:
+            told = self._exchange.told
+            self._seconds, self._bytes = self._seconds + told.seconds, self._bytes + told.bytes
+        self._exchange = exchange
 
     def _leave(self) -> None:
-        """Disconnect: what the others wait for here fails there."""
-        if self._gloo is not None:
-            self._gloo.abort()
-            self._gloo = None
+        """What the others wait for here fails there. Any thread may."""
+        if self._exchange is not None:
+            self._exchange.leave()
 
 
 class _First(_Ranks):
@@ -225,11 +205,17 @@ class _First(_Ranks):
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(0, config.tensor_parallel_size)
         self._config = config
-        self._others = [self._start(rank) for rank in range(1, self._ranks)]
+        self._others: list[Follower] = []
+        self._others += [self._start(rank) for rank in range(1, self._ranks)]
         self._checkpoint: str | None = None
 
     def _start(self, rank: int) -> Follower:
-        return Follower("torchinfer.parallel:_follow", rank, asdict(self._config))
+        return Follower("torchinfer.parallel:_follow", rank, asdict(self._config), ended=self._lose)
+
+    def _lose(self, other: Follower) -> None:
+        """A rank has ended: nobody is to wait for it."""
+        if other in self._others:  # else another has taken its place
+            self._leave()
 
     def _tell(self, call: str, *arguments: Any, data: Sequence[np.ndarray] = ()) -> None:
         for other in self._others:
@@ -253,41 +239,15 @@ class _First(_Ranks):
             self._leave()
             try:
                 self._replace()
-                # A port, not a file: a store that is a file writes to its path once more as it ends, whatever is there then.
-                with socket.create_server((_HOST, 0)) as listening:
-                    port = listening.getsockname()[1]
-                    self._tell("join", port)
-                    self._join(port, listening.detach())
+                with meeting_place(self._ranks) as place:
+                    self._tell("join", place)
+                    self._join(place)
                     self._settle()
                 return
             except RuntimeError:
                 if not attempts_left:
                     raise
-                _log.warning("The ranks of this engine could not connect; trying again.", exc_info=True)
-
-    def _await_others(self, store: Any) -> None:
-        self._await(lambda: store.check([f"here {rank}" for rank in range(self._ranks)]))
-
-    def _connect(self, store: Any) -> Any:
-        gloo: Future[Any] = Future()
-
-        def connect() -> None:
-            try:
-                gloo.set_result(super(_First, self)._connect(store))
-            except Exception as error:
-                gloo.set_exception(error)
-
-        # On a thread, for it waits its full time for one that was there and has ended since.
-        threading.Thread(target=connect, name="connect", daemon=True).start()
-        self._await(gloo.done)
-        return gloo.result()
-
-    def _await(self, done: Callable[[], bool]) -> None:
-        """Raises `Ended` if another rank ends before."""
-        while not done():
-            for other in self._others:
-                other.expect_alive()
-            time.sleep(1e-3)
+                _log.warning("The ranks of this engine could not meet; trying again.", exc_info=True)
 
     def _replace(self) -> None:
         """Wait until the others have done what they were at, and start anew who has ended."""
@@ -313,7 +273,9 @@ class _First(_Ranks):
     def _stats(self) -> dict[str, float]:
         held, most = family_memory(other.pid for other in self._others)
         memory = {"others_rss_bytes": held, "others_peak_rss_bytes": most}
-        return memory | {"communication_seconds": self._seconds, "communication_bytes": self._bytes}
+        told = self._exchange.told
+        seconds, size = self._seconds + told.seconds, self._bytes + told.bytes
+        return memory | {"communication_seconds": seconds, "communication_bytes": size}
 
     def _close(self) -> None:
         self._leave()
@@ -328,6 +290,7 @@ def start(config: EngineConfig, device: torch.device) -> Group:
         return ALONE
     if device.type != "cpu":
         raise BackendError(f"tensor_parallel_size={ranks} has processes that compute on cpu, not on {device.type}.")
+    open_library()
     return _First(config)
 
 
@@ -344,7 +307,7 @@ def _follow(rank: int, config: dict[str, Any]) -> None:
 
     calls: dict[str, Callable[..., object]] = {
         "load": lambda path: runner.load(open_checkpoint(path)),
-        "join": group._join,
+        "join": lambda place: group._join(Place(*place)),
         "allocate": runner.allocate,
         "warmup": runner.warmup,
         "submit": lambda data: runner.submit(Batch.from_bytes(data)),
