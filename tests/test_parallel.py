@@ -190,7 +190,7 @@ def test_ranks_that_are_processes_need_a_compiler(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("CXX", "")
     monkeypatch.setenv("PATH", "")
     open_library.cache_clear()
-    with pytest.raises(BackendError, match=r"through a library .* cannot be built: There is no C\+\+ compiler"):
+    with pytest.raises(BackendError, match=r"through a library .* cannot be had: There is no C\+\+ compiler"):
         load_backend("torch", engine_config(tensor_parallel_size=2, kernels="framework"))
 
 

@@ -26,10 +26,9 @@ _ALL, _OVER, _DIFFERENT = range(3)  # `Told` in sums.h
 def open_library() -> ctypes.CDLL:
     """Compile and load the exchange. Raises `BackendError` if that fails."""
     try:
-        path = build("sums")
-    except BackendError as error:
-        raise BackendError(f"Processes share out a model through a library of ours, which cannot be built: {error}") from error
-    library = ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(build("sums")))
+    except (BackendError, OSError) as error:
+        raise BackendError(f"Processes share out a model through a library of ours, which cannot be had: {error}") from error
     own = (ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
     library.tandem_meeting_size.argtypes, library.tandem_meeting_size.restype = [ctypes.c_int], ctypes.c_size_t
     library.tandem_add_float32.argtypes = [*own, ctypes.c_void_p, ctypes.c_size_t]
