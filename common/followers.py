@@ -1,8 +1,8 @@
 """Processes that do what this one does: each is told every call that is made here, in order, and makes the same one.
 
 A call is a frame: a name, arguments, and bytes. Of a call that raises there, the log tells, and the next one comes: what was to
-be done together fails here too. A process that is stopped is ended: whoever waits for it then learns at once that it is gone,
-wherever he waits.
+be done together fails here too. A process that is stopped is ended: whoever waits for its answer then learns at once that it is
+gone, and who waits for it elsewhere is told.
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ class Ended(BackendError):
 class Follower:
     """Our handle on one of them."""
 
-    def __init__(self, main: str, *arguments: Any) -> None:
-        """Start the function `main`, as `module:name`, with `arguments` that JSON can hold; it is to call `follow`."""
+    def __init__(self, main: str, *arguments: Any, ended: Callable[[Follower], object]) -> None:
+        """Start the function `main`, as `module:name`, with `arguments` that JSON can hold; it is to call `follow`. `ended` is
+        called on a thread, soon after it has ended."""
         started: Future[subprocess.Popen[bytes]] = Future()
         # The thread that watches it is the one that starts it: it ends with that thread, and any other may be short-lived.
-        threading.Thread(target=_keep, args=(started, main, arguments), name="follower", daemon=True).start()
+        keep = (started, lambda: ended(self), main, arguments)
+        threading.Thread(target=_keep, args=keep, name="follower", daemon=True).start()
         self._process = started.result()
 
     @property
@@ -70,11 +72,6 @@ class Follower:
         if error := answer.message["error"]:
             raise BackendError(f"A process of this engine (pid {self.pid}) failed: {error}")
 
-    def expect_alive(self) -> None:
-        """Raise `Ended` if it is no more."""
-        if self._process.poll() is not None:
-            raise self._ended()
-
     def close(self) -> None:
         """End it. Idempotent."""
         child.end(self._process)
@@ -84,8 +81,8 @@ class Follower:
         return Ended(f"A process of this engine (pid {self.pid}) {how}; its log says more.")
 
 
-def _keep(started: Future[subprocess.Popen[bytes]], main: str, arguments: Sequence[Any]) -> None:
-    """Start a process, and end it if it is stopped for long. Returns when it has ended."""
+def _keep(started: Future[subprocess.Popen[bytes]], ended: Callable[[], object], main: str, arguments: Sequence[Any]) -> None:
+    """Start a process, end it if it is stopped for long, and tell when it has ended."""
     try:
         process = child.start(main, *arguments)
     except BaseException as error:
@@ -100,6 +97,7 @@ def _keep(started: Future[subprocess.Popen[bytes]], main: str, arguments: Sequen
             log.error("A process of this engine (pid %d) was stopped, and is ended.", process.pid)
             process.kill()
             process.wait()
+    ended()
 
 
 def follow(calls: Calls, failed: Callable[[], object]) -> None:

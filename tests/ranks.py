@@ -182,26 +182,31 @@ def said(backend: str, ranks: int, model: str, kernels: str, asked: Sequence[Ask
         return [[kind, [int(d) for d in shape.split(",") if d]] for kind, each in shapes for shape in each]
     heard: list[list[Any]] = []
 
-    class Listening:
-        """Passes every collective on."""
-
-        def __init__(self, gloo: Any) -> None:
-            self.gloo = gloo
-
-        def allreduce(self, tensors: Any) -> Any:
-            heard.append(["all-reduce", list(tensors[0].shape)])
-            return self.gloo.allreduce(tensors)
-
-        def allgather(self, every: Any, tensors: Any) -> Any:
-            heard.append(["all-gather", [len(every[0]), *tensors[0].shape]])
-            return self.gloo.allgather(every, tensors)
-
     run(backend, ranks, model, kernels, [(asked[0][0], asked[0][1] | {"max_tokens": 1})])
-    group = runner.group
-    whole, group._gloo = group._gloo, Listening(group._gloo)
+    group, exchange = runner.group, runner.group._exchange
+    all_reduce, gather, exchange_in = group.all_reduce, group.gather, group._exchange_in
+
+    def listening_all_reduce(x: Any) -> Any:
+        heard.append(["all-reduce", list(x.shape)])
+        return all_reduce(x)
+
+    def listening_gather(x: Any) -> Any:
+        heard.append(["all-gather", [ranks, *x.shape]])
+        return gather(x)
+
+    def listening_exchange_in(kernel: Any) -> None:
+        before = exchange.told
+        exchange_in(kernel)
+        parts, told = exchange.told.parts - before.parts, exchange.told.bytes - before.bytes
+        size = runner.model_config.hidden_size
+        heard.extend([["all-reduce", [told // (4 * size * parts), size]]] * parts)
+
+    group.all_reduce, group.gather, group._exchange_in = listening_all_reduce, listening_gather, listening_exchange_in
+    before = exchange.told
     engine = Engine(runner, CONFIG, num_pages=PAGES)
     engine.run([Request(request_id="r", prompt_token_ids=asked[0][0], params=wanted(**asked[0][1]))])
-    group._gloo = whole
+    assert exchange.told.parts - before.parts == len(heard)
+    del group.all_reduce, group.gather, group._exchange_in
     return heard
 
 

@@ -316,6 +316,10 @@ def test_an_operator_refuses_what_does_not_fit(families: dict[str, Path]) -> Non
         for operator, more in ((ops.project, {"q": q, "layer": 0}), (ops.layers, {})):
             with pytest.raises(ValueError, match=wrong):
                 operator(**(good | change), **more)
+    ops.layers_in_terms(**good, memory=torch.empty(0, dtype=torch.uint8), rank=0, ranks=1)
+    for wrong, rank in ((r"memory: expected uint8\[\d+\], got uint8\[64\]", 1), ("rank: expected one of 2, got 2", 2)):
+        with pytest.raises(ValueError, match=wrong):
+            ops.layers_in_terms(**good, memory=torch.zeros(64, dtype=torch.uint8), rank=rank, ranks=2)
     with pytest.raises(ValueError, match=r"q: expected bfloat16.*, got float32"):
         ops.project(**good, q=q.float(), layer=0)
     for layer in (-1, config.num_layers):

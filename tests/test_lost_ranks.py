@@ -157,15 +157,14 @@ def test_a_rank_that_is_lost_is_started_again_and_costs_nobody_a_token(
         lose()
         whole_join(*place)
 
-    connects = "_join" if group.ranks > 1 else "_link"
-    whole_hand_out, whole_join = group._hand_out, getattr(group, connects)
+    whole_hand_out, whole_join = group._hand_out, group._join
     if state == "idle":
         lose()
     elif state == "computing":
         monkeypatch.setattr(group, "_hand_out", hand_out)
     else:
-        monkeypatch.setattr(group, connects, join)
-        group._leave()  # so that the next step fails, and they connect anew
+        monkeypatch.setattr(group, "_join", join)
+        group._part()  # so that the next step fails, and they connect anew
     assert run(engine) == right
     assert len(losses) == len(heard.at) == 1
     assert heard.at[0] - losses[0] < NOTICED_S and CLOCK.seconds - losses[0] < AGAIN_S + LOADS[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from common.config import ModelConfig
 from common.kernels.cpu.pack import pack_head, pack_layers
 from common.kernels.cpu.pages import keys_in, keys_out, values_in, values_out
 from common.kernels.cpu.step import pack_step
+from common.kernels.cpu.sums import Exchange, meeting_place
 from common.rope import rope_tables
 from tests.backends import Packer, part
 
@@ -267,6 +269,59 @@ def test_head_is_norm_and_matmul_and_embed_gives_rows(case: Case, tied: bool) ->
     table, scale = rounded("model.embed_tokens.weight"), np.asarray(3.3, DTYPES[case.dtype])
     exact = (table[case.batch.token_ids].astype(np.float32) * scale.astype(np.float32)).astype(table.dtype)
     assert np.array_equal(out.numpy(), exact.astype(np.float32))
+
+
+@pytest.mark.parametrize("sandwich_norms", [False, True])
+def test_the_sums_of_a_large_step_are_those_of_a_small_one(sandwich_norms: bool) -> None:
+    """Of which the large one's go in pieces."""
+    D, rng = 2304, np.random.default_rng(0)
+    shape = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 32, "hidden_size": D, "intermediate_size": 64}
+    checkpoint: Any = RandomCheckpoint(shape | {"sandwich_norms": sandwich_norms}, 0, 3)
+    config, kernels = checkpoint.config, part("torch", "kernels")
+    kernels.open_library()
+    weights = torch.from_numpy(pack_layers(checkpoint, "float32"))
+    ropes = torch.from_numpy(np.concatenate(rope_tables(config.ropes[0], config.head_dim, POSITIONS), 1)[None])
+    ids, x = rng.integers(0, 77, 240).tolist(), rng.standard_normal((240, D)).astype(np.float32)
+
+    def run(tokens: int) -> list[np.ndarray]:
+        packer = Packer(32, 16, max_len=POSITIONS)
+        step = torch.from_numpy(pack_step(packer.step([(packer.add(ids[:tokens]), 0, tokens)])))
+        streams = [torch.from_numpy(x[:tokens].copy()) for _ in range(2)]
+
+        def rank(exchange: Exchange, stream: torch.Tensor, rank: int) -> None:
+            (k,), (v,) = kernels.make_cache(config, 32, 16, "float32")
+            memory = torch.from_numpy(exchange.memory)
+            assert torch.ops.tandem.layers_in_terms(step, weights, ropes, k, v, stream, memory, rank, 2) == 0
+
+        with meeting_place(2) as place:
+            exchanges = [Exchange(place, rank, 2) for rank in range(2)]
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(rank, exchanges, streams, range(2)))
+        assert [exchange.told.bytes for exchange in exchanges] == [2 * tokens * D * 4] * 2
+        return [stream.numpy() for stream in streams]
+
+    large, small = run(240), run(24)
+    assert np.array_equal(large[0], large[1]) and np.array_equal(large[0][:24], small[0])
+    assert np.isfinite(large[0]).all() and (large[0] != x).mean() > 0.9
+
+
+def test_best_is_the_first_of_the_highest_and_sees_what_is_not_finite() -> None:
+    part("torch", "kernels").open_library()
+    rng = np.random.default_rng(0)
+    logits = rng.integers(-40, 0, (9, 300)).astype(np.float32)  # many are equal
+    logits[3, 200], logits[4, 77], logits[5, 299] = np.nan, -np.inf, np.inf
+    for real in (1, 64, 65, 299, 300):
+        best = torch.empty((9, 3), dtype=torch.int32)
+        torch.ops.tandem.best(torch.from_numpy(logits), real, best)
+        seen = logits[:, :real]
+        assert best[:, 2].tolist() == np.isfinite(seen).all(axis=1).tolist()
+        numbers = ~np.isnan(seen).any(axis=1)
+        assert np.array_equal(best[:, 0].view(torch.float32).numpy()[numbers], seen.max(axis=1)[numbers])
+        assert np.array_equal(best[:, 1].numpy()[numbers], seen.argmax(axis=1)[numbers])
+    torch.ops.tandem.best(torch.from_numpy(logits), 0, best)
+    assert best[:, 0].view(torch.float32).tolist() == [-np.inf] * 9 and best[:, 1:].tolist() == [[0, 1]] * 9
+    with pytest.raises(ValueError, match="at most 300 columns, got 301"):
+        torch.ops.tandem.best(torch.from_numpy(logits), 301, best)
 
 
 @pytest.mark.parametrize("wrong", [{"attention_scale": 0.13}, {"window": 17}, {"window": 19}])

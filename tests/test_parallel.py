@@ -11,6 +11,7 @@ import pytest
 
 from common.errors import BackendError, ConfigError
 from common.interface import load_backend
+from common.kernels.cpu.sums import open_library
 from common.weights import zoo
 from common.weights.checkpoint import expected_shapes
 from experiments.reference import NumpyModel
@@ -31,6 +32,7 @@ RNG = np.random.default_rng(0)
 VOCAB = checkpoint(MODEL).config.vocab_size
 PROMPTS = [RNG.integers(0, VOCAB, length).tolist() for length in (40, 7, 1, 33)]
 KINDS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.0},
     {"temperature": 0.0, "logprobs": 20},
     {"seed": 3, "logprobs": 0},
     {"seed": 4, "top_k": 5},
@@ -298,6 +300,14 @@ def test_more_stages_than_layers_are_refused_with_the_numbers_that_can() -> None
             runner.load(checkpoint(MODEL))
     finally:
         runner.close()
+
+
+def test_ranks_that_are_processes_need_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "")
+    monkeypatch.setenv("PATH", "")
+    open_library.cache_clear()
+    with pytest.raises(BackendError, match=r"through a library .* cannot be had: There is no C\+\+ compiler"):
+        load_backend("torch", engine_config(tensor_parallel_size=2, kernels="framework"))
 
 
 def test_more_ranks_than_jax_has_devices_are_refused() -> None:

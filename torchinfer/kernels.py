@@ -33,6 +33,7 @@ from torchinfer.arrays import nbytes, to_device, to_host
 from torchinfer.cache import KVCache
 from torchinfer.observe import Keep, Names, ignore, keeper
 from torchinfer.parallel import ALONE, Group
+from torchinfer.sampling import Sampled
 from torchinfer.step import Inputs, State
 from torchinfer.step import Step as FrameworkStep
 
@@ -150,12 +151,8 @@ def layers_in_terms(
     """As `layers`, where the ranks of a `group` share each of them out: what attention gives and what the MLP gives are sums of
     every rank's terms, which are added to the stream once they are whole."""
     (k,), (v,) = cache
-    term_TD, tandem = torch.empty_like(x_TD), torch.ops.tandem
-    for layer in range(config.num_layers):
-        tandem.attention_term.default(step, weights.layers, weights.ropes, x_TD, k, v, term_TD, layer)
-        tandem.add_attention.default(step, weights.layers, group.all_reduce(term_TD), x_TD, layer)
-        tandem.mlp_term.default(step, weights.layers, x_TD, term_TD, layer)
-        tandem.add_mlp.default(step, weights.layers, group.all_reduce(term_TD), x_TD, layer)
+    kernel = torch.ops.tandem.layers_in_terms.default
+    group._exchange_in(lambda *memory: kernel(step, weights.layers, weights.ropes, k, v, x_TD, *memory))
     return cache, x_TD
 
 
@@ -367,6 +364,18 @@ class SharedStep(FrameworkStep):
             group._pass_on(x_TD)
             return cache, None
         return cache, head(self.weights, step, x_TD, state.logits[: len(batch.logit_rows)])
+
+    def _sample(self, logits_RV: Tensor, x: Inputs, batch: Batch) -> Sampled:
+        if any(x.modes) or x.edits is not None or batch.masks is not None:
+            return super()._sample(logits_RV, x, batch)
+        # Greedy, as most steps are: one look at the logits.
+        (R, n), rank = logits_RV.shape, self.group.rank
+        best = torch.empty((R, 3), dtype=torch.int32, device="cpu")
+        torch.ops.tandem.best.default(logits_RV, min(n, max(0, self.model_config.vocab_size - rank * n)), best)
+        best[:, 1] += rank * n
+        highest, tokens, finite = self.group.gather(best).unbind(-1)
+        first = highest.view(torch.float32).argmax(0, keepdim=True)
+        return Sampled(tokens.gather(0, first)[0].long(), finite.all(0), None, None, None, None)
 
 
 def make_step(config: EngineConfig, device: torch.device, group: Group) -> Step | SharedStep:

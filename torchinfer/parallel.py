@@ -4,8 +4,8 @@ layers: each passes the residual stream on to the next.
 
 PyTorch has one process a rank. The caller's is the first of the last stage, where tokens are chosen: its runner starts the
 others, and whatever it is told it tells them, down to the bytes of each batch. All run the same step, each on its part, and
-only the caller's reads what came of it. Ranks speak gloo over loopback, in a group of their own, so that a process may have
-several engines; from stage to stage there are pipes, which whoever ends or fails closes.
+only the caller's reads what came of it. Inside it the ranks of a stage tell each other what they do through memory that all
+have mapped. From each of them a pipe leads to that of the next stage which has its number.
 
 Letters: R logit rows · V vocabulary, of which each rank has n · k candidates.
 """
@@ -15,28 +15,24 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import socket
-import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
-from datetime import timedelta
 from io import FileIO
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from common.config import EngineConfig
 from common.errors import BackendError
 from common.followers import Ended, Follower, follow
+from common.kernels.cpu.sums import Exchange, Left, Place, expect_told, meeting_place, open_library
 from common.platform import family_memory
 from common.schedule.batch import Batch, Mask, masked
 from common.weights.checkpoint import open_checkpoint
@@ -44,11 +40,10 @@ from torchinfer.arrays import to_device, to_host
 
 _log = logging.getLogger(__name__)
 
-_HOST = "127.0.0.1"
-_MEETING = timedelta(seconds=5)
-"""How long ranks that are there may take to connect."""
+_SUMS = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+"""What can be added up."""
 _ATTEMPTS = 3
-"""How often they try."""
+"""How often ranks try to meet."""
 _PIPE_BYTES = 1 << 20
 """What may lie between two stages: a stage need not wait for the next, which is at an earlier step."""
 
@@ -116,6 +111,10 @@ class Group:
         """The k highest of every rank's k highest logits [R, k], falling, and their tokens. Of equals the first come first."""
         return logits, ids
 
+    def _exchange_in(self, kernel: Callable[[Tensor, int, int], int]) -> None:
+        """Call a kernel that exchanges something itself: with the memory that ranks share, rank and ranks."""
+        kernel(torch.empty(0, dtype=torch.uint8), 0, 1)
+
     def _enter(self, begin: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """What `begin` gives in the first stage; in any other what the one before has passed on."""
         return begin()
@@ -155,16 +154,27 @@ class Group:
 ALONE = Group()
 
 
+class _Ways(NamedTuple):
+    """How a rank meets others: what JSON can hold."""
+
+    place: Place | None
+    """Where its stage does, if it has several ranks."""
+    before: str | None = None
+    """The pipe from the stage before, and that to the one behind, if there are such."""
+    behind: str | None = None
+
+
 class _Ranks(Group):
     """Processes of this machine."""
 
     def __init__(self, stage: int, rank: int, config: EngineConfig) -> None:
         self._stage, self._stages = stage, config.pipeline_parallel_size
         self._rank, self._ranks = rank, config.tensor_parallel_size
-        self._gloo: Any = None
+        self._exchange: Any = None  # an Exchange once they have met
         self._before: FileIO | None = None
         self._behind: FileIO | None = None
         self._seconds, self._bytes = 0.0, 0
+        """Told in earlier meetings, and through pipes."""
 
     @property
     def ranks(self) -> int:
@@ -183,15 +193,17 @@ class _Ranks(Group):
         return self._stage
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        if self._ranks > 1:
-            self._exchange(x, lambda: self._gloo.allreduce([x]).wait())
+        if self._ranks == 1:
+            return x
+        x = x.contiguous()
+        self._exchange.add(x.data_ptr(), x.numel(), _SUMS[x.dtype])
         return x
 
     def gather(self, x: Tensor) -> Tensor:
         if self._ranks == 1:
             return super().gather(x)
-        every = x.new_empty((self._ranks, *x.shape))
-        self._exchange(x, lambda: self._gloo.allgather([list(every)], [x.contiguous()]).wait())
+        x, every = x.contiguous(), x.new_empty((self._ranks, *x.shape))
+        self._exchange.gather(x.data_ptr(), x.nbytes, every.data_ptr())
         return every
 
     def fold(self, reduce: Callable[..., Tensor], x: Tensor) -> Tensor:
@@ -228,16 +240,33 @@ class _Ranks(Group):
         k = logits.shape[1]
         return top[:, :k], self.join(self._rank * n + ids).gather(1, at[:, :k])
 
+    def _exchange_in(self, kernel: Callable[[Tensor, int, int], int]) -> None:
+        expect_told(kernel(torch.from_numpy(self._exchange.memory), self._rank, self._ranks))
+
     def _enter(self, begin: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         if self._stage == 0:
             return begin()
         x = torch.empty(tuple(shape), dtype=dtype)
-        self._exchange(x, lambda: _move(x, self._before.readinto if self._before else None))
+        self._move(x, self._before.readinto if self._before else None)
         return x
 
     def _pass_on(self, x: Tensor) -> None:
-        x = x.contiguous()
-        self._exchange(x, lambda: _move(x, self._behind.write if self._behind else None))
+        self._move(x.contiguous(), self._behind.write if self._behind else None)
+
+    def _move(self, x: Tensor, move: Callable[[memoryview], int | None] | None) -> None:
+        """All bytes of x through a pipe, of which each `move` takes as many as it tells. Raises `Left` if its other end is
+        closed."""
+        start, left = time.perf_counter(), x.reshape(-1).view(torch.uint8).numpy().data
+        while left:
+            try:
+                moved = move(left) if move else None
+            except BrokenPipeError:
+                moved = None
+            if not moved:
+                raise Left("A stage of this engine has left the step; its log says more.")
+            left = left[moved:]
+        self._seconds += time.perf_counter() - start
+        self._bytes += x.nbytes
 
     def _stack(self, x: np.ndarray, first: int) -> np.ndarray:
         if self._stages == 1:
@@ -249,56 +278,30 @@ class _Ranks(Group):
         whole: np.ndarray = to_host(every)
         return whole
 
-    def _exchange(self, x: Tensor, tell: Callable[[], Any]) -> None:
-        """Wait for what is told or heard of x, and count it."""
-        start = time.perf_counter()
-        tell()
-        self._seconds += time.perf_counter() - start
-        self._bytes += x.nbytes
+    def _join(self, ways: _Ways) -> None:
+        """Meet the others, all of whom do so at once, after they have parted. Raises `Left` if that is over."""
+        if ways.place:
+            exchange = Exchange(ways.place, self._rank, self._ranks)
+            if self._exchange is not None:
+                told = self._exchange.told
+                self._seconds, self._bytes = self._seconds + told.seconds, self._bytes + told.bytes
+            self._exchange = exchange
+        if ways.before:
+            self._before = FileIO(ways.before, "r")
+        if ways.behind:
+            self._behind = FileIO(ways.behind, "w")
 
-    def _join(self, port: int, listening: int | None = None) -> None:
-        """Connect with those who come to the same port, at which the first listens, through a socket that is its own from now
-        on. Raises `RuntimeError` if one does not."""
+    def _leave(self) -> None:
+        """What the others of this stage wait for here fails there. Any thread may."""
+        if self._exchange is not None:
+            self._exchange.leave()
+
+    def _part(self) -> None:
+        """What the others wait for here fails there, in other stages too: of a pipe whose one end is closed the other ends."""
         self._leave()
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            _HOST, port, None, listening is not None, _MEETING, wait_for_workers=False, master_listen_fd=listening
-        )
-        store.set(f"here {self._stage} {self._rank}", "")
-        self._await_others(store)
-        self._gloo = self._connect(store)
-
-    def _await_others(self, store: Any) -> None:
-        """Wait until all are where they connect. Who is not the first learns from it if one has ended."""
-
-    def _connect(self, store: Any) -> Any:
-        """With all of this stage, who are there."""
-        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=_HOST)]
-        patience, options._timeout = options._timeout, _MEETING
-        own = dist.PrefixStore(str(self._stage), store)  # type: ignore[attr-defined]
-        gloo = dist.ProcessGroupGloo(own, self._rank, self._ranks, options)
-        gloo.set_timeout(patience)  # in a step one may compile while the others wait
-        return gloo
-
-    def _link(self, before: str | None, behind: str | None) -> None:
-        """Open the pipes from the stage before and to the one behind this."""
-        self._unlink()
-        if before:
-            self._before = FileIO(before, "r")
-        if behind:
-            self._behind = FileIO(behind, "w")
-
-    def _unlink(self) -> None:
         for pipe in filter(None, (self._before, self._behind)):
             pipe.close()
         self._before = self._behind = None
-
-    def _leave(self) -> None:
-        """Disconnect: what the others wait for here fails there."""
-        self._unlink()
-        if self._gloo is not None:
-            self._gloo.abort()
-            self._gloo = None
 
 
 class _First(_Ranks):
@@ -307,14 +310,25 @@ class _First(_Ranks):
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config.pipeline_parallel_size - 1, 0, config)
         self._config = config
-        _, *places = product(reversed(range(self._stages)), range(self._ranks))
-        self._places = places
+        self._meetings: list[Exchange] = []
+        """Of all stages."""
+        _, *self._places = product(reversed(range(self._stages)), range(self._ranks))
         """Stage and rank of each of the others."""
-        self._others = [self._start(place) for place in places]
+        self._others: list[Follower] = []
+        self._others += [self._start(place) for place in self._places]
         self._checkpoint: str | None = None
 
     def _start(self, place: tuple[int, int]) -> Follower:
-        return Follower("torchinfer.parallel:_follow", *place, asdict(self._config))
+        return Follower("torchinfer.parallel:_follow", *place, asdict(self._config), ended=self._lose)
+
+    def _lose(self, other: Follower) -> None:
+        """A rank has ended: nobody is to wait for it."""
+        if other in self._others:  # else another has taken its place
+            self._leave()
+
+    def _leave(self) -> None:
+        for meeting in self._meetings:
+            meeting.leave()
 
     def _tell(self, call: str, *arguments: Any, data: Sequence[np.ndarray] = ()) -> None:
         for other in self._others:
@@ -335,72 +349,41 @@ class _First(_Ranks):
 
     def _meet(self) -> None:
         for attempts_left in reversed(range(_ATTEMPTS)):
-            self._leave()
+            self._part()
             for other in self._others:
                 with suppress(Ended):
-                    other.tell("leave")
+                    other.tell("part")  # who was not told of a step would be waited for there
             try:
                 self._replace()
-                if self._ranks > 1:
-                    self._join_all()
-                self._link_all()
+                with self._lay() as ways:
+                    for other, place in zip(self._others, self._places, strict=True):
+                        other.tell("join", ways[place])
+                    self._join(ways[self._stage, self._rank])
+                    self._settle()
                 return
             except RuntimeError:
                 if not attempts_left:
                     raise
-                _log.warning("The ranks of this engine could not connect; trying again.", exc_info=True)
+                _log.warning("The ranks of this engine could not meet; trying again.", exc_info=True)
 
-    def _join_all(self) -> None:
-        # A port, not a file: a store that is a file writes to its path once more as it ends, whatever is there then.
-        with socket.create_server((_HOST, 0)) as listening:
-            port = listening.getsockname()[1]
-            self._tell("join", port)
-            self._join(port, listening.detach())
-            self._settle()
-
-    def _link_all(self) -> None:
-        """Lay a pipe from each rank to that of the next stage that has its number. Ours are closed once everyone has opened
-        his: so a pipe has as many ends as it has neighbours, and ends with either."""
-        ends: dict[tuple[int, int], list[str | None]] = {
-            place: [None, None] for place in product(range(self._stages), range(self._ranks))
-        }
+    @contextmanager
+    def _lay(self) -> Iterator[dict[tuple[int, int], _Ways]]:
+        """The ways of each rank, by its stage and its number. At the end ours are closed: then a pipe has no ends but those of
+        its two ranks, and is at an end when one of them is."""
         with ExitStack() as ours:
+            places = [ours.enter_context(meeting_place(self._ranks)) if self._ranks > 1 else None for _ in range(self._stages)]
+            self._meetings = [Exchange(place, 0, self._ranks) for place in places if place]
+            ways = {(stage, rank): _Ways(place) for stage, place in enumerate(places) for rank in range(self._ranks)}
             for stage, rank in product(range(1, self._stages), range(self._ranks)):
                 out, into = os.pipe()
                 ours.callback(os.close, out)
                 ours.callback(os.close, into)
                 with suppress(OSError):  # it is a matter of speed
                     fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-                ends[stage, rank][0], ends[stage - 1, rank][1] = (f"/proc/{os.getpid()}/fd/{end}" for end in (out, into))
-            for other, place in zip(self._others, self._places, strict=True):
-                other.tell("link", *ends[place])
-            self._link(*ends[self._stage, self._rank])
-            self._settle()
-
-    def _await_others(self, store: Any) -> None:
-        keys = [f"here {stage} {rank}" for stage, rank in product(range(self._stages), range(self._ranks))]
-        self._await(lambda: store.check(keys))
-
-    def _connect(self, store: Any) -> Any:
-        gloo: Future[Any] = Future()
-
-        def connect() -> None:
-            try:
-                gloo.set_result(super(_First, self)._connect(store))
-            except Exception as error:
-                gloo.set_exception(error)
-
-        # On a thread, for it waits its full time for one that was there and has ended since.
-        threading.Thread(target=connect, name="connect", daemon=True).start()
-        self._await(gloo.done)
-        return gloo.result()
-
-    def _await(self, done: Callable[[], bool]) -> None:
-        """Raises `Ended` if another rank ends before."""
-        while not done():
-            for other in self._others:
-                other.expect_alive()
-            time.sleep(1e-3)
+                at, previous, path = (stage, rank), (stage - 1, rank), f"/proc/{os.getpid()}/fd"
+                ways[at] = ways[at]._replace(before=f"{path}/{out}")
+                ways[previous] = ways[previous]._replace(behind=f"{path}/{into}")
+            yield ways
 
     def _replace(self) -> None:
         """Wait until the others have done what they were at, and start anew who has ended."""
@@ -426,10 +409,14 @@ class _First(_Ranks):
     def _stats(self) -> dict[str, float]:
         held, most = family_memory(other.pid for other in self._others)
         memory = {"others_rss_bytes": held, "others_peak_rss_bytes": most}
-        return memory | {"communication_seconds": self._seconds, "communication_bytes": self._bytes}
+        seconds, size = self._seconds, self._bytes
+        if self._exchange is not None:
+            told = self._exchange.told
+            seconds, size = seconds + told.seconds, size + told.bytes
+        return memory | {"communication_seconds": seconds, "communication_bytes": size}
 
     def _close(self) -> None:
-        self._leave()
+        self._part()
         for other in self._others:
             other.close()
 
@@ -440,20 +427,9 @@ def start(config: EngineConfig, device: torch.device) -> Group:
         size = getattr(config, name)
         if size > 1 and device.type != "cpu":
             raise BackendError(f"{name}={size} has processes that compute on cpu, not on {device.type}.")
+    if config.tensor_parallel_size > 1:
+        open_library()
     return ALONE if config.ranks == 1 else _First(config)
-
-
-def _move(x: Tensor, move: Callable[[memoryview], int | None] | None) -> None:
-    """All bytes of x through a pipe, of which each `move` takes as many as it tells."""
-    left = x.reshape(-1).view(torch.uint8).numpy().data
-    while left:
-        try:
-            moved = move(left) if move else None
-        except BrokenPipeError:
-            moved = None
-        if not moved:
-            raise BackendError("A stage of this engine is gone, or has failed; its log says more.")
-        left = left[moved:]
 
 
 def _follow(stage: int, rank: int, config: dict[str, Any]) -> None:
@@ -463,6 +439,10 @@ def _follow(stage: int, rank: int, config: dict[str, Any]) -> None:
     engine_config = EngineConfig(**config)
     group = _Ranks(stage, rank, engine_config)
     runner = ModelRunner(engine_config, group)
+
+    def join(ways: Sequence[Any]) -> None:
+        place, *pipes = ways
+        group._join(_Ways(place and Place(*place), *pipes))
 
     def submit(data: bytes) -> None:
         runner.submit(Batch.from_bytes(data))
@@ -474,13 +454,12 @@ def _follow(stage: int, rank: int, config: dict[str, Any]) -> None:
 
     calls: dict[str, Callable[..., object]] = {
         "load": lambda path: runner.load(open_checkpoint(path)),
-        "join": group._join,
-        "link": group._link,
-        "leave": group._leave,
+        "join": join,
+        "part": group._part,
         "allocate": runner.allocate,
         "warmup": runner.warmup,
         "submit": submit,
         "read_pages": runner.read_pages,
         "write_pages": write_pages,
     }
-    follow(calls, group._leave)
+    follow(calls, group._part)

@@ -11,6 +11,7 @@
 
 #include "model.h"
 #include "sample.h"
+#include "sums.h"
 
 namespace tandem {
 
@@ -187,8 +188,8 @@ inline void check_attend(const Step& s, const Weights& w, int64_t layers, const 
     if (s.kv_lengths[i] > int64_t(s.pages) * k.dims[3]) refuse("a sequence is longer than its row of the page table");
 }
 
-inline void layers(const View& step, const View& weights, const View& ropes, const View& k, const View& v, const View& x) {
-  const Step s = read_step(step);
+inline const Weights& check_layers(const Step& s, const View& weights, const View& ropes, const View& k, const View& v,
+                                   const View& x) {
   const Weights& first = read_layer(weights, 0);
   const int64_t L = weights.dims[0];
   for (int64_t i = 0; i < L; ++i) {
@@ -198,7 +199,13 @@ inline void layers(const View& step, const View& weights, const View& ropes, con
   }
   check_tokens(s, ropes, k);
   check_attend(s, first, L, k, v);
-  typed(first, [&](auto e) {
+  return first;
+}
+
+inline void layers(const View& step, const View& weights, const View& ropes, const View& k, const View& v, const View& x) {
+  const Step s = read_step(step);
+  const int64_t L = weights.dims[0];
+  typed(check_layers(s, weights, ropes, k, v, x), [&](auto e) {
     using E = decltype(e);
     for (int64_t i = 0; i < L; ++i) {
       const Weights& w = read_layer(weights, i);
@@ -206,6 +213,55 @@ inline void layers(const View& step, const View& weights, const View& ropes, con
       layer<E>(s, w, rope_of(w, ropes), pages_of<E>(w, k, v, i), (float*)x.data, next);
     }
   });
+}
+
+// `layers` of a model that ranks share out, each of which calls this: what attention gives and what the MLP gives are sums of
+// every rank's terms, which are added to the stream once they are whole. `memory` is what the ranks meet in. x is undefined unless
+// all were told.
+inline Told layers_in_terms(const View& step, const View& weights, const View& ropes, const View& k, const View& v, const View& x,
+                            const View& memory, int64_t rank, int64_t ranks) {
+  const Step s = read_step(step);
+  const int64_t L = weights.dims[0];
+  const Weights& first = check_layers(s, weights, ropes, k, v, x);
+  if (ranks < 1 || ranks > Meeting::MOST || rank < 0 || rank >= ranks)
+    refuse("rank: expected one of " + std::to_string(ranks) + ", got " + std::to_string(rank));
+  if (ranks > 1) expect("memory", memory, "uint8", {int64_t(Meeting::size(int(ranks)))});
+  const Exchange exchange(memory.data, int(rank), int(ranks));
+  const size_t size = size_t(s.tokens) * first.inputs;
+  float* stream = (float*)x.data;
+  Buffer<float> whole;  // a term or a sum that may not lie where other ranks read
+  auto own = [&] { return whole.resize(size), whole.data(); };
+
+  auto branch = [&](const Weights& w, int64_t norm, const void* next, auto&& compute) {
+    float* term = (float*)exchange.room(size * sizeof(float));
+    if (!term) term = own();
+    compute(term);
+    const FloatMode mode;
+    if (!norm) {
+      auto use = [&](size_t i, int n, V sum) { store(stream + i, load(stream + i, n) + sum, n); };
+      return exchange.sum<F32>(term, size, use, next, Pool::FETCH);
+    }
+    float* sums = own();
+    const Told told = exchange.sum<F32>(term, size, [&](size_t i, int n, V sum) { store(sums + i, sum, n); }, next, Pool::FETCH);
+    if (told == Told::ALL) add(s, w, sums, norm, stream);
+    return told;
+  };
+
+  Told told = Told::ALL;
+  typed(first, [&](auto e) {
+    using E = decltype(e);
+    for (int64_t i = 0; i < L && told == Told::ALL; ++i) {
+      const Weights& w = read_layer(weights, i);
+      const Weights* next = i + 1 < L ? &read_layer(weights, i + 1) : nullptr;
+      told = branch(w, w.post_attention_norm, w.matrix<char>(w.gate_up), [&](float* term) {
+        attention_term<E>(s, w, rope_of(w, ropes), pages_of<E>(w, k, v, i), stream, term);
+      });
+      if (told != Told::ALL) return;
+      told = branch(w, w.post_mlp_norm, next ? next->template matrix<char>(next->qkv) : nullptr,
+                    [&](float* term) { mlp_term<E>(s, w, stream, term); });
+    }
+  });
+  return told;
 }
 
 inline void project(const View& step, const View& weights, const View& ropes, const View& x, const View& k, const View& v,
@@ -359,6 +415,23 @@ inline void sample(const View& step, const View& logits, const View& changed, co
       sample_row((const float*)logits.data + at, (const float*)changed.data + at, vocab, p,
                  p.sampled ? scratch + size_t(team.id) * size : nullptr, out);
       if (p.score < 0) ((int32_t*)last_tokens.data)[s.row[r]] = out.token;
+    });
+  });
+}
+
+// best[R, 3]: of the first `real` of each row of logits the highest, as its bits, the lowest id that has it, and whether all are
+// finite.
+inline void best(const View& logits, int64_t real, const View& best) {
+  expect("logits", logits, "float32", {ANY, ANY});
+  expect("best", best, "int32", {logits.dims[0], 3});
+  if (real < 0 || real > logits.dims[1])
+    refuse("real: expected at most " + std::to_string(logits.dims[1]) + " columns, got " + std::to_string(real));
+  Pool::get().run([&](Member& team) {
+    team.share(int(logits.dims[0]), [&](int r) {
+      const sampling::Scan scan = sampling::scan((const float*)logits.data + r * logits.dims[1], int(real), nullptr);
+      int32_t* to = (int32_t*)best.data + 3 * r;
+      std::memcpy(to, &scan.peak, sizeof scan.peak);
+      to[1] = scan.token, to[2] = scan.finite;
     });
   });
 }

@@ -47,21 +47,9 @@ void combine(const Tensor& step, const Tensor& weights, const Tensor& attended, 
   tandem::combine(view(step), view(weights), view(attended), view(x), layer);
 }
 
-void attention_term(const Tensor& step, const Tensor& weights, const Tensor& ropes, const Tensor& x, const Tensor& k,
-                    const Tensor& v, const Tensor& term, int64_t layer) {
-  tandem::attention_term(view(step), view(weights), view(ropes), view(x), view(k), view(v), view(term), layer);
-}
-
-void mlp_term(const Tensor& step, const Tensor& weights, const Tensor& x, const Tensor& term, int64_t layer) {
-  tandem::mlp_term(view(step), view(weights), view(x), view(term), layer);
-}
-
-void add_attention(const Tensor& step, const Tensor& weights, const Tensor& sum, const Tensor& x, int64_t layer) {
-  tandem::add_attention(view(step), view(weights), view(sum), view(x), layer);
-}
-
-void add_mlp(const Tensor& step, const Tensor& weights, const Tensor& sum, const Tensor& x, int64_t layer) {
-  tandem::add_mlp(view(step), view(weights), view(sum), view(x), layer);
+int64_t layers_in_terms(const Tensor& step, const Tensor& weights, const Tensor& ropes, const Tensor& k, const Tensor& v,
+                        const Tensor& x, const Tensor& memory, int64_t rank, int64_t ranks) {
+  return int64_t(tandem::layers_in_terms(view(step), view(weights), view(ropes), view(k), view(v), view(x), view(memory), rank, ranks));
 }
 
 void head(const Tensor& step, const Tensor& weights, const Tensor& x, const Tensor& logits) {
@@ -75,6 +63,8 @@ void adjust(const Tensor& step, const Tensor& changes, const Tensor& logits, con
 void sample(const Tensor& step, const Tensor& logits, const Tensor& changed, const Tensor& last_tokens, const Tensor& sampled) {
   tandem::sample(view(step), view(logits), view(changed), view(last_tokens), view(sampled));
 }
+
+void best(const Tensor& logits, int64_t real, const Tensor& best) { tandem::best(view(logits), real, view(best)); }
 
 void huge(const Tensor& t) { tandem::huge(t.data_ptr(), t.nbytes()); }
 
@@ -90,14 +80,12 @@ TORCH_LIBRARY(tandem, m) {
   m.def("attend(Tensor step, Tensor weights, Tensor k, Tensor v, Tensor(a!) q, int layer) -> ()");
   m.def("combine(Tensor step, Tensor weights, Tensor attended, Tensor(a!) x, int layer) -> ()");
   m.def(
-      "attention_term(Tensor step, Tensor weights, Tensor ropes, Tensor x, Tensor(a!) k, Tensor(b!) v, Tensor(c!) term, int layer) "
-      "-> ()");
-  m.def("mlp_term(Tensor step, Tensor weights, Tensor x, Tensor(a!) term, int layer) -> ()");
-  m.def("add_attention(Tensor step, Tensor weights, Tensor sum, Tensor(a!) x, int layer) -> ()");
-  m.def("add_mlp(Tensor step, Tensor weights, Tensor sum, Tensor(a!) x, int layer) -> ()");
+      "layers_in_terms(Tensor step, Tensor weights, Tensor ropes, Tensor(a!) k, Tensor(b!) v, Tensor(c!) x, Tensor(d!) memory, "
+      "int rank, int ranks) -> int");
   m.def("head(Tensor step, Tensor weights, Tensor x, Tensor(a!) logits) -> ()");
   m.def("adjust(Tensor step, Tensor changes, Tensor logits, Tensor(a!) changed) -> ()");
   m.def("sample(Tensor step, Tensor logits, Tensor changed, Tensor(a!) last_tokens, Tensor(b!) sampled) -> ()");
+  m.def("best(Tensor logits, int real, Tensor(a!) best) -> ()");
   m.def("huge(Tensor data) -> ()");
   m.def("threads(int count) -> ()", &threads);
 }
@@ -109,11 +97,9 @@ TORCH_LIBRARY_IMPL(tandem, CPU, m) {
   m.impl("project", &project);
   m.impl("attend", &attend);
   m.impl("combine", &combine);
-  m.impl("attention_term", &attention_term);
-  m.impl("mlp_term", &mlp_term);
-  m.impl("add_attention", &add_attention);
-  m.impl("add_mlp", &add_mlp);
+  m.impl("layers_in_terms", &layers_in_terms);
   m.impl("head", &head);
   m.impl("adjust", &adjust);
   m.impl("sample", &sample);
+  m.impl("best", &best);
 }
