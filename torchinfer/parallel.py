@@ -32,7 +32,7 @@ from torch import Tensor
 from common.config import EngineConfig
 from common.errors import BackendError
 from common.followers import Ended, Follower, follow
-from common.kernels.cpu.sums import Exchange, Left, Place, expect_told, meeting_place, open_library
+from common.kernels.cpu.sums import Exchange, Left, Place, expect_told, meeting_place, open_library, open_place, place_of
 from common.platform import family_memory
 from common.schedule.batch import Batch, Mask, masked
 from common.weights.checkpoint import open_checkpoint
@@ -159,9 +159,9 @@ class _Ways(NamedTuple):
 
     place: Place | None
     """Where its stage does, if it has several ranks."""
-    before: str | None = None
+    before: Place | None = None
     """The pipe from the stage before, and that to the one behind, if there are such."""
-    behind: str | None = None
+    behind: Place | None = None
 
 
 class _Ranks(Group):
@@ -287,9 +287,9 @@ class _Ranks(Group):
                 self._seconds, self._bytes = self._seconds + told.seconds, self._bytes + told.bytes
             self._exchange = exchange
         if ways.before:
-            self._before = FileIO(ways.before, "r")
+            self._before = FileIO(open_place(ways.before, os.O_RDONLY), "r")
         if ways.behind:
-            self._behind = FileIO(ways.behind, "w")
+            self._behind = FileIO(open_place(ways.behind, os.O_WRONLY), "w")
 
     def _leave(self) -> None:
         """What the others of this stage wait for here fails there. Any thread may."""
@@ -380,9 +380,9 @@ class _First(_Ranks):
                 ours.callback(os.close, into)
                 with suppress(OSError):  # it is a matter of speed
                     fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-                at, previous, path = (stage, rank), (stage - 1, rank), f"/proc/{os.getpid()}/fd"
-                ways[at] = ways[at]._replace(before=f"{path}/{out}")
-                ways[previous] = ways[previous]._replace(behind=f"{path}/{into}")
+                at, previous = (stage, rank), (stage - 1, rank)
+                ways[at] = ways[at]._replace(before=place_of(out))
+                ways[previous] = ways[previous]._replace(behind=place_of(into))
             yield ways
 
     def _replace(self) -> None:
@@ -441,8 +441,7 @@ def _follow(stage: int, rank: int, config: dict[str, Any]) -> None:
     runner = ModelRunner(engine_config, group)
 
     def join(ways: Sequence[Any]) -> None:
-        place, *pipes = ways
-        group._join(_Ways(place and Place(*place), *pipes))
+        group._join(_Ways(*(way and Place(*way) for way in ways)))
 
     def submit(data: bytes) -> None:
         runner.submit(Batch.from_bytes(data))

@@ -63,6 +63,12 @@ class Told(NamedTuple):
     """How long that took, waiting included."""
 
 
+def place_of(file: int) -> Place:
+    """Where others find a file of this process, as long as it is open here."""
+    status = os.fstat(file)
+    return Place(f"/proc/{os.getpid()}/fd/{file}", status.st_dev, status.st_ino)
+
+
 @contextmanager
 def meeting_place(ranks: int) -> Iterator[Place]:
     """Memory for so many ranks, to which others can come until the end. Raises `BackendError` where there can be none."""
@@ -71,8 +77,7 @@ def meeting_place(ranks: int) -> Iterator[Place]:
     file = os.memfd_create("tandem")
     try:
         os.ftruncate(file, open_library().tandem_meeting_size(ranks))
-        status = os.fstat(file)
-        yield Place(f"/proc/{os.getpid()}/fd/{file}", status.st_dev, status.st_ino)
+        yield place_of(file)
     finally:
         os.close(file)
 
@@ -84,7 +89,7 @@ class Exchange:
     def __init__(self, place: Place, rank: int, ranks: int) -> None:
         """Raises `Left` if it is too late."""
         library = open_library()
-        file = _open(place)
+        file = open_place(place, os.O_RDWR)
         try:
             memory = mmap.mmap(file, library.tandem_meeting_size(ranks))
         finally:
@@ -124,13 +129,15 @@ def expect_told(told: int) -> None:
     assert told == _ALL
 
 
-def _open(place: Place) -> int:
+def open_place(place: Place, access: int) -> int:
+    """The file that is there, for `os.O_RDWR` and the like. Raises `Left` if it is no more."""
     try:
-        file = os.open(place.path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        file = os.open(place.path, access | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
         raise Left(f"The processes of this engine no longer meet at {place.path}: {error}") from error
     status = os.fstat(file)
     if (status.st_dev, status.st_ino) != (place.device, place.inode):
         os.close(file)
         raise Left(f"The processes of this engine no longer meet at {place.path}, which is another file by now.")
+    os.set_blocking(file, True)
     return file
