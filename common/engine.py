@@ -22,7 +22,7 @@ from common.errors import RequestError, shown
 from common.interface import Caps, ModelRunner, Pending, Progress, ReplicaState, ServingEngine, load_backend
 from common.request import Request, Status, TokenEvent, expect
 from common.schedule.batch import Batch
-from common.schedule.kv import KV, read_tokens, write_tokens
+from common.schedule.kv import KV, read_kv, write_kv
 from common.schedule.scheduler import Scheduler, Sequence, Step
 from common.schedule.trace import record
 from common.states import hidden_states, num_fitting
@@ -144,7 +144,7 @@ class Engine(ServingEngine):
         masks = None if step.masks is None else self._masking.submit(step.masks)
         try:
             for pages, kv in step.arrivals:
-                write_tokens(self.runner, pages, self.config.block_size, kv)
+                write_kv(self.runner, pages, self.config.block_size, kv)
             pending = self.runner.submit(step.batch, None if masks is None else masks.result)
             returned = perf_counter()
             record = self._record(step, begin)
@@ -246,13 +246,13 @@ class Engine(ServingEngine):
         self._device_seconds += perf_counter() - begin
         return states
 
-    def read_kept(self, request_id: str, start: int, stop: int) -> KV:
-        """Copies of what the tokens [start, stop) of a request that keeps its pages have in them. Raises `LookupError` if they
-        are gone."""
-        kept = self.scheduler.kept.get(request_id)
+    def read_kept(self, request_id: str, start: int, kv: KV) -> None:
+        """Have `kv` hold what the tokens from `start` on of a request that keeps its pages have in them. Raises `LookupError`
+        if they are gone."""
+        kept, stop = self.scheduler.kept.get(request_id), start + kv.tokens
         if kept is None or kept.tokens < stop:
             raise LookupError(f"the engine has no pages of {stop} tokens of request {request_id} (any more)")
-        return read_tokens(self.runner, kept.pages, self.config.block_size, start, stop)
+        read_kv(self.runner, kept.pages, self.config.block_size, start, kv)
 
     def drop_kept(self, request_id: str) -> None:
         """Give back what is kept of a request, if anything is."""

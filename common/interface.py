@@ -7,7 +7,7 @@ A request never knows its backend; a backend never sees a request, text, or a po
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module, util
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -82,6 +82,20 @@ def one_group(model: ModelConfig, page_bytes: int) -> tuple[KVGroup]:
 def page_bytes(model: ModelConfig, config: EngineConfig) -> int:
     """Bytes of one page over all layers that is stored as it is: [K, B, H] in each layer, twice."""
     return 2 * model.num_layers * model.num_kv_heads * model.head_dim * ITEMSIZES[config.dtype] * config.block_size
+
+
+class PageMemory(NamedTuple):
+    """The pages of a group as they lie."""
+
+    form: str
+    """A name: bytes of a page that are copied to one of the same form, be it another backend's, are the same page."""
+    pools: Mapping[str, Sequence[np.ndarray]]
+    """`k` and `v`, each uint8[rows, pages, bytes], rows being heads, of one layer or of several."""
+
+
+def page_form(kernels: str, config: EngineConfig) -> str:
+    """Of both backends: a step keeps pages as its kernels want them."""
+    return f"{kernels} {config.dtype} {config.block_size}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +255,11 @@ class ModelRunner(ABC):
     @abstractmethod
     def write_pages(self, group: int, pages: Sequence[int], arrays: dict[str, np.ndarray]) -> None:
         """The inverse of `read_pages`."""
+
+    def page_memory(self, group: int) -> PageMemory | None:
+        """What the pages lie in, where the host can see it and no other rank has a part of it: to be read, and written in
+        place, until anything else is asked of the runner. Ordered after earlier submits."""
+        return None
 
     @abstractmethod
     def reset(self) -> None:

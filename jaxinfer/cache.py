@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -100,6 +101,19 @@ def write_pages(cache: KVCache, pages: Sequence[int], arrays: dict[str, np.ndarr
     for at in range(0, len(pages), _PAGES):
         cache = _put(cache, _some(pages, at), KVCache(cut(arrays["k"], at), cut(arrays["v"], at)))
     return cache
+
+
+def page_memory(cache: KVCache) -> dict[str, list[np.ndarray]]:
+    """What pools on a CPU lie in, as `common.interface.PageMemory` has it. Whoever has the pools has nothing but them, so that
+    they are written to as by an operator of a step. Not by `np.asarray`: an array keeps the view that it gives, and a pool of
+    which there is one cannot be donated."""
+
+    def memory(pool: Array) -> np.ndarray:
+        pool.block_until_ready()
+        held = (ctypes.c_uint8 * pool.nbytes).from_address(pool.unsafe_buffer_pointer())
+        return np.ctypeslib.as_array(held).reshape(*pool.shape[:2], -1)
+
+    return {name: [memory(pool) for pool in pools] for name, pools in cache._asdict().items()}
 
 
 @jax.jit

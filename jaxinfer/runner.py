@@ -15,6 +15,7 @@ from common.interface import Caps, KVGroup, Progress
 from common.schedule.batch import Batch, Mask
 from common.weights.checkpoint import Checkpoint
 from jaxinfer import kernels
+from jaxinfer.cache import page_memory
 from jaxinfer.device import describe, open_device
 from jaxinfer.observe import observe
 from jaxinfer.parallel import Group, start
@@ -109,6 +110,11 @@ class ModelRunner(interface.ModelRunner):
 
     def write_pages(self, group: int, pages: Sequence[int], arrays: dict[str, np.ndarray]) -> None:
         self.state = self._step.write_pages(self.state, pages, arrays)
+
+    def page_memory(self, group: int) -> interface.PageMemory | None:
+        if self.config.ranks > 1 or self.device.platform != "cpu":
+            return None
+        return interface.PageMemory(interface.page_form(self._step.kernels, self.config), page_memory(self.state.cache))
 
     def close(self) -> None:
         self._step, self.state = None, None

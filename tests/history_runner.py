@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.interface import Caps, KVGroup, ModelRunner, Pending, Progress, Result, make_result
+from common.interface import Caps, KVGroup, ModelRunner, PageMemory, Pending, Progress, Result, make_result
 from common.request import Logprobs, Request, Status
 from common.schedule.batch import Batch, Mask, Want, masked
 
@@ -141,6 +141,11 @@ class HistoryRunner(ModelRunner):
         shape, where = (1, -1, self.block_size, 1, 1), list(pages)
         self.chain.reshape(shape)[:, where] = arrays["k"].view(np.uint64)
         self.at.reshape(shape)[:, where] = arrays["v"]
+
+    def page_memory(self, group: int) -> PageMemory | None:
+        pools = (("k", self.chain), ("v", self.at))
+        shape = 1, self.num_pages, -1
+        return PageMemory(f"history {self.block_size}", {name: [x.view(np.uint8).reshape(shape)] for name, x in pools})
 
     def close(self) -> None:
         pass

@@ -25,6 +25,7 @@ PATIENCE_S = 300.0
 SMALL = ("--dtype", "float32", "--threads", "1", "--max-model-len", "512", "--max-num-seqs", "8",
          "--max-num-batched-tokens", "64", "--num-blocks", "513")  # fmt: skip
 PACKAGE = """
+import os
 import time
 from pathlib import Path
 from tests.history_runner import HistoryRunner
@@ -44,7 +45,12 @@ class ModelRunner(HistoryRunner):
             raise RuntimeError("a kernel at 0x7ffd12345678 failed in /usr/lib/secret.so")
         if (CONTROL / "die").exists():
             raise SystemExit("the step loop is to die")
+        if (CONTROL / "poison").exists() and int((CONTROL / "poison").read_text()) in batch.kv_lengths:
+            os._exit(9)
         return super().submit(batch, *more)
+
+    def page_memory(self, group):
+        return None  # else nobody would see that pages are read and written
 
     def read_pages(self, group, pages):
         self.hold("reading", pages)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ import numpy as np
 from common.config import EngineConfig
 from common.engine import Engine
 from common.interface import ModelRunner, load_backend
-from common.request import Request, SamplingParams
+from common.request import Request, SamplingParams, TokenEvent
+from common.schedule.kv import KV, layouts_of
+from common.schedule.transfer import Offer, Tag, common_layout
 from common.weights.checkpoint import open_checkpoint
 from tests.backends import Packer
 from tests.history_backend import ROOT
@@ -95,8 +98,12 @@ def run(
     ]
     events = engine.run(requests)
     assert engine.stats()["num_resets"] == 0
+    return [_told(events[request.request_id]) for request in requests]
+
+
+def _told(events: Sequence[TokenEvent]) -> Answer:
     told = lambda logprobs: [] if logprobs is None else [logprobs.logprob, logprobs.top_ids, logprobs.top_logprobs]  # noqa: E731
-    return [[[event.token_id, *told(event.logprobs)] for event in events[request.request_id]] for request in requests]
+    return [[event.token_id, *told(event.logprobs)] for event in events]
 
 
 def caps(backend: str, ranks: int, model: str, kernels: str, stages: int = 1) -> dict[str, Any]:
@@ -134,6 +141,36 @@ def pages(
     runner.write_pages(0, [], none)
     same = all(np.array_equal(held[name], again[name]) and none[name].shape[1] == 0 for name in ("k", "v"))
     return {"same": same} | {name: x.astype(np.float32).tolist() for name, x in held.items()}
+
+
+def handed_over(
+    backend: str, ranks: int, other: str, others: int, block_size: int, model: str, kernels: str, asked: Sequence[Asked]
+) -> list[Answer]:
+    """Continue prompts that so many ranks of `backend` compute on `others` ranks of `other`, whose pages have another size."""
+    first = make_engine(backend, ranks, model, kernels)
+    config = replace(CONFIG, tensor_parallel_size=others, kernels=kernels, block_size=block_size)
+    runner = load_backend(other, config)
+    answers = []
+    try:
+        runner.load(open_checkpoint(model))
+        runner.allocate([PAGES])
+        then = Engine(runner, config, num_pages=PAGES)
+        for prompt, params in asked:
+            request = Request(request_id="r", prompt_token_ids=prompt, params=wanted(**params))
+            begun = first.run([replace(request, params=replace(request.params, max_tokens=1), keep_pages=True)])["r"]
+            offered, mine = (layouts_of(each.runner, each.config.block_size, "m") for each in (first, then))
+            layout = common_layout(Offer(Tag("r", 0), len(prompt), tuple(each.fingerprint for each in offered)), mine)
+            kv: Future[KV] = Future()
+            arrays = layout.view(np.empty(layout.num_bytes(len(prompt)), np.uint8), len(prompt))
+            first.read_kept("r", 0, arrays)
+            kv.set_result(arrays)
+            first.drop_kept("r")
+            (token,) = [event.token_id for event in begun if event.token_id is not None]
+            answers.append(_told([*begun, *then.run([replace(request, output_token_ids=(token,), kv=kv)])["r"]]))
+        assert then.stats()["external_prefix_cache_hits"] == sum(len(prompt) for prompt, _ in asked)
+    finally:
+        runner.close()
+    return answers
 
 
 def masked(

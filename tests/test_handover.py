@@ -3,7 +3,9 @@ logged."""
 
 from __future__ import annotations
 
+import fcntl
 import logging
+import os
 import queue
 import socket
 import threading
@@ -12,14 +14,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
 
 import pytest
 
 from common.frames import MAGIC, read_frame, write_frame
-from common.replicas import handover
+from common.replicas import handover, segment
 from common.replicas.handover import HOST, Door, Heard, fetch
+from common.replicas.segment import SHARES, Room
 from common.schedule.kv import KV
-from common.schedule.transfer import Abort, Accept, Offer, Pages, Said, Sender, Tag, TransferError, seal
+from common.schedule.transfer import Abort, Accept, Hold, Offer, Pages, Said, Sender, Tag, TransferError, seal
 from tests.test_transfer import LAYOUT, Memory, same, some_kv
 
 SECRET = b"of this launch"
@@ -29,13 +34,15 @@ PATIENCE_S = 60.0
 class Holder:
     """A process that holds pages, as a thread of this one."""
 
-    def __init__(self, tokens: int = 50) -> None:
+    def __init__(self, tokens: int = 50, shares: bool = SHARES) -> None:
         self.memory = Memory(tokens)
         self.sender: Sender = self.memory.sender(chunk=7)
         self.told: queue.SimpleQueue[Heard | None] = queue.SimpleQueue()
         self.heard: list[Said] = []
+        self.memories: list[bool] = []
+        """Whether memory came with each."""
         self.before: Callable[[Said], None] = lambda said: None
-        self.door = Door(SECRET, self.told.put)
+        self.door = Door(SECRET, self.told.put, shares)
         self.offer = self.sender.offer("r", tokens, time.monotonic())
         self.thread = threading.Thread(target=self.run)
         self.thread.start()
@@ -44,7 +51,10 @@ class Holder:
         while (heard := self.told.get()) is not None:
             self.before(heard.said)
             self.heard.append(heard.said)
-            heard.answer(self.sender.hear(heard.said, time.monotonic()))
+            self.memories.append(heard.memory is not None)
+            for answer in self.sender.hear(heard.said, time.monotonic(), heard.memory):
+                heard.answer(answer)
+            heard.answer(None)
 
     def until(self, condition: Callable[[], object]) -> None:
         end = time.monotonic() + PATIENCE_S
@@ -54,8 +64,8 @@ class Holder:
 
 
 @contextmanager
-def holding(tokens: int = 50) -> Iterator[Holder]:
-    holder = Holder(tokens)
+def holding(tokens: int = 50, shares: bool = SHARES) -> Iterator[Holder]:
+    holder = Holder(tokens, shares)
     try:
         yield holder
     finally:
@@ -66,14 +76,26 @@ def holding(tokens: int = 50) -> Iterator[Holder]:
 
 def fetched(holder: Holder, offer: Offer | None = None, secret: bytes = SECRET) -> KV:
     kv: Future[KV] = Future()
-    fetch(holder.door.port, offer or holder.offer, LAYOUT, secret, kv)
+    fetch(holder.door.address, offer or holder.offer, [LAYOUT], secret, Room(1 << 30), kv)
     return kv.result(0)
 
 
-def test_what_comes_is_what_was_held_and_then_it_is_given_back() -> None:
-    with holding() as holder:
+def connected(holder: Holder) -> socket.socket:
+    """A stranger."""
+    return handover._connect(holder.door.address)
+
+
+@pytest.fixture(params=[True, False] if SHARES else [False], ids=lambda shares: "memory" if shares else "tcp")
+def shares(request: pytest.FixtureRequest) -> bool:
+    """Whether pages go through memory that both have, or over TCP."""
+    return bool(request.param)
+
+
+def test_what_comes_is_what_was_held_and_then_it_is_given_back(shares: bool) -> None:
+    with holding(shares=shares) as holder:
         assert same(fetched(holder), holder.memory.kv)
         holder.until(lambda: holder.memory.freed == ["r"])
+        assert isinstance(holder.heard[0], Accept) and holder.memories == [shares, *[False] * (len(holder.memories) - 1)]
         with pytest.raises(TransferError, match="no pages are held for it"):
             fetched(holder)
 
@@ -83,8 +105,8 @@ def test_what_comes_is_what_was_held_and_then_it_is_given_back() -> None:
     [
         (lambda offer: replace(offer, tag=Tag("r", offer.tag.generation - 1)), "no pages are held"),
         (lambda offer: replace(offer, tag=Tag("q", offer.tag.generation)), "no pages are held"),
-        (lambda offer: replace(offer, layout="another"), "another model or layout"),
-        (lambda offer: replace(offer, tokens=49), "Got 1 tokens from 49 on, of 49"),
+        (lambda offer: replace(offer, layouts=("another",)), "another model or layout"),
+        (lambda offer: replace(offer, tokens=20), "Got 7 tokens from 14 on, of 20|damaged"),
     ],
 )
 def test_what_was_not_offered_does_not_come(offer: Callable[[Offer], Offer], told: str) -> None:
@@ -92,8 +114,10 @@ def test_what_was_not_offered_does_not_come(offer: Callable[[Offer], Offer], tol
         fetched(holder, offer(holder.offer))
 
 
-def test_who_has_another_secret_gets_nothing_and_the_pages_are_there_for_who_has_it(caplog: pytest.LogCaptureFixture) -> None:
-    with holding() as holder:
+def test_who_has_another_secret_gets_nothing_and_the_pages_are_there_for_who_has_it(
+    shares: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with holding(shares=shares) as holder:
         with pytest.raises(TransferError, match="hung up"):
             fetched(holder, secret=b"of another launch")
         holder.until(lambda: "not signed with the secret" in caplog.text)
@@ -121,21 +145,21 @@ def test_pages_of_who_has_another_secret_are_not_taken(caplog: pytest.LogCapture
         (MAGIC + (9).to_bytes(4, "little") + bytes(8) + b"[[[[[[[[[", "no JSON"),
     ],
 )
-def test_garbage_is_refused_and_logged(data: bytes, told: str, caplog: pytest.LogCaptureFixture) -> None:
-    with holding() as holder:
-        with socket.create_connection((HOST, holder.door.port)) as stranger:
+def test_garbage_is_refused_and_logged(data: bytes, told: str, shares: bool, caplog: pytest.LogCaptureFixture) -> None:
+    with holding(shares=shares) as holder:
+        with connected(holder) as stranger:
             stranger.sendall(data)
             stranger.settimeout(PATIENCE_S)
-            with suppress(ConnectionResetError):
+            with suppress(ConnectionError):
                 assert stranger.recv(1) == b""
         holder.until(lambda: told in caplog.text)
         assert holder.heard == [] and same(fetched(holder), holder.memory.kv)
 
 
 @pytest.mark.parametrize("drips", [False, True])
-def test_who_says_nothing_is_hung_up_on(drips: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_says_nothing_is_hung_up_on(drips: bool, shares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handover, "HELLO_S", 0.3)
-    with holding() as holder, socket.create_connection((HOST, holder.door.port)) as stranger:
+    with holding(shares=shares) as holder, connected(holder) as stranger:
         stranger.settimeout(0.05)
         begin, closed = time.monotonic(), False
         while not closed:
@@ -154,7 +178,7 @@ def test_who_says_nothing_is_hung_up_on(drips: bool, monkeypatch: pytest.MonkeyP
 def test_there_is_room_for_so_many_and_no_more(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(handover, "MAX_CONNECTIONS", 3)
     with holding() as holder:
-        others = [socket.create_connection((HOST, holder.door.port)) for _ in range(3)]
+        others = [connected(holder) for _ in range(3)]
         with pytest.raises((TransferError, ConnectionError)):
             fetched(holder)
         assert "refused: there are 3" in caplog.text
@@ -175,7 +199,7 @@ def test_who_ends_a_request_on_the_way_lets_it_be_known_at_once() -> None:
                 go_on.wait(PATIENCE_S)
 
         holder.before = before
-        fetching = threading.Thread(target=fetch, args=(holder.door.port, holder.offer, LAYOUT, SECRET, kv))
+        fetching = threading.Thread(target=fetch, args=(holder.door.address, holder.offer, [LAYOUT], SECRET, Room(1 << 30), kv))
         fetching.start()
         assert reached.wait(PATIENCE_S)
         kv.cancel()
@@ -191,7 +215,7 @@ def test_who_has_ended_before_the_pages_were_asked_for_lets_it_be_known_too(capl
     with holding() as holder:
         kv: Future[KV] = Future()
         kv.cancel()
-        fetch(holder.door.port, holder.offer, LAYOUT, SECRET, kv)
+        fetch(holder.door.address, holder.offer, [LAYOUT], SECRET, Room(1 << 30), kv)
         holder.until(lambda: holder.memory.freed == ["r"])
         assert isinstance(holder.heard[0], Abort) and "are computed" not in caplog.text
 
@@ -211,7 +235,7 @@ def test_who_hangs_up_on_the_way_is_not_waited_for() -> None:
     dying = threading.Thread(target=die)
     dying.start()
     kv: Future[KV] = Future()
-    fetch(listener.getsockname()[1], Offer(Tag("r", 7), 6, LAYOUT.fingerprint), LAYOUT, SECRET, kv)
+    fetch(listener.getsockname()[1], Offer(Tag("r", 7), 6, (LAYOUT.fingerprint,)), [LAYOUT], SECRET, Room(1 << 30), kv)
     assert isinstance(kv.exception(0), TransferError)
     dying.join()
     listener.close()
@@ -219,9 +243,9 @@ def test_who_hangs_up_on_the_way_is_not_waited_for() -> None:
 
 def test_who_is_not_there_is_not_waited_for() -> None:
     with holding() as holder:
-        port = holder.door.port
+        address = holder.door.address
     kv: Future[KV] = Future()
-    fetch(port, holder.offer, LAYOUT, SECRET, kv)
+    fetch(address, holder.offer, [LAYOUT], SECRET, Room(1 << 30), kv)
     assert isinstance(kv.exception(0), ConnectionError)
 
 
@@ -229,8 +253,9 @@ def test_the_pages_of_many_requests_come_at_once() -> None:
     with holding(200) as holder:
         offers = [holder.sender.offer(f"r{i}", 200, time.monotonic()) for i in range(20)]
         found: list[Future[KV]] = [Future() for _ in offers]
+        room = Room(1 << 30)
         threads = [
-            threading.Thread(target=fetch, args=(holder.door.port, offer, LAYOUT, SECRET, kv))
+            threading.Thread(target=fetch, args=(holder.door.address, offer, [LAYOUT], SECRET, room, kv))
             for offer, kv in zip(offers, found, strict=True)
         ]
         for thread in threads:
@@ -238,6 +263,76 @@ def test_the_pages_of_many_requests_come_at_once() -> None:
         assert all(same(kv.result(PATIENCE_S), holder.memory.kv) for kv in found)
         for thread in threads:
             thread.join()
+
+
+def test_what_finds_no_room_is_held_until_there_is_and_comes_then(shares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer than a lease: who waits says so."""
+    monkeypatch.setattr(segment, "PATIENCE_S", 0.05)
+    with holding(200, shares=shares) as holder:
+        holder.sender._lease_s = 1.0
+        offers = [holder.sender.offer(f"r{i}", 200, time.monotonic()) for i in range(3)]
+        room, found = Room(1), [Future[KV]() for _ in offers]
+        for offer, kv in zip(offers, found, strict=True):
+            threading.Thread(target=fetch, args=(holder.door.address, offer, [LAYOUT], SECRET, room, kv)).start()
+            holder.until(lambda kv=kv, offer=offer: kv.done() or Hold(offer.tag) in holder.heard)
+        assert [kv.done() for kv in found] == [True, False, False]
+        holder.until(lambda: sum(said == Hold(offers[2].tag) for said in holder.heard) > 30)
+        assert [kv.done() for kv in found] == [True, False, False]
+        for i in range(3):
+            assert same(found[i].result(PATIENCE_S), holder.memory.kv)
+            found[i] = Future()  # it is in pages now
+        holder.until(lambda: sorted(holder.memory.freed) == ["r0", "r1", "r2"])
+
+
+def test_who_ends_while_it_waits_for_room_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segment, "PATIENCE_S", 0.05)
+    with holding(200) as holder:
+        offers = [holder.sender.offer(f"r{i}", 200, time.monotonic()) for i in range(3)]
+        room, found = Room(1), [Future[KV]() for _ in offers]
+        for offer, kv in zip(offers, found, strict=True):
+            threading.Thread(target=fetch, args=(holder.door.address, offer, [LAYOUT], SECRET, room, kv)).start()
+            holder.until(lambda kv=kv, offer=offer: kv.done() or Hold(offer.tag) in holder.heard)
+        found[1].cancel()
+        holder.until(lambda: "r1" in holder.memory.freed)
+        found[0] = Future()
+        assert same(found[2].result(PATIENCE_S), holder.memory.kv)
+
+
+def test_memory_that_its_owner_could_make_shorter_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Who reads beyond the end of memory is ended by the system."""
+    if not SHARES:
+        pytest.skip("the system has no memory without a name")
+    with (tmp_path / "file").open("w+b") as file:
+        file.truncate(1 << 20)
+        unsealed, empty = os.memfd_create("unsealed"), os.memfd_create("empty", os.MFD_ALLOW_SEALING)
+        pipe = os.pipe()
+        os.ftruncate(unsealed, 1 << 20)
+        fcntl.fcntl(empty, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        for descriptor in (file.fileno(), unsealed, empty, *pipe):
+            caplog.clear()
+            with holding() as holder, connected(holder) as peer:
+                frame = BytesIO()
+                write_frame(frame, *seal(Accept(holder.offer.tag, LAYOUT.fingerprint), SECRET))
+                socket.send_fds(peer, [frame.getvalue()], [descriptor])
+                peer.settimeout(PATIENCE_S)
+                assert peer.recv(1) == b""
+                holder.until(lambda: "Memory came that cannot be used" in caplog.text)
+                assert holder.heard == [] or all(isinstance(said, Abort) for said in holder.heard)
+        for descriptor in (unsealed, empty, *pipe):
+            os.close(descriptor)
+
+
+def test_descriptors_that_strangers_send_are_not_kept() -> None:
+    if not SHARES:
+        pytest.skip("the system has no memory without a name")
+    reading, writing = os.pipe()
+    with holding() as holder, connected(holder) as stranger:
+        socket.send_fds(stranger, [MAGIC[:2]], [writing])
+        os.close(writing)
+        socket.send_fds(stranger, [b"no frame"], [])
+        assert os.read(reading, 1) == b""  # once nobody has the other end
+        os.close(reading)
+        assert same(fetched(holder), holder.memory.kv)
 
 
 def test_the_log_is_quiet_where_all_goes_well(caplog: pytest.LogCaptureFixture) -> None:

@@ -232,6 +232,20 @@ def test_who_has_met_three_dead_replicas_ends_with_one_error_and_others_go_on(tw
     judge(asked, two.run(asked))
 
 
+@pytest.mark.parametrize("length", [250, 270])
+def test_who_kills_replicas_ends_alone_and_those_beside_it_go_on(two: Replicas, history: Path, length: int) -> None:
+    """At the end of its prompt, and behind twenty tokens."""
+    asked, lost = requests(6), two.stats()["num_replicas_lost"]
+    killer = Request(request_id="k", prompt_token_ids=range(3, 253), params=SamplingParams(max_tokens=60, temperature=0.0))
+    (history / "poison").write_text(str(length))
+    events = two.run([*asked, killer])
+    judge(asked, events)
+    *before, end = events["k"]
+    assert [event.token_id for event in before] == right(killer, 6).tokens[: length - 250]
+    assert end.finish is Status.FINISHED_ERROR and end.error is not None and end.error.startswith("3 replicas have ended")
+    assert two.stats()["num_replicas_lost"] == lost + 3
+
+
 def test_an_abort_reaches_the_replica_and_frees_what_it_held(two: Replicas, history: Path) -> None:
     (history / "slow").touch()
     asked = requests(6, output=400, name="long")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
 
 import pytest
 
 from common.config import Routing
 from common.schedule.pages import PagePool, next_key
-from common.schedule.router import Router
+from common.schedule.router import Choice, Router
 
 B = 4
 LONG = list(range(100, 141))
@@ -19,60 +20,68 @@ def router(count: int = 2, routing: Routing = "prefix") -> Router:
     return Router(routing, count, B)
 
 
+def choose(one: Router, tokens: Sequence[int], salt: str, loads: Mapping[int, int]) -> Choice:
+    return one.choose(one.keys(tokens, salt), loads)
+
+
+def sent(one: Router, engine: int, tokens: Sequence[int], salt: str, pages: int) -> None:
+    one.sent(engine, one.keys(tokens, salt), pages)
+
+
 def test_without_anything_cached_the_least_loaded_is_chosen() -> None:
-    assert router(3).choose(LONG, "", {0: 9, 1: 4, 2: 7}) == (1, 0)
+    assert choose(router(3), LONG, "", {0: 9, 1: 4, 2: 7}) == (1, 0)
 
 
 def test_engines_that_are_alike_take_turns() -> None:
     one = router(3)
-    assert [one.choose([i], "", {0: 0, 1: 0, 2: 0}).engine for i in range(6)] == [0, 1, 2, 0, 1, 2]
+    assert [choose(one, [i], "", {0: 0, 1: 0, 2: 0}).engine for i in range(6)] == [0, 1, 2, 0, 1, 2]
 
 
 def test_a_prefix_draws_a_request_until_its_engine_has_so_much_more_to_do() -> None:
     one = router()
-    one.sent(1, LONG, "", pages=100)
-    assert one.choose(LONG, "", {0: 0, 1: 39}) == (1, 40)
-    assert one.choose(LONG, "", {0: 0, 1: 41}).engine == 0
-    assert one.choose([*LONG[:20], *range(20)], "", {0: 0, 1: 19}).engine == 1
-    assert one.choose([*LONG[:20], *range(20)], "", {0: 0, 1: 21}).engine == 0
+    sent(one, 1, LONG, "", pages=100)
+    assert choose(one, LONG, "", {0: 0, 1: 39}) == (1, 40)
+    assert choose(one, LONG, "", {0: 0, 1: 41}).engine == 0
+    assert choose(one, [*LONG[:20], *range(20)], "", {0: 0, 1: 19}).engine == 1
+    assert choose(one, [*LONG[:20], *range(20)], "", {0: 0, 1: 21}).engine == 0
 
 
 def test_a_prefix_is_one_of_whole_pages_from_the_start_and_of_one_salt() -> None:
     one = router()
-    one.sent(1, LONG, "a", pages=100)
+    sent(one, 1, LONG, "a", pages=100)
     for tokens, salt in ((LONG, "b"), ([0, *LONG], "a"), (LONG[4:], "a"), (LONG[:4], "a"), ([*LONG[:3], 0, *LONG[4:]], "a")):
-        assert one.choose(tokens, salt, {0: 0, 1: 1}).engine == 0, (tokens, salt)
-    assert one.choose(LONG[:5], "a", {0: 0, 1: 1}).engine == 1
+        assert choose(one, tokens, salt, {0: 0, 1: 1}).engine == 0, (tokens, salt)
+    assert choose(one, LONG[:5], "a", {0: 0, 1: 1}).engine == 1
 
 
 def test_no_more_is_remembered_than_an_engine_has_pages_and_the_start_of_a_prompt_longest() -> None:
     one = router()
-    one.sent(1, LONG, "", pages=3)
-    assert one.choose(LONG, "", {0: 0, 1: 3 * B - 1}).engine == 1
-    assert one.choose(LONG, "", {0: 0, 1: 3 * B + 1}).engine == 0
-    one.sent(1, range(13), "", pages=3)  # takes the place of it all
-    assert one.choose(LONG, "", {0: 0, 1: 1}).engine == 0
+    sent(one, 1, LONG, "", pages=3)
+    assert choose(one, LONG, "", {0: 0, 1: 3 * B - 1}).engine == 1
+    assert choose(one, LONG, "", {0: 0, 1: 3 * B + 1}).engine == 0
+    sent(one, 1, range(13), "", pages=3)  # takes the place of it all
+    assert choose(one, LONG, "", {0: 0, 1: 1}).engine == 0
 
 
 def test_an_engine_that_has_lost_its_pages_draws_nobody() -> None:
     one = router()
-    one.sent(1, LONG, "", pages=100)
+    sent(one, 1, LONG, "", pages=100)
     one.forget(1)
-    assert one.choose(LONG, "", {0: 0, 1: 1}).engine == 0
+    assert choose(one, LONG, "", {0: 0, 1: 1}).engine == 0
 
 
 def test_only_engines_that_serve_are_chosen() -> None:
     for routing in ("prefix", "round_robin"):
         one = router(3, routing)  # type: ignore[arg-type]
-        one.sent(0, LONG, "", pages=100)
-        assert {one.choose(LONG, "", {1: 50, 2: 50}).engine for _ in range(8)} == {1, 2}
+        sent(one, 0, LONG, "", pages=100)
+        assert {choose(one, LONG, "", {1: 50, 2: 50}).engine for _ in range(8)} == {1, 2}
 
 
 def test_round_robin_heeds_nothing_but_turns() -> None:
     one = router(3, "round_robin")
-    one.sent(1, LONG, "", pages=100)
-    assert [one.choose(LONG, "", {0: 9, 1: 0, 2: 5}).engine for _ in range(5)] == [0, 1, 2, 0, 1]
-    assert [one.choose(LONG, "", {0: 0, 2: 0}).engine for _ in range(3)] == [2, 0, 2]
+    sent(one, 1, LONG, "", pages=100)
+    assert [choose(one, LONG, "", {0: 9, 1: 0, 2: 5}).engine for _ in range(5)] == [0, 1, 2, 0, 1]
+    assert [choose(one, LONG, "", {0: 0, 2: 0}).engine for _ in range(3)] == [2, 0, 2]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -89,11 +98,21 @@ def test_what_it_believes_cached_is_what_a_pool_of_as_many_pages_has(seed: int) 
             content = bytes(tokens[i * B : (i + 1) * B])
             keys.append(next_key(pool.secret, keys[-1] if keys else None, content, ""))
         hits = pool.match(keys)
-        assert one.choose(tokens, "", {0: 0, 1: B * len(hits) - 1}).engine == 1 or not hits
-        assert one.choose(tokens, "", {0: 0, 1: B * len(hits) + 1}).engine == 0
+        assert choose(one, tokens, "", {0: 0, 1: B * len(hits) - 1}).engine == 1 or not hits
+        assert choose(one, tokens, "", {0: 0, 1: B * len(hits) + 1}).engine == 0
         held = pool.allocate(full - len(hits), hits)
         assert held is not None
         for page, key in zip(held, keys, strict=True):
             pool.publish(page, key)
         pool.release(held)
-        one.sent(1, tokens, "", pages)
+        sent(one, 1, tokens, "", pages)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_keys_of_a_request_that_has_grown_are_those_of_all_its_tokens(seed: int) -> None:
+    rng, one = random.Random(seed), router()
+    tokens = [rng.randrange(9) for _ in range(60)]
+    keys = one.keys(tokens[:1], "salt")
+    for end in sorted(rng.sample(range(2, 61), 9)):
+        keys = one.keys(tokens[:end], "salt", keys)
+        assert keys == one.keys(tokens[:end], "salt") and len(keys) == (end - 1) // B

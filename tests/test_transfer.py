@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import pairwise
@@ -17,7 +18,7 @@ from common.engine import Engine
 from common.errors import RequestError
 from common.frames import Frame
 from common.request import Request, SamplingParams, Status, TokenEvent
-from common.schedule.kv import KV, Layout, Part, join, model_fingerprint, read_tokens, write_tokens
+from common.schedule.kv import KV, TOKENS, Layout, Part, layouts_of, model_fingerprint, read_kv, write_kv
 from common.schedule.scheduler import Scheduler
 from common.schedule.transfer import (
     VERSION,
@@ -25,6 +26,7 @@ from common.schedule.transfer import (
     Accept,
     Ack,
     Done,
+    Hold,
     Offer,
     Pages,
     Receiver,
@@ -33,6 +35,7 @@ from common.schedule.transfer import (
     Tag,
     TransferError,
     checksum,
+    common_layout,
     digest_of,
     seal,
     unseal,
@@ -42,7 +45,9 @@ from tests.history_runner import HistoryRunner, expected
 from tests.schedule_driver import check_pages
 
 VOCAB, SECRET = 32, b"secret"
-LAYOUT = Layout(model="m", groups=((Part("k", np.dtype(np.float32), 2, 1, 3), Part("v", np.dtype(np.int64), 2, 1, 1)),))
+PARTS = Part("k", np.dtype(np.float32), (2,), (1, 3)), Part("v", np.dtype(np.int64), (2,), (1, 1))
+LAYOUT = Layout(model="m", form=TOKENS, page=None, groups=(PARTS,))
+AS_IT_LIES = replace(LAYOUT, form="in pages", page=2)
 LEASE_S = 5.0
 
 
@@ -51,8 +56,18 @@ LEASE_S = 5.0
 
 def some_kv(tokens: int, layout: Layout = LAYOUT, seed: int = 0) -> KV:
     rng = np.random.default_rng(seed)
-    draw = lambda part: rng.integers(0, 100, part.shape(tokens)).astype(part.dtype)  # noqa: E731
-    return KV(tokens, tuple({part.name: draw(part) for part in parts} for parts in layout.groups))
+    draw = lambda part: rng.integers(0, 100, part.shape(layout.count(tokens))).astype(part.dtype)  # noqa: E731
+    return KV(tokens, tuple({part.name: draw(part) for part in parts} for parts in layout.groups), layout.page)
+
+
+def join(pieces: Sequence[KV]) -> KV:
+    """Those of tokens that follow one another."""
+    axis = int(pieces[0].page is None)
+    groups = [
+        {name: np.concatenate([piece.groups[g][name] for piece in pieces], axis) for name in group}
+        for g, group in enumerate(pieces[0].groups)
+    ]
+    return KV(sum(piece.tokens for piece in pieces), tuple(groups), pieces[0].page)
 
 
 def same(one: KV, other: KV) -> bool:
@@ -63,12 +78,12 @@ def same(one: KV, other: KV) -> bool:
 @pytest.mark.parametrize("dtype", [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)])
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_bytes_of_keys_and_values_are_the_same_keys_and_values(dtype: np.dtype, tokens: int) -> None:
-    parts = Part("k", dtype, 3, 2, 4), Part("v", dtype, 3, 2, 4)
-    layout = Layout(model="m", groups=(parts, parts[:1]))
+    parts = Part("k", dtype, (3,), (2, 4)), Part("v", dtype, (3,), (2, 4))
+    layout = replace(LAYOUT, groups=(parts, parts[:1]))
     kv = some_kv(tokens, layout)
     data = b"".join(layout.pack(kv))
     assert len(data) == layout.num_bytes(tokens) == tokens * 9 * 8 * dtype.itemsize
-    assert same(layout.unpack(data, tokens), kv)
+    assert same(layout.view(np.frombuffer(data, np.uint8), tokens), kv)
     assert same(join([kv.slice(a, b) for a, b in pairwise({0, 1, tokens // 2, tokens})]), kv)
 
 
@@ -76,11 +91,13 @@ def test_bytes_of_keys_and_values_are_the_same_keys_and_values(dtype: np.dtype, 
     "other",
     [
         replace(LAYOUT, model="n"),
+        replace(LAYOUT, form="in pages"),
+        replace(LAYOUT, page=2),
         replace(LAYOUT, groups=LAYOUT.groups * 2),
         replace(LAYOUT, groups=(LAYOUT.groups[0][:1],)),
         *(
             replace(LAYOUT, groups=((LAYOUT.groups[0][0]._replace(**change), LAYOUT.groups[0][1]),))
-            for change in ({"dtype": np.dtype(np.int32)}, {"layers": 3}, {"heads": 2}, {"width": 4}, {"name": "q"})
+            for change in ({"dtype": np.dtype(np.int32)}, {"outer": (3,)}, {"inner": (2, 3)}, {"inner": (1, 4)}, {"name": "q"})
         ),
     ],
 )
@@ -100,17 +117,47 @@ def test_weights_and_configurations_are_told_apart() -> None:
     assert model_fingerprint(altered) != prints[0]
 
 
+def empty(layout: Layout, tokens: int) -> KV:
+    return layout.view(np.zeros(layout.num_bytes(tokens), np.uint8), tokens)
+
+
+def kv_of(runner: HistoryRunner, layout: Layout, pages: list[int], size: int, start: int, stop: int) -> KV:
+    kv = empty(layout, stop - start)
+    read_kv(runner, pages, size, start, kv)
+    return kv
+
+
 @pytest.mark.parametrize(("giving", "taking"), [(1, 8), (8, 1), (4, 4), (2, 8), (8, 4)])
 def test_tokens_move_between_pages_of_any_two_sizes(giving: int, taking: int) -> None:
     source, target = (HistoryRunner(num_pages=64 // size, block_size=size, groups=2) for size in (giving, taking))
     source.chain[:], source.at[:] = np.arange(64), np.arange(64) + 100
+    *_, layout = layouts_of(source, giving, "m")
+    assert layout.fingerprint == layouts_of(target, taking, "m")[-1].fingerprint
     pages = [*range(1, 64 // giving)][::-1][: -(-11 // giving)]
-    kv = read_tokens(source, pages, giving, 0, 11)
-    assert same(kv, join([read_tokens(source, pages, giving, a, b) for a, b in ((0, 3), (3, 4), (4, 11))]))
+    kv = kv_of(source, layout, pages, giving, 0, 11)
+    assert same(kv, join([kv_of(source, layout, pages, giving, a, b) for a, b in ((0, 3), (3, 4), (4, 11))]))
     there = [*range(2, 2 + -(-11 // taking))]
-    write_tokens(target, there, taking, kv)
-    assert same(read_tokens(target, there, taking, 0, 11), kv)
+    write_kv(target, there, taking, kv)
+    assert same(kv_of(target, layout, there, taking, 0, 11), kv)
     untouched = [page for page in range(64 // taking) if page not in there]
+    assert (target.read_pages(0, untouched)["v"] == -1).all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_pages_move_as_they_lie_between_runners_that_keep_them_alike(size: int) -> None:
+    source, target = (HistoryRunner(num_pages=64 // size, block_size=size, groups=2) for _ in range(2))
+    source.chain[:], source.at[:] = np.arange(64), np.arange(64) + 100
+    layout, tokens = layouts_of(source, size, "m")
+    assert layout.fingerprint == layouts_of(target, size, "m")[0].fingerprint
+    assert layouts_of(source, 2 * size, "m")[0].fingerprint != layout.fingerprint
+    pages = [*range(1, 64 // size)][::-1][: -(-11 // size)]
+    kv = kv_of(source, layout, pages, size, 0, 11)
+    assert same(kv, join([kv_of(source, layout, pages, size, a, b) for a, b in ((0, 8), (8, 11))]))
+    there = [*range(2, 2 + len(pages))]
+    write_kv(target, there[8 // size :], size, kv.slice(8, 11))
+    write_kv(target, there, size, kv.slice(0, 8))
+    assert same(kv_of(target, tokens, there, size, 0, 11), kv_of(source, tokens, pages, size, 0, 11))
+    untouched = [page for page in range(64 // size) if page not in there]
     assert (target.read_pages(0, untouched)["v"] == -1).all()
 
 
@@ -125,6 +172,7 @@ def pages_of(kv: KV, first: int, stop: int, tag: Tag = TAG) -> Pages:
 
 
 EVERYTHING: list[Said] = [
+    Hold(TAG),
     Accept(TAG, LAYOUT.fingerprint),
     pages_of(some_kv(4), 1, 3),
     Done(TAG, "ff"),
@@ -177,7 +225,7 @@ def test_what_is_no_message_about_a_transfer_is_refused(message: dict[str, Any])
     ("body", "told"),
     [
         ([], "version"),
-        ([VERSION + 1, "Ack", "r", 7], "Expected version 1"),
+        ([VERSION + 1, "Ack", "r", 7], "Expected version 2"),
         ([VERSION], "does not have"),
         ([VERSION, "Sender", "r", 7], "does not have"),
         ([VERSION, ["Ack"], "r", 7], "does not have"),
@@ -207,22 +255,22 @@ class Memory:
     def __init__(self, tokens: int = 5) -> None:
         self.kv, self.freed, self.lost = some_kv(tokens), list[str](), False
 
-    def read(self, name: str, start: int, stop: int) -> KV:
+    def read(self, name: str, start: int, kv: KV) -> None:
         if self.lost:
             raise LookupError("they are gone")
-        return self.kv.slice(start, stop)
+        kv.fill(self.kv.slice(start, start + kv.tokens))
 
     def sender(self, chunk: int = 2) -> Sender:
         """That says so many tokens at once."""
         size = LAYOUT.num_bytes(chunk)
-        return Sender(LAYOUT, self.read, self.freed.append, generation=6, lease_s=LEASE_S, chunk_bytes=size)
+        return Sender([AS_IT_LIES, LAYOUT], self.read, self.freed.append, generation=6, lease_s=LEASE_S, chunk_bytes=size)
 
 
 def test_pages_go_out_in_parts_and_are_held_until_they_have_come() -> None:
     memory = Memory()
     sender = memory.sender()
     offer = sender.offer("r", 5, now=0.0)
-    assert offer == Offer(TAG, 5, LAYOUT.fingerprint)
+    assert offer == Offer(TAG, 5, (AS_IT_LIES.fingerprint, LAYOUT.fingerprint))
     *pages, done = sender.hear(Accept(TAG, LAYOUT.fingerprint), now=1.0)
     assert [(each.first, each.count) for each in pages if isinstance(each, Pages)] == [(0, 2), (2, 2), (4, 1)]
     assert isinstance(done, Done) and memory.freed == [] and sender.names == ["r"]
@@ -235,7 +283,7 @@ def test_a_part_has_one_token_where_not_even_one_fits() -> None:
     memory = Memory(3)
     sender = memory.sender(chunk=0)
     sender.offer("r", 3, now=0.0)
-    assert len(sender.hear(Accept(TAG, LAYOUT.fingerprint), now=0.0)) == 3 + 1
+    assert len([*sender.hear(Accept(TAG, LAYOUT.fingerprint), now=0.0)]) == 3 + 1
 
 
 def test_what_nobody_takes_is_given_back_when_the_lease_is_over() -> None:
@@ -245,14 +293,45 @@ def test_what_nobody_takes_is_given_back_when_the_lease_is_over() -> None:
     sender.offer("s", 5, now=1.0)
     assert sender.expire(LEASE_S - 0.1) == [] and memory.freed == []
     assert sender.expire(LEASE_S) == [] and memory.freed == ["r"]  # nobody has accepted whom it could be told
-    sender.hear(Accept(Tag("s", 8), LAYOUT.fingerprint), now=LEASE_S)
+    assert [*sender.hear(Accept(Tag("s", 8), LAYOUT.fingerprint), now=LEASE_S)]
     assert sender.expire(2 * LEASE_S - 0.1) == []  # which renews the lease
     assert sender.expire(2 * LEASE_S) == [Abort(Tag("s", 8), "the lease is over")] and memory.freed == ["r", "s"]
+
+
+def test_who_has_no_room_yet_has_pages_held_for_another_lease() -> None:
+    memory = Memory()
+    sender = memory.sender()
+    sender.offer("r", 5, now=0.0)
+    assert sender.hear(Hold(TAG), now=4.0) == sender.hear(Hold(TAG), now=8.0) == []
+    assert sender.expire(8.0 + LEASE_S - 0.1) == [] and sender.names == ["r"]
+    assert sender.expire(8.0 + LEASE_S) == [] and memory.freed == ["r"]
+
+
+def test_pages_go_into_the_memory_of_who_receives_them_and_no_further() -> None:
+    memory, size = Memory(), LAYOUT.num_bytes(5)
+    sender, there = memory.sender(), np.full(size + 8, 0xAB, np.uint8)
+    offer = sender.offer("r", 5, now=0.0)
+    receiver = Receiver(offer, LAYOUT, there[:size], now=0.0)
+    *pages, done = sender.hear(receiver.accept, now=0.0, memory=there)
+    assert [each.data for each in pages if isinstance(each, Pages)] == [()] * 3 and (there[size:] == 0xAB).all()
+    for each in pages:
+        assert receiver.hear(each, 0.0) == []
+    assert receiver.hear(done, 0.0) == [Ack(TAG)] and receiver.kv is not None and same(receiver.kv, memory.kv)
+    assert all(np.shares_memory(x, there) for x in receiver.kv.groups[0].values())
+
+
+def test_memory_that_is_too_small_is_not_written_to() -> None:
+    memory, there = Memory(), np.zeros(LAYOUT.num_bytes(5) - 1, np.uint8)
+    sender = memory.sender()
+    sender.offer("r", 5, now=0.0)
+    answers = [*sender.hear(Accept(TAG, LAYOUT.fingerprint), now=0.0, memory=there)]
+    assert answers == [Abort(TAG, "the memory is too small")] and memory.freed == ["r"] and not there.any()
 
 
 @pytest.mark.parametrize(
     ("said", "told", "freed"),
     [
+        (Hold(Tag("r", 6)), "no pages are held", False),
         (Accept(Tag("r", 6), LAYOUT.fingerprint), "no pages are held", False),  # of an earlier generation
         (Accept(Tag("r", 8), LAYOUT.fingerprint), "no pages are held", False),
         (Accept(Tag("q", 7), LAYOUT.fingerprint), "no pages are held", False),
@@ -267,7 +346,7 @@ def test_a_sender_heeds_those_alone_whom_its_offer_was_for(said: Said, told: str
     memory = Memory()
     sender = memory.sender()
     sender.offer("r", 5, now=0.0)
-    answers = sender.hear(said, now=0.0)
+    answers = [*sender.hear(said, now=0.0)]
     assert [answer.reason for answer in answers if isinstance(answer, Abort) and told and told in answer.reason] == [
         answer.reason for answer in answers if isinstance(answer, Abort)
     ]
@@ -279,13 +358,17 @@ def test_pages_that_were_lost_are_not_sent() -> None:
     sender = memory.sender()
     sender.offer("r", 5, now=0.0)
     memory.lost = True
-    assert sender.hear(Accept(TAG, LAYOUT.fingerprint), now=0.0) == [Abort(TAG, "the pages have been lost")]
+    assert [*sender.hear(Accept(TAG, LAYOUT.fingerprint), now=0.0)] == [Abort(TAG, "the pages have been lost")]
     assert sender.names == []
 
 
 # ── the receiver ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-OFFER = Offer(TAG, 5, LAYOUT.fingerprint)
+OFFER = Offer(TAG, 5, (LAYOUT.fingerprint,))
+
+
+def receiver_of(offer: Offer = OFFER) -> Receiver:
+    return Receiver(offer, LAYOUT, np.zeros(LAYOUT.num_bytes(offer.tokens), np.uint8), now=0.0, lease_s=LEASE_S)
 
 
 def conversation() -> tuple[KV, list[Said]]:
@@ -298,7 +381,7 @@ def conversation() -> tuple[KV, list[Said]]:
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 0, 1, 2), (0, 0, 1, 2, 3)])
 def test_pages_come_in_any_order_and_twice(order: tuple[int, ...]) -> None:
     kv, said = conversation()
-    receiver = Receiver(OFFER, LAYOUT, now=0.0)
+    receiver = receiver_of()
     *first, last = [receiver.hear(said[i], now=0.0) for i in order]
     assert first == [[]] * len(first) and last == [Ack(TAG)] and receiver.kv is not None and same(receiver.kv, kv)
     got = receiver.kv
@@ -333,7 +416,7 @@ def damaged(pages: Pages, **changes: Any) -> Pages:
 def test_pages_that_are_not_what_was_sent_are_not_used_and_the_sender_is_told_at_once(spoil: Any, told: str) -> None:
     _, said = conversation()
     assert isinstance(said[1], Pages)
-    receiver = Receiver(OFFER, LAYOUT, now=0.0)
+    receiver = receiver_of()
     answers = [answer for each in (said[0], spoil(said[1]), said[2], said[3], said[1]) for answer in receiver.hear(each, 0.0)]
     assert receiver.kv is None and receiver.error is not None and told in receiver.error
     assert answers == ([] if "given up" in told else [Abort(TAG, receiver.error)])
@@ -341,7 +424,7 @@ def test_pages_that_are_not_what_was_sent_are_not_used_and_the_sender_is_told_at
 
 def test_who_hears_nothing_for_a_lease_gives_up() -> None:
     _, said = conversation()
-    receiver = Receiver(OFFER, LAYOUT, now=0.0, lease_s=LEASE_S)
+    receiver = receiver_of()
     receiver.hear(said[0], now=4.0)
     assert receiver.expire(LEASE_S + 3.9) == [] and not receiver.over
     assert receiver.expire(LEASE_S + 4.0) == [Abort(TAG, "Nothing more came.")] and receiver.error == "Nothing more came."
@@ -350,7 +433,7 @@ def test_who_hears_nothing_for_a_lease_gives_up() -> None:
 
 def test_a_stale_generation_is_told_to_stop_and_changes_nothing() -> None:
     kv, said = conversation()
-    receiver, before = Receiver(OFFER, LAYOUT, now=0.0), Tag("r", 6)
+    receiver, before = receiver_of(), Tag("r", 6)
     stale = pages_of(some_kv(5, seed=2), 2, 4, before)
     for each in (said[0], said[2], said[3]):
         receiver.hear(each, 0.0)
@@ -363,7 +446,7 @@ def test_a_stale_generation_is_told_to_stop_and_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("offer", "told"),
     [
-        (replace(OFFER, layout="another"), "another model or layout"),
+        (replace(OFFER, layouts=("another", "and another")), "another model or layout"),
         (replace(OFFER, tokens=0), "expected 1 to"),
         (replace(OFFER, tokens=-3), "expected 1 to"),
         (replace(OFFER, tokens=100), r"4000 bytes; expected 1 to 400"),
@@ -371,7 +454,22 @@ def test_a_stale_generation_is_told_to_stop_and_changes_nothing() -> None:
 )
 def test_an_offer_of_another_model_or_of_too_much_is_not_accepted(offer: Offer, told: str) -> None:
     with pytest.raises(TransferError, match=told):
-        Receiver(offer, LAYOUT, now=0.0, max_bytes=400)
+        common_layout(offer, [AS_IT_LIES, LAYOUT], max_bytes=400)
+
+
+@pytest.mark.parametrize(("offered", "chosen"), [((0, 1), 0), ((1, 0), 0), ((1,), 1)])
+def test_pages_come_in_the_fastest_form_that_both_have(offered: tuple[int, ...], chosen: int) -> None:
+    mine = [AS_IT_LIES, LAYOUT]
+    offer = replace(OFFER, layouts=("another", *(mine[i].fingerprint for i in offered)))
+    assert common_layout(offer, mine) is mine[chosen]
+
+
+def test_what_lies_in_memory_and_is_not_what_was_sent_is_not_used() -> None:
+    _, said = conversation()
+    receiver = receiver_of()
+    assert isinstance(said[0], Pages)
+    told = receiver.hear(replace(said[0], data=()), 0.0)  # nobody has put it there
+    assert told == [Abort(TAG, "The tokens from 0 on are damaged.")] and receiver.kv is None
 
 
 # ── the scheduler of who receives ────────────────────────────────────────────────────────────────────────────────────────
@@ -396,12 +494,19 @@ def right(request: Request) -> list[int]:
     return expected(request, vocab_size=VOCAB, max_tokens=64).tokens
 
 
+def kept_by(engine: Engine, name: str, tokens: int) -> KV:
+    """What an engine keeps, in the form that everyone understands."""
+    kv = empty(layouts_of(engine.runner, engine.config.block_size, "m")[-1], tokens)
+    engine.read_kept(name, 0, kv)
+    return kv
+
+
 def prefilled(request: Request, size: int = 4) -> tuple[KV, int]:
     """The keys and values of its prompt, as another engine computes them, and its first token."""
     engine, _ = engine_of(size)
     first = replace(request, keep_pages=True, params=replace(request.params, max_tokens=1))
     ((event,),) = engine.run([first]).values()
-    kv = engine.read_kept(request.request_id, 0, len(request.prompt_token_ids))
+    kv = kept_by(engine, request.request_id, len(request.prompt_token_ids))
     assert event.token_id is not None
     return kv, event.token_id
 
@@ -594,13 +699,13 @@ def test_pages_stay_held_when_their_request_has_ended_until_they_are_given_back(
     kept = engine.scheduler.kept["r"].pages
     engine.run([asked(40, "other", first=7)])
     runner.poison([page for page in range(20) if page not in kept])
-    kv = engine.read_kept("r", 0, 10)
+    kv = kept_by(engine, "r", 10)
     assert kv.groups[0]["v"].ravel().tolist() == list(range(10))
     engine.drop_kept("r")
     engine.drop_kept("r")
     assert held(engine.scheduler) == 0
     with pytest.raises(LookupError, match="no pages of 10 tokens of request r"):
-        engine.read_kept("r", 0, 10)
+        kept_by(engine, "r", 10)
     engine.close()
 
 
@@ -624,7 +729,7 @@ def test_pages_are_lost_when_the_engine_starts_over() -> None:
     runner.fail_submit = RuntimeError("injected")
     engine.run([asked(3, "other")])
     with pytest.raises(LookupError):
-        engine.read_kept("r", 0, 10)
+        kept_by(engine, "r", 10)
     assert engine.reset_prefix_cache()
     engine.close()
 

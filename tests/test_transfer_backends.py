@@ -12,8 +12,12 @@ import pytest
 from common.config import EngineConfig
 from common.engine import Engine
 from common.request import Request, SamplingParams
-from common.schedule.kv import KV, layout_of, model_fingerprint
+from common.schedule.kv import KV, layouts_of, model_fingerprint
+from common.schedule.transfer import Offer, Tag, common_layout
+from common.weights import zoo
 from tests.backends import BACKENDS, checkpoint, engine_config, make_engine
+from tests.ranks import Ranks
+from tests.test_parallel import judge
 
 MODEL, PAGES = "tiny-llama", 48
 RNG = np.random.default_rng(0)
@@ -45,7 +49,14 @@ def handed_over(first: Engine, then: Engine, request: Request) -> tuple[list[int
     capped = replace(request.params, max_tokens=1)
     tokens, digests = run(first, replace(request, params=capped, keep_pages=True))
     kv: Future[KV] = Future()
-    kv.set_result(first.read_kept(request.request_id, 0, len(request.prompt_token_ids)))
+    offered, mine = (layouts_of(each.runner, each.config.block_size, "m") for each in (first, then))
+    offer = Offer(Tag(request.request_id, 0), len(request.prompt_token_ids), tuple(each.fingerprint for each in offered))
+    layout = common_layout(offer, mine)
+    alike = first.config.block_size == then.config.block_size and first.runner.caps.kernels == then.runner.caps.kernels
+    assert (layout.page is not None) == alike
+    arrays = layout.view(np.empty(layout.num_bytes(offer.tokens), np.uint8), offer.tokens)
+    first.read_kept(request.request_id, 0, arrays)
+    kv.set_result(arrays)
     first.drop_kept(request.request_id)
     before = then.stats()["external_prefix_cache_hits"]
     more = run(then, replace(request, output_token_ids=tuple(tokens), kv=kv))
@@ -80,14 +91,33 @@ def test_tokens_are_those_of_one_engine_where_each_has_its_framework_s_kernels(w
         assert handed_over(first, then, request)[0] == run(one, request)[0]
 
 
-def test_both_backends_have_one_layout_and_another_dtype_another() -> None:
+ASKED = [(list(prompt), {"temperature": 0.0, "logprobs": 5, "max_tokens": 8}) for prompt in PROMPTS[1:]]
+
+
+@pytest.mark.parametrize("kernels", ["native", "framework"])
+@pytest.mark.parametrize("writer", BACKENDS)
+def test_engines_of_other_numbers_of_ranks_and_sizes_of_pages_go_on_with_what_the_judge_would_say(
+    writer: str, kernels: str
+) -> None:
+    with Ranks(writer) as process:
+        for reader in BACKENDS:
+            for giving, taking in ((1, 2), (2, 1), (4, 2)):
+                what = {"ranks": giving, "other": reader, "others": taking, "block_size": 32}
+                answers = process.ask("handed_over", model=zoo.resolve(MODEL), kernels=kernels, asked=ASKED, **what)
+                for (prompt, _), answer in zip(ASKED, answers, strict=True):
+                    judge(MODEL, prompt, answer)
+
+
+def test_both_backends_have_the_same_layouts_and_another_dtype_others() -> None:
+    """Of pages as they lie for each kind of kernels and size, of tokens for all of them."""
     model = model_fingerprint(checkpoint(MODEL))
-    prints = {
-        (backend, size, kernels, dtype): layout_of(
-            make_engine(backend, MODEL, config_of(size, kernels, dtype), pages=PAGES).runner, model
-        ).fingerprint
-        for backend in BACKENDS
-        for size, kernels, dtype in ((16, "native", "float32"), (32, "native", "float32"), (16, "native", "bfloat16"))
-    }
-    by_dtype = [{value for key, value in prints.items() if key[3] == dtype} for dtype in ("float32", "bfloat16")]
-    assert [len(values) for values in by_dtype] == [1, 1] and by_dtype[0] != by_dtype[1]
+    settings = [(16, "native", "float32"), (32, "native", "float32"), (16, "framework", "float32"), (16, "native", "bfloat16")]
+
+    def prints_of(backend: str, setting: tuple[int, str, str]) -> list[str]:
+        runner = make_engine(backend, MODEL, config_of(*setting), pages=PAGES).runner
+        return [layout.fingerprint for layout in layouts_of(runner, setting[0], model)]
+
+    prints = [[prints_of(backend, setting) for backend in BACKENDS] for setting in settings]
+    assert all(jax == torch for jax, torch in prints)
+    as_they_lie, tokens = zip(*(mine for mine, _ in prints), strict=True)
+    assert len(set(as_they_lie)) == 4 and len(set(tokens)) == 2 and len(set(tokens[:3])) == 1

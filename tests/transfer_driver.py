@@ -10,13 +10,29 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from itertools import count
 
+import numpy as np
+
 from common.config import EngineConfig
 from common.engine import Engine
 from common.errors import RequestError
 from common.frames import Frame
 from common.request import Request, SamplingParams, Status, TokenEvent
-from common.schedule.kv import KV, Layout, layout_of
-from common.schedule.transfer import Abort, Done, Offer, Pages, Receiver, Said, Sender, Tag, TransferError, seal, unseal
+from common.schedule.kv import KV, Layout, layouts_of
+from common.schedule.transfer import (
+    Abort,
+    Done,
+    Hold,
+    Offer,
+    Pages,
+    Receiver,
+    Said,
+    Sender,
+    Tag,
+    TransferError,
+    common_layout,
+    seal,
+    unseal,
+)
 from tests.history_runner import HistoryRunner, expected
 from tests.schedule_driver import VOCAB, check_in_flight, check_pages, check_sequences, plain, require
 
@@ -58,8 +74,8 @@ class Side:
         self.rng, self.faults = rng, faults
 
     @property
-    def layout(self) -> Layout:
-        return layout_of(self.runner, "the model")
+    def layouts(self) -> tuple[Layout, ...]:
+        return layouts_of(self.runner, self.runner.block_size, "the model")
 
     def step(self) -> list[TokenEvent]:
         if self.rng.random() < 0.01 and not self.engine.scheduler.trials:  # on trial it would end a request that is innocent
@@ -99,6 +115,9 @@ class Episode:
         self.faults: list[str] = []
         self.stems = [[self.rng.randrange(VOCAB) for _ in range(self.max_len)] for _ in range(3)]
         self.generation = self.names = 0
+        self.shares = self.rng.random() < 0.5
+        self.memories: dict[Tag, np.ndarray] = {}
+        """Of receivers, where the sender can write to it."""
         self.live: dict[str, Live] = {}
         self.by_name: dict[tuple[bool, str], Live] = {}
         """Whether it decodes, and its name there."""
@@ -113,10 +132,10 @@ class Episode:
     def start_prefill(self) -> None:
         self.prefill = self.side()
         engine, self.generation = self.prefill.engine, self.generation + 1000
-        token_bytes = self.prefill.layout.num_bytes(1)
+        token_bytes = self.prefill.layouts[-1].num_bytes(1)
         chunk = self.rng.choice((1, token_bytes, 3 * token_bytes, 1 << 20))
         self.sender = Sender(
-            self.prefill.layout, engine.read_kept, engine.drop_kept, self.generation, lease_s=LEASE_S, chunk_bytes=chunk
+            self.prefill.layouts, engine.read_kept, engine.drop_kept, self.generation, lease_s=LEASE_S, chunk_bytes=chunk
         )
 
     def start_decode(self) -> None:
@@ -170,7 +189,10 @@ class Episode:
 
     def to_sender(self, said: Said) -> None:
         held = {name: self.sender._held[name].offer.tag for name in self.sender.names}
-        for answer in self.sender.hear(said, self.now):
+        memory = self.memories.get(said.tag)  # as that of a receiver that is gone still may be written to
+        for answer in self.sender.hear(said, self.now, memory):
+            if isinstance(answer, Pages) and memory is not None and self.befalls("corrupted in memory"):
+                memory[self.rng.randrange(len(memory))] ^= self.rng.randrange(1, 256)
             self.say(self.to_receiver, answer)
         if isinstance(said, Abort) and held.get(said.tag.name) == said.tag:
             require(said.tag.name not in self.prefill.engine.scheduler.kept, "an abort left pages held")
@@ -317,18 +339,25 @@ class Episode:
             self.to_decode(live)
             return
         if self.befalls("offer of another model"):
-            offer = replace(offer, layout="of another")
+            offer = replace(offer, layouts=("of another",))
         self.receive(live, offer)
 
     def receive(self, live: Live, offer: Offer) -> None:
         try:
-            receiver = Receiver(offer, self.decode.layout, self.now, lease_s=LEASE_S)
+            layout = common_layout(offer, self.decode.layouts)
         except TransferError:
             self.counts["not accepted"] += 1
             self.to_decode(live)
             return
+        memory = np.zeros(layout.num_bytes(offer.tokens), np.uint8)
+        receiver = Receiver(offer, layout, memory, self.now, lease_s=LEASE_S)
+        if self.shares:
+            self.memories[offer.tag] = memory
+        self.counts["as they lie"] += layout.page is not None
         future: Future[KV] = Future()
         self.receivers[offer.tag] = receiver, future
+        if self.befalls("no room yet"):
+            self.say(self.to_sender, Hold(offer.tag))
         self.say(self.to_sender, receiver.accept)
         future.add_done_callback(
             lambda future: (

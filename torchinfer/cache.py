@@ -72,3 +72,9 @@ def write_pages(cache: KVCache, pages: Sequence[int], arrays: dict[str, np.ndarr
         for pool, array in zip(pools, arrays[name], strict=True):
             put(pool, array)
     return cache
+
+
+def page_memory(cache: KVCache) -> dict[str, list[np.ndarray]]:
+    """What pools on a CPU lie in, as `common.interface.PageMemory` has it."""
+    memory = lambda pool: pool.flatten(2).view(torch.uint8).numpy()  # noqa: E731
+    return {name: [memory(pool) for pool in pools] for name, pools in cache._asdict().items()}

@@ -18,7 +18,7 @@ from common.schedule.batch import Batch, Mask
 from common.weights.checkpoint import Checkpoint
 from torchinfer import kernels
 from torchinfer.arrays import to_device
-from torchinfer.cache import copy_pages
+from torchinfer.cache import copy_pages, page_memory
 from torchinfer.device import describe, open_device
 from torchinfer.observe import observe
 from torchinfer.parallel import Group, start
@@ -139,6 +139,11 @@ class ModelRunner(interface.ModelRunner):
         self.group._tell("write_pages", group, list(pages), k.dtype.name, k.shape, data=[k, v])
         self._catch_up()
         self.state = self._step.write_pages(self.state, pages, arrays)
+
+    def page_memory(self, group: int) -> interface.PageMemory | None:
+        if self.config.ranks > 1 or self.device.type != "cpu":
+            return None
+        return interface.PageMemory(interface.page_form(self._step.kernels, self.config), page_memory(self.state.cache))
 
     def close(self) -> None:
         self._step, self.state = None, None

@@ -5,6 +5,10 @@ request that is no longer its own finds nobody. When a replica ends, its request
 have, as after a preemption; since a token depends on its request, its seed and its place alone, they are those that it would
 have had. Seeds are drawn here, so that they are those of one engine.
 
+One of the requests may be why the replica ended. Those of which two have ended are suspect, and tried one by one: each has a
+replica to itself until it has come past the place where it stood, which acquits it, or until that replica ends too, which ends
+it. So nobody ends for what another did, and most deaths, which are for no request's sake, cost nobody a trial.
+
 All of this is on the caller's thread; what threads there are only read and write pipes (`common.replicas.keeper`).
 """
 
@@ -33,6 +37,7 @@ from common.replicas.wire import pack_request, unpack_caps, unpack_event
 from common.request import Request, Status, TokenEvent, expect
 from common.schedule.edits import Edits
 from common.schedule.limits import Limits, expect_new, expect_room
+from common.schedule.pages import PageKey
 from common.schedule.router import Router
 from common.schedule.scheduler import mix64
 from common.weights.checkpoint import Checkpoint
@@ -40,7 +45,7 @@ from common.weights.checkpoint import Checkpoint
 log = logging.getLogger(__name__)
 
 MOST_DEATHS = 3
-"""Replicas that may end while they have a request, until it is taken for the reason and ends too."""
+"""Replicas that may end while they have a request, until it is taken for the reason and ends too: in the last it is alone."""
 PATIENCE_S = 0.005
 """How long a step waits for news where the caller does not say: others of its thread may want something meanwhile."""
 GAUGES = ("num_running", "num_waiting", "kv_cache_usage", "kv_pool_bytes")
@@ -54,6 +59,10 @@ class _Live:
     request: Request
     output: list[int]
     deaths: int = 0
+    place: int = 0
+    """Output tokens that it had when the last of those replicas ended."""
+    keys: list[PageKey] = field(default_factory=list)
+    """As the router has them, of the tokens that it had when they were last asked for."""
     cost: int = 0
     """Tokens that its replica computes before it can give the first that is new."""
     number: int = -1
@@ -66,6 +75,11 @@ class _Live:
     @property
     def tokens(self) -> tuple[int, ...]:
         return (*self.request.prompt_token_ids, *self.output)
+
+    @property
+    def suspect(self) -> bool:
+        """Whether the next replica that ends with it proves it guilty."""
+        return self.deaths == MOST_DEATHS - 1
 
 
 @dataclass(eq=False)
@@ -123,6 +137,8 @@ class Replicas(ServingEngine):
         self._replicas = [_Replica(Keeper(i, main, arguments, environment, post)) for i in range(size)]
         self._router = Router(config.routing, size, config.block_size)
         self._live: dict[str, _Live] = {}
+        self._tried: _Live | None = None
+        """The one suspect that a replica has, and nobody beside it."""
         self._numbers = count()
         self._num_requests = 0
         self._draining = False
@@ -192,28 +208,60 @@ class Replicas(ServingEngine):
         return self._live.get(request.parent)
 
     def _send(self, live: _Live) -> None:
-        """To the replica of its parent, whose pages it starts from, or to the one that the router chooses; if none serves, it
-        waits for one."""
+        """To the replica of its parent, whose pages it starts from, or to the one that the router chooses; if there is none for
+        it, it waits. One that is suspect waits until no other is tried, and then has a replica to itself."""
         self._tell_whether_to_log()
-        loads = {i: replica.load for i, replica in enumerate(self._replicas) if replica.link}
-        if not loads:
+        court = self._tried.replica if self._tried else None
+        loads = {i: replica.load for i, replica in enumerate(self._replicas) if replica.link and replica is not court}
+        if not loads or (live.suspect and self._tried):
             return
-        request, tokens, parent = live.request, live.tokens, self._parent(live.request)
-        beside = parent.replica if parent is not None and not live.output else None
+        request, tokens = live.request, live.tokens
+        live.keys = self._router.keys(tokens, request.cache_salt, live.keys)
+        parent = None if live.output or live.suspect else self._parent(request)
+        beside = parent.replica if parent is not None and parent.replica is not court else None
         if beside is None:
-            index, cached = self._router.choose(tokens, request.cache_salt, loads)
+            index, cached = self._router.choose(live.keys, loads)
         else:
             index, cached = self._replicas.index(beside), len(tokens) - 1
+        others = []
+        if live.suspect:
+            self._tried, others = live, [self._recall(other) for other in list(self._replicas[index].live.values())]
         live.cost = 1 if live.offer else len(tokens) - cached
         replica = live.replica = self._replicas[index]
         assert replica.link
         live.number = next(self._numbers)
         replica.live[live.number] = live
         replica.sent += 1
-        self._router.sent(index, tokens, request.cache_salt, replica.num_pages)
+        self._router.sent(index, live.keys, replica.num_pages)
         number = parent.number if parent is not None and beside is not None else None
         message, data = pack_request(live.number, number, replace(request, output_token_ids=tuple(live.output)))
         replica.link.send({"order": "add", "offer": live.offer} | message, data)
+        for other in others:
+            self._send(other)
+
+    def _recall(self, live: _Live) -> _Live:
+        """Take it from the replica that has it, to be sent anew."""
+        replica = live.replica
+        assert replica and replica.link
+        replica.link.send({"order": "abort", "number": live.number})
+        del replica.live[live.number]
+        live.replica = None
+        self._counters["num_recomputed"] += 1
+        return live
+
+    def _send_waiting(self) -> None:
+        """What waits for a replica, those that are suspect first."""
+        waiting = [live for live in self._live.values() if live.replica is None]
+        for live in sorted(waiting, key=lambda live: not live.suspect):
+            self._send(live)
+
+    def _acquit(self, live: _Live) -> None:
+        """It is on trial, and has come past the place where it stood when replicas ended. If another is to be tried, it goes
+        elsewhere, for that one is to be alone."""
+        live.deaths, self._tried = 0, None
+        if any(other.suspect for other in self._live.values()):
+            self._recall(live)
+        self._send_waiting()
 
     def abort(self, request_id: str) -> bool:
         return self._end(request_id, Status.FINISHED_ABORT, None)
@@ -235,9 +283,12 @@ class Replicas(ServingEngine):
         del self._live[live.request.request_id]
         if live.replica is not None:
             del live.replica.live[live.number]
-            index = self._replicas.index(live.replica)
-            self._router.sent(index, live.tokens, live.request.cache_salt, live.replica.num_pages)
+            keys = self._router.keys(live.tokens, live.request.cache_salt, live.keys)
+            self._router.sent(self._replicas.index(live.replica), keys, live.replica.num_pages)
         self._events.append(event)
+        if self._tried is live:
+            self._tried = None
+            self._send_waiting()
 
     def drain(self) -> None:
         self._draining = True
@@ -307,8 +358,7 @@ class Replicas(ServingEngine):
         self._caps = replace(caps, max_seqs=caps.max_seqs * len(self._replicas), observes=False)
         if self._limits is None or limits.num_pages < self._limits.num_pages:
             self._limits = limits  # a request may come to any of them
-        for live in [live for live in self._live.values() if live.replica is None]:
-            self._send(live)
+        self._send_waiting()
 
     def _pass_on(self, replica: _Replica, number: int, event: TokenEvent) -> None:
         live = replica.live.get(number)
@@ -318,10 +368,12 @@ class Replicas(ServingEngine):
         if event.token_id is not None:
             live.output.append(event.token_id)
             self._counters["generation_tokens"] += 1
-        if event.finish is None:
-            self._events.append(event)
-        else:
+        if event.finish is not None:
             self._leave(live, event)
+            return
+        self._events.append(event)
+        if self._tried is live and len(live.output) > live.place + self.caps.depth:  # so many it may have had untold
+            self._acquit(live)
 
     def _named(self, replica: _Replica, record: StepRecord) -> StepRecord:
         """A step with its requests by the names that they have here."""
@@ -342,13 +394,14 @@ class Replicas(ServingEngine):
             news.replica, news.how, " once more, and is given up" if news.given_up else "", len(left),
         )  # fmt: skip
         for live in left:
-            live.deaths, live.replica = live.deaths + 1, None
+            live.deaths, live.place, live.replica = live.deaths + 1, len(live.output), None
+        self._tried = None if self._tried in left else self._tried
         for live in left:
             if live.deaths >= MOST_DEATHS:
                 self._fail(live, f"{live.deaths} replicas have ended while they had this request; the last {news.how}.")
             else:
                 self._counters["num_recomputed"] += 1
-                self._send(live)
+        self._send_waiting()
         if self._hopeless:
             for live in list(self._live.values()):
                 self._fail(live, f"No replica of this engine is left; the last {news.how}.")

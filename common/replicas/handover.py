@@ -1,26 +1,46 @@
-"""Pages on their way from one process to another: what `common.schedule.transfer` says, over TCP on this machine, a connection
-for each transfer.
+"""Pages on their way from one process to another of this machine: what `common.schedule.transfer` says, a connection for each
+transfer.
 
 Who holds pages listens (`Door`), and who goes on with them fetches them (`fetch`), so that either hears at once, as the
-connection ends, that the other is gone. Frames that are none, too large, or not signed with the secret of this launch close the
-connection, and the log tells.
+connection ends, that the other is gone. Who fetches brings the memory in which they are to lie, as a descriptor that travels
+with its `Accept` and so is that of nothing else; where the system has none of that kind, they come over the connection. Frames
+that are none, too large, or not signed with the secret of this launch close the connection, and the log tells.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import queue
+import secrets
 import socket
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from io import BytesIO
 from time import monotonic
 from typing import NamedTuple
 
+import numpy as np
+
 from common.frames import Frame, NoFrame, read_frame, write_frame
+from common.replicas.segment import SHARES, Room, Segment, open_segment
 from common.schedule.kv import KV, Layout
-from common.schedule.transfer import LEASE_S, Abort, Offer, Receiver, Said, TransferError, seal, unseal
+from common.schedule.transfer import (
+    LEASE_S,
+    MAX_BYTES,
+    Abort,
+    Hold,
+    Offer,
+    Receiver,
+    Said,
+    TransferError,
+    common_layout,
+    seal,
+    unseal,
+)
 
 log = logging.getLogger(__name__)
 
@@ -32,23 +52,37 @@ HELLO_S = 2.0
 MAX_CONNECTIONS = 64
 MAX_MESSAGE = 1 << 16
 """Bytes of a message, apart from keys and values."""
-_Answers = Callable[[list[Said]], object]
+_BESIDE, _CLOSES = socket.CMSG_SPACE(4), getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+"""One descriptor may come beside what is read, which no process that is started has."""
+Address = str | int
+"""Where a process listens: a name of no file, which goes with the process, or a port of `HOST`."""
 
 
 class Heard(NamedTuple):
-    """What was said to who holds pages, and the way to answer, which must be gone once."""
+    """What was said to who holds pages, and the way to answer, which must be gone to its end."""
 
     said: Said
-    answer: _Answers
+    memory: np.ndarray | None
+    """That came with it."""
+    answer: Callable[[Said | None], object]
+    """None is the end of the answers."""
 
 
 class Door:
-    """Where this process listens, at `port`. What is said goes to `heard`, on a thread."""
+    """Where this process listens, at `address`. What is said goes to `heard`, on a thread. `shares`: whether memory may come
+    with it."""
 
-    def __init__(self, secret: bytes, heard: Callable[[Heard], object]) -> None:
+    def __init__(self, secret: bytes, heard: Callable[[Heard], object], shares: bool = SHARES) -> None:
         self._secret, self._heard = secret, heard
-        self._listener = socket.create_server((HOST, 0), backlog=MAX_CONNECTIONS)
-        self.port: int = self._listener.getsockname()[1]
+        self.address: Address
+        if shares:
+            self.address = f"tandem-{os.getpid()}-{secrets.token_hex(8)}"
+            self._listener = socket.socket(socket.AF_UNIX)
+            self._listener.bind(f"\0{self.address}")
+            self._listener.listen(MAX_CONNECTIONS)
+        else:
+            self._listener = socket.create_server((HOST, 0), backlog=MAX_CONNECTIONS)
+            self.address = self._listener.getsockname()[1]
         self._room = threading.BoundedSemaphore(MAX_CONNECTIONS)
         threading.Thread(target=self._accept, name="door", daemon=True).start()
 
@@ -76,37 +110,44 @@ class Door:
                 line.patience_s = HELLO_S
                 while (said := line.hear()) is not None:
                     tag, line.patience_s = said.tag, LEASE_S
-                    answers: queue.SimpleQueue[list[Said]] = queue.SimpleQueue()
-                    self._heard(Heard(said, answers.put))
-                    for answer in answers.get():
+                    answers: queue.SimpleQueue[Said | None] = queue.SimpleQueue()
+                    self._heard(Heard(said, line.memory(), answers.put))
+                    while (answer := answers.get()) is not None:
                         line.say(answer)
         except (OSError, NoFrame, TransferError) as trouble:
             log.warning("A connection for pages was closed: %s", trouble)
         finally:
             self._room.release()
             if tag is not None:  # in vain where all has gone well
-                self._heard(Heard(Abort(tag, "the connection has ended"), lambda answers: None))
+                self._heard(Heard(Abort(tag, "the connection has ended"), None, lambda answer: None))
 
 
-def fetch(port: int, offer: Offer, layout: Layout, secret: bytes, kv: Future[KV]) -> None:
-    """Have `kv` come, or fail. Where it is cancelled, the connection ends, and so who holds the pages knows."""
+def fetch(address: Address, offer: Offer, layouts: Sequence[Layout], secret: bytes, room: Room, kv: Future[KV]) -> None:
+    """Have `kv` come, in the first of `layouts` in which it can, or fail; it lies in the `room`, for which it waits. Where it
+    is cancelled, the connection ends, and so who holds the pages knows."""
     try:
-        got = _fetch(port, offer, layout, secret, kv)
+        got = _fetch(address, offer, layouts, secret, room, kv)
     except (OSError, NoFrame, TransferError) as trouble:
         if not kv.cancelled():
             log.warning("The pages of a request have not come, and are computed: %s", trouble)
         with suppress(InvalidStateError):  # cancelled
-            kv.set_exception(trouble)
+            kv.set_exception(trouble.with_traceback(None))  # in whose frames the memory is
     else:
         with suppress(InvalidStateError):
             kv.set_result(got)
 
 
-def _fetch(port: int, offer: Offer, layout: Layout, secret: bytes, kv: Future[KV]) -> KV:
-    receiver = Receiver(offer, layout, monotonic())
-    with _Line(socket.create_connection((HOST, port), HELLO_S), secret, most=layout.num_bytes(offer.tokens)) as line:
-        line.say(Abort(offer.tag, "the request has ended") if kv.cancelled() else receiver.accept)
+def _fetch(address: Address, offer: Offer, layouts: Sequence[Layout], secret: bytes, room: Room, kv: Future[KV]) -> KV:
+    layout = common_layout(offer, layouts)
+    size = layout.num_bytes(offer.tokens)
+    with _Line(_connect(address), secret, most=size) as line:
+        if kv.cancelled():
+            line.say(Abort(offer.tag, "the request has ended"))
+            raise TransferError("The request has ended.")
         kv.add_done_callback(lambda kv: line.hang_up() if kv.cancelled() else None)
+        segment, memory = room.take(size, lambda: line.say(Hold(offer.tag)))
+        receiver = Receiver(offer, layout, memory, monotonic())
+        line.say(receiver.accept, segment)
         while not receiver.over:
             said = line.hear()
             if said is None:
@@ -115,7 +156,21 @@ def _fetch(port: int, offer: Offer, layout: Layout, secret: bytes, kv: Future[KV
                 line.say(answer)
     if receiver.kv is None:
         raise TransferError(receiver.error or "")
+    segment.settled = True
     return receiver.kv
+
+
+def _connect(address: Address) -> socket.socket:
+    if isinstance(address, int):
+        return socket.create_connection((HOST, address), HELLO_S)
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.settimeout(HELLO_S)
+        connection.connect(f"\0{address}")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 class _Line:
@@ -124,6 +179,7 @@ class _Line:
     def __init__(self, connection: socket.socket, secret: bytes, most: int) -> None:
         self._connection, self._secret, self._most = connection, secret, most
         self._sink = connection.makefile("wb")
+        self._descriptor: int | None = None
         self.patience_s = LEASE_S
 
     def __enter__(self) -> _Line:
@@ -133,15 +189,39 @@ class _Line:
         with suppress(OSError):
             self._sink.close()
         self._connection.close()
+        self._keep(None)
 
-    def say(self, said: Said) -> None:
+    def say(self, said: Said, segment: Segment | None = None) -> None:
+        """With memory, where both can have it."""
         self._connection.settimeout(LEASE_S)
-        write_frame(self._sink, *seal(said, self._secret))
+        if segment is None or segment.descriptor is None or self._connection.family != socket.AF_UNIX:
+            write_frame(self._sink, *seal(said, self._secret))
+            return
+        frame = BytesIO()
+        write_frame(frame, *seal(said, self._secret))
+        sent = socket.send_fds(self._connection, [frame.getvalue()], [segment.descriptor])
+        self._connection.sendall(frame.getvalue()[sent:])
 
     def hear(self) -> Said | None:
         """None at the end."""
         frame = read_frame(self, MAX_MESSAGE, self._most)
         return None if frame is None else unseal(Frame(*frame), self._secret)
+
+    def memory(self) -> np.ndarray | None:
+        """That came with what was heard last."""
+        if self._descriptor is None:
+            return None
+        try:
+            return open_segment(self._descriptor, MAX_BYTES)
+        except (OSError, ValueError) as wrong:
+            raise TransferError(f"Memory came that cannot be used: {wrong}.") from wrong
+        finally:
+            self._keep(None)
+
+    def _keep(self, descriptor: int | None) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        self._descriptor = descriptor
 
     def hang_up(self) -> None:
         """Any thread may do it."""
@@ -157,7 +237,10 @@ class _Line:
             if left <= 0:
                 raise TimeoutError("it takes too long")
             self._connection.settimeout(left)
-            count = self._connection.recv_into(view[at:])
+            count, beside, _, _ = self._connection.recvmsg_into([view[at:]], _BESIDE, _CLOSES)
+            for _, kind, descriptor in beside:
+                if kind == socket.SCM_RIGHTS:
+                    self._keep(int.from_bytes(descriptor, sys.byteorder))
             if not count:
                 break
             at += count

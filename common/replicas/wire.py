@@ -14,6 +14,7 @@ import numpy as np
 
 from common.frames import Message
 from common.interface import Caps
+from common.replicas.handover import Address
 from common.request import Logprobs, Request, SamplingParams, Status, StructuredOutputsParams, TokenEvent
 from common.schedule.kv import KV
 from common.schedule.transfer import Offer, Tag
@@ -90,14 +91,14 @@ def unpack_event(values: Sequence[Any]) -> tuple[int, TokenEvent]:
     return number, TokenEvent("", token, time, _unpack_logprobs(logprobs), status, stop_reason, error, listed, cached)
 
 
-def pack_offer(port: int, offer: Offer) -> list[Any]:
+def pack_offer(address: Address, offer: Offer) -> list[Any]:
     """An offer, and where it stands."""
-    return [port, *offer.tag, offer.tokens, offer.layout]
+    return [address, *offer.tag, offer.tokens, offer.layouts]
 
 
-def unpack_offer(values: Sequence[Any]) -> tuple[int, Offer]:
-    port, name, generation, tokens, layout = values
-    return port, Offer(Tag(name, generation), tokens, layout)
+def unpack_offer(values: Sequence[Any]) -> tuple[Address, Offer]:
+    address, name, generation, tokens, layouts = values
+    return address, Offer(Tag(name, generation), tokens, tuple(layouts))
 
 
 def unpack_caps(values: Mapping[str, Any]) -> Caps:

@@ -23,16 +23,20 @@ from common.engine import Engine, build_engine
 from common.frames import Frame, Message, write_frame
 from common.replicas.handover import SECRET, Door, Heard, fetch
 from common.replicas.keeper import BEAT_S
+from common.replicas.segment import Room
 from common.replicas.wire import pack_event, pack_offer, unpack_offer, unpack_request
 from common.request import Status, StructuredOutputsParams, TokenEvent
-from common.schedule.kv import KV, layout_of, model_fingerprint
+from common.schedule.kv import KV, layouts_of, model_fingerprint
 from common.schedule.transfer import Sender
 from common.text.grammar import Grammar, Grammars
 from common.text.tokenizer import open_tokenizer
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 
-MAX_FETCHES = 8
-"""At once; others wait, and are computed if that takes long."""
+MAX_FETCHES = 32
+"""At once, those that wait for room included; others wait, and are computed if that takes long."""
+MAX_WAITING_BYTES = 1 << 30
+"""Of keys and values that have come, or are about to, and are in no page yet. What does not fit stays where it is, and an
+engine whose pages are held computes fewer prompts at once."""
 EXPIRE_S = 0.25
 """Between two looks at what is held in vain, where nothing else is to be done."""
 
@@ -84,20 +88,22 @@ class Handover:
 
     def __init__(self, engine: Engine, checkpoint: Checkpoint, secret: bytes, heard: Callable[[Heard], object]) -> None:
         self._engine, self._secret = engine, secret
-        self._layout = layout_of(engine.runner, model_fingerprint(checkpoint))
+        self._layouts = layouts_of(engine.runner, engine.config.block_size, model_fingerprint(checkpoint))
         # Later than any of a process that was here before: so are its generations.
-        self._sender = Sender(self._layout, engine.read_kept, engine.drop_kept, generation=time.time_ns())
+        self._sender = Sender(self._layouts, engine.read_kept, engine.drop_kept, generation=time.time_ns())
         self._door = Door(secret, heard)
-        self._fetching = ThreadPoolExecutor(MAX_FETCHES, "fetch")
+        self._fetching, self._room = ThreadPoolExecutor(MAX_FETCHES, "fetch"), Room(MAX_WAITING_BYTES)
 
     def offers(self) -> list[list[Any]]:
         """Of pages that have come to be held since the last call, as `fetch` takes them."""
         kept, names = self._engine.scheduler.kept, self._sender.names
         new = [self._sender.offer(name, kept[name].tokens, time.monotonic()) for name in kept if name not in names]
-        return [pack_offer(self._door.port, offer) for offer in new]
+        return [pack_offer(self._door.address, offer) for offer in new]
 
     def hear(self, heard: Heard) -> None:
-        heard.answer(self._sender.hear(heard.said, time.monotonic()))
+        for answer in self._sender.hear(heard.said, time.monotonic(), heard.memory):
+            heard.answer(answer)  # which goes out while we read on
+        heard.answer(None)
 
     def expire(self) -> float | None:
         """Give back what was held in vain; in how many seconds to come again, if it is needed."""
@@ -107,7 +113,7 @@ class Handover:
     def fetch(self, offer: Sequence[Any]) -> Future[KV]:
         """What was offered elsewhere."""
         kv: Future[KV] = Future()
-        self._fetching.submit(fetch, *unpack_offer(offer), self._layout, self._secret, kv)
+        self._fetching.submit(fetch, *unpack_offer(offer), self._layouts, self._secret, self._room, kv)
         return kv
 
 

@@ -1,15 +1,20 @@
-"""Keys and values as engines hand them to each other: by layer, token and KV head, whatever the pages that they lie in.
+"""Keys and values as engines hand them to each other: whole pages as they lie in memory, where both keep them alike; else by
+layer, token and KV head, whatever the pages that they lie in.
 
-Pages of any size, ranks of any number and both frameworks come down to this one layout, for `ModelRunner.read_pages` joins the
-heads of all ranks. Letters: L layers of a group · T tokens · P pages · B tokens of a page · K KV heads · H head dim.
+Pages of any size, ranks of any number and both frameworks come down to the second form, for `ModelRunner.read_pages` joins the
+heads of all ranks. The first is as fast as memory is: kernels may keep a page in an order of their own, and to undo that takes
+several times as long as to copy it. Letters: L layers of a group · T tokens · P pages · B tokens of a page · K KV heads ·
+H head dim; rows are the heads of one layer after another.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,6 +25,8 @@ from common.interface import ModelRunner
 if TYPE_CHECKING:
     from common.weights.checkpoint import Checkpoint
 
+_HELPER = ThreadPoolExecutor(1, "copy")  # whose thread starts with the first pages
+TOKENS = "tokens"
 SAMPLED = 64
 """Bytes at the start, in the middle and at the end of a tensor by which weights are told apart."""
 
@@ -30,82 +37,108 @@ class KV(NamedTuple):
     tokens: int
     """T"""
     groups: tuple[Mapping[str, np.ndarray], ...]
-    """Of each page group, by name: [L, T, K, H]."""
+    """Of each page group, by name: [L, T, K, H], or whole pages as they lie in memory, uint8[P, rows, bytes]."""
+    page: int | None = None
+    """B, of pages as they lie; None of tokens."""
 
     def slice(self, start: int, stop: int) -> KV:
-        """Those of the tokens [start, stop) among them."""
-        cut = tuple({name: x[:, start:stop] for name, x in group.items()} for group in self.groups)
-        return KV(min(stop, self.tokens) - start, cut)
+        """Those of the tokens [start, stop) among them. Of pages as they lie, `start` is the first of one."""
+        if self.page is None:
+            cut = tuple({name: x[:, start:stop] for name, x in group.items()} for group in self.groups)
+        else:
+            span = slice(start // self.page, -(-stop // self.page))
+            cut = tuple({name: x[span] for name, x in group.items()} for group in self.groups)
+        return KV(min(stop, self.tokens) - start, cut, self.page)
+
+    def fill(self, other: KV) -> None:
+        """Have its arrays hold what those of another do."""
+        for mine, theirs in zip(self.groups, other.groups, strict=True):
+            for name, x in mine.items():
+                np.copyto(x, theirs[name])
 
 
 class Part(NamedTuple):
-    """One array of a group, in every token."""
+    """One array of a group."""
 
     name: str
     dtype: np.dtype
-    layers: int
-    heads: int
-    width: int
-    """H"""
+    outer: tuple[int, ...]
+    inner: tuple[int, ...]
+    """Its shape before and behind the axis of tokens, or pages."""
 
-    def shape(self, tokens: int) -> tuple[int, int, int, int]:
-        return self.layers, tokens, self.heads, self.width
+    def shape(self, count: int) -> tuple[int, ...]:
+        return *self.outer, count, *self.inner
 
-    def num_bytes(self, tokens: int) -> int:
-        return math.prod(self.shape(tokens)) * self.dtype.itemsize
+    def num_bytes(self, count: int) -> int:
+        return math.prod(self.shape(count)) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What an engine has of every token. Two engines understand each other if these are equal."""
+    """A form in which an engine has keys and values. Two engines understand each other if these are equal."""
 
     model: str
     """What they are computed by: `model_fingerprint`."""
+    form: str
+    """`TOKENS`, or that of pages: `PageMemory.form`."""
+    page: int | None
+    """As in `KV`."""
     groups: tuple[tuple[Part, ...], ...]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Equal layouts have the same, and others do not."""
         parts = [[tuple(part._replace(dtype=part.dtype.name)) for part in group] for group in self.groups]  # type: ignore[arg-type]
-        return blake2b(repr((self.model, sys.byteorder, parts)).encode(), digest_size=16).hexdigest()
+        told = repr((self.model, sys.byteorder, self.form, self.page, parts))
+        return blake2b(told.encode(), digest_size=16).hexdigest()
+
+    def count(self, tokens: int) -> int:
+        """Of what its arrays have one each: tokens, or pages for them."""
+        return tokens if self.page is None else -(-tokens // self.page)
 
     def num_bytes(self, tokens: int) -> int:
-        return sum(part.num_bytes(tokens) for group in self.groups for part in group)
+        return sum(part.num_bytes(self.count(tokens)) for group in self.groups for part in group)
+
+    def tokens_in(self, num_bytes: int) -> int:
+        """As many as so many bytes hold, and one, or a page of them, in any case."""
+        least = self.page or 1
+        return max(1, num_bytes // self.num_bytes(least)) * least
 
     def pack(self, kv: KV) -> list[memoryview]:
-        """Its bytes, part by part."""
+        """Its bytes, in pieces; those of its own memory where they lie side by side there."""
         arrays = [group[part.name] for group, parts in zip(kv.groups, self.groups, strict=True) for part in parts]
-        return [np.ascontiguousarray(x).reshape(-1).view(np.uint8).data for x in arrays]
+        return [np.ascontiguousarray(row).reshape(-1).view(np.uint8).data for x in arrays for row in x]
 
-    def unpack(self, data: bytes | memoryview, tokens: int) -> KV:
-        """The inverse of `pack`, for as many bytes as so many tokens have; its arrays are views of them."""
+    def view(self, memory: np.ndarray, tokens: int) -> KV:
+        """Of as many bytes, uint8, as so many tokens have: views of them. The inverse of `pack`."""
         at, groups = 0, []
         for parts in self.groups:
             group = {}
             for part in parts:
-                end = at + part.num_bytes(tokens)
-                group[part.name] = np.frombuffer(data[at:end], np.uint8).view(part.dtype).reshape(part.shape(tokens))
+                count = self.count(tokens)
+                end = at + part.num_bytes(count)
+                group[part.name] = memory[at:end].view(part.dtype).reshape(part.shape(count))
                 at = end
             groups.append(group)
-        return KV(tokens, tuple(groups))
+        return KV(tokens, tuple(groups), self.page)
 
 
-def join(pieces: Sequence[KV]) -> KV:
-    """Those of tokens that follow one another."""
-    groups = [
-        {name: np.concatenate([piece.groups[g][name] for piece in pieces], axis=1) for name in group}
-        for g, group in enumerate(pieces[0].groups)
+def layouts_of(runner: ModelRunner, size: int, model: str) -> tuple[Layout, ...]:
+    """What a runner that has its pages, of `size` tokens, can give and take; the fastest first. Pages as they lie need no
+    arithmetic, and tokens everyone understands."""
+    groups = range(len(runner.kv_groups()))
+    every = [runner.read_pages(g, []) for g in groups]
+    parts = [tuple(Part(name, x.dtype, x.shape[:1], x.shape[3:]) for name, x in none.items()) for none in every]
+    tokens = Layout(model=model, form=TOKENS, page=None, groups=tuple(parts))
+    memories = [memory for g in groups if (memory := runner.page_memory(g)) is not None]
+    if not memories:
+        return (tokens,)
+    byte = np.dtype(np.uint8)
+    parts = [
+        tuple(Part(name, byte, (), (sum(map(len, pools)), pools[0].shape[2])) for name, pools in memory.pools.items())
+        for memory in memories
     ]
-    return KV(sum(piece.tokens for piece in pieces), tuple(groups))
-
-
-def layout_of(runner: ModelRunner, model: str) -> Layout:
-    """Of a runner that has its pages."""
-    groups = []
-    for g in range(len(runner.kv_groups())):
-        none = runner.read_pages(g, [])
-        groups.append(tuple(Part(name, x.dtype, x.shape[0], x.shape[3], x.shape[4]) for name, x in none.items()))
-    return Layout(model=model, groups=tuple(groups))
+    return Layout(model=model, form=memories[0].form, page=size, groups=tuple(parts)), tokens
 
 
 def model_fingerprint(checkpoint: Checkpoint) -> str:
@@ -120,21 +153,53 @@ def model_fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def read_tokens(runner: ModelRunner, pages: Sequence[int], size: int, start: int, stop: int) -> KV:
-    """Copies of what the tokens [start, stop) of a sequence have on its `pages` of `size` tokens."""
-    first = start // size
+def read_kv(runner: ModelRunner, pages: Sequence[int], size: int, start: int, kv: KV) -> None:
+    """Have `kv` hold what the tokens from `start` on have on a sequence's `pages` of `size` tokens. Of pages as they lie,
+    `start` is the first of one."""
+    first, stop = start // size, start + kv.tokens
     some = list(pages[first : -(-stop // size)])
-    groups = []
-    for g in range(len(runner.kv_groups())):
-        flat = {name: x.reshape(len(x), -1, *x.shape[3:]) for name, x in runner.read_pages(g, some).items()}
-        groups.append({name: x[:, start - first * size : stop - first * size] for name, x in flat.items()})
-    return KV(stop - start, tuple(groups))
+    for g, group in enumerate(kv.groups):
+        if kv.page is not None:
+            _copy([(place, page) for place, page in _places(runner, g, group, some)])
+            continue
+        for name, x in runner.read_pages(g, some).items():
+            flat = x.reshape(len(x), -1, *x.shape[3:])
+            np.copyto(group[name], flat[:, start - first * size : stop - first * size])
 
 
-def write_tokens(runner: ModelRunner, pages: Sequence[int], size: int, kv: KV) -> None:
-    """Fill pages of `size` tokens, from the first on; what is left of the last holds zeros."""
+def write_kv(runner: ModelRunner, pages: Sequence[int], size: int, kv: KV) -> None:
+    """Fill pages of `size` tokens, from the first on; what is left of the last nobody reads."""
     some = list(pages[: -(-kv.tokens // size)])
     missing = len(some) * size - kv.tokens
     for g, group in enumerate(kv.groups):
+        if kv.page is not None:
+            _copy([(page, place) for place, page in _places(runner, g, group, some)])
+            continue
         filled = {name: np.pad(x, [(0, 0), (0, missing), (0, 0), (0, 0)]) if missing else x for name, x in group.items()}
         runner.write_pages(g, some, {name: x.reshape(len(x), len(some), size, *x.shape[2:]) for name, x in filled.items()})
+
+
+def _places(
+    runner: ModelRunner, group: int, arrays: Mapping[str, np.ndarray], pages: Sequence[int]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Of each of the `pages` in each pool, where `arrays` have it and where it lies: [rows, bytes] both."""
+    memory = runner.page_memory(group)
+    assert memory
+    for name, pools in memory.pools.items():
+        ends = np.cumsum([len(pool) for pool in pools]).tolist()
+        for pool, end in zip(pools, ends, strict=True):
+            for i, page in enumerate(pages):
+                yield arrays[name][i, end - len(pool) : end], pool[:, page]
+
+
+def _copy(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Have the first of each pair hold what the second does. By two threads, for one alone waits for memory most of the time: a
+    page is many pieces of it."""
+
+    def copy(some: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+        for there, here in some:
+            np.copyto(there, here)
+
+    half = _HELPER.submit(copy, pairs[::2])
+    copy(pairs[1::2])
+    half.result()

@@ -40,19 +40,29 @@ class Router:
         self._sent: list[OrderedDict[PageKey, None]] = [OrderedDict() for _ in range(count)]
         """By engine: the keys of its pages, the one that goes first at the front."""
 
-    def choose(self, tokens: Sequence[int], salt: str, loads: Mapping[int, int]) -> Choice:
-        """One of the engines in `loads`, which says how many tokens each computes for the requests that it has."""
-        keys = self._keys(tokens, salt)
+    def keys(self, tokens: Sequence[int], salt: str, before: Sequence[PageKey] = ()) -> list[PageKey]:
+        """Of all full pages of a request but one that ends with its last token, which is computed in any case. `before`: what
+        this gave when the request had fewer tokens."""
+        size, keys = self._block_size, list(before)
+        begin, end = len(keys) * size, (len(tokens) - 1) // size * size
+        ids = np.array(tokens[begin:end], np.int32)
+        for start in range(0, len(ids), size):
+            keys.append(next_key(_SECRET, keys[-1] if keys else None, ids[start : start + size].tobytes(), salt))
+        return keys
+
+    def choose(self, keys: Sequence[PageKey], loads: Mapping[int, int]) -> Choice:
+        """For a request whose pages have these keys: one of the engines in `loads`, which says how many tokens each computes
+        for the requests that it has."""
         cached = {engine: self._cached(engine, keys) for engine in loads}
         turns = {engine: (engine - self._last - 1) % self._count for engine in loads}
         weights = {engine: loads[engine] - cached[engine] if self._routing == "prefix" else 0 for engine in loads}
         self._last = min(loads, key=lambda engine: (weights[engine], turns[engine]))
         return Choice(self._last, cached[self._last])
 
-    def sent(self, engine: int, tokens: Sequence[int], salt: str, pages: int) -> None:
-        """An engine of so many pages has computed these tokens, or is about to."""
+    def sent(self, engine: int, keys: Sequence[PageKey], pages: int) -> None:
+        """An engine of so many pages has computed those with these keys, or is about to."""
         held = self._sent[engine]
-        for key in reversed(self._keys(tokens, salt)):
+        for key in reversed(keys):
             held[key] = None
             held.move_to_end(key)
         while len(held) > pages:
@@ -65,11 +75,3 @@ class Router:
     def _cached(self, engine: int, keys: Sequence[PageKey]) -> int:
         """Tokens at the start of those with these keys that the engine has, as far as is known."""
         return self._block_size * sum(1 for _ in takewhile(self._sent[engine].__contains__, keys))
-
-    def _keys(self, tokens: Sequence[int], salt: str) -> list[PageKey]:
-        """Of all full pages but one that ends with the last token, which is computed in any case."""
-        ids, size = np.array(tokens, np.int32), self._block_size
-        keys: list[PageKey] = []
-        for start in range(0, (len(ids) - 1) // size * size, size):
-            keys.append(next_key(_SECRET, keys[-1] if keys else None, ids[start : start + size].tobytes(), salt))
-        return keys

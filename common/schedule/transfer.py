@@ -3,6 +3,7 @@ holds when something goes wrong. Pure bookkeeping: messages in, messages out; so
 
     sender                                receiver
     holds the pages: Offer ─────────────► goes with the request, whichever way that takes
+                           ◄─────── Hold  as long as there is no room for them
                            ◄───── Accept
     reads them:      Pages ─────────────► into memory of its own, in any order
                       Done ─────────────► all are there, and each as it was sent: only now they are used
@@ -13,6 +14,9 @@ Whoever gives up says `Abort` at once; whoever hears nothing for a lease gives u
 `Abort`, or the end of the lease, so that nobody writes to a page that is still to be read. The receiver has no page before all
 is proven: what comes late, twice, damaged or in part finds none, and the request is computed anew, which gives the same tokens.
 
+Where both can write to the receiver's memory, the sender puts keys and values there itself, and `Pages` says no more than that
+it has. Such memory has one transfer in it until that is done, for nobody knows when a sender that was given up stops writing.
+
 A transfer goes by a tag, whose generation no other offer ever has: a message of an earlier one finds nobody. All messages are
 signed with the secret of a launch, and bytes are named by their checksum in a message.
 """
@@ -22,20 +26,21 @@ from __future__ import annotations
 import hmac
 import json
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
+import numpy as np
 import xxhash
 
 from common.errors import TandemError, shown
 from common.frames import Frame, Message
-from common.schedule.kv import KV, Layout, join
+from common.schedule.kv import KV, Layout
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 LEASE_S = 5.0
 CHUNK_BYTES = 4 << 20
 """Of keys and values in one message, unless one token has more."""
@@ -62,13 +67,20 @@ class Offer:
 
     tag: Tag
     tokens: int
-    layout: str
-    """`Layout.fingerprint`."""
+    layouts: tuple[str, ...]
+    """`Layout.fingerprint` of each form in which they are to be had."""
+
+
+@dataclass(frozen=True)
+class Hold:
+    """They will be asked for, but not now."""
+
+    tag: Tag
 
 
 @dataclass(frozen=True)
 class Accept:
-    """Send them."""
+    """Send them, in this form."""
 
     tag: Tag
     layout: str
@@ -83,7 +95,7 @@ class Pages:
     count: int
     checksum: int
     data: Sequence[bytes | memoryview]
-    """Of which `Layout.unpack` makes arrays, in parts that stand one behind the other."""
+    """As `Layout.pack` gives them; none where they are in the receiver's memory."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +122,9 @@ class Abort:
     reason: str
 
 
-Said = Accept | Pages | Done | Ack | Abort
+Said = Hold | Accept | Pages | Done | Ack | Abort
 _FIELDS: dict[type[Said], tuple[type, ...]] = {
+    Hold: (),
     Accept: (str,),
     Pages: (int, int, int),
     Done: (str,),
@@ -161,7 +174,9 @@ def _are(values: list[Any], types: tuple[type, ...]) -> bool:
 
 
 def checksum(data: Sequence[bytes | memoryview]) -> int:
-    """Of parts that stand one behind the other. Against damage; against malice there is the signature."""
+    """Of parts that stand one behind the other. Against damage; against malice there is the signature. XXH3, for of what was
+    just copied it costs next to nothing, as a plain sum does, which does not see words that have changed places; CRC-32 takes
+    ten times as long."""
     digest = xxhash.xxh3_64()
     for part in data:
         digest.update(part)
@@ -183,22 +198,22 @@ class _Held:
 
 
 class Sender:
-    """All that one engine holds for others. `read(name, start, stop)` gives the tokens [start, stop) of a request, or raises
-    `LookupError` if its pages are gone; `free(name)` gives them back. `generation` is to be greater than any that another
-    sender of this launch has come to."""
+    """All that one engine holds for others, who may have it in any of `layouts`. `read(name, start, kv)` has `kv` hold the
+    tokens from `start` on of a request, or raises `LookupError` if its pages are gone; `free(name)` gives them back.
+    `generation` is to be greater than any that another sender of this launch has come to."""
 
     def __init__(
         self,
-        layout: Layout,
-        read: Callable[[str, int, int], KV],
+        layouts: Sequence[Layout],
+        read: Callable[[str, int, KV], object],
         free: Callable[[str], object],
         generation: int,
         lease_s: float = LEASE_S,
         chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
-        self._layout, self._fingerprint = layout, layout.fingerprint
+        self._layouts = {layout.fingerprint: layout for layout in layouts}
         self._read, self._free, self._generation, self._lease_s = read, free, generation, lease_s
-        self._chunk = max(1, chunk_bytes // layout.num_bytes(1))
+        self._chunk_bytes = chunk_bytes
         self._held: dict[str, _Held] = {}
 
     @property
@@ -209,22 +224,28 @@ class Sender:
     def offer(self, name: str, tokens: int, now: float) -> Offer:
         """Hold the first `tokens` tokens of a request for whoever accepts."""
         self._generation += 1
-        offer = Offer(Tag(name, self._generation), tokens, self._fingerprint)
+        offer = Offer(Tag(name, self._generation), tokens, tuple(self._layouts))
         self._held[name] = _Held(offer, now + self._lease_s)
         return offer
 
-    def hear(self, said: Said, now: float) -> list[Said]:
-        """What is to be answered."""
+    def hear(self, said: Said, now: float, memory: np.ndarray | None = None) -> Iterable[Said]:
+        """What is to be answered, as it is to be sent: pages are read meanwhile. `memory`: that of the receiver, uint8, where
+        it came with what was said."""
         held = self._held.get(said.tag.name)
         if held is None or held.offer.tag != said.tag:
             over = isinstance(said, (Ack, Abort))
             return [] if over else [Abort(said.tag, "no pages are held for it (any more)")]
         match said:
-            case Accept(tag, layout) if layout != self._fingerprint:
+            case Hold():
+                held.until = now + self._lease_s
+            case Accept(tag, layout) if layout not in self._layouts:
                 self._end(tag.name, "the receiver has another model or layout")
                 return [Abort(tag, "this is another model or layout")]
-            case Accept():
-                return [] if held.accepted else self._all_of(held, now)
+            case Accept(tag, layout) if memory is not None and len(memory) < self._layouts[layout].num_bytes(held.offer.tokens):
+                self._end(tag.name, "the receiver's memory is too small")
+                return [Abort(tag, "the memory is too small")]
+            case Accept(_, layout):
+                return [] if held.accepted else self._all_of(held, self._layouts[layout], memory, now)
             case Ack(tag):
                 self._end(tag.name)
             case Abort(tag, reason):
@@ -234,19 +255,26 @@ class Sender:
                 return [Abort(said.tag, "a sender is told nothing of this kind")]
         return []
 
-    def _all_of(self, held: _Held, now: float) -> list[Said]:
+    def _all_of(self, held: _Held, layout: Layout, memory: np.ndarray | None, now: float) -> Iterator[Said]:
         tag, tokens = held.offer.tag, held.offer.tokens
         held.accepted, held.until = True, now + self._lease_s
-        pages: list[Pages] = []
-        try:
-            for first in range(0, tokens, self._chunk):
-                kv = self._read(tag.name, first, min(first + self._chunk, tokens))
-                data = self._layout.pack(kv)
-                pages.append(Pages(tag, first, kv.tokens, checksum(data), data))
-        except LookupError as lost:
-            self._end(tag.name, str(lost))
-            return [Abort(tag, "the pages have been lost")]
-        return [*pages, Done(tag, digest_of([each.checksum for each in pages]))]
+        chunk, checksums = layout.tokens_in(self._chunk_bytes), []
+        there = None if memory is None else layout.view(memory, tokens)
+        for first in range(0, tokens, chunk):
+            count = min(chunk, tokens - first)
+            place = (
+                there.slice(first, first + count) if there else layout.view(np.empty(layout.num_bytes(count), np.uint8), count)
+            )
+            try:
+                self._read(tag.name, first, place)
+            except LookupError as lost:
+                self._end(tag.name, str(lost))
+                yield Abort(tag, "the pages have been lost")
+                return
+            data = layout.pack(place)
+            checksums.append(checksum(data))
+            yield Pages(tag, first, count, checksums[-1], () if there else data)
+        yield Done(tag, digest_of(checksums))
 
     def expire(self, now: float) -> list[Abort]:
         """Give back what was held for a lease in vain; what is to be said of it, to those who have accepted."""
@@ -262,23 +290,31 @@ class Sender:
         self._free(name)
 
 
-class Receiver:
-    """One transfer, from its offer on: first say `accept`. Then exactly one of `kv` and `error` comes to be there, and nothing
-    that is heard later changes it."""
+def common_layout(offer: Offer, layouts: Sequence[Layout], max_bytes: int = MAX_BYTES) -> Layout:
+    """The first of one's own forms in which an offer can be had. Raises `TransferError` for one that is not to be accepted."""
+    name = offer.tag.name
+    layout = next((layout for layout in layouts if layout.fingerprint in offer.layouts), None)
+    if layout is None:
+        raise TransferError(f"The pages of request {name} are of another model or layout.")
+    size = layout.num_bytes(offer.tokens)
+    if not (offer.tokens > 0 and size <= max_bytes):
+        raise TransferError(f"The pages of request {name} have {size} bytes; expected 1 to {max_bytes}.")
+    return layout
 
-    def __init__(self, offer: Offer, layout: Layout, now: float, lease_s: float = LEASE_S, max_bytes: int = MAX_BYTES) -> None:
-        """Raises `TransferError` for an offer that is not to be accepted."""
-        fingerprint, size = layout.fingerprint, layout.num_bytes(offer.tokens)
-        if offer.layout != fingerprint:
-            raise TransferError(f"The pages of request {offer.tag.name} are of another model or layout.")
-        if not (offer.tokens > 0 and size <= max_bytes):
-            raise TransferError(f"The pages of request {offer.tag.name} have {size} bytes; expected 1 to {max_bytes}.")
-        self.accept = Accept(offer.tag, fingerprint)
+
+class Receiver:
+    """One transfer, in the form that `common_layout` chose, from its offer on: first say `accept`. Then exactly one of `kv`,
+    which lies in `memory`, and `error` comes to be there, and nothing that is heard later changes it."""
+
+    def __init__(self, offer: Offer, layout: Layout, memory: np.ndarray, now: float, lease_s: float = LEASE_S) -> None:
+        """`memory`: as many bytes, uint8, as the layout has for the tokens."""
+        self.accept = Accept(offer.tag, layout.fingerprint)
         self.kv: KV | None = None
         self.error: str | None = None
         self._tag, self._tokens, self._layout, self._lease_s = offer.tag, offer.tokens, layout, lease_s
         self.until = now + lease_s
         """When `expire` gives up."""
+        self._kv: KV | None = layout.view(memory, offer.tokens)
         self._pages: dict[int, Pages] = {}
         self._digest: str | None = None
 
@@ -302,7 +338,7 @@ class Receiver:
                 self._digest = digest
                 return self._finish()
             case Abort(_, reason):
-                self.error = f"The sender has given up: {reason}."
+                self.give_up(f"The sender has given up: {reason}.")
                 return []
             case _:
                 return self.give_up("The sender said what only a receiver says.")
@@ -312,13 +348,23 @@ class Receiver:
         if before is not None:
             same = (before.count, before.checksum) == (pages.count, pages.checksum)
             return [] if same else self.give_up(f"Two messages differ about token {pages.first}.")
-        size = sum(len(part) for part in pages.data)
-        if not (0 <= pages.first < pages.first + pages.count <= self._tokens):
+        if not (0 <= pages.first < pages.first + pages.count <= self._tokens and pages.first % (self._layout.page or 1) == 0):
             return self.give_up(f"Got {pages.count} tokens from {pages.first} on, of {self._tokens}.")
-        if size != self._layout.num_bytes(pages.count) or checksum(pages.data) != pages.checksum:
+        if not self._is_whole(pages):
             return self.give_up(f"The tokens from {pages.first} on are damaged.")
-        self._pages[pages.first] = pages
+        self._pages[pages.first] = replace(pages, data=())
         return self._finish()
+
+    def _is_whole(self, pages: Pages) -> bool:
+        """Whether the memory has what was sent, which is put there if it is not yet."""
+        assert self._kv is not None
+        place = self._kv.slice(pages.first, pages.first + pages.count)
+        if any(len(part) for part in pages.data):
+            data = np.frombuffer(b"".join(pages.data), np.uint8)
+            if len(data) != self._layout.num_bytes(pages.count):
+                return False
+            place.fill(self._layout.view(data, pages.count))
+        return checksum(self._layout.pack(place)) == pages.checksum
 
     def _finish(self) -> list[Said]:
         """Once the end has been told and nothing is missing: use it, if it is what was sent."""
@@ -329,7 +375,7 @@ class Receiver:
         whole = [each.first for each in pages] == [sum(each.count for each in pages[:i]) for i in range(len(pages))]
         if not whole or digest_of([each.checksum for each in pages]) != self._digest:
             return self.give_up("The tokens that came are not those that were sent.")
-        self.kv = join([self._layout.unpack(b"".join(each.data), each.count) for each in pages])
+        self.kv, self._kv = self._kv, None
         self._pages.clear()
         return [Ack(self._tag)]
 
@@ -340,6 +386,6 @@ class Receiver:
         """What is to be said."""
         if self.over:
             return []
-        self.error = error
+        self.error, self._kv = error, None
         self._pages.clear()
         return [Abort(self._tag, error)]

@@ -1,0 +1,187 @@
+"""How fast do the pages of a long prompt get from one engine to another? `python -m experiments.handover` prints for each pair
+of backends the rate at which they are handed over beside that of this machine's memory copy, and one line of JSON.
+
+One process holds the pages and another has them brought into its own, by what serves requests (`common.replicas.handover`),
+time after time; between any two times as many bytes are copied from one array to another, by one thread. A rate is that of the
+median time. To hand over is to copy twice, from pages to memory that both processes have and from there to pages, and to read
+twice, for the checksums: on two cores the second process reads while the first still copies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from common import child
+from common.config import EngineConfig
+from common.frames import Frame, read_frame, write_frame
+from common.interface import ModelRunner, load_backend
+from common.replicas.handover import SECRET, Door, Heard, fetch
+from common.replicas.segment import Room
+from common.replicas.wire import pack_offer, unpack_offer
+from common.schedule.kv import KV, layouts_of, read_kv, write_kv
+from common.schedule.transfer import Sender
+from common.weights import zoo
+from common.weights.checkpoint import open_checkpoint
+from experiments.console import number, print_json, wide_console
+
+BACKENDS = ("jax", "torch")
+TOKENS, TIMES = 4096, 11
+ROOM_BYTES = 1 << 30
+
+
+class Pool:
+    """A runner that is loaded, and pages for a prompt of so many tokens, from all over its pool."""
+
+    def __init__(self, backend: str, path: str, config: EngineConfig, tokens: int) -> None:
+        self.runner: ModelRunner = load_backend(backend, config)
+        self.runner.load(open_checkpoint(path))
+        self.size, self.tokens, count = config.block_size, tokens, -(-tokens // config.block_size)
+        self.runner.allocate([2 * count + 1] * len(self.runner.kv_groups()))
+        self.pages: list[int] = (1 + np.random.default_rng(0).permutation(2 * count)[:count]).tolist()
+        self.layouts = layouts_of(self.runner, self.size, path)
+
+    def read(self, start: int, kv: KV) -> None:
+        read_kv(self.runner, self.pages, self.size, start, kv)
+
+    def write(self, kv: KV) -> None:
+        write_kv(self.runner, self.pages, self.size, kv)
+
+    def fill(self) -> None:
+        self.write(self.drawn())
+
+    def drawn(self) -> KV:
+        """What two processes draw alike."""
+        rng, tokens = np.random.default_rng(1), self.layouts[-1]
+        draw = lambda part: np.asarray(rng.standard_normal(part.shape(self.tokens))).astype(part.dtype)  # noqa: E731
+        groups = [{part.name: draw(part) for part in parts} for parts in tokens.groups]
+        return KV(self.tokens, tuple(groups))
+
+
+def hold(backend: str, path: str, options: dict[str, Any], tokens: int) -> None:
+    """In a process of its own: offer the pages as often as they are asked for."""
+    secret = os.environ.pop(SECRET).encode()
+    answers, told = child.listen()
+    child.die_with_parent()
+    pool = Pool(backend, path, EngineConfig(**options), tokens)
+    pool.fill()
+    asked: queue.SimpleQueue[Frame | Heard] = told
+    door = Door(secret, asked.put)
+    sender = Sender(pool.layouts, lambda _, *what: pool.read(*what), lambda name: None, time.time_ns())
+    while True:
+        said = asked.get()
+        if isinstance(said, Heard):
+            for answer in sender.hear(said.said, time.monotonic(), said.memory):
+                said.answer(answer)
+            said.answer(None)
+        else:
+            write_frame(answers, {"offer": pack_offer(door.address, sender.offer("prompt", tokens, time.monotonic()))})
+
+
+def measure(pool: Pool, offered: Callable[[], Sequence[Any]], secret: str, times: int) -> dict[str, Any]:
+    """Seconds of each time, and what came of it. `offered` has the pages offered once more."""
+    room, came, copied = Room(ROOM_BYTES), [], []
+    for i in range(times + 2):
+        address, offer = unpack_offer(offered())
+        kv: Future[KV] = Future()
+        begin = time.perf_counter()
+        fetch(address, offer, pool.layouts, secret.encode(), room, kv)
+        fetched = time.perf_counter()
+        got = kv.result()
+        pool.write(got)
+        written = time.perf_counter()
+        if i == 0:
+            layout = next(layout for layout in pool.layouts if layout.page == got.page)
+            num_bytes = layout.num_bytes(offer.tokens)
+            one, other = (np.ones(num_bytes, np.uint8) for _ in range(2))
+            check(pool)
+        del got, kv
+        start = time.perf_counter()
+        np.copyto(one, other)
+        copied.append(time.perf_counter() - start)
+        came.append((fetched - begin, written - fetched, written - begin))
+    fetching, writing, whole = (median(seconds) for seconds in zip(*came[2:], strict=True))  # the first have memory to clear
+    copy = median(copied[2:])
+    rates = {"fetch": fetching, "write": writing, "handover": whole, "copy": copy}
+    return {
+        "form": layout.form,
+        "bytes": num_bytes,
+        **{f"{name}_bytes_per_s": num_bytes / seconds for name, seconds in rates.items()},
+        "share": copy / whole,
+    }
+
+
+def check(pool: Pool) -> None:
+    """That what came is what was held. Raises `RuntimeError` otherwise."""
+    drawn, tokens = pool.drawn(), pool.layouts[-1]
+    read = tokens.view(np.empty(tokens.num_bytes(pool.tokens), np.uint8), pool.tokens)
+    pool.read(0, read)
+    for mine, right in zip(read.groups, drawn.groups, strict=True):
+        if not all(np.array_equal(x, right[name]) for name, x in mine.items()):
+            raise RuntimeError("The pages that came are not those that were held; this is a bug.")
+
+
+def run(model: str, config: EngineConfig, tokens: int, times: int) -> list[dict[str, Any]]:
+    """Every pair of backends, one after the other."""
+    path, found = str(zoo.resolve(model)), []
+    for giving in BACKENDS:
+        secret = secrets.token_hex(32)
+        arguments = (giving, path, asdict(config), tokens)
+        process = child.start("experiments.handover:hold", *arguments, environment={SECRET: secret})
+        assert process.stdin and process.stdout
+        stdin, stdout = process.stdin, process.stdout
+
+        def offered(stdin: Any = stdin, stdout: Any = stdout) -> Sequence[Any]:
+            write_frame(stdin, {"order": "offer"})
+            frame = read_frame(stdout)
+            if frame is None:
+                raise RuntimeError("The process that holds the pages has ended; its log says more.")
+            offer: Sequence[Any] = frame.message["offer"]
+            return offer
+
+        try:
+            for taking in BACKENDS:
+                pool = Pool(taking, path, config, tokens)
+                found.append({"from": giving, "to": taking} | measure(pool, offered, secret, times))
+                pool.runner.close()
+        finally:
+            child.end(process)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m experiments.handover", description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of the prompt (default: %(default)s)")
+    parser.add_argument("--times", type=int, default=TIMES, help="it is handed over (default: %(default)s)")
+    parser.add_argument("--kernels", default="native", choices=["native", "framework"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    words = parser.parse_args()
+    config = EngineConfig(kernels=words.kernels, dtype=words.dtype, device="cpu", threads=1)
+    found = run(words.model, config, words.tokens, words.times)
+    table = Table(title=f"A prompt of {words.tokens} tokens handed over, {words.model}, {words.dtype}, kernels={words.kernels}")
+    columns = ("from", "to", "form", "MB", "brought, GB/s", "written, GB/s", "in all, GB/s", "memory copy, GB/s", "share")
+    for column in columns:
+        table.add_column(column, justify="left" if column in columns[:3] else "right")
+    for row in found:
+        rates = [number(row[f"{name}_bytes_per_s"] / 1e9) for name in ("fetch", "write", "handover", "copy")]
+        table.add_row(row["from"], row["to"], row["form"], number(row["bytes"] / 1e6), *rates, number(row["share"]))
+    wide_console().print(table)
+    print_json(
+        {"model": words.model, "tokens": words.tokens, "dtype": words.dtype, "kernels": words.kernels, "handover": found}
+    )
+
+
+if __name__ == "__main__":
+    main()
