@@ -46,7 +46,13 @@ def scale(spec: EngineSpec) -> dict[str, Any]:
     config = spec.config
     rest = {name: value for name, value in asdict(config).items() if name not in SHARED_OUT} | {"options": spec.options}
     digest = hashlib.blake2b(repr(sorted(rest.items())).encode(), digest_size=4).hexdigest()
+    shared = {
+        "tensor": config.tensor_parallel_size > 1,
+        "data": config.data_parallel_size > 1,
+        "prefill": config.prefill_parallel_size > 0,
+    }
     return {
+        "shared_by": " and ".join(name for name, several in shared.items() if several),
         "ranks": config.tensor_parallel_size * (config.data_parallel_size + config.prefill_parallel_size),
         "compute_threads": config.threads or cores(),
         "scales_as": f"{spec.name}-{digest}",
@@ -60,12 +66,18 @@ class Curve:
 
     kind: str
     """`strong` or `weak`."""
+    shared_by: str
+    """What its ranks share out: `tensor` for the model, `data` for the requests, …"""
     points: Sequence[Mapping[str, Any]]
+
+    @property
+    def name(self) -> str:
+        return f"{self.points[0]['engine']}, {self.shared_by}, {self.kind}"
 
     @property
     def title(self) -> str:
         what = {"strong": "the same requests", "weak": "as many requests for each rank"}[self.kind]
-        return f"{self.points[0]['engine']}: {what} ({self.kind} scaling)"
+        return f"{self.points[0]['engine']}, {self.shared_by} parallel: {what} ({self.kind} scaling)"
 
     def speed_up(self, point: Mapping[str, Any]) -> float:
         """Throughput over that of the first."""
@@ -91,7 +103,11 @@ def curves(results: Iterable[Mapping[str, Any]]) -> list[Curve]:
             each = mine["num_prompts"] / mine["ranks"]
             for key in (("strong", mine.get("workload_hash")), ("weak", each)):
                 found.setdefault((*key, *alike), []).append(mine)
-    drawn = [Curve(kind, sorted(points, key=place)) for (kind, *_), points in found.items()]
+    drawn = [
+        Curve(kind, by, sorted((point for point in points if point["shared_by"] in ("", by)), key=place))
+        for (kind, *_), points in found.items()
+        for by in dict.fromkeys(point["shared_by"] for point in points if point["shared_by"])
+    ]
     return [curve for curve in drawn if len({point["ranks"] for point in curve.points}) > 1]
 
 

@@ -18,11 +18,12 @@ from tests.synthetic_run import write_run, write_sweep
 
 ONE: dict[str, Any] = {
     "engine": "torch", "scales_as": "torch-1", "model": "tiny-llama", "dtype": "float32", "workload": "ragged",
-    "workload_hash": "a", "num_prompts": 8, "ranks": 1, "compute_threads": 2, "device": "cpu", "output_throughput": 100.0,
+    "workload_hash": "a", "num_prompts": 8, "shared_by": "", "ranks": 1, "compute_threads": 2, "device": "cpu",
+    "output_throughput": 100.0,
     "num_steps": 10, "duration": 0.1, "weights_mib": 6.0, "kv_pool_mib": 2.0,
 }  # fmt: skip
 TWO = ONE | {
-    "engine": "torch-tp2", "ranks": 2, "output_throughput": 80.0, "communication_ms_per_step": 4.0,
+    "engine": "torch-tp2", "shared_by": "tensor", "ranks": 2, "output_throughput": 80.0, "communication_ms_per_step": 4.0,
     "communication_mib_per_step": 0.5, "rank_mib": 4.1,
 }  # fmt: skip
 
@@ -37,6 +38,7 @@ def test_what_differs_in_ranks_and_threads_alone_scales_together() -> None:
     )
     assert [each["ranks"] for each in (one, two, four)] == [1, 2, 4]
     assert [each["compute_threads"] for each in (one, two, four)] == [2, 2, 4]
+    assert [each["shared_by"] for each in (one, two, four)] == ["", "tensor", "tensor and data"]
     assert one["scales_as"] == two["scales_as"] == four["scales_as"]
     assert len({each["scales_as"] for each in (one, change(max_num_seqs=3), scale(replace(spec, name="jax")))}) == 3
 
@@ -50,6 +52,12 @@ def test_results_of_the_same_requests_are_strong_scaling_and_of_as_many_a_rank_w
     }
 
 
+def test_ranks_that_share_out_the_model_and_replicas_are_curves_of_their_own_from_one_beginning() -> None:
+    replicas = TWO | {"shared_by": "data", "output_throughput": 120.0}
+    found = {curve.shared_by: [point["output_throughput"] for point in curve.points] for curve in curves([ONE, TWO, replicas])}
+    assert found == {"tensor": [100.0, 80.0], "data": [100.0, 120.0]}
+
+
 @pytest.mark.parametrize(
     "change", [{"ranks": 1}, {"scales_as": "jax-1"}, {"model": "other"}, {"workload": "chat"}, {"output_throughput": None}]
 )
@@ -59,16 +67,16 @@ def test_results_that_differ_in_anything_else_or_not_in_ranks_are_no_curve(chang
 
 def test_efficiency_is_by_thread_on_a_cpu_and_by_rank_elsewhere() -> None:
     more = TWO | {"compute_threads": 4, "output_throughput": 150.0}
-    efficiency = lambda *points: [row[6] for row in scaling_table(Curve("strong", points)).rows]  # noqa: E731
+    efficiency = lambda *points: [row[6] for row in scaling_table(Curve("strong", "tensor", points)).rows]  # noqa: E731
     assert efficiency(ONE, TWO) == ["100%", "80%"] and efficiency(ONE, more) == ["100%", "75%"]
     devices = [point | {"device": "cuda:any"} for point in (ONE, TWO)]
     assert efficiency(*devices) == ["100%", "40%"]
 
 
 def test_the_table_tells_what_ranks_say_and_hold() -> None:
-    (first, second) = scaling_table(Curve("strong", [ONE, TWO])).rows
+    (first, second) = scaling_table(Curve("strong", "tensor", [ONE, TWO])).rows
     assert first[7:] == ("–", "–", "–", "8.000") and second[7:] == ("4.000", "40%", "0.5000", "4.100")
-    (_, silent) = scaling_table(Curve("strong", [ONE, TWO | {"communication_ms_per_step": None}])).rows
+    (_, silent) = scaling_table(Curve("strong", "tensor", [ONE, TWO | {"communication_ms_per_step": None}])).rows
     assert silent[7:9] == ("not told", "–")
 
 
@@ -85,17 +93,22 @@ def test_a_comparison_over_ranks_shows_scaling_and_another_does_not(tmp_path: Pa
     assert not (directory / "figures" / "scaling.svg").exists()
     results = json.loads((directory / "results.json").read_text())
     for label, ranks in (("torch", 1), ("torch-2", 2)):
-        results["engines"][label] |= {name: ONE[name] for name in ("scales_as", "compute_threads", "device")} | {"ranks": ranks}
+        mine = {"scales_as": "torch-1", "compute_threads": 2, "device": "cpu", "shared_by": "data" * (ranks > 1)}
+        results["engines"][label] |= mine | {"ranks": ranks}
     (directory / "results.json").write_text(json.dumps(results))
     page = write_report(directory).read_text()
-    assert "torch: the same requests (strong scaling)" in page and (directory / "figures" / "scaling.svg").exists()
+    assert (
+        "torch, data parallel: the same requests (strong scaling)" in page and (directory / "figures" / "scaling.svg").exists()
+    )
 
 
 def test_a_sweep_over_ranks_and_requests_shows_weak_scaling(tmp_path: Path) -> None:
     folder = write_sweep(tmp_path / "sweep", sizes=(4, 8), engines=("jax", "torch"))
     for job in (folder / "jobs").iterdir():
         results = json.loads((job / "results.json").read_text())
-        mine = {"scales_as": results["engine"], "compute_threads": 2, "device": "cpu", "ranks": results["num_prompts"] // 4}
+        ranks = results["num_prompts"] // 4
+        mine = {"scales_as": results["engine"], "compute_threads": 2, "device": "cpu", "ranks": ranks}
+        mine["shared_by"] = "tensor" * (ranks > 1)
         (job / "results.json").write_text(json.dumps(results | mine))
     page = write_report(folder).read_text()
     assert "as many requests for each rank (weak scaling)" in page and (folder / "figures" / "scaling.svg").exists()

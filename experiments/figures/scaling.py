@@ -32,7 +32,7 @@ def scaling(curves: Sequence[Curve]) -> Drawing | None:
         f"{curve.title}, " + ", ".join(f"{number(curve.speed_up(point))} at {point['ranks']}" for point in curve.points)
         for curve in curves
     )
-    named = [key(i, f"{curve.points[0]['engine']}, {curve.kind}") for i, curve in enumerate(curves)]
+    named = [key(i, curve.name) for i, curve in enumerate(curves)]
     best = Line2D([], [], color=MUTED, linewidth=1, linestyle="dotted", label="at best")
     return draw(
         "scaling",
