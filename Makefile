@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DONE   := $(VENV)/done
 
 .DEFAULT_GOAL := help
-.PHONY: help compare test accept fuzz sanitize peers llama-server clients lint types clean
+.PHONY: help compare test accept fuzz sanitize peers llama-server clients ray lint types clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,8 @@ llama-server: $(BIN)/llama-server ## llama.cpp's own server, to compare with: ma
 
 clients: .venv-vllm/done .venv-lmeval/done ## lm-eval and vLLM's load generator, with which `make accept` drives the server
 
+ray: .venv-ray/done ## Ray Serve, to serve from several machines: .venv-ray/bin/python -m experiments.ray_serve
+
 # Python itself is not instrumented, so the runtimes are loaded before it. GCC misaligns frames that hold 64-byte vectors when it
 # instruments the stack: that one part is off.
 sanitize: $(DONE)/test ## The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -45,7 +47,7 @@ types: $(DONE)/test ## Type annotations
 	@$(BIN)/mypy
 
 clean: ## Remove caches and the environments; keep runs
-	rm -rf $(VENV) .venv-vllm .venv-llamacpp .venv-lmeval .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-vllm .venv-llamacpp .venv-lmeval .venv-ray .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is renewed when what it installs from has changed.
@@ -126,4 +128,12 @@ $(BIN)/llama-server: | $(BIN)/python
 	@echo "installing lm-eval into .venv-lmeval (takes minutes)"
 	@$(PYTHON) -m venv .venv-lmeval
 	@.venv-lmeval/bin/python -m pip install --quiet --disable-pip-version-check "lm_eval[api,hf]"
+	@touch $@
+
+# The whole project and Ray, whose many dependencies shall not decide what others get.
+
+.venv-ray/done: pyproject.toml
+	@echo "installing Ray into .venv-ray (takes minutes)"
+	@$(PYTHON) -m venv .venv-ray
+	@.venv-ray/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[ray]"
 	@touch $@

@@ -37,6 +37,10 @@ class Caps:
     kernels: tuple[str, ...]
     kernel_library: str | None = None
     """The file of native kernels that was loaded, by its name, which tells what it was built from; None without."""
+    kernel_arithmetic: str | None = None
+    """What the native kernels multiply with, by its name: `AMX`, `AVX-512`, …; None without."""
+    framework_because: str | None = None
+    """Why the kernels are the framework's and not native; None where they are native, or another's."""
     token_buckets: tuple[int, ...] = ()
     """Sizes T that a step is padded to, rising; empty where any size runs as it is."""
     decode_buckets: tuple[int, ...] = ()

@@ -65,6 +65,7 @@ GROUPS = (
     ),
     (
         ("kernels_used", "kernels"),
+        ("kernel_arithmetic", "native kernels multiply by"),
         ("weights_mib", "weights in this dtype, MiB"),
         ("kv_pool_mib", "KV pages, MiB"),
         ("rank_mib", "weights and pages of a rank, MiB"),
@@ -84,6 +85,8 @@ GROUPS = (
 )
 """Speed, latency, efficiency, the batch and its pages, memory and start, guards: each figure with its name."""
 FIGURES = tuple(figure for group in GROUPS for figure in group)
+WHERE = {"communication_ms_per_step": "communication_mib_per_step"}
+"""A figure that there is, though nobody may tell it, where that other is told."""
 BRACKETS = "in brackets: percentiles of too few samples"
 
 
@@ -161,8 +164,8 @@ def print_comparison(title: str, result: Mapping[str, Any]) -> None:
     """The verdicts, then the figures, then what went wrong."""
     console = wide_console()
     for label, comparison in result["comparisons"].items():
-        doubt = ", [bold red]contaminated[/]" if contaminated(result["engines"], (comparison["against"], label)) else ""
-        console.print(f"[{COLOURS[comparison['verdict']]}]{escape(comparison['said'])}[/]{doubt}.", highlight=False)
+        doubt = "[bold red]contaminated:[/] " if contaminated(result["engines"], (comparison["against"], label)) else ""
+        console.print(f"{doubt}[{COLOURS[comparison['verdict']]}]{escape(comparison['said'])}[/].", highlight=False)
     print_verdict(result)
     console.print(f"[dim]Stopped: {result['stopped']}.[/]", highlight=False)
     print_table(title, result["engines"], result["comparisons"])
@@ -182,18 +185,20 @@ def print_table(
     for group in GROUPS:
         table.add_section()
         for key, name in group:
-            if any(figures.get(key) is not None for figures in engines.values()):
+            if tells(key, engines.values()):
                 table.add_row(name, *(figure(key, figures) for figures in engines.values()))
             if key == "output_throughput" and comparisons:
                 against = next(iter(comparisons.values()))["against"]
                 table.add_row(f"× {escape(against)}", *(times(comparisons.get(label)) for label in engines), style="bold")
+            if key == "output_throughput" and contaminated(engines, engines):
+                table.add_row("contaminated: see below", *spoilt_cells(engines), style="bold red")
     console = wide_console()
     console.print(title, style="bold", highlight=False, markup=False)
     console.print(table)
     if notes := list(explanations(engines, comparisons or {})):
         console.print("; ".join(notes), style="dim", highlight=False, markup=False)
     for label, figures in engines.items():
-        print_doubts(console, label, figures["contaminated"], figures.get("unsure") or ())
+        print_doubts(console, label, figures["contaminated"], [*(figures.get("unsure") or ()), *fallback(figures)])
 
 
 def explanations(engines: Mapping[str, Mapping[str, Any]], comparisons: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -206,9 +211,20 @@ def explanations(engines: Mapping[str, Mapping[str, Any]], comparisons: Mapping[
         yield BRACKETS
 
 
+def spoilt_cells(engines: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Of each engine, whether its figures stand for what they seem to."""
+    return ["contaminated" if mine.get("contaminated") else "no" for mine in engines.values()]
+
+
 def contaminated(engines: Mapping[str, Mapping[str, Any]], labels: Iterable[str]) -> list[str]:
     """Those of the engines whose figures do not stand for what they seem to."""
     return [label for label in labels if engines[label].get("contaminated")]
+
+
+def fallback(figures: Mapping[str, Any]) -> list[str]:
+    """That an engine runs other kernels than the fastest it has, where nobody asked for them, and why."""
+    why = figures.get("auto_took_framework")
+    return [f"kernels=auto took the framework's kernels, not the native ones: {why}"] if why else []
 
 
 def print_doubts(console: Console, whose: str, reasons: Iterable[str], unsure: Iterable[str]) -> None:
@@ -219,9 +235,16 @@ def print_doubts(console: Console, whose: str, reasons: Iterable[str], unsure: I
         console.print(f"{escape(whose)}: {escape(reason)}.", style="dim", highlight=False)
 
 
+def tells(key: str, engines: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether any engine has a figure, or would have if it could tell."""
+    return any(mine.get(key) is not None or mine.get(WHERE.get(key, key)) is not None for mine in engines)
+
+
 def figure(key: str, figures: Mapping[str, Any]) -> str:
     """A figure of an engine: a word as it is, a share in per cent, a percentile of fewer samples than it needs in brackets."""
     value = figures.get(key)
+    if value is None and figures.get(WHERE.get(key, key)) is not None:
+        return "not told"
     if isinstance(value, str):
         return value
     if value is not None and math.isfinite(value) and (key in LIMITED or key.endswith(("_share", "_rate"))):
@@ -248,10 +271,10 @@ def print_failures(failures: Mapping[str, Mapping[str, str]]) -> None:
         console.print(f"[bold red]failed[/] {escape(label)} ({failure['kind']}): {escape(failure['message'])}", highlight=False)
 
 
-def wide_console() -> Console:
+def wide_console(least: int = 120) -> Console:
     """Standard output, never so narrow that a table loses columns in a log."""
     console = Console()
-    return console if console.is_terminal else Console(width=max(120, console.width))
+    return console if console.is_terminal else Console(width=max(least, console.width))
 
 
 def number(value: float | int | None) -> str:

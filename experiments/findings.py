@@ -7,11 +7,12 @@ import math
 import re
 import shlex
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from experiments.config import ADAPTIVE_BLOCKS
-from experiments.console import contaminated, number
+from experiments.console import contaminated, fallback, number
 from experiments.page import Notice, Tone, Verdict
 from experiments.results import RunFiles
 
@@ -30,12 +31,17 @@ def speed(run: RunFiles, paced: bool) -> Iterator[Verdict]:
         if mine.get("output_throughput") is not None:
             ttft, tpot = (number(mine.get(f"median_{name}_ms")) for name in ("ttft", "tpot"))
             said = f"Median time to first token {ttft} ms, per output token after it {tpot} ms."
-            yield Verdict("calm", number(mine["output_throughput"]), "output tokens/s", said)
+            yield doubted(mine, Verdict("calm", number(mine["output_throughput"]), "output tokens/s", said))
         if mine.get("roofline") is not None:
             said = "The least time in which this machine could have done the same steps, over the time they took."
-            yield Verdict("calm", f"{mine['roofline']:.0%}", "of the roofline", said)
+            yield doubted(mine, Verdict("calm", f"{mine['roofline']:.0%}", "of the roofline", said))
     for label in list(engines)[1:]:
         yield throughput(label, results, engines, run.config.get("measure") or {}, paced)
+
+
+def doubted(mine: Mapping[str, Any], verdict: Verdict) -> Verdict:
+    """The finding, which says so if what it rests on is contaminated."""
+    return replace(verdict, tone="warn", word=f"{verdict.word}: contaminated") if mine.get("contaminated") else verdict
 
 
 def kernels_alone(run: RunFiles) -> Iterator[Verdict]:
@@ -48,8 +54,8 @@ def kernels_alone(run: RunFiles) -> Iterator[Verdict]:
     if shares:
         said = "Of the time that all layers take, what they need at least: "
         said += ", ".join(f"{shape} {share:.0%}" for shape, share in shares.items()) + "."
-        tone: Tone = "warn" if run.results.get("contaminated") else "calm"
-        yield Verdict(tone, f"{min(shares.values()):.0%} to {max(shares.values()):.0%}", "of the limit, all layers", said)
+        value = f"{min(shares.values()):.0%} to {max(shares.values()):.0%}"
+        yield doubted(run.results, Verdict("calm", value, "of the limit, all layers", said))
 
 
 def latency(engines: Mapping[str, Mapping[str, Any]]) -> Verdict:
@@ -92,7 +98,7 @@ def throughput(
     if paced:
         told.append("The arrivals set this ratio as long as both engines keep up")
     if spoilt := contaminated(engines, (first, label)):
-        evidence.append("contaminated")
+        value = f"Contaminated: {value if word in ('faster', 'slower') else value.lower()}"
         told.append(f"Contaminated: {' and '.join(spoilt)}, see below")
     tone = "warn" if spoilt else "calm" if paced else TONES.get(str(word), "calm")
     return Verdict(tone, value, ", ".join(evidence), ". ".join(told) + ".")
@@ -197,6 +203,8 @@ def notices(run: RunFiles) -> Iterator[Notice]:
             yield Notice("warn", f"{label} is contaminated", f"{reason}.")
         for reason in mine.get("unsure") or ():
             yield Notice("calm", f"{label} may be contaminated", f"{reason}.")
+        for reason in fallback(mine):
+            yield Notice("calm", f"{label} does not run native kernels", f"{reason}.")
 
 
 def log_end(directory: Path, log: str) -> str:

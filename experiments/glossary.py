@@ -92,6 +92,18 @@ GLOSSARY: tuple[tuple[str, str, str], ...] = (
         "host time / steps",
     ),
     (
+        "Between ranks a step",
+        "What a rank tells the others in a step, of the residual stream and of candidates for the next token; the time is that "
+        "of the first rank, waiting for the others included. JAX does not tell it: it is inside a compiled program.",
+        "",
+    ),
+    (
+        "Scaling",
+        "Strong: the same requests to more ranks. Weak: as many requests for each rank. Efficiency is the throughput over that "
+        "of the fewest ranks, by what there is more to compute with: threads on a CPU, devices elsewhere.",
+        "(tokens/s / threads) / (first's tokens/s / its threads)",
+    ),
+    (
         "Harness's share",
         "What sending requests and noting tokens took of the time measured; the same for every engine.",
         "driver's time / duration",

@@ -11,7 +11,8 @@ engine's log.
 
 A time includes the call out of Python, microseconds each, on JAX tens of them for each pass over the layers: the least that an
 operator can show. A fraction above 1 means that its data came from a cache, as that of a tiny model does, or that the machine
-was slower while its limits were measured: such a run is called contaminated.
+was slower while its limits were measured: such a run is called contaminated. One whose limits moved between its start and its
+end is in doubt.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ from experiments.config import EngineSpec, MeasureConfig, resolved, runs_folder
 from experiments.console import Narrator, number, print_doubts, wide_console
 from experiments.isolate import IsolatedEngine
 from experiments.job import job_directory
-from experiments.measure import machine_limits
+from experiments.measure import KERNELS, machine_limits
 from experiments.metrics import BUSY
-from experiments.roofline import Limits, Work, better, limit_seconds, limits_said, seen
+from experiments.roofline import SAID, Limits, Work, better, limit_seconds, limits_said, seen
 from experiments.rundir import finished, run_directory, write_json, write_setup
 
 
@@ -69,6 +70,7 @@ PROJECT = ("input_layernorm", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm")
 """A layer's tensors that project reads; combine reads the others."""
 FIGURES = {
     "ms": "ms",
+    "quartiles_ms": "quartiles",
     "mib": "MiB",
     "gflop": "GFLOP",
     "gb_per_s": "GB/s",
@@ -78,9 +80,19 @@ FIGURES = {
     "framework_ms": "framework, ms",
     "ratio": "× framework",
 }
-"""Of an operator at a shape, each with its name; `fraction` is limit_ms / ms, and `ratio` is framework_ms / ms."""
+"""Of an operator at a shape, each with its name: medians of the passes, and the native ones' lower and upper quartile;
+`fraction` is limit_ms / ms, and `ratio` is framework_ms / ms."""
 Figures = Mapping[str, Any]
-"""`FIGURES`, and `quartiles_ms` and `framework_quartiles_ms`: the lower and the upper quartile of the passes."""
+"""`FIGURES`, and `framework_quartiles_ms`."""
+TABLE = 140
+"""Columns of a line that the tables need."""
+MOVED = 0.1
+"""Of a limit: what it may differ by before and after the run."""
+LIMIT = (
+    "Limit: the least time for these MiB at the speed of memory and these GFLOP at the peak of matmul; a cache answers "
+    "faster than memory, so that data which fit one may come to more than 1 of it."
+)
+"""What the tables' limits are of."""
 
 
 def make_batch(shape: Shape, vocab_size: int, page_size: int) -> Batch:
@@ -93,7 +105,8 @@ def make_batch(shape: Shape, vocab_size: int, page_size: int) -> Batch:
 
 
 def needs(model: ModelConfig, dtype: Dtype, batch: Batch, page_size: int) -> dict[str, Work]:
-    """What each operator needs at least, over all layers. For sample that is to read the logits."""
+    """What each operator needs at least, over all layers. For sample that is to read the logits. Attend alone reads the
+    keys and values of the step's own tokens too, which in the layers as a whole are still in a cache."""
     layers = [(name.split(".")[-2], size) for name, size in expected_shapes(model).items() if ".layers." in name]
     mine, others = ([size for name, size in layers if (name in PROJECT) == side] for side in (True, False))
     elements = lambda sizes: sum(map(math.prod, sizes))  # noqa: E731
@@ -104,22 +117,28 @@ def needs(model: ModelConfig, dtype: Dtype, batch: Batch, page_size: int) -> dic
     counted = {
         "embed": (min(tokens, model.vocab_size) * model.hidden_size, 0),
         "project": (elements(mine) + kv * model.num_layers * tokens, 2 * matrices(mine) * tokens),
-        "attend": (kv * keys, 4 * model.num_heads * model.head_dim * context),
+        "attend": (kv * (keys + model.num_layers * tokens), 4 * model.num_heads * model.head_dim * context),
         "combine": (elements(others), 2 * matrices(others) * tokens),
         "head": (head + model.hidden_size, 2 * head * rows),
     }
     work = {name: Work(np.array(size * ITEMSIZES[dtype]), np.array(flops)) for name, (size, flops) in counted.items()}
     parts = [work[name] for name in ("project", "attend", "combine")]
-    work["layers"] = Work(np.sum([part.bytes for part in parts]), np.sum([part.flops for part in parts]))
+    own = np.array(kv * model.num_layers * tokens * ITEMSIZES[dtype])
+    work["layers"] = Work(np.sum([part.bytes for part in parts]) - own, np.sum([part.flops for part in parts]))
     work["sample"] = Work(np.array(4 * model.vocab_size * rows), np.array(0))  # float32
     return work
 
 
-def figures(work: Work, native_s: float, framework_s: float, limits: Limits | None, dtype: Dtype) -> dict[str, float | None]:
-    """`FIGURES` of one operator; those of the limit are None if it was not measured."""
+def figures(
+    work: Work, native: Sequence[float], framework: Sequence[float], limits: Limits | None, dtype: Dtype
+) -> dict[str, Any]:
+    """The figures of one operator from the quartiles of its passes in seconds, the median between them; those of the limit are
+    None if it was not measured."""
     limit = None if limits is None else float(limit_seconds(work, limits.bandwidth, limits.peak(dtype)))
+    native_s, framework_s = native[1], framework[1]
     values = (
         native_s * 1e3,
+        spread_ms(native),
         float(work.bytes) / 2**20,
         float(work.flops) / 1e9,
         float(work.bytes) / native_s / 1e9,
@@ -129,7 +148,7 @@ def figures(work: Work, native_s: float, framework_s: float, limits: Limits | No
         framework_s * 1e3,
         framework_s / native_s,
     )
-    return dict(zip(FIGURES, values, strict=True))
+    return dict(zip(FIGURES, values, strict=True)) | {"framework_quartiles_ms": spread_ms(framework)}
 
 
 def run(config: DictConfig, spec: EngineSpec, measure: MeasureConfig) -> dict[str, Any]:
@@ -147,14 +166,14 @@ def run(config: DictConfig, spec: EngineSpec, measure: MeasureConfig) -> dict[st
             answer = engine.time_kernels(checkpoint.path, SHAPES, measure.kernel_passes, narrator.progress(spec.label))
         after = machine_limits(measure, narrator)
         limits = better(before, after) if before and after else None
+        limits_found = before and after and {"before": before.summary(), "after": after.summary()}
         dtype, page_size, times = spec.config.dtype, spec.config.block_size, answer["times"]
         shapes: dict[str, dict[str, Figures]] = {}
         for shape in SHAPES:
             work = needs(checkpoint.config, dtype, make_batch(shape, checkpoint.config.vocab_size, page_size), page_size)
             native, framework = (times[kind][shape.name] for kind in ("native", "framework"))
             shapes[shape.name] = {
-                operator: figures(work[operator], seconds[1], framework[operator][1], limits, dtype)
-                | {"quartiles_ms": spread_ms(seconds), "framework_quartiles_ms": spread_ms(framework[operator])}
+                operator: figures(work[operator], seconds, framework[operator], limits, dtype)
                 for operator, seconds in native.items()
             }
         share = answer["foreign_cpu_share"]
@@ -165,10 +184,11 @@ def run(config: DictConfig, spec: EngineSpec, measure: MeasureConfig) -> dict[st
             "passes": measure.kernel_passes,
             "run": str(finished(directory)),
             "failures": {},
-            "kernel_library": answer["kernel_library"],
-            "limits": before and after and {"before": before.summary(), "after": after.summary()},
+            **{name: answer[name] for name in KERNELS},
+            "limits": limits_found,
             "foreign_cpu_share": share,
-            "contaminated": contaminations(shapes, share),
+            "contaminated": contaminations(shapes, share, limits.cache_bytes if limits else 0),
+            "unsure": moved(limits_found) if limits_found else [],
             "shapes": shapes,
         }
         write_json(directory / "results.json", result)
@@ -181,19 +201,38 @@ def spread_ms(quartiles: Sequence[float]) -> list[float]:
     return [1e3 * quartiles[0], 1e3 * quartiles[2]]
 
 
-def contaminations(shapes: Mapping[str, Mapping[str, Figures]], foreign_share: float) -> list[str]:
-    """What makes figures of shape → operator worth nothing."""
+def contaminations(shapes: Mapping[str, Mapping[str, Figures]], foreign_share: float, cache_bytes: int) -> list[str]:
+    """What makes figures of shape → operator worth nothing. `cache_bytes`: of the last-level cache, 0 where nobody tells."""
     reasons = [f"other programs used {foreign_share:.0%} of the processors"] if foreign_share > BUSY else []
-    invalid = [
-        f"{operator} in {shape} ({values['fraction']:.2f})"
+    above = [
+        (f"{operator} in {shape} ({values['fraction']:.2f})", values["mib"] * 2**20 <= cache_bytes)
         for shape, rows in shapes.items()
         for operator, values in rows.items()
         if (values["fraction"] or 0.0) > 1
     ]
-    if invalid:
-        why = "data came from a cache, or the machine was slower while its limits were measured"
-        reasons.append(f"invalid: above the limit are {', '.join(invalid)}; {why}")
+    cached = f"their data fit the last-level cache of {cache_bytes >> 20} MiB, which answers faster than memory"
+    for fits, why in ((True, cached), (False, "the machine was slower while its limits were measured")):
+        if invalid := [name for name, small in above if small == fits]:
+            reasons.append(f"invalid: above the limit are {', '.join(invalid)}; {why}")
     return reasons
+
+
+def moved(limits: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """That the machine was not the same before and after, with which limits, if it was not: a share of one is then a share of
+    what the machine can do at its best."""
+    before, after = limits["before"], limits["after"]
+    apart = [
+        f"{name} {number(before[key] / 1e9)} and {number(after[key] / 1e9)} {unit}"
+        for key, name, unit in SAID
+        if abs(before[key] - after[key]) > MOVED * max(before[key], after[key])
+    ]
+    return [f"the machine's limits moved during the run ({', '.join(apart)} before and after)"] if apart else []
+
+
+def cell(name: str, values: Figures) -> str:
+    """One of `FIGURES` as it is shown."""
+    value = values.get(name)
+    return f"{number(value[0])}–{number(value[1])}" if isinstance(value, Sequence) else number(value)
 
 
 def expect_native(spec: EngineSpec) -> None:
@@ -208,17 +247,19 @@ def expect_native(spec: EngineSpec) -> None:
 
 def print_tables(result: Mapping[str, Any]) -> None:
     """What spoils them, the tables, and the limits that they rest on."""
-    console = wide_console()
-    print_doubts(console, result["engine"], result["contaminated"], ())
-    spoilt = bool(result["contaminated"])
+    console = wide_console(TABLE)
+    print_doubts(console, result["engine"], result["contaminated"], result["unsure"])
+    doubt = "[bold red]contaminated:[/] " if result["contaminated"] else ""
+    by = f" ({result['kernel_arithmetic']})" if result.get("kernel_arithmetic") else ""
     for shape, operators in result["shapes"].items():
-        title = ", ".join([*(result[key] for key in ("engine", "model", "dtype")), shape, *["contaminated"] * spoilt])
-        table = Table(title=escape(title), title_justify="left")
+        title = ", ".join([f"{result['engine']}{by}", *(result[key] for key in ("model", "dtype")), shape])
+        table = Table(title=f"{doubt}{escape(title)}", title_justify="left")
         table.add_column("all layers")
         for heading in FIGURES.values():
             table.add_column(heading, justify="right")
         for operator, values in operators.items():
-            table.add_row(operator, *(number(values[name]) for name in FIGURES))
+            table.add_row(operator, *(cell(name, values) for name in FIGURES))
         console.print(table)
     if result["limits"]:
+        console.print(LIMIT, style="dim", highlight=False, markup=False)
         console.print(limits_said(result["limits"]), style="dim", highlight=False, markup=False)

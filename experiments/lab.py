@@ -29,7 +29,7 @@ from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from experiments.cli import explain, spell_out_model
 from experiments.config import engine_spec, resolved
-from experiments.console import FIGURES, figure
+from experiments.console import FIGURES, contaminated, figure, tells
 from experiments.isolate import EngineFailure
 from experiments.records import read_rows, read_steps
 from experiments.results import RunFiles, open_run
@@ -192,7 +192,7 @@ class Run:
         rows = [
             (name, *(figure(key, figures) for figures in engines.values()))
             for key, name in FIGURES
-            if any(figures.get(key) is not None for figures in engines.values())
+            if tells(key, engines.values())
         ]
         title = ", ".join(str(results.get(key)) for key in ("model", "dtype", "workload"))
         return Shown(title=title, sentences=tuple(self.sentences()), header=("", *engines), rows=tuple(rows))
@@ -218,8 +218,14 @@ class Comparison(Run):
         return pd.DataFrame(self.results.get("comparisons") or {}).T
 
     def sentences(self) -> list[str]:
-        verdicts = (entry.get("said") for entry in (self.results.get("comparisons") or {}).values())
-        return [*(said for said in verdicts if said), *self._agreement(), *super().sentences()]
+        compared = (self.results.get("comparisons") or {}).items()
+        engines = self.files.engines
+        verdicts = [
+            f"{'contaminated: ' if contaminated(engines, (entry['against'], label)) else ''}{entry['said']}"
+            for label, entry in compared
+            if entry.get("said")
+        ]
+        return [*verdicts, *self._agreement(), *super().sentences()]
 
     def _agreement(self) -> list[str]:
         """Whether the engines compute the same thing."""

@@ -25,11 +25,14 @@ from experiments.metrics import contaminations, output_throughput, summarize, un
 from experiments.profiled import Profile
 from experiments.records import kept_rows
 from experiments.roofline import Limits, bandwidth_probe, better, efficiency, measure_limits, weights_bytes
+from experiments.scaling import scale
 from experiments.statistics import Comparison, compare_all
 from experiments.workload import Workload, WorkloadConfig, draw, known_options
 
 LOADED = ("rss_mib", "peak_load_mib", "kv_pool_mib", "rank_mib")
 """Figures that an engine's process tells when it has loaded."""
+KERNELS = ("kernel_arithmetic", "kernel_library")
+"""What an engine's `Caps` tell of its native kernels."""
 PROFILED_REQUESTS, PROFILED_OUTPUT_LEN = 8, 16
 """Of the window under a profiler, at most."""
 Probe = Callable[[], float | None]
@@ -83,10 +86,11 @@ def expect_fits(workload: Workload, spec: EngineSpec, checkpoint: Checkpoint) ->
     """Raises `ConfigError` if an engine would refuse a request of the workload once it is loaded."""
     config, limit = spec.config, spec.config.model_len(checkpoint.config)
     has = f"Workload {workload.name} has a request of {workload.longest} tokens, prompt and output together"
+    shorten, most = "Shorten workload.prompt_len or workload.output_len", checkpoint.config.max_position
+    expect(workload.longest <= most, f"{has}, and the model has {most} positions. {shorten}.")
     expect(
         workload.longest <= limit,
-        f"{has}; engine {spec.label} serves {limit}. "
-        "Shorten workload.prompt_len or workload.output_len, or raise max_model_len.",
+        f"{has}; engine {spec.label} serves {limit}. {shorten}, or raise max_model_len, to {most} at most.",
     )
     room = math.inf if config.num_blocks is None else (config.num_blocks - 1) * config.block_size
     expect(
@@ -275,7 +279,18 @@ def window_figures(windows: Sequence[Window], plan: Plan, spec: EngineSpec, limi
 def figure_names(plan: Plan) -> list[str]:
     """Every figure that a row can have, known before anything runs."""
     named = window_figures([], plan, plan.engines[0], None)
-    loaded = ("device", "kernels_used", "kernel_library", "load_s", "warmup_s", *LOADED, "weights_mib", "peak_rss_mib")
+    loaded = (
+        *scale(plan.engines[0]),
+        "device",
+        "kernels_used",
+        *KERNELS,
+        "auto_took_framework",
+        "load_s",
+        "warmup_s",
+        *LOADED,
+        "weights_mib",
+        "peak_rss_mib",
+    )
     return [*named, *loaded, "limits", "contaminated", "unsure"]
 
 
@@ -300,8 +315,12 @@ def prepare(engine: IsolatedEngine, plan: Plan, narrator: Narrator) -> dict[str,
     caps = loaded["caps"]
     ours = util.find_spec(f"{engine.spec.name}infer")  # what outside engines compute by is their own
     kernels = ", ".join(caps["kernels"]) if ours else None
-    what = {"device": caps["device"], "kernels_used": kernels, "kernel_library": caps["kernel_library"]}
-    return what | {"load_s": loaded["load_s"], "warmup_s": warmup} | memory
+    what = {"device": caps["device"], "kernels_used": kernels, **{name: caps[name] for name in KERNELS}}
+    why = caps["framework_because"] if engine.spec.config.kernels == "auto" else None
+    if why:
+        narrator.say(f"{engine.spec.label}: kernels=auto took the framework's kernels, not the native ones: {why}")
+    what["auto_took_framework"] = why
+    return scale(engine.spec) | what | {"load_s": loaded["load_s"], "warmup_s": warmup} | memory
 
 
 def setting(config: DictConfig, plan: Plan) -> dict[str, Any]:

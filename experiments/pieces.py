@@ -19,6 +19,7 @@ import numpy as np
 
 from common.config import EngineConfig, ModelConfig, expect
 from common.interface import Progress
+from common.kernels.cpu.build import arithmetic
 from common.kernels.cpu.pages import page_bytes
 from common.kernels.cpu.step import pack_step
 from common.platform import memory_available
@@ -227,7 +228,8 @@ def time_kernels(
     progress: Progress,
 ) -> dict[str, Any]:
     """`times`: kind of kernels → shape → operator → seconds, the quartiles of the passes with the median between them;
-    `foreign_cpu_share`: what other programs used of the processors meanwhile; `kernel_library`: the file of the native kernels.
+    `foreign_cpu_share`: what other programs used of the processors meanwhile; `kernel_library`: the file of the native kernels,
+    and `kernel_arithmetic`: what they multiply with.
     What a shape took is printed as soon as it is known, as a line of JSON, and so stands in the engine's log. Raises
     `ConfigError` or `BackendError` where the native kernels do not serve this model under these settings."""
     config = replace(
@@ -238,7 +240,7 @@ def time_kernels(
         max_num_batched_tokens=max(shape.seqs * shape.new for shape in shapes),
     )
     device = part(backend, "device").open_device(config.device, config.threads)
-    part(backend, "kernels").usable(config, checkpoint.config, device)
+    part(backend, "kernels").unusable(config, checkpoint.config, device)
     pages = most_pages(shapes, config.block_size)
     needed, free = pages * page_bytes(checkpoint.config, config), memory_available()
     expect(needed <= free, f"The KV pages of the longest step take {needed} bytes, and {free} are free; take a smaller model.")
@@ -253,7 +255,9 @@ def time_kernels(
             foreign, wall = foreign + others, wall + passed
             progress(len(times[kind]), len(shapes), f"{kind} kernels, {name}")
     share = foreign / (wall * (os.cpu_count() or 1))
-    return {"times": times, "foreign_cpu_share": share, "kernel_library": part(backend, "kernels").built_library().name}
+    library = part(backend, "kernels").built_library()
+    built = {"kernel_library": library.name, "kernel_arithmetic": arithmetic(library, config.dtype)}
+    return {"times": times, "foreign_cpu_share": share, **built}
 
 
 def time_kind(

@@ -52,6 +52,11 @@ from experiments.phases import rate, step_seconds
 
 READ = "read"
 DTYPES = tuple(ITEMSIZES)
+SAID = (
+    (f"{READ}_bytes_per_s", "memory read", "GB/s"),
+    *((f"{dtype}_flops_per_s", f"matmul {dtype}", "GFLOP/s") for dtype in DTYPES),
+)
+"""Of `Limits.summary`: key, name, unit in billions."""
 CACHES = 8
 """The buffer is this many times the last-level cache, so that next to nothing of it is found there the next time."""
 LEAST_BUFFER = 1 << 28
@@ -105,10 +110,8 @@ class Limits:
 
 def limits_said(limits: Mapping[str, Mapping[str, Any]]) -> str:
     """Of a result's `limits`, the `summary` before and after: `Limits before and after: memory read 33.1 and 32.8 GB/s, …`."""
-    shown = [(f"{READ}_bytes_per_s", "memory read", "GB/s")]
-    shown += [(f"{dtype}_flops_per_s", f"matmul {dtype}", "GFLOP/s") for dtype in DTYPES]
     both = lambda key: " and ".join(number(limits[when][key] / 1e9) for when in ("before", "after"))  # noqa: E731
-    return f"Limits before and after: {', '.join(f'{name} {both(key)} {unit}' for key, name, unit in shown)}."
+    return f"Limits before and after: {', '.join(f'{name} {both(key)} {unit}' for key, name, unit in SAID)}."
 
 
 def better(one: Limits, other: Limits) -> Limits:

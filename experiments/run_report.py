@@ -84,8 +84,13 @@ def facts(run: RunFiles) -> list[str]:
 
 def kernels(run: RunFiles) -> str | None:
     """Those that ran, where all engines of ours that tell had the same; else what was asked for."""
-    ran = {mine["kernels_used"] for mine in run.engines.values() if mine.get("kernels_used")}
-    return ran.pop() if len(ran) == 1 else run.results.get("kernels")
+    ran = {(mine["kernels_used"], mine.get("kernel_arithmetic")) for mine in run.engines.values() if mine.get("kernels_used")}
+    if run.kind == "kernels":
+        ran = {("native", run.results.get("kernel_arithmetic"))}
+    if len(ran) != 1:
+        return run.results.get("kernels")
+    ((kind, arithmetic),) = ran
+    return f"{kind} ({arithmetic})" if arithmetic else kind
 
 
 def command(environment: Mapping[str, Any]) -> str:

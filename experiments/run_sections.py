@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
-from experiments import timeline
+from experiments import kernels, timeline
 from experiments.console import FIGURES
 from experiments.figures.agreement import by_position, constant
 from experiments.figures.latency import distribution, samples_ms
 from experiments.figures.ratio import ratio
 from experiments.figures.roofline import roofline
+from experiments.figures.scaling import scaling
 from experiments.figures.scatter import scatter
 from experiments.findings import text_of
 from experiments.page import Drawing, Section, known
@@ -21,6 +22,7 @@ from experiments.results import RunFiles
 from experiments.roofline import limits_said
 from experiments.run_rows import block_points, window_of
 from experiments.run_tables import agreement_tables, environment_table, figures_table, kernels_tables, profile_tables
+from experiments.scaling import curves, scaling_table
 from experiments.statistics import Criteria
 
 LATENCIES = (
@@ -51,6 +53,7 @@ def sections(run: RunFiles, rows: pd.DataFrame, steps: pd.DataFrame, paced: bool
             "How far each engine is from what this machine was measured to be capable of.",
             some(roofline(run.engines, str(run.results.get("dtype")))),
         ),
+        scaling_section([run.results | mine | {"engine": label} for label, mine in run.engines.items()]),
         *window_sections(rows, steps, engines),
         Section(
             "Where the time goes",
@@ -76,7 +79,7 @@ def figures_section(run: RunFiles) -> Section:
 
 def kernels_section(run: RunFiles) -> Section:
     limits = run.results.get("limits") if run.kind == "kernels" else None
-    intro = "Each native kernel alone, by the shape of the step."
+    intro = f"Each native kernel alone, by the shape of the step. {kernels.LIMIT}"
     tables = kernels_tables(run.results.get("shapes") or {})
     return Section("Kernels", f"{intro} {limits_said(limits)}" if limits else intro, tables=tables)
 
@@ -93,6 +96,18 @@ def ratio_section(run: RunFiles, engines: Sequence[str]) -> Section:
 def latency_section(rows: pd.DataFrame, engines: Sequence[str]) -> Section:
     drawings = some(*(distribution(name, title, samples_ms(rows, engines, name)) for name, title in LATENCIES))
     return Section("Latency", "Of requests that went well, over all blocks.", drawings)
+
+
+def scaling_section(results: Iterable[Mapping[str, Any]]) -> Section:
+    """`results`: as `scaling.curves` has them."""
+    found = curves(results)
+    return Section(
+        "Scaling",
+        "Engines that differ in their ranks alone, over the one with the fewest. Efficiency is by thread on a CPU, where ranks "
+        "share out an engine's threads. What ranks say to each other a step waits for: nothing is computed meanwhile.",
+        some(scaling(found)),
+        [scaling_table(curve) for curve in found],
+    )
 
 
 def blocks_section(rows: pd.DataFrame, engines: Sequence[str]) -> Section:

@@ -9,7 +9,7 @@ import pandas as pd
 
 from common.interface import KernelEvent
 from experiments import kernels
-from experiments.console import figure, number
+from experiments.console import contaminated, figure, number, spoilt_cells, tells
 from experiments.page import Table, known
 from experiments.profiled import own_seconds
 
@@ -41,12 +41,14 @@ def figures_table(
             *(figure(key, mine) for mine in engines.values()),
         )
         for key, name in figures
-        if any(mine.get(key) is not None for mine in engines.values())
+        if tells(key, engines.values())
     ]
     if comparisons:
         found = [comparisons.get(label) or {} for label in engines]
         rows.append(("× the first", *(f"{number(f.get('ratio'))}{interval(f)}" if f else "1" for f in found)))
         rows.append(("verdict", *(str(f.get("verdict") or "–") for f in found)))
+    if contaminated(engines, engines):
+        rows.append(("contaminated", *spoilt_cells(engines)))
     return Table(("", *engines), rows)
 
 
@@ -68,7 +70,7 @@ def kernels_tables(shapes: Mapping[str, Any]) -> list[Table]:
     return [
         Table(
             (shape, *kernels.FIGURES.values()),
-            [(operator, *(small(mine.get(key)) for key in kernels.FIGURES)) for operator, mine in operators.items()],
+            [(operator, *(kernels.cell(key, mine) for key in kernels.FIGURES)) for operator, mine in operators.items()],
         )
         for shape, operators in shapes.items()
         if operators

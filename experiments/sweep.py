@@ -71,7 +71,10 @@ def print_sweep(title: str, table: pd.DataFrame) -> None:
     headings = {name: name.rpartition(".")[2] for name in told}
     headings |= {name: textwrap.fill(HEADINGS[name], HEADING) for name in SHOWN if name in table}
     records = table.to_dict("records")
-    rows = [{name: cell(row[name]) if name in told else swept_figure(name, row) for name in headings} for row in records]
+    rows = [
+        {name: cell(row[name]) if name in told else swept_figure(name, row) for name in headings} | {"status": status(row)}
+        for row in records
+    ]
     console, used = wide_console(), 1
     view = Table(title=escape(title), title_justify="left")
     for name, heading in headings.items():
@@ -92,6 +95,11 @@ def print_sweep(title: str, table: pd.DataFrame) -> None:
 def swept_figure(key: str, row: Mapping[Any, Any]) -> str:
     """A figure of a row of a sweep's table, as that of a run is shown."""
     return figure(key, {key: None if pd.isna(row[key]) else row[key], "unsupported": few(row)})
+
+
+def status(row: Mapping[Any, Any]) -> str:
+    """How a row ended, and whether its figures stand for what they seem to."""
+    return f"{row['status']}, contaminated" if isinstance(row.get("contaminated"), str) else str(row["status"])
 
 
 def few(row: Mapping[Any, Any]) -> set[str]:

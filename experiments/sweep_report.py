@@ -20,9 +20,9 @@ from experiments.job import Job, read_jobs
 from experiments.page import Drawing, Notice, Page, Section, Table, Tone, Verdict
 from experiments.results import open_run, sweep_table
 from experiments.run_report import command
-from experiments.run_sections import some
+from experiments.run_sections import scaling_section, some
 from experiments.run_tables import environment_table
-from experiments.sweep import few, swept_figure
+from experiments.sweep import few, status, swept_figure
 from experiments.sweep_figures import last, over_axis, value
 
 COLUMNS = (
@@ -67,6 +67,7 @@ def sweep_page(folder: Path) -> Page:
             "Up and to the left is worse: the same work, later.",
             some(clouds(done, engines, swept)),
         ),
+        scaling_section(told(done)),
         Section("Environment", "Of the first job that ended well.", tables=[environment_table(environment)]),
     ]
     return Page(
@@ -83,6 +84,11 @@ def sweep_page(folder: Path) -> Page:
     )
 
 
+def told(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows without what nobody told."""
+    return [{key: cell for key, cell in row.items() if not pd.isna(cell)} for row in rows.to_dict("records")]
+
+
 def cells_table(table: pd.DataFrame, swept: Sequence[str]) -> Table:
     told = [name for name in swept if name != "engine"]
     shown = [(key, name) for key, name in COLUMNS if key in table and table[key].notna().any()]
@@ -92,7 +98,7 @@ def cells_table(table: pd.DataFrame, swept: Sequence[str]) -> Table:
             value(row["engine"]),
             *(value(row[name]) for name in told),
             *(swept_figure(key, row) for key, _ in shown),
-            str(row["status"]),
+            status(row),
         )
         for row in table.to_dict("records")
     ]

@@ -73,9 +73,9 @@ def open_library() -> ctypes.CDLL:
     return library
 
 
-def usable(config: EngineConfig, model: ModelConfig, device: jax.Device) -> bool:
-    """Whether `kernels` means native here. Raises `ConfigError` or `BackendError` if it must and cannot."""
-    return cpu.usable(config, model, device.platform, open_library)
+def unusable(config: EngineConfig, model: ModelConfig, device: jax.Device) -> str | None:
+    """Why `kernels` does not mean native here, or None. Raises `ConfigError` or `BackendError` if it must and cannot."""
+    return cpu.unusable(config, model, device.platform, open_library)
 
 
 def load_weights(

@@ -79,5 +79,19 @@ def test_the_line_of_a_verdict_on_contaminated_engines_says_so(spoilt: str, caps
     correctness = dict.fromkeys(("unjustified_divergences", "max_abs_logprob_diff", "first_divergence", "tokens_equal_share"))
     print_comparison("title", result | correctness)
     told = " ".join(capsys.readouterr().out.split()).partition("float32:")[0]
-    torch, hf = re.findall(r"(?:torch|hf) [^()]*\([^()]*\)[^.]*\.", told)
-    assert ("contaminated" in torch, "contaminated" in hf) == (spoilt in ("jax", "torch"), spoilt in ("jax", "hf"))
+    torch, hf = re.findall(r"(contaminated: )?(?:torch|hf) is [^()]*\([^()]*\)", told)
+    assert (bool(torch), bool(hf)) == (spoilt in ("jax", "torch"), spoilt in ("jax", "hf"))
+
+
+def test_a_table_says_beside_the_ratio_which_engines_are_contaminated(capsys: pytest.CaptureFixture[str]) -> None:
+    engines = {label: {"output_throughput": 1.0, "contaminated": ["swapped"] * (label == "jax")} for label in ("jax", "torch")}
+    print_table("title", engines)
+    (row,) = re.findall(r"contaminated: see below.*", capsys.readouterr().out)
+    assert re.findall(r"\w+", row)[3:] == ["contaminated", "no"]
+    print_table("title", {"torch": engines["torch"]})
+    assert "contaminated" not in capsys.readouterr().out
+
+
+def test_kernels_that_auto_fell_back_to_are_told_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table("title", {"jax": {"contaminated": [], "kernels_used": "framework", "auto_took_framework": "no compiler"}})
+    assert "jax: kernels=auto took the framework's kernels, not the native ones: no compiler." in capsys.readouterr().out

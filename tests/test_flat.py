@@ -24,7 +24,7 @@ from scipy.stats import theilslopes
 from common.engine import Engine
 from common.options import parse
 from common.request import Request
-from common.serve.__main__ import _parser, make_app
+from common.serve.__main__ import make_app, make_parser
 from common.serve.http import Http
 from common.serve.serving import Serving
 from tests.http_server import PATIENCE_S, SMALL, until
@@ -63,7 +63,7 @@ class Left(NamedTuple):
 @contextmanager
 def running(backend: str) -> Iterator[tuple[int, Engine]]:
     """A server on a thread."""
-    app = make_app(parse(_parser(), ["--model", "tiny-llama", "--backend", backend, *SMALL]))
+    app = make_app(parse(make_parser(), ["--model", "tiny-llama", "--backend", backend, *SMALL]))
     serving: Serving = app.state.serving
     config = uvicorn.Config(app, port=0, http=Http, log_config=None, access_log=False, ws="none", lifespan="on")
     server = uvicorn.Server(config)

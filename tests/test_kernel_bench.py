@@ -42,9 +42,13 @@ def test_layers_and_head_need_together_what_a_step_needs(shape: Shape, options: 
     parts, step = needs(config, "bfloat16", batch, 16), count([record_step(batch, 16, 0, 0)], config, "bfloat16")
     alone = [parts[name] for name in ("project", "attend", "combine")]
     rows = 0 if config.tie_embeddings else parts["embed"].bytes
-    assert rows + sum(part.bytes for part in alone) + parts["head"].bytes == step.bytes[0]
+    assert rows + parts["layers"].bytes + parts["head"].bytes == step.bytes[0]
     assert sum(part.flops for part in alone) + parts["head"].flops == step.flops[0]
-    assert (parts["layers"].bytes, parts["layers"].flops) == tuple(map(sum, zip(*alone, strict=True)))
+    assert parts["layers"].flops == sum(part.flops for part in alone)
+    own = (
+        2 * 2 * config.num_kv_heads * config.head_dim * config.num_layers * batch.num_tokens
+    )  # of bfloat16, read again by attend
+    assert parts["layers"].bytes == sum(part.bytes for part in alone) - own
 
 
 def test_the_work_of_a_decode_step_as_worked_out_by_hand() -> None:
@@ -57,7 +61,7 @@ def test_the_work_of_a_decode_step_as_worked_out_by_hand() -> None:
     assert {name: (float(w.bytes) / 4, float(w.flops)) for name, w in work.items()} == {
         "embed": (3 * D, 0),
         "project": (L * (qkv + D + 3 * 2 * K * H), 2 * 3 * L * qkv),
-        "attend": (L * 3 * 30 * 2 * K * H, 4 * N * H * L * 3 * 31),
+        "attend": (L * 3 * 31 * 2 * K * H, 4 * N * H * L * 3 * 31),
         "combine": (L * (rest + D), 2 * 3 * L * rest),
         "layers": (
             L * (qkv + rest + 2 * D + 3 * 2 * K * H + 3 * 30 * 2 * K * H),
@@ -72,19 +76,39 @@ def test_a_figure_is_the_work_over_the_time_and_the_time_over_the_limit() -> Non
     work = needs(model(), "float32", make_batch(PREFILL, 320, 16), 16)["head"]
     ways = {READ: {"way": 1e9}, "float32": {"way": 1e12}, "bfloat16": {"way": 1e12}}
     limits = Limits(ways=ways, threads=1, cache_bytes=0, buffer_bytes=0)
-    got = kernels.figures(work, 0.5, 1.0, limits, "float32")
+    got = kernels.figures(work, (0.4, 0.5, 0.7), (0.9, 1.0, 1.2), limits, "float32")
     assert got["mib"] == float(work.bytes) / 2**20 and got["gb_per_s"] == pytest.approx(float(work.bytes) / 0.5 / 1e9)
     assert got["limit_ms"] == pytest.approx(float(work.bytes) / 1e9 * 1e3) and got["ratio"] == 2.0
     assert got["fraction"] == pytest.approx(float(work.bytes) / 1e9 / 0.5)
+    assert (got["ms"], got["quartiles_ms"], got["framework_quartiles_ms"]) == (500.0, [400.0, 700.0], [900.0, 1200.0])
 
 
 def test_a_figure_above_the_limit_and_other_programs_contaminate() -> None:
-    shapes = {"decode": {"head": {"fraction": 0.9}, "sample": {"fraction": None}}, "prefill": {"head": {"fraction": 1.0}}}
-    assert kernels.contaminations(shapes, 0.0) == []
-    shapes["decode"]["sample"]["fraction"], shapes["prefill"]["head"]["fraction"] = 1.01, 1.2
-    (reason,) = kernels.contaminations(shapes, 0.0)
-    assert reason.startswith("invalid: above the limit are sample in decode (1.01), head in prefill (1.20); data came")
-    assert "other programs used 50% of the processors" in kernels.contaminations(shapes, 0.5)
+    figures = {"decode": {"head": (0.9, 9.0), "sample": (None, 0.5)}, "prefill": {"head": (1.0, 9.0)}}
+    told = lambda found: {  # noqa: E731
+        shape: {operator: {"fraction": fraction, "mib": mib} for operator, (fraction, mib) in rows.items()}
+        for shape, rows in found.items()
+    }
+    assert kernels.contaminations(told(figures), 0.0, 0) == []
+    figures["decode"]["sample"], figures["prefill"]["head"] = (1.01, 0.5), (1.2, 9.0)
+    (reason,) = kernels.contaminations(told(figures), 0.0, 0)
+    assert reason.startswith("invalid: above the limit are sample in decode (1.01), head in prefill (1.20); the machine was")
+    cached, slow = kernels.contaminations(told(figures), 0.0, 1 << 20)
+    assert cached.startswith(
+        "invalid: above the limit are sample in decode (1.01); their data fit the last-level cache of 1 MiB"
+    )
+    assert slow.startswith("invalid: above the limit are head in prefill (1.20); the machine was slower")
+    assert "other programs used 50% of the processors" in kernels.contaminations(told(figures), 0.5, 0)
+
+
+def test_limits_that_moved_during_the_run_are_a_doubt() -> None:
+    before = {"read_bytes_per_s": 3.0e10, "float32_flops_per_s": 2e11, "bfloat16_flops_per_s": 3e11}
+    assert kernels.moved({"before": before, "after": before | {"read_bytes_per_s": 3.2e10}}) == []
+    for first, second in ((4.5e10, 3.0e10), (3.0e10, 4.5e10)):
+        (doubt,) = kernels.moved(
+            {"before": before | {"read_bytes_per_s": first}, "after": before | {"read_bytes_per_s": second}}
+        )
+        assert f"memory read {first / 1e9:.2f} and {second / 1e9:.2f} GB/s" in doubt and "matmul" not in doubt
 
 
 # What is timed.
@@ -199,7 +223,10 @@ def test_the_command_times_every_operator_and_keeps_the_run(
 
 def timed(fraction: float) -> dict[str, Any]:
     """Results of two shapes, whose layers come to `fraction` of the limit in the one and to half of it in the other."""
-    figures = dict.fromkeys(kernels.FIGURES, 1.0) | {"quartiles_ms": [0.9, 1.1], "framework_quartiles_ms": [0.9, 1.1]}
+    figures: dict[str, Any] = dict.fromkeys(kernels.FIGURES, 1.0) | {
+        "quartiles_ms": [0.9, 1.1],
+        "framework_quartiles_ms": [0.9, 1.1],
+    }
     summary = {"read_bytes_per_s": 3.3e10, "float32_flops_per_s": 2e11, "bfloat16_flops_per_s": 3e11}
     shapes = {shape: {"layers": figures | {"fraction": share}} for shape, share in (("decode", fraction), ("prefill", 0.5))}
     return {
@@ -209,7 +236,9 @@ def timed(fraction: float) -> dict[str, Any]:
         "passes": 9,
         "failures": {},
         "limits": {"before": summary, "after": summary | {"read_bytes_per_s": 3.1e10}},
-        "contaminated": kernels.contaminations(shapes, 0.0),
+        "contaminated": kernels.contaminations(shapes, 0.0, 0),
+        "unsure": ["the machine's limits moved"],
+        "kernel_arithmetic": "AMX",
         "shapes": shapes,
     }
 
@@ -218,7 +247,8 @@ def test_what_spoils_the_tables_stands_above_them(capsys: pytest.CaptureFixture[
     kernels.print_tables(timed(1.25))
     told = capsys.readouterr().out
     assert told.startswith("contaminated torch: invalid: above the limit are layers in decode (1.25)")
-    assert told.count("any, bfloat16, decode, contaminated") == 1
+    assert told.count("contaminated: torch (AMX), any, bfloat16, decode") == 1 and "torch: the machine's limits moved." in told
+    assert "0.9000–1.100" in told and "a cache answers faster than memory" in " ".join(told.split())
     limits = " ".join(told.split()).partition("Limits before and after: ")[2]
     assert limits.startswith("memory read 33.00 and 31.00 GB/s, matmul float32 200.0 and 200.0 GFLOP/s")
     kernels.print_tables(timed(0.75))
@@ -230,8 +260,10 @@ def test_a_run_of_kernels_has_a_report_with_their_shares_and_limits(tmp_path: Pa
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
     (tmp_path / "config.yaml").write_text("model: {}\nengine: {}\n")
     page = write_report(tmp_path).read_text()
-    assert "memory read 33.00 and 31.00 GB/s" in page and "trace.perfetto.json" not in page
+    assert "memory read 33.00 and 31.00 GB/s" in page and "0.9000–1.100" in page and "a cache answers faster" in page
+    assert "may be contaminated" in page and "trace.perfetto.json" not in page
     said = (tmp_path / "report.md").read_text()
+    assert "native (AMX) kernels" in said and "of the limit, all layers: contaminated" in said
     assert "median of 9 passes" in said and "50% to 125%" in said and "**torch is contaminated**: invalid: above" in said
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in said.splitlines() if line.startswith("|")]
     assert rows[0][1:] == ["decode", "prefill"] and rows[2] == ["layers", "1.25 (1.0×)", "0.50 (1.0×)"]

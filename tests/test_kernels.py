@@ -17,12 +17,12 @@ import psutil
 import pytest
 import torch
 
-from common.config import EngineConfig
+from common.config import Dtype, EngineConfig
 from common.errors import BackendError, ConfigError
 from common.kernels.cpu import build, usable
 from common.kernels.cpu.pages import keys_in, keys_out, values_in, values_out
 from common.kernels.cpu.step import max_step_size, pack_changes, pack_step
-from common.platform import cxx_compiler
+from common.platform import cxx_compiler, matrix_unit
 from common.schedule.batch import null_batch
 from experiments.reference import NumpyModel
 from jaxinfer.parallel import Group
@@ -402,14 +402,14 @@ def test_jax_reports_what_does_not_fit(families: dict[str, Path]) -> None:
 def test_auto_falls_back_where_native_says_why_not(
     backend: str, options: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    native, model = part(backend, "kernels").usable, checkpoint("tiny-llama").config
-    assert native(EngineConfig(kernels="auto"), model, device(backend))
-    assert not native(EngineConfig(kernels="framework"), model, device(backend))
+    unusable, model = part(backend, "kernels").unusable, checkpoint("tiny-llama").config
+    assert unusable(EngineConfig(kernels="auto"), model, device(backend)) is None
+    assert unusable(EngineConfig(kernels="framework"), model, device(backend)) == "kernels=framework"
     with pytest.raises(ConfigError, match=reason):
-        native(EngineConfig(kernels="native", **options), model, device(backend))
+        unusable(EngineConfig(kernels="native", **options), model, device(backend))
     with caplog.at_level("INFO"):
-        assert not native(EngineConfig(kernels="auto", **options), model, device(backend))
-    assert reason in caplog.text
+        told = unusable(EngineConfig(kernels="auto", **options), model, device(backend))
+    assert reason in told and reason in caplog.text
 
 
 def test_auto_falls_back_where_no_library_can_be_kept(
@@ -419,10 +419,10 @@ def test_auto_falls_back_where_no_library_can_be_kept(
     monkeypatch.setenv("TANDEM_CACHE", str(tmp_path))
     model, opened = checkpoint("tiny-llama").config, lambda: build.build("limits")
     with caplog.at_level("INFO"):
-        assert not usable.usable(EngineConfig(kernels="auto"), model, "cpu", opened)
+        assert "TANDEM_CACHE" in (usable.unusable(EngineConfig(kernels="auto"), model, "cpu", opened) or "")
     assert "using framework" in caplog.text
     with pytest.raises(BackendError, match="TANDEM_CACHE"):
-        usable.usable(EngineConfig(kernels="native"), model, "cpu", opened)
+        usable.unusable(EngineConfig(kernels="native"), model, "cpu", opened)
 
 
 @pytest.mark.parametrize("folder", ["file/cache", "~nobody-of-this-name/cache"])
@@ -438,17 +438,24 @@ def test_auto_falls_back_where_there_is_no_cache(
     with caplog.at_level("INFO"):
         runner = part(backend, "runner").ModelRunner(EngineConfig(device="cpu", kernels="auto"))
         runner.load(model)
-    assert (runner.caps.kernels, runner.caps.kernel_library) == (("framework",), None)
+    assert (runner.caps.kernels, runner.caps.kernel_library, runner.caps.kernel_arithmetic) == (("framework",), None, None)
+    assert "TANDEM_CACHE" in runner.caps.framework_because
     assert caplog.text.count("using framework") == 1
     runner = part(backend, "runner").ModelRunner(EngineConfig(device="cpu", kernels="native"))
     with pytest.raises(BackendError, match="TANDEM_CACHE"):
         runner.load(model)
 
 
-def test_a_runner_names_the_library_that_it_has_loaded(backend: str) -> None:
-    runner = part(backend, "runner").ModelRunner(EngineConfig(device="cpu", kernels="native", max_num_seqs=2))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_runner_names_the_library_that_it_has_loaded_and_what_that_multiplies_with(backend: str, dtype: Dtype) -> None:
+    runner = part(backend, "runner").ModelRunner(EngineConfig(device="cpu", kernels="native", dtype=dtype, max_num_seqs=2))
     runner.load(checkpoint("tiny-llama"))
     assert re.fullmatch(rf"{backend}-[0-9a-f]{{24}}\.so", runner.caps.kernel_library)
+    vectors, narrow = ("AVX-512", "portable vectors"), ("AMX", "AVX-512 BF16")
+    assert runner.caps.kernel_arithmetic in (vectors if dtype == "float32" else vectors + narrow)
+    if not os.environ.get("TANDEM_CXXFLAGS"):
+        assert (runner.caps.kernel_arithmetic == "AMX") == (dtype == "bfloat16" and matrix_unit())
+    assert runner.caps.framework_because is None
 
 
 def test_a_library_that_does_not_load_is_a_backend_error() -> None:
@@ -456,12 +463,12 @@ def test_a_library_that_does_not_load_is_a_backend_error() -> None:
         ctypes.CDLL(__file__)
 
     with pytest.raises(BackendError, match="load its library"):
-        usable.usable(EngineConfig(kernels="native"), checkpoint("tiny-llama").config, "cpu", opened)
+        usable.unusable(EngineConfig(kernels="native"), checkpoint("tiny-llama").config, "cpu", opened)
 
 
 def test_each_engine_of_a_process_computes_with_its_own_threads(backend: str) -> None:
     kernels, model = part(backend, "kernels"), checkpoint("tiny-llama")
-    assert kernels.usable(EngineConfig(kernels="native"), model.config, device(backend))
+    assert kernels.unusable(EngineConfig(kernels="native"), model.config, device(backend)) is None
     steps, states = {}, {}
     for threads in (1, 5):
         steps[threads] = kernels.Step(EngineConfig(threads=threads, max_num_seqs=2, max_num_batched_tokens=8), device(backend))

@@ -27,7 +27,7 @@ from experiments import lab
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
-ONCE = ("04_two_engines", "05_results")
+ONCE = ("04_two_engines", "05_results", "06_parallelism")
 """Of both backends, or of none: they run once."""
 RESULTS = ROOT / "notebooks" / "05_results.ipynb"
 MAX_BYTES = 60_000
@@ -81,8 +81,9 @@ def test_a_notebook_runs_on_either_backend(path: Path, backend: str) -> None:
     execute(path, {"TANDEM_BACKEND": backend})
 
 
-def test_the_notebook_of_two_engines_runs() -> None:
-    execute(ROOT / "notebooks" / "04_two_engines.ipynb", {})
+@pytest.mark.parametrize("name", ["04_two_engines", "06_parallelism"])
+def test_a_notebook_of_both_backends_runs(name: str) -> None:
+    execute(ROOT / "notebooks" / f"{name}.ipynb", {})
 
 
 def test_the_notebook_of_results_reads_what_the_lab_has_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,8 +112,8 @@ def test_a_committed_notebook_is_fit_to_be_read(path: Path) -> None:
         assert not re.search(r"/(home|root|work|tmp|Users)/|[A-Z]:\\", text), text
 
 
-def test_there_are_five_notebooks() -> None:
-    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
+def test_there_are_six_notebooks() -> None:
+    assert [path.stem[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05", "06"]
 
 
 def main() -> None:

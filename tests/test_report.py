@@ -144,6 +144,7 @@ def test_the_summary_for_a_pull_request_has_verdict_table_and_contaminations(run
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert table[0] == "|  | jax | torch | hf |" and len({line.count("|") for line in table}) == 1
     assert any(line.startswith("| output tokens/s |") for line in table)
+    assert "| contaminated | no | no | contaminated |" in table and "**Contaminated: jax is faster · hf gives" in text
 
 
 def test_what_comes_from_outside_is_text(tmp_path: Path) -> None:
@@ -251,7 +252,7 @@ def test_what_is_advised_is_the_option_that_ended_the_run(blocks: int, done: int
 def test_a_verdict_on_contaminated_engines_says_so() -> None:
     engines = {"jax": {"contaminated": ["2 requests failed"]}, "torch": {}}
     (spoilt,) = speed(compared(engines=engines, found={"verdict": "slower"}), paced=False)
-    assert (spoilt.tone, spoilt.value) == ("warn", "jax is faster") and spoilt.word.endswith("contaminated")
+    assert (spoilt.tone, spoilt.value) == ("warn", "Contaminated: jax is faster")
     assert "Contaminated: jax" in spoilt.said
 
 
@@ -440,3 +441,15 @@ def test_a_sweep_whose_figures_are_all_not_finite_is_reported(tmp_path: Path) ->
         file.write_text(json.dumps(without(json.loads(file.read_text()), lambda _: True, math.nan)))
     text = Outline(write_report(folder).read_text()).text
     assert "5/6" in text and not re.search(r"\b(nan|None|inf)\b", text)
+
+
+def test_a_run_of_one_contaminated_engine_says_so_beside_its_figures(tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "run", ("jax",), blocks=1, count=5, output_len=4, contaminated=["2 requests failed"])
+    speeds = [verdict for verdict in run_page(open_run(directory))[0].verdicts if verdict.word.startswith("output tokens/s")]
+    assert [(verdict.word, verdict.tone) for verdict in speeds] == [("output tokens/s: contaminated", "warn")]
+
+
+def test_kernels_that_auto_fell_back_to_are_noticed_with_the_reason(tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "run", ("jax",), blocks=1, count=5, output_len=4, auto_took_framework="no compiler")
+    write_report(directory)
+    assert re.search(r"\*\*jax does not run native kernels\*\*: .*: no compiler", (directory / "report.md").read_text())

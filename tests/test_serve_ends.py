@@ -13,7 +13,7 @@ import pytest
 
 from common.errors import ConfigError
 from common.options import parse
-from common.serve.__main__ import _parser, make_app
+from common.serve.__main__ import make_app, make_parser
 from tests.http_server import Served, history, serving, until
 
 
@@ -139,7 +139,7 @@ def test_the_log_names_requests_and_never_what_they_say(server: Server) -> None:
 
 def test_an_empty_key_is_refused_and_not_taken_for_none() -> None:
     with pytest.raises(ConfigError, match="The API key is empty"):
-        make_app(parse(_parser(), ["--api-key", ""]))
+        make_app(parse(make_parser(), ["--api-key", ""]))
 
 
 def test_a_key_is_asked_for(tmp_path: Path) -> None:

@@ -328,7 +328,9 @@ def test_a_sweep_tells_which_rows_are_contaminated_and_which_may_be(capsys: pyte
     table = pd.DataFrame([fine, fine | spoilt, fine | doubtful])
     table.attrs["swept"] = []
     print_sweep("s", table)
-    told = [line for line in capsys.readouterr().out.splitlines() if " of job " in line]
+    out = capsys.readouterr().out
+    assert out.count("ok, contaminated") == 1
+    told = [line for line in out.splitlines() if " of job " in line]
     assert told == ["contaminated torch of job 0: 2 requests failed; too hot.", "jax of job 1: too short."]
 
 

@@ -64,9 +64,9 @@ def open_library() -> None:
     torch.ops.load_library(str(built_library()))
 
 
-def usable(config: EngineConfig, model: ModelConfig, device: torch.device) -> bool:
-    """Whether `kernels` means native here. Raises `ConfigError` or `BackendError` if it must and cannot."""
-    return cpu.usable(config, model, device.type, open_library)
+def unusable(config: EngineConfig, model: ModelConfig, device: torch.device) -> str | None:
+    """Why `kernels` does not mean native here, or None. Raises `ConfigError` or `BackendError` if it must and cannot."""
+    return cpu.unusable(config, model, device.type, open_library)
 
 
 def load_weights(

@@ -14,6 +14,7 @@ from common import interface
 from common.config import EngineConfig, ModelConfig
 from common.errors import BackendError
 from common.interface import Caps, KVGroup, Progress
+from common.kernels.cpu.build import arithmetic
 from common.schedule.batch import Batch, Mask
 from common.weights.checkpoint import Checkpoint
 from torchinfer import kernels
@@ -63,7 +64,8 @@ class ModelRunner(interface.ModelRunner):
     def load(self, checkpoint: Checkpoint, progress: Progress | None = None) -> None:
         self.model_config: ModelConfig = checkpoint.config
         positions = self.config.model_len(checkpoint.config)
-        native = kernels.usable(self.config, checkpoint.config, self.device)
+        unusable = kernels.unusable(self.config, checkpoint.config, self.device)
+        native = unusable is None
         step: Any = (kernels.make_step if native else Step)(self.config, self.device, self.group)
         self.group._load(checkpoint.path)
         step.load(checkpoint, positions, progress)
@@ -75,6 +77,8 @@ class ModelRunner(interface.ModelRunner):
             dtypes=("float32", "bfloat16"),
             kernels=(step.kernels,),
             kernel_library=kernels.built_library().name if native else None,
+            kernel_arithmetic=arithmetic(kernels.built_library(), self.config.dtype) if native else None,
+            framework_because=unusable,
             token_buckets=step.token_buckets,
             decode_buckets=step.decode_buckets,
             max_tokens=self.config.max_num_batched_tokens,

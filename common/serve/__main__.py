@@ -38,9 +38,9 @@ TOLD_BY_THE_FRONT = (log.name, "common.serve.guard")
 """Loggers that say what concerns all backends: of each HTTP request that it was answered, and of the server that it ends."""
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser(prog: str = "python -m common.serve") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m common.serve",
+        prog=prog,
         description="Serve a model to OpenAI's clients, and to people at /.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until told to end. Returns the exit code: 0 after a drain, 2 for a mistake of the caller."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        options = parse(_parser(), given)
+        options = parse(make_parser(), given)
         configure_logging(options.log_json, behind_front=bool(options.uds))
         listener = listen(options)
         backends = options.backend.split(",")

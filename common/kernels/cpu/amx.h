@@ -19,6 +19,11 @@
 
 namespace tandem {
 
+// What this build multiplies with, by its name: products of bfloat16 or of float32.
+constexpr const char* arithmetic(bool bfloat16) {
+  return bfloat16 && TANDEM_TILES ? "AMX" : bfloat16 && TANDEM_DOT ? "AVX-512 BF16" : TANDEM_VECTORS;
+}
+
 constexpr int TILE_ROWS = 16, TILE_INPUTS = 32;  // of A; a line of it is 64 bytes
 
 #if TANDEM_TILES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from common.config import Dtype
 from common.errors import BackendError, CheckpointError
 from common.platform import cpu_features, cpu_name, cpu_vendor, cxx_compiler, matrix_unit
 from common.weights.zoo import cache_directory
@@ -60,6 +62,13 @@ def machine_options() -> tuple[str, ...]:
     """What every library is compiled with on this machine. What a processor is to compute with is among it."""
     tuned = (*(INTEL if cpu_vendor() == "GenuineIntel" else ()), *(AMX if matrix_unit() else ()))
     return (*OPTIONS, *tuned, *os.environ.get("TANDEM_CXXFLAGS", "").split())
+
+
+def arithmetic(library: Path, dtype: Dtype) -> str:
+    """What an engine's library multiplies with in `dtype`: `AMX`, `AVX-512 BF16`, `AVX-512` or `portable vectors`."""
+    told = ctypes.CDLL(str(library)).tandem_arithmetic
+    told.argtypes, told.restype = [ctypes.c_bool], ctypes.c_char_p
+    return str(told(dtype == "bfloat16"), "ascii")
 
 
 def _compile(name: str, command: Sequence[str], target: Path) -> None:

@@ -117,5 +117,6 @@ TANDEM_HANDLER(head)
 TANDEM_HANDLER(adjust)
 TANDEM_HANDLER(sample)
 
+TANDEM_EXPORT const char* tandem_arithmetic(bool bfloat16) { return tandem::arithmetic(bfloat16); }
 TANDEM_EXPORT void tandem_threads(int threads) { tandem::threads(threads); }
 TANDEM_EXPORT void tandem_huge(void* data, size_t size) { tandem::huge(data, size); }

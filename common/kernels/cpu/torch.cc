@@ -72,6 +72,10 @@ void threads(int64_t count) { tandem::threads(int(count)); }
 
 }  // namespace
 
+extern "C" __attribute__((visibility("default"))) const char* tandem_arithmetic(bool bfloat16) {
+  return tandem::arithmetic(bfloat16);
+}
+
 TORCH_LIBRARY(tandem, m) {
   m.def("embed(Tensor step, Tensor weights, Tensor last_tokens, Tensor(a!) x) -> ()");
   m.def("layers(Tensor step, Tensor weights, Tensor ropes, Tensor(a!) k, Tensor(b!) v, Tensor(c!) x) -> ()");

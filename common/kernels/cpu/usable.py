@@ -12,17 +12,17 @@ from common.kernels.cpu.pack import LANES, MAX_HEAD_DIM
 log = logging.getLogger(__name__)
 
 
-def usable(config: EngineConfig, model: ModelConfig, device: str, open_library: Callable[[], object]) -> bool:
-    """Whether `kernels` means native here. Where `auto` cannot have it, the log says why; where `native` cannot,
-    `ConfigError` or `BackendError` does. `open_library` compiles and loads it."""
+def unusable(config: EngineConfig, model: ModelConfig, device: str, open_library: Callable[[], object]) -> str | None:
+    """Why `kernels` does not mean native here; None where it does. Where `auto` cannot have it, the log says so too; where
+    `native` cannot, `ConfigError` or `BackendError` does. `open_library` compiles and loads it."""
     if config.kernels == "framework":
-        return False
+        return "kernels=framework"
     told = "kernels=auto: using framework (%s)"
     if reason := against(config, model, device):
         if config.kernels == "native":
             raise ConfigError(f"kernels=native cannot be used here: {reason}. Use kernels=auto or kernels=framework.")
         log.info(told, reason)
-        return False
+        return reason
     try:
         try:
             open_library()
@@ -32,8 +32,8 @@ def usable(config: EngineConfig, model: ModelConfig, device: str, open_library: 
         if config.kernels == "native":
             raise
         log.warning(told, error)  # several times slower, and nobody asked for it
-        return False
-    return True
+        return str(error)
+    return None
 
 
 def against(config: EngineConfig, model: ModelConfig, device: str) -> str | None:

@@ -15,9 +15,12 @@
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && !defined(TANDEM_PORTABLE)
 #define TANDEM_AVX512 1
+#define TANDEM_VECTORS "AVX-512"
 #if defined(__AVX512BF16__)
 #define TANDEM_AVX512BF16 1
 #endif
+#else
+#define TANDEM_VECTORS "portable vectors"
 #endif
 #if defined(TANDEM_WIDEN) || !defined(TANDEM_AVX512BF16)
 #define TANDEM_DOT 0
