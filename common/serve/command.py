@@ -1,4 +1,4 @@
-"""`python -m common.serve --backend jax --model smollm2-135m --port 8000`."""
+"""The server's command line: what it is told, who listens, and how it ends."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -17,7 +18,8 @@ from fastapi import FastAPI
 from common.config import EngineConfig
 from common.config import expect as expect_config
 from common.errors import ConfigError, TandemError
-from common.options import add_engine_options, add_model_options, engine_options, parse
+from common.exits import INTERRUPTED, USER_ERROR
+from common.options import add_engine_options, add_model_options, engine_options, parse, without
 from common.replicas.open import open_engine
 from common.serve.app import create_app
 from common.serve.front import Backends, create_front
@@ -71,19 +73,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         options = parse(_parser(), given)
-        configure_logging(options.log_json, behind_front=bool(options.uds))
+        configure_logging(options.log_json, options.backend if options.uds else None)
         listener = listen(options)
-        backends = options.backend.split(",")
+        names = options.backend.split(",")
         try:
-            app = make_app(options) if len(backends) == 1 else make_front(options, backends, given)
+            backends = start_backends(options, names, given) if len(names) > 1 else None
+            app = make_app(options) if backends is None else create_front(backends, api_key=api_key(options))
         except BaseException:
             listener.close()
             raise
     except TandemError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return USER_ERROR
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -103,18 +106,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         host, port = listener.getsockname()[:2]
         log.info("Serving %s (%s) at http://%s:%d", options.model, options.backend, f"[{host}]" if ":" in host else host, port)
-    Server(config).run(sockets=[listener])
+    Server(config, backends).run(sockets=[listener])
     log.info("Ended.")
     return 0
 
 
 class Server(uvicorn.Server):
-    """Says that it ends when it begins to."""
+    """Says that it ends when it begins to; told by a second Ctrl-C, it is gone at once."""
+
+    def __init__(self, config: uvicorn.Config, backends: Backends | None) -> None:
+        super().__init__(config)
+        self._backends = backends
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         left, most = len(self.server_state.tasks), self.config.timeout_graceful_shutdown
         log.info("Told to end: takes nothing new; %d HTTP requests are unfinished and have %s s.", left, most)
+        if self._backends is not None:
+            self._backends.restart_no_more()
         await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit and sig == signal.SIGINT:
+            log.warning("Told to end once more: at once, and what is unfinished is lost.")
+            if self._backends is not None:
+                self._backends.kill()
+            os._exit(INTERRUPTED)  # whatever threads compute; replicas and ranks end as their input does
+        super().handle_exit(sig, frame)
 
 
 def make_app(options: argparse.Namespace) -> FastAPI:
@@ -147,15 +164,16 @@ def make_app(options: argparse.Namespace) -> FastAPI:
     return create_app(serving, api_key=key, with_admin=options.admin, profiler=profiler)
 
 
-def make_front(options: argparse.Namespace, backends: Sequence[str], given: Sequence[str]) -> FastAPI:
-    """One server process for each backend, and an application that passes requests on."""
-    key = api_key(options)
+def start_backends(options: argparse.Namespace, backends: Sequence[str], given: Sequence[str]) -> Backends:
+    """One server process for each backend, for a front that passes requests on to them, and asks for the key that none of them
+    is told: a command line can be read by all users of a machine."""
+    api_key(options)
     expect_config(len(set(backends)) == len(backends), f"--backend names a backend twice: {options.backend}.")
     name = (options.served_model_name or [options.model])[0]
     name = os.path.basename(os.path.normpath(name)) if os.path.exists(name) else name
     served = {backend: [f"{name}@{backend}"] for backend in backends}
-    served[backends[0]].insert(0, name)
-    return create_front(Backends.start(served, given), api_key=key)
+    served[backends[0]].append(name)  # behind the name that answers and metrics carry
+    return Backends.start(served, without("--api-key", given))
 
 
 def listen(options: argparse.Namespace) -> socket.socket:
@@ -188,13 +206,10 @@ def end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def configure_logging(as_json: bool, behind_front: bool) -> None:
+def configure_logging(as_json: bool, engine: str | None) -> None:
+    """`engine`: of which of several backends this process is, behind a front."""
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines() if as_json else TextLines())
+    handler.setFormatter(JsonLines(engine) if as_json else TextLines(engine))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    for name in ("uvicorn", *(TOLD_BY_THE_FRONT if behind_front else ())):
+    for name in ("uvicorn", "httpx", *(TOLD_BY_THE_FRONT if engine else ())):
         logging.getLogger(name).setLevel(logging.WARNING)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

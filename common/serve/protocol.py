@@ -151,7 +151,7 @@ class Sampled(Body):
         asked = {name: getattr(self, name) for name in SAMPLING}
         if self.logit_bias:
             decimal = all(key.isdecimal() for key in self.logit_bias)
-            expect(decimal, "The keys of logit_bias must be token ids.", "logit_bias")
+            expect(decimal, 'logit_bias must be a map of token ids to numbers, as {"42": -100}.', "logit_bias")
             asked["logit_bias"] = {int(key): value for key, value in self.logit_bias.items()}
         options = supported(asked, SamplingParams)
         return SamplingParams(
@@ -328,7 +328,8 @@ def parse(kind: type[B], data: bytes) -> B:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(part)[:80] for part in first["loc"] if part != "[key]")
-        text = f"{where}: {first['msg']}." if where else f"The body must be a JSON object: {first['msg']}."
+        told = first["msg"].replace("a valid dictionary", "a map, which is an object in JSON")
+        text = f"{where}: {told}." if where else f"The body must be a JSON object: {told}."
         raise ApiError(400, text, where.partition(".")[0] or None) from None
     body.settle()
     return body
