@@ -618,6 +618,15 @@ def test_what_a_refusal_shows_of_a_token_id_is_short(token: Any) -> None:
     assert len(str(error.value)) < 250 and error.value.param == "prompt_token_ids"
 
 
+def test_a_bias_of_what_is_no_token_is_refused_as_the_map_that_it_is() -> None:
+    engine, _ = make_engine()
+    with pytest.raises(
+        RequestError, match=r"logit_bias must map token ids in \[0, 64\) to numbers, got the ids \[64\]"
+    ) as error:
+        engine.add(request("bad", logit_bias={3: 1.0, VOCAB: 1.0}))
+    assert error.value.param == "logit_bias"
+
+
 def test_a_refused_request_leaves_no_trace_in_the_counters() -> None:
     engine, _ = make_engine()
     for bad in (request("long", range(64), max_tokens=60), request("r", [VOCAB])):

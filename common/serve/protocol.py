@@ -328,8 +328,7 @@ def parse(kind: type[B], data: bytes) -> B:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(part)[:80] for part in first["loc"] if part != "[key]")
-        told = first["msg"].replace("a valid dictionary", "a map, which is an object in JSON")
-        text = f"{where}: {told}." if where else f"The body must be a JSON object: {told}."
+        text = f"{where}: {first['msg']}." if where else f"The body must be a JSON object: {first['msg']}."
         raise ApiError(400, text, where.partition(".")[0] or None) from None
     body.settle()
     return body
