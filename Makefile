@@ -8,13 +8,16 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 DONE   := $(VENV)/done
 
 .DEFAULT_GOAL := help
-.PHONY: help compare test accept fuzz sanitize peers llama-server clients ray lint types clean
+.PHONY: help compare serve test accept fuzz sanitize peers llama-server clients ray lint types clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 compare: $(DONE)/core $(DONE)/smollm2 ## SmolLM2 on both engines, side by side; ARGS="workload=single" and the like
 	@$(BIN)/python -m experiments.compare $(ARGS)
+
+serve: $(DONE)/serve $(DONE)/smollm2 ## SmolLM2 for OpenAI's clients, and a page to chat with; ARGS="--backend jax,torch" and the like
+	@$(BIN)/python -m common.serve $(ARGS)
 
 test: $(DONE)/test $(DONE)/smollm2 $(DONE)/gemma3 ## The tests that belong to every change
 	@$(BIN)/python -m pytest -m "not accept and not fuzz" $(ARGS)
@@ -59,6 +62,11 @@ $(BIN)/python:
 $(DONE)/core: pyproject.toml | $(BIN)/python
 	@echo "installing the engines (the first time takes minutes)"
 	@$(PIP) --editable .
+	@mkdir -p $(DONE) && touch $@
+
+$(DONE)/serve: pyproject.toml $(DONE)/core
+	@echo "installing the server's packages"
+	@$(PIP) --editable ".[serve]"
 	@mkdir -p $(DONE) && touch $@
 
 $(DONE)/test: pyproject.toml $(DONE)/core

@@ -168,10 +168,12 @@ class EngineConfig:
     """How a model is served. The names are the ones vLLM users know, where vLLM has one."""
 
     dtype: Dtype = "bfloat16"
+    """Of weights, activations and KV."""
     kernels: Kernels = "auto"
     """`native`: our own, one source for both engines. `framework`: what a framework makes of the definitions. `auto`: native
     where it can be, else framework, and the log says why."""
     device: str = "auto"
+    """Where it computes: auto, cpu, cuda, rocm, xpu or tpu."""
     compile: bool = False
     """Run the PyTorch step under torch.compile. The JAX step is always compiled, so that its engine refuses it."""
     seed: int = 0
@@ -183,14 +185,18 @@ class EngineConfig:
     max_model_len: int | None = None
     """Longest prompt + output; None takes the model's own limit, capped at 4,096."""
     max_num_seqs: int = 64
+    """Requests that run at once."""
     max_num_batched_tokens: int = 512
+    """Tokens that a step computes at most."""
     max_waiting: int | None = None
-    """Requests that may wait; while as many do, further ones are refused with `QueueFullError`. None: no limit."""
+    """Requests that may wait for others to end; while as many do, further ones are refused with `QueueFullError`. The n choices
+    of one count once. None: no limit."""
     schedule: Schedule = "continuous"
     """`continuous`: a request joins as soon as there is room. `static`: once all of the batch before it have ended."""
     cache: Cache = "paged"
     """`paged`: a request takes pages as it grows. `dense`: at its start all it can ever need, as a contiguous cache would."""
     enable_prefix_caching: bool = True
+    """Whether requests share the pages of what their prompts begin with alike."""
     enable_chunked_prefill: bool = True
     """false: a prompt is computed in one step, and one that is longer than max_num_batched_tokens is refused."""
     threads: int | None = None
@@ -209,7 +215,7 @@ class EngineConfig:
     """Engines that compute prompts alone, in processes of their own, for the `data_parallel_size` others, which go on with
     them; 0: each computes those of its own requests."""
     prefill_backend: str | None = None
-    """Of those; None takes the same as for the others."""
+    """Of the engines that compute prompts alone; None takes the same as for the others."""
     routing: Routing = "prefix"
     """Which replica gets a request. `prefix`: the one with the least to do, in which cached prefixes count. `round_robin`: each
     in turn."""

@@ -339,11 +339,13 @@ def check_request(request: Request, vocab_size: int) -> None:
         ("stop_token_ids", request.params.stop_token_ids),
         ("eos_token_ids", request.eos_token_ids),
         ("allowed_token_ids", request.params.allowed_token_ids or ()),
-        ("logit_bias", tuple(dict(request.params.logit_bias or ()))),
         *(("bad_words", word) for word in request.bad_words),
     ]
     for what, ids in listed:
         check_tokens(f"Request {name!r}: {what}", ids, vocab_size, what)
+    beyond = [token for token in dict(request.params.logit_bias or ()) if token >= vocab_size]
+    told = f"Request {name!r}: logit_bias must map token ids in [0, {vocab_size}) to numbers, got the ids {shown(beyond)}."
+    expect(not beyond, told, "logit_bias")
 
 
 def check_tokens(what: str, ids: Listed[Any], vocab_size: int, param: str | None = None) -> None:

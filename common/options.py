@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import inspect
 from collections.abc import Sequence
 from dataclasses import fields
+from itertools import pairwise
 from typing import Any, get_args, get_type_hints
 
 from common.config import EngineConfig
@@ -20,14 +23,27 @@ def add_model_options(parser: argparse.ArgumentParser, backends: str) -> None:
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
-    hints = get_type_hints(EngineConfig)
+    hints, docs = get_type_hints(EngineConfig), field_docs(EngineConfig)
     for field in fields(EngineConfig):
-        group.add_argument(flag(field.name), default=field.default, help="default: %(default)s", **_reading(hints[field.name]))
+        told = docs[field.name].replace("%", "%%") + " (default: %(default)s)"
+        group.add_argument(flag(field.name), default=field.default, help=told, **_reading(hints[field.name]))
 
 
 def engine_options(options: argparse.Namespace) -> dict[str, Any]:
     """Those that are for `EngineConfig`."""
     return {field.name: getattr(options, field.name) for field in fields(EngineConfig)}
+
+
+def field_docs(kind: type[Any]) -> dict[str, str]:
+    """The words that stand below the fields of a dataclass, in one line each."""
+    (definition,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(definition, ast.ClassDef)
+    found: dict[str, str] = {}
+    for field, below in pairwise(definition.body):
+        match field, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
+                found[name] = " ".join(words.split())
+    return found
 
 
 def flag(name: str) -> str:
@@ -47,6 +63,21 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse
                 raise ConfigError(f"Unknown option {option}.{nearest_hint(option, known)} See --help.")
             spelt[i] = option + equals + value
     return parser.parse_args(spelt)
+
+
+def without(option: str, arguments: Sequence[str]) -> list[str]:
+    """A command line that `parse` has taken, less an option and its values."""
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if skip:
+            skip = False
+        elif argument.startswith("--") and flag(name[2:]) == option:
+            skip = not equals
+        else:
+            kept.append(argument)
+    return kept
 
 
 def _reading(hint: Any) -> dict[str, Any]:

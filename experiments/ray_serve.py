@@ -24,7 +24,7 @@ from common.config import expect
 from common.errors import BackendError, TandemError
 from common.exits import USER_ERROR, fail
 from common.options import parse
-from common.serve.__main__ import api_key, make_app, make_parser
+from common.serve.command import api_key, make_app, make_parser
 
 NAME = "tandem"
 

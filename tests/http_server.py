@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -127,6 +128,38 @@ def raw_request(served: Served, **body: Any) -> socket.socket:
     connection = socket.create_connection((where.hostname or "", where.port or 0))
     connection.sendall(head.encode() + data)
     return connection
+
+
+def expect_told_that_it_ends(served: Served) -> None:
+    """Told to end, a server that has little patience and two long requests answers both, and leaves no trace of an error."""
+    long: dict[str, Any] = {"prompt": "a long one", "max_tokens": 450, "ignore_eos": True}
+    whole, chunks = list[httpx.Response](), list[Any]()
+    readers = [
+        threading.Thread(target=lambda: whole.append(served.post(**long))),
+        threading.Thread(target=lambda: chunks.extend(served.events(**long))),
+    ]
+    for reader in readers:
+        reader.start()
+    until(lambda: served.metric("num_requests_running") == 2)
+    until(lambda: served.metric("generation_tokens_total") > 10)
+    assert served.stop() == 0
+    for reader in readers:
+        reader.join()
+    error = whole[0].json()["error"]
+    assert (whole[0].status_code, error["type"]) == (503, "ServiceUnavailableError")
+    assert "--drain-s" in error["message"]
+    assert "choices" in chunks[-2] and chunks[-1] == {"error": error}
+    log = served.log.read_text()
+    assert log.count("it outlasted --drain-s") == 2 and "Traceback" not in log, log
+
+
+def interrupt_twice(served: Served) -> None:
+    """It ends at the second Ctrl-C, whatever runs."""
+    served.process.send_signal(signal.SIGINT)
+    until(lambda: "Told to end: " in served.log.read_text())
+    served.process.send_signal(signal.SIGINT)
+    assert served.process.wait(10) == 130
+    assert "Traceback" not in served.log.read_text()
 
 
 def until(condition: Any) -> None:

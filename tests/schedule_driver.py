@@ -236,6 +236,8 @@ class Episode:
         self.now = 0.0
         self.engine = Engine(self.runner, config, num_pages=num_pages, clock=lambda: self.now)
         self.engine.step_log = []
+        self.passed_over: set[str] = set()
+        """Requests that waited when the last step was over."""
         self.evictions = 0
         self.priorities = rng.choice(((0,), (0, 0, 0, 1, -(2**63)), range(8)))
         self.stems = [[rng.randrange(VOCAB) for _ in range(self.max_model_len)] for _ in range(3)]
@@ -332,11 +334,11 @@ class Episode:
                 priority=rng.choice(self.priorities),
                 deadline=self.now + rng.choice((-1, 0, 0.5, 3, 10, 50)) if rng.random() < 0.3 else None,
             )
-            number = self.engine.scheduler.num_requests
+            number, full = self.engine.scheduler.num_requests, self.is_full(parent)
             self.engine.add(request)
         except (QueueFullError, DrainingError) as error:
             scheduler = self.engine.scheduler
-            full = len(scheduler.waiting) >= (self.engine.config.max_waiting or 1 << 30) and not scheduler.draining
+            full = full and not scheduler.draining
             require(isinstance(error, QueueFullError) == full, "a request was refused although there was room in the queue")
             require(number == scheduler.num_requests and name not in scheduler.live, "a request that was refused left a trace")
             self.refused += 1
@@ -349,10 +351,22 @@ class Episode:
             require(misfit or self.masks_all(params, eos, words), "a request was refused that fits")
             return
         require(not self.engine.scheduler.draining, "an engine that drains took a request")
+        require(not full, "more wait than may")
         if rng.random() < self.wicked:
             self.bad[name] = rng.randrange(len(prompt) + 5)
         self.requests[name], self.tokens[name] = (request, number), []
         self.added += 1
+
+    def is_full(self, parent: str | None) -> bool:
+        """Whether as many wait as may, of a request's choices the first: all of them if one has seen a step go without it, else
+        those that find no row."""
+        scheduler, limit = self.engine.scheduler, self.engine.config.max_waiting
+        if limit is None or parent in scheduler.live:
+            return False
+        waiting = {seq.request.request_id for seq in scheduler.waiting}
+        batch_runs = scheduler.static and any(seq.request.request_id in scheduler.live for seq in scheduler.batch)
+        rows = 0 if waiting & self.passed_over or batch_runs else len(scheduler.rows.free)
+        return len(waiting) >= limit + rows
 
     def changes(self) -> dict[str, Any]:
         """What a request may ask of its logits, and of its prompt's: mostly nothing."""
@@ -398,10 +412,9 @@ class Episode:
         self.now += self.rng.choice((0.0, 0.1, 1.0))
         new = [seq for seq in scheduler.waiting if seq.status is Status.WAITING and not is_late(seq.request, self.now)]
         batch = set(scheduler.batch)
-        limit = self.engine.config.max_waiting
-        require(limit is None or len(new) <= limit, "more wait than may")
         self.runner.batches = []
         events = self.engine.step()
+        self.passed_over = {seq.request.request_id for seq in scheduler.waiting}
         self.batches += self.runner.batches
         if scheduler.static:
             require({seq for seq in new if seq.admissions} <= scheduler.batch, "a request runs outside of the batch")

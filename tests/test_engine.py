@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -252,19 +253,53 @@ def test_a_deadline_that_is_no_time_is_refused(deadline: Any) -> None:
 
 def test_while_as_many_wait_as_may_further_requests_are_refused_and_change_nothing() -> None:
     engine, _ = make_engine(max_num_seqs=1, max_waiting=2)
-    for name in "ab":
+    for name in "abc":  # a is to run at once
         engine.add(request(name))
     before = engine.stats()
     with pytest.raises(QueueFullError, match=r"2 requests wait already, and max_waiting=2"):
-        engine.add(request("c"))
+        engine.add(request("z"))
     with pytest.raises(RequestError, match="at most") as never:  # what can never be served is told so, full or not
         engine.add(request("d", [1] * 99))
     assert not isinstance(never.value, QueueFullError) and engine.stats() == before
-    events = engine.step()  # a runs, and leaves its place
-    engine.add(request("c"))
+    events = engine.step()
+    with pytest.raises(QueueFullError, match=r"2 requests wait already, and max_waiting=2"):
+        engine.add(request("z"))
+    while not any(event.finish for event in events):
+        events += engine.step()
+    events += engine.step()  # a has ended, b runs
+    engine.add(request("d"))
     events += drain(engine)
-    for number, name in enumerate("abc"):
+    for number, name in enumerate("abcd"):
         assert tokens(of(events, name)) == right(request(name), number).tokens
+
+
+def test_of_requests_that_come_together_as_many_are_taken_as_run_at_once_and_may_wait() -> None:
+    engine, _ = make_engine(max_num_seqs=2, max_waiting=2)
+    taken = []
+    for name in "abcdefgh":
+        with suppress(QueueFullError):
+            engine.add(request(name))
+            taken.append(name)
+    assert taken == [*"abcd"]
+
+
+def test_a_row_is_not_free_for_others_while_somebody_waits_for_pages() -> None:
+    engine, _ = make_engine(num_pages=5, max_num_seqs=8, max_waiting=1)
+    for name, token in zip("ab", (1, 2), strict=True):
+        engine.add(request(name, [token] * 12, max_tokens=4))  # 3 of the 4 pages
+    engine.step()
+    assert engine.stats()["num_waiting"] == 1
+    with pytest.raises(QueueFullError, match=r"1 requests wait already"):
+        engine.add(request("c", max_tokens=4))
+
+
+def test_the_choices_of_a_request_come_in_with_it_however_few_may_wait() -> None:
+    engine, _ = make_engine(max_num_seqs=1, max_waiting=1)
+    engine.add(request("a"))
+    for name in "bcd":
+        engine.add(replace(request(name), parent="a"))
+    events = drain(engine)
+    assert all(of(events, name)[-1].finish for name in "abcd")
 
 
 def test_a_draining_engine_takes_nothing_and_finishes_what_it_has() -> None:
@@ -581,6 +616,15 @@ def test_what_a_refusal_shows_of_a_token_id_is_short(token: Any) -> None:
     with pytest.raises(RequestError, match=r"prompt_token_ids\[1\] must be an integer in") as error:
         engine.add(request("bad", [1, token]))
     assert len(str(error.value)) < 250 and error.value.param == "prompt_token_ids"
+
+
+def test_a_bias_of_what_is_no_token_is_refused_as_the_map_that_it_is() -> None:
+    engine, _ = make_engine()
+    with pytest.raises(
+        RequestError, match=r"logit_bias must map token ids in \[0, 64\) to numbers, got the ids \[64\]"
+    ) as error:
+        engine.add(request("bad", logit_bias={3: 1.0, VOCAB: 1.0}))
+    assert error.value.param == "logit_bias"
 
 
 def test_a_refused_request_leaves_no_trace_in_the_counters() -> None:

@@ -24,7 +24,7 @@ from scipy.stats import theilslopes
 from common.engine import Engine
 from common.options import parse
 from common.request import Request
-from common.serve.__main__ import make_app, make_parser
+from common.serve.command import make_app, make_parser
 from common.serve.http import Http
 from common.serve.serving import Serving
 from tests.http_server import PATIENCE_S, SMALL, until

@@ -461,7 +461,7 @@ def a_full_queue_takes_one_more(patch: Patch, ran: Ran) -> None:
 
     def add(self: Scheduler, request: Any) -> None:
         limit = self.max_waiting
-        ran.extend([1] if limit and len(self.waiting) == limit else [])
+        ran.extend([1] if limit and len(self.waiting) - self.num_free_rows == limit and request.parent not in self.live else [])
         self.max_waiting = limit and limit + 1
         try:
             original(self, request)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,8 @@ import pytest
 
 from common.errors import ConfigError
 from common.options import parse
-from common.serve.__main__ import make_app, make_parser
-from tests.http_server import Served, history, serving, until
+from common.serve.command import make_app, make_parser
+from tests.http_server import Served, expect_told_that_it_ends, history, interrupt_twice, raw_request, serving, until
 
 
 @contextmanager
@@ -64,6 +67,20 @@ def test_told_to_end_it_finishes_what_runs_and_takes_nothing_new(mortal: Server)
     assert "Told to end: takes nothing new; 1 HTTP requests are unfinished and have 60 s." in served.log.read_text()
 
 
+def test_what_outlasts_the_drain_is_told_so(tmp_path: Path) -> None:
+    with started(tmp_path, "--drain-s", "1") as (served, control):
+        (control / "slow").touch()
+        expect_told_that_it_ends(served)
+
+
+def test_a_second_ctrl_c_ends_at_once_even_in_a_step_that_hangs(mortal: Server) -> None:
+    served, control = mortal
+    with raw_request(served, prompt="the", max_tokens=400, ignore_eos=True):
+        until(lambda: served.metric("generation_tokens_total") > 3)
+        (control / "hang").touch()
+        interrupt_twice(served)
+
+
 def test_a_step_loop_that_died_is_not_healthy_and_requests_learn_of_it(mortal: Server) -> None:
     served, control = mortal
     (control / "slow").touch()
@@ -110,6 +127,7 @@ def test_a_deadline_ends_a_request_and_a_full_queue_turns_one_away(tmp_path: Pat
         (control / "slow").touch()
         late = served.post(**LONG, deadline=0.0)
         assert (late.status_code, late.json()["error"]["type"]) == (504, "GatewayTimeoutError")
+        assert late.headers["x-should-retry"] == "false"  # as OpenAI's clients read it
         readers = [threading.Thread(target=served.events, kwargs=LONG) for _ in range(2)]
         readers[0].start()
         until(lambda: served.metric("num_requests_running") == 1)
@@ -122,6 +140,17 @@ def test_a_deadline_ends_a_request_and_a_full_queue_turns_one_away(tmp_path: Pat
         for reader in readers:
             reader.join()
         served.wait_idle()
+
+
+def test_the_choices_of_a_request_are_taken_however_few_may_wait(tmp_path: Path) -> None:
+    with started(tmp_path, "--max-num-seqs", "2", "--max-waiting", "2") as (served, control):
+        assert len(served.complete(**LONG, n=7, temperature=1.0, seed=1)["choices"]) == 7
+        never = served.post(**{**LONG, "prompt": ["a", "b", "c", "d", "e"]})
+        assert never.status_code == 400 and "send them in several requests" in never.json()["error"]["message"]
+        (control / "slow").touch()
+        with ThreadPoolExecutor(8) as pool:
+            codes = [answer.status_code for answer in pool.map(lambda _: served.post(**LONG), range(8))]
+        assert sorted(codes) == [200] * 4 + [429] * 4
 
 
 def test_the_log_names_requests_and_never_what_they_say(server: Server) -> None:
@@ -137,6 +166,14 @@ def test_the_log_names_requests_and_never_what_they_say(server: Server) -> None:
     assert "a long one" not in served.log.read_text()
 
 
+def test_without_its_packages_the_server_says_what_to_install() -> None:
+    hide = "find = util.find_spec; util.find_spec = lambda name: None if name == 'uvicorn' else find(name)"
+    code = f"import sys; from importlib import util; {hide}; from common.serve.__main__ import main; sys.exit(main(['--help']))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr == "error: The server needs uvicorn: pip install -e '.[serve]', or make serve.\n"
+
+
 def test_an_empty_key_is_refused_and_not_taken_for_none() -> None:
     with pytest.raises(ConfigError, match="The API key is empty"):
         make_app(parse(make_parser(), ["--api-key", ""]))
@@ -144,18 +181,21 @@ def test_an_empty_key_is_refused_and_not_taken_for_none() -> None:
 
 def test_a_key_is_asked_for(tmp_path: Path) -> None:
     with started(tmp_path, "--api-key", "secret") as (served, _):
-        for given in (
-            {},
-            {"authorization": "Bearer wrong"},
-            {"authorization": "secret"},
-            {"authorization": "Bearer " + "x" * 9999},
+        for given, told in (
+            ({}, "A key is needed"),
+            ({"authorization": "Bearer wrong"}, "not the one"),
+            ({"authorization": "secret"}, "A key is needed"),
+            ({"authorization": "Bearer " + "x" * 9999}, "not the one"),
         ):
             answer = served.client.get("/v1/models", headers=given)
             assert (answer.status_code, answer.json()["error"]["type"]) == (401, "AuthenticationError")
+            assert told in answer.json()["error"]["message"]
+        assert served.client.get("/metrics").status_code == 401
         assert served.client.get("/v1/models", headers={"authorization": "Bearer secret"}).status_code == 200
         assert served.client.get("/").status_code == 200
         assert served.post("/reset_prefix_cache").status_code == 401
-        assert served.client.post("/reset_prefix_cache", headers={"authorization": "Bearer secret"}).status_code == 404
+        absent = served.client.post("/reset_prefix_cache", headers={"authorization": "Bearer secret"})
+        assert absent.status_code == 404 and "--admin" in absent.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

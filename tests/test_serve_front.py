@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.browser import ATTEMPTS, BrowserError, Tab, chromium, running
-from tests.http_server import Served, history, raw_request, serving, until
+from tests.http_server import Served, expect_told_that_it_ends, history, interrupt_twice, raw_request, serving, until
 
 BODY = {"prompt": "the", "max_tokens": 8, "ignore_eos": True}
 
@@ -42,17 +42,18 @@ def mortal(tmp_path: Path) -> Iterator[Served]:
 
 def test_requests_reach_the_backend_that_they_name(served: Served) -> None:
     names = [model["id"] for model in served.client.get("/v1/models").json()["data"]]
-    assert names == ["tiny-llama", "tiny-llama@one", "tiny-llama@two"]
+    assert sorted(names) == ["tiny-llama", "tiny-llama@one", "tiny-llama@two"]
     for name in names:
         assert served.client.get(f"/v1/models/{name}").json()["id"] == name
     assert served.client.get("/v1/models/tiny-llama@three").json()["error"]["param"] == "model"
     texts = set()
-    for name, engine in zip((None, *names), ("one", "one", "one", "two"), strict=True):
+    for name in (None, *names):
+        engine = "two" if name == "tiny-llama@two" else "one"
         before = served.metric("generation_tokens_total", engine=engine)
         body = BODY if name is None else {**BODY, "model": name}
         answer = served.complete(**body)
-        assert answer["model"] == ("tiny-llama@two" if engine == "two" else "tiny-llama")
-        assert served.metric("generation_tokens_total", engine=engine) == before + 8
+        assert answer["model"] == f"tiny-llama@{engine}"
+        assert served.metric("generation_tokens_total", engine=engine, model_name=answer["model"]) == before + 8
         assert "".join(chunk["choices"][0]["text"] for chunk in served.events(**body)) == answer["choices"][0]["text"]
         texts.add(answer["choices"][0]["text"])
     assert len(texts) == 1
@@ -99,13 +100,57 @@ def test_whoever_leaves_is_noticed_behind_the_front_too(served: Served) -> None:
     until(lambda: served.metric("request_success_total", finished_reason="abort") == before + 2)
 
 
-def test_a_backend_that_died_takes_only_its_own_requests_with_it(mortal: Served) -> None:
-    children = psutil.Process(mortal.process.pid).children()
-    (victim,) = [child for child in children if "tiny-llama@two" in child.cmdline()]
-    victim.send_signal(signal.SIGKILL)
+def backend_of(served: Served, model: str) -> psutil.Process:
+    (found,) = [child for child in psutil.Process(served.process.pid).children() if model in child.cmdline()]
+    return found
+
+
+def test_a_backend_that_died_takes_only_its_own_requests_with_it_and_is_started_again(mortal: Served) -> None:
+    right = mortal.complete(**BODY)["choices"][0]["text"]
+    backend_of(mortal, "tiny-llama@two").send_signal(signal.SIGKILL)
     until(lambda: mortal.client.get("/health").status_code == 503)
     assert mortal.post(**BODY, model="tiny-llama@two").status_code == 503
     assert mortal.post(**BODY).status_code == 200
+    names = [model["id"] for model in mortal.client.get("/v1/models").json()["data"]]
+    assert sorted(names) == ["tiny-llama", "tiny-llama@one"]
+    assert 'tandem:backend_serves{engine="two"} 0.0' in mortal.client.get("/metrics").text
+    assert mortal.metric("generation_tokens_total", engine="one") == 16
+    until(lambda: "The server of the two engine was killed by SIGKILL and is started again." in mortal.log.read_text())
+    until(lambda: mortal.client.get("/health").status_code == 200)
+    assert mortal.complete(**BODY, model="tiny-llama@two")["choices"][0]["text"] == right
+    until(lambda: "The two engine serves again." in mortal.log.read_text())
+    assert 'tandem:backend_serves{engine="two"} 1.0' in mortal.client.get("/metrics").text
+
+
+def test_what_a_backend_says_of_its_refusals_comes_through(served: Served) -> None:
+    late = served.post(**BODY, deadline=0.0)
+    assert (late.status_code, late.headers["x-should-retry"]) == (504, "false")
+
+
+def test_backends_are_not_told_the_key_and_their_lines_carry_their_names(tmp_path: Path) -> None:
+    packages, _ = history(tmp_path, "one", "two")
+    with serving(tmp_path, "--backend", "one,two", "--api-key", "very-secret", packages=[packages]) as server:
+        for child in psutil.Process(server.process.pid).children():
+            assert "very-secret" not in " ".join(child.cmdline())
+        server.client.headers["authorization"] = "Bearer very-secret"
+        assert server.post(**BODY, model="tiny-llama@two").status_code == 200
+        log = server.log.read_text()
+        assert "INFO [two] common.serve.serving: Ended." in log and "HTTP Request" not in log
+
+
+def test_what_outlasts_the_drain_is_told_so_behind_the_front_too(tmp_path: Path) -> None:
+    packages, control = history(tmp_path, "one", "two")
+    (control / "slow").touch()
+    with serving(tmp_path, "--backend", "one,two", "--drain-s", "1", packages=[packages]) as server:
+        expect_told_that_it_ends(server)
+
+
+def test_a_second_ctrl_c_ends_at_once_with_all_backends(mortal: Served) -> None:
+    children = psutil.Process(mortal.process.pid).children()
+    with raw_request(mortal, prompt="the", max_tokens=400, ignore_eos=True):
+        until(lambda: mortal.metric("num_requests_running") == 1)
+        interrupt_twice(mortal)
+    until(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children))
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])

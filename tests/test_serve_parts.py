@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from common.config import EngineConfig
 from common.errors import RequestError
+from common.options import field_docs, without
 from common.serve.errors import ApiError, api_error, public
 from common.serve.model import ServedModel
 from common.serve.protocol import ChatRequest, CompletionRequest, parse
@@ -115,3 +118,19 @@ def test_a_wrong_field_is_named() -> None:
     with pytest.raises(ApiError, match="temperature") as caught:
         parse(CompletionRequest, b'{"prompt": "a", "temperature": "hot"}')
     assert (caught.value.status, caught.value.param) == (400, "temperature")
+
+
+def test_a_logit_bias_by_words_is_told_what_it_is_by() -> None:
+    with pytest.raises(RequestError, match="logit_bias must be a map of token ids to numbers"):
+        parse(CompletionRequest, b'{"prompt": "a", "logit_bias": {"the": 1.0}}').params(16, None)
+
+
+def test_every_option_of_the_engine_is_explained() -> None:
+    docs = field_docs(EngineConfig)
+    assert [field.name for field in fields(EngineConfig) if len(docs.get(field.name, "")) < 10] == []
+    assert docs["max_waiting"].startswith("Requests that may wait")
+
+
+def test_an_option_is_left_out_however_it_is_spelt() -> None:
+    for key in (["--api-key", "--secret"], ["--api-key=secret"], ["--api_key", "secret"], ["--api_key=a b"]):
+        assert without("--api-key", ["--port", "1", *key, "--admin"]) == ["--port", "1", "--admin"]

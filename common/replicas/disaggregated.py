@@ -71,7 +71,9 @@ class Disaggregated(ServingEngine):
         parent = None if request.parent is None or self._config.cache == "dense" else self._live.get(request.parent)
         expect_new(request, self._live.get(request.request_id), parent)
         waiting = self._prefill.num_waiting + self._decode.num_waiting
-        expect_room(request, waiting, self._config.max_waiting, self._draining)
+        free = min(self._prefill.num_free_rows, self._decode.num_free_rows - self._prefill.num_running)
+        forks = request.parent in self._live
+        expect_room(request, waiting, max(free, 0), self._config.max_waiting, draining=self._draining, forks=forks)
         if request.params.seed is None:
             seed = mix64(self._config.seed, self._num_requests)
             request = replace(request, params=replace(request.params, seed=seed))

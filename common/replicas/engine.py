@@ -199,7 +199,8 @@ class Replicas(ServingEngine):
         expect_new(request, twin.request if twin else None, parent.request if parent else None)
         most = self._limits.max_tokens(request)
         Edits.of(request, request.stops, self.caps.vocab_size)  # refuses what leaves no token to choose
-        expect_room(request, self.num_waiting, self._config.max_waiting, self._draining)
+        room = self.num_waiting, self.num_free_rows, self._config.max_waiting
+        expect_room(request, *room, draining=self._draining, forks=request.parent in self._live)
         return most
 
     def _parent(self, request: Request) -> _Live | None:
@@ -447,6 +448,19 @@ class Replicas(ServingEngine):
         """Requests that wait: for a replica, or in one that has said so or does not know of them yet."""
         sent = sum(replica.stats["num_waiting"] + replica.sent - replica.taken for replica in self._replicas if replica.link)
         return int(sent) + sum(live.replica is None for live in self._live.values())
+
+    @property
+    def num_free_rows(self) -> int:
+        """As `Scheduler.num_free_rows`, of the replicas that serve, as far as they have told."""
+        told = [replica.stats for replica in self._replicas if replica.link]
+        if any(live.replica is None for live in self._live.values()) or any(stats["num_waiting"] for stats in told):
+            return 0
+        return self.caps.max_seqs // len(self._replicas) * len(told) - self.num_running
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold a row, as far as the replicas have told."""
+        return sum(int(replica.stats["num_running"]) for replica in self._replicas if replica.link)
 
     def _tell_whether_to_log(self) -> None:
         on = self.step_log is not None

@@ -75,13 +75,16 @@ def expect_new(request: Request, twin: Request | None, parent: Request | None) -
     )
 
 
-def expect_room(request: Request, waiting: int, max_waiting: int | None, draining: bool) -> None:
-    """Raise `DrainingError` or `QueueFullError` if an engine for which so many requests wait takes none now."""
+def expect_room(
+    request: Request, waiting: int, free: int, max_waiting: int | None, *, draining: bool, forks: bool = False
+) -> None:
+    """Raise `DrainingError` or `QueueFullError` if an engine takes none now, for which so many requests wait, `free` of which
+    its next step can begin. A request that `forks` from a live one is a further choice of it, and came in with it."""
     name = request.request_id
     if draining:
         raise DrainingError(f"Request {name!r}: this engine only finishes what it has; send the request to another.")
-    if max_waiting is not None and waiting >= max_waiting:
+    if max_waiting is not None and waiting - free >= max_waiting and not forks:
         raise QueueFullError(
-            f"Request {name!r}: {waiting} requests wait already, and max_waiting={max_waiting}; try again later, or raise "
-            "max_waiting."
+            f"Request {name!r}: {waiting - free} requests wait already, and max_waiting={max_waiting}; try again later, or "
+            "raise max_waiting."
         )

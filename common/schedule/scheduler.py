@@ -233,6 +233,8 @@ class Scheduler:
         self.compiling: list[tuple[Sequence, Future[Grammar]]] = []  # who has ended stays until the next look
         self.deadlines: list[tuple[float, int, Sequence]] = []  # a heap; who has ended stays until it comes up
         self.num_requests = 0
+        self.num_considered = 0
+        """Of these, the ones that came before the last step was scheduled."""
         self.num_preemptions = 0
         self.num_forks = 0
         self.prefix_cache_queries = 0
@@ -252,7 +254,8 @@ class Scheduler:
         twin, parent = self.live.get(name), None if request.parent is None or self.dense else self.live.get(request.parent)
         expect_new(request, twin.request if twin else None, parent.request if parent else None)
         max_tokens = self.limits.max_tokens(request)
-        expect_room(request, len(self.waiting), self.max_waiting, self.draining)
+        room = len(self.waiting), self.num_free_rows, self.max_waiting
+        expect_room(request, *room, draining=self.draining, forks=request.parent in self.live)
         edits = Edits.of(request, request.stops, self.caps.vocab_size)
         if edits is not None:
             for token in output:
@@ -281,6 +284,16 @@ class Scheduler:
                 self.deadlines = [item for item in self.deadlines if not item[-1].status.finished]
                 heapify(self.deadlines)
             heappush(self.deadlines, (request.deadline, seq.number, seq))
+
+    @property
+    def num_free_rows(self) -> int:
+        """Rows for requests that come before the next step; 0 while somebody waits whom a step has passed over, for it is not
+        for want of a row alone that requests wait."""
+        if (self.static and any(not seq.status.finished for seq in self.batch)) or any(
+            seq.number < self.num_considered for seq in self.waiting
+        ):
+            return 0
+        return self.max_num_seqs - len(self.running) - len(self.leaving)
 
     def end(self, request_id: str, status: Status) -> bool:
         """End a request in whatever state it is, by its exact id; False if it is not live. The caller reports it."""
@@ -379,6 +392,7 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """The next step, or None if nobody can run before a step in flight has landed."""
+        self.num_considered = self.num_requests
         if not self._try_next():
             return None
         preemptions = self.num_preemptions

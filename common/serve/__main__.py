@@ -2,198 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
-import logging
-import os
-import signal
-import socket
 import sys
-import threading
 from collections.abc import Sequence
+from importlib.util import find_spec
 
-import uvicorn
-from fastapi import FastAPI
+from common.exits import USER_ERROR
 
-from common.config import EngineConfig
-from common.config import expect as expect_config
-from common.errors import ConfigError, TandemError
-from common.options import add_engine_options, add_model_options, engine_options, parse
-from common.replicas.open import open_engine
-from common.serve.app import create_app
-from common.serve.front import Backends, create_front
-from common.serve.guard import JsonLines, TextLines
-from common.serve.http import Http
-from common.serve.metrics import Metrics
-from common.serve.model import ServedModel
-from common.serve.profiler import Profiler
-from common.serve.serving import Serving
-from common.serve.spans import Spans
-from common.serve.worker import Worker
-from common.text.tokenizer import open_tokenizer
-from common.weights.checkpoint import open_checkpoint
-from common.weights.zoo import resolve
-
-log = logging.getLogger("common.serve.main")
-TOLD_BY_THE_FRONT = (log.name, "common.serve.guard")
-"""Loggers that say what concerns all backends: of each HTTP request that it was answered, and of the server that it ends."""
-
-
-def make_parser(prog: str = "python -m common.serve") -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Serve a model to OpenAI's clients, and to people at /.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add_model_options(parser, "jax, torch, or jax,torch: each in a process of its own")
-    parser.add_argument("--served-model-name", nargs="+", default=[], help="names to serve it by, instead of --model")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 is every one of this machine")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
-    parser.add_argument("--uds", help=argparse.SUPPRESS)  # a socket in the file system; ends when standard input does
-    parser.add_argument("--api-key", help="ask for it; None takes $TANDEM_API_KEY")
-    parser.add_argument("--admin", action="store_true", help="offer /reset_prefix_cache")
-    parser.add_argument(
-        "--profile-dir", help="with --admin: offer /start_profile and /stop_profile, which writes a trace there"
-    )
-    parser.add_argument(
-        "--otlp-endpoint", help="send a span for each request there: OTLP over HTTP, http://host:4318/v1/traces"
-    )
-    parser.add_argument("--drain-s", type=int, default=60, help="seconds that running requests have once it is told to end")
-    parser.add_argument("--stall-s", type=float, default=30.0, help="a step that takes longer makes /health answer 503")
-    parser.add_argument("--log-json", action="store_true", help="log lines are JSON objects")
-    parser.add_argument("--log-prompts", action="store_true", help="log what is asked; never done otherwise")
-    add_engine_options(parser)
-    return parser
+NEEDED = ("fastapi", "httpx", "llguidance", "prometheus_client", "pydantic", "uvicorn")
+"""Packages of the extra `serve`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until told to end. Returns the exit code: 0 after a drain, 2 for a mistake of the caller."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    try:
-        options = parse(make_parser(), given)
-        configure_logging(options.log_json, behind_front=bool(options.uds))
-        listener = listen(options)
-        backends = options.backend.split(",")
-        try:
-            app = make_app(options) if len(backends) == 1 else make_front(options, backends, given)
-        except BaseException:
-            listener.close()
-            raise
-    except TandemError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        http=Http,
-        timeout_keep_alive=75,  # seconds; longer than clients keep a connection, or they send on one that is being closed
-        ws="none",
-        lifespan="on",
-        proxy_headers=False,
-        server_header=False,
-        timeout_graceful_shutdown=options.drain_s,
-    )
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)  # what uvicorn raises again once it has drained
-    if options.uds:
-        threading.Thread(target=end_with_parent, daemon=True).start()
-    else:
-        host, port = listener.getsockname()[:2]
-        log.info("Serving %s (%s) at http://%s:%d", options.model, options.backend, f"[{host}]" if ":" in host else host, port)
-    Server(config).run(sockets=[listener])
-    log.info("Ended.")
-    return 0
+    """Serve until told to end, if what that takes is installed; the exit code."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        print(f"error: The server needs {', '.join(missing)}: pip install -e '.[serve]', or make serve.", file=sys.stderr)
+        return USER_ERROR
+    from common.serve.command import main as serve
 
-
-class Server(uvicorn.Server):
-    """Says that it ends when it begins to."""
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        left, most = len(self.server_state.tasks), self.config.timeout_graceful_shutdown
-        log.info("Told to end: takes nothing new; %d HTTP requests are unfinished and have %s s.", left, most)
-        await super().shutdown(sockets)
-
-
-def make_app(options: argparse.Namespace) -> FastAPI:
-    """The application over one engine, which is ready."""
-    key = api_key(options)
-    config = EngineConfig.of(**engine_options(options))
-    checkpoint = open_checkpoint(resolve(options.model))
-    tokenizer = open_tokenizer(checkpoint.path)
-    tokenizer.check_fits(checkpoint.config.vocab_size)
-    expect_config(options.admin or not options.profile_dir, "--profile-dir is for /start_profile, which needs --admin.")
-    expect_config(
-        (config.data_parallel_size == 1 and not config.prefill_parallel_size) or not options.profile_dir,
-        "--profile-dir is for an engine in the server's own process, not for replicas: leave out --data-parallel-size and "
-        "--prefill-parallel-size.",
-    )
-    profiler = Profiler.of(options.backend, options.profile_dir) if options.profile_dir else None
-    spans = Spans.to(options.otlp_endpoint) if options.otlp_endpoint else None
-    worker = Worker(lambda: open_engine(options.backend, checkpoint, config), tokenizer)
-    engine = worker.wait_ready()
-    name = os.path.basename(os.path.normpath(options.model)) if os.path.exists(options.model) else options.model
-    served = options.served_model_name or [name, f"{name}@{options.backend}"]
-    serving = Serving(
-        model=ServedModel.of(served, checkpoint, tokenizer, engine.caps.max_model_len),
-        worker=worker,
-        metrics=Metrics(served[0], options.backend),
-        stall_s=options.stall_s,
-        log_prompts=options.log_prompts,
-        spans=spans,
-    )
-    return create_app(serving, api_key=key, with_admin=options.admin, profiler=profiler)
-
-
-def make_front(options: argparse.Namespace, backends: Sequence[str], given: Sequence[str]) -> FastAPI:
-    """One server process for each backend, and an application that passes requests on."""
-    key = api_key(options)
-    expect_config(len(set(backends)) == len(backends), f"--backend names a backend twice: {options.backend}.")
-    name = (options.served_model_name or [options.model])[0]
-    name = os.path.basename(os.path.normpath(name)) if os.path.exists(name) else name
-    served = {backend: [f"{name}@{backend}"] for backend in backends}
-    served[backends[0]].insert(0, name)
-    return create_front(Backends.start(served, given), api_key=key)
-
-
-def listen(options: argparse.Namespace) -> socket.socket:
-    """The socket, bound before anything takes time. Whoever connects is turned away until the server is ready."""
-    family = socket.AF_UNIX if options.uds else socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        if family is not socket.AF_UNIX:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(options.uds or (options.host, options.port))
-    except (OSError, OverflowError) as error:
-        listener.close()
-        where = options.uds or f"{options.host}:{options.port}"
-        raise ConfigError(f"Cannot listen at {where} ({error}); give another --port or --host.") from error
-    return listener
-
-
-def api_key(options: argparse.Namespace) -> str | None:
-    """None asks for none."""
-    key: str | None = os.environ.get("TANDEM_API_KEY") if options.api_key is None else options.api_key
-    if options.uds:
-        return key or None  # a front asks for it, and gives its backends none
-    expect_config(key != "", "The API key is empty; give one, or leave out --api-key and $TANDEM_API_KEY to ask for none.")
-    return key
-
-
-def end_with_parent() -> None:
-    """Wait until whoever started this process has closed its standard input, and end as if told to."""
-    sys.stdin.buffer.read()
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def configure_logging(as_json: bool, behind_front: bool) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonLines() if as_json else TextLines())
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    for name in ("uvicorn", *(TOLD_BY_THE_FRONT if behind_front else ())):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    return serve(arguments)
 
 
 if __name__ == "__main__":

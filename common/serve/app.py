@@ -28,6 +28,12 @@ PAGE = Path(__file__).with_name("page.html")
 VERSION = version("tandem-infer")
 UNKNOWN = {404: "There is nothing at this path; the README lists what is.", 405: "This path does not take this method."}
 """What Starlette says in two words."""
+OFFERED_WITH = {
+    "/reset_prefix_cache": "--admin",
+    "/start_profile": "--admin and --profile-dir",
+    "/stop_profile": "--admin and --profile-dir",
+}
+"""Paths → the options without which they are not there."""
 STARTED = int(time.time())
 
 router = APIRouter()
@@ -143,9 +149,11 @@ def new_app(lifespan: Callable[[FastAPI], Any]) -> FastAPI:
     """An application without routes that answers errors as OpenAI does."""
     app = FastAPI(title="Tandem", version=VERSION, docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
 
-    async def refuse(_: HttpRequest, error: Exception) -> Response:
+    async def refuse(http: HttpRequest, error: Exception) -> Response:
         if isinstance(error, HTTPException):
             told = UNKNOWN.get(error.status_code, str(error.detail))
+            if error.status_code == 404 and (options := OFFERED_WITH.get(http.url.path)):
+                told = f"This path is offered by a server that was started with {options}."
             error = ApiError(error.status_code, told, headers=error.headers)
         return error_response(api_error(error))
 

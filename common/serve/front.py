@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 import socket
 import subprocess
@@ -11,14 +12,14 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 import httpx
 from fastapi import APIRouter, FastAPI
 from fastapi import Request as HttpRequest
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
@@ -26,31 +27,70 @@ from pydantic import ConfigDict
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from common.child import how_it_ended
 from common.errors import BackendError
+from common.replicas.keeper import ATTEMPTS, RETRY_S
 from common.serve.app import new_app, page, tell_version
 from common.serve.errors import ApiError
 from common.serve.guard import Guard
 from common.serve.protocol import Body, parse
-from common.serve.serving import event, json_response, read_bytes, unless_left
+from common.serve.serving import DONE, event, json_response, read_bytes, unless_left
+
+log = logging.getLogger(__name__)
 
 POLL_S = 0.1
 PATIENCE_S = 5.0
 """For an answer that takes no computing, and for a process to end after it was asked to."""
 PASSED_ON = ("content-type", "accept", "x-request-id", "traceparent")
+PASSED_BACK = ("cache-control", "retry-after", "x-should-retry")
+"""Headers, beside the content type."""
+log = logging.getLogger(__name__)
 
 router = APIRouter()
 router.get("/")(page)
 router.get("/version")(tell_version)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Backend:
-    """One server process, reached by a socket in a folder that is only ours."""
+    """One server process, reached by a socket in a folder that is only ours, and started again when it has ended."""
 
     name: str
     models: Sequence[str]
-    process: subprocess.Popen[bytes]
+    path: Path
+    command: Sequence[str]
     client: httpx.AsyncClient
+    process: subprocess.Popen[bytes] = field(init=False)
+    keeping: asyncio.Task[None] | None = None
+
+    def __post_init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, start_new_session=True)
+
+    @property
+    def accepts(self) -> bool:
+        """Whether it lives and is ready."""
+        return self.process.poll() is None and accepts(self.path)
+
+    async def keep(self) -> None:
+        """Start it again whenever it has ended, and give it up when it has so often in a row before it served: as replicas
+        are kept (`common.replicas.keeper`)."""
+        failures, served = 0, True
+        while failures < ATTEMPTS:
+            while self.process.poll() is None:
+                await asyncio.sleep(POLL_S)
+                if not served and self.accepts:
+                    served = True
+                    log.info("The %s engine serves again.", self.name)
+            failures, served = 0 if served else failures + 1, False
+            then = "once more before it served, and is given up" if failures == ATTEMPTS else "and is started again"
+            log.warning("The server of the %s engine %s %s.", self.name, how_it_ended(self.process.returncode), then)
+            if failures < ATTEMPTS:
+                await asyncio.sleep(failures * RETRY_S)
+                self.start()
 
     async def get(self, path: str) -> httpx.Response:
         """Raises `ApiError` unless it answers, and with 200."""
@@ -81,12 +121,10 @@ class Backends:
             for backend, models in served.items():
                 path = self.folder / backend
                 own = ["--backend", backend, "--uds", str(path), "--api-key", "", "--served-model-name", *models]
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "common.serve", *given, *own], stdin=subprocess.PIPE, start_new_session=True
-                )
                 transport = httpx.AsyncHTTPTransport(uds=str(path), limits=httpx.Limits(max_connections=None))
                 client = httpx.AsyncClient(transport=transport, base_url="http://backend", timeout=None)
-                self.each.append(Backend(backend, models, process, client))
+                command = [sys.executable, "-m", "common.serve", *given, *own]
+                self.each.append(Backend(backend, models, path, command, client))
             for started in self.each:
                 self._wait(started)
         except BaseException:
@@ -96,10 +134,34 @@ class Backends:
 
     def _wait(self, backend: Backend) -> None:
         while backend.process.poll() is None:
-            if accepts(self.folder / backend.name):
+            if backend.accepts:
                 return
             time.sleep(POLL_S)
         raise BackendError(f"The server of the {backend.name} engine ended with exit code {backend.process.returncode}.")
+
+    def keep(self) -> None:
+        """Watch over all, on the running event loop, until `restart_no_more`."""
+        for backend in self.each:
+            backend.keeping = asyncio.ensure_future(backend.keep())
+
+    def restart_no_more(self) -> None:
+        for backend in self.each:
+            if backend.keeping is not None:
+                backend.keeping.cancel()
+
+    def kill(self) -> None:
+        """End all at once."""
+        for backend in self.each:
+            backend.process.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    async def get(self, path: str) -> list[httpx.Response]:
+        """The answers of those that answer. Raises `ApiError` if none does."""
+        answers = await asyncio.gather(*(backend.get(path) for backend in self.each), return_exceptions=True)
+        errors = [answer for answer in answers if isinstance(answer, BaseException)]
+        if len(errors) == len(answers):
+            raise errors[0]
+        return [answer for answer in answers if isinstance(answer, httpx.Response)]
 
     def stop(self) -> None:
         """Ask all to end, wait, and insist."""
@@ -130,12 +192,14 @@ class Backends:
 def accepts(path: Path) -> bool:
     """Whether anybody takes connections at a socket of the file system."""
     with socket.socket(socket.AF_UNIX) as connection:
+        connection.setblocking(False)  # one whose queue is full does not take them
         return connection.connect_ex(str(path)) == 0
 
 
 @router.get("/v1/models")
 async def models(http: HttpRequest) -> Response:
-    answers = [(await backend.get("/v1/models")).json() for backend in Backends.of(http).each]
+    """Those of the backends that live."""
+    answers = [answer.json() for answer in await Backends.of(http).get("/v1/models")]
     return json_response({"object": "list", "data": [model for answer in answers for model in answer["data"]]})
 
 
@@ -154,10 +218,14 @@ async def health(http: HttpRequest) -> Response:
 
 @router.get("/metrics")
 async def metrics(http: HttpRequest) -> Response:
-    """Those of all; the label `engine` tells them apart."""
-    texts = [(await backend.get("/metrics")).text for backend in Backends.of(http).each]
+    """Those of all that answer; the label `engine` tells them apart."""
+    backends = Backends.of(http)
+    texts = [answer.text for answer in await backends.get("/metrics")]
     registry = CollectorRegistry()
     registry.register(_Merged(texts))
+    serves = Gauge("tandem:backend_serves", "Whether the process of a backend serves.", ("engine",), registry=registry)
+    for backend in backends.each:
+        serves.labels(engine=backend.name).set(backend.accepts)
     return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
 
 
@@ -202,7 +270,8 @@ class Passed(StreamingResponse):
 
     def __init__(self, answer: httpx.Response, backend: Backend) -> None:
         self._answer, self._backend = answer, backend
-        super().__init__(self._content(), answer.status_code, media_type=answer.headers.get("content-type"))
+        headers = {name: answer.headers[name] for name in PASSED_BACK if name in answer.headers}
+        super().__init__(self._content(), answer.status_code, headers, media_type=answer.headers.get("content-type"))
 
     async def _content(self) -> AsyncIterator[bytes]:
         try:
@@ -211,7 +280,7 @@ class Passed(StreamingResponse):
         except httpx.HTTPError:
             if not (self.media_type or "").startswith("text/event-stream"):
                 raise
-            yield event(self._backend.gone().body) + b"data: [DONE]\n\n"
+            yield event(self._backend.gone().body) + DONE
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -225,7 +294,9 @@ def create_front(backends: Backends, *, api_key: str | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        backends.keep()
         yield
+        backends.restart_no_more()
         await asyncio.to_thread(backends.stop)
 
     app = new_app(lifespan)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
 import re
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -17,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import TandemError
 from common.serve.errors import ApiError, api_error
-from common.serve.serving import error_response
+from common.serve.serving import DONE, error_response, event
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +44,16 @@ class Guard:
         name = given if ID.fullmatch(given) else uuid.uuid4().hex
         kept = [(key, value) for key, value in scope["headers"] if key != b"x-request-id"]
         scope = {**scope, "headers": [*kept, (b"x-request-id", name.encode())]}
-        status = 0
+        status, streams, complete, told = 0, False, False, "Answered."
 
         async def labelled(message: Message) -> None:
-            nonlocal status
+            nonlocal status, streams, complete
             if message["type"] == "http.response.start":
-                status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = name
+                answer = MutableHeaders(scope=message)
+                status, streams = message["status"], answer.get("content-type", "").startswith("text/event-stream")
+                answer["x-request-id"] = name
+            else:
+                complete = not message.get("more_body", False)
             await send(message)
 
         try:
@@ -60,24 +65,40 @@ class Guard:
             if status:
                 raise
             await error_response(api_error(error))(scope, receive, labelled)
+        except asyncio.CancelledError:  # by the server, which is told to end and has waited for this request in vain
+            told = "Ended unfinished: it outlasted --drain-s."
+            with suppress(asyncio.CancelledError):  # once more, where the client takes nothing
+                if not status:
+                    await error_response(outlasted())(scope, receive, labelled)
+                elif streams and not complete:
+                    await labelled({"type": "http.response.body", "body": event(outlasted().body) + DONE})
         finally:
             seconds = time.perf_counter() - began
             facts = {"request_id": name, "method": scope["method"], "path": scope["path"][:200], "status": status}
-            log.info("Answered.", extra={"facts": facts | {"seconds": round(seconds, 6)}})
+            log.info(told, extra={"facts": facts | {"seconds": round(seconds, 6)}})
 
     def _check_key(self, path: str, headers: Headers) -> None:
         if self.api_key is None or path in OPEN:
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(key.encode(), self.api_key.encode()):
+        if scheme.lower() != "bearer" or not key:
             raise ApiError(401, "A key is needed: send Authorization: Bearer KEY.", headers={"WWW-Authenticate": "Bearer"})
+        if not hmac.compare_digest(key.encode(), self.api_key.encode()):
+            told = "The key that came is not the one that this server asks for."
+            raise ApiError(401, told, headers={"WWW-Authenticate": "Bearer"})
+
+
+def outlasted() -> ApiError:
+    told = "The server was told to end, and this request took longer than it still had (--drain-s)."
+    return ApiError(503, told, headers={"Retry-After": "30"})
 
 
 class TextLines(logging.Formatter):
-    """A line for people, with its facts behind it."""
+    """A line for people, with its facts behind it. `engine`: the backend that says it, where there are several."""
 
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    def __init__(self, engine: str | None = None) -> None:
+        by = "" if engine is None else "[" + engine.replace("%", "%%") + "] "
+        super().__init__(f"%(asctime)s %(levelname)s {by}%(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         facts = getattr(record, "facts", {})
@@ -87,10 +108,15 @@ class TextLines(logging.Formatter):
 class JsonLines(logging.Formatter):
     """One JSON object a record."""
 
+    def __init__(self, engine: str | None = None) -> None:
+        super().__init__()
+        self._by = {} if engine is None else {"engine": engine}
+
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(),
             "level": record.levelname,
+            **self._by,
             "logger": record.name,
             "message": record.getMessage(),
             **getattr(record, "facts", {}),

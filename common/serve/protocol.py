@@ -151,7 +151,7 @@ class Sampled(Body):
         asked = {name: getattr(self, name) for name in SAMPLING}
         if self.logit_bias:
             decimal = all(key.isdecimal() for key in self.logit_bias)
-            expect(decimal, "The keys of logit_bias must be token ids.", "logit_bias")
+            expect(decimal, 'logit_bias must be a map of token ids to numbers, as {"42": -100}.', "logit_bias")
             asked["logit_bias"] = {int(key): value for key, value in self.logit_bias.items()}
         options = supported(asked, SamplingParams)
         return SamplingParams(

@@ -34,6 +34,8 @@ T = TypeVar("T")
 MAX_BODY = 1 << 24
 """Bytes of a request."""
 BODY_PATIENCE_S = 60.0
+DONE = b"data: [DONE]\n\n"
+"""The end of a stream."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +233,10 @@ class Answer:
         facts |= {"cached_tokens": self.cached_tokens, "unfinished": self.call.left}
         if self.serving.log_prompts:
             facts["prompts"] = [prompt.token_ids if prompt.text is None else prompt.text for prompt in self.prompts]
-        log.info("Ended early: the client left, or a choice failed." if self.call.left else "Ended.", extra={"facts": facts})
+        log.info(
+            "Ended early: the client left, a choice failed, or the server ends." if self.call.left else "Ended.",
+            extra={"facts": facts},
+        )
 
     async def _events(self, chunks: Callable[[], AsyncIterator[Sequence[dict[str, Any]]]]) -> AsyncIterator[bytes]:
         """Server-sent events; those of one step in one write."""
@@ -246,7 +251,7 @@ class Answer:
             if not isinstance(error, ApiError):
                 log.exception("Request %s failed.", self.id)
             yield event(api_error(error).body)
-        yield b"data: [DONE]\n\n"
+        yield DONE
 
 
 class EventStream(StreamingResponse):
@@ -290,7 +295,8 @@ def check_end(delta: Delta) -> None:
         case Status.FINISHED_ERROR:
             raise ApiError(500, delta.error or "The request failed.")
         case Status.FINISHED_TIMEOUT:
-            raise ApiError(504, "The request's deadline has passed.")
+            # OpenAI's clients would ask again what came too late, with the same deadline.
+            raise ApiError(504, "The request's deadline has passed.", headers={"x-should-retry": "false"})
 
 
 def encode(message: Any) -> bytes:

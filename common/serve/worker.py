@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from common.engine import StepRecord
+from common.errors import QueueFullError, RequestError
 from common.interface import ReplicaState, ServingEngine
 from common.request import Request, TokenEvent
 from common.serve.errors import ApiError
@@ -246,8 +247,12 @@ class Worker:
             for index, request in enumerate(call.requests):
                 engine.add(request)
                 self._live[request.request_id] = _Live(call, index, OutputText(self._tokenizer, request))
-        except BaseException:
+        except BaseException as error:
+            alone = all(live.call is call for live in self._live.values())
             self._abort(engine, call)
+            if isinstance(error, QueueFullError) and alone:
+                told = f"{len(call.requests)} prompts and choices are more than this server takes at once, also when it is idle"
+                raise RequestError(f"{told}; send them in several requests, or raise max_waiting.") from None
             raise
 
     def _abort(self, engine: ServingEngine | None, call: Call) -> None:
