@@ -104,6 +104,28 @@ def test_who_asked_first_is_served_first(monkeypatch: pytest.MonkeyPatch) -> Non
     assert order[0] == 8 and sorted(order) == [2, 4, 8]
 
 
+def test_who_waits_is_heard_of_however_often_others_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segment, "PATIENCE_S", 0.2)
+    room, heard, done = Room(4 * MIB), threading.Event(), threading.Event()
+    held = [room.take(2 * MIB, never)]
+
+    def wait() -> None:
+        room.take(4 * MIB, heard.set)
+        done.set()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    end = time.monotonic() + 10
+    while not heard.is_set() and time.monotonic() < end:
+        with room._changed:
+            room._changed.notify_all()
+        time.sleep(0.01)
+    assert heard.is_set() and not done.is_set()
+    held.clear()
+    thread.join(10)
+    assert done.is_set()
+
+
 def test_who_gives_up_waiting_lets_the_next_one_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segment, "PATIENCE_S", 0.01)
     room = Room(4 * MIB)

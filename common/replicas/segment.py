@@ -15,12 +15,13 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from time import monotonic
 
 import numpy as np
 
 SHARES = hasattr(os, "memfd_create")
 """Whether the system has such memory. Linux alone does."""
-PATIENCE_S = 1.0
+PATIENCE_S = 0.5
 """Between two words to who is waited for."""
 _UNIT = 1 << 21
 """Bytes of which a segment has a whole number, so that more of them can take the place of others."""
@@ -82,13 +83,15 @@ class Room:
     def take(self, size: int, waiting: Callable[[], object]) -> tuple[Segment, np.ndarray]:
         """A segment, and `size` bytes of it, which are taken until nobody has a view of them any more. Who asked first is
         served first; while it takes long, `waiting` is called from time to time, and may raise."""
-        ticket = object()
+        ticket, due = object(), monotonic() + PATIENCE_S
         with self._changed:
             self._queue.append(ticket)
             try:
                 while self._queue[0] is not ticket or not (self._used == 0 or self._used + size <= self._most):
-                    if not self._changed.wait(PATIENCE_S):
+                    self._changed.wait(due - monotonic())
+                    if monotonic() >= due:  # whatever has woken us, and however often
                         waiting()
+                        due = monotonic() + PATIENCE_S
                 segment = self._find(size)
             finally:
                 self._queue.remove(ticket)
