@@ -14,8 +14,8 @@ import os
 import queue
 import secrets
 import socket
-import sys
 import threading
+from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
@@ -53,7 +53,7 @@ MAX_CONNECTIONS = 64
 MAX_MESSAGE = 1 << 16
 """Bytes of a message, apart from keys and values."""
 _BESIDE, _CLOSES = socket.CMSG_SPACE(4), getattr(socket, "MSG_CMSG_CLOEXEC", 0)
-"""One descriptor may come beside what is read, which no process that is started has."""
+"""A descriptor may come beside what is read, or as many as there is room for, which no process that is started has."""
 Address = str | int
 """Where a process listens: a name of no file, which goes with the process, or a port of `HOST`."""
 
@@ -238,9 +238,9 @@ class _Line:
                 raise TimeoutError("it takes too long")
             self._connection.settimeout(left)
             count, beside, _, _ = self._connection.recvmsg_into([view[at:]], _BESIDE, _CLOSES)
-            for _, kind, descriptor in beside:
-                if kind == socket.SCM_RIGHTS:
-                    self._keep(int.from_bytes(descriptor, sys.byteorder))
+            for _, kind, content in beside:
+                for descriptor in array("i", content) if kind == socket.SCM_RIGHTS else ():
+                    self._keep(descriptor)
             if not count:
                 break
             at += count
