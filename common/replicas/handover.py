@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.frames import Frame, NoFrame, read_frame, write_frame
-from common.replicas.segment import SHARES, Room, Segment, open_segment
+from common.replicas.segment import SHARES, Others, Room, Segment
 from common.schedule.kv import KV, Layout
 from common.schedule.transfer import (
     LEASE_S,
@@ -83,7 +83,7 @@ class Door:
         else:
             self._listener = socket.create_server((HOST, 0), backlog=MAX_CONNECTIONS)
             self.address = self._listener.getsockname()[1]
-        self._room = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._room, self._others = threading.BoundedSemaphore(MAX_CONNECTIONS), Others()
         threading.Thread(target=self._accept, name="door", daemon=True).start()
 
     def close(self) -> None:
@@ -111,7 +111,7 @@ class Door:
                 while (said := line.hear()) is not None:
                     tag, line.patience_s = said.tag, LEASE_S
                     answers: queue.SimpleQueue[Said | None] = queue.SimpleQueue()
-                    self._heard(Heard(said, line.memory(), answers.put))
+                    self._heard(Heard(said, line.memory(self._others), answers.put))
                     while (answer := answers.get()) is not None:
                         line.say(answer)
         except (OSError, NoFrame, TransferError) as trouble:
@@ -207,12 +207,12 @@ class _Line:
         frame = read_frame(self, MAX_MESSAGE, self._most)
         return None if frame is None else unseal(Frame(*frame), self._secret)
 
-    def memory(self) -> np.ndarray | None:
+    def memory(self, others: Others) -> np.ndarray | None:
         """That came with what was heard last."""
         if self._descriptor is None:
             return None
         try:
-            return open_segment(self._descriptor, MAX_BYTES)
+            return others.open(self._descriptor, MAX_BYTES)
         except (OSError, ValueError) as wrong:
             raise TransferError(f"Memory came that cannot be used: {wrong}.") from wrong
         finally:

@@ -67,6 +67,22 @@ def open_segment(descriptor: int, most: int) -> np.ndarray:
     return np.frombuffer(mmap.mmap(descriptor, found.st_size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE), np.uint8)
 
 
+class Others:
+    """Segments of other processes. The last one stays mapped, for it is likely to come again, and to map and unmap it takes
+    almost as long as to fill it. Any thread may ask."""
+
+    def __init__(self) -> None:
+        self._last: tuple[tuple[int, int], np.ndarray] | None = None
+
+    def open(self, descriptor: int, most: int) -> np.ndarray:
+        """As `open_segment`."""
+        found, last = os.fstat(descriptor), self._last
+        which = found.st_dev, found.st_ino  # which no other has while this one is mapped
+        if last is None or last[0] != which:
+            self._last = last = which, open_segment(descriptor, most)
+        return last[1]
+
+
 class Room:
     """Segments that together have at most `most` bytes, or one alone that has more. Any thread may ask.
 
