@@ -29,9 +29,12 @@ PACKAGE = """
 import os
 import time
 from pathlib import Path
+from common.replicas import worker
 from tests.history_runner import HistoryRunner
 
 CONTROL = Path({control!r})
+if (CONTROL / "no room").exists():
+    worker.MAX_WAITING_BYTES = 1
 
 class ModelRunner(HistoryRunner):
     def __init__(self, config):

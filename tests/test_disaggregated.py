@@ -24,6 +24,7 @@ from common.errors import BackendError, ConfigError, DrainingError, QueueFullErr
 from common.llm import LLM
 from common.replicas.disaggregated import Disaggregated
 from common.replicas.open import open_engine
+from common.replicas.segment import SHARES
 from common.request import Request, SamplingParams, Status, TokenEvent, fan_out
 from experiments import compare, lab
 from tests import history_backend
@@ -290,17 +291,33 @@ def test_more_than_one_of_each(history: Path) -> None:
         assert len(steps) == 4 and all(steps)
 
 
-def test_no_process_outlives_an_engine_that_is_killed(history: Path) -> None:
+def test_pages_stay_where_they_are_while_there_is_no_room_for_them(history: Path) -> None:
+    """One transfer at a time; the others neither pile up nor are given up."""
+    (history / "no room").touch()
+    with running("history", replace(PAIR, max_num_seqs=2)) as engine:
+        (history / "slow").touch()
+        asked = requests(12)
+        judge(asked, engine.run(asked))
+        stats = engine.stats()
+        prompts = sum(len(request.prompt_token_ids) for request in asked)
+        assert stats["external_prefix_cache_hits"] == stats["prompt_tokens"] == prompts
+        Awake().wait(lambda: idle(engine))
+    for file in history.iterdir():
+        file.unlink()
+
+
+def test_no_process_and_no_socket_outlives_an_engine_that_is_killed(history: Path) -> None:
     words = [sys.executable, "-m", "tests.replica_mains", "disaggregated"]
     parent = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert parent.stdout
     others = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
-    assert len(others) == 2
+    listening = lambda: [SHARES and f"tandem-{each.pid}-" in Path("/proc/net/unix").read_text() for each in others]  # noqa: E731
+    assert listening() == [SHARES] * 2
     others[0].suspend()
     parent.kill()
     parent.wait()
     _, alive = psutil.wait_procs(others, timeout=5)
-    assert alive == []
+    assert alive == [] and not any(listening())
 
 
 def test_what_keeps_one_from_starting_is_told_as_it_was_raised_and_the_others_end() -> None:

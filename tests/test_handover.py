@@ -327,8 +327,10 @@ def test_descriptors_that_strangers_send_are_not_kept() -> None:
         pytest.skip("the system has no memory without a name")
     reading, writing = os.pipe()
     with holding() as holder, connected(holder) as stranger:
-        socket.send_fds(stranger, [MAGIC[:2]], [writing])
-        os.close(writing)
+        twins = [os.dup(writing) for _ in range(3)]
+        socket.send_fds(stranger, [MAGIC[:2]], [writing, *twins])
+        for descriptor in (writing, *twins):
+            os.close(descriptor)
         socket.send_fds(stranger, [b"no frame"], [])
         assert os.read(reading, 1) == b""  # once nobody has the other end
         os.close(reading)

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from common.replicas import segment
-from common.replicas.segment import SHARES, Room, Segment, open_segment
+from common.replicas.segment import SHARES, Others, Room, Segment, open_segment
 
 MIB = 1 << 20
 
@@ -34,6 +34,25 @@ def test_what_one_writes_the_other_reads() -> None:
     assert memory[0] == 9
     with pytest.raises(ValueError, match="expected memory of 1 to 100 bytes"):
         open_segment(os.memfd_create("x"), 100)
+
+
+def test_one_that_comes_again_is_not_mapped_again_and_one_that_comes_instead_is_looked_at() -> None:
+    if not SHARES:
+        pytest.skip("the system has no memory without a name")
+    others, (one, another) = Others(), (Segment(5000), Segment(5000))
+    for segment_, value in ((one, 1), (another, 2)):
+        assert segment_.descriptor is not None
+        segment_.lend(5000)[:] = value
+        memory = others.open(segment_.descriptor, segment_.size)
+        assert (memory[:5000] == value).all()
+        twin = os.dup(segment_.descriptor)
+        assert others.open(twin, segment_.size) is memory
+        os.close(twin)
+    unsealed = os.memfd_create("x")
+    os.ftruncate(unsealed, 5000)
+    with pytest.raises((ValueError, OSError)):
+        others.open(unsealed, 1 << 30)
+    os.close(unsealed)
 
 
 def test_a_segment_is_taken_until_nobody_has_a_view_of_it() -> None:
@@ -102,6 +121,28 @@ def test_who_asked_first_is_served_first(monkeypatch: pytest.MonkeyPatch) -> Non
     for thread in threads:
         thread.join(10)
     assert order[0] == 8 and sorted(order) == [2, 4, 8]
+
+
+def test_who_waits_is_heard_of_however_often_others_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(segment, "PATIENCE_S", 0.2)
+    room, heard, done = Room(4 * MIB), threading.Event(), threading.Event()
+    held = [room.take(2 * MIB, never)]
+
+    def wait() -> None:
+        room.take(4 * MIB, heard.set)
+        done.set()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    end = time.monotonic() + 10
+    while not heard.is_set() and time.monotonic() < end:
+        with room._changed:
+            room._changed.notify_all()
+        time.sleep(0.01)
+    assert heard.is_set() and not done.is_set()
+    held.clear()
+    thread.join(10)
+    assert done.is_set()
 
 
 def test_who_gives_up_waiting_lets_the_next_one_on(monkeypatch: pytest.MonkeyPatch) -> None:

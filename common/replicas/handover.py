@@ -14,8 +14,8 @@ import os
 import queue
 import secrets
 import socket
-import sys
 import threading
+from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.frames import Frame, NoFrame, read_frame, write_frame
-from common.replicas.segment import SHARES, Room, Segment, open_segment
+from common.replicas.segment import SHARES, Others, Room, Segment
 from common.schedule.kv import KV, Layout
 from common.schedule.transfer import (
     LEASE_S,
@@ -53,7 +53,7 @@ MAX_CONNECTIONS = 64
 MAX_MESSAGE = 1 << 16
 """Bytes of a message, apart from keys and values."""
 _BESIDE, _CLOSES = socket.CMSG_SPACE(4), getattr(socket, "MSG_CMSG_CLOEXEC", 0)
-"""One descriptor may come beside what is read, which no process that is started has."""
+"""A descriptor may come beside what is read, or as many as there is room for, which no process that is started has."""
 Address = str | int
 """Where a process listens: a name of no file, which goes with the process, or a port of `HOST`."""
 
@@ -83,7 +83,7 @@ class Door:
         else:
             self._listener = socket.create_server((HOST, 0), backlog=MAX_CONNECTIONS)
             self.address = self._listener.getsockname()[1]
-        self._room = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._room, self._others = threading.BoundedSemaphore(MAX_CONNECTIONS), Others()
         threading.Thread(target=self._accept, name="door", daemon=True).start()
 
     def close(self) -> None:
@@ -111,7 +111,7 @@ class Door:
                 while (said := line.hear()) is not None:
                     tag, line.patience_s = said.tag, LEASE_S
                     answers: queue.SimpleQueue[Said | None] = queue.SimpleQueue()
-                    self._heard(Heard(said, line.memory(), answers.put))
+                    self._heard(Heard(said, line.memory(self._others), answers.put))
                     while (answer := answers.get()) is not None:
                         line.say(answer)
         except (OSError, NoFrame, TransferError) as trouble:
@@ -207,12 +207,12 @@ class _Line:
         frame = read_frame(self, MAX_MESSAGE, self._most)
         return None if frame is None else unseal(Frame(*frame), self._secret)
 
-    def memory(self) -> np.ndarray | None:
+    def memory(self, others: Others) -> np.ndarray | None:
         """That came with what was heard last."""
         if self._descriptor is None:
             return None
         try:
-            return open_segment(self._descriptor, MAX_BYTES)
+            return others.open(self._descriptor, MAX_BYTES)
         except (OSError, ValueError) as wrong:
             raise TransferError(f"Memory came that cannot be used: {wrong}.") from wrong
         finally:
@@ -238,9 +238,9 @@ class _Line:
                 raise TimeoutError("it takes too long")
             self._connection.settimeout(left)
             count, beside, _, _ = self._connection.recvmsg_into([view[at:]], _BESIDE, _CLOSES)
-            for _, kind, descriptor in beside:
-                if kind == socket.SCM_RIGHTS:
-                    self._keep(int.from_bytes(descriptor, sys.byteorder))
+            for _, kind, content in beside:
+                for descriptor in array("i", content) if kind == socket.SCM_RIGHTS else ():
+                    self._keep(descriptor)
             if not count:
                 break
             at += count

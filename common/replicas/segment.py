@@ -15,12 +15,13 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from time import monotonic
 
 import numpy as np
 
 SHARES = hasattr(os, "memfd_create")
 """Whether the system has such memory. Linux alone does."""
-PATIENCE_S = 1.0
+PATIENCE_S = 0.5
 """Between two words to who is waited for."""
 _UNIT = 1 << 21
 """Bytes of which a segment has a whole number, so that more of them can take the place of others."""
@@ -66,6 +67,22 @@ def open_segment(descriptor: int, most: int) -> np.ndarray:
     return np.frombuffer(mmap.mmap(descriptor, found.st_size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE), np.uint8)
 
 
+class Others:
+    """Segments of other processes. The last one stays mapped, for it is likely to come again, and to map and unmap it takes
+    almost as long as to fill it. Any thread may ask."""
+
+    def __init__(self) -> None:
+        self._last: tuple[tuple[int, int], np.ndarray] | None = None
+
+    def open(self, descriptor: int, most: int) -> np.ndarray:
+        """As `open_segment`."""
+        found, last = os.fstat(descriptor), self._last
+        which = found.st_dev, found.st_ino  # which no other has while this one is mapped
+        if last is None or last[0] != which:
+            self._last = last = which, open_segment(descriptor, most)
+        return last[1]
+
+
 class Room:
     """Segments that together have at most `most` bytes, or one alone that has more. Any thread may ask.
 
@@ -82,13 +99,15 @@ class Room:
     def take(self, size: int, waiting: Callable[[], object]) -> tuple[Segment, np.ndarray]:
         """A segment, and `size` bytes of it, which are taken until nobody has a view of them any more. Who asked first is
         served first; while it takes long, `waiting` is called from time to time, and may raise."""
-        ticket = object()
+        ticket, due = object(), monotonic() + PATIENCE_S
         with self._changed:
             self._queue.append(ticket)
             try:
                 while self._queue[0] is not ticket or not (self._used == 0 or self._used + size <= self._most):
-                    if not self._changed.wait(PATIENCE_S):
+                    self._changed.wait(due - monotonic())
+                    if monotonic() >= due:  # whatever has woken us, and however often
                         waiting()
+                        due = monotonic() + PATIENCE_S
                 segment = self._find(size)
             finally:
                 self._queue.remove(ticket)
