@@ -86,11 +86,11 @@ def expect_fits(workload: Workload, spec: EngineSpec, checkpoint: Checkpoint) ->
     """Raises `ConfigError` if an engine would refuse a request of the workload once it is loaded."""
     config, limit = spec.config, spec.config.model_len(checkpoint.config)
     has = f"Workload {workload.name} has a request of {workload.longest} tokens, prompt and output together"
-    shorten, most = "Shorten workload.prompt_len or workload.output_len", checkpoint.config.max_position
-    expect(workload.longest <= most, f"{has}, and the model has {most} positions. {shorten}.")
+    most = checkpoint.config.max_position
+    more = f", or raise max_model_len, to {most} at most" if workload.longest <= most else f": the model has {most} positions"
     expect(
         workload.longest <= limit,
-        f"{has}; engine {spec.label} serves {limit}. {shorten}, or raise max_model_len, to {most} at most.",
+        f"{has}; engine {spec.label} serves {limit}. Shorten workload.prompt_len or workload.output_len{more}.",
     )
     room = math.inf if config.num_blocks is None else (config.num_blocks - 1) * config.block_size
     expect(
