@@ -204,7 +204,7 @@ class EngineConfig:
     kernels; under `kernels=framework` JAX keeps the first number of a process, and PyTorch takes the last."""
     tensor_parallel_size: int = 1
     """Ranks that share out every matrix of the model, and the compute threads: devices of one process in JAX, processes in
-    PyTorch. More than one compute with the framework's kernels."""
+    PyTorch."""
     pipeline_parallel_size: int = 1
     """Stages that share out the model's layers, each of so many ranks, and the compute threads. As many steps are in flight,
     each of a share of the requests."""
