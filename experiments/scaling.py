@@ -19,6 +19,7 @@ from experiments.page import Table
 
 SHARED_OUT = (
     "tensor_parallel_size",
+    "pipeline_parallel_size",
     "data_parallel_size",
     "prefill_parallel_size",
     "prefill_backend",
@@ -48,12 +49,13 @@ def scale(spec: EngineSpec) -> dict[str, Any]:
     digest = hashlib.blake2b(repr(sorted(rest.items())).encode(), digest_size=4).hexdigest()
     shared = {
         "tensor": config.tensor_parallel_size > 1,
+        "pipeline": config.pipeline_parallel_size > 1,
         "data": config.data_parallel_size > 1,
         "prefill": config.prefill_parallel_size > 0,
     }
     return {
         "shared_by": " and ".join(name for name, several in shared.items() if several),
-        "ranks": config.tensor_parallel_size * (config.data_parallel_size + config.prefill_parallel_size),
+        "ranks": config.ranks * (config.data_parallel_size + config.prefill_parallel_size),
         "compute_threads": config.threads or cores(),
         "scales_as": f"{spec.name}-{digest}",
     }

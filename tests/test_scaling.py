@@ -31,15 +31,16 @@ TWO = ONE | {
 def test_what_differs_in_ranks_and_threads_alone_scales_together() -> None:
     spec = EngineSpec(label="torch", name="torch", config=EngineConfig(threads=2))
     change = lambda **options: scale(replace(spec, config=replace(spec.config, **options)))  # noqa: E731
-    one, two, four = (
+    one, *others = every = (
         scale(spec),
         change(tensor_parallel_size=2),
         change(data_parallel_size=2, tensor_parallel_size=2, threads=4),
+        change(pipeline_parallel_size=3, tensor_parallel_size=2),
     )
-    assert [each["ranks"] for each in (one, two, four)] == [1, 2, 4]
-    assert [each["compute_threads"] for each in (one, two, four)] == [2, 2, 4]
-    assert [each["shared_by"] for each in (one, two, four)] == ["", "tensor", "tensor and data"]
-    assert one["scales_as"] == two["scales_as"] == four["scales_as"]
+    assert [each["ranks"] for each in every] == [1, 2, 4, 6]
+    assert [each["compute_threads"] for each in every] == [2, 2, 4, 2]
+    assert [each["shared_by"] for each in every] == ["", "tensor", "tensor and data", "tensor and pipeline"]
+    assert {each["scales_as"] for each in others} == {one["scales_as"]}
     assert len({each["scales_as"] for each in (one, change(max_num_seqs=3), scale(replace(spec, name="jax")))}) == 3
 
 
