@@ -248,7 +248,10 @@ def test_who_kills_replicas_ends_alone_and_those_beside_it_go_on(two: Replicas, 
 
 def test_an_abort_reaches_the_replica_and_frees_what_it_held(two: Replicas, history: Path) -> None:
     (history / "slow").touch()
-    asked = requests(6, output=400, name="long")
+    asked = [
+        replace(request, params=replace(request.params, ignore_eos=True, stop_token_ids=()))  # so that none ends by itself
+        for request in requests(6, output=400, name="long")
+    ]
     for request in asked:
         two.add(request)
     seen: list[TokenEvent] = []
