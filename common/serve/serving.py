@@ -300,7 +300,8 @@ def check_end(delta: Delta) -> None:
 
 
 def encode(message: Any) -> bytes:
-    return json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode()
+    """As JSON. Half of a character, which JSON's escapes can spell and UTF-8 cannot, is "?"."""
+    return json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
 
 
 def event(message: Any) -> bytes:
