@@ -203,7 +203,7 @@ class EngineConfig:
     """Engines that compute prompts alone, in processes of their own, for the `data_parallel_size` others, which go on with
     them; 0: each computes those of its own requests."""
     prefill_backend: str | None = None
-    """Of those; None takes the same as for the others."""
+    """Of the engines that compute prompts alone; None takes the same as for the others."""
     routing: Routing = "prefix"
     """Which replica gets a request. `prefix`: the one with the least to do, in which cached prefixes count. `round_robin`: each
     in turn."""

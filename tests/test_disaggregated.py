@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -249,6 +249,19 @@ def test_what_one_engine_refuses_is_refused_in_the_same_words(two: Disaggregated
         engine.run([])
     assert messages[0] == messages[1]
     one.close()
+
+
+def test_of_requests_that_come_together_as_many_are_taken_as_run_at_once_and_may_wait(history: Path) -> None:
+    with running("history", replace(PAIR, max_num_seqs=1, max_waiting=2)) as engine:
+        (history / "hang").touch()
+        taken = []
+        for request in requests(9, output=30):
+            with suppress(QueueFullError):
+                engine.add(request)
+                taken.append(request.request_id)
+        (history / "hang").unlink()
+        assert len(taken) == 3
+        assert [name for name, events in engine.run([]).items() if events[-1].finish] == taken
 
 
 def test_the_queue_has_one_bound_and_a_drain_stops_all(history: Path) -> None:

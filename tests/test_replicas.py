@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -320,6 +320,19 @@ def test_what_one_engine_refuses_is_refused_in_the_same_words(two: Replicas, bad
         messages.append((str(refused.value), refused.value.param))
         engine.run([])
     assert messages[0] == messages[1]
+
+
+def test_of_requests_that_come_together_as_many_are_taken_as_run_at_once_and_may_wait(history: Path) -> None:
+    with running("history", replace(SMALL, max_num_seqs=1, max_waiting=2)) as engine:
+        (history / "hang").touch()
+        taken = []
+        for request in requests(9, output=30):
+            with suppress(QueueFullError):
+                engine.add(request)
+                taken.append(request.request_id)
+        (history / "hang").unlink()
+        assert len(taken) == 4
+        assert sorted(event.request_id for event in drain(engine) if event.finish) == sorted(taken)
 
 
 def test_the_queue_has_one_bound_and_a_drain_stops_all(history: Path) -> None:
