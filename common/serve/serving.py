@@ -201,6 +201,7 @@ class Answer:
             if isinstance(error, RequestError):
                 error.param = self.body.field_of(error.param)
             raise
+        self.serving.metrics.accepted(self.call)
         leave = partial(self._leave, http)
         if self.body.stream:
             return EventStream(self._events(chunks), leave)
