@@ -24,7 +24,9 @@ MAX_N = 64
 MAX_INT = 2**31 - 1
 MAX_GRAMMAR = 1 << 15
 """Characters of what an output is held to."""
-STUCK = "The output cannot go on: allowed_token_ids, bad_words, min_tokens and structured_outputs leave no token to choose."
+CANNOT_GO_ON = "The output cannot go on: "
+"""How the error of a request begins that asked for what cannot be: it is the request's fault, not the engine's."""
+STUCK = CANNOT_GO_ON + "allowed_token_ids, bad_words, min_tokens and structured_outputs leave no token to choose."
 GREEDY_EPSILON = 1e-5
 """Temperatures below this are greedy."""
 _INTEGERS = {

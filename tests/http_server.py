@@ -38,6 +38,9 @@ if (CONTROL / "no room").exists():
 
 class ModelRunner(HistoryRunner):
     def __init__(self, config):
+        while (CONTROL / "load").exists():
+            (CONTROL / "loading").touch()
+            time.sleep(0.01)
         super().__init__(num_pages=2, block_size=config.block_size, vocab_size=320, max_seqs=config.max_num_seqs)
 
     def submit(self, batch, *more):

@@ -23,7 +23,17 @@ from common.engine import Engine
 from common.errors import RequestError
 from common.interface import Pending
 from common.llm import LLM
-from common.request import MAX_GRAMMAR, STUCK, Request, SamplingParams, Status, StructuredOutputsParams, TokenEvent, fan_out
+from common.request import (
+    CANNOT_GO_ON,
+    MAX_GRAMMAR,
+    STUCK,
+    Request,
+    SamplingParams,
+    Status,
+    StructuredOutputsParams,
+    TokenEvent,
+    fan_out,
+)
 from common.schedule.batch import Batch, Mask
 from common.schedule.trace import record, replay
 from common.serve.errors import ApiError
@@ -431,6 +441,41 @@ def test_patterns_that_ruin_other_engines_do_not_ruin_this_one(grammars: Grammar
     assert allowed(started(grammars, regex=pattern))
 
 
+@pytest.mark.parametrize("wanted", [{"regex": "a{1000000}"}, {"json": {"type": "string", "pattern": "^(ab){500000}$"}}])
+def test_what_begins_with_more_than_can_be_followed_is_refused(grammars: Grammars, wanted: dict[str, Any]) -> None:
+    compiled = grammars.compile(StructuredOutputsParams(**wanted))
+    assert compiled is not None
+    with pytest.raises(RequestError, match="cannot be compiled: an output may begin with 32768 bytes"):
+        compiled.result()
+
+
+def test_what_is_forced_later_ends_the_output_where_it_is_more_than_can_be_followed(grammars: Grammars) -> None:
+    matcher, error = started(grammars, regex="x?a{1000000}"), None
+    for _ in range(8):
+        error = error or matcher.accept(max(allowed(matcher), default=0))
+    assert error is not None and error.startswith(CANNOT_GO_ON + "lexer error")
+
+
+def test_of_a_long_text_that_is_forced_little_is_cut_into_tokens_each_time(
+    grammars: Grammars, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths, encode = list[int](), Tokenizer.encode
+
+    def measured(self: Tokenizer, text: str, **how: Any) -> list[int]:
+        lengths.append(len(text))
+        return encode(self, text, **how)
+
+    monkeypatch.setattr(Tokenizer, "encode", measured)
+    matcher = started(grammars, regex="(red){9000}")
+    text = b""
+    while len(text) < 3000:
+        (token,) = allowed(matcher)
+        assert matcher.accept(token) is None
+        text += tokenizer.token_bytes(token)
+    assert (b"red" * 9000).startswith(text)
+    assert lengths and max(lengths) <= 1024
+
+
 def test_the_same_wish_is_compiled_once_and_few_are_kept(
     grammars: Grammars, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -608,6 +653,13 @@ def test_a_format_that_nothing_may_go_on_with_ends_its_request_alone(served: Ser
     error = refused.json()["error"]
     assert refused.status_code == 400 and "cannot go on: allowed_token_ids" in error["message"]
     assert [part.get("error") for part in served.events(**stuck)] == [None, error]
+    served.wait_idle()
+
+
+def test_a_format_too_large_to_follow_is_the_mistake_of_who_asked_for_it(served: Served) -> None:
+    for regex, told in {"a{1000000}": "cannot be compiled", "(x|b)?a{1000000}": "cannot go on"}.items():
+        response = served.post(prompt="the", max_tokens=9, temperature=0.0, guided_regex=regex)
+        assert response.status_code == 400 and told in response.json()["error"]["message"]
     served.wait_idle()
 
 

@@ -145,8 +145,10 @@ def test_a_deadline_ends_a_request_and_a_full_queue_turns_one_away(tmp_path: Pat
 def test_the_choices_of_a_request_are_taken_however_few_may_wait(tmp_path: Path) -> None:
     with started(tmp_path, "--max-num-seqs", "2", "--max-waiting", "2") as (served, control):
         assert len(served.complete(**LONG, n=7, temperature=1.0, seed=1)["choices"]) == 7
+        before = served.metric("prompt_tokens_total")
         never = served.post(**{**LONG, "prompt": ["a", "b", "c", "d", "e"]})
         assert never.status_code == 400 and "send them in several requests" in never.json()["error"]["message"]
+        assert served.metric("prompt_tokens_total") == before > 0  # none of the five, though four were taken for a moment
         (control / "slow").touch()
         with ThreadPoolExecutor(8) as pool:
             codes = [answer.status_code for answer in pool.map(lambda _: served.post(**LONG), range(8))]

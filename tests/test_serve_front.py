@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,8 +15,19 @@ from typing import Any
 import psutil
 import pytest
 
+from common.exits import TERMINATED
 from tests.browser import ATTEMPTS, BrowserError, Tab, chromium, running
-from tests.http_server import Served, expect_told_that_it_ends, history, interrupt_twice, raw_request, serving, until
+from tests.http_server import (
+    PATIENCE_S,
+    ROOT,
+    Served,
+    expect_told_that_it_ends,
+    history,
+    interrupt_twice,
+    raw_request,
+    serving,
+    until,
+)
 
 BODY = {"prompt": "the", "max_tokens": 8, "ignore_eos": True}
 
@@ -143,6 +157,43 @@ def test_what_outlasts_the_drain_is_told_so_behind_the_front_too(tmp_path: Path)
     (control / "slow").touch()
     with serving(tmp_path, "--backend", "one,two", "--drain-s", "1", packages=[packages]) as server:
         expect_told_that_it_ends(server)
+
+
+def test_all_names_of_a_model_and_what_goes_with_an_answer_come_through(tmp_path: Path) -> None:
+    packages, control = history(tmp_path, "one", "two")
+    (control / "slow").touch()
+    names, few = ("--served-model-name", "a", "b"), ("--max-num-seqs", "1", "--max-waiting", "1")
+    with serving(tmp_path, "--backend", "one,two", *names, *few, packages=[packages]) as server:
+        listed = [model["id"] for model in server.client.get("/v1/models").json()["data"]]
+        assert sorted(listed) == ["a", "a@one", "a@two", "b", "b@one", "b@two"]
+        answers = {name: server.complete(**BODY, model=name)["model"] for name in listed}
+        assert answers == {name: "a@two" if name.endswith("two") else "a@one" for name in listed}
+        with ThreadPoolExecutor(3) as users:
+            long = {"prompt": "the", "max_tokens": 100, "ignore_eos": True}
+            asked = [users.submit(server.post, **long, stream=True) for _ in range(3)]
+            ends = sorted([user.result() for user in asked], key=lambda answer: answer.status_code)
+        assert [answer.status_code for answer in ends] == [200, 200, 429]
+        assert ends[2].headers["retry-after"] == "1" and ends[0].headers["cache-control"] == "no-cache"
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_backends_end_with_the_front_also_while_they_load(tmp_path: Path, how: signal.Signals) -> None:
+    packages, control = history(tmp_path, "one", "two")
+    (control / "load").touch()
+    command = [sys.executable, "-m", "common.serve", "--model", "tiny-llama", "--port", "0", "--backend", "one,two"]
+    env = os.environ | {"PYTHONPATH": f"{packages}{os.pathsep}{ROOT}", "TMPDIR": str(tmp_path)}
+    front = subprocess.Popen(command, env=env)
+    try:
+        until(lambda: (control / "loading").exists())
+        children = psutil.Process(front.pid).children()
+        assert len(children) == 2 and list(tmp_path.glob("tandem-*"))
+        front.send_signal(how)
+        assert front.wait(PATIENCE_S) == (TERMINATED if how is signal.SIGTERM else -how)
+        until(lambda: not any(child.is_running() for child in children))  # which would load for ever
+        assert how is signal.SIGKILL or not list(tmp_path.glob("tandem-*"))
+    finally:
+        (control / "load").unlink()
+        front.kill()
 
 
 def test_a_second_ctrl_c_ends_at_once_with_all_backends(mortal: Served) -> None:

@@ -12,9 +12,11 @@ import pytest
 from common.config import EngineConfig
 from common.errors import RequestError
 from common.options import field_docs, without
+from common.serve import protocol
 from common.serve.errors import ApiError, api_error, public
 from common.serve.model import ServedModel
 from common.serve.protocol import ChatRequest, CompletionRequest, parse
+from common.serve.serving import encode
 from common.serve.tools import ToolCalls
 from common.text.tokenizer import open_tokenizer
 from common.weights.checkpoint import open_checkpoint
@@ -50,6 +52,21 @@ def test_calls_are_found_however_the_text_is_cut(text: str, plain: str, names: l
         assert (shown, [call["function"]["name"] for call in calls]) == (plain, names)
         assert [call["index"] for call in calls] == list(range(len(calls)))
         assert all(json.loads(call["function"]["arguments"]) == {"city": "Köln"} for call in calls)
+
+
+@pytest.mark.parametrize(
+    "arguments", [r'{"x": "\ud83d"}', r'{ "a" : [1e400, 1.50,{"}": "\u00fc, ü"}],"a":{} }', "{}", '{"n": -0.0, "n": 2}']
+)
+@pytest.mark.parametrize("named", ['{"name": "f", "arguments": %s}', '\n{ "parameters" :\t%s , "id": {"x": 1}, "name":"f" }\n'])
+def test_arguments_are_the_models_own_text(named: str, arguments: str) -> None:
+    text, (call,) = ToolCalls().push(f"<tool_call>{named % arguments}</tool_call>", last=True)
+    assert (text, call["function"]) == ("", {"name": "f", "arguments": arguments})
+    assert json.loads(encode(call)) == call
+
+
+def test_half_a_character_in_the_name_of_a_tool_does_not_stop_an_answer() -> None:
+    _, (call,) = ToolCalls().push(r'<tool_call>{"name": "f\ud83d", "arguments": {}}</tool_call>', last=True)
+    assert json.loads(encode(call))["function"] == {"name": "f?", "arguments": "{}"}
 
 
 def test_plain_text_is_not_held_back_for_long() -> None:
@@ -118,6 +135,14 @@ def test_a_wrong_field_is_named() -> None:
     with pytest.raises(ApiError, match="temperature") as caught:
         parse(CompletionRequest, b'{"prompt": "a", "temperature": "hot"}')
     assert (caught.value.status, caught.value.param) == (400, "temperature")
+
+
+def test_of_the_name_of_a_field_that_is_ignored_no_more_is_kept_than_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    for end in "ab":
+        parse(CompletionRequest, json.dumps({"prompt": "a", "unheard of " + "x" * 100_000 + end: 1}).encode())
+    (told,) = [record.getMessage() for record in caplog.records if "unheard of" in record.getMessage()]
+    assert len(told) < 160
+    assert max(map(len, protocol._ignored)) <= 80
 
 
 def test_a_logit_bias_by_words_is_told_what_it_is_by() -> None:

@@ -164,6 +164,26 @@ def test_a_character_that_never_came_moves_what_follows_it() -> None:
         model.close()
 
 
+def test_offsets_point_at_special_tokens_that_show(served: Served) -> None:
+    tokenizer = open_tokenizer(resolve(MODEL))
+    special = max(tokenizer.special_ids - set(tokenizer.eos_token_ids))
+    shown = tokenizer.decode([special], skip_special_tokens=False)
+    body = {"prompt": PROMPT, "max_tokens": 3, "logprobs": 0, "allowed_token_ids": [special], "ignore_eos": True}
+    for skips, offsets in ((False, [0, len(shown), 2 * len(shown)]), (True, [0, 0, 0])):
+        choice = served.complete(**body, skip_special_tokens=skips)["choices"][0]
+        assert (choice["text"], choice["logprobs"]["text_offset"]) == ("" if skips else shown * 3, offsets)
+
+
+def test_of_a_prompt_that_is_cut_what_is_left_is_echoed(served: Served) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 2, "logprobs": 0, "ignore_eos": True, "echo": True}
+    whole, cut = (served.complete(**body, truncate_prompt_tokens=kept)["choices"][0] for kept in (-1, 3))
+    assert whole["text"].startswith(PROMPT)
+    lists = cut["logprobs"]
+    assert len(lists["tokens"]) == 5 and cut["text"].startswith("".join(lists["tokens"][:3]))
+    for at, token in zip(lists["text_offset"][:3], lists["tokens"], strict=False):
+        assert cut["text"][at : at + len(token)] == token
+
+
 def test_a_span_for_each_request_reaches_a_collector(tmp_path: Path) -> None:
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 

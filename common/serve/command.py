@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from common.config import EngineConfig
 from common.config import expect as expect_config
 from common.errors import ConfigError, TandemError
-from common.exits import INTERRUPTED, USER_ERROR
+from common.exits import INTERRUPTED, TERMINATED, USER_ERROR, Terminated, heeding_sigterm
 from common.options import add_engine_options, add_model_options, engine_options, parse, without
 from common.replicas.open import open_engine
 from common.serve.app import create_app
@@ -74,41 +74,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse(make_parser(), given)
         configure_logging(options.log_json, options.backend if options.uds else None)
-        listener = listen(options)
-        names = options.backend.split(",")
-        try:
-            backends = start_backends(options, names, given) if len(names) > 1 else None
-            app = make_app(options) if backends is None else create_front(backends, api_key=api_key(options))
-        except BaseException:
-            listener.close()
-            raise
+        with heeding_sigterm():  # whoever is told to end while it loads takes its backends with it
+            if options.uds:
+                threading.Thread(target=end_with_parent, daemon=True).start()
+            with listen(options) as listener:
+                serve(options, given, listener)
     except TandemError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
+    except Terminated:
+        return TERMINATED
     except KeyboardInterrupt:
         return INTERRUPTED
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        http=Http,
-        timeout_keep_alive=75,  # seconds; longer than clients keep a connection, or they send on one that is being closed
-        ws="none",
-        lifespan="on",
-        proxy_headers=False,
-        server_header=False,
-        timeout_graceful_shutdown=options.drain_s,
-    )
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)  # what uvicorn raises again once it has drained
-    if options.uds:
-        threading.Thread(target=end_with_parent, daemon=True).start()
-    else:
-        host, port = listener.getsockname()[:2]
-        log.info("Serving %s (%s) at http://%s:%d", options.model, options.backend, f"[{host}]" if ":" in host else host, port)
-    Server(config, backends).run(sockets=[listener])
-    log.info("Ended.")
     return 0
+
+
+def serve(options: argparse.Namespace, given: Sequence[str], listener: socket.socket) -> None:
+    """Get ready and serve, at the command line `given`, until told to end."""
+    names = options.backend.split(",")
+    backends = start_backends(options, names, given) if len(names) > 1 else None
+    try:
+        app = make_app(options) if backends is None else create_front(backends, api_key=api_key(options))
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            http=Http,
+            timeout_keep_alive=75,  # seconds; longer than clients keep a connection, or they send on one that is being closed
+            ws="none",
+            lifespan="on",
+            proxy_headers=False,
+            server_header=False,
+            timeout_graceful_shutdown=options.drain_s,
+        )
+        server = Server(config, backends)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, server.told_to_end)
+        if not options.uds:
+            host, port = listener.getsockname()[:2]
+            url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            log.info("Serving %s (%s) at %s", options.model, options.backend, url)
+        server.run(sockets=[listener])
+    finally:
+        if backends is not None:
+            backends.stop()
+    log.info("Ended.")
 
 
 class Server(uvicorn.Server):
@@ -117,6 +127,10 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, backends: Backends | None) -> None:
         super().__init__(config)
         self._backends = backends
+
+    def told_to_end(self, *_: object) -> None:
+        """For signals before uvicorn listens to them, and those that it raises again once it has drained."""
+        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         left, most = len(self.server_state.tasks), self.config.timeout_graceful_shutdown
@@ -151,8 +165,7 @@ def make_app(options: argparse.Namespace) -> FastAPI:
     spans = Spans.to(options.otlp_endpoint) if options.otlp_endpoint else None
     worker = Worker(lambda: open_engine(options.backend, checkpoint, config), tokenizer)
     engine = worker.wait_ready()
-    name = os.path.basename(os.path.normpath(options.model)) if os.path.exists(options.model) else options.model
-    served = options.served_model_name or [name, f"{name}@{options.backend}"]
+    served = options.served_model_name or [model_name(options), f"{model_name(options)}@{options.backend}"]
     serving = Serving(
         model=ServedModel.of(served, checkpoint, tokenizer, engine.caps.max_model_len),
         worker=worker,
@@ -169,11 +182,16 @@ def start_backends(options: argparse.Namespace, backends: Sequence[str], given: 
     is told: a command line can be read by all users of a machine."""
     api_key(options)
     expect_config(len(set(backends)) == len(backends), f"--backend names a backend twice: {options.backend}.")
-    name = (options.served_model_name or [options.model])[0]
-    name = os.path.basename(os.path.normpath(name)) if os.path.exists(name) else name
-    served = {backend: [f"{name}@{backend}"] for backend in backends}
-    served[backends[0]].append(name)  # behind the name that answers and metrics carry
+    names = options.served_model_name or [model_name(options)]
+    served = {backend: [f"{name}@{backend}" for name in names] for backend in backends}
+    served[backends[0]] += names  # behind the name that answers and metrics carry
     return Backends.start(served, without("--api-key", given))
+
+
+def model_name(options: argparse.Namespace) -> str:
+    """What the model is called, unless told otherwise."""
+    model: str = options.model
+    return os.path.basename(os.path.normpath(model)) if os.path.exists(model) else model
 
 
 def listen(options: argparse.Namespace) -> socket.socket:
@@ -202,7 +220,8 @@ def api_key(options: argparse.Namespace) -> str | None:
 
 def end_with_parent() -> None:
     """Wait until whoever started this process has closed its standard input, and end as if told to."""
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 4096):  # not by Python's buffer, whose lock a thread may not hold as Python ends
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 

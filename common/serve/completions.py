@@ -53,7 +53,9 @@ class Choice:
     def __post_init__(self) -> None:
         body = self._body
         if body.logprobs is not None:
-            self.logprobs = LogprobList(self.answer.serving.model, bool(body.return_tokens_as_token_ids))
+            before = () if body.echo else self.answer.prompt_of(self.index).token_ids
+            model, skips = self.answer.serving.model, self.answer.params.skip_special_tokens
+            self.logprobs = LogprobList(model, bool(body.return_tokens_as_token_ids), skips, before)
 
     @property
     def _body(self) -> CompletionRequest:
@@ -79,7 +81,8 @@ class Choice:
         if not self._body.echo:
             return []
         model, prompt = self.answer.serving.model, self.answer.prompt_of(self.index)
-        text = model.tokenizer.decode(prompt.token_ids) if prompt.text is None else prompt.text
+        skips = self.answer.params.skip_special_tokens
+        text = model.tokenizer.decode(prompt.token_ids, skips) if prompt.text is None else prompt.text
         shown = None
         if self.logprobs is not None:
             shown = self.logprobs.push(prompt.token_ids, scored or [None] * len(prompt.token_ids))
@@ -129,9 +132,12 @@ class Choice:
 class LogprobList:
     """OpenAI's older form: four lists side by side."""
 
-    def __init__(self, model: ServedModel, as_ids: bool) -> None:
-        self._model, self._as_ids = model, as_ids
-        self._text = IncrementalDetokenizer(model.tokenizer)
+    def __init__(
+        self, model: ServedModel, as_ids: bool, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
+    ) -> None:
+        """`prompt_ids`: what comes before and is not pushed."""
+        self._model, self._as_ids, self._skip_special = model, as_ids, skip_special_tokens
+        self._text = IncrementalDetokenizer(model.tokenizer, prompt_ids, skip_special_tokens)
         self._offset = 0
         self._lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
@@ -152,7 +158,7 @@ class LogprobList:
         with it as U+FFFD, are not its own."""
         begin, text = self._offset, self._text.push(token)
         self._offset += len(text)
-        raw = self._model.tokenizer.token_bytes(token)
+        raw = self._model.tokenizer.token_bytes(token, self._skip_special)
         if not raw or 0x80 <= raw[0] < 0xC0:  # goes on with a character
             return begin
         own = codecs.getincrementaldecoder("utf-8")(errors="replace").decode(raw)

@@ -290,14 +290,13 @@ class Passed(StreamingResponse):
 
 
 def create_front(backends: Backends, *, api_key: str | None = None) -> FastAPI:
-    """The application. It ends the backends when it ends."""
+    """The application. It starts backends again that end before it does."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         backends.keep()
         yield
         backends.restart_no_more()
-        await asyncio.to_thread(backends.stop)
 
     app = new_app(lifespan)
     app.state.backends = backends

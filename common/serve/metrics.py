@@ -28,13 +28,13 @@ GAUGES = {
     "kv_cache_usage_perc": ("kv_cache_usage", "Share of KV pages in use; 1 is all."),
 }
 COUNTERS = {
-    "prompt_tokens": ("prompt_tokens", "Prompt tokens of the requests that were accepted."),
     "generation_tokens": ("generation_tokens", "Tokens generated."),
     "num_preemptions": ("num_preemptions", "Requests sent back to waiting for want of pages."),
     "prefix_cache_queries": ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache."),
     "prefix_cache_hits": ("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
 }
 """Metric → the entry of `InferenceEngine.stats` that it tells, and what that is."""
+OF_A_REPLICA = GAUGES | COUNTERS | {"prompt_tokens": ("prompt_tokens", "Prompt tokens of the requests that it was given.")}
 
 
 @dataclass(slots=True)
@@ -70,6 +70,12 @@ class Metrics:
         self._success = Counter(
             "vllm:request_success", "Finished requests.", (*self._labels, "finished_reason"), registry=self._registry
         )
+        self._accepted = Counter(
+            "vllm:prompt_tokens",
+            "Prompt tokens of the requests that were accepted.",
+            tuple(self._labels),
+            registry=self._registry,
+        ).labels(**self._labels)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         family = Histogram(f"vllm:{name}", text, tuple(self._labels), buckets=buckets, registry=self._registry)
@@ -121,6 +127,10 @@ class Metrics:
         """Follow the requests of a call from now on."""
         self._clocks.update((request.request_id, _Clock()) for request in call.requests)
 
+    def accepted(self, call: Call) -> None:
+        """All requests of a call were; an engine counts those too that came before one of their call that was refused."""
+        self._accepted.inc(sum(len(request.prompt_token_ids) for request in call.requests))
+
     def end(self, call: Call, aborted: bool = False) -> None:
         """Follow them no more; `aborted`: what has not ended by itself was accepted, and then given up by its reader."""
         for request in call.requests:
@@ -130,6 +140,7 @@ class Metrics:
     def embedded(self, lengths: Iterable[int], arrival: float, finished_reason: str) -> None:
         """An HTTP request for embeddings ends now; `lengths` are its prompts', in tokens, each of which counts as a request."""
         for length in lengths:
+            self._accepted.inc(length)
             self._success.labels(**self._labels, finished_reason=finished_reason).inc()
             if finished_reason == "stop":
                 self._prompt.observe(length)
@@ -168,7 +179,7 @@ class _Stats(Collector):
         for index, stats in enumerate(replicas):
             serves.add_metric([*values, str(index)], stats["serves"])
         yield serves
-        for metric, (key, text) in (GAUGES | COUNTERS).items():
+        for metric, (key, text) in OF_A_REPLICA.items():
             kind = GaugeMetricFamily if metric in GAUGES else CounterMetricFamily
             family = kind(f"tandem:replica_{metric}", text, labels=names)
             for index, stats in enumerate(replicas):

@@ -25,7 +25,7 @@ class Prompt(NamedTuple):
     """What a model is to continue."""
 
     text: str | None
-    """None where it came as token ids."""
+    """None where it came as token ids, or only a part of it is left."""
     token_ids: Sequence[int]
 
 
@@ -91,8 +91,9 @@ class ServedModel:
         if isinstance(prompt, str):
             text, token_ids = prompt, self.encode(prompt, add_special_tokens, checked=truncate is None, name=name)
         expect(isinstance(token_ids, list), f"{name} must be a text or a list of token ids, got {type(prompt).__name__}.", name)
-        if truncate is not None:
-            token_ids = token_ids[-(most if truncate == -1 else truncate) :]
+        kept = len(token_ids) if truncate is None else most if truncate == -1 else truncate
+        if kept < len(token_ids):
+            text, token_ids = None, token_ids[-kept:]
         expect(len(token_ids) > 0, f"{name} must hold at least one token, got none.", name)
         expect(
             len(token_ids) <= most,

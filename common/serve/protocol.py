@@ -59,9 +59,10 @@ class Body(BaseModel):
     def settle(self) -> None:
         """What takes time: called once, on a thread. Logs the fields that mean nothing here, each name once."""
         for name in self.model_extra or {}:
-            if name not in _ignored and len(_ignored) < 1000:
-                _ignored.add(name)
-                log.warning("Requests bring a field %r, which is ignored.", name[:80])
+            shown = name[:80]  # what a client calls its fields may be as long as a body, and is kept for ever
+            if shown not in _ignored and len(_ignored) < 1000:
+                _ignored.add(shown)
+                log.warning("Requests bring a field %r, which is ignored.", shown)
 
 
 class StreamOptions(Body):

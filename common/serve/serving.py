@@ -18,7 +18,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from common.errors import RequestError
-from common.request import STUCK, Request, SamplingParams, Status
+from common.request import CANNOT_GO_ON, Request, SamplingParams, Status
 from common.serve.errors import ApiError, api_error, error_body
 from common.serve.metrics import Metrics
 from common.serve.model import Prompt, ServedModel
@@ -201,6 +201,7 @@ class Answer:
             if isinstance(error, RequestError):
                 error.param = self.body.field_of(error.param)
             raise
+        self.serving.metrics.accepted(self.call)
         leave = partial(self._leave, http)
         if self.body.stream:
             return EventStream(self._events(chunks), leave)
@@ -290,8 +291,8 @@ async def left(http: HttpRequest) -> None:
 def check_end(delta: Delta) -> None:
     """Raise for an end that is no answer."""
     match delta.finish:
-        case Status.FINISHED_ERROR if delta.error == STUCK:
-            raise ApiError(400, STUCK)
+        case Status.FINISHED_ERROR if delta.error is not None and delta.error.startswith(CANNOT_GO_ON):
+            raise ApiError(400, delta.error)
         case Status.FINISHED_ERROR:
             raise ApiError(500, delta.error or "The request failed.")
         case Status.FINISHED_TIMEOUT:
@@ -300,7 +301,8 @@ def check_end(delta: Delta) -> None:
 
 
 def encode(message: Any) -> bytes:
-    return json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode()
+    """As JSON. Half of a character, which JSON's escapes can spell and UTF-8 cannot, is "?"."""
+    return json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
 
 
 def event(message: Any) -> bytes:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Mapping
 from typing import Any
 
 BEGIN, END = "<tool_call>", "</tool_call>"
+SPACE = re.compile(r"[ \t\n\r]*")
+"""What JSON allows between its parts."""
 
 
 class ToolCalls:
@@ -45,15 +48,38 @@ def _overlap(text: str) -> int:
 
 
 def parse_call(text: str) -> dict[str, str] | None:
-    """`name` and `arguments`, these as JSON text; None if it is no call."""
+    """`name` and `arguments`, these as the JSON text that the model wrote, as OpenAI has them; None if it is no call."""
     try:
         call = json.loads(text)
     except (ValueError, RecursionError):
         return None
     match call:
-        case {"name": str(name), "arguments": dict(arguments)} | {"name": str(name), "parameters": dict(arguments)}:
-            return {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+        case {"name": str(name), "arguments": dict()}:
+            return {"name": name, "arguments": written(text)["arguments"]}
+        case {"name": str(name), "parameters": dict()}:
+            return {"name": name, "arguments": written(text)["parameters"]}
     return None
+
+
+def written(text: str) -> dict[str, str]:
+    """The members of a JSON object as they stand in its text: numbers and escapes may say what Python's values cannot."""
+    read, members = json.JSONDecoder().raw_decode, dict[str, str]()
+    at = _after_space(text, text.index("{") + 1)
+    while text[at] != "}":
+        name, at = read(text, at)
+        begin = _after_space(text, _after_space(text, at) + 1)  # behind the colon
+        _, at = read(text, begin)
+        members[name] = text[begin:at]
+        at = _after_space(text, at)
+        if text[at] == ",":
+            at = _after_space(text, at + 1)
+    return members
+
+
+def _after_space(text: str, at: int) -> int:
+    space = SPACE.match(text, at)
+    assert space is not None  # none is some
+    return space.end()
 
 
 def call_grammar(functions: Mapping[str, Any]) -> str:

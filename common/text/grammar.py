@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from common.errors import RequestError
-from common.request import STUCK, Request, StructuredOutputsParams, expect
+from common.request import CANNOT_GO_ON, STUCK, Request, StructuredOutputsParams, expect
 from common.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -39,6 +39,10 @@ LIMITS: dict[str, Any] = {
     "max_grammar_size": 10_000,
 }
 """Symbols of a grammar: an object of 1,000 properties fits. A token may take about 15 ms of the lexer, its states 100 MB."""
+MAX_FORCED = 1 << 15
+"""Bytes that may follow without a choice where an output begins; the library bounds by `LIMITS` only what follows later."""
+SIGHT = 1024
+"""Characters of what is forced that are cut into tokens for the sake of the next: the library shows all of it at each."""
 
 _QUOTED = re.compile(r'(invalid regex ".*" \(in regex\): )?regex parse error:.*\nerror: ', re.DOTALL)
 _LISTING = re.compile(r"\n +\d+ \| ")
@@ -65,7 +69,7 @@ class Matcher:
         error = self._inner.get_error()
         if "satisfy the grammar" in error:  # it was not allowed, so nothing was: the runner heeds masks
             return STUCK
-        return f"The output cannot go on: {_in_short(error)}"
+        return CANNOT_GO_ON + _in_short(error)
 
     @property
     def done(self) -> bool:
@@ -155,7 +159,7 @@ def _read(tokenizer: Tokenizer, eos_token_ids: tuple[int, ...], vocab_size: int)
         special_token_ids = tuple(sorted(tokenizer.special_ids))
 
         def __call__(self, text: str) -> list[int]:
-            return tokenizer.encode(text, add_special_tokens=False, parse_special=False)
+            return tokenizer.encode(text[:SIGHT], add_special_tokens=False, parse_special=False)
 
     return LLTokenizer(TokenizerWrapper(Described()), eos_token=list(eos_token_ids))
 
@@ -169,6 +173,9 @@ def _compile(vocabulary: Future[LLTokenizer], wanted: StructuredOutputsParams) -
         inner.compute_bitmask()  # which finds that nothing can begin, and warms what the copies share
     if inner.is_error():
         raise RequestError(f"structured_outputs cannot be compiled: {_in_short(inner.get_error()) or NOTHING}")
+    if (forced := len(inner.compute_ff_bytes())) > MAX_FORCED:
+        told = f"an output may begin with {MAX_FORCED} bytes that have no alternative, got {forced} or more; ask for fewer"
+        raise RequestError(f"structured_outputs cannot be compiled: {told}.")
     return Grammar(inner, vocabulary.result().vocab_size)
 
 
