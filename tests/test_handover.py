@@ -241,6 +241,18 @@ def test_who_hangs_up_on_the_way_is_not_waited_for() -> None:
     listener.close()
 
 
+def test_memory_of_what_was_given_up_on_the_way_is_not_used_again() -> None:
+    """Who holds pages may still write to it."""
+    room = Room(1 << 30)
+    for tokens, kept in ((20, False), (50, True)):  # there are 50: who expects 20 finds them damaged
+        with holding() as holder:
+            kv: Future[KV] = Future()
+            fetch(holder.door.address, replace(holder.offer, tokens=tokens), [LAYOUT], SECRET, room, kv)
+            assert (kv.exception(0) is None) == kept
+            del kv
+            assert bool(room._free) == kept
+
+
 def test_who_is_not_there_is_not_waited_for() -> None:
     with holding() as holder:
         address = holder.door.address
