@@ -194,12 +194,15 @@ def _places(
 
 def _copy(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
     """Have the first of each pair hold what the second does. By two threads, for one alone waits for memory most of the time: a
-    page is many pieces of it."""
+    page is many pieces of it. Each takes the next pair when it is done with one: the other core may be busy, with the process
+    that checks what is copied."""
+    left = iter(pairs)
 
-    def copy(some: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-        for there, here in some:
+    def copy() -> None:
+        for there, here in left:
             np.copyto(there, here)
 
-    half = _HELPER.submit(copy, pairs[::2])
-    copy(pairs[1::2])
-    half.result()
+    help_ = _HELPER.submit(copy)
+    copy()
+    if not help_.cancel():  # it has begun
+        help_.result()
