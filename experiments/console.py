@@ -64,6 +64,7 @@ GROUPS = (
         ("num_preemptions", "preemptions"),
     ),
     (
+        ("shared_out", "parallel"),
         ("kernels_used", "kernels"),
         ("kernel_arithmetic", "native kernels multiply by"),
         ("weights_mib", "weights in this dtype, MiB"),

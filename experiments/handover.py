@@ -34,11 +34,17 @@ from common.schedule.kv import KV, layouts_of, read_kv, write_kv
 from common.schedule.transfer import Sender
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
-from experiments.console import number, print_json, wide_console
+from experiments.console import Narrator, number, print_json, wide_console
 
 BACKENDS = ("jax", "torch")
 TOKENS, TIMES = 4096, 11
 ROOM_BYTES = 1 << 30
+STEADY = 1.1
+"""By how much the fastest memory copy may pass the slowest on a machine that does nothing else."""
+COLUMNS = (
+    "brought: from the pages of one process to memory that both have, and checked there; written: from there to the pages of "
+    "the other; in all: both; share: in all over memory copy, one of as many bytes by one thread between these. Medians."
+)
 
 
 class Pool:
@@ -132,9 +138,9 @@ def check(pool: Pool) -> None:
             raise RuntimeError("The pages that came are not those that were held; this is a bug.")
 
 
-def run(model: str, config: EngineConfig, tokens: int, times: int) -> list[dict[str, Any]]:
-    """Every pair of backends, one after the other."""
-    path, found = str(zoo.resolve(model)), []
+def run(model: str, config: EngineConfig, tokens: int, times: int, say: Callable[[str], object]) -> list[dict[str, Any]]:
+    """Every pair of backends, one after the other. `say` is told which comes next."""
+    path, found = str(zoo.resolve(model)), list[dict[str, Any]]()
     for giving in BACKENDS:
         secret = secrets.token_hex(32)
         arguments = (giving, path, asdict(config), tokens)
@@ -152,6 +158,7 @@ def run(model: str, config: EngineConfig, tokens: int, times: int) -> list[dict[
 
         try:
             for taking in BACKENDS:
+                say(f"pair {len(found) + 1} of {len(BACKENDS) ** 2}: from {giving} to {taking}")
                 pool = Pool(taking, path, config, tokens)
                 found.append({"from": giving, "to": taking} | measure(pool, offered, secret, times))
                 pool.runner.close()
@@ -169,7 +176,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     words = parser.parse_args()
     config = EngineConfig(kernels=words.kernels, dtype=words.dtype, device="cpu", threads=1)
-    found = run(words.model, config, words.tokens, words.times)
+    with Narrator() as narrator:
+        found = run(words.model, config, words.tokens, words.times, narrator.say)
     table = Table(title=f"A prompt of {words.tokens} tokens handed over, {words.model}, {words.dtype}, kernels={words.kernels}")
     columns = ("from", "to", "form", "MB", "brought, GB/s", "written, GB/s", "in all, GB/s", "memory copy, GB/s", "share")
     for column in columns:
@@ -177,7 +185,17 @@ def main() -> None:
     for row in found:
         rates = [number(row[f"{name}_bytes_per_s"] / 1e9) for name in ("fetch", "write", "handover", "copy")]
         table.add_row(row["from"], row["to"], row["form"], number(row["bytes"] / 1e6), *rates, number(row["share"]))
-    wide_console().print(table)
+    console = wide_console()
+    console.print(table)
+    console.print(COLUMNS, style="dim", highlight=False)
+    slowest, *_, fastest = sorted(row["copy_bytes_per_s"] for row in found)
+    if fastest > STEADY * slowest:
+        console.print(
+            f"The machine was not the same for all rows: memory copy {slowest / 1e9:.1f} to {fastest / 1e9:.1f} GB/s. "
+            "Shares stand within a row; rates of two rows do not compare.",
+            style="bold red",
+            highlight=False,
+        )
     print_json(
         {"model": words.model, "tokens": words.tokens, "dtype": words.dtype, "kernels": words.kernels, "handover": found}
     )

@@ -27,6 +27,7 @@ SUMMARY = (
     "mean_e2el_ms",
     "roofline",
     "mbu",
+    "shared_out",
     "peak_rss_mib",
 )
 """Of `console.FIGURES`: what a pull request has room for."""

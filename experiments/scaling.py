@@ -47,14 +47,17 @@ def scale(spec: EngineSpec) -> dict[str, Any]:
     config = spec.config
     rest = {name: value for name, value in asdict(config).items() if name not in SHARED_OUT} | {"options": spec.options}
     digest = hashlib.blake2b(repr(sorted(rest.items())).encode(), digest_size=4).hexdigest()
-    shared = {
-        "tensor": config.tensor_parallel_size > 1,
-        "pipeline": config.pipeline_parallel_size > 1,
-        "data": config.data_parallel_size > 1,
-        "prefill": config.prefill_parallel_size > 0,
+    sizes = {
+        "tensor": config.tensor_parallel_size,
+        "pipeline": config.pipeline_parallel_size,
+        "data": config.data_parallel_size,
     }
+    shared = {name: size for name, size in sizes.items() if size > 1}
+    if config.prefill_parallel_size:
+        shared["prefill"] = config.prefill_parallel_size
     return {
-        "shared_by": " and ".join(name for name, several in shared.items() if several),
+        "shared_by": " and ".join(shared),
+        "shared_out": ", ".join(f"{name} {size}" for name, size in shared.items()) or None,
         "ranks": config.ranks * (config.data_parallel_size + config.prefill_parallel_size),
         "compute_threads": config.threads or cores(),
         "scales_as": f"{spec.name}-{digest}",

@@ -24,6 +24,8 @@ def test_each_pair_of_backends_hands_over_pages_as_they_lie(
     rows = json.loads(last)["handover"]
     assert [(row["from"], row["to"]) for row in rows] == [(a, b) for a in BACKENDS for b in BACKENDS]
     assert "memory copy" in table and {row["form"] for row in rows} == {f"{kernels} bfloat16 16"}
+    copies = [row["copy_bytes_per_s"] for row in rows]
+    assert ("The machine was not the same" in table) == (max(copies) > handover.STEADY * min(copies))
     for row in rows:
         apart = 1 / row["fetch_bytes_per_s"] + 1 / row["write_bytes_per_s"]
         assert row["handover_bytes_per_s"] * apart == pytest.approx(1)

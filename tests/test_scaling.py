@@ -40,6 +40,8 @@ def test_what_differs_in_ranks_and_threads_alone_scales_together() -> None:
     assert [each["ranks"] for each in every] == [1, 2, 4, 6]
     assert [each["compute_threads"] for each in every] == [2, 2, 4, 2]
     assert [each["shared_by"] for each in every] == ["", "tensor", "tensor and data", "tensor and pipeline"]
+    shown = [None, "tensor 2", "tensor 2, data 2", "tensor 2, pipeline 3"]
+    assert [each["shared_out"] for each in every] == shown and change(prefill_parallel_size=1)["shared_out"] == "prefill 1"
     assert {each["scales_as"] for each in others} == {one["scales_as"]}
     assert len({each["scales_as"] for each in (one, change(max_num_seqs=3), scale(replace(spec, name="jax")))}) == 3
 
