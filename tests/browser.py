@@ -14,9 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import pytest
 
 PATIENCE_S = 180.0
 ATTEMPTS = 3
@@ -138,6 +140,22 @@ def complaint(event: dict[str, Any]) -> bool:
         case "Log.entryAdded":
             return params["entry"]["level"] in ("error", "warning")
     return False
+
+
+Seen = TypeVar("Seen")
+
+
+def browse(do: Callable[[Browser], Seen]) -> Seen:
+    """What `do` finds in a browser. Where one fails for reasons of its own, another is asked; where there is none, the test is
+    skipped."""
+    executable = chromium()
+    if executable is None:
+        pytest.skip("no chromium on this machine: apt-get install chromium")
+    for _ in range(1, ATTEMPTS):
+        with contextlib.suppress(BrowserError), running(executable) as browser:
+            return do(browser)
+    with running(executable) as browser:
+        return do(browser)
 
 
 @contextlib.contextmanager

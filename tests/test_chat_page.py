@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.browser import ATTEMPTS, BrowserError, Tab, chromium, running
+from tests import browser
+from tests.browser import Tab
 from tests.http_server import Served, history, serving, until
 
 PHONE, DESK = 390, 1000
@@ -26,17 +27,8 @@ def started(folder: Path, *options: str, names: tuple[str, ...] = ("history",)) 
 
 
 def browse(do: Callable[[Tab], Any], url: str, width: int = DESK, dark: bool = False) -> Any:
-    """What `do` finds on the page. Where the browser fails, for reasons of its own, another is asked."""
-    executable = chromium()
-    if executable is None:
-        pytest.skip("no chromium on this machine: apt-get install chromium")
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            with running(executable) as browser:
-                return do(Tab(browser, url, width, dark))
-        except BrowserError:
-            if attempt == ATTEMPTS:
-                raise
+    """What `do` finds on the page."""
+    return browser.browse(lambda found: do(Tab(found, url, width, dark)))
 
 
 def ask(tab: Tab, question: str, most: int = 20) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from experiments.report import write_report
-from tests.browser import ATTEMPTS, Browser, BrowserError, Tab, chromium, running
+from tests.browser import Browser, Tab, browse
 from tests.synthetic_run import HOSTILE, write_run, write_sweep
 
 PHONE, DESK = 390, 1280
@@ -83,9 +83,6 @@ def look(browser: Browser, file: Path, width: int, dark: bool) -> Seen:
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
     """Two pages as four readers see them. What fails for reasons of the browser is tried again, in a new one."""
-    executable = chromium()
-    if executable is None:
-        pytest.skip("no chromium on this machine: apt-get install chromium")
     root = tmp_path_factory.mktemp("pages")
     long = "openai_http-a-server-with-a-long-name"
     folders = [
@@ -93,14 +90,8 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
         write_sweep(root / "sweep", sizes=(1, 4, 16, 64)),
     ]
     files = [write_report(folder) for folder in folders]
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            with running(executable) as browser:
-                return [look(browser, *reader) for reader in product(files, (PHONE, DESK), (False, True))]
-        except BrowserError:
-            if attempt == ATTEMPTS:
-                raise
-    raise AssertionError("unreachable")
+    readers = list(product(files, (PHONE, DESK), (False, True)))
+    return browse(lambda browser: [look(browser, *reader) for reader in readers])
 
 
 def test_the_page_loads_without_a_word_in_the_console(seen: list[Seen]) -> None:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from common.exits import TERMINATED
-from tests.browser import ATTEMPTS, BrowserError, Tab, chromium, running
+from tests.browser import Tab, browse
 from tests.http_server import (
     PATIENCE_S,
     ROOT,
@@ -215,17 +215,7 @@ def test_backends_end_with_the_front_however_it_ends(mortal: Served, how: signal
 
 
 def test_the_page_shows_both_answers_as_they_come(served: Served) -> None:
-    executable = chromium()
-    if executable is None:
-        pytest.skip("no chromium on this machine: apt-get install chromium")
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            with running(executable) as browser:
-                seen, complaints, asked = ask_the_page(Tab(browser, served.url, 1000, dark=False))
-            break
-        except BrowserError:
-            if attempt == ATTEMPTS:
-                raise
+    seen, complaints, asked = browse(lambda browser: ask_the_page(Tab(browser, served.url, 1000, dark=False)))
     assert [column["model"] for column in seen] == ["tiny-llama@one", "tiny-llama@two"]
     assert seen[0]["answer"] == seen[1]["answer"] != ""
     assert all(column["question"] == "Say <b>it</b>" and "20 tokens · " in column["facts"] for column in seen)
