@@ -67,19 +67,24 @@ struct Partial {
   V total;
 };
 
+// Rows of a tile that go through a block together: their scores and probabilities stay in the first-level cache.
+template <class E>
+constexpr int GROUP = E::TILES ? TILE_ROWS : 12;
+
 // Scratch of one tile, grown once and kept by its thread.
 template <class E>
 struct Tile {
-  Buffer<typename E::A> q, p;
-  Buffer<float> s, acc;
+  alignas(64) float s[2][GROUP<E> * BLOCK];
+  alignas(64) typename E::A p[GROUP<E> * BLOCK];
+  alignas(64) typename E::T values[E::TILES ? LANES * MAX_HEAD_DIM : 1];  // of the last sixteen keys, where fewer are written
+  Buffer<typename E::A> q;
+  Buffer<float> acc;
   Buffer<Partial> partials;
   Buffer<int> position;
 
   void fit(int rows, int head_dim, int partitions) {
     auto grow = [](auto& v, size_t n) { if (v.size() < n) v.resize(n); };
     grow(q, size_t(rows) * head_dim);
-    grow(p, size_t(rows) * BLOCK);
-    grow(s, size_t(rows) * BLOCK);
     grow(acc, size_t(rows) * padded(head_dim) * partitions);
     grow(partials, size_t(rows) * partitions);
     grow(position, rows);
@@ -189,6 +194,17 @@ inline void score_tile(const bf16* q, int head_dim, int groups, const bf16* cons
   _tile_stored(3, s + 48, WIDTH);
 }
 
+// The unit multiplies what it loads: of sixteen keys' values those that no token has written yet are 0 in a copy.
+inline const bf16* written(const bf16* v, int keys, int width, bf16* copy) {
+  for (int i = 0; i < LANES; i += 2)
+    for (int h = 0; h < 2 * width; h += 2 * LANES) {
+      const I pairs = i < keys ? BF16::vec(v + size_t(i) * width + h) : I{};
+      const I known = i + 1 == keys ? BF16::first(pairs) : pairs;
+      std::memcpy(copy + size_t(i) * width + h, &known, sizeof known);
+    }
+  return copy;
+}
+
 // acc[r][:width] += p[r] v of one block by the matrix unit, likewise.
 inline void weigh_tile(const bf16* p, int groups, const bf16* const* v, const bf16* const* next, int width, float* acc) {
   const size_t row = width * sizeof(float);
@@ -225,44 +241,40 @@ inline void weigh_tile(const bf16* p, int groups, const bf16* const* v, const bf
 }
 #endif
 
-// s[r][64] = q[r] · k of one block, for all rows of a tile.
+// s[r][64] = q[r] · k of one block, for a group of rows.
 template <class E>
-inline void all_scores(typename E::Registers&, Tile<E>& tile, int rows, int head_dim, int groups, const typename E::T* const* k,
-                       const typename E::T* const* next_k, size_t k_stride) {
-  for (int r = 0; r < rows;) {
-    const auto* q = tile.q.data() + size_t(r) * head_dim;
-    float* s = tile.s.data() + size_t(r) * BLOCK;
-    const auto* const* next = r == 0 ? next_k : nullptr;
-#define TANDEM_SCORES(R, C) scores<E, R, C>(q, head_dim, k, next, k_stride, s)
+inline void all_scores(typename E::Registers&, const typename E::A* q, int rows, int head_dim, int groups,
+                       const typename E::T* const* k, const typename E::T* const* next_k, size_t k_stride, float* s) {
+  for (int n; rows; rows -= n, q += n * head_dim, s += n * BLOCK, next_k = nullptr) {
+#define TANDEM_SCORES(R, C) scores<E, R, C>(q, head_dim, k, next_k, k_stride, s)
 #define TANDEM_GROUPS(R) \
-  groups == 4 ? TANDEM_SCORES(R, 4) : groups == 3 ? TANDEM_SCORES(R, 3) : groups == 2 ? TANDEM_SCORES(R, 2) : TANDEM_SCORES(R, 1)
-    switch (rows - r) {
-      case 1: TANDEM_GROUPS(1), r += 1; break;
-      case 2: TANDEM_GROUPS(2), r += 2; break;
-      case 3: TANDEM_GROUPS(3), r += 3; break;
-      case 4: TANDEM_GROUPS(4), r += 4; break;
-      case 5: TANDEM_GROUPS(5), r += 5; break;
-      default: TANDEM_GROUPS(6), r += 6;
+  n = R, groups == 4 ? TANDEM_SCORES(R, 4) : groups == 3 ? TANDEM_SCORES(R, 3) : groups == 2 ? TANDEM_SCORES(R, 2) : TANDEM_SCORES(R, 1)
+    switch (rows) {
+      case 1: TANDEM_GROUPS(1); break;
+      case 2: TANDEM_GROUPS(2); break;
+      case 3: TANDEM_GROUPS(3); break;
+      case 4: TANDEM_GROUPS(4); break;
+      case 5: TANDEM_GROUPS(5); break;
+      default: TANDEM_GROUPS(6);
     }
 #undef TANDEM_GROUPS
 #undef TANDEM_SCORES
   }
 }
 
-// acc[r] += p[r][:keys] v of one block, for all rows of a tile.
+// acc[r] += p[r][:keys] v of one block, for a group of rows.
 template <class E>
-inline void all_weighed(typename E::Registers&, Tile<E>& tile, int rows, int width, int keys, const typename E::T* const* v,
-                        const typename E::T* const* next_v, float* acc) {
+inline void all_weighed(typename E::Registers&, const typename E::A* p, int rows, int width, int keys,
+                        const typename E::T* const* v, const typename E::T* const* next_v, float* acc) {
   for (int h = 0; h < width; h += 4 * LANES) {
     const int columns = (width - h) / LANES < 4 ? (width - h) / LANES : 4;
     const typename E::T *values[SUB], *after[SUB];
     for (int j = 0; j < SUB; ++j) values[j] = v[j] + size_t(h) * E::PAIR, after[j] = next_v ? next_v[j] + size_t(h) * E::PAIR : nullptr;
     for (int r = 0; r < rows;) {
-      const auto* p = tile.p.data() + size_t(r) * BLOCK;
       float* out = acc + size_t(r) * width + h;
       const auto* const* next = r == 0 && next_v ? after : nullptr;
       const int left = rows - r;
-#define TANDEM_WEIGH(R, C) weigh<E, R, C>(p, keys, values, next, width, out)
+#define TANDEM_WEIGH(R, C) weigh<E, R, C>(p + r * BLOCK, keys, values, next, width, out)
 #define TANDEM_COLUMNS(R) \
   columns == 4 ? TANDEM_WEIGH(R, 4) : columns == 3 ? TANDEM_WEIGH(R, 3) : columns == 2 ? TANDEM_WEIGH(R, 2) : TANDEM_WEIGH(R, 1)
       if (left >= 6) TANDEM_COLUMNS(6), r += 6;
@@ -277,32 +289,19 @@ inline void all_weighed(typename E::Registers&, Tile<E>& tile, int rows, int wid
 }
 
 #if TANDEM_TILES
-// Both by the matrix unit, sixteen rows at a time.
-inline void all_scores(Registers& registers, Tile<BF16Tiles>& tile, int rows, int head_dim, int groups, const bf16* const* k,
-                       const bf16* const* next_k, size_t k_stride) {
-  for (int r = 0; r < rows; r += TILE_ROWS) {
-    registers.for_queries(rows - r < TILE_ROWS ? rows - r : TILE_ROWS);
-    score_tile(&tile.q[size_t(r) * head_dim], head_dim, groups, k, r == 0 ? next_k : nullptr, k_stride, &tile.s[size_t(r) * BLOCK]);
-  }
+// Both by the matrix unit.
+template <>
+inline void all_scores<BF16Tiles>(Registers& registers, const bf16* q, int rows, int head_dim, int groups, const bf16* const* k,
+                                  const bf16* const* next_k, size_t k_stride, float* s) {
+  registers.for_queries(rows);
+  score_tile(q, head_dim, groups, k, next_k, k_stride, s);
 }
 
-inline void all_weighed(Registers& registers, Tile<BF16Tiles>& tile, int rows, int width, int keys, const bf16* const* v,
-                        const bf16* const* next_v, float* acc) {
-  // Of the last sixteen keys those that no token has written yet count as 0.
-  const int groups = padded(keys) / LANES, whole = keys / LANES, left = keys % LANES;
-  alignas(64) bf16 last[LANES * MAX_HEAD_DIM];
-  const bf16* from[SUB];
-  for (int j = 0; j < groups; ++j) from[j] = j < whole ? v[j] : last;
-  for (int i = 0; left && i < LANES; i += 2)
-    for (int h = 0; h < 2 * width; h += 2 * LANES) {
-      const I pairs = i < left ? BF16::vec(v[whole] + size_t(i) * width + h) : I{};
-      const I written = i + 1 == left ? BF16::first(pairs) : pairs;
-      std::memcpy(last + size_t(i) * width + h, &written, sizeof written);
-    }
-  for (int r = 0; r < rows; r += TILE_ROWS) {
-    registers.for_queries(rows - r < TILE_ROWS ? rows - r : TILE_ROWS);
-    weigh_tile(&tile.p[size_t(r) * BLOCK], groups, from, r == 0 ? next_v : nullptr, width, acc + size_t(r) * width);
-  }
+template <>
+inline void all_weighed<BF16Tiles>(Registers& registers, const bf16* p, int rows, int width, int keys, const bf16* const* v,
+                                   const bf16* const* next_v, float* acc) {
+  registers.for_queries(rows);
+  weigh_tile(p, padded(keys) / LANES, v, next_v, width, acc);
 }
 #endif
 
@@ -325,7 +324,8 @@ inline void soften(const float* s, int first, int from, int last, float scale, t
     if (!WHOLE) x[j] = select(seen[j], x[j], low);
     top = max(x[j], top);
   }
-  if (const float peak = max(top); peak > partial.peak + SLACK) {
+  if (any_above(top, set1(partial.peak + SLACK))) {
+    const float peak = max(top);
     const V decay = exp2(set1(partial.peak - peak));
     partial.total = partial.total * decay;
     for (int h = 0; h < width; h += LANES) store(acc + h, load(acc + h) * decay);
@@ -335,7 +335,8 @@ inline void soften(const float* s, int first, int from, int last, float scale, t
   V total = partial.total;
 #pragma GCC unroll 4
   for (int j = 0; j < C; ++j) {
-    V e = exp2<ROUGH>(x[j] - peak);  // both rounded: however large, the greatest is 0
+    const V below = x[j] - peak;  // both rounded: however large, the greatest is 0
+    V e = ROUGH ? rough_exp2(below) : exp2(below);
     if (!WHOLE) e = select(seen[j], e, V{});
     total = total + put_operands<E>(p + j * LANES, e);  // as rounded, so that the weights add up to one
   }
@@ -348,29 +349,47 @@ inline void attend_block(typename E::Registers& registers, Tile<E>& tile, int ro
                          const typename E::T* const* v, const typename E::T* const* next_k, const typename E::T* const* next_v,
                          size_t k_stride, int first, int keys, int window, float scale, Partial* partials, float* acc) {
   const int width = padded(head_dim), groups = padded(keys) / LANES;
-  all_scores(registers, tile, rows, head_dim, groups, k, next_k, k_stride);
-  for (int r = 0; r < rows; ++r) {
-    const int last = tile.position[r], from = window ? last - window + 1 : 0;
-    const bool whole = last >= first + BLOCK - 1 && from <= first;
-    const float* s = tile.s.data() + size_t(r) * BLOCK;
-    auto* p = tile.p.data() + size_t(r) * BLOCK;
-    float* sum = acc + size_t(r) * width;
-#define TANDEM_SOFTEN(C, WHOLE) soften<E, C, WHOLE>(s, first, from, last, scale, p, partials[r], sum, width)
-    if (whole) TANDEM_SOFTEN(4, true);
-    else if (groups == 4) TANDEM_SOFTEN(4, false);
-    else if (groups == 3) TANDEM_SOFTEN(3, false);
-    else if (groups == 2) TANDEM_SOFTEN(2, false);
-    else TANDEM_SOFTEN(1, false);
-#undef TANDEM_SOFTEN
+#if TANDEM_TILES
+  const bf16* values[SUB];
+  if constexpr (E::TILES) {
+    std::copy(v, v + SUB, values);
+    if (keys % LANES) values[keys / LANES] = written(v[keys / LANES], keys % LANES, width, tile.values);
+    v = values;
   }
-  all_weighed(registers, tile, rows, width, keys, v, next_v, acc);
+#endif
+  auto score = [&](int row) {
+    const int n = rows - row < GROUP<E> ? rows - row : GROUP<E>;
+    all_scores<E>(registers, &tile.q[size_t(row) * head_dim], n, head_dim, groups, k, row ? nullptr : next_k, k_stride,
+                  tile.s[row / GROUP<E> % 2]);
+  };
+  score(0);
+  for (int row = 0; row < rows; row += GROUP<E>) {
+    const int n = rows - row < GROUP<E> ? rows - row : GROUP<E>;
+    // The next group's products are on their way while vectors work on this one.
+    if (row + n < rows) score(row + n);
+    for (int r = 0; r < n; ++r) {
+      const int last = tile.position[row + r], from = window ? last - window + 1 : 0;
+      const bool whole = last >= first + BLOCK - 1 && from <= first;
+      const float* s = tile.s[row / GROUP<E> % 2] + r * BLOCK;
+      auto* p = tile.p + r * BLOCK;
+      float* sum = acc + size_t(row + r) * width;
+#define TANDEM_SOFTEN(C, WHOLE) soften<E, C, WHOLE>(s, first, from, last, scale, p, partials[row + r], sum, width)
+      if (whole) TANDEM_SOFTEN(4, true);
+      else if (groups == 4) TANDEM_SOFTEN(4, false);
+      else if (groups == 3) TANDEM_SOFTEN(3, false);
+      else if (groups == 2) TANDEM_SOFTEN(2, false);
+      else TANDEM_SOFTEN(1, false);
+#undef TANDEM_SOFTEN
+    }
+    all_weighed<E>(registers, tile.p, n, width, keys, v, row ? nullptr : next_v, acc + size_t(row) * width);
+  }
 }
 
 // A run of query tokens of one sequence with one key and value head.
 struct Run {
   int seq, head, token, count;  // its first token, among all of the step
   int begin, end;               // partitions it sees
-  int part, parts;              // in the shared scratch, if the partitions are shared out
+  int part;                     // in the shared scratch, if the partitions are shared out
 };
 
 template <class E>
@@ -427,7 +446,7 @@ class Attention {
         const int n = token + count < stop ? count : stop - token;
         const int low = w_.window ? step_.positions[token] - w_.window + 1 : 0;
         const int begin = (low > 0 ? low : 0) / PARTITION, end = step_.positions[token + n - 1] / PARTITION + 1;
-        for (int head = 0; head < w_.kv_heads; ++head) runs_.push_back({s, head, token, n, begin, end, 0, 0});
+        for (int head = 0; head < w_.kv_heads; ++head) runs_.push_back({s, head, token, n, begin, end, 0});
       }
     }
     // Few runs leave threads idle at the end: then their partitions are shared out instead.
@@ -515,7 +534,8 @@ class Attention {
         }
       }
       T* out = q_ + (size_t(run.token + r / Q) * w_.heads + run.head * Q + r % Q) * H;
-      for (int h = 0; h < H; h += LANES) tandem::put<E>(out + h, tandem::load(x + h) / total, H - h < LANES ? H - h : LANES);
+      const V share = set1(1.0f / total);
+      for (int h = 0; h < H; h += LANES) tandem::put<E>(out + h, tandem::load(x + h) * share, H - h < LANES ? H - h : LANES);
     }
   }
 

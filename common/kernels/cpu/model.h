@@ -197,9 +197,11 @@ class Project {
 };
 
 // SiLU, or GELU in its tanh form: x / (1 + e^-y), y = x or 2 sqrt(2 / pi) (x + 0.044715 x^3).
+template <class E>
 TANDEM_INLINE V activate(V x, bool gelu) {
   const V y = gelu ? x * fma(x * x, set1(0.0713548162726f), set1(1.59576912161f)) : x;
-  return x / (exp(-y) + 1.0f);
+  if constexpr (std::is_same_v<typename E::T, bf16>) return x * rough_reciprocal(rough_exp2(y * -LOG2E) + 1.0f);
+  else return x / (exp(-y) + 1.0f);
 }
 
 // What a branch of a layer gave, to the residual stream x[T, D], through a norm if the layer has one for it.
@@ -240,7 +242,7 @@ class Combine {
       for (int r = 0; r < rows; ++r) {
         V gate = load(c + r * COLUMNS), up = load(c + r * COLUMNS + LANES);
         if (bias) gate = gate + load(bias + panel * COLUMNS), up = up + load(bias + panel * COLUMNS + LANES);
-        E::put(active_ + size_t(row + r) * F + panel * LANES, activate(gate, w_.gelu) * up);
+        E::put(active_ + size_t(row + r) * F + panel * LANES, activate<E>(gate, w_.gelu) * up);
       }
     });
     barrier(team, down);

@@ -13,7 +13,7 @@
 #include <type_traits>
 #include <vector>
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && !defined(TANDEM_PORTABLE)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && !defined(TANDEM_PORTABLE)
 #define TANDEM_AVX512 1
 #define TANDEM_VECTORS "AVX-512"
 #if defined(__AVX512BF16__)
@@ -146,6 +146,18 @@ TANDEM_INLINE I reaches(W a, W b) {
   return compare(a, b, [](const auto& x, const auto& y) { return x >= y; });
 }
 
+// Whether a is above b in any lane.
+TANDEM_INLINE bool any_above(V a, V b) {
+#if TANDEM_AVX512
+  return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
+#else
+  const I mask = above(a, b);
+  bool any = false;
+  for (int i = 0; i < LANES; ++i) any |= mask[i];
+  return any;
+#endif
+}
+
 // b where either is NaN.
 TANDEM_INLINE V max(V a, V b) {
 #if TANDEM_AVX512
@@ -180,12 +192,10 @@ TANDEM_INLINE float max(V v) {
 
 // 2^x for x ≤ 127, within 2 units of the last place; exactly 1 at 0, exactly 0 below -126, greater x as 127. NaN stays NaN.
 // The nearest whole number goes to the exponent, the rest, in [-1/2, 1/2], through a
-// polynomial of degree 6, fitted by least squares to the relative error. ROUGH: for x below 127 and what is rounded to bfloat16 at
-// once, of degree 4, within 6e-6.
-template <bool ROUGH = false>
+// polynomial of degree 6, fitted by least squares to the relative error.
 TANDEM_INLINE V exp2(V x) {
 #if TANDEM_AVX512
-  if (!ROUGH) x = _mm512_min_ps(_mm512_set1_ps(127.0f), x);  // the second where one is NaN
+  x = _mm512_min_ps(_mm512_set1_ps(127.0f), x);  // the second where one is NaN
   x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);
   const V n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
@@ -195,23 +205,39 @@ TANDEM_INLINE V exp2(V x) {
   const V t = x + shift, n = t - shift;
 #endif
   const V r = x - n;
-  V p;
-  if (ROUGH) {
-    p = fma(set1(9.5902402e-3f), r, set1(5.58702722e-2f));
-    p = fma(p, r, set1(2.40236774e-1f));
-    p = fma(p, r, set1(6.93128049e-1f));
-  } else {
-    p = fma(set1(1.53707048e-4f), r, set1(1.33998483e-3f));
-    p = fma(p, r, set1(9.61837325e-3f));
-    p = fma(p, r, set1(5.55032904e-2f));
-    p = fma(p, r, set1(2.40226485e-1f));
-    p = fma(p, r, set1(6.93147206e-1f));
-  }
+  V p = fma(set1(1.53707048e-4f), r, set1(1.33998483e-3f));
+  p = fma(p, r, set1(9.61837325e-3f));
+  p = fma(p, r, set1(5.55032904e-2f));
+  p = fma(p, r, set1(2.40226485e-1f));
+  p = fma(p, r, set1(6.93147206e-1f));
   p = fma(p, r, set1(1.0f));
 #if TANDEM_AVX512
   return _mm512_scalef_ps(p, n);  // what falls below the smallest normal number is flushed to 0
 #else
   return select(tiny, set1(0.0f), p * (V)((((I)t - (I)shift) + 127) << 23));
+#endif
+}
+
+// The same for what is rounded to bfloat16 at once, for x below 128: within 9e-5, a twentieth of that rounding. What is above the
+// whole number below x, in [0, 1], goes through a polynomial of degree 3.
+TANDEM_INLINE V rough_exp2(V x) {
+#if TANDEM_AVX512
+  const V r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // of an infinite x: 0
+  V p = fma(set1(7.706704289e-2f), r, set1(2.276449897e-1f));
+  p = fma(p, r, set1(6.951167871e-1f));
+  p = fma(p, r, set1(1.0f));
+  return _mm512_scalef_ps(p, x);  // whose exponent is that whole number
+#else
+  return exp2(x);
+#endif
+}
+
+// 1 / x, likewise rough.
+TANDEM_INLINE V rough_reciprocal(V x) {
+#if TANDEM_AVX512
+  return _mm512_rcp14_ps(x);  // within 2^-14
+#else
+  return 1.0f / x;
 #endif
 }
 
@@ -296,13 +322,14 @@ TANDEM_INLINE void put(typename E::T* p, V v, int n) {
 // n elements as operands.
 template <class E>
 TANDEM_INLINE void operands(const typename E::T* from, int n, typename E::A* to) {
-  if constexpr (std::is_same_v<typename E::T, typename E::A>) {
-    std::memcpy(to, from, n * sizeof(*from));
-  } else {
-    int i = 0;
-    for (; i + LANES <= n; i += LANES) store(to + i, E::get(from + i));
-    if (i < n) store(to + i, get<E>(from + i, n - i), n - i);
-  }
+  constexpr bool SAME = std::is_same_v<typename E::T, typename E::A>;
+  int i = 0;
+  for (; i + LANES <= n; i += LANES)
+    if constexpr (SAME) std::memcpy(to + i, from + i, LANES * sizeof(*from));
+    else store(to + i, E::get(from + i));
+  if (i == n) return;
+  if constexpr (SAME) std::memcpy(to + i, from + i, (n - i) * sizeof(*from));
+  else store(to + i, get<E>(from + i, n - i), n - i);
 }
 
 // Sixteen values as operands, rounded as elements are. Returns them so.
