@@ -365,4 +365,5 @@ def load_backend(name: str, config: EngineConfig) -> ModelRunner:
             f"Unknown backend {name!r}: there is no package {package!r}.{nearest_hint(str(name), ('jax', 'torch'))} "
             "Known here: jax, torch."
         )
+    config.check_backend(name)
     return import_module(package).ModelRunner(config)
