@@ -329,6 +329,8 @@ class ReplicaState(NamedTuple):
     """Else it has been started, and loads."""
     step_seconds: float
     """That the step in progress has taken, when it last said so; 0 between steps."""
+    given_up: bool = False
+    """It has ended, and is not started again."""
 
 
 class ServingEngine(InferenceEngine):
