@@ -301,6 +301,11 @@ class EngineConfig:
         )
         return asked or min(model.max_position, 4096)
 
+    def check_backend(self, name: str) -> None:
+        """Raise `ConfigError` for an option that the backend `name` does not have; it need not be imported for that."""
+        told = "The jax engine compiles its step always; compile=true is not among its options."
+        expect(name != "jax" or not self.compile, told)
+
     @property
     def ranks(self) -> int:
         """Of all stages that share out a model."""

@@ -329,6 +329,8 @@ class ReplicaState(NamedTuple):
     """Else it has been started, and loads."""
     step_seconds: float
     """That the step in progress has taken, when it last said so; 0 between steps."""
+    given_up: bool = False
+    """It has ended, and is not started again."""
 
 
 class ServingEngine(InferenceEngine):
@@ -365,4 +367,5 @@ def load_backend(name: str, config: EngineConfig) -> ModelRunner:
             f"Unknown backend {name!r}: there is no package {package!r}.{nearest_hint(str(name), ('jax', 'torch'))} "
             "Known here: jax, torch."
         )
+    config.check_backend(name)
     return import_module(package).ModelRunner(config)

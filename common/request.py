@@ -26,6 +26,8 @@ MAX_GRAMMAR = 1 << 15
 """Characters of what an output is held to."""
 CANNOT_GO_ON = "The output cannot go on: "
 """How the error of a request begins that asked for what cannot be: it is the request's fault, not the engine's."""
+ENGINE_GONE = "No replica of this engine is left"
+"""How the error of a request begins whose engine is no more: it is not the request's fault, and another engine may serve it."""
 STUCK = CANNOT_GO_ON + "allowed_token_ids, bad_words, min_tokens and structured_outputs leave no token to choose."
 GREEDY_EPSILON = 1e-5
 """Temperatures below this are greedy."""

@@ -10,7 +10,6 @@ from common.config import EngineConfig, expect
 ALONE = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1, "prefill_parallel_size": 0}
 """One engine on one rank."""
 POLICIES: Mapping[str, Mapping[str, Any]] = {
-    "jax": {"compile": False},  # its step is compiled always
     "hf": ALONE | {"schedule": "static", "cache": "dense", "compile": False},
     "llamacpp": ALONE
     | {
@@ -27,6 +26,7 @@ POLICIES: Mapping[str, Mapping[str, Any]] = {
 
 def check_policies(name: str, config: EngineConfig) -> None:
     """Raise `ConfigError` unless `config` has what engine `name` cannot do without."""
+    config.check_backend(name)
     for option, value in POLICIES.get(name, {}).items():
         given = getattr(config, option)
         expect(given == value, f"engine={name} has {option}={spelt(value)} and nothing else; got {spelt(given)}.")

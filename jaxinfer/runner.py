@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from common import interface
-from common.config import EngineConfig, ModelConfig, expect
+from common.config import EngineConfig, ModelConfig
 from common.errors import BackendError
 from common.interface import Caps, KVGroup, Progress
 from common.kernels.cpu.build import arithmetic
@@ -28,7 +28,6 @@ class ModelRunner(interface.ModelRunner):
 
     def __init__(self, config: EngineConfig, group: Group | None = None) -> None:
         """`group`: where this is not the first of its ranks; else they are started."""
-        expect(not config.compile, "The jax engine compiles its step always; compile=true is not among its options.")
         self.config = config
         self.device = open_device(config.device, config.threads, config.ranks)
         self.group = group or start(config, self.device)

@@ -223,7 +223,7 @@ def test_a_peer_that_is_not_there_is_told_before_any_engine_starts(
     [
         ("{name:hf,schedule:continuous}", "engine=hf has schedule=static and nothing else; got continuous"),
         ("{name:hf,compile:true}", "engine=hf has compile=false and nothing else; got true"),
-        ("{name:jax,compile:true}", "engine=jax has compile=false and nothing else; got true"),
+        ("{name:jax,compile:true}", "compile=true is not among its options"),
         ("{name:llamacpp,cache:paged}", "engine=llamacpp has cache=dense and nothing else; got paged"),
         ("{name:vllm,tensor_parallel_size:2,compile:false}", "engine=vllm has tensor_parallel_size=1 and nothing else; got 2"),
         ("{name:vllm_server,data_parallel_size:2}", "data_parallel_size=2 does not reach the server"),

@@ -619,6 +619,27 @@ def test_a_server_without_a_replica_that_serves_is_not_well(served: tuple[Served
     until(lambda: server.client.get("/health").status_code == 200)
 
 
+def test_a_server_without_a_replica_that_can_start_says_so_and_what_to_do(served: tuple[Served, Path]) -> None:
+    server, control = served
+    (control / "slow").touch()
+    with server.client.stream("POST", "/v1/completions", json={"prompt": "the", "max_tokens": 400, "stream": True}) as response:
+        lines = response.iter_lines()
+        next(lines)
+        (control.parent / "packages" / "historyinfer" / "__init__.py").write_text("raise SystemExit(9)")
+        for state in server.client.get("/health").json()["replicas"]:
+            os.kill(state["pid"], signal.SIGKILL)
+        until(lambda: server.client.get("/health").headers.get("retry-after"))  # others are started
+        *_, last, _ = [line for line in lines if line.startswith("data: ")]
+    refused = server.post(prompt="the", max_tokens=4)
+    embedded = server.post("/v1/embeddings", input="the")
+    for error in (json.loads(last[6:])["error"], refused.json()["error"], embedded.json()["error"]):
+        assert (error["code"], error["type"]) == (503, "ServiceUnavailableError")
+        assert "the server must be started again" in error["message"]
+    assert refused.status_code == embedded.status_code == 503
+    health = server.client.get("/health")
+    assert health.status_code == 503 and "retry-after" not in health.headers  # for none is
+
+
 def test_compare_takes_replicas_as_an_engine_and_adds_up_their_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from common.exits import TERMINATED
+from common.serve.folder import PrivateFolder
 from tests.browser import Tab, browse
 from tests.http_server import (
     PATIENCE_S,
@@ -134,6 +135,51 @@ def test_a_backend_that_died_takes_only_its_own_requests_with_it_and_is_started_
     assert mortal.complete(**BODY, model="tiny-llama@two")["choices"][0]["text"] == right
     until(lambda: "The two engine serves again." in mortal.log.read_text())
     assert 'tandem:backend_serves{engine="two"} 1.0' in mortal.client.get("/metrics").text
+
+
+def test_a_backend_that_is_stopped_is_ended_and_started_again(mortal: Served) -> None:
+    stopped = backend_of(mortal, "tiny-llama@two")
+    stopped.send_signal(signal.SIGSTOP)
+    answer = mortal.post(**BODY, model="tiny-llama@two")  # which it does not, and nobody else can
+    assert (answer.status_code, answer.json()["error"]["type"]) == (503, "ServiceUnavailableError")
+    assert mortal.client.get("/health").status_code == 503 and mortal.post(**BODY).status_code == 200
+    assert "The server of the two engine was stopped, and is ended." in mortal.log.read_text()
+    until(lambda: mortal.client.get("/health").status_code == 200)
+    assert mortal.post(**BODY, model="tiny-llama@two").status_code == 200
+    assert backend_of(mortal, "tiny-llama@two").pid != stopped.pid
+
+
+def test_a_backend_whose_step_hangs_is_ended_and_started_again(tmp_path: Path) -> None:
+    packages, control = history(tmp_path, "one", "two")
+    with serving(tmp_path, "--backend", "one,two", "--stall-s", "0.2", packages=[packages]) as server:
+        (control / "hang").touch()
+        assert [set(chunk) for chunk in server.events(**BODY, model="tiny-llama@two")] == [{"error"}]
+        (control / "hang").unlink()
+        assert "The server of the two engine is not well (The step loop hangs.), and is ended." in server.log.read_text()
+        until(lambda: server.client.get("/health").status_code == 200)
+        assert server.post(**BODY, model="tiny-llama@two").status_code == 200
+        assert "one engine" not in server.log.read_text()
+
+
+def test_a_folder_goes_with_the_process_that_made_it_or_when_the_next_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "from common.serve.folder import PrivateFolder; print(PrivateFolder.make().path, flush=True); input()"
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    start = lambda: subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=-1, stdout=-1, text=True)  # noqa: E731
+    with start() as dead, start() as living:
+        assert dead.stdout and living.stdout
+        left, held = (Path(process.stdout.readline().strip()) for process in (dead, living) if process.stdout)
+        (left / "socket").touch()
+        assert left.stat().st_mode & 0o777 == 0o700
+        dead.kill()
+        dead.wait()
+        made = PrivateFolder.make()
+        assert sorted(tmp_path.iterdir()) == sorted([held, made.path])
+        made.remove()
+        assert list(tmp_path.iterdir()) == [held]
+        living.kill()
 
 
 def test_what_a_backend_says_of_its_refusals_comes_through(served: Served) -> None:

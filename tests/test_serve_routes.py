@@ -174,6 +174,26 @@ def test_offsets_point_at_special_tokens_that_show(served: Served) -> None:
         assert (choice["text"], choice["logprobs"]["text_offset"]) == ("" if skips else shown * 3, offsets)
 
 
+@pytest.mark.parametrize("skips", [True, False])
+def test_offsets_point_at_special_tokens_that_an_echoed_prompt_spells(served: Served, skips: bool) -> None:
+    tokenizer = open_tokenizer(resolve(MODEL))
+    special = max(tokenizer.special_tokens, key=len)
+    prompt = f"{special}the 🤖{special} and{special}"
+    body = {"max_tokens": 3, "logprobs": 0, "echo": True, "ignore_eos": True, "skip_special_tokens": skips}
+    choice = served.complete(prompt=prompt, **body)["choices"][0]
+    assert choice["text"].startswith(prompt)
+    told = list(zip(choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"], strict=True))
+    assert [token for token, _ in told].count(special) >= 3
+    whole = [(token, at) for token, at in told[:-3] if not token.startswith("bytes:")]
+    assert [choice["text"][at : at + len(token)] for token, at in whole] == [token for token, _ in whole]
+    assert [choice["text"][at] for token, at in told[:-3] if token.startswith("bytes:")] == ["🤖"] * 4
+    assert told[-3][1] == len(prompt)
+    ids = tokenizer.encode(prompt)  # of which the text is what they become
+    choice = served.complete(prompt=ids, **body)["choices"][0]
+    assert choice["text"].startswith(tokenizer.decode(ids, skips))
+    assert choice["logprobs"]["text_offset"][-3] == len(tokenizer.decode(ids, skips))
+
+
 def test_of_a_prompt_that_is_cut_what_is_left_is_echoed(served: Served) -> None:
     body = {"prompt": PROMPT, "max_tokens": 2, "logprobs": 0, "ignore_eos": True, "echo": True}
     whole, cut = (served.complete(**body, truncate_prompt_tokens=kept)["choices"][0] for kept in (-1, 3))

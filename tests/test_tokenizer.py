@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 from gguf import GGUFWriter
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from common.errors import CheckpointError, RequestError
@@ -270,6 +270,31 @@ def test_special_tokens_are_found_where_a_text_spells_them(smollm: Tokenizer) ->
     text = "🤗<|im_start|>x<|im_end|><|im_end|> <|im_en"
     assert [text[a:b] for a, b in smollm.find_special(text)] == ["<|im_start|>", "<|im_end|>", "<|im_end|>"]
     assert smollm.find_special("nothing") == []
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
+def test_a_token_begins_at_the_character_that_its_first_byte_is_of(name: str) -> None:
+    tokenizer = open_tokenizer(resolve(name))
+    (added,) = tokenizer.encode("") or [None]
+    for text in [*TEXTS, *random_texts(100)]:
+        ids, starts = tokenizer.encode(text), tokenizer.starts(text)
+        if added is not None:
+            assert ids.pop(0) == added and starts.pop(0) == 0
+        raw, end = text.replace("▁", " ").encode() if added is not None else text.encode(), 0
+        for token, start in zip(ids, starts, strict=True):
+            assert start == len(raw[:end].decode(errors="ignore")), text
+            end += len(tokenizer.token_bytes(token, skip_special_tokens=False))
+
+
+def test_a_token_begins_in_the_text_as_it_came_not_as_it_was_normalized() -> None:
+    inner = tokenizers.Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "é": 2, "a": 3, "▁": 4}, []))
+    inner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Fuse()
+    inner.add_special_tokens(["<s>", "</s>"])
+    inner.post_processor = processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 0), ("</s>", 1)])
+    tokenizer, text = Tokenizer(inner), "e\u0301 ae\u0301</s>"
+    assert tokenizer.encode(text) == [0, 4, 2, 4, 3, 2, 1, 1]
+    assert tokenizer.starts(text) == [0, 0, 0, 2, 3, 4, 6, 10]
 
 
 def test_broken_bytes_decode_to_one_replacement_for_each_longest_broken_sequence(smollm: Tokenizer) -> None:

@@ -27,14 +27,14 @@ import numpy as np
 from common.config import EngineConfig
 from common.config import expect as expect_config
 from common.engine import StepRecord, check_request
-from common.errors import BackendError, by_name
+from common.errors import BackendError, EngineGoneError, by_name
 from common.frames import Frame, Message
 from common.interface import Caps, Progress, ReplicaState, ServingEngine
 from common.platform import cores, family_memory, thread_settings
 from common.replicas.handover import SECRET
 from common.replicas.keeper import Gone, Keeper, Link, News, Ready, Said
 from common.replicas.wire import pack_request, unpack_caps, unpack_event
-from common.request import Request, Status, TokenEvent, expect
+from common.request import ENGINE_GONE, Request, Status, TokenEvent, expect
 from common.schedule.edits import Edits
 from common.schedule.limits import Limits, expect_new, expect_room
 from common.schedule.pages import PageKey
@@ -405,7 +405,7 @@ class Replicas(ServingEngine):
         self._send_waiting()
         if self._hopeless:
             for live in list(self._live.values()):
-                self._fail(live, f"No replica of this engine is left; the last {news.how}.")
+                self._fail(live, f"{ENGINE_GONE}; the last {news.how}.")
 
     def _fail(self, live: _Live, error: str) -> None:
         name, now = live.request.request_id, perf_counter()
@@ -417,7 +417,7 @@ class Replicas(ServingEngine):
 
     def _expect_able(self) -> None:
         if self._hopeless:
-            raise BackendError("No replica of this engine is left; its log says more. Make a new engine.")
+            raise EngineGoneError(f"{ENGINE_GONE}; its log says more. Make a new engine.")
 
     # ── beside the requests ─────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -134,7 +134,7 @@ class Keeper:
         while process := self._start():
             how, error = self._watch(process)
             failures = 0 if self._state.serves else failures + 1
-            self._state = ReplicaState(process.pid, False, 0.0)
+            self._state = ReplicaState(process.pid, False, 0.0, failures == ATTEMPTS)
             self._post(Gone(self._index, how, error, failures == ATTEMPTS))
             if failures == ATTEMPTS or self._closing.wait(failures * RETRY_S):
                 break

@@ -59,7 +59,8 @@ def card(model: ServedModel, name: str) -> dict[str, Any]:
 
 @router.get("/health")
 async def health(http: HttpRequest) -> Response:
-    """200 while the step loop lives and moves, of an engine with replicas that of one of them; the answer tells of each."""
+    """200 while the step loop lives and moves, of an engine with replicas that of one of them; the answer tells of each. What
+    may get well by itself, for a replica loads, brings a `Retry-After`; nothing else does."""
     serving = Serving.of(http)
     if serving.worker.dead:
         raise ApiError(503, "The step loop has ended.")
@@ -69,7 +70,8 @@ async def health(http: HttpRequest) -> Response:
     if not replicas:
         return Response()
     if not any(each.serves and each.step_seconds <= serving.stall_s for each in replicas):
-        raise ApiError(503, "No replica serves, or each of them hangs.")
+        loads = any(not each.serves and not each.given_up for each in replicas)
+        raise ApiError(503, "No replica serves, or each of them hangs.", headers={"Retry-After": "30"} if loads else None)
     return json_response({"replicas": [each._asdict() for each in replicas]})
 
 

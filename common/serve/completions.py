@@ -53,7 +53,8 @@ class Choice:
     def __post_init__(self) -> None:
         body = self._body
         if body.logprobs is not None:
-            before = () if body.echo else self.answer.prompt_of(self.index).token_ids
+            prompt = self.answer.prompt_of(self.index)
+            before = () if body.echo and prompt.text is None else prompt.token_ids
             model, skips = self.answer.serving.model, self.answer.params.skip_special_tokens
             self.logprobs = LogprobList(model, bool(body.return_tokens_as_token_ids), skips, before)
 
@@ -85,7 +86,12 @@ class Choice:
         text = model.tokenizer.decode(prompt.token_ids, skips) if prompt.text is None else prompt.text
         shown = None
         if self.logprobs is not None:
-            shown = self.logprobs.push(prompt.token_ids, scored or [None] * len(prompt.token_ids))
+            scored = scored or [None] * len(prompt.token_ids)
+            if prompt.text is None:
+                shown = self.logprobs.push(prompt.token_ids, scored)
+            else:
+                starts = model.tokenizer.starts(text, self._body.add_special_tokens)
+                shown = self.logprobs.push_text(text, prompt.token_ids, starts, scored)
         return [self._chunk(text, [], shown, None, None)]
 
     def _chunk(self, text: str, token_ids: list[int], logprobs: Any, finish: str | None, stop: Any) -> dict[str, Any]:
@@ -135,7 +141,7 @@ class LogprobList:
     def __init__(
         self, model: ServedModel, as_ids: bool, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
     ) -> None:
-        """`prompt_ids`: what comes before and is not pushed."""
+        """`prompt_ids`: what comes before, and is not pushed, or as a text."""
         self._model, self._as_ids, self._skip_special = model, as_ids, skip_special_tokens
         self._text = IncrementalDetokenizer(model.tokenizer, prompt_ids, skip_special_tokens)
         self._offset = 0
@@ -143,12 +149,22 @@ class LogprobList:
 
     def push(self, token_ids: Sequence[int], scored: Sequence[Logprobs | None]) -> dict[str, list[Any]]:
         """The entries of these tokens; None scores the first of a prompt."""
+        return self._add(token_ids, scored, [self._place(token) for token in token_ids])
+
+    def push_text(
+        self, text: str, token_ids: Sequence[int], starts: Sequence[int], scored: Sequence[Logprobs | None]
+    ) -> dict[str, list[Any]]:
+        """Likewise of a text that shows as it came, whatever its tokens would become, and where in it they begin."""
+        self._offset += len(text)
+        return self._add(token_ids, scored, starts)
+
+    def _add(self, token_ids: Sequence[int], scored: Sequence[Logprobs | None], starts: Sequence[int]) -> dict[str, list[Any]]:
         fresh: dict[str, list[Any]] = {name: [] for name in self._lists}
-        for token, logprobs in zip(token_ids, scored, strict=True):
+        for token, logprobs, start in zip(token_ids, scored, starts, strict=True):
             fresh["tokens"].append(self._name(token))
             fresh["token_logprobs"].append(None if logprobs is None else finite(logprobs.logprob))
             fresh["top_logprobs"].append(None if logprobs is None else self._top(token, logprobs))
-            fresh["text_offset"].append(self._place(token))
+            fresh["text_offset"].append(start)
         for name, values in fresh.items():
             self._lists[name] += values
         return fresh

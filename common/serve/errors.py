@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from common.errors import DrainingError, QueueFullError, RequestError, TandemError
+from common.errors import DrainingError, EngineGoneError, QueueFullError, RequestError, TandemError
 
 NAMES = {
     400: "BadRequestError",
@@ -53,6 +53,11 @@ def public(message: str) -> str:
     return message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "…"
 
 
+def engine_gone() -> ApiError:
+    told = "The engine has stopped, and the server's log says why; the server must be started again."
+    return ApiError(503, told, headers={"Retry-After": "30"})
+
+
 def api_error(error: Exception) -> ApiError:
     """How an exception is answered."""
     match error:
@@ -64,6 +69,8 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(503, str(error), headers={"Retry-After": "30"})
         case RequestError():
             return ApiError(400, str(error), error.param)
+        case EngineGoneError():
+            return engine_gone()
         case TandemError():
             return ApiError(500, str(error))
     return ApiError(500, "The server failed on this request; its log says why.")

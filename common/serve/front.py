@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import httpx
 from fastapi import APIRouter, FastAPI
@@ -29,16 +27,17 @@ from starlette.types import Receive, Scope, Send
 
 from common.child import how_it_ended
 from common.errors import BackendError
-from common.replicas.keeper import ATTEMPTS, RETRY_S
+from common.replicas.keeper import ATTEMPTS, RETRY_S, SILENCE_S, STOPPED_S, is_stopped
 from common.serve.app import new_app, page, tell_version
 from common.serve.errors import ApiError
+from common.serve.folder import PrivateFolder
 from common.serve.guard import Guard
 from common.serve.protocol import Body, parse
 from common.serve.serving import DONE, event, json_response, read_bytes, unless_left
 
-log = logging.getLogger(__name__)
-
 POLL_S = 0.1
+LOOK_S = 1.0
+"""Between two looks at whether a backend is well, and what it may take to say so."""
 PATIENCE_S = 5.0
 """For an answer that takes no computing, and for a process to end after it was asked to."""
 PASSED_ON = ("content-type", "accept", "x-request-id", "traceparent")
@@ -53,7 +52,8 @@ router.get("/version")(tell_version)
 
 @dataclass(eq=False)
 class Backend:
-    """One server process, reached by a socket in a folder that is only ours, and started again when it has ended."""
+    """One server process, reached by a socket in a folder that is only ours, and started again when it has ended. One that is
+    stopped, or hangs, is ended."""
 
     name: str
     models: Sequence[str]
@@ -61,7 +61,7 @@ class Backend:
     command: Sequence[str]
     client: httpx.AsyncClient
     process: subprocess.Popen[bytes] = field(init=False)
-    keeping: asyncio.Task[None] | None = None
+    keeping: asyncio.Future[Any] | None = None
 
     def __post_init__(self) -> None:
         self.start()
@@ -92,6 +92,31 @@ class Backend:
                 await asyncio.sleep(failures * RETRY_S)
                 self.start()
 
+    async def watch(self) -> None:
+        """End it when it is stopped, silent, or not well for good, so that it is started again. Looks that brought nothing are
+        counted, as in `common.replicas.keeper`: time in which this process did not run itself is nobody's silence."""
+        silence = stopped = 0.0
+        while True:
+            await asyncio.sleep(0 if silence else LOOK_S)
+            process, why = self.process, ""
+            try:
+                answer = await self.client.get("/health", timeout=LOOK_S)
+            except httpx.HTTPError as error:  # where it does not take connections, it loads, or has ended
+                silence = silence + LOOK_S if isinstance(error, httpx.TimeoutException) else 0.0
+                stopped = stopped + LOOK_S if is_stopped(process.pid) else 0.0
+                if stopped > STOPPED_S:
+                    why = "was stopped"
+                elif silence >= SILENCE_S:
+                    why = f"gave no sign of life for {SILENCE_S:g} s"
+            else:
+                silence = stopped = 0.0
+                if answer.status_code == 503 and "retry-after" not in answer.headers:
+                    why = f"is not well ({answer.json()['error']['message']})"
+            if why:
+                log.error("The server of the %s engine %s, and is ended.", self.name, why)
+                process.kill()
+                silence = stopped = 0.0
+
     async def get(self, path: str) -> httpx.Response:
         """Raises `ApiError` unless it answers, and with 200."""
         try:
@@ -110,16 +135,16 @@ class Backend:
 class Backends:
     """All of them, the first being the one that a request means which names no model."""
 
-    folder: Path
+    folder: PrivateFolder
     each: list[Backend]
 
     @classmethod
     def start(cls, served: Mapping[str, Sequence[str]], given: Sequence[str]) -> Self:
         """Start `backend → model names` with the command line `given`, and wait until all answer. Raises `BackendError`."""
-        self = cls(Path(tempfile.mkdtemp(prefix="tandem-")), [])
+        self = cls(PrivateFolder.make(), [])
         try:
             for backend, models in served.items():
-                path = self.folder / backend
+                path = self.folder.path / backend
                 own = ["--backend", backend, "--uds", str(path), "--api-key", "", "--served-model-name", *models]
                 transport = httpx.AsyncHTTPTransport(uds=str(path), limits=httpx.Limits(max_connections=None))
                 client = httpx.AsyncClient(transport=transport, base_url="http://backend", timeout=None)
@@ -142,7 +167,7 @@ class Backends:
     def keep(self) -> None:
         """Watch over all, on the running event loop, until `restart_no_more`."""
         for backend in self.each:
-            backend.keeping = asyncio.ensure_future(backend.keep())
+            backend.keeping = asyncio.gather(backend.keep(), backend.watch())
 
     def restart_no_more(self) -> None:
         for backend in self.each:
@@ -153,7 +178,7 @@ class Backends:
         """End all at once."""
         for backend in self.each:
             backend.process.kill()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.remove()
 
     async def get(self, path: str) -> list[httpx.Response]:
         """The answers of those that answer. Raises `ApiError` if none does."""
@@ -174,7 +199,7 @@ class Backends:
             except subprocess.TimeoutExpired:
                 backend.process.kill()
                 backend.process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.remove()
 
     def by_model(self, name: str | None) -> Backend:
         for backend in self.each:

@@ -18,8 +18,8 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from common.errors import RequestError
-from common.request import CANNOT_GO_ON, Request, SamplingParams, Status
-from common.serve.errors import ApiError, api_error, error_body
+from common.request import CANNOT_GO_ON, ENGINE_GONE, Request, SamplingParams, Status
+from common.serve.errors import ApiError, api_error, engine_gone, error_body
 from common.serve.metrics import Metrics
 from common.serve.model import Prompt, ServedModel
 from common.serve.protocol import B, Sampled, parse
@@ -293,6 +293,8 @@ def check_end(delta: Delta) -> None:
     match delta.finish:
         case Status.FINISHED_ERROR if delta.error is not None and delta.error.startswith(CANNOT_GO_ON):
             raise ApiError(400, delta.error)
+        case Status.FINISHED_ERROR if delta.error is not None and delta.error.startswith(ENGINE_GONE):
+            raise engine_gone()
         case Status.FINISHED_ERROR:
             raise ApiError(500, delta.error or "The request failed.")
         case Status.FINISHED_TIMEOUT:

@@ -21,7 +21,7 @@ from common.engine import StepRecord
 from common.errors import QueueFullError, RequestError
 from common.interface import ReplicaState, ServingEngine
 from common.request import Request, TokenEvent
-from common.serve.errors import ApiError
+from common.serve.errors import ApiError, engine_gone
 from common.text.output import Delta, OutputText
 from common.text.tokenizer import Tokenizer
 
@@ -142,13 +142,13 @@ class Worker:
                 return
             try:
                 if engine is None:
-                    raise gone()
+                    raise engine_gone()
                 answer.set_result(question(engine))
             except Exception as error:
                 answer.set_exception(error)
 
         if not self._order(order):
-            raise gone()
+            raise engine_gone()
         return await asyncio.wrap_future(answer)
 
     def profile(self, profile: Callable[[Callable[[], object]], T], stop: threading.Event) -> Future[T]:
@@ -158,17 +158,17 @@ class Worker:
         def order(engine: ServingEngine | None) -> None:
             try:
                 if engine is None:
-                    raise gone()
+                    raise engine_gone()
                 found.set_result(profile(lambda: self._work(engine, stop)))
             except Exception as error:
                 log.warning("A profile failed.", exc_info=error)
                 found.set_exception(error)
             finally:
                 if not found.done():
-                    found.set_exception(gone())
+                    found.set_exception(engine_gone())
 
         if not self._order(order):
-            raise gone()
+            raise engine_gone()
         return found
 
     def close(self) -> None:
@@ -272,7 +272,7 @@ class Worker:
         calls = {live.call for live in self._live.values()}
         self._live.clear()
         for call in calls:
-            self._tell(partial(call.put, gone()))
+            self._tell(partial(call.put, engine_gone()))
         engine.close()
 
     # ── on the event loop ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -286,7 +286,3 @@ class Worker:
             self._observe(records, fresh)
         for call, pieces in fresh:
             call.put(pieces)
-
-
-def gone() -> ApiError:
-    return ApiError(503, "The engine has stopped; the server must be started again.", headers={"Retry-After": "30"})

@@ -76,6 +76,19 @@ class Tokenizer:
         except (TypeError, UnicodeEncodeError) as error:
             raise _not_unicode(text, error) from error
 
+    def starts(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Where in `text` each token of `encode` begins, in characters. One that is added around the text has no place in it,
+        and begins where the one before it ends; one that goes on with a character begins where that does."""
+        with self._lock:
+            self._inner.encode_special_tokens = False
+            encoding = self._inner.encode(text, add_special_tokens=add_special_tokens)
+        starts, end = list[int](), 0
+        for (first, last), added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
+            trimmed = text[end:first].isspace()  # some vocabularies leave out a token's own space
+            starts.append(end if added or trimmed else first)
+            end = end if added else max(last, end)
+        return starts
+
     def bad_words(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
         """The ids of each word as it stands at the start of a text and behind a space, for `Request.bad_words`."""
         spelt = [space + word.strip() for word in words for space in ("", " ")]
