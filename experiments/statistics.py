@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import stats
+import scipy  # whose parts are imported as they are used: a run of one engine uses none
 
 from common.config import expect
 
@@ -125,12 +125,12 @@ def interval(logs: np.ndarray, confidence: float, seed: int) -> tuple[float, flo
     1987), at tails widened as Hesterberg (2015, arXiv:1411.5279) does for small samples: a resample of n varies by (n - 1) / n
     too little, and its quantiles are a normal's where Student's are due."""
     size, mean = len(logs), float(logs.mean())
-    reach = float(stats.t.ppf((1 + confidence) / 2, size - 1))
+    reach = float(scipy.stats.t.ppf((1 + confidence) / 2, size - 1))
     error = float(logs.std(ddof=1)) / math.sqrt(size)
     if size < BOOTSTRAP_BLOCKS or error <= 1e-12:  # blocks that are all alike have no distribution to resample
         return math.exp(mean - reach * error), math.exp(mean + reach * error), "t"
-    tail = float(stats.norm.cdf(-reach * math.sqrt(size / (size - 1))))
-    bounds = stats.bootstrap(
+    tail = float(scipy.stats.norm.cdf(-reach * math.sqrt(size / (size - 1))))
+    bounds = scipy.stats.bootstrap(
         (logs,),
         np.mean,
         confidence_level=1 - 2 * tail,
@@ -156,7 +156,7 @@ def student_p(logs: np.ndarray) -> float:
     error = float(logs.std(ddof=1)) / math.sqrt(len(logs))
     if error <= 1e-12:
         return 0.0 if abs(logs.mean()) > 1e-12 else 1.0
-    return float(2 * stats.t.sf(abs(logs.mean()) / error, len(logs) - 1))
+    return float(2 * scipy.stats.t.sf(abs(logs.mean()) / error, len(logs) - 1))
 
 
 def sign_flip_p(logs: np.ndarray, seed: int) -> float:
@@ -174,7 +174,7 @@ def sign_flip_p(logs: np.ndarray, seed: int) -> float:
 
 def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
     """Adjusted p: to call all below q keeps the false among the calls at q, on average (Benjamini and Hochberg 1995)."""
-    return stats.false_discovery_control(p_values).tolist() if p_values else []
+    return scipy.stats.false_discovery_control(p_values).tolist() if p_values else []
 
 
 def fewest_blocks(comparisons: int, confidence: float) -> int:

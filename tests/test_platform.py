@@ -114,11 +114,16 @@ def test_cores_follow_the_affinity_of_the_process() -> None:
 
 
 def test_the_peak_of_memory_stays_after_what_was_touched_is_freed() -> None:
-    before = peak_rss()
-    block = b"x" * (before + (64 << 20))  # more than any memory that was freed before and not returned
-    size = len(block)
-    del block
-    assert before + (32 << 20) < peak_rss() < before + 2 * size
+    """In a process of its own: here the peak is whatever the other tests held at once, and would be touched once more."""
+    code = """
+from common.platform import peak_rss
+before = peak_rss()
+block = b"x" * (before + (64 << 20))  # more than any memory that was freed before and not returned
+size = len(block)
+del block
+assert before + (32 << 20) < peak_rss() < before + 2 * size, (before, size, peak_rss())
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_memory_that_is_held_counts_until_it_is_given_back() -> None:
@@ -126,7 +131,8 @@ def test_memory_that_is_held_counts_until_it_is_given_back() -> None:
     block = b"x" * (64 << 20)
     held = rss()
     del block
-    assert before + (60 << 20) < held <= peak_rss() and rss() < held - (60 << 20)
+    # Linux adds up its two counts in batches of pages: in a fresh process the peak may lag by some.
+    assert before + (60 << 20) < held < peak_rss() + (1 << 20) and rss() < held - (60 << 20)
 
 
 def test_available_memory_and_the_name_of_the_processor_are_plausible() -> None:
