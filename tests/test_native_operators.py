@@ -231,6 +231,18 @@ def test_the_greatest_of_huge_scores_is_all_that_is_seen(case: Case) -> None:
     case.expect_near(got[clear], right[clear])
 
 
+def test_scores_may_be_as_low_as_float32_can_tell(case: Case) -> None:
+    """A key is hidden by its position: no score hides it."""
+    c, T = case.config, case.batch.num_tokens
+    q = np.full((T, c.num_heads, c.head_dim), 1e17).astype(case.draw(1).dtype)
+    for seq, (start, n) in enumerate(case.plan):
+        ones = np.ones((start + n, c.num_kv_heads, c.head_dim)).astype(q.dtype)
+        case.pages_in(seq, -q[0, 0, 0] * ones, ones)
+    out = case.tensor(q)
+    torch.ops.tandem.attend(case.step, case.layers, *pools(case), out, 0)
+    case.expect_near(out, np.ones((T, c.num_heads, c.head_dim)))
+
+
 def test_combine_is_two_branches_on_the_residual_stream(case: Case) -> None:
     c, T = case.config, case.batch.num_tokens
     attended = case.draw(T, c.num_heads, c.head_dim)

@@ -17,7 +17,10 @@ import ml_dtypes
 import numpy as np
 import psutil
 import pytest
+import torch
 
+from common.config import MAX_RANKS
+from common.errors import BackendError
 from common.kernels.cpu.sums import Exchange, Left, meeting_place
 from common.platform import cores
 from tests.history_backend import ROOT
@@ -99,7 +102,7 @@ def test_a_sum_reads_nothing_and_writes_nothing_beside_its_numbers() -> None:
 
 
 def test_more_ranks_than_cores_go_forward() -> None:
-    ranks, rounds = 4 * cores() + 1, 50
+    ranks, rounds = min(4 * cores() + 1, MAX_RANKS), 50
     exchanges = meet(ranks)
 
     def go(exchange: Exchange) -> float:
@@ -110,6 +113,25 @@ def test_more_ranks_than_cores_go_forward() -> None:
         return float(x[0])
 
     assert together(*(lambda e=e: go(e) for e in exchanges)) == [1.0] * ranks  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("ranks", [0, MAX_RANKS + 1])
+def test_no_more_ranks_meet_than_there_is_room_for(ranks: int) -> None:
+    with pytest.raises(BackendError, match=f"1 to 64 processes can share out a model, and not {ranks}"), meeting_place(ranks):
+        pass
+
+
+def test_callers_that_treat_subnormals_differently_get_the_same_bits() -> None:
+    """As XLA's threads and PyTorch's do."""
+    first, second = meet(2)
+    sums = [np.full(16, 1e-39, np.float32) for _ in range(2)]
+
+    def flushing(flush: bool, exchange: Exchange, x: np.ndarray) -> None:
+        torch.set_flush_denormal(flush)  # of this thread
+        add(exchange, x)
+
+    together(lambda: flushing(True, first, sums[0]), lambda: flushing(False, second, sums[1]))
+    assert np.array_equal(bits(sums[0]), bits(sums[1]))
 
 
 @pytest.mark.parametrize("waited_s", [0.0, 0.3])

@@ -1,5 +1,5 @@
 // What ranks tell each other, for callers that have addresses. Each is told rank, ranks and the memory that they share, which begins
-// as zeros; what it returns is `tandem::Told`.
+// as zeros; what it returns is `tandem::Told`. Sums set the floating-point mode: ranks may have callers with different ones.
 
 #include "sums.h"
 
@@ -10,10 +10,12 @@ using tandem::Exchange;
 TANDEM_EXPORT size_t tandem_meeting_size(int ranks) { return tandem::Meeting::size(ranks); }
 
 TANDEM_EXPORT int tandem_add_float32(void* memory, int rank, int ranks, float* x, size_t size) {
+  tandem::FloatMode mode;
   return int(Exchange(memory, rank, ranks).add<tandem::F32>(x, size));
 }
 
 TANDEM_EXPORT int tandem_add_bfloat16(void* memory, int rank, int ranks, tandem::bf16* x, size_t size) {
+  tandem::FloatMode mode;
   return int(Exchange(memory, rank, ranks).add<tandem::BF16>(x, size));
 }
 

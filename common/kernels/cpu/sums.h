@@ -21,7 +21,7 @@ namespace tandem {
 
 // At the begin of that memory, which is zeros when the ranks meet.
 struct Meeting {
-  static constexpr int MOST = 64;
+  static constexpr int MOST = 64;  // MAX_RANKS
   static constexpr size_t PLACE = size_t(2) << 20;
 
   struct alignas(64) Rank {
@@ -30,7 +30,8 @@ struct Meeting {
     uint64_t bytes, nanoseconds;  // that it has told, and how long that took, waiting included
   };
 
-  static size_t size(int ranks) { return sizeof(Meeting) + size_t(ranks) * 2 * PLACE; }
+  // 0: for so many there is no room.
+  static size_t size(int ranks) { return ranks < 1 || ranks > MOST ? 0 : sizeof(Meeting) + size_t(ranks) * 2 * PLACE; }
 
   std::atomic<uint32_t> over;  // a rank has left in the middle of a step: nobody waits for it
   Rank ranks[MOST];

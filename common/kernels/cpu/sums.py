@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.config import MAX_RANKS
 from common.errors import BackendError
 from common.kernels.cpu.build import build
 
@@ -74,9 +75,12 @@ def meeting_place(ranks: int) -> Iterator[Place]:
     """Memory for so many ranks, to which others can come until the end. Raises `BackendError` where there can be none."""
     if not hasattr(os, "memfd_create"):
         raise BackendError("Processes share out a model through a file without a name, which only Linux has.")
+    size = open_library().tandem_meeting_size(ranks)
+    if not size:
+        raise BackendError(f"1 to {MAX_RANKS} processes can share out a model, and not {ranks}.")
     file = os.memfd_create("tandem")
     try:
-        os.ftruncate(file, open_library().tandem_meeting_size(ranks))
+        os.ftruncate(file, size)
         yield place_of(file)
     finally:
         os.close(file)
