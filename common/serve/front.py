@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import httpx
 from fastapi import APIRouter, FastAPI
@@ -61,7 +61,7 @@ class Backend:
     command: Sequence[str]
     client: httpx.AsyncClient
     process: subprocess.Popen[bytes] = field(init=False)
-    keeping: asyncio.Future[Any] | None = None
+    keeping: Sequence[asyncio.Task[None]] = ()
 
     def __post_init__(self) -> None:
         self.start()
@@ -167,12 +167,12 @@ class Backends:
     def keep(self) -> None:
         """Watch over all, on the running event loop, until `restart_no_more`."""
         for backend in self.each:
-            backend.keeping = asyncio.gather(backend.keep(), backend.watch())
+            backend.keeping = [asyncio.create_task(backend.keep()), asyncio.create_task(backend.watch())]
 
     def restart_no_more(self) -> None:
         for backend in self.each:
-            if backend.keeping is not None:
-                backend.keeping.cancel()
+            for task in backend.keeping:
+                task.cancel()
 
     def kill(self) -> None:
         """End all at once."""
