@@ -22,7 +22,7 @@ from common.errors import RequestError, shown
 from common.interface import Caps, ModelRunner, Pending, Progress, ReplicaState, ServingEngine, load_backend
 from common.request import Request, Status, TokenEvent, expect
 from common.schedule.batch import Batch
-from common.schedule.kv import KV, read_kv, write_kv
+from common.schedule.kv import KV, Carrier
 from common.schedule.scheduler import Scheduler, Sequence, Step
 from common.schedule.trace import record
 from common.states import hidden_states, num_fitting
@@ -100,6 +100,7 @@ class Engine(ServingEngine):
         )
         self._caps = replace(runner.caps, max_model_len=limit, max_seqs=self.scheduler.max_num_seqs)
         self._masking = ThreadPoolExecutor(1, "masks")  # whose thread starts with the first mask
+        self._carrier = Carrier(runner, config.block_size)
         self._in_flight: deque[tuple[Step, Pending, StepRecord | None]] = deque()
         self._events: list[TokenEvent] = []  # ends that no step brought: they go out with the next one
         self._counters = dict.fromkeys(
@@ -144,7 +145,7 @@ class Engine(ServingEngine):
         masks = None if step.masks is None else self._masking.submit(step.masks)
         try:
             for pages, kv in step.arrivals:
-                write_kv(self.runner, pages, self.config.block_size, kv)
+                self._carrier.write(pages, kv)
             pending = self.runner.submit(step.batch, None if masks is None else masks.result)
             returned = perf_counter()
             record = self._record(step, begin)
@@ -246,13 +247,12 @@ class Engine(ServingEngine):
         self._device_seconds += perf_counter() - begin
         return states
 
-    def read_kept(self, request_id: str, start: int, kv: KV) -> None:
-        """Have `kv` hold what the tokens from `start` on of a request that keeps its pages have in them. Raises `LookupError`
-        if they are gone."""
+    def read_kept(self, request_id: str, start: int, kv: KV) -> list[int]:
+        """As `Carrier.read`, of a request that keeps its pages. Raises `LookupError` if they are gone."""
         kept, stop = self.scheduler.kept.get(request_id), start + kv.tokens
         if kept is None or kept.tokens < stop:
             raise LookupError(f"the engine has no pages of {stop} tokens of request {request_id} (any more)")
-        read_kv(self.runner, kept.pages, self.config.block_size, start, kv)
+        return self._carrier.read(kept.pages, start, kv)
 
     def drop_kept(self, request_id: str) -> None:
         """Give back what is kept of a request, if anything is."""
@@ -309,6 +309,7 @@ class Engine(ServingEngine):
 
     def close(self) -> None:
         self._masking.shutdown()
+        self._carrier.close()
         self.runner.close()
 
 

@@ -4,7 +4,7 @@ of backends the rate at which they are handed over beside that of this machine's
 One process holds the pages and another has them brought into its own, by what serves requests (`common.replicas.handover`),
 time after time; between any two times as many bytes are copied from one array to another, by one thread. A rate is that of the
 median time. To hand over is to copy twice, from pages to memory that both processes have and from there to pages, and to read
-twice, for the checksums: on two cores the second process reads while the first still copies.
+once more, for the receiver's checksums, on two cores while the sender still copies; its own are of what it has just copied.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from common.interface import ModelRunner, load_backend
 from common.replicas.handover import SECRET, Door, Heard, fetch
 from common.replicas.segment import Room
 from common.replicas.wire import pack_offer, unpack_offer
-from common.schedule.kv import KV, layouts_of, read_kv, write_kv
+from common.schedule.kv import KV, Carrier, layouts_of
 from common.schedule.transfer import Sender
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
@@ -56,13 +56,17 @@ class Pool:
         self.size, self.tokens, count = config.block_size, tokens, -(-tokens // config.block_size)
         self.runner.allocate([2 * count + 1] * len(self.runner.kv_groups()))
         self.pages: list[int] = (1 + np.random.default_rng(0).permutation(2 * count)[:count]).tolist()
-        self.layouts = layouts_of(self.runner, self.size, path)
+        self.layouts, self.carrier = layouts_of(self.runner, self.size, path), Carrier(self.runner, self.size)
 
-    def read(self, start: int, kv: KV) -> None:
-        read_kv(self.runner, self.pages, self.size, start, kv)
+    def read(self, start: int, kv: KV) -> list[int]:
+        return self.carrier.read(self.pages, start, kv)
 
     def write(self, kv: KV) -> None:
-        write_kv(self.runner, self.pages, self.size, kv)
+        self.carrier.write(self.pages, kv)
+
+    def close(self) -> None:
+        self.carrier.close()
+        self.runner.close()
 
     def fill(self) -> None:
         self.write(self.drawn())
@@ -161,7 +165,7 @@ def run(model: str, config: EngineConfig, tokens: int, times: int, say: Callable
                 say(f"pair {len(found) + 1} of {len(BACKENDS) ** 2}: from {giving} to {taking}")
                 pool = Pool(taking, path, config, tokens)
                 found.append({"from": giving, "to": taking} | measure(pool, offered, secret, times))
-                pool.runner.close()
+                pool.close()
         finally:
             child.end(process)
     return found

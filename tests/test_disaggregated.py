@@ -9,18 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
 from common.config import EngineConfig
-from common.engine import Engine
-from common.errors import BackendError, ConfigError, DrainingError, QueueFullError, RequestError
+from common.errors import BackendError, ConfigError
 from common.llm import LLM
 from common.replicas.disaggregated import Disaggregated
 from common.replicas.open import open_engine
@@ -30,7 +28,6 @@ from experiments import compare, lab
 from tests import history_backend
 from tests.backends import BACKENDS, checkpoint, engine_config, make_engine
 from tests.history_backend import ROOT, command, last_line
-from tests.history_runner import HistoryRunner
 from tests.http_server import history as history_package
 from tests.http_server import known_history, serving, until
 from tests.replica_mains import MODEL, SMALL
@@ -222,65 +219,6 @@ def test_steps_are_logged_under_the_names_of_requests(two: Disaggregated) -> Non
     started = [name for record in two.step_log for name in record.started]
     two.step_log = None
     assert sorted(started) == sorted(request.request_id for request in asked)
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"prompt_token_ids": (VOCAB,)},
-        {"prompt_token_ids": tuple(range(3, 300)) * 2},
-        {"params": SamplingParams(max_tokens=600)},
-        {"params": SamplingParams(n=2)},
-        {"params": SamplingParams(allowed_token_ids=[3], min_tokens=1, stop_token_ids=[3])},
-        {"request_id": "live"},
-        {"parent": "live"},
-    ],
-)
-def test_what_one_engine_refuses_is_refused_in_the_same_words(two: Disaggregated, bad: dict[str, Any]) -> None:
-    runner = HistoryRunner(num_pages=200, vocab_size=VOCAB, max_seqs=8)
-    one = Engine(runner, replace(PAIR, prefill_parallel_size=0), num_pages=200)
-    live = Request(request_id="live", prompt_token_ids=(5, 6, 7))
-    wrong = replace(Request(request_id="bad", prompt_token_ids=(5, 6)), **bad)
-    messages = []
-    for engine in (one, two):
-        engine.add(live)
-        with pytest.raises(RequestError) as refused:
-            engine.add(wrong)
-        messages.append((str(refused.value), refused.value.param))
-        engine.run([])
-    assert messages[0] == messages[1]
-    one.close()
-
-
-def test_of_requests_that_come_together_as_many_are_taken_as_run_at_once_and_may_wait(history: Path) -> None:
-    with running("history", replace(PAIR, max_num_seqs=1, max_waiting=2)) as engine:
-        (history / "hang").touch()
-        taken = []
-        for request in requests(9, output=30):
-            with suppress(QueueFullError):
-                engine.add(request)
-                taken.append(request.request_id)
-        (history / "hang").unlink()
-        assert len(taken) == 3
-        assert [name for name, events in engine.run([]).items() if events[-1].finish] == taken
-
-
-def test_the_queue_has_one_bound_and_a_drain_stops_all(history: Path) -> None:
-    (history / "slow").touch()
-    with running("history", replace(PAIR, max_num_seqs=1, max_waiting=3)) as engine:
-        asked = requests(9, output=30)
-        engine.add(asked[0])
-        Awake().wait(lambda: not engine.step(0) and engine.stats()["num_running"] == 1)
-        for request in asked[1:4]:
-            engine.add(request)
-        with pytest.raises(QueueFullError, match="3 requests wait already, and max_waiting=3"):
-            engine.add(asked[4])
-        engine.drain()
-        with pytest.raises(DrainingError):
-            engine.add(asked[4])
-        ends = [event.request_id for events in engine.run([]).values() for event in events if event.finish]
-        assert sorted(ends) == [request.request_id for request in asked[:4]]
-    (history / "slow").unlink()
 
 
 def test_more_than_one_of_each(history: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 import common.engine as engine_module
 import common.schedule.transfer as transfer_module
-from common.schedule.kv import KV, read_kv
+from common.schedule.kv import KV, Carrier
 from common.schedule.pages import PageError
 from common.schedule.scheduler import Scheduler
 from common.schedule.transfer import Abort, Done, Pages, Receiver, Said, Sender
@@ -80,7 +80,7 @@ def test_a_hundred_thousand_steps_of_transfers() -> None:
 
 @mutant
 def a_checksum_says_nothing(patch: Patch, ran: Ran) -> None:
-    def checksum(data: Sequence[bytes | memoryview]) -> int:
+    def checksum(sums: Sequence[int]) -> int:
         ran.append(1)
         return 0
 
@@ -201,11 +201,13 @@ def an_abort_gives_nothing_back(patch: Patch, ran: Ran) -> None:
 
 @mutant
 def tokens_are_read_from_the_start_of_their_page(patch: Patch, ran: Ran) -> None:
-    def read(runner: Any, pages: Any, size: int, start: int, kv: KV) -> None:
-        ran.extend([1] if start % size else [])
-        read_kv(runner, pages, size, start - start % size, kv)
+    original = Carrier.read
 
-    patch.setattr(engine_module, "read_kv", read)
+    def read(self: Carrier, pages: Sequence[int], start: int, kv: KV) -> list[int]:
+        ran.extend([1] if start % self._size else [])
+        return original(self, pages, start - start % self._size, kv)
+
+    patch.setattr(Carrier, "read", read)
 
 
 @mutant

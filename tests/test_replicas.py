@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -23,7 +23,7 @@ import pytest
 from common import child
 from common.config import EngineConfig
 from common.engine import Engine
-from common.errors import BackendError, ConfigError, DrainingError, QueueFullError, RequestError
+from common.errors import BackendError, ConfigError, RequestError
 from common.llm import LLM
 from common.platform import thread_settings
 from common.replicas.engine import Replicas
@@ -37,7 +37,7 @@ from experiments import compare, lab
 from tests import history_backend
 from tests.backends import checkpoint, engine_config, make_engine
 from tests.history_backend import ROOT, command, last_line
-from tests.history_runner import Expected, HistoryRunner, expected
+from tests.history_runner import Expected, expected
 from tests.http_server import PATIENCE_S, Served, known_history, serving, until
 from tests.http_server import history as history_package
 from tests.replica_mains import MODEL, SMALL
@@ -308,74 +308,6 @@ def test_the_steps_of_all_are_logged_with_the_names_of_their_requests(two: Repli
     begin, end = min(r.submitted for r in log), max(r.landed for r in log)
     assert all(begin <= event.time <= end + 1 for mine in events.values() for event in mine)  # one clock
     assert sum(int(record.counts.sum()) for record in log) >= sum(len(r.prompt_token_ids) for r in asked)
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"prompt_token_ids": (1, VOCAB)},
-        {"prompt_token_ids": tuple(range(3, 300)) * 2},
-        {"params": SamplingParams(max_tokens=600)},
-        {"params": SamplingParams(n=2)},
-        {"params": SamplingParams(allowed_token_ids=[3], min_tokens=1, stop_token_ids=[3])},
-        {"params": SamplingParams(logit_bias={VOCAB: 1.0})},
-        {"output_token_ids": (1,) * 16},
-        {"request_id": "live"},
-        {"parent": "live"},
-    ],
-)
-def test_what_one_engine_refuses_is_refused_in_the_same_words(two: Replicas, bad: dict[str, Any]) -> None:
-    runner = HistoryRunner(num_pages=200, vocab_size=VOCAB, max_seqs=8)
-    one = Engine(runner, replace(SMALL, data_parallel_size=1), num_pages=200)
-    live = Request(request_id="live", prompt_token_ids=(5, 6, 7))
-    wrong = replace(Request(request_id="bad", prompt_token_ids=(5, 6)), **bad)
-    messages = []
-    for engine in (one, two):
-        engine.add(live)
-        with pytest.raises(RequestError) as refused:
-            engine.add(wrong)
-        messages.append((str(refused.value), refused.value.param))
-        engine.run([])
-    assert messages[0] == messages[1]
-
-
-def test_of_requests_that_come_together_as_many_are_taken_as_run_at_once_and_may_wait(history: Path) -> None:
-    with running("history", replace(SMALL, max_num_seqs=1, max_waiting=2)) as engine:
-        (history / "hang").touch()
-        taken = []
-        for request in requests(9, output=30):
-            with suppress(QueueFullError):
-                engine.add(request)
-                taken.append(request.request_id)
-        (history / "hang").unlink()
-        assert len(taken) == 4
-        assert sorted(event.request_id for event in drain(engine) if event.finish) == sorted(taken)
-
-
-def test_the_queue_has_one_bound_and_a_drain_stops_all(history: Path) -> None:
-    (history / "slow").touch()
-    with running("history", replace(SMALL, max_num_seqs=1, max_waiting=3)) as engine:
-        asked = requests(9, output=30)
-        for request in asked[:2]:
-            engine.add(request)
-        Awake().wait(lambda: not engine.step(0) and engine.stats()["num_running"] == 2)
-        for request in asked[2:5]:
-            engine.add(request)
-        with pytest.raises(QueueFullError, match="3 requests wait already, and max_waiting=3"):
-            engine.add(asked[5])
-        engine.drain()
-        with pytest.raises(DrainingError):
-            engine.add(asked[5])
-        ended = [event.request_id for event in drain(engine) if event.finish]
-        assert sorted(ended) == [request.request_id for request in asked[:5]]
-    (history / "slow").unlink()
-
-
-def drain(engine: Replicas) -> list[TokenEvent]:
-    events = []
-    while engine.has_work:
-        events += engine.step()
-    return events
 
 
 def test_deadlines_hold_on_a_replica_and_where_there_is_none(two: Replicas, history: Path) -> None:

@@ -18,7 +18,7 @@ from common.engine import Engine
 from common.errors import RequestError
 from common.frames import Frame
 from common.request import Request, SamplingParams, Status, TokenEvent
-from common.schedule.kv import KV, TOKENS, Layout, Part, layouts_of, model_fingerprint, read_kv, write_kv
+from common.schedule.kv import KV, TOKENS, Carrier, Layout, Part, layouts_of, model_fingerprint
 from common.schedule.scheduler import Scheduler
 from common.schedule.transfer import (
     VERSION,
@@ -87,6 +87,16 @@ def test_bytes_of_keys_and_values_are_the_same_keys_and_values(dtype: np.dtype, 
     assert same(join([kv.slice(a, b) for a, b in pairwise({0, 1, tokens // 2, tokens})]), kv)
 
 
+@pytest.mark.parametrize("layout", [LAYOUT, AS_IT_LIES], ids=lambda layout: layout.form)
+def test_a_checksum_sees_bytes_and_whole_pieces_that_have_changed_places(layout: Layout) -> None:
+    kv = some_kv(6, layout)
+    right = checksum(layout.sums(kv))
+    assert right == checksum(layout.sums(layout.view(np.frombuffer(b"".join(layout.pack(kv)), np.uint8), 6)))
+    for change in (lambda x: x[::-1], lambda x: x[:, ::-1], lambda x: x[..., ::-1]):
+        groups = ({"k": change(kv.groups[0]["k"]), "v": kv.groups[0]["v"]},)
+        assert checksum(layout.sums(kv._replace(groups=groups))) != right
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -123,8 +133,16 @@ def empty(layout: Layout, tokens: int) -> KV:
 
 def kv_of(runner: HistoryRunner, layout: Layout, pages: list[int], size: int, start: int, stop: int) -> KV:
     kv = empty(layout, stop - start)
-    read_kv(runner, pages, size, start, kv)
+    carrier = Carrier(runner, size)
+    assert carrier.read(pages, start, kv) == layout.sums(kv)
+    carrier.close()
     return kv
+
+
+def write(runner: HistoryRunner, size: int, pages: list[int], kv: KV) -> None:
+    carrier = Carrier(runner, size)
+    carrier.write(pages, kv)
+    carrier.close()
 
 
 @pytest.mark.parametrize(("giving", "taking"), [(1, 8), (8, 1), (4, 4), (2, 8), (8, 4)])
@@ -137,7 +155,7 @@ def test_tokens_move_between_pages_of_any_two_sizes(giving: int, taking: int) ->
     kv = kv_of(source, layout, pages, giving, 0, 11)
     assert same(kv, join([kv_of(source, layout, pages, giving, a, b) for a, b in ((0, 3), (3, 4), (4, 11))]))
     there = [*range(2, 2 + -(-11 // taking))]
-    write_kv(target, there, taking, kv)
+    write(target, taking, there, kv)
     assert same(kv_of(target, layout, there, taking, 0, 11), kv)
     untouched = [page for page in range(64 // taking) if page not in there]
     assert (target.read_pages(0, untouched)["v"] == -1).all()
@@ -154,8 +172,8 @@ def test_pages_move_as_they_lie_between_runners_that_keep_them_alike(size: int) 
     kv = kv_of(source, layout, pages, size, 0, 11)
     assert same(kv, join([kv_of(source, layout, pages, size, a, b) for a, b in ((0, 8), (8, 11))]))
     there = [*range(2, 2 + len(pages))]
-    write_kv(target, there[8 // size :], size, kv.slice(8, 11))
-    write_kv(target, there, size, kv.slice(0, 8))
+    write(target, size, there[8 // size :], kv.slice(8, 11))
+    write(target, size, there, kv.slice(0, 8))
     assert same(kv_of(target, tokens, there, size, 0, 11), kv_of(source, tokens, pages, size, 0, 11))
     untouched = [page for page in range(64 // size) if page not in there]
     assert (target.read_pages(0, untouched)["v"] == -1).all()
@@ -167,8 +185,8 @@ TAG = Tag("r", 7)
 
 
 def pages_of(kv: KV, first: int, stop: int, tag: Tag = TAG) -> Pages:
-    data = [bytes(part) for part in LAYOUT.pack(kv.slice(first, stop))]
-    return Pages(tag, first, stop - first, checksum(data), data)
+    some = kv.slice(first, stop)
+    return Pages(tag, first, stop - first, checksum(LAYOUT.sums(some)), [bytes(part) for part in LAYOUT.pack(some)])
 
 
 EVERYTHING: list[Said] = [
@@ -225,7 +243,7 @@ def test_what_is_no_message_about_a_transfer_is_refused(message: dict[str, Any])
     ("body", "told"),
     [
         ([], "version"),
-        ([VERSION + 1, "Ack", "r", 7], "Expected version 2"),
+        ([VERSION + 1, "Ack", "r", 7], "Expected version 3"),
         ([VERSION], "does not have"),
         ([VERSION, "Sender", "r", 7], "does not have"),
         ([VERSION, ["Ack"], "r", 7], "does not have"),
@@ -255,10 +273,11 @@ class Memory:
     def __init__(self, tokens: int = 5) -> None:
         self.kv, self.freed, self.lost = some_kv(tokens), list[str](), False
 
-    def read(self, name: str, start: int, kv: KV) -> None:
+    def read(self, name: str, start: int, kv: KV) -> list[int]:
         if self.lost:
             raise LookupError("they are gone")
         kv.fill(self.kv.slice(start, start + kv.tokens))
+        return LAYOUT.sums(kv)
 
     def sender(self, chunk: int = 2) -> Sender:
         """That says so many tokens at once."""

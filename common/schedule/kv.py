@@ -11,24 +11,28 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
+import xxhash
 
 from common.interface import ModelRunner
 
 if TYPE_CHECKING:
     from common.weights.checkpoint import Checkpoint
 
-_HELPER = ThreadPoolExecutor(1, "copy")  # whose thread starts with the first pages
+Share = TypeVar("Share")
+Came = TypeVar("Came")
 TOKENS = "tokens"
 SAMPLED = 64
 """Bytes at the start, in the middle and at the end of a tensor by which weights are told apart."""
+_AT_ONCE = 1 << 17
+"""Bytes of a pool, at least, that are copied by one call, which takes some microseconds apart from them."""
 
 
 class KV(NamedTuple):
@@ -105,9 +109,14 @@ class Layout:
         return max(1, num_bytes // self.num_bytes(least)) * least
 
     def pack(self, kv: KV) -> list[memoryview]:
-        """Its bytes, in pieces; those of its own memory where they lie side by side there."""
+        """Its bytes, in pieces: of each array a layer, or a page, after the other; those of its own memory where they lie side
+        by side there."""
         arrays = [group[part.name] for group, parts in zip(kv.groups, self.groups, strict=True) for part in parts]
-        return [np.ascontiguousarray(row).reshape(-1).view(np.uint8).data for x in arrays for row in x]
+        return [_bytes_of(piece) for x in arrays for piece in x]
+
+    def sums(self, kv: KV) -> list[int]:
+        """The checksum of each piece of `pack`."""
+        return [piece_sum(piece) for piece in self.pack(kv)]
 
     def view(self, memory: np.ndarray, tokens: int) -> KV:
         """Of as many bytes, uint8, as so many tokens have: views of them. The inverse of `pack`."""
@@ -153,56 +162,121 @@ def model_fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def read_kv(runner: ModelRunner, pages: Sequence[int], size: int, start: int, kv: KV) -> None:
-    """Have `kv` hold what the tokens from `start` on have on a sequence's `pages` of `size` tokens. Of pages as they lie,
-    `start` is the first of one."""
-    first, stop = start // size, start + kv.tokens
-    some = list(pages[first : -(-stop // size)])
-    for g, group in enumerate(kv.groups):
+def piece_sum(piece: memoryview) -> int:
+    """Against damage; against malice there is the signature. XXH3, for of what is in a cache it costs next to nothing, as a
+    plain sum does, which does not see words that have changed places; CRC-32 takes ten times as long."""
+    return xxhash.xxh3_64_intdigest(piece)
+
+
+def _bytes_of(x: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(x).reshape(-1).view(np.uint8).data
+
+
+class Carrier:
+    """Takes keys and values from the pages of a runner, of `size` tokens, and puts them there. By two threads, for one alone
+    waits for memory most of the time: a page is many pieces of it. Closed with `close`."""
+
+    def __init__(self, runner: ModelRunner, size: int) -> None:
+        self._runner, self._size = runner, size
+        self._helper = ThreadPoolExecutor(1, "copy")  # whose thread starts with the first pages
+
+    def read(self, pages: Sequence[int], start: int, kv: KV) -> list[int]:
+        """Have `kv` hold what the tokens from `start` on have on a sequence's `pages`. Of pages as they lie, `start` is the
+        first of one. Returns `Layout.sums` of it: who has just copied a piece has it in a cache."""
+        first, stop = start // self._size, start + kv.tokens
+        some = list(pages[first : -(-stop // self._size)])
         if kv.page is not None:
-            _copy([(place, page) for place, page in _places(runner, g, group, some)])
-            continue
-        for name, x in runner.read_pages(g, some).items():
-            flat = x.reshape(len(x), -1, *x.shape[3:])
-            np.copyto(group[name], flat[:, start - first * size : stop - first * size])
+            sums = self._each(_gather, self._runs(some, kv))
+        else:
+            skipped = start - first * self._size
+            pairs: list[tuple[np.ndarray, np.ndarray]] = []
+            for g, group in enumerate(kv.groups):
+                found = self._runner.read_pages(g, some)
+                for name, x_LTKH in group.items():
+                    flat = found[name].reshape(len(x_LTKH), -1, *x_LTKH.shape[2:])
+                    pairs += zip(x_LTKH, flat[:, skipped : skipped + kv.tokens], strict=True)
+            sums = self._each(_copy, pairs)
+        return [each for several in sums for each in several]
 
-
-def write_kv(runner: ModelRunner, pages: Sequence[int], size: int, kv: KV) -> None:
-    """Fill pages of `size` tokens, from the first on; what is left of the last nobody reads."""
-    some = list(pages[: -(-kv.tokens // size)])
-    missing = len(some) * size - kv.tokens
-    for g, group in enumerate(kv.groups):
+    def write(self, pages: Sequence[int], kv: KV) -> None:
+        """Fill pages, from the first on; what is left of the last nobody reads."""
+        some = list(pages[: -(-kv.tokens // self._size)])
         if kv.page is not None:
-            _copy([(page, place) for place, page in _places(runner, g, group, some)])
-            continue
-        filled = {name: np.pad(x, [(0, 0), (0, missing), (0, 0), (0, 0)]) if missing else x for name, x in group.items()}
-        runner.write_pages(g, some, {name: x.reshape(len(x), len(some), size, *x.shape[2:]) for name, x in filled.items()})
+            self._each(_scatter, self._runs(some, kv))
+            return
+        missing = len(some) * self._size - kv.tokens
+        for g, group in enumerate(kv.groups):
+            filled = {name: np.pad(x, [(0, 0), (0, missing), (0, 0), (0, 0)]) if missing else x for name, x in group.items()}
+            shaped = {name: x.reshape(len(x), len(some), self._size, *x.shape[2:]) for name, x in filled.items()}
+            self._runner.write_pages(g, some, shaped)
+
+    def close(self) -> None:
+        self._helper.shutdown()
+
+    def _runs(self, pages: Sequence[int], kv: KV) -> list[_Run]:
+        """In the order of the pieces of `kv`."""
+        runs = []
+        for g, group in enumerate(kv.groups):
+            memory = self._runner.page_memory(g)
+            assert memory
+            for name, x in group.items():
+                pools = memory.pools[name]
+                count = max(1, _AT_ONCE // pools[0][:, 0].nbytes)
+                runs += [_Run(x[i : i + count], pools, pages[i : i + count]) for i in range(0, len(pages), count)]
+        return runs
+
+    def _each(self, do: Callable[[Share], Came], shares: Sequence[Share]) -> list[Came]:
+        """What comes of each. A thread takes the next when it is done with one: the other core may be busy, with the process
+        that checks what is copied."""
+        done: dict[int, Came] = {}
+        left = iter(range(len(shares)))
+
+        def work() -> None:
+            for i in left:
+                done[i] = do(shares[i])
+
+        help_ = self._helper.submit(work)
+        try:
+            work()
+        finally:
+            if not help_.cancel():  # it has begun
+                help_.result()
+        return [done[i] for i in range(len(shares))]
 
 
-def _places(
-    runner: ModelRunner, group: int, arrays: Mapping[str, np.ndarray], pages: Sequence[int]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Of each of the `pages` in each pool, where `arrays` have it and where it lies: [rows, bytes] both."""
-    memory = runner.page_memory(group)
-    assert memory
-    for name, pools in memory.pools.items():
-        ends = np.cumsum([len(pool) for pool in pools]).tolist()
-        for pool, end in zip(pools, ends, strict=True):
-            for i, page in enumerate(pages):
-                yield arrays[name][i, end - len(pool) : end], pool[:, page]
+class _Run(NamedTuple):
+    """Pages of one array, one after the other there, that are copied at once."""
+
+    there: np.ndarray
+    """In a `KV`: [P, rows, bytes]."""
+    pools: Sequence[np.ndarray]
+    """Where they lie, each [rows, pages, bytes]."""
+    pages: Sequence[int]
+
+    def by_pool(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Of each pool, where they are to be, or are: [rows, P, bytes]; and the pool."""
+        at = 0
+        for pool in self.pools:
+            yield self.there[:, at : at + len(pool)].swapaxes(0, 1), pool
+            at += len(pool)
 
 
-def _copy(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Have the first of each pair hold what the second does. By two threads, for one alone waits for memory most of the time: a
-    page is many pieces of it. Each takes the next pair when it is done with one: the other core may be busy, with the process
-    that checks what is copied."""
-    left = iter(pairs)
+def _gather(run: _Run) -> list[int]:
+    """Returns the checksum of each page."""
+    first = run.pages[0]
+    for there, pool in run.by_pool():
+        # One page is many pieces already, which need not be put together first.
+        np.copyto(there, pool[:, first : first + 1] if len(run.pages) == 1 else pool.take(run.pages, 1))
+    return [piece_sum(_bytes_of(page)) for page in run.there]
 
-    def copy() -> None:
-        for there, here in left:
-            np.copyto(there, here)
 
-    help_ = _HELPER.submit(copy)
-    copy()
-    if not help_.cancel():  # it has begun
-        help_.result()
+def _scatter(run: _Run) -> None:
+    first = run.pages[0]
+    for there, pool in run.by_pool():
+        pool[:, slice(first, first + 1) if len(run.pages) == 1 else run.pages] = there
+
+
+def _copy(pair: tuple[np.ndarray, np.ndarray]) -> list[int]:
+    there, here = pair
+    np.copyto(there, here)
+    return [piece_sum(_bytes_of(there))]
