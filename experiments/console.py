@@ -141,10 +141,12 @@ class Narrator:
         self.say(f"stopped: {reason}")
 
     def progress(self, label: str) -> Callback:
-        """A callback for an engine's long work."""
+        """A callback for an engine's long work; where there is no total, there are but words."""
 
         def report(done: int, total: int, what: str) -> None:
-            if self._console.is_terminal:
+            if not total:
+                self.say(f"{label}: {what}")
+            elif self._console.is_terminal:
                 self._draw(label, done, total, f"{label}: {what}")
             elif done == total or time.monotonic() - self._last_line > LINE_PERIOD_S:
                 self._last_line = time.monotonic()
