@@ -62,6 +62,8 @@ GROUPS = (
         ("mean_pages_empty_share", "KV pages reserved but empty, mean"),
         ("prefix_cache_hit_rate", "prefix cache hit rate"),
         ("num_preemptions", "preemptions"),
+        ("prompts_handed_over", "prompts handed over"),
+        ("prompts_recomputed", "prompts computed again"),
     ),
     (
         ("shared_out", "parallel"),

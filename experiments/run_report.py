@@ -28,6 +28,8 @@ SUMMARY = (
     "roofline",
     "mbu",
     "shared_out",
+    "prompts_handed_over",
+    "prompts_recomputed",
     "peak_rss_mib",
 )
 """Of `console.FIGURES`: what a pull request has room for."""
