@@ -24,7 +24,7 @@ from experiments.results import RunFiles, open_run
 from experiments.run_report import command, run_page
 from experiments.run_sections import agreement_section
 from experiments.run_tables import figures_table
-from experiments.statistics import sentence
+from experiments.statistics import sentence, too_few
 from experiments.sweep_report import sweep_command
 from tests.synthetic_run import HOSTILE, write_run, write_sweep
 
@@ -220,7 +220,7 @@ def test_the_command_of_a_verdict_is_on_the_page_and_in_the_summary() -> None:
 
 
 def test_a_verdict_that_rests_on_too_little_says_what_to_do() -> None:
-    said = sentence("torch", "jax", "undecided", 0.9, None, None, 1, 0.05, fewest=8)
+    said = sentence("torch", "jax", "undecided", 0.9, None, None, 1, 0.05, too_few(6, 0.95))
     once = {"measure": {"blocks": 1, "max_blocks": 40}, "order": [["jax", "torch"]], "stopped": "its one block was run"}
     (few,) = speed(compared(found={"said": said}, **once), paced=False)
     assert (few.tone, few.value) == ("calm", "Undecided")
