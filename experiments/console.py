@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -206,6 +206,18 @@ def print_table(
         print_doubts(console, label, figures["contaminated"], [*(figures.get("unsure") or ()), *fallback(figures)])
 
 
+def print_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table of text, the first column of which names the row."""
+    table = Table()
+    for i, name in enumerate(columns):
+        table.add_column(escape(name), justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console = wide_console()
+    console.print(title, style="bold", highlight=False, markup=False)
+    console.print(table)
+
+
 def explanations(engines: Mapping[str, Mapping[str, Any]], comparisons: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """What the signs in a table mean, of those that it has."""
     for comparison in list(comparisons.values())[:1]:
@@ -280,6 +292,10 @@ def wide_console(least: int = 120) -> Console:
     """Standard output, never so narrow that a table loses columns in a log."""
     console = Console()
     return console if console.is_terminal else Console(width=max(least, console.width))
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def number(value: float | int | None) -> str:
