@@ -284,7 +284,8 @@ class Engine(ServingEngine):
     def stats(self) -> dict[str, Any]:
         """Counters since the start: `scheduled_tokens` went through the model, `padded_tokens` came on top to fill buckets;
         `device_seconds` were spent in the runner, `host_seconds` in the rest of `step`. Prefix cache counts are in tokens,
-        the external ones of tokens that another engine had computed.
+        the external ones of tokens that another engine had computed. Of requests that came with output, `num_taken_over` needed
+        nothing computed anew, and `num_computed_anew` did.
         `kv_pool_bytes` is what all pages take, whoever has them. What ranks tell each other is `ModelRunner.stats`.
         """
         scheduler, pool = self.scheduler, self.scheduler.pool
@@ -294,6 +295,8 @@ class Engine(ServingEngine):
             "prefix_cache_queries": scheduler.prefix_cache_queries,
             "prefix_cache_hits": scheduler.prefix_cache_hits,
             "external_prefix_cache_hits": scheduler.external_prefix_cache_hits,
+            "num_taken_over": scheduler.num_taken_over,
+            "num_computed_anew": scheduler.num_computed_anew,
             "host_seconds": self._host_seconds,
             "device_seconds": self._device_seconds,
             "num_running": len(scheduler.running),

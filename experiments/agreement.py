@@ -70,11 +70,11 @@ def small(spec: EngineSpec, requests: int, dtype: Dtype) -> EngineSpec:
 
 def agree(
     plan: Plan, config: CorrectnessConfig, directory: Path, narrator: Narrator
-) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
+) -> tuple[Mapping[str, Any], dict[str, dict[str, str]]]:
     """Run a share of the requests in float32 on each engine and hold all against the first. Returns what `results.json` has of
     it, and the engines that failed on the way, which the others are compared without."""
     if config.num_requests == 0 or len(plan.engines) < 2:
-        return verdict({}) | {"agreement": {}, "perplexity": {}}, {}
+        return LEFT_OUT, {}
     share = plan.workload.share(config.num_requests, config.output_len)
     text = text_tokens(plan, config, narrator)
     done: dict[str, Passed] = {}
@@ -270,6 +270,10 @@ def verdict(agreements: Mapping[str, Sequence[Agreement]]) -> dict[str, Any]:
         "first_divergence": min(divergences, key=lambda d: (d["justified"], d["request"], d["position"]), default=None),
         "compared_tokens": sum(agreement.num_equal for agreement in every),
     }
+
+
+LEFT_OUT: Mapping[str, Any] = verdict({}) | {"agreement": {}, "perplexity": {}}
+"""What `agree` finds where there is no pass."""
 
 
 def tokens_equal_share(windows: Mapping[str, Window]) -> float | None:

@@ -19,7 +19,7 @@ from experiments.config import EngineSpec, engine_spec, resolved, runs_folder
 from experiments.console import Narrator, print_failures, print_result, print_table
 from experiments.fail_if import Condition, check_keys, parse_conditions
 from experiments.job import job_directory
-from experiments.measure import figure_names, make_plan, measure, measure_config, setting
+from experiments.measure import Outcome, figure_names, make_plan, measure, measure_config, setting
 from experiments.records import write_run
 from experiments.rundir import finished, finite, run_directory, write_setup
 
@@ -46,7 +46,8 @@ def run_workload(config: DictConfig, spec: EngineSpec, conditions: Sequence[Cond
     what = f"bench-{spec.label}-{plan.workload.name}"
     with run_directory(runs_folder(config), what, job_directory(config)) as directory, Narrator() as narrator:
         write_setup(directory, config)
-        outcome = measure(plan, directory, narrator)
+        outcome = Outcome.of(plan)
+        measure(plan, outcome, directory, narrator)
         whole = {"run": str(finished(directory)), "failures": outcome.failures, "stopped": outcome.stopped}
         whole = {"engine": spec.label} | setting(config, plan) | whole
         result: dict[str, Any] = finite(whole | outcome.figures.get(spec.label, {}))

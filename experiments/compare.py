@@ -7,22 +7,25 @@ The exit code is 1 if an engine failed, 2 for a mistake in what was asked, 3 if 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from common.config import expect
-from experiments.agreement import agree, summarise, tokens_equal_share, verdict
+from experiments.agreement import LEFT_OUT, agree, summarise, tokens_equal_share, verdict
 from experiments.cli import conclude, launch, report_on
 from experiments.config import correctness_config, engine_specs, resolved, runs_folder
-from experiments.console import Narrator, print_comparison, print_result
+from experiments.console import Narrator, plural, print_comparison, print_result, print_rows
 from experiments.fail_if import check_keys, parse_conditions
 from experiments.job import job_directory
-from experiments.measure import figure_names, make_plan, measure, setting
+from experiments.measure import Outcome, Plan, figure_names, make_plan, measure, setting
 from experiments.records import kept_rows, write_run
-from experiments.rundir import finished, finite, run_directory, write_setup
+from experiments.rundir import finished, finite, run_directory, write_json, write_setup
+from experiments.scaling import points_of, scaling_tables
 from experiments.statistics import Comparison
 
 RESULTS = ("run", "engines", "ratios", "comparisons", "failures", "order", "stopped")
@@ -47,30 +50,53 @@ def run(config: DictConfig) -> None:
     what = f"compare-{'-'.join(labels)[:NAME_LENGTH]}-{plan.workload.name}"
     with run_directory(runs_folder(config), what, job_directory(config)) as directory:
         write_setup(directory, config)
-        with Narrator() as narrator:
-            outcome = measure(plan, directory, narrator)
-            alive = tuple(spec for spec in plan.engines if spec.label in outcome.survivors)
-            with kept_rows(directory, outcome.windows):
-                found, failed = agree(replace(plan, engines=alive), correctness, directory, narrator)
+        outcome = Outcome.of(plan)
+        try:
+            with Narrator() as narrator:
+                measure(plan, outcome, directory, narrator)
+                alive = tuple(spec for spec in plan.engines if spec.label in outcome.survivors)
+                with kept_rows(directory, outcome.windows):
+                    found, failed = agree(replace(plan, engines=alive), correctness, directory, narrator)
+        except KeyboardInterrupt:
+            if outcome.cut_short(plan):
+                keep_whole_blocks(config, directory, results(config, plan, outcome, LEFT_OUT, directory))
+            raise
         outcome.failures |= failed
-        compared = {label: windows[0] for label, windows in outcome.windows.items() if label in outcome.figures}
-        result = setting(config, plan) | {
-            "run": str(finished(directory)),
-            "engines": outcome.figures,
-            "ratios": ratios(outcome.figures),
-            "comparisons": {label: asdict(comparison) for label, comparison in outcome.comparisons.items()},
-            "failures": outcome.failures,
-            "order": outcome.order,
-            "stopped": outcome.stopped,
-            "tokens_equal_share": tokens_equal_share(compared),
-            **found,
-        }
-        result = finite(result)
+        result = results(config, plan, outcome, found, finished(directory))
         write_run(directory, result, outcome.windows, outcome.profiles)
     print_comparison(f"{plan.model} ({plan.checkpoint.path.name}), {config.dtype}, workload {plan.workload.name}", result)
+    for table in scaling_tables(points_of(result, result["engines"])):
+        print_rows(table.caption, table.columns, table.rows)
     reported = report_on(config, result)
     print_result(result, f"{result['run']}/results.json")
     conclude(conditions, result, reported)
+
+
+def results(config: DictConfig, plan: Plan, outcome: Outcome, found: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """What results.json has; `found` is what it has of the float32 pass, and `directory` where it is to be read."""
+    compared = {label: windows[0] for label, windows in outcome.windows.items() if label in outcome.figures}
+    told: dict[str, Any] = setting(config, plan) | {
+        "run": str(directory),
+        "engines": outcome.figures,
+        "ratios": ratios(outcome.figures),
+        "comparisons": {label: asdict(comparison) for label, comparison in outcome.comparisons.items()},
+        "failures": outcome.failures,
+        "order": outcome.order,
+        "stopped": outcome.stopped,
+        "tokens_equal_share": tokens_equal_share(compared),
+        **found,
+    }
+    return finite(told)
+
+
+def keep_whole_blocks(config: DictConfig, directory: Path, result: Mapping[str, Any]) -> None:
+    """Of a run that was cut short, behind whose rows this comes: its results so far and their report."""
+    write_json(directory / "results.json", result)
+    if config.report:
+        from experiments.report import make_report  # matplotlib, for which nobody else should wait
+
+        if page := make_report(directory):
+            print(f"Report of the {plural(len(result['order']), 'whole block')}: {page}", file=sys.stderr)
 
 
 def ratios(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:

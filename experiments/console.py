@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -62,6 +62,8 @@ GROUPS = (
         ("mean_pages_empty_share", "KV pages reserved but empty, mean"),
         ("prefix_cache_hit_rate", "prefix cache hit rate"),
         ("num_preemptions", "preemptions"),
+        ("prompts_handed_over", "prompts handed over"),
+        ("prompts_recomputed", "prompts computed again"),
     ),
     (
         ("shared_out", "parallel"),
@@ -141,10 +143,12 @@ class Narrator:
         self.say(f"stopped: {reason}")
 
     def progress(self, label: str) -> Callback:
-        """A callback for an engine's long work."""
+        """A callback for an engine's long work; where there is no total, there are but words."""
 
         def report(done: int, total: int, what: str) -> None:
-            if self._console.is_terminal:
+            if not total:
+                self.say(f"{label}: {what}")
+            elif self._console.is_terminal:
                 self._draw(label, done, total, f"{label}: {what}")
             elif done == total or time.monotonic() - self._last_line > LINE_PERIOD_S:
                 self._last_line = time.monotonic()
@@ -200,6 +204,18 @@ def print_table(
         console.print("; ".join(notes), style="dim", highlight=False, markup=False)
     for label, figures in engines.items():
         print_doubts(console, label, figures["contaminated"], [*(figures.get("unsure") or ()), *fallback(figures)])
+
+
+def print_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table of text, the first column of which names the row."""
+    table = Table()
+    for i, name in enumerate(columns):
+        table.add_column(escape(name), justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console = wide_console()
+    console.print(title, style="bold", highlight=False, markup=False)
+    console.print(table)
 
 
 def explanations(engines: Mapping[str, Mapping[str, Any]], comparisons: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
@@ -276,6 +292,10 @@ def wide_console(least: int = 120) -> Console:
     """Standard output, never so narrow that a table loses columns in a log."""
     console = Console()
     return console if console.is_terminal else Console(width=max(least, console.width))
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def number(value: float | int | None) -> str:

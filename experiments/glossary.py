@@ -82,6 +82,12 @@ GLOSSARY: tuple[tuple[str, str, str], ...] = (
         "tokens found / tokens looked up",
     ),
     (
+        "Prompts handed over",
+        "Where prompts are computed by other engines than those that go on with them: requests whose pages came over whole. "
+        "Computed again: those whose pages did not come, or not in time.",
+        "",
+    ),
+    (
         "Padding share",
         "Share of the tokens computed that no request asked for: they fill a step up to a shape that is compiled.",
         "padded / (padded + scheduled)",

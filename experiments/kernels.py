@@ -2,9 +2,10 @@
 
 `python -m experiments.bench engine=torch measure=kernels`. An operator of a layer is timed over all layers in turn, so that
 one layer's weights do not stay in a cache; a pass runs every operator once, and the median of the passes counts; results.json
-has their quartiles too. Limits are counted as in `experiments.roofline`: layers and head are a step there. The framework's
-version is the step of `kernels=framework`, in pieces, padded as it pads. It writes keys and values in attend, the native
-kernels do in project: layers, which is all three, compares alike with alike.
+has their quartiles too. Passes of the native kernels and of the framework take turns, so that both meet the same machine.
+Limits are counted as in `experiments.roofline`: layers and head are a step there. The framework's version is the step of
+`kernels=framework`, in pieces, padded as it pads. It writes keys and values in attend, the native kernels do in project:
+layers, which is all three, compares alike with alike.
 
 A run that is cut short keeps what each shape took, by operator in seconds (quartile, median, quartile): lines of JSON in the
 engine's log.

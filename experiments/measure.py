@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +36,7 @@ KERNELS = ("kernel_arithmetic", "kernel_library")
 """What an engine's `Caps` tell of its native kernels."""
 PROFILED_REQUESTS, PROFILED_OUTPUT_LEN = 8, 16
 """Of the window under a profiler, at most."""
+INTERRUPTED = "it was interrupted"
 Probe = Callable[[], float | None]
 PROBED = 0.1
 """Of the time between two probes of the bandwidth, at most this share again may be spent on one."""
@@ -131,10 +133,17 @@ class Outcome:
     """Of each but the first that did not fail with that one."""
     order: list[list[str]] = field(default_factory=list)
     """Labels as they ran, by block."""
-    stopped: str = "no engine was left"
+    stopped: str = INTERRUPTED
     """Why no further block ran."""
+    limits: dict[str, Limits | None] = field(default_factory=lambda: {"before": None, "after": None})
+    """What the machine could do, before the blocks and after them."""
     profiles: dict[str, Profile] = field(default_factory=dict)
     """Of each engine that was asked for one and could give it."""
+
+    @staticmethod
+    def of(plan: Plan) -> Outcome:
+        """Of a run that has not begun."""
+        return Outcome({spec.label: [] for spec in plan.engines})
 
     @property
     def survivors(self) -> list[str]:
@@ -159,15 +168,38 @@ class Outcome:
             return {}
         return compare_all(throughputs, plan.measure.criteria, plan.seed, level(plan.measure, len(throughputs) - 1, ended))
 
+    def conclude(self, plan: Plan) -> None:
+        """Figures and comparisons, by the windows that there are."""
+        known = [limits for limits in self.limits.values() if limits]
+        limits = functools.reduce(better, known) if known else None
+        told = {when: found and found.summary() for when, found in self.limits.items()} if known else None
+        for spec in plan.engines:
+            if spec.label in self.survivors:
+                figures = self.figures[spec.label]
+                here = limits if figures["device"] == "cpu" else None  # another device has limits of its own
+                figures |= window_figures(self.windows[spec.label], plan, spec, here) | {"limits": told}
+                figures["contaminated"] = contaminations(figures, plan.shares_prefixes)
+                figures["unsure"] = unsure(figures)
+        self.comparisons = self.compared(plan, ended=True)
+
+    def cut_short(self, plan: Plan) -> int:
+        """Conclude by the blocks that are whole, and forget the windows of one that is not. Returns how many are."""
+        blocks = min((len(self.windows[label]) for label in self.survivors), default=0)
+        self.windows = {label: windows[:blocks] for label, windows in self.windows.items()}
+        self.order = self.order[:blocks]
+        if blocks:
+            self.conclude(plan)
+        return blocks
+
     def settled(self, plan: Plan) -> bool:
         """Whether every interval is narrow, and none shows a difference that is yet to be proven."""
         found = self.compared(plan, ended=False).values()
         return all(each.width <= plan.measure.precision and not each.unproven for each in found)
 
 
-def measure(plan: Plan, directory: Path, narrator: Narrator) -> Outcome:
-    """Load the plan's engines and run its blocks. Raises what is the user's to mend; an engine that fails is in the outcome."""
-    outcome = Outcome({spec.label: [] for spec in plan.engines})
+def measure(plan: Plan, outcome: Outcome, directory: Path, narrator: Narrator) -> None:
+    """Load the plan's engines and run its blocks; what comes of it is in the outcome, an engine that fails too. Raises what is
+    the user's to mend."""
     with kept_rows(directory, outcome.windows), contextlib.ExitStack() as stack:
         engines = {
             spec.label: stack.enter_context(IsolatedEngine(spec, directory / f"{spec.label}.log", plan.measure.timeout_s))
@@ -176,23 +208,15 @@ def measure(plan: Plan, directory: Path, narrator: Narrator) -> Outcome:
         for label, engine in engines.items():
             with outcome.row_of(engine, narrator):
                 outcome.figures[label] = prepare(engine, plan, narrator)
-        before = machine_limits(plan.measure, narrator)
+        outcome.limits["before"] = machine_limits(plan.measure, narrator)
         run_blocks(outcome, engines, plan, narrator)
-        after = machine_limits(plan.measure, narrator)
-        limits = better(before, after) if before and after else None
+        outcome.limits["after"] = machine_limits(plan.measure, narrator)
         for label in outcome.survivors:
-            engine, figures = engines[label], outcome.figures[label]
-            with outcome.row_of(engine, narrator):
-                figures["peak_rss_mib"] = engine.peak_rss_mib()
-            here = limits if figures["device"] == "cpu" else None  # another device has limits of its own
-            figures |= window_figures(outcome.windows[label], plan, engine.spec, here)
-            figures["limits"] = before and after and {"before": before.summary(), "after": after.summary()}
-            figures["contaminated"] = contaminations(figures, plan.shares_prefixes)
-            figures["unsure"] = unsure(figures)
+            with outcome.row_of(engines[label], narrator):
+                outcome.figures[label]["peak_rss_mib"] = engines[label].peak_rss_mib()
+        outcome.conclude(plan)
         if plan.measure.profile:
             profile_engines(outcome, engines, plan, narrator)
-        outcome.comparisons = outcome.compared(plan, ended=True)
-    return outcome
 
 
 def run_blocks(outcome: Outcome, engines: Mapping[str, IsolatedEngine], plan: Plan, narrator: Narrator) -> None:
@@ -218,6 +242,8 @@ def run_blocks(outcome: Outcome, engines: Mapping[str, IsolatedEngine], plan: Pl
                 beside = max(last, bandwidth) if last and bandwidth else None
                 outcome.windows[label].append(replace(window, bandwidth=beside))
         longest = max(longest, time.perf_counter() - start)
+    else:
+        outcome.stopped = "no engine was left"
     narrator.end_blocks(outcome.stopped)
 
 

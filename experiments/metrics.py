@@ -143,6 +143,8 @@ def counters(stats: Sequence[Mapping[str, float]], duration: float, outputs: int
         "num_resets": whole("num_resets"),
         "compilations_in_window": whole("compilations"),
         "prefix_cache_hit_rate": share("prefix_cache_hits", total.get("prefix_cache_queries", 0)),
+        "prompts_handed_over": whole("prompts_handed_over"),
+        "prompts_recomputed": whole("prompts_recomputed"),
         "padded_tokens_share": share("padded_tokens", total.get("padded_tokens", 0) + total.get("scheduled_tokens", 0)),
         "host_ms_per_step": a_step("host_seconds", 1e3),
         "communication_ms_per_step": a_step("communication_seconds", 1e3),

@@ -88,8 +88,8 @@ class Page:
     """What was run, in a few words each."""
     verdicts: Sequence[Verdict]
     notices: Sequence[Notice]
-    summary: Table
-    """The one table that Markdown has too."""
+    summary: Sequence[Table]
+    """The tables that Markdown has too."""
     sections: Sequence[Section]
     glossary: Sequence[tuple[str, str, str]]
     """Term, meaning, formula."""
@@ -120,7 +120,8 @@ def markdown(page: Page) -> str:
     for verdict in page.verdicts:
         lines += [f"- **{plain(verdict.value)} · {plain(verdict.word)}**: {plain(verdict.said)}"]
         lines += ["", f"      {verdict.command}", ""] if verdict.command else []
-    lines += ["", *markdown_table(page.summary), ""]
+    for table in page.summary:
+        lines += ["", *([plain(table.caption), ""] if table.caption else []), *markdown_table(table), ""]
     for notice in page.notices:
         lines += [f"- **{plain(notice.title)}**: {plain(notice.text)}"]
         if notice.log:

@@ -31,6 +31,9 @@ from experiments.roofline import timed
 
 Held = dict[str, Any]
 """Arrays on the device, by name."""
+KINDS = ("native", "framework")
+REST_S = 0.05
+"""Before each pass: threads that one kind has left watching for work would take time from the other's, and by then sleep."""
 Program = Callable[..., Held]
 """An operator over all layers: takes what its parameters name, gives what it has written, which may be in place."""
 
@@ -242,47 +245,63 @@ def time_kernels(
     device = part(backend, "device").open_device(config.device, config.threads)
     part(backend, "kernels").unusable(config, checkpoint.config, device)
     pages = most_pages(shapes, config.block_size)
-    needed, free = pages * page_bytes(checkpoint.config, config), memory_available()
-    expect(needed <= free, f"The KV pages of the longest step take {needed} bytes, and {free} are free; take a smaller model.")
+    needed, free = len(KINDS) * pages * page_bytes(checkpoint.config, config), memory_available()
+    expect(
+        needed <= free,
+        f"The KV pages of the longest step take {needed} bytes, native ones and the framework's, and {free} are free; take a "
+        "smaller model.",
+    )
 
-    times: dict[str, dict[str, dict[str, list[float]]]] = {}
+    times: dict[str, dict[str, dict[str, list[float]]]] = {kind: {} for kind in KINDS}
     foreign = wall = 0.0
-    for kind in ("native", "framework"):
-        times[kind] = {}
-        for name, quartiles, others, passed in time_kind(kind, backend, checkpoint, config, shapes, passes):
-            times[kind][name] = quartiles
-            print(json.dumps({"kernels": kind, "shape": name, "seconds": quartiles}), flush=True)  # kept if it is cut short
-            foreign, wall = foreign + others, wall + passed
-            progress(len(times[kind]), len(shapes), f"{kind} kernels, {name}")
+    for done, (name, found, others, passed) in enumerate(time_shapes(backend, checkpoint, config, shapes, passes), 1):
+        for kind, seconds in found.items():
+            times[kind][name] = seconds
+            print(json.dumps({"kernels": kind, "shape": name, "seconds": seconds}), flush=True)  # kept if it is cut short
+        foreign, wall = foreign + others, wall + passed
+        progress(done, len(shapes), f"kernels, {name}")
     share = foreign / (wall * (os.cpu_count() or 1))
     library = part(backend, "kernels").built_library()
     built = {"kernel_library": library.name, "kernel_arithmetic": arithmetic(library, config.dtype)}
     return {"times": times, "foreign_cpu_share": share, **built}
 
 
-def time_kind(
-    kind: str, backend: str, checkpoint: Checkpoint, config: EngineConfig, shapes: Sequence[Shape], passes: int
-) -> Iterator[tuple[str, dict[str, list[float]], float, float]]:
-    """For each shape its name, operator → seconds (lower quartile, median, upper quartile), and the seconds that other programs
-    computed and that passed meanwhile. One kind at a time: the threads of one would wait for work beside those of the
-    other."""
+def time_shapes(
+    backend: str, checkpoint: Checkpoint, config: EngineConfig, shapes: Sequence[Shape], passes: int
+) -> Iterator[tuple[str, dict[str, dict[str, list[float]]], float, float]]:
+    """For each shape its name, kind → operator → seconds (lower quartile, median, upper quartile), and the seconds that other
+    programs computed and that passed meanwhile. The kinds take turns, pass by pass, so that a machine that drifts wrongs
+    neither."""
     # Longer contexts than the model has are timed too: what the positions mean does not matter.
-    positions = max(shape.past + shape.new for shape in shapes)
-    held, programs, inputs = load(kind, backend, checkpoint, config, positions, most_pages(shapes, config.block_size))
-    glue, lasting = GLUES[backend](), set(held)
+    positions, pages = max(shape.past + shape.new for shape in shapes), most_pages(shapes, config.block_size)
+    loaded = {kind: load(kind, backend, checkpoint, config, positions, pages) for kind in KINDS}
+    glue, lasting = GLUES[backend](), {kind: set(held) for kind, (held, *_) in loaded.items()}
     for shape in shapes:
-        held |= inputs(make_batch(shape, checkpoint.config.vocab_size, config.block_size))
-        runs = {program.__name__: glue.runner(program, held) for program in programs}
-        for run in runs.values():
-            run()  # wakes the threads, and leaves what the next one reads
+        batch = make_batch(shape, checkpoint.config.vocab_size, config.block_size)
+        runs: dict[str, dict[str, Callable[[], None]]] = {}
+        for kind, (held, programs, inputs) in loaded.items():
+            held.update(inputs(batch))
+            runs[kind] = {program.__name__: glue.runner(program, held) for program in programs}
+            for run in runs[kind].values():
+                run()  # leaves what the next one reads
         gc.collect()
+        samples: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
         begin, machine, own = time.perf_counter(), busy_seconds(), time.process_time()
-        samples = [{name: timed(run)() for name, run in runs.items()} for _ in range(passes)]
+        for _ in range(passes):
+            for kind, operators in runs.items():
+                time.sleep(REST_S)
+                next(iter(operators.values()))()  # wakes the threads
+                samples[kind].append({name: timed(run)() for name, run in operators.items()})
         foreign = max(0.0, busy_seconds() - machine - (time.process_time() - own))
-        quartiles = {name: np.percentile([sample[name] for sample in samples], (25, 50, 75)).tolist() for name in runs}
-        yield shape.name, quartiles, foreign, time.perf_counter() - begin
-        for name in set(held) - lasting:
-            del held[name]
+        yield shape.name, {kind: quartiles(mine) for kind, mine in samples.items()}, foreign, time.perf_counter() - begin
+        for kind, (held, *_) in loaded.items():
+            for name in set(held) - lasting[kind]:
+                del held[name]
+
+
+def quartiles(samples: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Operator → lower quartile, median and upper quartile of the passes."""
+    return {name: np.percentile([sample[name] for sample in samples], (25, 50, 75)).tolist() for name in samples[0]}
 
 
 def most_pages(shapes: Sequence[Shape], page_size: int) -> int:

@@ -23,7 +23,7 @@ from common.errors import ConfigError, TandemError
 from common.exits import USER_ERROR, fail
 from experiments import canvas, page, perfetto
 from experiments.records import PROFILED, read_kernels
-from experiments.results import is_sweep, open_run
+from experiments.results import is_sweep, read_run
 from experiments.run_report import run_page
 from experiments.run_rows import rows_of, steps_of
 from experiments.sweep_report import sweep_page
@@ -40,7 +40,7 @@ def write_report(directory: Path) -> Path:
     if is_sweep(directory):
         made = sweep_page(directory)
     else:
-        run = open_run(directory)
+        run = read_run(directory)
         made, rows, steps = run_page(run)
         rows, steps = with_profiled(directory, rows, steps)
         if made.traced:

@@ -27,7 +27,7 @@ SCALARS = (int, float, str, bool, type(None))
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A finished run."""
+    """A run, or the whole blocks of one that was cut short."""
 
     directory: Path
     config: dict[str, Any]
@@ -42,6 +42,11 @@ class RunFiles:
         return "kernels" if "shapes" in self.results else "bench"
 
     @property
+    def partial(self) -> bool:
+        """Whether it was cut short."""
+        return self.directory.name.endswith(PARTIAL)
+
+    @property
     def engines(self) -> dict[str, dict[str, Any]]:
         """The figures of each engine, by label."""
         return self.results["engines"] if self.kind == "compare" else {self.results["engine"]: self.results}
@@ -51,10 +56,18 @@ def open_run(directory: Path | str) -> RunFiles:
     """The run in `directory`. Raises `ConfigError` for a folder that holds none, or one that has not ended well."""
     directory = Path(directory)
     expect(directory.is_dir(), f"There is no folder {directory}. Give the directory of a run, such as one in runs/.")
-    expect(
-        not directory.name.endswith(PARTIAL),
-        f"The run in {directory} has not ended, or not well: its name ends in {PARTIAL}. Its logs say how far it came.",
-    )
+    expect(not directory.name.endswith(PARTIAL), cut_short(directory))
+    return read_run(directory)
+
+
+def cut_short(directory: Path) -> str:
+    return f"The run in {directory} has not ended, or not well: its name ends in {PARTIAL}. Its logs say how far it came."
+
+
+def read_run(directory: Path) -> RunFiles:
+    """As `open_run`, and of a comparison that was cut short what its whole blocks have given."""
+    there = (directory / "results.json").exists() or not directory.name.endswith(PARTIAL)
+    expect(there, f"{cut_short(directory)} It has no results: no block was whole, or nobody could write them.")
     results, environment = (read_json(directory, name) for name in ("results.json", "environment.json"))
     config: Any = OmegaConf.to_container(read_config(directory))
     ours = "engine" in results or isinstance(results.get("engines"), dict)
@@ -134,6 +147,11 @@ def sweep_table(folder: Path | str) -> pd.DataFrame:
     names = dict.fromkeys(name for overrides in options for name in overrides)
     table.attrs["swept"] = [name for name in names if len({repr(overrides.get(name)) for overrides in options}) > 1]
     return table
+
+
+def records_of(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows of a sweep's table, each without what nobody told."""
+    return [{str(key): cell for key, cell in row.items() if not pd.isna(cell)} for row in rows.to_dict("records")]
 
 
 def run_of(directory: Path) -> RunFiles | None:

@@ -42,8 +42,10 @@ from common.config import ITEMSIZES, Dtype, ModelConfig
 from common.engine import StepRecord
 from common.errors import BackendError
 from common.kernels.cpu.build import build
+from common.kernels.cpu.pack import aligned
 from common.platform import cores, memory_available, thread_settings
 from common.weights.checkpoint import expected_shapes
+from common.weights.parameters import NUMPY_DTYPES
 from experiments.console import number, print_json, wide_console
 from experiments.drive import Window
 from experiments.machine import Watch
@@ -292,7 +294,28 @@ def jax_matmul(dtype: Dtype, n: int) -> Callable[[], object] | None:
     return lambda: multiply(a).block_until_ready()
 
 
-MATMULS: Mapping[str, Matmul] = {"numpy": numpy_matmul, "torch": torch_matmul, "onednn": onednn_matmul, "jax": jax_matmul}
+def native_matmul(dtype: Dtype, n: int) -> Callable[[], object] | None:
+    """The native kernels' own, over memory that lies as the engines' weights do."""
+    library, threads = ctypes.CDLL(str(build("matmul"))), cores()
+    a, ones, out = (part.view(NUMPY_DTYPES[dtype]).reshape(n, n) for part in aligned(3, n * n * ITEMSIZES[dtype]))
+    a[...] = ones[...] = 1  # however they are packed
+    return lambda: native_multiply(library, a, ones, out, threads)
+
+
+def native_multiply(library: ctypes.CDLL, a: np.ndarray, weights: np.ndarray, out: np.ndarray, threads: int) -> None:
+    """out[R, O] = a[R, I] W[O, I]^T by `matmul.cc`, of W its `panels`; I is a multiple of two, and all have one dtype."""
+    addresses = [ctypes.c_void_p(array.ctypes.data) for array in (a, weights, out)]
+    sizes = [ctypes.c_int(size) for size in (*a.shape, out.shape[1], threads)]
+    library[f"tandem_multiply_{a.dtype}"](*addresses[:2], *sizes, addresses[2])
+
+
+MATMULS: Mapping[str, Matmul] = {
+    "numpy": numpy_matmul,
+    "torch": torch_matmul,
+    "onednn": onednn_matmul,
+    "jax": jax_matmul,
+    "native": native_matmul,
+}
 """Every implementation at hand. One that does not run here is noted and left out."""
 
 

@@ -9,14 +9,15 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.console import FIGURES
-from experiments.findings import correctness, divergences, kernels_alone, notices, open_loop, plural, speed
+from experiments.console import FIGURES, plural
+from experiments.findings import correctness, divergences, kernels_alone, notices, open_loop, speed
 from experiments.glossary import GLOSSARY
 from experiments.page import Page, Table, known
 from experiments.results import RunFiles
 from experiments.run_rows import rows_of, steps_of
 from experiments.run_sections import sections
 from experiments.run_tables import figures_table, kernels_summary
+from experiments.scaling import points_of, scaling_tables
 
 SUMMARY = (
     "output_throughput",
@@ -28,6 +29,8 @@ SUMMARY = (
     "roofline",
     "mbu",
     "shared_out",
+    "prompts_handed_over",
+    "prompts_recomputed",
     "peak_rss_mib",
 )
 """Of `console.FIGURES`: what a pull request has room for."""
@@ -36,15 +39,17 @@ SUMMARY = (
 def run_page(run: RunFiles) -> tuple[Page, pd.DataFrame, pd.DataFrame]:
     """The page, and the rows and steps that it was made from."""
     rows, steps = rows_of(run.directory), steps_of(run.directory)
+    if run.partial:  # the last block may have windows of some of the engines alone
+        rows, steps = (frame[frame["block"] < blocks_of(run)] for frame in (rows, steps))
     engines = list(run.engines)
     paced = open_loop(run.config.get("workload") or {}, rows["scheduled"])
     page = Page(
         kind="comparison" if len(engines) > 1 else "kernels" if run.kind == "kernels" else "run",
-        title=title(run.results, engines),
+        title=f"Partial, of {plural(blocks_of(run), 'block')}: " * run.partial + title(run.results, engines),
         facts=facts(run),
         verdicts=[*speed(run, paced), *kernels_alone(run), *correctness(run), *divergences(run)],
         notices=list(notices(run)),
-        summary=summary(run),
+        summary=[summary(run), *scaling_tables(points_of(run.results, run.engines))],
         sections=sections(run, rows, steps, paced),
         glossary=GLOSSARY,
         command=command(run.environment),
@@ -64,9 +69,13 @@ def title(results: Mapping[str, Any], engines: Sequence[str]) -> str:
     return " against ".join(engines) if len(engines) > 1 else str(next(iter(engines), results.get("engine", "A run")))
 
 
+def blocks_of(run: RunFiles) -> int:
+    return max((len(mine.get("block_output_throughput") or ()) for mine in run.engines.values()), default=0)
+
+
 def facts(run: RunFiles) -> list[str]:
     results = run.results
-    blocks = max((len(mine.get("block_output_throughput") or ()) for mine in run.engines.values()), default=0)
+    blocks = blocks_of(run)
     told = {
         "{}": results.get("model"),
         "from {}": results.get("checkpoint"),

@@ -22,7 +22,7 @@ from experiments.results import RunFiles
 from experiments.roofline import limits_said
 from experiments.run_rows import block_points, window_of
 from experiments.run_tables import agreement_tables, environment_table, figures_table, kernels_tables, profile_tables
-from experiments.scaling import curves, scaling_table
+from experiments.scaling import curves, points_of, scaling_tables
 from experiments.statistics import Criteria
 
 LATENCIES = (
@@ -53,7 +53,7 @@ def sections(run: RunFiles, rows: pd.DataFrame, steps: pd.DataFrame, paced: bool
             "How far each engine is from what this machine was measured to be capable of.",
             some(roofline(run.engines, str(run.results.get("dtype")))),
         ),
-        scaling_section([run.results | mine | {"engine": label} for label, mine in run.engines.items()]),
+        scaling_section(points_of(run.results, run.engines)),
         *window_sections(rows, steps, engines),
         Section(
             "Where the time goes",
@@ -100,13 +100,13 @@ def latency_section(rows: pd.DataFrame, engines: Sequence[str]) -> Section:
 
 def scaling_section(results: Iterable[Mapping[str, Any]]) -> Section:
     """`results`: as `scaling.curves` has them."""
-    found = curves(results)
+    results = list(results)
     return Section(
         "Scaling",
         "Engines that differ in their ranks alone, over the one with the fewest. Efficiency is by thread on a CPU, where ranks "
         "share out an engine's threads. What ranks say to each other a step waits for: nothing is computed meanwhile.",
-        some(scaling(found)),
-        [scaling_table(curve) for curve in found],
+        some(scaling(curves(results))),
+        scaling_tables(results),
     )
 
 

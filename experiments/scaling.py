@@ -116,8 +116,18 @@ def curves(results: Iterable[Mapping[str, Any]]) -> list[Curve]:
     return [curve for curve in drawn if len({point["ranks"] for point in curve.points}) > 1]
 
 
+def points_of(results: Mapping[str, Any], engines: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of one run, as `curves` has them."""
+    return [{**results, **mine, "engine": label} for label, mine in engines.items()]
+
+
 def place(point: Mapping[str, Any]) -> tuple[int, int]:
     return point["ranks"], point["compute_threads"]
+
+
+def scaling_tables(results: Iterable[Mapping[str, Any]]) -> list[Table]:
+    """Of each curve."""
+    return [scaling_table(curve) for curve in curves(results)]
 
 
 def scaling_table(curve: Curve) -> Table:

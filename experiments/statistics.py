@@ -87,7 +87,8 @@ def compare_all(
     logs = {label: log_ratios(throughputs[label], throughputs[first]) for label in others}
     usable = [label for label in others if len(logs[label]) >= LEAST_BLOCKS]
     confidence = shared_confidence([logs[label] for label in usable], criteria.confidence)
-    fewest = fewest_blocks(max(1, len(others)), criteria.confidence)
+    count = max(1, len(others))
+    fewest, few = fewest_blocks(count, criteria.confidence), too_few(count, criteria.confidence)
     p_values = {label: sign_flip_p(logs[label], seed) for label in usable}
     adjusted = dict(zip(usable, benjamini_hochberg(list(p_values.values())), strict=True))
     answer = {}
@@ -109,7 +110,9 @@ def compare_all(
             blocks=len(mine),
             interval=kind,
             block_ratios=tuple(np.exp(mine).tolist()),
-            said=sentence(label, first, called, ratio, low, high, len(mine), criteria.equivalence, fewest),
+            said=sentence(
+                label, first, called, ratio, low, high, len(mine), criteria.equivalence, "" if len(mine) >= fewest else few
+            ),
         )
     return answer
 
@@ -182,6 +185,16 @@ def fewest_blocks(comparisons: int, confidence: float) -> int:
     return math.ceil(1 + math.log2(comparisons / (1 - confidence)) - 1e-9)
 
 
+def too_few(comparisons: int, confidence: float) -> str:
+    """Why fewer than `fewest_blocks` tell nothing, and what to do."""
+    fewest, runs = fewest_blocks(comparisons, confidence), 1 / (1 - confidence)
+    among = f" in one of {comparisons} comparisons" * (comparisons > 1)
+    return (
+        f"{fewest} blocks are the fewest that can tell a difference{among}, since fewer agree by chance more than once in "
+        f"{runs:.3g} runs; write measure.blocks={fewest}, with a measure.budget_s that has room for them"
+    )
+
+
 def unanimous(logs: np.ndarray) -> bool:
     """Whether in every block the same engine was the faster one."""
     return bool(np.all(logs > 0) or np.all(logs < 0))
@@ -226,9 +239,9 @@ def sentence(
     high: float | None,
     blocks: int,
     band: float,
-    fewest: int,
+    few: str = "",
 ) -> str:
-    """`torch is 5.8 % slower than jax (ratio 0.942, 0.917–0.967, 6 blocks)`."""
+    """`torch is 5.8 % slower than jax (ratio 0.942, 0.917–0.967, 6 blocks)`. `few`: what is wrong with so few blocks."""
     if ratio is None:
         return f"{label} against {first}: undecided, no block has a throughput of both"
     bounds = f", {low:.3f}–{high:.3f}" if low is not None and high is not None else ", no interval"
@@ -238,8 +251,8 @@ def sentence(
     if called == "equivalent":
         return f"{label} is as fast as {first}, within {100 * band:g} % {evidence}"
     reason = ""
-    if blocks < fewest:
-        reason = f": {fewest} blocks are the fewest that can tell a difference"
+    if few:
+        reason = f": {few}"
     elif difference(ratio, low, high, band):
         reason = ": the sign-flip test does not bear the interval out"
     return f"{label} against {first}: undecided {evidence}{reason}"

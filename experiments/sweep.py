@@ -18,8 +18,9 @@ from rich.table import Table
 
 from common.errors import TandemError
 from common.exits import FAILURE, USER_ERROR, fail
-from experiments.console import BRACKETS, FIGURES, figure, number, print_doubts, print_result, wide_console
-from experiments.results import sweep_table
+from experiments.console import BRACKETS, FIGURES, figure, number, print_doubts, print_result, print_rows, wide_console
+from experiments.results import records_of, sweep_table
+from experiments.scaling import scaling_tables
 
 SHOWN = ("output_throughput", "ratio", "verdict", "median_ttft_ms", "median_tpot_ms", "p99_e2el_ms", "peak_rss_mib")
 """Figures of the table that is printed; the files have all."""
@@ -40,6 +41,8 @@ def finish(folder: Path) -> bool:
 
     report = make_report(folder)
     print_sweep(str(folder), table)
+    for scaled in scaling_tables(records_of(table[table["status"] == "ok"])):
+        print_rows(scaled.caption, scaled.columns, scaled.rows)
     failed, waiting = (table[table["status"] == status].drop_duplicates("job") for status in ("failed", "waiting"))
     jobs = table["run"].nunique()
     result = {

@@ -12,16 +12,17 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.console import BRACKETS, number
+from experiments.console import BRACKETS, number, plural
 from experiments.figures.scatter import scatter
-from experiments.findings import log_end, plural
+from experiments.findings import log_end
 from experiments.glossary import GLOSSARY
 from experiments.job import Job, read_jobs
 from experiments.page import Drawing, Notice, Page, Section, Table, Tone, Verdict
-from experiments.results import open_run, sweep_table
+from experiments.results import open_run, records_of, sweep_table
 from experiments.run_report import command
 from experiments.run_sections import scaling_section, some
 from experiments.run_tables import environment_table
+from experiments.scaling import scaling_tables
 from experiments.sweep import few, status, swept_figure
 from experiments.sweep_figures import last, over_axis, value
 
@@ -67,7 +68,7 @@ def sweep_page(folder: Path) -> Page:
             "Up and to the left is worse: the same work, later.",
             some(clouds(done, engines, swept)),
         ),
-        scaling_section(told(done)),
+        scaling_section(records_of(done)),
         Section("Environment", "Of the first job that ended well.", tables=[environment_table(environment)]),
     ]
     return Page(
@@ -76,17 +77,12 @@ def sweep_page(folder: Path) -> Page:
         facts=facts(table, environments),
         verdicts=list(verdicts(table, swept)),
         notices=list(notices(folder, table, jobs)),
-        summary=cells,
+        summary=[cells, *scaling_tables(records_of(done))],
         sections=[section for section in sections if section.drawings or any(table.rows for table in section.tables)],
         glossary=GLOSSARY,
         command=sweep_command(list(jobs.values()), command(environment)),
         engines=engines,
     )
-
-
-def told(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows without what nobody told."""
-    return [{key: cell for key, cell in row.items() if not pd.isna(cell)} for row in rows.to_dict("records")]
 
 
 def cells_table(table: pd.DataFrame, swept: Sequence[str]) -> Table:

@@ -5,6 +5,7 @@ A peer's environment has no more than this module and the peer itself need. What
 
 from __future__ import annotations
 
+import logging
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -123,9 +124,21 @@ class Worker:
             write_frame(self._output, {"progress": [done, total, what]})
 
 
+class Aloud(logging.Handler):
+    """Tells the parent what is logged, as progress without a count: this process's own words go to a file."""
+
+    def __init__(self, output: IO[bytes]) -> None:
+        super().__init__()
+        self._output = output
+
+    def emit(self, record: logging.LogRecord) -> None:
+        write_frame(self._output, {"progress": [0, 0, record.getMessage()]})
+
+
 def serve() -> None:
     """Answer commands until the parent is gone, even in the middle of one."""
     output, commands = listen()
+    logging.getLogger("common.kernels.cpu.build").addHandler(Aloud(output))  # compiling takes long
     worker = Worker(output)
     while True:
         message = commands.get().message

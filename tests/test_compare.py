@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from experiments.drive import Row, Window
 from experiments.isolate import IsolatedEngine
 from experiments.measure import Outcome, measure_config
 from experiments.records import read_rows, read_steps
+from experiments.report import write_report
 from experiments.statistics import fewest_blocks
 from tests.history_backend import ROOT, command, history, interruptible, last_line, written
 
@@ -245,7 +247,39 @@ def test_who_ends_a_run_keeps_the_rows_of_its_windows_that_have_ended(history: P
     )
     rows = read_rows(partial)
     assert {tuple(pair) for pair in rows[["engine", "block"]].to_numpy()} >= set(product(("history", "history-2"), (0, 1)))
-    assert (partial / "steps.jsonl").exists() and not (partial / "results.json").exists()
+    assert (partial / "steps.jsonl").exists()
+    result = json.loads((partial / "results.json").read_text())
+    (comparison,) = result["comparisons"].values()
+    assert comparison["blocks"] == len(result["order"]) >= 2 and result["unjustified_divergences"] is None
+    assert (result["stopped"] == "it was interrupted") == ("block" in when)
+
+
+def test_a_comparison_that_is_interrupted_has_a_report_of_its_whole_blocks(history: Path) -> None:
+    words = [*SMALL, "engines=[history,history]", "measure.blocks=100000", "measure.max_blocks=100000"]
+    command = [sys.executable, "-m", "experiments.compare", "--config-dir", "configs", *words]
+    with interruptible():
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    assert any("block 3" in line for line in process.stderr)
+    process.send_signal(signal.SIGINT)
+    printed, errors = process.communicate(timeout=600)
+    assert process.returncode == 128 + signal.SIGINT and printed == ""
+    (partial,) = (history / "runs").iterdir()
+    told = re.search(r"^Report of the (\d+) whole blocks: (.*)$", errors, re.MULTILINE)
+    assert told and int(told[1]) >= 2 and Path(told[2]).resolve() == (partial / "report.html").resolve()
+    said = (partial / "report.md").read_text()
+    assert said.startswith(f"## Partial, of {told[1]} blocks: history against history-2\n")
+    assert "It was interrupted" in said and "The run ended before the pass in float32 did" in said
+    (partial / "report.md").unlink()
+    write_report(partial)
+    assert (partial / "report.md").read_text() == said
+
+
+def test_of_a_run_that_is_cut_short_the_blocks_count_that_all_engines_ended() -> None:
+    window = Window((), 1.0)
+    outcome = Outcome({"a": [window], "b": []}, order=[["a", "b"]])
+    assert outcome.cut_short(None) == 0  # type: ignore[arg-type]  # nothing to conclude by
+    assert (outcome.windows, outcome.order) == ({"a": [], "b": []}, [])
 
 
 @pytest.mark.parametrize("moment", [(IsolatedEngine, "close"), (Outcome, "compared"), (records, "write_json")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -176,6 +177,27 @@ def test_both_kinds_of_an_operator_compute_the_same(backend: str, shape: Shape, 
     assert native.host("sampled")[:, 0].tolist() == framework.host("tokens")[:R].tolist()
 
 
+def test_passes_of_both_kinds_take_turns(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    glue, ran = pieces.GLUES[backend](), list[str]()
+
+    def runner(program: pieces.Program, held: pieces.Held) -> Callable[[], None]:
+        run = glue.runner(program, held)
+
+        def noted() -> None:
+            ran.append(program.__qualname__.partition("_programs")[0])
+            run()
+
+        return noted
+
+    monkeypatch.setitem(pieces.GLUES, backend, lambda: glue._replace(runner=runner))  # type: ignore[arg-type]
+    part(backend, "kernels").open_library()
+    config = EngineConfig(dtype="float32", threads=THREADS, max_num_seqs=4, max_num_batched_tokens=64)
+    found = list(pieces.time_shapes(backend, checkpoint("tiny-llama"), config, [DECODE, PREFILL], passes=3))
+    turns = 2 * (1 + 3)  # shapes, and passes, the first to wake all
+    assert [kind for kind, _ in itertools.groupby(ran)] == ["native", "framework"] * turns
+    assert [(name, list(times)) for name, times, *_ in found] == [(name, list(pieces.KINDS)) for name in ("decode", "prefill")]
+
+
 # The command.
 
 
@@ -206,7 +228,7 @@ def test_the_command_times_every_operator_and_keeps_the_run(
     log = (Path(result["run"]) / f"{backend}.log").read_text()  # where they are too if the run is cut short
     kept = [json.loads(line) for line in log.splitlines() if line.startswith('{"kernels"')]
     assert [(row["kernels"], row["shape"]) for row in kept] == [
-        (kind, shape) for kind in ("native", "framework") for shape in ("decode", "prefill")
+        (kind, shape) for shape in ("decode", "prefill") for kind in ("native", "framework")
     ]
     low, median, high = (1e3 * seconds for seconds in kept[0]["seconds"]["head"])
     head = result["shapes"]["decode"]["head"]

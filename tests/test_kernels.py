@@ -554,6 +554,18 @@ def test_a_library_cut_short_is_built_again(monkeypatch: pytest.MonkeyPatch, tmp
     assert build.build("sample").read_bytes() == whole
 
 
+def test_of_processes_that_need_a_library_one_compiles_it_and_says_so_and_the_others_wait(tmp_path: Path) -> None:
+    code = "from common.kernels.cpu.build import build; print(build('limits'))"
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": Path(__file__).parents[1]}
+    cache = os.environ | {"TANDEM_CACHE": str(tmp_path)}
+    ran = [subprocess.Popen([sys.executable, "-c", code], env=cache, **pipes) for _ in range(3)]
+    outputs, errors = zip(*(process.communicate() for process in ran), strict=True)
+    folder = tmp_path / "kernels"
+    said = f"compiling limits.cc for this processor, once, which can take a minute; kept in {folder}\n"
+    assert sorted(errors) == ["", "", said] and len(set(outputs)) == 1
+    assert sorted(path.suffix for path in folder.iterdir()) == [".digest", ".lock", ".so"]
+
+
 def test_what_pytorch_makes_by_default_is_not_what_a_step_is_made_of(families: dict[str, Path]) -> None:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)

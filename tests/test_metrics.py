@@ -224,7 +224,7 @@ def test_what_nobody_counted_is_none_and_never_0() -> None:
     for name in (
         *("num_steps", "num_preemptions", "compilations_in_window", "prefix_cache_hit_rate", "foreign_cpu_share"),
         *("major_faults", "swapped_out_mib", "throttled_share", "thermal_throttles", "clock_limit_drop_mhz"),
-        *("joules", "joules_per_token", "harness_overhead_share"),
+        *("joules", "joules_per_token", "harness_overhead_share", "prompts_handed_over", "prompts_recomputed"),
     ):
         assert figures[name] is None, name
     assert contaminations(figures, shares_prefixes=False) == []

@@ -19,12 +19,13 @@ from common.errors import ConfigError
 from experiments import canvas, page, report
 from experiments.findings import correctness, log_end, open_loop, speed
 from experiments.job import Job
+from experiments.measure import INTERRUPTED
 from experiments.report import make_report, write_report
-from experiments.results import RunFiles, open_run
+from experiments.results import RunFiles, open_run, read_run
 from experiments.run_report import command, run_page
 from experiments.run_sections import agreement_section
 from experiments.run_tables import figures_table
-from experiments.statistics import sentence
+from experiments.statistics import sentence, too_few
 from experiments.sweep_report import sweep_command
 from tests.synthetic_run import HOSTILE, write_run, write_sweep
 
@@ -159,6 +160,23 @@ def test_what_comes_from_outside_is_text(tmp_path: Path) -> None:
         xml.parse(file)
 
 
+def test_of_a_comparison_that_was_cut_short_the_whole_blocks_are_reported(tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "run.partial", ("jax", "torch"), blocks=3, count=6, output_len=4, stopped=INTERRUPTED)
+    results = json.loads((directory / "results.json").read_text())
+    for mine in results["engines"].values():  # whose third window has rows
+        mine["block_output_throughput"] = mine["block_output_throughput"][:2]
+    (directory / "results.json").write_text(json.dumps(results))
+    _, rows, steps = run_page(read_run(directory))
+    assert set(rows["block"]) == set(steps["block"]) == {0, 1}
+    write_report(directory)
+    said = (directory / "report.md").read_text()
+    assert said.startswith("## Partial, of 2 blocks: jax against torch\n")
+    assert "The run ended before the pass in float32 did" in said
+    (directory / "results.json").unlink()
+    with pytest.raises(ConfigError, match=r"has not ended.* no block was whole"):
+        write_report(directory)
+
+
 def test_a_run_of_one_engine_is_reported(small: Path) -> None:
     text = Outline((small / "report.html").read_text()).text
     assert "of the roofline" in text and "times the output" not in text
@@ -214,18 +232,18 @@ def test_a_difference_in_the_dtype_that_was_timed_is_not_hidden_by_sameness_in_f
 
 def test_the_command_of_a_verdict_is_on_the_page_and_in_the_summary() -> None:
     verdict = page.Verdict("warn", "45 %", "alike", "Where:", "python -m x 'a b' y_z")
-    made = page.Page("run", "a", [], [verdict], [], page.Table(("",), []), [], [], "")
+    made = page.Page("run", "a", [], [verdict], [], [page.Table(("",), [])], [], [], "")
     assert "\n      python -m x 'a b' y_z\n" in page.markdown(made)
     assert "python -m x 'a b' y_z" in Outline(page.html(made, "", [])).text
 
 
 def test_a_verdict_that_rests_on_too_little_says_what_to_do() -> None:
-    said = sentence("torch", "jax", "undecided", 0.9, None, None, 1, 0.05, fewest=8)
+    said = sentence("torch", "jax", "undecided", 0.9, None, None, 1, 0.05, too_few(6, 0.95))
     once = {"measure": {"blocks": 1, "max_blocks": 40}, "order": [["jax", "torch"]], "stopped": "its one block was run"}
     (few,) = speed(compared(found={"said": said}, **once), paced=False)
     assert (few.tone, few.value) == ("calm", "Undecided")
-    assert few.said.startswith(f"{said}. Its one block was run. ") and "8 blocks are the fewest" in few.said
-    assert "measure.blocks" in few.said and " 6 " not in few.said  # how many tell, the sentence alone says
+    assert few.said.startswith(f"{said}. Its one block was run. ") and "8 blocks are the fewest" in few.said  # of 6 comparisons
+    assert "measure.blocks=8" in few.said
     assert few.word == "torch against jax, no interval, 1 block" and "(ratio 0.900, no interval, 1 block)" in few.said
     (many,) = speed(compared(found={"low": 0.8, "high": 1.1, "blocks": 8}), paced=False)
     assert many.word.endswith("of jax, 0.800–1.100, 8 blocks") and "measure." not in many.said  # nobody knows what ended it

@@ -16,10 +16,12 @@ from common.config import EngineConfig, ModelConfig
 from common.engine import Engine, StepRecord
 from common.errors import BackendError
 from common.kernels.cpu import build
+from common.kernels.cpu.pack import panels
 from common.request import Request, SamplingParams
 from common.schedule.batch import Batch
 from common.weights import zoo
 from common.weights.checkpoint import expected_shapes, open_checkpoint
+from common.weights.parameters import NUMPY_DTYPES
 from experiments import bench, roofline
 from experiments.drive import Window, drive
 from experiments.metrics import INTENSITIES, LIMITED, contaminations, summarize
@@ -35,6 +37,7 @@ from experiments.roofline import (
     last_level_cache,
     limit_seconds,
     limits_of,
+    native_multiply,
     native_read,
     read_ways,
 )
@@ -279,6 +282,19 @@ def test_a_kernel_reads_every_byte_once(name: str, threads: int) -> None:
     assert seconds > 0 and total == int(buffer.view(np.uint64).sum(dtype=np.uint64))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(3, 10, 20), (70, 64, 96), (130, 576, 40)])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_native_way_to_multiply_is_a_product(dtype: str, rows: int, inputs: int, outputs: int, threads: int) -> None:
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape).astype(NUMPY_DTYPES[dtype])  # noqa: E731
+    a, w, out = draw(rows, inputs), draw(outputs, inputs), np.zeros((rows, outputs), NUMPY_DTYPES[dtype])
+    packed = np.ascontiguousarray(panels(w))
+    native_multiply(ctypes.CDLL(str(build.build("matmul"))), a, packed, out, threads)
+    right = a.astype(np.float64) @ w.astype(np.float64).T
+    np.testing.assert_allclose(out.astype(np.float64), right, rtol={"float32": 1e-5, "bfloat16": 2**-8}[dtype], atol=1e-4)
+
+
 def test_without_a_compiler_numpy_reads_and_that_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "")
     monkeypatch.setenv("PATH", "")
@@ -352,7 +368,7 @@ def test_the_command_prints_a_table_and_one_line_of_json(
     assert share is None or 0 <= share <= 1
     found = limits_of(record)
     assert found.notes == () and found.buffer_bytes >= 8 * found.cache_bytes
-    assert {way.split()[0] for way in found.ways["float32"]} == {"numpy", "torch", "onednn", "jax"}
+    assert {way.split()[0] for way in found.ways["float32"]} == {"numpy", "torch", "onednn", "jax", "native"}
     assert found.bandwidth > 1e8 and found.peak("bfloat16") >= found.peak("float32") > 1e8
     assert "read_streams" in out and "jax 1024" in out
 

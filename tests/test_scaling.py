@@ -14,6 +14,7 @@ from experiments.config import EngineSpec
 from experiments.console import print_table
 from experiments.report import write_report
 from experiments.scaling import Curve, curves, scale, scaling_table
+from experiments.sweep import finish
 from tests.synthetic_run import write_run, write_sweep
 
 ONE: dict[str, Any] = {
@@ -103,9 +104,11 @@ def test_a_comparison_over_ranks_shows_scaling_and_another_does_not(tmp_path: Pa
     assert (
         "torch, data parallel: the same requests (strong scaling)" in page and (directory / "figures" / "scaling.svg").exists()
     )
+    said = (directory / "report.md").read_text()
+    assert "torch, data parallel: the same requests (strong scaling)" in said and "| efficiency |" in said
 
 
-def test_a_sweep_over_ranks_and_requests_shows_weak_scaling(tmp_path: Path) -> None:
+def test_a_sweep_over_ranks_and_requests_shows_weak_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_sweep(tmp_path / "sweep", sizes=(4, 8), engines=("jax", "torch"))
     for job in (folder / "jobs").iterdir():
         results = json.loads((job / "results.json").read_text())
@@ -115,3 +118,7 @@ def test_a_sweep_over_ranks_and_requests_shows_weak_scaling(tmp_path: Path) -> N
         (job / "results.json").write_text(json.dumps(results | mine))
     page = write_report(folder).read_text()
     assert "as many requests for each rank (weak scaling)" in page and (folder / "figures" / "scaling.svg").exists()
+    assert "as many requests for each rank (weak scaling)" in (folder / "report.md").read_text()
+    capsys.readouterr()
+    finish(folder)
+    assert "as many requests for each rank (weak scaling)" in capsys.readouterr().out

@@ -143,7 +143,18 @@ def test_a_difference_needs_the_sign_flip_test_too_and_equivalence_does_not(p_ad
 def test_fewer_than_six_blocks_tell_no_difference_and_say_so(blocks: int, said: str) -> None:
     outcome = judged({"a": [100.0] * blocks, "b": [50.0, 51, 52, 53, 54, 55][:blocks]})
     assert outcome.high and outcome.high < 0.6 and outcome.verdict == said
-    assert outcome.said.endswith("6 blocks are the fewest that can tell a difference") == (blocks < 6)
+    told = outcome.said.rpartition(": ")[2]
+    assert told.startswith("6 blocks are the fewest that can tell a difference, since fewer agree by chance") == (blocks < 6)
+    assert ("once in 20 runs; write measure.blocks=6" in told) == (blocks < 6)
+
+
+def test_of_three_engines_seven_blocks_are_the_fewest_and_that_is_said() -> None:
+    found = compare_all(
+        {"a": [100.0] * 6, "b": [50.0, 51, 52, 53, 54, 55], "c": [100.0, 90, 105, 95, 110, 99]}, CRITERIA, seed=0
+    )
+    for label in ("b", "c"):
+        assert "7 blocks are the fewest that can tell a difference in one of 2 comparisons" in found[label].said
+        assert "measure.blocks=7" in found[label].said
 
 
 @pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
@@ -175,14 +186,14 @@ def test_criteria_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_the_sentence_says_it_in_words() -> None:
-    assert sentence("torch", "jax", "slower", 0.942, 0.917, 0.967, 6, 0.05, 6) == (
+    assert sentence("torch", "jax", "slower", 0.942, 0.917, 0.967, 6, 0.05) == (
         "torch is 5.8 % slower than jax (ratio 0.942, 0.917–0.967, 6 blocks)"
     )
     assert (
-        sentence("t", "j", "faster", 1.062, 1.03, 1.1, 1, 0.05, 1)
+        sentence("t", "j", "faster", 1.062, 1.03, 1.1, 1, 0.05)
         == "t is 6.2 % faster than j (ratio 1.062, 1.030–1.100, 1 block)"
     )
-    assert "as fast as j, within 2.5 %" in sentence("t", "j", "equivalent", 1.0, 0.99, 1.01, 6, 0.025, 6)
+    assert "as fast as j, within 2.5 %" in sentence("t", "j", "equivalent", 1.0, 0.99, 1.01, 6, 0.025)
 
 
 def test_several_engines_widen_each_others_intervals_unless_all_differ() -> None:

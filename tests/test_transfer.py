@@ -624,6 +624,7 @@ def test_what_the_cache_has_is_shared_and_the_rest_comes() -> None:
     engine.add(request)
     events = engine.step()
     assert engine.stats()["external_prefix_cache_hits"] == 14 - 8
+    assert (engine.stats()["num_taken_over"], engine.stats()["num_computed_anew"]) == (1, 0)
     assert [*request.output_token_ids, *tokens_of(events + finish(engine))] == right(asked(14))
     assert runner.violations == []
     engine.close()
@@ -646,6 +647,7 @@ def test_what_has_not_come_is_computed(how: str) -> None:
     events = engine.step()
     assert runner.batches is not None
     assert runner.batches[0].num_tokens == (4 if "fewer" in how else 11)
+    assert (engine.stats()["num_taken_over"], engine.stats()["num_computed_anew"]) == (0, 1)
     assert [*request.output_token_ids, *tokens_of(events + finish(engine))] == right(asked(10))
     engine.close()
 

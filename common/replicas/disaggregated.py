@@ -153,11 +153,14 @@ class Disaggregated(ServingEngine):
         return (*self._prefill.replicas, *self._decode.replicas)
 
     def stats(self) -> dict[str, Any]:
-        """As `Replicas.stats`, of all."""
+        """As `Replicas.stats`, of all. Of the requests that were passed on, `prompts_handed_over` are those whose pages came,
+        and `prompts_recomputed` those whose prompt was computed again."""
         parts = self._prefill.stats(), self._decode.stats()
         sums = {name: sum(part[name] for part in parts) for name in parts[0] if name != "replicas"}
         return sums | {
             "prompt_tokens": parts[0]["prompt_tokens"],
+            "prompts_handed_over": parts[1].get("num_taken_over", 0),
+            "prompts_recomputed": parts[1].get("num_computed_anew", 0),
             "kv_cache_usage": sums["kv_cache_usage"] / len(parts),
             "replicas": [told for part in parts for told in part["replicas"]],
         }

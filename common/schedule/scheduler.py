@@ -240,6 +240,10 @@ class Scheduler:
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
         self.external_prefix_cache_hits = 0
+        self.num_taken_over = 0
+        """Requests that came with output and of which nothing was computed anew: pages that came, or the cache's, had it."""
+        self.num_computed_anew = 0
+        """The others that came with output."""
 
     # ── requests come and go ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -493,6 +497,10 @@ class Scheduler:
             if kv is not None:
                 self.arrivals.append(Arrival(pages[len(hits) :], kv))
                 self.external_prefix_cache_hits += kv.tokens
+            if seq.request.output_token_ids and seq.admissions == 1:  # with the one that it had elsewhere
+                whole = computed == seq.known - 1
+                self.num_taken_over += whole
+                self.num_computed_anew += not whole
             if parent:
                 self.num_forks += 1
                 seq.keys = parent.keys[: len(hits)]

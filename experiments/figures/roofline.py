@@ -21,7 +21,7 @@ def roofline(figures: Mapping[str, Mapping[str, Any]], dtype: str) -> Drawing | 
     limits = next((found["limits"] for found in figures.values() if found.get("limits")), None)
     if not limits:
         return None
-    best = lambda name: max(limits[when].get(name) or 0.0 for when in ("before", "after"))  # noqa: E731
+    best = lambda name: max(found.get(name) or 0.0 for found in limits.values() if found)  # noqa: E731
     beside = [value for mine in figures.values() for value in mine.get("block_read_bytes_per_s") or () if value]
     bandwidth, peak = max([best("read_bytes_per_s"), *beside]), best(f"{dtype}_flops_per_s")
     if not bandwidth or not peak:

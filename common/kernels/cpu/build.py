@@ -11,8 +11,8 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common.config import Dtype
@@ -51,8 +51,11 @@ def build(
     try:
         target = cache_directory() / "kernels" / f"{name}-{digest}.so"
         if not (target.exists() and _use(target)):
-            _compile(name, command, target)
-            _remove_unused(target.parent, name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with _alone(target.parent / f"{name}.lock"):
+                if not (target.exists() and _use(target)):  # another has not done it meanwhile
+                    _compile(name, command, target)
+                    _remove_unused(target.parent, name)
     except (CheckpointError, OSError) as error:
         raise BackendError(f"Native kernels need a cache that can be written; TANDEM_CACHE can name one: {error}") from error
     return target
@@ -72,9 +75,8 @@ def arithmetic(library: Path, dtype: Dtype) -> str:
 
 
 def _compile(name: str, command: Sequence[str], target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    log.info("compiling %s.cc", name)
-    # Under a name of its own first: two processes may build at once, and neither may load half a file.
+    log.warning("compiling %s.cc for this processor, once, which can take a minute; kept in %s", name, target.parent)
+    # Under a name of its own first: where there are no locks two processes may build at once, and neither may load half a file.
     with tempfile.TemporaryDirectory(prefix=BUILDING, dir=target.parent) as folder:
         half = Path(folder) / target.name
         done = _run([*command, "-o", str(half)])
@@ -84,6 +86,17 @@ def _compile(name: str, command: Sequence[str], target: Path) -> None:
         (half.parent / "digest").write_text(_file_digest(half), encoding="utf-8")
         os.replace(half, target)
         os.replace(half.parent / "digest", target.with_suffix(".digest"))
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """One process at a time; the others wait, and find what it has made."""
+    import fcntl  # not on Windows
+
+    with lock.open("a") as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _use(target: Path) -> bool:
