@@ -14,12 +14,12 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 
 from common.config import EngineConfig
 from common.config import expect as expect_config
 from common.errors import RequestError, shown
 from common.interface import Caps, ModelRunner, Pending, Progress, ReplicaState, ServingEngine, load_backend
+from common.platform import memory_available
 from common.request import Request, Status, TokenEvent, expect
 from common.schedule.batch import Batch
 from common.schedule.kv import KV, read_kv, write_kv
@@ -362,7 +362,7 @@ def pool_size(config: EngineConfig, max_model_len: int, page_bytes: int) -> int:
     if config.num_blocks is not None:
         return config.num_blocks
     wanted = 1 + config.max_num_seqs * -(-max_model_len // config.block_size)
-    share = psutil.virtual_memory().available // (4 * config.data_parallel_size)
+    share = memory_available() // (4 * config.data_parallel_size)
     affordable = min(share, MAX_POOL_BYTES) // page_bytes
     expect_config(
         affordable >= 2,
@@ -391,7 +391,7 @@ def build_engine(
         groups = runner.kv_groups()
         page_bytes = sum(group.page_bytes for group in groups)
         num_pages = pool_size(config, max_model_len, page_bytes)
-        free = psutil.virtual_memory().available
+        free = memory_available()
         expect_config(
             runner.caps.device != "cpu" or num_pages * page_bytes <= free,
             f"num_blocks={num_pages} pages of {page_bytes} bytes do not fit the {free} bytes of free memory; "

@@ -14,7 +14,6 @@ from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
-import psutil
 import pytest
 
 from common.config import EngineConfig
@@ -721,10 +720,10 @@ def test_an_engine_records_its_trace_where_it_is_told(monkeypatch: pytest.Monkey
 
 def test_the_pool_holds_full_contexts_as_far_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=8, block_size=16)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4_000_000))
+    monkeypatch.setattr("common.engine.memory_available", lambda: 4_000_000)  # of a container, say
     assert pool_size(config, 100, page_bytes=1000) == 1 + 4 * 7
     assert pool_size(config, 100, page_bytes=100_000) == 10  # a quarter of what is available
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 40))
+    monkeypatch.setattr("common.engine.memory_available", lambda: 1 << 40)
     assert pool_size(config, 1 << 30, page_bytes=1 << 20) == 2048  # 2 GiB
     with pytest.raises(ConfigError, match="no memory for two"):
         pool_size(config, 100, page_bytes=1 << 31)
