@@ -153,6 +153,10 @@ def frame(kind: int, payload: bytes, step: int = 0, length: int | None = None) -
     return MAGIC + FRAME.pack(kind, step, len(payload) if length is None else length, zlib.crc32(payload)) + payload
 
 
+def header(text: str) -> bytes:
+    return len(text).to_bytes(4, "little") + text.encode()
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -161,13 +165,15 @@ def frame(kind: int, payload: bytes, step: int = 0, length: int | None = None) -
         (frame(99, b""), "no frame has kind 99"),
         (frame(Kind.SUBMIT, b"", length=MAX_PAYLOAD + 1), "length 2147483649"),
         (frame(Kind.RESULT, pack_arrays({"tokens": np.zeros(1)}), step=5), "no such step"),
-        (frame(Kind.ALLOCATE, b"\x06\x00\x00\x00[1, 2,"), "no JSON"),
-        (frame(Kind.ALLOCATE, b"\x06\x00\x00\x00[1, 2]"), "is list, not an object"),
-        (frame(Kind.ALLOCATE, (100_000).to_bytes(4, "little") + b"[" * 100_000), "no JSON"),
+        (frame(Kind.ALLOCATE, header("[1, 2,")), "no JSON"),
+        (frame(Kind.ALLOCATE, header("[1, 2]")), "is list, not an object"),
+        (frame(Kind.ALLOCATE, header("[" * 100_000)), "no JSON"),
         (frame(Kind.ALLOCATE, pack_arrays({"pages": np.zeros(2)})), "lacks its list of pages"),
         (frame(Kind.WRITE_PAGES, b"\xff\xff\xff\xff"), "does not fit"),
-        (frame(Kind.WRITE_PAGES, b'\x0f\x00\x00\x00{"k": ["evil"]}'), "known dtype"),
-        (frame(Kind.WRITE_PAGES, b'\x12\x00\x00\x00{"k": ["int8", 9]}'), "lacks 9 bytes"),
+        (frame(Kind.WRITE_PAGES, header('{"k": ["evil"]}')), "known dtype"),
+        (frame(Kind.WRITE_PAGES, header('{"k": [["int8"], 3]}')), "known dtype"),
+        (frame(Kind.WRITE_PAGES, header(f'{{"k": ["int8", 0, {2**63}]}}')), "known dtype"),
+        (frame(Kind.WRITE_PAGES, header('{"k": ["int8", 9]}')), "lacks 9 bytes"),
         (frame(Kind.WRITE_PAGES, pack_arrays({"k": np.zeros(3)}) + b"x"), "1 bytes too many"),
         (frame(Kind.WRITE_PAGES, pack_arrays({"k": np.zeros(3)})), "lacks its list of pages"),
     ],

@@ -132,12 +132,16 @@ def unpack_arrays(payload: bytes) -> dict[str, np.ndarray]:
     arrays = {}
     for name, kind in described.items():
         dtype, *shape = kind if isinstance(kind, list) and kind else [""]
-        if dtype not in DTYPES or not all(type(n) is int and n >= 0 for n in shape):
-            raise TraceError(f"Array {name!r} of a trace is described as {kind!r}, not by a known dtype and a shape.")
+        described_as = f"Array {name!r} of a trace is described as {kind!r:.80}, not by a known dtype and a shape."
+        if not isinstance(dtype, str) or dtype not in DTYPES or not all(type(n) is int and n >= 0 for n in shape):
+            raise TraceError(described_as)
         end = at + math.prod(shape) * DTYPES[dtype].itemsize
         if end > len(payload):
             raise TraceError(f"Array {name!r} of a trace lacks {end - len(payload)} bytes.")
-        arrays[name] = np.frombuffer(payload[at:end], DTYPES[dtype]).reshape(tuple(shape))
+        try:
+            arrays[name] = np.frombuffer(payload[at:end], DTYPES[dtype]).reshape(tuple(shape))
+        except ValueError as error:  # no array has so many axes, or an axis so long, be it empty
+            raise TraceError(described_as) from error
         at = end
     if at != len(payload):
         raise TraceError(f"A set of arrays in a trace has {len(payload) - at} bytes too many.")
