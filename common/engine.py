@@ -9,7 +9,6 @@ from collections.abc import Sequence as Listed
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from numbers import Integral
-from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -24,7 +23,6 @@ from common.request import Request, Status, TokenEvent, expect
 from common.schedule.batch import Batch
 from common.schedule.kv import KV, read_kv, write_kv
 from common.schedule.scheduler import Scheduler, Sequence, Step
-from common.schedule.trace import record
 from common.states import hidden_states, num_fitting
 from common.weights.checkpoint import Checkpoint
 
@@ -377,15 +375,11 @@ def build_engine(
     checkpoint: Checkpoint,
     config: EngineConfig,
     progress: Progress | None = None,
-    trace: Path | None = None,
 ) -> Engine:
-    """An engine of `backend` (`jax`, `torch`), loaded, allocated and warmed up; of several replicas, one. With `trace`, every
-    call is recorded there."""
+    """An engine of `backend` (`jax`, `torch`), loaded, allocated and warmed up; of several replicas, one."""
     max_model_len = config.model_len(checkpoint.config)
     config = replace(config, max_model_len=max_model_len)
     runner = load_backend(backend, config)
-    if trace is not None:
-        runner = record(runner, trace)
     try:
         runner.load(checkpoint, progress)
         groups = runner.kv_groups()

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from time import perf_counter
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -22,7 +21,6 @@ from common.errors import BackendError, ConfigError, DrainingError, QueueFullErr
 from common.request import Request, SamplingParams, Status, TokenEvent, fan_out
 from common.schedule.batch import Batch
 from common.schedule.scheduler import mix64
-from common.schedule.trace import replay
 from tests.history_runner import Expected, HistoryRunner, expected
 
 VOCAB = 64
@@ -705,17 +703,6 @@ def test_a_context_longer_than_the_model_has_is_refused_before_a_runner_is_made(
 def test_a_backend_that_is_not_there_is_named_with_the_nearest_that_is() -> None:
     with pytest.raises(BackendError, match="Did you mean 'torch'"):
         build_engine("torhc", checkpoint(), EngineConfig())
-
-
-def test_an_engine_records_its_trace_where_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    Package(monkeypatch)
-    engine = build_engine("history", checkpoint(), EngineConfig(num_blocks=20), trace=tmp_path / "trace")
-    engine.run([request("r")])
-    engine.close()
-    fresh = HistoryRunner(num_pages=1)
-    steps = list(replay(tmp_path / "trace", fresh))
-    assert [new.tokens.tolist() for _, _, _, new in steps] == [[token] for token in right(request("r")).tokens]
-    assert fresh.num_pages == 20
 
 
 def test_the_pool_holds_full_contexts_as_far_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:

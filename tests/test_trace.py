@@ -18,14 +18,14 @@ from common.schedule.trace import (
     MAGIC,
     MAX_PAYLOAD,
     Kind,
+    Recorder,
     TraceError,
     pack_arrays,
     read_frames,
-    record,
-    replay,
     unpack_arrays,
 )
 from tests.history_runner import HistoryRunner
+from tests.replays import replay
 
 PAGES = 12
 
@@ -38,7 +38,7 @@ def recorded_run(path: Path, depth: int = 0) -> HistoryRunner:
     """Eight requests with sampling, logprobs, preemption and one step that raises, recorded."""
     runner = make_runner(depth)
     runner.batches = []
-    recorder = record(runner, path)
+    recorder = Recorder(runner, path)
     recorder.allocate([PAGES])
     config = EngineConfig(block_size=4, max_num_seqs=4, max_num_batched_tokens=16, max_model_len=40)
     engine = Engine(recorder, config, num_pages=PAGES)
@@ -92,7 +92,7 @@ def test_written_pages_are_part_of_a_trace(tmp_path: Path) -> None:
     source, path = make_runner(), tmp_path / "trace"
     source.chain[:] = np.arange(len(source.chain))
     arrays = source.read_pages(0, [3, 5])
-    recorder = record(make_runner(), path)
+    recorder = Recorder(make_runner(), path)
     recorder.write_pages(0, [2, 1], arrays)
     recorder.close()
     fresh = make_runner()
@@ -104,7 +104,7 @@ def test_a_trace_is_never_written_over_a_file(tmp_path: Path) -> None:
     path = tmp_path / "kept"
     path.write_bytes(b"precious")
     with pytest.raises(TraceError, match="never written over"):
-        record(make_runner(), path)
+        Recorder(make_runner(), path)
     assert path.read_bytes() == b"precious"
 
 

@@ -34,7 +34,7 @@ from common.schedule.transfer import (
     unseal,
 )
 from tests.history_runner import HistoryRunner, expected
-from tests.schedule_driver import VOCAB, check_in_flight, check_pages, check_sequences, plain, require
+from tests.schedule_driver import VOCAB, check_in_flight, check_pages, check_sequences, free_pages, plain, require
 
 LEASE_S = 3.0
 SECRET = b"of this launch"
@@ -93,12 +93,12 @@ class Side:
         check_pages(scheduler)
         check_sequences(scheduler)
         check_in_flight(self.engine)
-        self.runner.poison([page for page in scheduler.pool.free_pages() if scheduler.pool.keys[page] is None])
+        self.runner.poison([page for page in free_pages(scheduler.pool) if scheduler.pool.keys[page] is None])
 
     def check_empty(self) -> None:
         pool = self.engine.scheduler.pool
         require(self.engine.reset_prefix_cache(), "a page is held although nothing is live")
-        require(sorted(pool.free_pages()) == list(range(1, pool.num_pages)), "a page is not free in the end")
+        require(sorted(free_pages(pool)) == list(range(1, pool.num_pages)), "a page is not free in the end")
 
 
 class Episode:

@@ -177,8 +177,8 @@ class Step:
 class Scheduler:
     """Requests in, steps out, results in, events out. Holds every request from `add` to its end. Knows no backend.
 
-    `chunk` bounds the tokens of one request in a step (default: the whole budget). `schedule`, `cache`, `chunked_prefill` and
-    `max_waiting` are those of `EngineConfig`. While `draining` is set, no request is taken, and the others go on.
+    `schedule`, `cache`, `chunked_prefill` and `max_waiting` are those of `EngineConfig`. While `draining` is set, no request is
+    taken, and the others go on.
     """
 
     def __init__(
@@ -195,7 +195,6 @@ class Scheduler:
         cache: Cache = "paged",
         prefix_caching: bool = True,
         chunked_prefill: bool = True,
-        chunk: int | None = None,
         max_waiting: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -203,7 +202,6 @@ class Scheduler:
         self.block_size, self.prefix_caching, self.seed = block_size, prefix_caching, seed
         self.budget = min(max_num_batched_tokens, caps.max_tokens)
         self.max_num_seqs = min(max_num_seqs, caps.max_seqs, self.budget)
-        self.chunk = chunk or self.budget
         self.static, self.dense, self.chunked_prefill = schedule == "static", cache == "dense", chunked_prefill
         self.batch: set[Sequence] = set()
         """The static batch that runs, or is about to."""
@@ -447,7 +445,7 @@ class Scheduler:
 
     def _chunk_of(self, seq: Sequence, budget: int, logit_rows: int) -> int:
         """How many tokens of a sequence to run: where its prompt is scored, every token takes a logit row."""
-        count = min(seq.left, budget, self.chunk)
+        count = min(seq.left, budget)
         return min(count, logit_rows) if seq.scoring else count
 
     def _has_page(self, seq: Sequence) -> bool:

@@ -51,23 +51,13 @@ class Kind(IntEnum):
     RESET = 5
 
 
-def record(runner: ModelRunner, path: Path | str) -> Recorder:
-    """A runner that does what `runner` does and writes every call that changes its state to a new file at `path`."""
-    return Recorder(runner, Path(path))
-
-
-def replay(path: Path | str, runner: ModelRunner) -> Iterator[tuple[int, Batch, Result, Result]]:
-    """Repeat a recorded run on a loaded `runner`, yielding (step, batch, recorded result, new result) as it goes.
+def retrace(path: Path | str, runner: ModelRunner, run: Callable[[int, Batch], T]) -> Iterator[tuple[int, Batch, Result, T]]:
+    """Repeat a recorded run on a loaded `runner`, each step done by `run(step, batch)`, which may observe it; yields step,
+    batch, recorded result and what that returned.
 
     The trace allocates the runner's pages if the recording began before that. Steps that raised when they were recorded are
     run, and undone by the reset that follows them, without being yielded. Raises `TraceError` on damage.
     """
-    for step, batch, recorded, pending in retrace(path, runner, lambda _, batch: runner.submit(batch)):
-        yield step, batch, recorded, pending.result()
-
-
-def retrace(path: Path | str, runner: ModelRunner, run: Callable[[int, Batch], T]) -> Iterator[tuple[int, Batch, Result, T]]:
-    """As `replay`, with each step done by `run(step, batch)`, which may observe it; yields what that returned."""
     running: dict[int, tuple[Batch, T]] = {}
     for kind, step, payload in read_frames(path):
         match kind:
@@ -164,8 +154,9 @@ def _unpack_result(payload: bytes) -> Result:
 
 
 class Recorder(ModelRunner):
-    """Passes every call on. A call is written down once it has returned: one that raised never happened, but for its reset.
-    Steps are not observed while they are recorded."""
+    """Does what `runner` does, and writes every call that changes its state to a new file at `path`. A call is written down
+    once it has returned: one that raised never happened, but for its reset. Steps are not observed while they are recorded.
+    """
 
     def __init__(self, runner: ModelRunner, path: Path) -> None:
         self._runner = runner
