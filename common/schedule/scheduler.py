@@ -425,7 +425,7 @@ class Scheduler:
         for seq in list(self.running):
             if seq.status is not Status.RUNNING:
                 break  # preempted just now, and so is everyone less urgent
-            if seq.known + seq.pending - seq.computed > 1:
+            if seq.left > 1:
                 prefills.append(seq)
             elif seq.pending and (seq.follows or self.caps.pipelined):
                 continue  # one of them is in flight
@@ -437,7 +437,7 @@ class Scheduler:
         logit_rows = self.caps.max_seqs - len(self.running)  # beside one for each
         for seq in prefills:
             count = self._chunk_of(seq, budget, 1 + logit_rows)
-            if count and seq.status is Status.RUNNING:
+            if count:
                 chunks.append((seq, count))
                 budget -= count
                 logit_rows -= count - 1 if seq.scoring else 0
