@@ -21,7 +21,7 @@ from common.schedule.batch import Batch, Mask, Want
 
 if TYPE_CHECKING:
     from common.config import EngineConfig, ModelConfig
-    from common.engine import StepRecord
+    from common.schedule.steplog import StepRecord
     from common.weights.checkpoint import Checkpoint
 
 

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from common.config import Cache, EngineConfig
-from common.engine import Engine, shared_pages
+from common.engine import Engine
 from common.errors import DrainingError, QueueFullError, RequestError
 from common.request import Logprobs, Request, SamplingParams, Status, TokenEvent
 from common.schedule.batch import Batch
 from common.schedule.pages import PagePool
 from common.schedule.scheduler import Scheduler, Sequence, mix64
+from common.schedule.steplog import shared_pages
 from tests.history_runner import Expected, HistoryRunner, expected
 
 VOCAB = 32
