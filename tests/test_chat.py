@@ -199,13 +199,13 @@ def test_a_worker_that_does_not_start_is_not_the_conversation_s_fault(
 @pytest.mark.parametrize("starts", [True, False])
 @pytest.mark.usefixtures("ctrl_c")  # whose handler raises
 def test_who_asks_after_an_interrupted_one_gets_an_answer_of_his_own(tokenizer: Tokenizer, starts: bool) -> None:
-    slow = "{% if messages | length > 1 %}{% for i in range(9999) %}{% for j in range(200) %}{% endfor %}{% endfor %}{% endif %}"
-    with ChatTemplate(tokenizer, slow + "{{ messages[-1].content }}") as chat:
+    long = "{% for i in range(9999) %}{% for j in range(800) %}{% endfor %}{% endfor %}"
+    with ChatTemplate(tokenizer, "{% if messages | length > 1 %}" + long + "{% endif %}{{ messages[-1].content }}") as chat:
         if not starts:
             chat.render([{"role": "user", "content": "before"}])
         interrupt = threading.Timer(0.05, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
-        interrupt.start()
         with pytest.raises(KeyboardInterrupt):
+            interrupt.start()
             chat.render([{"role": "user", "content": "first"}] * 2)
         assert chat.render([{"role": "user", "content": "second"}]) == "second"
 
