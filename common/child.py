@@ -20,11 +20,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+
 from common.frames import read_frame
 
 _ROOT = Path(__file__).parents[1]
 PATIENCE_S = 10.0
 """How long a child may take to end."""
+STOPPED_S = 0.5
+"""That it is stopped (SIGSTOP), after which it counts as dead: whoever stops a whole group goes on with it one by one."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -58,6 +62,14 @@ def end(process: subprocess.Popen[bytes]) -> None:
 def how_it_ended(code: int) -> str:
     """A return code of `subprocess` as the rest of a sentence."""
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def stopped_for(pid: int, before_s: float, turn_s: float) -> float:
+    """For how many seconds it has been stopped, to who looks at it every `turn_s` and has seen `before_s` of them."""
+    try:
+        return before_s + turn_s if psutil.Process(pid).status() == psutil.STATUS_STOPPED else 0.0
+    except psutil.NoSuchProcess:
+        return 0.0
 
 
 def listen() -> tuple[IO[bytes], queue.SimpleQueue[Any]]:

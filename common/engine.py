@@ -8,23 +8,20 @@ from collections.abc import Callable
 from collections.abc import Sequence as Listed
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
-from numbers import Integral
-from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import psutil
 
 from common.config import EngineConfig
 from common.config import expect as expect_config
-from common.errors import RequestError, shown
 from common.interface import Caps, ModelRunner, Pending, Progress, ReplicaState, ServingEngine, load_backend
+from common.platform import memory_available
 from common.request import Request, Status, TokenEvent, expect
-from common.schedule.batch import Batch
 from common.schedule.kv import KV, Carrier
+from common.schedule.limits import check_request, check_tokens
 from common.schedule.scheduler import Scheduler, Sequence, Step
-from common.schedule.trace import record
+from common.schedule.steplog import StepRecord, record_step
 from common.states import hidden_states, num_fitting
 from common.weights.checkpoint import Checkpoint
 
@@ -34,43 +31,6 @@ MAX_POOL_BYTES = 2 << 30
 """Of KV pages, unless `num_blocks` asks for more."""
 _PATIENCE_S = 0.01
 """How long a step waits for what must come before a request can run, where there is nothing else to do."""
-
-
-class StepRecord(NamedTuple):
-    """What one step was asked to do, and when. How much work that is depends on the model, which an engine does not know."""
-
-    submitted: float
-    """On the clock of `perf_counter`, before the runner was called."""
-    landed: float
-    """When its result was on the host."""
-    logit_rows: int
-    """R"""
-    counts: np.ndarray
-    """int32[S]: new tokens of each sequence, each of which writes its K and V."""
-    kv_lengths: np.ndarray
-    """int32[S]: keys of each sequence once the step has run."""
-    shared: np.ndarray
-    """int32[S]: how many keys at its start lie in pages that a later sequence of the step has too."""
-    prompt_tokens: int | None = None
-    """Of `counts`, those of sequences that have more than one or are in their prompt; with none the step only decodes. This and
-    what follows is the engine's to tell: a batch alone does not."""
-    running: int | None = None
-    """Requests that hold pages and a row."""
-    waiting: int | None = None
-    """Requests that do not, the preempted among them."""
-    pages_used: int | None = None
-    pages_total: int | None = None
-    pages_empty: int | None = None
-    """Held by running requests, but without a token in them even when this step has run."""
-    started: tuple[str, ...] = ()
-    """The ids of the requests for which this is the first step."""
-
-    @classmethod
-    def of(cls, values: Listed[Any]) -> StepRecord:
-        """A record after its trip through JSON, in which arrays and tuples became lists."""
-        step = cls(*values)
-        counts, kv_lengths, shared = (np.array(by_seq, np.int32) for by_seq in (step.counts, step.kv_lengths, step.shared))
-        return step._replace(counts=counts, kv_lengths=kv_lengths, shared=shared, started=tuple(step.started))
 
 
 class Engine(ServingEngine):
@@ -316,57 +276,13 @@ class Engine(ServingEngine):
         self.runner.close()
 
 
-def record_step(batch: Batch, block_size: int, submitted: float, landed: float, sharing: bool = True) -> StepRecord:
-    """The record of a step, in arrays of its own: a view would keep the whole batch alive. `sharing`: whether any page may be
-    in the tables of two sequences."""
-    counts = np.diff(batch.query_starts)
-    shared = shared_pages(batch.page_table[0]) * block_size if sharing else np.zeros_like(counts)  # groups share page numbers
-    return StepRecord(submitted, landed, len(batch.logit_rows), counts, batch.kv_lengths.copy(), shared)
-
-
-def shared_pages(page_table: np.ndarray) -> np.ndarray:
-    """int32[S]: how many pages at its start each sequence of a table int32[S, P] has in common with a later one."""
-    table = page_table.ravel()
-    place = np.arange(len(table), dtype=np.int32)
-    last = np.empty(int(table.max(initial=0)) + 1, np.int32)
-    last[table] = place  # the last sequence that has a page; as they share prefixes, all but it share a prefix with another
-    return ((last[table] != place) & (table > 0)).reshape(page_table.shape).sum(axis=1, dtype=np.int32)
-
-
-def check_request(request: Request, vocab_size: int) -> None:
-    """Raise `RequestError` for a request with n > 1, or with anything that is no token of the model."""
-    n, name = request.params.n, request.request_id
-    expect(n == 1, f"Request {name!r}: an engine continues a prompt once, got n={n}; add what fan_out makes of the request.")
-    listed: list[tuple[str, Any]] = [
-        ("prompt_token_ids", request.prompt_token_ids),
-        ("output_token_ids", request.output_token_ids),
-        ("stop_token_ids", request.params.stop_token_ids),
-        ("eos_token_ids", request.eos_token_ids),
-        ("allowed_token_ids", request.params.allowed_token_ids or ()),
-        *(("bad_words", word) for word in request.bad_words),
-    ]
-    for what, ids in listed:
-        check_tokens(f"Request {name!r}: {what}", ids, vocab_size, what)
-    beyond = [token for token in dict(request.params.logit_bias or ()) if token >= vocab_size]
-    told = f"Request {name!r}: logit_bias must map token ids in [0, {vocab_size}) to numbers, got the ids {shown(beyond)}."
-    expect(not beyond, told, "logit_bias")
-
-
-def check_tokens(what: str, ids: Listed[Any], vocab_size: int, param: str | None = None) -> None:
-    """Raise `RequestError` for the first of `ids` that is no token id: an integer in [0, vocab_size), which True and 1.0 are
-    not."""
-    for i, token in enumerate(ids):
-        if not (isinstance(token, (int, Integral)) and not isinstance(token, bool) and 0 <= int(token) < vocab_size):
-            raise RequestError(f"{what}[{i}] must be an integer in [0, {vocab_size}), got {shown(token)}.", param)
-
-
 def pool_size(config: EngineConfig, max_model_len: int, page_bytes: int) -> int:
     """Pages to allocate, the null page included: `num_blocks`, or enough for `max_num_seqs` full contexts within bounds, which
     replicas share."""
     if config.num_blocks is not None:
         return config.num_blocks
     wanted = 1 + config.max_num_seqs * -(-max_model_len // config.block_size)
-    share = psutil.virtual_memory().available // (4 * config.data_parallel_size)
+    share = memory_available() // (4 * config.data_parallel_size)
     affordable = min(share, MAX_POOL_BYTES) // page_bytes
     expect_config(
         affordable >= 2,
@@ -381,21 +297,17 @@ def build_engine(
     checkpoint: Checkpoint,
     config: EngineConfig,
     progress: Progress | None = None,
-    trace: Path | None = None,
 ) -> Engine:
-    """An engine of `backend` (`jax`, `torch`), loaded, allocated and warmed up; of several replicas, one. With `trace`, every
-    call is recorded there."""
+    """An engine of `backend` (`jax`, `torch`), loaded, allocated and warmed up; of several replicas, one."""
     max_model_len = config.model_len(checkpoint.config)
     config = replace(config, max_model_len=max_model_len)
     runner = load_backend(backend, config)
-    if trace is not None:
-        runner = record(runner, trace)
     try:
         runner.load(checkpoint, progress)
         groups = runner.kv_groups()
         page_bytes = sum(group.page_bytes for group in groups)
         num_pages = pool_size(config, max_model_len, page_bytes)
-        free = psutil.virtual_memory().available
+        free = memory_available()
         expect_config(
             runner.caps.device != "cpu" or num_pages * page_bytes <= free,
             f"num_blocks={num_pages} pages of {page_bytes} bytes do not fit the {free} bytes of free memory; "

@@ -21,7 +21,6 @@ import numpy as np
 from common import child
 from common.errors import BackendError
 from common.frames import read_frame, write_frame
-from common.replicas.keeper import STOPPED_S, is_stopped
 
 log = logging.getLogger(__name__)
 
@@ -92,8 +91,8 @@ def _keep(started: Future[subprocess.Popen[bytes]], ended: Callable[[], object],
     stopped = 0.0
     while process.poll() is None:
         time.sleep(TURN_S)
-        stopped = stopped + TURN_S if is_stopped(process.pid) else 0.0
-        if stopped >= STOPPED_S:
+        stopped = child.stopped_for(process.pid, stopped, TURN_S)
+        if stopped >= child.STOPPED_S:
             log.error("A process of this engine (pid %d) was stopped, and is ended.", process.pid)
             process.kill()
             process.wait()

@@ -21,7 +21,7 @@ from common.schedule.batch import Batch, Mask, Want
 
 if TYPE_CHECKING:
     from common.config import EngineConfig, ModelConfig
-    from common.engine import StepRecord
+    from common.schedule.steplog import StepRecord
     from common.weights.checkpoint import Checkpoint
 
 
@@ -228,7 +228,7 @@ class ModelRunner(ABC):
     @property
     @abstractmethod
     def compilations(self) -> int:
-        """Programs compiled so far in this process, by this runner."""
+        """Programs that the framework has compiled so far in this process, for whomever."""
 
     def stats(self) -> dict[str, float]:
         """Of a runner whose ranks share out a model, since the start: `communication_bytes`, what one of the last stage told
@@ -240,7 +240,8 @@ class ModelRunner(ABC):
     @abstractmethod
     def submit(self, batch: Batch, mask: Mask = None) -> Pending:
         """Start one step. It runs after every earlier one. `mask` gives the masks of a batch that has `mask_rows` alone: it is
-        called once, after the forward pass has been dispatched and before tokens are chosen, and may block until then."""
+        called once, before tokens are chosen, and may block until then. Where one process runs the step, that is after the
+        forward pass has been dispatched; where several do, or it is recorded, before: the masks go with the batch."""
 
     def observe(self, batch: Batch, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
         """Run one step as `submit` does, and return what it computes on the way, by name, in the order of computation, float32.

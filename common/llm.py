@@ -443,7 +443,8 @@ def _is_one(prompts: Any) -> bool:
 @contextmanager
 def _progress(enabled: bool) -> Iterator[Progress]:
     """A progress bar on standard error, if people are watching."""
-    if not (enabled and sys.stdout.isatty() and sys.stderr.isatty()):
+    # One that was closed before Python started is None.
+    if not (enabled and all(stream is not None and stream.isatty() for stream in (sys.stdout, sys.stderr))):
         yield lambda done, total, what: None
         return
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))

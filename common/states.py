@@ -15,8 +15,8 @@ import numpy as np
 
 from common.errors import shown
 from common.interface import ModelRunner
-from common.request import expect
-from common.schedule.batch import Batch
+from common.request import SamplingParams, expect
+from common.schedule.rows import Rows
 from common.weights.checkpoint import Checkpoint
 
 Pooling = Literal["mean", "last"]
@@ -62,45 +62,15 @@ def hidden_states(
     """The residual stream behind the last layer, float32[T, D] of each prompt, in steps of at most `tokens` tokens: several
     prompts that fit one, or a single prompt. `pages` are held for each; afterwards nobody needs what is in them."""
     name = f"layers.{max(layer for group in runner.kv_groups() for layer in group.layers)}.residual"
+    rows = Rows(len(prompts), max(map(len, prompts)), page_size, len(runner.kv_groups()))
+    for prompt, held in zip(prompts, pages, strict=True):
+        rows.take(np.array(prompt, np.int32), held, SamplingParams(temperature=0.0), 0)
     parts: list[list[np.ndarray]] = [[] for _ in prompts]
     for start in range(0, max(map(len, prompts)), tokens):
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) - start > 1)  # those with one token first
-        stops = [min(len(prompts[i]), start + tokens) for i in order]
-        batch = prompt_batch([prompts[i][:stop] for i, stop in zip(order, stops, strict=True)], start,
-                             [pages[i] for i in order], page_size, len(runner.kv_groups()))  # fmt: skip
+        counts = [min(len(prompts[i]) - start, tokens) for i in order]
+        batch = rows.build(order, [start] * len(order), counts, samples=[], fills=[])
         states_TD = runner.observe(batch, (name,))[name]
         for i, states in zip(order, np.split(states_TD, batch.query_starts[1:-1]), strict=True):
             parts[i].append(states)
     return [np.concatenate(each) for each in parts]
-
-
-def prompt_batch(
-    tokens: Sequence[Sequence[int]], start: int, pages: Sequence[Sequence[int]], page_size: int, groups: int
-) -> Batch:
-    """The tokens of sequences from position `start` on, without a logit. Sequences of which one token is left come first."""
-    ends = np.array([len(each) for each in tokens])
-    counts = ends - start
-    owner = np.repeat(np.arange(len(tokens)), counts)
-    query_starts = np.concatenate(([0], counts.cumsum()))
-    positions = start + np.arange(len(owner)) - query_starts[owner]
-    table = np.zeros((len(tokens), -(-int(ends.max()) // page_size)), np.int32)
-    for row, own in zip(table, pages, strict=True):
-        held = own[: len(row)]
-        row[: len(held)] = held
-    slots = table[owner, positions // page_size] * page_size + positions % page_size
-    return Batch.pack(
-        token_ids=np.concatenate([each[start:] for each in tokens]),
-        positions=positions,
-        query_starts=query_starts,
-        kv_lengths=ends,
-        num_decodes=[int((counts == 1).sum())],
-        rows=np.arange(len(tokens)),
-        page_table=table[None].repeat(groups, 0),
-        slots=slots[None].repeat(groups, 0),
-        copies=np.zeros((groups, 0, 2)),
-        fill_at=[],
-        fill_row=[],
-        logit_rows=[],
-        logit_owner=[],
-        want=[],
-    )

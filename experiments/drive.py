@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Self
 
-from common.engine import Engine, StepRecord
+from common.engine import Engine
 from common.errors import RequestError
 from common.interface import InferenceEngine
 from common.request import Logprobs, Request, SamplingParams, TokenEvent
+from common.schedule.steplog import StepRecord
 from experiments.agenda import Agenda
 from experiments.machine import Watch
 from experiments.workload import Item

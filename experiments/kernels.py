@@ -30,11 +30,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from common.config import ITEMSIZES, Dtype, ModelConfig, expect
-from common.engine import record_step
 from common.errors import BackendError
 from common.request import SamplingParams
 from common.schedule.batch import Batch
 from common.schedule.rows import Rows
+from common.schedule.steplog import record_step
 from common.weights import zoo
 from common.weights.checkpoint import expected_shapes, open_checkpoint
 from experiments.config import EngineSpec, MeasureConfig, resolved, runs_folder

@@ -12,9 +12,9 @@ from typing import Any
 
 import pandas as pd
 
-from common.engine import StepRecord
 from common.errors import ConfigError
 from common.interface import KernelEvent
+from common.schedule.steplog import StepRecord
 from experiments.drive import Row, Window
 from experiments.profiled import Profile
 from experiments.rundir import write_json, write_whole

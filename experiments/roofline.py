@@ -39,11 +39,11 @@ import numpy as np
 from rich.table import Table
 
 from common.config import ITEMSIZES, Dtype, ModelConfig
-from common.engine import StepRecord
 from common.errors import BackendError
 from common.kernels.cpu.build import build
 from common.kernels.cpu.pack import aligned
 from common.platform import cores, memory_available, thread_settings
+from common.schedule.steplog import StepRecord
 from common.weights.checkpoint import expected_shapes
 from common.weights.parameters import NUMPY_DTYPES
 from experiments.console import number, print_json, wide_console

@@ -105,8 +105,8 @@ def write_pages(cache: KVCache, pages: Sequence[int], arrays: dict[str, np.ndarr
 
 def page_memory(cache: KVCache) -> dict[str, list[np.ndarray]]:
     """What pools on a CPU lie in, as `common.interface.PageMemory` has it. Whoever has the pools has nothing but them, so that
-    they are written to as by an operator of a step. Not by `np.asarray`: an array keeps the view that it gives, and a pool of
-    which there is one cannot be donated."""
+    they are written to as by an operator of a step. Not by `np.asarray`: the view that it gives lives on with whoever has it,
+    and a pool of which there is one cannot be donated."""
 
     def memory(pool: Array) -> np.ndarray:
         pool.block_until_ready()

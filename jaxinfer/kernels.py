@@ -211,29 +211,59 @@ def sample(state: State, step: Array, changed_RV: Array | None = None) -> tuple[
     return sampled, state._replace(last_tokens=last_tokens)
 
 
-class Step:
-    """A model in native operators. `load` first; then `run` takes a state and a batch, and gives the next state."""
+class Native:
+    """What the steps below have in common: weights that are packed for the kernels, and pages as those keep them."""
 
     kernels = "native"
-    token_buckets: tuple[int, ...] = ()
-    decode_buckets: tuple[int, ...] = ()
-
-    def __init__(self, config: EngineConfig, device: jax.Device, group: Group = ALONE) -> None:
-        self.config, self.device, self.group = config, device, group
-        self._told = 0  # bytes of the stage before to this
-        self._threads = config.threads or cores()
-        open_library().tandem_threads(self._threads)
+    config: EngineConfig
+    group: Group
 
     def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
         """Pack the weights, with room for `positions` rotary positions."""
         self._layers = stage_layers(checkpoint.config.num_layers, self.group.stages)[self.group.stage]
         checkpoint = stage_of(checkpoint, self.group.stage, self.group.stages)
         self.model_config: ModelConfig = checkpoint.config
+        self._local = local_config(checkpoint.config, self.group.ranks)
+        self._positions = positions
         self.weights = load_weights(checkpoint, self.config.dtype, positions, progress, self.group)
-        self._pages = -(-positions // self.config.block_size)
-        self._sizes = sorted({self.config.max_num_seqs, self.config.max_num_batched_tokens})
+
+    def page_bytes(self, model: ModelConfig) -> int:
+        """Bytes of one page of all ranks, over all layers of the model."""
+        return self.group.ranks * page_bytes(local_config(model, self.group.ranks), self.config)
+
+    def read_pages(self, state: State, pages_: Sequence[int]) -> dict[str, np.ndarray]:
+        """Copies `k` and `v`: [L, pages, B, K, H]."""
+        (k,), (v,) = state.cache
+        K, H = self._local.num_kv_heads, self._local.head_dim
+        # Rank by rank: an array keeps what it once gave of all of them together.
+        every = lambda pool: [_typed(np.asarray(own.data)[:, list(pages_)]) for own in pool.addressable_shards]  # noqa: E731
+        whole = {"k": [keys_out(pool, K) for pool in every(k)], "v": [values_out(pool, K, H) for pool in every(v)]}
+        return {name: join_heads(np.concatenate(x, 3), self.model_config, self.group.ranks) for name, x in whole.items()}
+
+    def write_pages(self, state: State, pages_: Sequence[int], arrays: dict[str, np.ndarray]) -> State:
+        """The inverse of `read_pages`."""
+        (k,), (v,) = state.cache
+        parts = lambda x: np.split(split_heads(x, self.model_config, self.group.ranks), self.group.ranks, 3)  # noqa: E731
+        every = lambda pack, x, pool: np.concatenate([pack(part, pool.shape[-1]) for part in parts(x)])  # noqa: E731
+        put = lambda pool, x: _put_pages(pool, np.array(pages_, np.int32), x.view(pool.dtype))  # noqa: E731
+        k, v = put(k, every(keys_in, arrays["k"], k)), put(v, every(values_in, arrays["v"], v))
+        return state._replace(cache=KVCache((k,), (v,)))
+
+
+class Step(Native):
+    """A model in native operators. `load` first; then `run` takes a state and a batch, and gives the next state."""
+
+    token_buckets: tuple[int, ...] = ()
+    decode_buckets: tuple[int, ...] = ()
+
+    def __init__(self, config: EngineConfig, device: jax.Device, group: Group = ALONE) -> None:
+        self.config, self.device, self.group = config, device, group
+        self._told = 0  # bytes of the stage before to this
+        self._sizes = sorted({config.max_num_seqs, config.max_num_batched_tokens})
         self._compiled: dict[tuple[int, int, Names], Any] = {}
         self._choosers: dict[int, Any] = {}
+        self._threads = config.threads or cores()
+        open_library().tandem_threads(self._threads)
 
     def make_state(self, num_pages: int) -> State:
         """Empty pages and rows."""
@@ -242,10 +272,6 @@ class Step:
         shape = config.max_num_seqs, self.model_config.vocab_size
         logits_RV = _zeros(shape, jnp.float32, device) if self.model_config.predicts else None
         return State(cache, jnp.zeros((config.max_num_seqs,), jnp.int32, device=device), logits_RV)
-
-    def page_bytes(self, model: ModelConfig) -> int:
-        """Bytes of one page, over all layers of the model."""
-        return page_bytes(model, self.config)
 
     def held(self, state: State) -> int:
         """Bytes of one rank's weights and pages."""
@@ -271,23 +297,6 @@ class Step:
         wide = state._replace(logits=jnp.zeros(shape, jnp.float32, device=self.device))
         wide, _, taps = self._run(tokens, wide, batch, names)
         return wide._replace(logits=state.logits), taps
-
-    def read_pages(self, state: State, pages_: Sequence[int]) -> dict[str, np.ndarray]:
-        """Copies `k` and `v`: [L, pages, B, K, H]."""
-        config, ((k,), (v,)) = self.model_config, state.cache
-        out = lambda pool: _typed(np.asarray(pool)[:, list(pages_)])  # noqa: E731
-        return {
-            "k": keys_out(out(k), config.num_kv_heads),
-            "v": values_out(out(v), config.num_kv_heads, config.head_dim),
-        }
-
-    def write_pages(self, state: State, pages_: Sequence[int], arrays: dict[str, np.ndarray]) -> State:
-        """The inverse of `read_pages`."""
-        (k,), (v,) = state.cache
-        put = lambda pool, x: _put_pages(pool, np.array(pages_, np.int32), x.view(pool.dtype))  # noqa: E731
-        k = put(k, np.ascontiguousarray(keys_in(arrays["k"], k.shape[-1])))
-        v = put(v, np.ascontiguousarray(values_in(arrays["v"], v.shape[-1])))
-        return state._replace(cache=KVCache((k,), (v,)))
 
     def _advance(self, state: State, batch: Batch, mask: Mask, *before: Array) -> tuple[State, Any]:
         """As `run`, but that a stage that is not the last gives its residual stream, and one that is not the first takes that
@@ -322,7 +331,8 @@ class Step:
         rows = self.config.max_num_seqs if state.logits is None else len(state.logits)
         program = tokens, rows, names
         open_library().tandem_threads(self._threads)  # another engine of this process may have another number
-        size = max_step_size(self.config.max_num_batched_tokens, rows, self._pages)
+        pages = -(-self._positions // self.config.block_size)
+        size = max_step_size(self.config.max_num_batched_tokens, rows, pages)
         step = np.zeros(size, np.int32) if batch is None else _filled(size, pack_step(batch))
         first = without_modes(step) if batch is not None and batch.adjusts else step  # what it chooses is chosen anew
         if program not in self._compiled:
@@ -373,24 +383,13 @@ class _Packed(NamedTuple):
     choice: Any  # of R logit rows
 
 
-class SharedStep(FrameworkStep):
+class SharedStep(Native, FrameworkStep):
     """As `Step`, of a model that the ranks of a group share out. Between the operators they add up their terms. Each has the
     logits of its tokens, from which they choose together in the framework's operations."""
-
-    kernels = "native"
 
     def __init__(self, config: EngineConfig, device: jax.Device, group: Group) -> None:
         super().__init__(config, device, group)
         self._threads = config.threads or cores()  # of all ranks, whose operators take turns
-
-    def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
-        """Pack the weights, with room for `positions` rotary positions."""
-        self._layers = stage_layers(checkpoint.config.num_layers, self.group.stages)[self.group.stage]
-        checkpoint = stage_of(checkpoint, self.group.stage, self.group.stages)
-        self.model_config = checkpoint.config
-        self._local = local_config(checkpoint.config, self.group.ranks)
-        self._positions = positions
-        self.weights = load_weights(checkpoint, self.config.dtype, positions, progress, self.group)
 
     def make_state(self, num_pages: int) -> State:
         """Empty pages and rows."""
@@ -398,27 +397,6 @@ class SharedStep(FrameworkStep):
         cache = _make_cache(self._local, num_pages, config.block_size, config.dtype, self.group)
         whole = self.group._place(self.device, _WHOLE)
         return State(cache, jnp.zeros((config.max_num_seqs + 1,), jnp.int32, device=whole))
-
-    def page_bytes(self, model: ModelConfig) -> int:
-        """Bytes of one page of all ranks, over all layers of the model."""
-        return self.group.ranks * page_bytes(local_config(model, self.group.ranks), self.config)
-
-    def read_pages(self, state: State, pages_: Sequence[int]) -> dict[str, np.ndarray]:
-        """Copies `k` and `v`: [L, pages, B, K, H]."""
-        (k,), (v,) = state.cache
-        every = lambda pool: np.split(_typed(np.asarray(pool)[:, list(pages_)]), self.group.ranks)  # noqa: E731
-        K, H = self._local.num_kv_heads, self._local.head_dim
-        whole = {"k": [keys_out(pool, K) for pool in every(k)], "v": [values_out(pool, K, H) for pool in every(v)]}
-        return {name: join_heads(np.concatenate(x, 3), self.model_config, self.group.ranks) for name, x in whole.items()}
-
-    def write_pages(self, state: State, pages_: Sequence[int], arrays: dict[str, np.ndarray]) -> State:
-        """The inverse of `read_pages`."""
-        (k,), (v,) = state.cache
-        parts = lambda x: np.split(split_heads(x, self.model_config, self.group.ranks), self.group.ranks, 3)  # noqa: E731
-        every = lambda pack, x, pool: np.concatenate([pack(part, pool.shape[-1]) for part in parts(x)])  # noqa: E731
-        put = lambda pool, x: _put_pages(pool, np.array(pages_, np.int32), x.view(pool.dtype))  # noqa: E731
-        k, v = put(k, every(keys_in, arrays["k"], k)), put(v, every(values_in, arrays["v"], v))
-        return state._replace(cache=KVCache((k,), (v,)))
 
     def _warm_pages(self, state: State) -> State:
         return self.write_pages(state, [0], _null_page(self.model_config, self.config))

@@ -187,7 +187,7 @@ class _Ranks(Group):
         return ids[:, 0]
 
     def highest(self, logits: Array, ids: Array, n: int) -> tuple[Array, Array]:
-        top, at = lax.top_k(self.join(logits), logits.shape[1])
+        top, at = lax.top_k(_one_zero(self.join(logits)), logits.shape[1])
         return top, jnp.take_along_axis(self.join(self.rank * n + ids), at, axis=1)
 
     def _place(self, device: jax.Device, spec: PartitionSpec) -> jax.sharding.Sharding:
@@ -307,6 +307,11 @@ class _Pipeline:
     def _then(self, at: int, before: _Advanced, change: Callable[[int, Any, Any], tuple[Any, Any]]) -> _Advanced:
         """What `change` makes of a stage's state, once that is there."""
         return self._threads[at].submit(lambda: change(at, self._stages[at], before.result()[0]))
+
+
+def _one_zero(x: Array) -> Array:
+    """x without -0, which equals 0, but comes behind it in the order of bits, and of `lax.top_k`."""
+    return jnp.where(x == 0, 0, x)
 
 
 def _bytes_told(program: str) -> int:

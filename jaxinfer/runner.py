@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
+from functools import cache
 from typing import Any
 
 import jax
@@ -34,7 +35,7 @@ class ModelRunner(interface.ModelRunner):
         self.state: Any = None  # a State once allocated
         self._step: Any = None  # a step.Step or a kernels.Step once loaded
         self._caps: Any = None
-        self._compilations = _count_compilations()
+        _compilations()  # from now on
 
     @property
     def caps(self) -> Caps:
@@ -87,7 +88,7 @@ class ModelRunner(interface.ModelRunner):
 
     @property
     def compilations(self) -> int:
-        return self._compilations()
+        return _compilations()[0]
 
     def stats(self) -> dict[str, float]:
         if self.config.ranks == 1:
@@ -131,12 +132,13 @@ class ModelRunner(interface.ModelRunner):
             self.state = self._step._copy_pages(self.state, batch.copies[0])
 
 
-def _count_compilations() -> Callable[[], int]:
-    """Start counting what XLA compiles in this process, by whomever; the returned function tells how many so far."""
+@cache
+def _compilations() -> list[int]:
+    """How many programs XLA has compiled in this process since this was called first, by whomever: one number, which rises."""
     count = [0]
 
     def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         count[0] += event == "/jax/core/compile/backend_compile_duration"
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    return lambda: count[0]
+    return count

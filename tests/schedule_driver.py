@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 
 from common.config import Cache, EngineConfig
-from common.engine import Engine, shared_pages
+from common.engine import Engine
 from common.errors import DrainingError, QueueFullError, RequestError
 from common.request import Logprobs, Request, SamplingParams, Status, TokenEvent
 from common.schedule.batch import Batch
+from common.schedule.pages import PagePool
 from common.schedule.scheduler import Scheduler, Sequence, mix64
+from common.schedule.steplog import shared_pages
 from tests.history_runner import Expected, HistoryRunner, expected
 
 VOCAB = 32
@@ -31,13 +33,22 @@ def require(condition: object, message: str) -> None:
         raise Violation(message)
 
 
+def free_pages(pool: PagePool) -> list[int]:
+    """The free list, front first."""
+    pages, page = [], pool._after[0]
+    while page:
+        pages.append(page)
+        page = pool._after[page]
+    return pages
+
+
 def check_pages(scheduler: Scheduler) -> None:
     """Every page is held as often as it is listed, or free, once; the cache and the keys agree (P1 to P5)."""
     pool = scheduler.pool
     holders = [*scheduler.running, *scheduler.leaving]
     held = Counter(page for seq in holders for page in seq.pages)
     held += Counter(page for kept in scheduler.kept.values() for page in kept.pages)
-    free = pool.free_pages()
+    free = free_pages(pool)
     require(
         len(free) == pool.num_free == len(set(free)),
         "the free list's length differs from its counter, or a page is twice on it",
@@ -270,7 +281,7 @@ class Episode:
         require(len(started) == len(set(started)), "a request started twice")
         require(self.engine.reset_prefix_cache(), "a page is held although nothing is live")
         pool = self.engine.scheduler.pool
-        require(sorted(pool.free_pages()) == list(range(1, pool.num_pages)), "a page is not free in the end")
+        require(sorted(free_pages(pool)) == list(range(1, pool.num_pages)), "a page is not free in the end")
         require(not pool.cached and not any(pool.keys), "a page is still cached after a reset of the prefix cache")
 
     def poison_of(self, batch: Batch) -> BaseException | None:
@@ -440,7 +451,7 @@ class Episode:
         check_in_flight(self.engine)
         if self.runner.faults == faults:
             order.check()
-        self.runner.poison([page for page in scheduler.pool.free_pages() if scheduler.pool.keys[page] is None])
+        self.runner.poison([page for page in free_pages(scheduler.pool) if scheduler.pool.keys[page] is None])
         finished = [event.request_id for event in events if event.finish]
         require(all(name in finished for name in self.ended), "an aborted request did not end with the next step")
         late = [name for name, (request, _) in self.requests.items() if is_late(request, self.now)]

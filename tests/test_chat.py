@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -192,6 +194,20 @@ def test_a_worker_that_does_not_start_is_not_the_conversation_s_fault(
         with pytest.raises(BackendError, match=r"does not start \(/bin/false"):
             smollm.render([{"role": "user", "content": "Hi"}])
     assert "Hi" in smollm.render([{"role": "user", "content": "Hi"}])
+
+
+@pytest.mark.parametrize("starts", [True, False])
+@pytest.mark.usefixtures("ctrl_c")  # whose handler raises
+def test_who_asks_after_an_interrupted_one_gets_an_answer_of_his_own(tokenizer: Tokenizer, starts: bool) -> None:
+    long = "{% for i in range(9999) %}{% for j in range(800) %}{% endfor %}{% endfor %}"
+    with ChatTemplate(tokenizer, "{% if messages | length > 1 %}" + long + "{% endif %}{{ messages[-1].content }}") as chat:
+        if not starts:
+            chat.render([{"role": "user", "content": "before"}])
+        interrupt = threading.Timer(0.05, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.start()
+            chat.render([{"role": "user", "content": "first"}] * 2)
+        assert chat.render([{"role": "user", "content": "second"}]) == "second"
 
 
 def test_closing_ends_the_worker_and_may_be_repeated(tokenizer: Tokenizer) -> None:

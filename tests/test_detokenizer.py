@@ -83,10 +83,10 @@ def test_text_of_many_scripts_streams_without_replacement_characters(name: str) 
 
 def test_bytes_that_never_become_a_character_are_not_held_back() -> None:
     tokenizer = sentencepiece_like()
-    stray, lead, follow = (tokenizer.token_to_id(f"<0x{b:02X}>") for b in (0x80, 0xF0, 0x9F))
+    stray, lead, follow = (tokenizer._inner.token_to_id(f"<0x{b:02X}>") for b in (0x80, 0xF0, 0x9F))
     assert pieces(tokenizer, [stray] * 1000) == [REPLACEMENT] * 1000 + [""]
     assert pieces(tokenizer, [lead, lead, follow, lead]) == ["", REPLACEMENT, "", REPLACEMENT, REPLACEMENT]
-    word = tokenizer.token_to_id("x")
+    word = tokenizer._inner.token_to_id("x")
     assert pieces(tokenizer, [lead, follow, word]) == ["", "", REPLACEMENT + "x", ""]
 
 
@@ -117,8 +117,8 @@ def test_a_special_token_within_a_character_does_not_break_it_when_skipped() -> 
 )
 def test_the_first_space_is_dropped_only_where_the_output_begins_the_text(prompt: list[str], skip: bool, expected: str) -> None:
     tokenizer = sentencepiece_like()
-    prompt_ids = [tokenizer.token_to_id(t) for t in prompt]
-    ids = [tokenizer.token_to_id(t) for t in ("▁Hello", "▁world")]
+    prompt_ids = [tokenizer._inner.token_to_id(t) for t in prompt]
+    ids = [tokenizer._inner.token_to_id(t) for t in ("▁Hello", "▁world")]
     assert "".join(pieces(tokenizer, ids, prompt_ids, skip)) == expected
     whole = tokenizer.decode([*prompt_ids, *ids], skip)
     assert whole == tokenizer.decode(prompt_ids, skip) + expected
@@ -132,7 +132,7 @@ def test_the_libraries_own_decoding_is_the_same_for_all_text_that_is_utf8() -> N
         text = "".join(rng.choice(["Hello", "é", "世", "🤗", " ", "x"]) for _ in range(8))
         ids = tokenizer.encode(text)
         assert "".join(pieces(tokenizer, ids)) == tokenizer._inner.decode(ids) == text
-    ids = [tokenizer.token_to_id(f"<0x{b:02X}>") for b in (0xC3, 0xA9, 0xFF)]
+    ids = [tokenizer._inner.token_to_id(f"<0x{b:02X}>") for b in (0xC3, 0xA9, 0xFF)]
     assert tokenizer._inner.decode(ids) == REPLACEMENT * 3
     assert tokenizer.decode(ids) == "é" + REPLACEMENT
 

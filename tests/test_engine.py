@@ -7,14 +7,12 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 from time import perf_counter
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
-import psutil
 import pytest
 
 from common.config import EngineConfig
@@ -23,7 +21,6 @@ from common.errors import BackendError, ConfigError, DrainingError, QueueFullErr
 from common.request import Request, SamplingParams, Status, TokenEvent, fan_out
 from common.schedule.batch import Batch
 from common.schedule.scheduler import mix64
-from common.schedule.trace import replay
 from tests.history_runner import Expected, HistoryRunner, expected
 
 VOCAB = 64
@@ -708,23 +705,12 @@ def test_a_backend_that_is_not_there_is_named_with_the_nearest_that_is() -> None
         build_engine("torhc", checkpoint(), EngineConfig())
 
 
-def test_an_engine_records_its_trace_where_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    Package(monkeypatch)
-    engine = build_engine("history", checkpoint(), EngineConfig(num_blocks=20), trace=tmp_path / "trace")
-    engine.run([request("r")])
-    engine.close()
-    fresh = HistoryRunner(num_pages=1)
-    steps = list(replay(tmp_path / "trace", fresh))
-    assert [new.tokens.tolist() for _, _, _, new in steps] == [[token] for token in right(request("r")).tokens]
-    assert fresh.num_pages == 20
-
-
 def test_the_pool_holds_full_contexts_as_far_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     config = EngineConfig(max_num_seqs=4, max_num_batched_tokens=8, block_size=16)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4_000_000))
+    monkeypatch.setattr("common.engine.memory_available", lambda: 4_000_000)  # of a container, say
     assert pool_size(config, 100, page_bytes=1000) == 1 + 4 * 7
     assert pool_size(config, 100, page_bytes=100_000) == 10  # a quarter of what is available
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1 << 40))
+    monkeypatch.setattr("common.engine.memory_available", lambda: 1 << 40)
     assert pool_size(config, 1 << 30, page_bytes=1 << 20) == 2048  # 2 GiB
     with pytest.raises(ConfigError, match="no memory for two"):
         pool_size(config, 100, page_bytes=1 << 31)

@@ -35,7 +35,7 @@ from common.request import (
     fan_out,
 )
 from common.schedule.batch import Batch, Mask
-from common.schedule.trace import record, replay
+from common.schedule.trace import Recorder
 from common.serve.errors import ApiError
 from common.serve.protocol import ChatRequest, parse
 from common.serve.tools import ToolCalls
@@ -46,6 +46,7 @@ from common.weights.zoo import resolve
 from tests.backends import checkpoint, engine_config, make_engine
 from tests.history_runner import HistoryRunner
 from tests.http_server import SMALL, Served, serving
+from tests.replays import replay
 
 MODEL = "tiny-llama"
 VOCAB = checkpoint(MODEL).config.vocab_size
@@ -202,7 +203,7 @@ def test_a_mask_that_comes_late_does_what_one_in_the_batch_does(grammars: Gramma
     """A trace holds the masks that came: it is replayed without a grammar."""
     config = engine_config()
     engine = make_engine(backend, MODEL, config)
-    inner, engine.runner = engine.runner, record(engine.runner, tmp_path / "trace")
+    inner, engine.runner = engine.runner, Recorder(engine.runner, tmp_path / "trace")
     engine.run(everything(grammars)[::5])
     engine.runner.stop()  # type: ignore[attr-defined]
     steps = list(replay(tmp_path / "trace", inner))

@@ -586,3 +586,8 @@ def test_the_module_runs_as_a_program_without_a_traceback() -> None:
 def test_a_progress_bar_is_for_terminals_only(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
     llm.generate(["the", "of"], GREEDY)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_program_whose_output_is_closed_gets_its_answers(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)  # as Python starts with `>&-`
+    assert len(llm.generate(["the", "of"], GREEDY)) == 2

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.engine import StepRecord
+from common.schedule.steplog import StepRecord
 from experiments.drive import Row, Window
 from experiments.metrics import contaminations, summarize, unsure
 from experiments.phases import steady_part

@@ -11,7 +11,7 @@ import pytest
 from common.config import EngineConfig
 from common.errors import BackendError
 from common.interface import ModelRunner, load_backend
-from common.schedule.trace import record
+from common.schedule.trace import Recorder
 from experiments.observe import compare_row, with_context
 from experiments.reference import NumpyModel
 from tests.backends import Packer, checkpoint
@@ -135,7 +135,7 @@ def test_a_runner_that_shows_nothing_says_so(tmp_path: Any) -> None:
     runner = HistoryRunner(num_pages=4)
     batch = Packer(4, 16).step([])
     assert not runner.caps.observes
-    for closed in (runner, record(runner, tmp_path / "trace")):
+    for closed in (runner, Recorder(runner, tmp_path / "trace")):
         with pytest.raises(BackendError, match="does not show"):
             closed.observe(batch)
 

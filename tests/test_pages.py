@@ -8,6 +8,7 @@ import pytest
 
 import common.schedule.pages as pages_module
 from common.schedule.pages import ROOT, PageError, PageKey, PagePool, next_key
+from tests.schedule_driver import free_pages
 
 SECRET = bytes(32)
 
@@ -37,14 +38,14 @@ def test_a_new_pool_gives_out_every_page_but_the_null_page_in_order() -> None:
 
 def test_a_pool_of_the_null_page_alone_has_nothing_to_give() -> None:
     pool = PagePool(1)
-    assert pool.num_free == 0 and pool.free_pages() == [] and pool.allocate(1) is None and pool.allocate(0) == []
+    assert pool.num_free == 0 and free_pages(pool) == [] and pool.allocate(1) is None and pool.allocate(0) == []
 
 
 def test_freed_pages_without_a_key_go_to_the_front_and_others_to_the_back_tail_first() -> None:
     pool = PagePool(8)
     pages = hold(pool, 4, chain(b"a", b"b", b"c"))
     pool.release(pages)
-    assert pool.free_pages() == [4, 5, 6, 7, 3, 2, 1]
+    assert free_pages(pool) == [4, 5, 6, 7, 3, 2, 1]
 
 
 def test_check_5_a_page_given_out_anew_loses_its_key() -> None:
@@ -60,7 +61,7 @@ def test_check_6_hits_are_not_evicted_by_the_allocation_that_uses_them() -> None
     wanted, other = hold(pool, 1, keys), hold(pool, 1, chain(b"z"))
     pool.release(wanted)
     pool.release(other)
-    assert pool.free_pages() == [1, 2]  # the hit is the next to be evicted
+    assert free_pages(pool) == [1, 2]  # the hit is the next to be evicted
     assert pool.allocate(1, pool.match(keys)) == [1, 2]
     assert pool.refs[1:] == [1, 1]
 
@@ -70,9 +71,9 @@ def test_check_7_a_failed_allocation_changes_nothing() -> None:
     hits = hold(pool, 2, keys)
     other = hold(pool, 1)
     pool.release(hits)
-    before = (list(pool.refs), pool.free_pages(), list(pool.keys), pool.num_free)
+    before = (list(pool.refs), free_pages(pool), list(pool.keys), pool.num_free)
     assert pool.allocate(3, pool.match(keys)) is None  # two hits and three more, of four free
-    assert (list(pool.refs), pool.free_pages(), list(pool.keys), pool.num_free) == before
+    assert (list(pool.refs), free_pages(pool), list(pool.keys), pool.num_free) == before
     assert pool.allocate(2, pool.match(keys)) is not None and pool.refs[other[0]] == 1
 
 
@@ -113,7 +114,7 @@ def test_check_11_the_free_list_behaves_like_a_list_whatever_is_removed_from_whe
                 pool.publish(page, keys[page])
             model.insert(0 if pool.keys[page] is None else len(model), page)
             pool.release([page])
-        assert pool.free_pages() == model and pool.num_free == len(model)
+        assert free_pages(pool) == model and pool.num_free == len(model)
 
 
 def test_copies_of_one_content_are_kept_apart_and_evicting_one_leaves_the_other() -> None:

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from common.config import EngineConfig, ModelConfig
-from common.engine import Engine, StepRecord
+from common.engine import Engine
 from common.errors import BackendError
 from common.kernels.cpu import build
 from common.kernels.cpu.pack import panels
 from common.request import Request, SamplingParams
 from common.schedule.batch import Batch
+from common.schedule.steplog import StepRecord
 from common.weights import zoo
 from common.weights.checkpoint import expected_shapes, open_checkpoint
 from common.weights.parameters import NUMPY_DTYPES

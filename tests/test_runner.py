@@ -13,8 +13,9 @@ from common.engine import build_engine
 from common.errors import BackendError, ConfigError
 from common.interface import ModelRunner, Result, load_backend
 from common.request import Request, SamplingParams
-from common.schedule.trace import replay
+from common.schedule.trace import Recorder
 from tests.backends import BACKENDS, Packer, checkpoint, engine_config, make_engine, shared_runner
+from tests.replays import replay
 
 MODEL = "tiny-llama"
 CONFIG = engine_config(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=128)
@@ -295,7 +296,8 @@ def test_a_compilation_is_counted() -> None:
 @pytest.mark.parametrize(("recorder", "other"), [BACKENDS, BACKENDS[::-1]])
 def test_a_trace_of_one_backend_replays_on_the_other(recorder: str, other: str, tmp_path: Path) -> None:
     config = engine_config(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=128, num_blocks=PAGES)
-    engine = build_engine(recorder, checkpoint(MODEL), config, trace=tmp_path / "trace")
+    engine = build_engine(recorder, checkpoint(MODEL), config)
+    engine.runner = Recorder(engine.runner, tmp_path / "trace")
     requests = [
         Request(
             request_id=r.request_id,

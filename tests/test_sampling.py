@@ -298,6 +298,13 @@ def test_top_k_keeps_ties_at_the_kth(backend: str) -> None:
     assert by_k == {0: 6, 1: 1, 2: 4, 3: 4, 4: 4, 5: 5, 6: 6, 100: 6}
 
 
+def test_zeros_of_both_signs_tie(backend: str) -> None:
+    for row in ([0.0, -0.0, -1.0], [-0.0, 0.0, -1.0]):
+        logits = np.array([row])
+        for filters in (Filters(top_k=1), Filters(top_k=2), Filters(top_p=0.3)):
+            assert kept(backend, logits, [filters]).tolist() == [[True, True, False]]
+
+
 def test_top_k_alone_is_top_k_with_a_top_p_of_one(backend: str) -> None:
     logits = np.random.default_rng(4).standard_normal((5, 3000)) * 0.1
     one = kept(backend, logits, [Filters(top_k=k) for k in (1, 10, 100, 2999, 0)])
@@ -366,7 +373,7 @@ def test_masks_and_edits_are_exact(backend: str, vocab: int) -> None:
 def test_logprobs_and_ranks_equal_the_judges_ties_included(backend: str, vocab: int) -> None:
     rng = np.random.default_rng(vocab)
     logits = rng.standard_normal((30, vocab)).astype(np.float32) * 3
-    logits[10:20] = np.round(logits[10:20]) + 0.0  # many ties, as bfloat16 has them; no -0.0
+    logits[10:20] = np.round(logits[10:20])  # many ties, as bfloat16 has them, and zeros of both signs
     logits[20] = 1.5
     tokens = rng.integers(0, vocab, 30).astype(np.int32)
     logprobs, ranks, top_ids, top_logprobs = call(backend, part(backend, "sampling").logprobs_of, logits, tokens)

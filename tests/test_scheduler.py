@@ -13,7 +13,7 @@ from common.errors import RequestError
 from common.interface import Caps, Result
 from common.request import STUCK, Request, SamplingParams, Status, TokenEvent
 from common.schedule.scheduler import LifecycleError, Scheduler, Sequence, Step, mix64
-from tests.schedule_driver import check_pages, check_sequences
+from tests.schedule_driver import check_pages, check_sequences, free_pages
 
 EOS = 99
 
@@ -105,7 +105,7 @@ def test_check_1_prefill() -> None:
 
     scheduler.end("r0", Status.FINISHED_ABORT)
     scheduler.end("r1", Status.FINISHED_ABORT)
-    assert pool.free_pages() == [5, 4, 6, 7, 8, 9, 10, 3, 2, 1]
+    assert free_pages(pool) == [5, 4, 6, 7, 8, 9, 10, 3, 2, 1]
 
     scheduler.add(request("r2", [*common, *[5] * 6]))
     assert scheduled(scheduler.schedule()) == {"r2": 6}
@@ -150,9 +150,9 @@ def test_check_4_evict() -> None:
     turn(scheduler)
     assert scheduler.live["r0"].pages == [1, 2, 3, 4, 5, 6] and scheduler.live["r1"].pages == [7, 8, 9]
     scheduler.end("r0", Status.FINISHED_ABORT)
-    assert scheduler.pool.free_pages() == [6, 10, 5, 4, 3, 2, 1]
+    assert free_pages(scheduler.pool) == [6, 10, 5, 4, 3, 2, 1]
     scheduler.end("r1", Status.FINISHED_ABORT)
-    assert scheduler.pool.free_pages() == [6, 10, 5, 4, 3, 2, 1, 9, 8, 7]
+    assert free_pages(scheduler.pool) == [6, 10, 5, 4, 3, 2, 1, 9, 8, 7]
     scheduler.add(request("r2", [*first[:32], 5, 5, 5]))
     assert scheduled(scheduler.schedule()) == {"r2": 3} and scheduler.live["r2"].pages == [1, 2, 6]
 
@@ -163,9 +163,9 @@ def test_check_7_an_admission_that_fails_leaves_the_pages_it_would_have_shared_a
     scheduler.add(request("r0", [*common, 1]))
     turn(scheduler)
     scheduler.add(request("r1", [*common, *[2] * 48], max_tokens=1))  # three hits and three more pages, two are free
-    before = (list(scheduler.pool.refs), scheduler.pool.free_pages())
+    before = (list(scheduler.pool.refs), free_pages(scheduler.pool))
     assert scheduled(scheduler.schedule()) == {"r0": 1}
-    assert (list(scheduler.pool.refs), scheduler.pool.free_pages()) == before
+    assert (list(scheduler.pool.refs), free_pages(scheduler.pool)) == before
     assert scheduler.live["r1"].status is Status.WAITING
 
 
@@ -210,7 +210,7 @@ def test_a_prompt_of_whole_pages_that_is_cached_entirely_computes_its_last_page_
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 32, 33])
 @pytest.mark.parametrize("chunk", [1, 15, 16, 17, 100])
 def test_pages_at_every_boundary(length: int, chunk: int) -> None:
-    scheduler = make_scheduler(chunk=chunk)
+    scheduler = make_scheduler(max_num_batched_tokens=chunk)
     scheduler.add(request("r", length, max_tokens=34))
     seq = scheduler.live["r"]
     for _ in range(-(-length // chunk) + 33):
@@ -226,7 +226,7 @@ def test_pages_at_every_boundary(length: int, chunk: int) -> None:
 
 
 def test_check_12_concurrent_partial_requests() -> None:
-    scheduler = make_scheduler(chunk=400, prefix_caching=False)
+    scheduler = make_scheduler(prefix_caching=False)
     for name in "abc":
         scheduler.add(request(name, 800))
     steps = []
@@ -234,7 +234,7 @@ def test_check_12_concurrent_partial_requests() -> None:
         step = scheduler.schedule()
         steps.append(scheduled(step))
         land(scheduler, step)
-    assert steps == [{"a": 400, "b": 400, "c": 224}, {"a": 400, "b": 400, "c": 224}, {"a": 1, "b": 1, "c": 352}]
+    assert steps == [{"a": 800, "b": 224}, {"a": 1, "b": 576, "c": 447}, {"a": 1, "b": 1, "c": 353}]
 
 
 @pytest.mark.parametrize(("chunked", "first"), [(True, {"a": 800, "b": 224}), (False, {"a": 800})])
@@ -372,16 +372,17 @@ def test_a_request_goes_only_where_its_state_leads() -> None:
                 assert seq.status is before
 
 
-def test_one_token_requests_run_before_an_older_requests_chunk() -> None:
-    scheduler = make_scheduler(max_num_batched_tokens=40, chunk=30)
-    scheduler.add(request("long", 100))
+def test_one_token_requests_run_before_a_more_urgent_requests_chunk() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=40)
     scheduler.add(request("short", 5))
-    step = scheduler.schedule()
-    assert scheduled(step) == {"short": 5, "long": 30} or scheduled(step) == {"long": 30, "short": 5}
-    land(scheduler, step)
-    step = scheduler.schedule()
-    assert list(scheduled(step).items()) == [("short", 1), ("long", 30)]
-    assert step is not None and step.batch.num_decodes.tolist() == [1]
+    turn(scheduler)
+    scheduler.add(request("long", 100, priority=-1))
+    for _ in range(2):
+        step = scheduler.schedule()
+        assert list(scheduled(step).items()) == [("short", 1), ("long", 39)]
+        assert step is not None and step.batch.num_decodes.tolist() == [1]
+        land(scheduler, step)
+    assert [seq.request.request_id for seq in scheduler.running] == ["long", "short"]
 
 
 def test_every_running_request_decodes_even_beside_a_prompt_that_could_use_the_whole_budget() -> None:

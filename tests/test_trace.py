@@ -18,14 +18,14 @@ from common.schedule.trace import (
     MAGIC,
     MAX_PAYLOAD,
     Kind,
+    Recorder,
     TraceError,
     pack_arrays,
     read_frames,
-    record,
-    replay,
     unpack_arrays,
 )
 from tests.history_runner import HistoryRunner
+from tests.replays import replay
 
 PAGES = 12
 
@@ -38,7 +38,7 @@ def recorded_run(path: Path, depth: int = 0) -> HistoryRunner:
     """Eight requests with sampling, logprobs, preemption and one step that raises, recorded."""
     runner = make_runner(depth)
     runner.batches = []
-    recorder = record(runner, path)
+    recorder = Recorder(runner, path)
     recorder.allocate([PAGES])
     config = EngineConfig(block_size=4, max_num_seqs=4, max_num_batched_tokens=16, max_model_len=40)
     engine = Engine(recorder, config, num_pages=PAGES)
@@ -92,7 +92,7 @@ def test_written_pages_are_part_of_a_trace(tmp_path: Path) -> None:
     source, path = make_runner(), tmp_path / "trace"
     source.chain[:] = np.arange(len(source.chain))
     arrays = source.read_pages(0, [3, 5])
-    recorder = record(make_runner(), path)
+    recorder = Recorder(make_runner(), path)
     recorder.write_pages(0, [2, 1], arrays)
     recorder.close()
     fresh = make_runner()
@@ -104,7 +104,7 @@ def test_a_trace_is_never_written_over_a_file(tmp_path: Path) -> None:
     path = tmp_path / "kept"
     path.write_bytes(b"precious")
     with pytest.raises(TraceError, match="never written over"):
-        record(make_runner(), path)
+        Recorder(make_runner(), path)
     assert path.read_bytes() == b"precious"
 
 
@@ -153,6 +153,10 @@ def frame(kind: int, payload: bytes, step: int = 0, length: int | None = None) -
     return MAGIC + FRAME.pack(kind, step, len(payload) if length is None else length, zlib.crc32(payload)) + payload
 
 
+def header(text: str) -> bytes:
+    return len(text).to_bytes(4, "little") + text.encode()
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -161,13 +165,15 @@ def frame(kind: int, payload: bytes, step: int = 0, length: int | None = None) -
         (frame(99, b""), "no frame has kind 99"),
         (frame(Kind.SUBMIT, b"", length=MAX_PAYLOAD + 1), "length 2147483649"),
         (frame(Kind.RESULT, pack_arrays({"tokens": np.zeros(1)}), step=5), "no such step"),
-        (frame(Kind.ALLOCATE, b"\x06\x00\x00\x00[1, 2,"), "no JSON"),
-        (frame(Kind.ALLOCATE, b"\x06\x00\x00\x00[1, 2]"), "is list, not an object"),
-        (frame(Kind.ALLOCATE, (100_000).to_bytes(4, "little") + b"[" * 100_000), "no JSON"),
+        (frame(Kind.ALLOCATE, header("[1, 2,")), "no JSON"),
+        (frame(Kind.ALLOCATE, header("[1, 2]")), "is list, not an object"),
+        (frame(Kind.ALLOCATE, header("[" * 100_000)), "no JSON"),
         (frame(Kind.ALLOCATE, pack_arrays({"pages": np.zeros(2)})), "lacks its list of pages"),
         (frame(Kind.WRITE_PAGES, b"\xff\xff\xff\xff"), "does not fit"),
-        (frame(Kind.WRITE_PAGES, b'\x0f\x00\x00\x00{"k": ["evil"]}'), "known dtype"),
-        (frame(Kind.WRITE_PAGES, b'\x12\x00\x00\x00{"k": ["int8", 9]}'), "lacks 9 bytes"),
+        (frame(Kind.WRITE_PAGES, header('{"k": ["evil"]}')), "known dtype"),
+        (frame(Kind.WRITE_PAGES, header('{"k": [["int8"], 3]}')), "known dtype"),
+        (frame(Kind.WRITE_PAGES, header(f'{{"k": ["int8", 0, {2**63}]}}')), "known dtype"),
+        (frame(Kind.WRITE_PAGES, header('{"k": ["int8", 9]}')), "lacks 9 bytes"),
         (frame(Kind.WRITE_PAGES, pack_arrays({"k": np.zeros(3)}) + b"x"), "1 bytes too many"),
         (frame(Kind.WRITE_PAGES, pack_arrays({"k": np.zeros(3)})), "lacks its list of pages"),
     ],

@@ -310,11 +310,15 @@ def test_what_nobody_takes_is_given_back_when_the_lease_is_over() -> None:
     sender = memory.sender()
     sender.offer("r", 5, now=0.0)
     sender.offer("s", 5, now=1.0)
-    assert sender.expire(LEASE_S - 0.1) == [] and memory.freed == []
-    assert sender.expire(LEASE_S) == [] and memory.freed == ["r"]  # nobody has accepted whom it could be told
-    assert [*sender.hear(Accept(Tag("s", 8), LAYOUT.fingerprint), now=LEASE_S)]
-    assert sender.expire(2 * LEASE_S - 0.1) == []  # which renews the lease
-    assert sender.expire(2 * LEASE_S) == [Abort(Tag("s", 8), "the lease is over")] and memory.freed == ["r", "s"]
+    sender.expire(LEASE_S - 0.1)
+    assert memory.freed == []
+    sender.expire(LEASE_S)
+    assert memory.freed == ["r"]
+    assert [*sender.hear(Accept(Tag("s", 8), LAYOUT.fingerprint), now=LEASE_S)]  # which renews the lease
+    sender.expire(2 * LEASE_S - 0.1)
+    assert memory.freed == ["r"]
+    sender.expire(2 * LEASE_S)
+    assert memory.freed == ["r", "s"]
 
 
 def test_who_has_no_room_yet_has_pages_held_for_another_lease() -> None:
@@ -322,20 +326,22 @@ def test_who_has_no_room_yet_has_pages_held_for_another_lease() -> None:
     sender = memory.sender()
     sender.offer("r", 5, now=0.0)
     assert sender.hear(Hold(TAG), now=4.0) == sender.hear(Hold(TAG), now=8.0) == []
-    assert sender.expire(8.0 + LEASE_S - 0.1) == [] and sender.names == ["r"]
-    assert sender.expire(8.0 + LEASE_S) == [] and memory.freed == ["r"]
+    sender.expire(8.0 + LEASE_S - 0.1)
+    assert sender.names == ["r"]
+    sender.expire(8.0 + LEASE_S)
+    assert memory.freed == ["r"]
 
 
 def test_pages_go_into_the_memory_of_who_receives_them_and_no_further() -> None:
     memory, size = Memory(), LAYOUT.num_bytes(5)
     sender, there = memory.sender(), np.full(size + 8, 0xAB, np.uint8)
     offer = sender.offer("r", 5, now=0.0)
-    receiver = Receiver(offer, LAYOUT, there[:size], now=0.0)
+    receiver = Receiver(offer, LAYOUT, there[:size])
     *pages, done = sender.hear(receiver.accept, now=0.0, memory=there)
     assert [each.data for each in pages if isinstance(each, Pages)] == [()] * 3 and (there[size:] == 0xAB).all()
     for each in pages:
-        assert receiver.hear(each, 0.0) == []
-    assert receiver.hear(done, 0.0) == [Ack(TAG)] and receiver.kv is not None and same(receiver.kv, memory.kv)
+        assert receiver.hear(each) == []
+    assert receiver.hear(done) == [Ack(TAG)] and receiver.kv is not None and same(receiver.kv, memory.kv)
     assert all(np.shares_memory(x, there) for x in receiver.kv.groups[0].values())
 
 
@@ -387,7 +393,7 @@ OFFER = Offer(TAG, 5, (LAYOUT.fingerprint,))
 
 
 def receiver_of(offer: Offer = OFFER) -> Receiver:
-    return Receiver(offer, LAYOUT, np.zeros(LAYOUT.num_bytes(offer.tokens), np.uint8), now=0.0, lease_s=LEASE_S)
+    return Receiver(offer, LAYOUT, np.zeros(LAYOUT.num_bytes(offer.tokens), np.uint8))
 
 
 def conversation() -> tuple[KV, list[Said]]:
@@ -401,12 +407,12 @@ def conversation() -> tuple[KV, list[Said]]:
 def test_pages_come_in_any_order_and_twice(order: tuple[int, ...]) -> None:
     kv, said = conversation()
     receiver = receiver_of()
-    *first, last = [receiver.hear(said[i], now=0.0) for i in order]
+    *first, last = [receiver.hear(said[i]) for i in order]
     assert first == [[]] * len(first) and last == [Ack(TAG)] and receiver.kv is not None and same(receiver.kv, kv)
     got = receiver.kv
     for late in (*said, Abort(TAG, "late")):
-        assert receiver.hear(late, now=0.0) == [] and receiver.kv is got and receiver.error is None
-    assert receiver.expire(1e9) == receiver.give_up("late") == [] and receiver.error is None
+        assert receiver.hear(late) == [] and receiver.kv is got and receiver.error is None
+    assert receiver.give_up("late") == [] and receiver.error is None
 
 
 def damaged(pages: Pages, **changes: Any) -> Pages:
@@ -436,18 +442,9 @@ def test_pages_that_are_not_what_was_sent_are_not_used_and_the_sender_is_told_at
     _, said = conversation()
     assert isinstance(said[1], Pages)
     receiver = receiver_of()
-    answers = [answer for each in (said[0], spoil(said[1]), said[2], said[3], said[1]) for answer in receiver.hear(each, 0.0)]
+    answers = [answer for each in (said[0], spoil(said[1]), said[2], said[3], said[1]) for answer in receiver.hear(each)]
     assert receiver.kv is None and receiver.error is not None and told in receiver.error
     assert answers == ([] if "given up" in told else [Abort(TAG, receiver.error)])
-
-
-def test_who_hears_nothing_for_a_lease_gives_up() -> None:
-    _, said = conversation()
-    receiver = receiver_of()
-    receiver.hear(said[0], now=4.0)
-    assert receiver.expire(LEASE_S + 3.9) == [] and not receiver.over
-    assert receiver.expire(LEASE_S + 4.0) == [Abort(TAG, "Nothing more came.")] and receiver.error == "Nothing more came."
-    assert receiver.expire(LEASE_S + 5.0) == []
 
 
 def test_a_stale_generation_is_told_to_stop_and_changes_nothing() -> None:
@@ -455,11 +452,11 @@ def test_a_stale_generation_is_told_to_stop_and_changes_nothing() -> None:
     receiver, before = receiver_of(), Tag("r", 6)
     stale = pages_of(some_kv(5, seed=2), 2, 4, before)
     for each in (said[0], said[2], said[3]):
-        receiver.hear(each, 0.0)
-    assert receiver.hear(stale, 0.0) == [Abort(before, "nobody waits for it (any more)")]
-    assert receiver.hear(Done(before, ""), 0.0) == [Abort(before, "nobody waits for it (any more)")]
-    assert receiver.hear(Abort(before, ""), 0.0) == [] and not receiver.over
-    assert receiver.hear(said[1], 0.0) == [Ack(TAG)] and receiver.kv is not None and same(receiver.kv, kv)
+        receiver.hear(each)
+    assert receiver.hear(stale) == [Abort(before, "nobody waits for it (any more)")]
+    assert receiver.hear(Done(before, "")) == [Abort(before, "nobody waits for it (any more)")]
+    assert receiver.hear(Abort(before, "")) == [] and not receiver.over
+    assert receiver.hear(said[1]) == [Ack(TAG)] and receiver.kv is not None and same(receiver.kv, kv)
 
 
 @pytest.mark.parametrize(
@@ -487,7 +484,7 @@ def test_what_lies_in_memory_and_is_not_what_was_sent_is_not_used() -> None:
     _, said = conversation()
     receiver = receiver_of()
     assert isinstance(said[0], Pages)
-    told = receiver.hear(replace(said[0], data=()), 0.0)  # nobody has put it there
+    told = receiver.hear(replace(said[0], data=()))  # nobody has put it there
     assert told == [Abort(TAG, "The tokens from 0 on are damaged.")] and receiver.kv is None
 
 

@@ -34,7 +34,7 @@ from common.schedule.transfer import (
     unseal,
 )
 from tests.history_runner import HistoryRunner, expected
-from tests.schedule_driver import VOCAB, check_in_flight, check_pages, check_sequences, plain, require
+from tests.schedule_driver import VOCAB, check_in_flight, check_pages, check_sequences, free_pages, plain, require
 
 LEASE_S = 3.0
 SECRET = b"of this launch"
@@ -93,12 +93,12 @@ class Side:
         check_pages(scheduler)
         check_sequences(scheduler)
         check_in_flight(self.engine)
-        self.runner.poison([page for page in scheduler.pool.free_pages() if scheduler.pool.keys[page] is None])
+        self.runner.poison([page for page in free_pages(scheduler.pool) if scheduler.pool.keys[page] is None])
 
     def check_empty(self) -> None:
         pool = self.engine.scheduler.pool
         require(self.engine.reset_prefix_cache(), "a page is held although nothing is live")
-        require(sorted(pool.free_pages()) == list(range(1, pool.num_pages)), "a page is not free in the end")
+        require(sorted(free_pages(pool)) == list(range(1, pool.num_pages)), "a page is not free in the end")
 
 
 class Episode:
@@ -141,6 +141,8 @@ class Episode:
     def start_decode(self) -> None:
         self.decode = self.side()
         self.receivers: dict[Tag, tuple[Receiver, Future[KV]]] = {}
+        self.patience: dict[Tag, float] = {}
+        """When a connection has been silent for too long."""
 
     # ── the channel ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -206,7 +208,9 @@ class Episode:
         self.counts["of another generation"] += said.tag not in of_its_name
         receiver, future = self.receivers[said.tag if said.tag in of_its_name else of_its_name[-1]]
         stood = receiver.kv, receiver.error
-        answers = receiver.hear(said, self.now)
+        if said.tag == receiver.accept.tag:
+            self.patience[said.tag] = self.now + LEASE_S
+        answers = receiver.hear(said)
         require(stood == (None, None) or stood == (receiver.kv, receiver.error), "a transfer that was over went on")
         self.settle(answers, receiver, future)
 
@@ -223,14 +227,12 @@ class Episode:
                 future.set_result(receiver.kv)
 
     def expire(self) -> None:
-        for abort in self.sender.expire(self.now):
-            self.say(self.to_receiver, abort)
-        for receiver, future in list(self.receivers.values()):
-            self.settle(receiver.expire(self.now), receiver, future)
+        self.sender.expire(self.now)
+        for tag, (receiver, future) in list(self.receivers.items()):
+            if self.patience[tag] <= self.now:  # that of its connection
+                self.settle(receiver.give_up("Nothing more came."), receiver, future)
         require(set(self.prefill.engine.scheduler.kept) <= set(self.sender.names), "pages are kept for nobody")
         require(all(held.until > self.now for held in self.sender._held.values()), "pages are kept beyond their lease")
-        for receiver, future in self.receivers.values():
-            require(future.done() or receiver.until > self.now, "a request waits longer than a lease")
 
     # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -350,12 +352,13 @@ class Episode:
             self.to_decode(live)
             return
         memory = np.zeros(layout.num_bytes(offer.tokens), np.uint8)
-        receiver = Receiver(offer, layout, memory, self.now, lease_s=LEASE_S)
+        receiver = Receiver(offer, layout, memory)
         if self.shares:
             self.memories[offer.tag] = memory
         self.counts["as they lie"] += layout.page is not None
         future: Future[KV] = Future()
         self.receivers[offer.tag] = receiver, future
+        self.patience[offer.tag] = self.now + LEASE_S
         if self.befalls("no room yet"):
             self.say(self.to_sender, Hold(offer.tag))
         self.say(self.to_sender, receiver.accept)

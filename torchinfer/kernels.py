@@ -205,10 +205,48 @@ def sample(state: State, step: Tensor, changed_RV: Tensor | None = None) -> tupl
     return sampled, state
 
 
-class Step:
-    """A model in native operators. `load` first; then `run` takes a state and a batch, and gives the next state."""
+class Native:
+    """What the steps below have in common: weights that are packed for the kernels, and pages as those keep them."""
 
     kernels = "native"
+    config: EngineConfig
+    group: Group
+
+    def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
+        """Pack the weights, with room for `positions` rotary positions."""
+        self._layers = stage_layers(checkpoint.config.num_layers, self.group.stages)[self.group.stage]
+        checkpoint = stage_of(checkpoint, self.group.stage, self.group.stages)
+        self.model_config: ModelConfig = checkpoint.config
+        self._local = local_config(checkpoint.config, self.group.ranks)
+        self._positions = positions
+        self.weights = load_weights(checkpoint, self.config.dtype, positions, progress, self.group)
+
+    def page_bytes(self, model: ModelConfig) -> int:
+        """Bytes of one page of all ranks, over all layers of the model."""
+        return self.group.ranks * page_bytes(local_config(model, self.group.ranks), self.config)
+
+    def read_pages(self, state: State, pages_: Sequence[int]) -> dict[str, np.ndarray]:
+        """Copies `k` and `v`: [L, pages, B, K, H]."""
+        (k,), (v,) = state.cache
+        every = lambda pool: to_host(list(self.group.gather(pool[:, list(pages_)])))  # noqa: E731
+        K, H = self._local.num_kv_heads, self._local.head_dim
+        whole = {"k": [keys_out(pool, K) for pool in every(k)], "v": [values_out(pool, K, H) for pool in every(v)]}
+        mine = {name: join_heads(np.concatenate(x, 3), self.model_config, self.group.ranks) for name, x in whole.items()}
+        return {name: self.group._stack(x, self._layers.start) for name, x in mine.items()}
+
+    def write_pages(self, state: State, pages_: Sequence[int], arrays: dict[str, np.ndarray]) -> State:
+        """The inverse of `read_pages`."""
+        (k,), (v,) = state.cache
+        rank, ranks, own = self.group.rank, self.group.ranks, slice(self._layers.start, self._layers.stop)
+        mine = {name: np.split(split_heads(x[own], self.model_config, ranks), ranks, 3)[rank] for name, x in arrays.items()}
+        _put_pages(k, pages_, keys_in(mine["k"], k.shape[-1]))
+        _put_pages(v, pages_, values_in(mine["v"], v.shape[-1]))
+        return state
+
+
+class Step(Native):
+    """A model in native operators. `load` first; then `run` takes a state and a batch, and gives the next state."""
+
     token_buckets: tuple[int, ...] = ()
     decode_buckets: tuple[int, ...] = ()
 
@@ -216,13 +254,6 @@ class Step:
         self.config, self.device, self.group = config, device, group
         self._threads = max(1, (config.threads or cores()) // config.ranks)
         torch.ops.tandem.threads(self._threads)
-
-    def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
-        """Pack the weights, with room for `positions` rotary positions."""
-        self._layers = stage_layers(checkpoint.config.num_layers, self.group.stages)[self.group.stage]
-        checkpoint = stage_of(checkpoint, self.group.stage, self.group.stages)
-        self.model_config: ModelConfig = checkpoint.config
-        self.weights = load_weights(checkpoint, self.config.dtype, positions, progress)
 
     def make_state(self, num_pages: int) -> State:
         """Empty pages and rows."""
@@ -232,10 +263,6 @@ class Step:
         logits_RV = torch.zeros((config.max_num_seqs, vocab), dtype=torch.float32, device="cpu")
         torch.ops.tandem.huge(logits_RV)
         return State(cache, torch.zeros(config.max_num_seqs, dtype=torch.int32, device="cpu"), logits_RV)
-
-    def page_bytes(self, model: ModelConfig) -> int:
-        """Bytes of one page, over all layers of the model."""
-        return page_bytes(model, self.config)
 
     def held(self, state: State) -> int:
         """Bytes of one rank's weights and pages."""
@@ -262,24 +289,6 @@ class Step:
         self._step(wide, batch, keep)
         return state, taps
 
-    def read_pages(self, state: State, pages_: Sequence[int]) -> dict[str, np.ndarray]:
-        """Copies `k` and `v`: [L, pages, B, K, H]."""
-        config, ((k,), (v,)) = self.model_config, state.cache
-        out = lambda pool: to_host(pool[:, list(pages_)])  # noqa: E731
-        mine = {
-            "k": keys_out(out(k), config.num_kv_heads),
-            "v": values_out(out(v), config.num_kv_heads, config.head_dim),
-        }
-        return {name: self.group._stack(x, self._layers.start) for name, x in mine.items()}
-
-    def write_pages(self, state: State, pages_: Sequence[int], arrays: dict[str, np.ndarray]) -> State:
-        """The inverse of `read_pages`."""
-        (k,), (v,) = state.cache
-        own = slice(self._layers.start, self._layers.stop)
-        _put_pages(k, pages_, keys_in(arrays["k"][own], k.shape[-1]))
-        _put_pages(v, pages_, values_in(arrays["v"][own], v.shape[-1]))
-        return state
-
     @torch.inference_mode()
     def _step(self, state: State, batch: Batch, keep: Keep | None = None, mask: Mask = None) -> tuple[State, Tensor | None]:
         config = self.model_config
@@ -300,24 +309,13 @@ class Step:
         return state, sampled
 
 
-class SharedStep(FrameworkStep):
+class SharedStep(Native, FrameworkStep):
     """As `Step`, of a model that the ranks of a group share out. Between the operators they add up their terms. Each has the
     logits of its tokens, from which they choose together in the framework's operations."""
-
-    kernels = "native"
 
     def __init__(self, config: EngineConfig, device: torch.device, group: Group) -> None:
         super().__init__(config, device, group)
         self._threads = max(1, (config.threads or cores()) // config.ranks)
-
-    def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
-        """Pack the weights, with room for `positions` rotary positions."""
-        self._layers = stage_layers(checkpoint.config.num_layers, self.group.stages)[self.group.stage]
-        checkpoint = stage_of(checkpoint, self.group.stage, self.group.stages)
-        self.model_config = checkpoint.config
-        self._local = local_config(checkpoint.config, self.group.ranks)
-        self._positions = positions
-        self.weights = load_weights(checkpoint, self.config.dtype, positions, progress, self.group)
 
     def make_state(self, num_pages: int) -> State:
         """Empty pages and rows."""
@@ -327,28 +325,6 @@ class SharedStep(FrameworkStep):
         logits_RV = torch.zeros((config.max_num_seqs, vocab), dtype=torch.float32, device="cpu")
         torch.ops.tandem.huge(logits_RV)
         return State(cache, torch.zeros(config.max_num_seqs + 1, dtype=torch.int32, device="cpu"), logits_RV)
-
-    def page_bytes(self, model: ModelConfig) -> int:
-        """Bytes of one page of all ranks, over all layers of the model."""
-        return self.group.ranks * page_bytes(local_config(model, self.group.ranks), self.config)
-
-    def read_pages(self, state: State, pages_: Sequence[int]) -> dict[str, np.ndarray]:
-        """Copies `k` and `v`: [L, pages, B, K, H]."""
-        (k,), (v,) = state.cache
-        every = lambda pool: to_host(list(self.group.gather(pool[:, list(pages_)])))  # noqa: E731
-        K, H = self._local.num_kv_heads, self._local.head_dim
-        whole = {"k": [keys_out(pool, K) for pool in every(k)], "v": [values_out(pool, K, H) for pool in every(v)]}
-        mine = {name: join_heads(np.concatenate(x, 3), self.model_config, self.group.ranks) for name, x in whole.items()}
-        return {name: self.group._stack(x, self._layers.start) for name, x in mine.items()}
-
-    def write_pages(self, state: State, pages_: Sequence[int], arrays: dict[str, np.ndarray]) -> State:
-        """The inverse of `read_pages`."""
-        (k,), (v,) = state.cache
-        rank, ranks, own = self.group.rank, self.group.ranks, slice(self._layers.start, self._layers.stop)
-        mine = {name: np.split(split_heads(x[own], self.model_config, ranks), ranks, 3)[rank] for name, x in arrays.items()}
-        _put_pages(k, pages_, keys_in(mine["k"], k.shape[-1]))
-        _put_pages(v, pages_, values_in(mine["v"], v.shape[-1]))
-        return state
 
     def _tensors(self) -> Any:
         return self.weights

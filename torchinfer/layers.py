@@ -15,13 +15,14 @@ Dtype = torch.dtype
 
 
 class Linear(nn.Module):
-    """y = x W^T + b, W stored [out, in] as checkpoints have it. `split` is the axis of W that ranks share out: where
-    it is that of the inputs, y is a term of a sum over them, and the first has the bias."""
+    """y = x W^T + b, W stored [out, in] as checkpoints have it. `split` is the axis of W that ranks share out, and
+    only told, for the shapes are a rank's own: where it is that of the inputs, y is a term of a sum over the ranks, and the
+    first has the bias."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, split: int, dtype: Dtype) -> None:
         super().__init__()
-        self.weight = _parameter((outputs, inputs), dtype, split=split)
-        self.bias = _parameter((outputs,), dtype, split=0) if bias else None
+        self.weight = _parameter((outputs, inputs), dtype)
+        self.bias = _parameter((outputs,), dtype) if bias else None
 
     def forward(self, x_TD: Tensor) -> Tensor:
         return _linear(x_TD, self.weight, self.bias)
@@ -32,7 +33,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight = _parameter((size,), torch.float32, split=None)
+        self.weight = _parameter((size,), torch.float32)
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ class Embedding(nn.Module):
 
     def __init__(self, vocab: int, size: int, scale: float, dtype: Dtype, group: Group) -> None:
         super().__init__()
-        self.weight = _parameter((vocab, size), dtype, split=0)
+        self.weight = _parameter((vocab, size), dtype)
         self.scale, self.group = scale, group
 
     def forward(self, token_ids: Tensor) -> Tensor:
@@ -68,11 +69,9 @@ class Rotary(nn.Module):
         return self.cos[positions], self.sin[positions]
 
 
-def _parameter(shape: tuple[int, ...], dtype: Dtype, *, split: int | None) -> nn.Parameter:
-    """An uninitialised weight that remembers the axis that ranks share out."""
-    weight = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
-    weight.split_axis = split  # type: ignore[attr-defined]
-    return weight
+def _parameter(shape: tuple[int, ...], dtype: Dtype) -> nn.Parameter:
+    """An uninitialised weight."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
 
 
 def matmul(x: Tensor, weight: Tensor, inputs: int) -> Tensor:

@@ -151,7 +151,7 @@ def _cut(x: Tensor, mass: Callable[[Tensor], Tensor], target: Tensor, group: Gro
 
     The threshold is found bit by bit in the order of floats as integers: no vocabulary is sorted, and ties stay together.
     """
-    signed = x.view(torch.int32)
+    signed = torch.where(x == 0, 0, x).view(torch.int32)  # zeros of both signs tie too
     order = torch.where(signed < 0, signed ^ 0x7FFFFFFF, signed)  # as signed integers: rising with x
     threshold = torch.full_like(order[:, 0], -(2**31))
     for bit in range(31, -1, -1):

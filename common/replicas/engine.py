@@ -26,7 +26,6 @@ import numpy as np
 
 from common.config import EngineConfig
 from common.config import expect as expect_config
-from common.engine import StepRecord, check_request
 from common.errors import BackendError, EngineGoneError, by_name
 from common.frames import Frame, Message
 from common.interface import Caps, Progress, ReplicaState, ServingEngine
@@ -36,10 +35,11 @@ from common.replicas.keeper import Gone, Keeper, Link, News, Ready, Said
 from common.replicas.wire import pack_request, unpack_caps, unpack_event
 from common.request import ENGINE_GONE, Request, Status, TokenEvent, expect
 from common.schedule.edits import Edits
-from common.schedule.limits import Limits, expect_new, expect_room
+from common.schedule.limits import Limits, check_request, expect_new, expect_room
 from common.schedule.pages import PageKey
 from common.schedule.router import Router
 from common.schedule.scheduler import mix64
+from common.schedule.steplog import StepRecord
 from common.weights.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)

@@ -146,13 +146,13 @@ def _fetch(address: Address, offer: Offer, layouts: Sequence[Layout], secret: by
             raise TransferError("The request has ended.")
         kv.add_done_callback(lambda kv: line.hang_up() if kv.cancelled() else None)
         segment, memory = room.take(size, lambda: line.say(Hold(offer.tag)))
-        receiver = Receiver(offer, layout, memory, monotonic())
+        receiver = Receiver(offer, layout, memory)
         line.say(receiver.accept, segment)
         while not receiver.over:
             said = line.hear()
             if said is None:
                 raise TransferError("The sender has hung up.")
-            for answer in receiver.hear(said, monotonic()):
+            for answer in receiver.hear(said):
                 line.say(answer)
     if receiver.kv is None:
         raise TransferError(receiver.error or "")

@@ -16,8 +16,6 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
-import psutil
-
 from common import child
 from common.frames import Frame, Message, NoFrame, read_frame, write_frame
 from common.interface import ReplicaState
@@ -26,8 +24,6 @@ BEAT_S = 0.25
 """Between two signs of life of a replica."""
 SILENCE_S = 10.0
 """Without one, after which it counts as dead. A library may hold up all threads of a process, and a machine have much to do."""
-STOPPED_S = 0.5
-"""That it is stopped (SIGSTOP), after which it counts as dead: whoever stops a whole group goes on with it one by one."""
 LOADING_SILENCE_S = 60.0
 """Likewise before it serves."""
 TURN_S = 0.1
@@ -195,8 +191,8 @@ class _Patient:
         while len(parts) < size:
             if not self._poll.poll(TURN_S * 1e3):
                 silence += TURN_S
-                stopped = stopped + TURN_S if is_stopped(self._pid) else 0.0
-                if stopped >= STOPPED_S:
+                stopped = child.stopped_for(self._pid, stopped, TURN_S)
+                if stopped >= child.STOPPED_S:
                     raise TimeoutError("was stopped")
                 if silence >= self.patience_s:
                     raise TimeoutError(f"gave no sign of life for {self.patience_s:g} s")
@@ -207,10 +203,3 @@ class _Patient:
             parts += part
             silence = stopped = 0.0
         return bytes(parts)
-
-
-def is_stopped(pid: int) -> bool:
-    try:
-        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
-    except psutil.NoSuchProcess:
-        return False

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
-from common.errors import DrainingError, QueueFullError
+from common.errors import DrainingError, QueueFullError, RequestError, shown
 from common.request import Request, expect
 
 
@@ -88,3 +91,30 @@ def expect_room(
             f"Request {name!r}: {waiting - free} requests wait already, and max_waiting={max_waiting}; try again later, or "
             "raise max_waiting."
         )
+
+
+def check_request(request: Request, vocab_size: int) -> None:
+    """Raise `RequestError` for a request with n > 1, or with anything that is no token of the model."""
+    n, name = request.params.n, request.request_id
+    expect(n == 1, f"Request {name!r}: an engine continues a prompt once, got n={n}; add what fan_out makes of the request.")
+    listed: list[tuple[str, Any]] = [
+        ("prompt_token_ids", request.prompt_token_ids),
+        ("output_token_ids", request.output_token_ids),
+        ("stop_token_ids", request.params.stop_token_ids),
+        ("eos_token_ids", request.eos_token_ids),
+        ("allowed_token_ids", request.params.allowed_token_ids or ()),
+        *(("bad_words", word) for word in request.bad_words),
+    ]
+    for what, ids in listed:
+        check_tokens(f"Request {name!r}: {what}", ids, vocab_size, what)
+    beyond = [token for token in dict(request.params.logit_bias or ()) if token >= vocab_size]
+    told = f"Request {name!r}: logit_bias must map token ids in [0, {vocab_size}) to numbers, got the ids {shown(beyond)}."
+    expect(not beyond, told, "logit_bias")
+
+
+def check_tokens(what: str, ids: Sequence[Any], vocab_size: int, param: str | None = None) -> None:
+    """Raise `RequestError` for the first of `ids` that is no token id: an integer in [0, vocab_size), which True and 1.0 are
+    not."""
+    for i, token in enumerate(ids):
+        if not (isinstance(token, (int, Integral)) and not isinstance(token, bool) and 0 <= int(token) < vocab_size):
+            raise RequestError(f"{what}[{i}] must be an integer in [0, {vocab_size}), got {shown(token)}.", param)

@@ -121,14 +121,6 @@ class PagePool:
         self.cached.clear()
         return True
 
-    def free_pages(self) -> list[int]:
-        """The free list, front first."""
-        pages, page = [], self._after[0]
-        while page:
-            pages.append(page)
-            page = self._after[page]
-        return pages
-
     def _unlink(self, page: int) -> None:
         before, after = self._before[page], self._after[page]
         self._after[before], self._before[after] = after, before

@@ -177,8 +177,8 @@ class Step:
 class Scheduler:
     """Requests in, steps out, results in, events out. Holds every request from `add` to its end. Knows no backend.
 
-    `chunk` bounds the tokens of one request in a step (default: the whole budget). `schedule`, `cache`, `chunked_prefill` and
-    `max_waiting` are those of `EngineConfig`. While `draining` is set, no request is taken, and the others go on.
+    `schedule`, `cache`, `chunked_prefill` and `max_waiting` are those of `EngineConfig`. While `draining` is set, no request is
+    taken, and the others go on.
     """
 
     def __init__(
@@ -195,7 +195,6 @@ class Scheduler:
         cache: Cache = "paged",
         prefix_caching: bool = True,
         chunked_prefill: bool = True,
-        chunk: int | None = None,
         max_waiting: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -203,7 +202,6 @@ class Scheduler:
         self.block_size, self.prefix_caching, self.seed = block_size, prefix_caching, seed
         self.budget = min(max_num_batched_tokens, caps.max_tokens)
         self.max_num_seqs = min(max_num_seqs, caps.max_seqs, self.budget)
-        self.chunk = chunk or self.budget
         self.static, self.dense, self.chunked_prefill = schedule == "static", cache == "dense", chunked_prefill
         self.batch: set[Sequence] = set()
         """The static batch that runs, or is about to."""
@@ -431,7 +429,7 @@ class Scheduler:
         for seq in list(self.running):
             if seq.status is not Status.RUNNING:
                 break  # preempted just now, and so is everyone less urgent
-            if seq.known + seq.pending - seq.computed > 1:
+            if seq.left > 1:
                 prefills.append(seq)
             elif seq.pending and (seq.follows or self.caps.pipelined):
                 continue  # one of them is in flight
@@ -443,7 +441,7 @@ class Scheduler:
         logit_rows = self.caps.max_seqs - len(self.running)  # beside one for each
         for seq in prefills:
             count = self._chunk_of(seq, budget, 1 + logit_rows)
-            if count and seq.status is Status.RUNNING:
+            if count:
                 chunks.append((seq, count))
                 budget -= count
                 logit_rows -= count - 1 if seq.scoring else 0
@@ -451,7 +449,7 @@ class Scheduler:
 
     def _chunk_of(self, seq: Sequence, budget: int, logit_rows: int) -> int:
         """How many tokens of a sequence to run: where its prompt is scored, every token takes a logit row."""
-        count = min(seq.left, budget, self.chunk)
+        count = min(seq.left, budget)
         return min(count, logit_rows) if seq.scoring else count
 
     def _has_page(self, seq: Sequence) -> bool:

@@ -51,23 +51,13 @@ class Kind(IntEnum):
     RESET = 5
 
 
-def record(runner: ModelRunner, path: Path | str) -> Recorder:
-    """A runner that does what `runner` does and writes every call that changes its state to a new file at `path`."""
-    return Recorder(runner, Path(path))
-
-
-def replay(path: Path | str, runner: ModelRunner) -> Iterator[tuple[int, Batch, Result, Result]]:
-    """Repeat a recorded run on a loaded `runner`, yielding (step, batch, recorded result, new result) as it goes.
+def retrace(path: Path | str, runner: ModelRunner, run: Callable[[int, Batch], T]) -> Iterator[tuple[int, Batch, Result, T]]:
+    """Repeat a recorded run on a loaded `runner`, each step done by `run(step, batch)`, which may observe it; yields step,
+    batch, recorded result and what that returned.
 
     The trace allocates the runner's pages if the recording began before that. Steps that raised when they were recorded are
     run, and undone by the reset that follows them, without being yielded. Raises `TraceError` on damage.
     """
-    for step, batch, recorded, pending in retrace(path, runner, lambda _, batch: runner.submit(batch)):
-        yield step, batch, recorded, pending.result()
-
-
-def retrace(path: Path | str, runner: ModelRunner, run: Callable[[int, Batch], T]) -> Iterator[tuple[int, Batch, Result, T]]:
-    """As `replay`, with each step done by `run(step, batch)`, which may observe it; yields what that returned."""
     running: dict[int, tuple[Batch, T]] = {}
     for kind, step, payload in read_frames(path):
         match kind:
@@ -132,12 +122,16 @@ def unpack_arrays(payload: bytes) -> dict[str, np.ndarray]:
     arrays = {}
     for name, kind in described.items():
         dtype, *shape = kind if isinstance(kind, list) and kind else [""]
-        if dtype not in DTYPES or not all(type(n) is int and n >= 0 for n in shape):
-            raise TraceError(f"Array {name!r} of a trace is described as {kind!r}, not by a known dtype and a shape.")
+        described_as = f"Array {name!r} of a trace is described as {kind!r:.80}, not by a known dtype and a shape."
+        if not isinstance(dtype, str) or dtype not in DTYPES or not all(type(n) is int and n >= 0 for n in shape):
+            raise TraceError(described_as)
         end = at + math.prod(shape) * DTYPES[dtype].itemsize
         if end > len(payload):
             raise TraceError(f"Array {name!r} of a trace lacks {end - len(payload)} bytes.")
-        arrays[name] = np.frombuffer(payload[at:end], DTYPES[dtype]).reshape(tuple(shape))
+        try:
+            arrays[name] = np.frombuffer(payload[at:end], DTYPES[dtype]).reshape(tuple(shape))
+        except ValueError as error:  # no array has so many axes, or an axis so long, be it empty
+            raise TraceError(described_as) from error
         at = end
     if at != len(payload):
         raise TraceError(f"A set of arrays in a trace has {len(payload) - at} bytes too many.")
@@ -160,8 +154,9 @@ def _unpack_result(payload: bytes) -> Result:
 
 
 class Recorder(ModelRunner):
-    """Passes every call on. A call is written down once it has returned: one that raised never happened, but for its reset.
-    Steps are not observed while they are recorded."""
+    """Does what `runner` does, and writes every call that changes its state to a new file at `path`. A call is written down
+    once it has returned: one that raised never happened, but for its reset. Steps are not observed while they are recorded.
+    """
 
     def __init__(self, runner: ModelRunner, path: Path) -> None:
         self._runner = runner

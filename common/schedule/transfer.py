@@ -269,12 +269,10 @@ class Sender:
             yield Pages(tag, first, count, checksums[-1], () if there else layout.pack(place))
         yield Done(tag, digest_of(checksums))
 
-    def expire(self, now: float) -> list[Abort]:
-        """Give back what was held for a lease in vain; what is to be said of it, to those who have accepted."""
-        late = [held for held in self._held.values() if held.until <= now]
-        for held in late:
+    def expire(self, now: float) -> None:
+        """Give back what was held for a lease in vain. Who has accepted it hears nothing more, and gives up too."""
+        for held in [held for held in self._held.values() if held.until <= now]:
             self._end(held.offer.tag.name, "the lease is over")
-        return [Abort(held.offer.tag, "the lease is over") for held in late if held.accepted]
 
     def _end(self, name: str, trouble: str = "") -> None:
         if trouble:
@@ -297,16 +295,15 @@ def common_layout(offer: Offer, layouts: Sequence[Layout], max_bytes: int = MAX_
 
 class Receiver:
     """One transfer, in the form that `common_layout` chose, from its offer on: first say `accept`. Then exactly one of `kv`,
-    which lies in `memory`, and `error` comes to be there, and nothing that is heard later changes it."""
+    which lies in `memory`, and `error` comes to be there, and nothing that is heard later changes it. How long to wait for a
+    message is the caller's to know, who else gives up."""
 
-    def __init__(self, offer: Offer, layout: Layout, memory: np.ndarray, now: float, lease_s: float = LEASE_S) -> None:
+    def __init__(self, offer: Offer, layout: Layout, memory: np.ndarray) -> None:
         """`memory`: as many bytes, uint8, as the layout has for the tokens."""
         self.accept = Accept(offer.tag, layout.fingerprint)
         self.kv: KV | None = None
         self.error: str | None = None
-        self._tag, self._tokens, self._layout, self._lease_s = offer.tag, offer.tokens, layout, lease_s
-        self.until = now + lease_s
-        """When `expire` gives up."""
+        self._tag, self._tokens, self._layout = offer.tag, offer.tokens, layout
         self._kv: KV | None = layout.view(memory, offer.tokens)
         self._pages: dict[int, Pages] = {}
         self._digest: str | None = None
@@ -315,13 +312,12 @@ class Receiver:
     def over(self) -> bool:
         return self.kv is not None or self.error is not None
 
-    def hear(self, said: Said, now: float) -> list[Said]:
+    def hear(self, said: Said) -> list[Said]:
         """What is to be answered."""
         if said.tag != self._tag:
             return [Abort(said.tag, "nobody waits for it (any more)")] if isinstance(said, (Pages, Done)) else []
         if self.over:
             return []
-        self.until = now + self._lease_s
         match said:
             case Pages():
                 return self._take(said)
@@ -371,9 +367,6 @@ class Receiver:
         self.kv, self._kv = self._kv, None
         self._pages.clear()
         return [Ack(self._tag)]
-
-    def expire(self, now: float) -> list[Said]:
-        return self.give_up("Nothing more came.") if self.until <= now else []
 
     def give_up(self, error: str) -> list[Said]:
         """What is to be said."""

@@ -25,9 +25,9 @@ from pydantic import ConfigDict
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from common.child import how_it_ended
+from common.child import STOPPED_S, how_it_ended, stopped_for
 from common.errors import BackendError
-from common.replicas.keeper import ATTEMPTS, RETRY_S, SILENCE_S, STOPPED_S, is_stopped
+from common.replicas.keeper import ATTEMPTS, RETRY_S, SILENCE_S
 from common.serve.app import new_app, page, tell_version
 from common.serve.errors import ApiError
 from common.serve.folder import PrivateFolder
@@ -103,7 +103,7 @@ class Backend:
                 answer = await self.client.get("/health", timeout=LOOK_S)
             except httpx.HTTPError as error:  # where it does not take connections, it loads, or has ended
                 silence = silence + LOOK_S if isinstance(error, httpx.TimeoutException) else 0.0
-                stopped = stopped + LOOK_S if is_stopped(process.pid) else 0.0
+                stopped = stopped_for(process.pid, stopped, LOOK_S)
                 if stopped > STOPPED_S:
                     why = "was stopped"
                 elif silence >= SILENCE_S:

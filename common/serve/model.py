@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.engine import check_tokens
 from common.request import expect
+from common.schedule.limits import check_tokens
 from common.serve.errors import ApiError
 from common.serve.protocol import several
 from common.states import Pooler

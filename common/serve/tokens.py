@@ -9,8 +9,8 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
-from common.engine import check_tokens
 from common.request import expect
+from common.schedule.limits import check_tokens
 from common.serve.model import ServedModel
 from common.serve.protocol import DetokenizeRequest, TokenizeRequest
 from common.serve.serving import Serving, json_response, read

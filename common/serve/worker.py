@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from common.engine import StepRecord
 from common.errors import QueueFullError, RequestError
 from common.interface import ReplicaState, ServingEngine
 from common.request import Request, TokenEvent
+from common.schedule.steplog import StepRecord
 from common.serve.errors import ApiError, engine_gone
 from common.text.output import Delta, OutputText
 from common.text.tokenizer import Tokenizer

@@ -137,26 +137,32 @@ class ChatTemplate:
 
     def _ask(self, line: str) -> dict[str, str]:
         with self._lock:
-            if self._worker is None or self._worker.poll() is not None:
+            try:
+                if self._worker is None or self._worker.poll() is not None:
+                    self._start()
+                assert self._worker is not None
+                answer = _exchange(self._worker, line + "\n", MAX_SECONDS)
+                if not answer:
+                    told = f"The chat template was stopped: it took more than {MAX_SECONDS:g} s, or too much memory."
+                    raise RequestError(told, "messages")
+                return json.loads(answer)
+            except BaseException:  # Ctrl-C above all: whoever asks next would read the answer that is still to come
                 self._stop()
-                program = Path(__file__).with_name("render.py")
-                # -P: the worker's own folder holds no modules for it.
-                self._worker = subprocess.Popen(
-                    [sys.executable, "-P", str(program)],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                    encoding="utf-8",
-                )
-                if not _exchange(self._worker, "", MAX_START_SECONDS):
-                    self._stop()
-                    raise BackendError(f"The process that renders chat templates does not start ({sys.executable} {program}).")
-            answer = _exchange(self._worker, line + "\n", MAX_SECONDS)
-            if not answer:
-                self._stop()
-                told = f"The chat template was stopped: it took more than {MAX_SECONDS:g} s, or too much memory."
-                raise RequestError(told, "messages")
-            return json.loads(answer)
+                raise
+
+    def _start(self) -> None:
+        self._stop()
+        program = Path(__file__).with_name("render.py")
+        # -P: the worker's own folder holds no modules for it.
+        self._worker = subprocess.Popen(
+            [sys.executable, "-P", str(program)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            encoding="utf-8",
+        )
+        if not _exchange(self._worker, "", MAX_START_SECONDS):
+            raise BackendError(f"The process that renders chat templates does not start ({sys.executable} {program}).")
 
     def _stop(self) -> None:
         if self._worker is not None:

@@ -117,9 +117,6 @@ class Tokenizer:
         """Without the space that encoding puts before the first word of a text, where it does."""
         return raw.removeprefix(b" ") if self._decoding.strip_first_space else raw
 
-    def token_to_id(self, token: str) -> int | None:
-        return self._inner.token_to_id(token)
-
     def id_to_token(self, token_id: int) -> str | None:
         """The token as the vocabulary spells it."""
         return self._inner.id_to_token(token_id)
