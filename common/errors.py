@@ -39,6 +39,10 @@ class BackendError(TandemError, RuntimeError):
     """A backend cannot do what was asked of it on this machine."""
 
 
+class EngineGoneError(BackendError):
+    """An engine is no more, and another has to be made. A server answers 503."""
+
+
 def nearest_hint(given: str, known: Iterable[str]) -> str:
     """A sentence ` Did you mean 'x'?` for a misspelt name, or the empty string when nothing known is close."""
     close = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)

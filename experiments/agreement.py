@@ -90,8 +90,8 @@ def agree(
                     passed = rounds.run(engine, observes, narrator)
                 expect_answers(spec.label, passed.rows)
                 done[spec.label] = passed
-            except (EngineFailure, TandemError) as error:  # too late to be the user's to mend: the timed part is worth keeping
-                failure = error if isinstance(error, EngineFailure) else EngineFailure(str(error), label=spec.label)
+            except (EngineFailure, TandemError) as error:
+                failure = EngineFailure.of(error, spec.label)
                 failures[spec.label] = failure.record()
                 narrator.alarm(failure.message)
     return compare(done, share, plan, config), failures

@@ -23,7 +23,7 @@ from experiments.measure import figure_names, make_plan, measure, measure_config
 from experiments.records import write_run
 from experiments.rundir import finished, finite, run_directory, write_setup
 
-RESULTS = ("run", "failures", "stopped")
+RESULTS = ("run", "failures", "stopped", "unmeasured")
 
 
 def run(config: DictConfig) -> None:
@@ -47,8 +47,8 @@ def run_workload(config: DictConfig, spec: EngineSpec, conditions: Sequence[Cond
     with run_directory(runs_folder(config), what, job_directory(config)) as directory, Narrator() as narrator:
         write_setup(directory, config)
         outcome = measure(plan, directory, narrator)
-        whole = {"run": str(finished(directory)), "failures": outcome.failures, "stopped": outcome.stopped}
-        whole = {"engine": spec.label} | setting(config, plan) | whole
+        whole = {"engine": spec.label} | setting(config, plan) | {"run": str(finished(directory))}
+        whole |= {name: getattr(outcome, name) for name in RESULTS[1:]}
         result: dict[str, Any] = finite(whole | outcome.figures.get(spec.label, {}))
         write_run(directory, result, outcome.windows, outcome.profiles)
     print_table(f"{plan.model} ({plan.checkpoint.path.name}), {config.dtype}, workload {plan.workload.name}", outcome.figures)

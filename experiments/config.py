@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from common.config import EngineConfig, expect
 from common.errors import ConfigError, nearest_hint
 from experiments.peers import PEERS, interpreter
+from experiments.perplexity import read_text
 from experiments.policies import check_policies
 from experiments.statistics import Criteria
 from experiments.workload import known_options
@@ -240,9 +241,10 @@ class CorrectnessConfig:
         expect(isinstance(self.perplexity, bool), f"correctness.perplexity must be true or false, got {self.perplexity!r}.")
         text = self.perplexity_text
         expect(
-            text is None or (isinstance(text, str) and Path(text).is_file()),
+            text is None or isinstance(text, str),
             f"correctness.perplexity_text must be the path of a text, or null, got {text!r}.",
         )
+        read_text(text)  # now, and not when all has been timed
 
 
 def correctness_config(config: DictConfig) -> CorrectnessConfig:

@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from common.config import expect
+from common.errors import TandemError
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from experiments.blocks import block_order, level, reason_to_stop, time_left
@@ -133,6 +134,8 @@ class Outcome:
     """Labels as they ran, by block."""
     stopped: str = "no engine was left"
     """Why no further block ran."""
+    unmeasured: str = ""
+    """What was to be measured beside the engines and could not be; empty where all was."""
     profiles: dict[str, Profile] = field(default_factory=dict)
     """Of each engine that was asked for one and could give it."""
 
@@ -143,12 +146,17 @@ class Outcome:
 
     @contextlib.contextmanager
     def row_of(self, engine: IsolatedEngine, narrator: Narrator) -> Iterator[None]:
-        """An engine that fails within the block loses its own row, and the run goes on."""
+        """An engine that fails within the block loses its own row, and the run goes on. What it refuses before it has loaded is
+        the user's to mend, and raised."""
+        label = engine.spec.label
         try:
             yield
-        except EngineFailure as failure:
-            self.failures[engine.spec.label] = failure.record()
-            self.figures.pop(engine.spec.label, None)
+        except (EngineFailure, TandemError) as error:
+            if isinstance(error, TandemError) and label not in self.figures:
+                raise
+            failure = EngineFailure.of(error, label)
+            self.failures[label] = failure.record()
+            self.figures.pop(label, None)
             narrator.alarm(failure.message)
             engine.close()
 
@@ -178,7 +186,7 @@ def measure(plan: Plan, directory: Path, narrator: Narrator) -> Outcome:
                 outcome.figures[label] = prepare(engine, plan, narrator)
         before = machine_limits(plan.measure, narrator)
         run_blocks(outcome, engines, plan, narrator)
-        after = machine_limits(plan.measure, narrator)
+        after, outcome.unmeasured = limits_after(plan.measure, narrator)
         limits = better(before, after) if before and after else None
         for label in outcome.survivors:
             engine, figures = engines[label], outcome.figures[label]
@@ -247,8 +255,8 @@ def profile_engines(outcome: Outcome, engines: Mapping[str, IsolatedEngine], pla
         narrator.say(f"profiling {label}")
         try:
             profile = engines[label].profile(workload)
-        except EngineFailure as failure:
-            narrator.alarm(f"No kernels of {label}: {failure.message}")
+        except (EngineFailure, TandemError) as error:
+            narrator.alarm(f"No kernels of {label}: {EngineFailure.of(error, label).message}")
             continue
         if profile is None:
             narrator.say(f"{label} has no profiler here: its kernels are left out")
@@ -300,6 +308,15 @@ def machine_limits(config: MeasureConfig, narrator: Narrator) -> Limits | None:
         return None
     narrator.say("measuring the machine's limits")
     return measure_limits(config.limits_s)
+
+
+def limits_after(config: MeasureConfig, narrator: Narrator) -> tuple[Limits | None, str]:
+    """`machine_limits` behind what was timed, which is worth keeping without them: then None, and why."""
+    try:
+        return machine_limits(config, narrator), ""
+    except TandemError as error:
+        narrator.alarm(str(error))
+        return None, f"{error}\nAll else is there."
 
 
 def prepare(engine: IsolatedEngine, plan: Plan, narrator: Narrator) -> dict[str, Any]:

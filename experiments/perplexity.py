@@ -60,7 +60,7 @@ def read_text(config_text: str | None) -> str:
         return TEXT
     try:
         return Path(config_text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # a path may hold what no name can
         said = f"correctness.perplexity_text must be a file of UTF-8 text, and {config_text!r} is not: {error}."
         raise ConfigError(said) from error
 

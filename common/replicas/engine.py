@@ -27,7 +27,7 @@ import numpy as np
 from common.config import EngineConfig
 from common.config import expect as expect_config
 from common.engine import StepRecord, check_request
-from common.errors import BackendError, by_name
+from common.errors import BackendError, EngineGoneError, by_name
 from common.frames import Frame, Message
 from common.interface import Caps, Progress, ReplicaState, ServingEngine
 from common.platform import cores, family_memory, thread_settings
@@ -158,7 +158,7 @@ class Replicas(ServingEngine):
     def _await_start(self, news: News, progress: Progress | None) -> None:
         match news:
             case Gone(_, how, error, _):
-                raise (error and by_name(**error)) or BackendError(
+                raise (error and by_name(**error)) or EngineGoneError(
                     f"A replica of this engine {how} before it served; its log says more."
                 )
             case Said(index, Frame({"progress": (done, total, what)})):
@@ -417,7 +417,7 @@ class Replicas(ServingEngine):
 
     def _expect_able(self) -> None:
         if self._hopeless:
-            raise BackendError("No replica of this engine is left; its log says more. Make a new engine.")
+            raise EngineGoneError("No replica of this engine is left; its log says more. Make a new engine.")
 
     # ── beside the requests ─────────────────────────────────────────────────────────────────────────────────────────────
 
