@@ -11,11 +11,23 @@ import numpy as np
 import pytest
 
 from common.config import EngineConfig
+from common.errors import BackendError
 from common.request import Logprobs
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
 from experiments import compare
-from experiments.agreement import Position, Rounds, alike, at_positions, coarse_kld, reported, small, summarise
+from experiments.agreement import (
+    Base,
+    Passed,
+    Position,
+    alike,
+    at_positions,
+    coarse_kld,
+    pass_through,
+    reported,
+    small,
+    summarise,
+)
 from experiments.agreement import compare as compare_all
 from experiments.config import CorrectnessConfig, EngineSpec
 from experiments.console import Narrator
@@ -108,19 +120,35 @@ def test_only_engines_of_one_shape_repeat_each_others_steps() -> None:
     assert alike(small(spec(), 4, "float32"), small(spec(max_num_seqs=32), 4, "float32"))
 
 
-def test_engines_pass_one_after_the_other_and_the_first_leaves_its_steps(tmp_path: Path) -> None:
+SHARE = Workload("w", tuple(Item(0.0, tuple(np.random.default_rng(n).integers(0, 250, n).tolist()), 5) for n in (9, 20, 33)))
+
+
+def test_engines_pass_one_after_the_other_and_the_first_that_comes_through_leaves_its_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = zoo.resolve("tiny-llama")
-    rng = np.random.default_rng(0)
-    share = Workload("w", tuple(Item(0.0, tuple(rng.integers(0, 250, n).tolist()), 5) for n in (9, 20, 33)))
-    text = tokenize(open_checkpoint(model), TEXT)[:150]
-    rounds = Rounds(share, text, tmp_path)
-    with Narrator() as narrator:
-        first, second = (
-            rounds.run(make_local(kernels, "torch", kernels, model), True, narrator)  # type: ignore[arg-type]
-            for kernels in ("native", "framework")
-        )
-        blind = rounds.run(make_local("blind", "torch", "native", model), False, narrator)  # type: ignore[arg-type]
-    assert first.positions is None and second.positions is not None
+    text, share = tokenize(open_checkpoint(model), TEXT)[:150], SHARE
+
+    def passed(engine: Any, observes: bool, base: Base | None) -> tuple[Passed, Base]:
+        with Narrator() as narrator:
+            return pass_through(engine, observes, share, text, base, tmp_path, narrator)
+
+    broken = make_local("broken", "torch", "native", model)
+    observe = broken.observe
+
+    def refused(what: str, *more: Any, **arguments: Any) -> Any:
+        if what == "perplexity":  # when it has recorded its steps and kept their logits
+            raise BackendError("no more")
+        return observe(what, *more, **arguments)
+
+    monkeypatch.setattr(broken, "observe", refused)
+    with pytest.raises(BackendError, match="no more"):
+        passed(broken, True, None)
+    first, base = passed(make_local("native", "torch", "native", model), True, None)
+    second, _ = passed(make_local("framework", "torch", "framework", model), True, base)
+    blind, silent = passed(make_local("blind", "torch", "native", model), False, base)
+    unseen, _ = passed(make_local("unseen", "torch", "native", model), True, silent)
+    assert first.positions is None and second.positions is not None and unseen.positions is None
     found = summarise(second.positions)
     assert (found["num_positions"], found["num_nonfinite"], found["top1_agreement"]) == (15, 0, 1.0)
     assert 0 <= found["mean_kld"] <= found["max_kld"] < 1e-9 and 0 < found["max_abs_logprob_diff"] < 1e-4
