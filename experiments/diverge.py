@@ -142,7 +142,8 @@ def search(
     with ExitStack() as stack:
         pair = []
         for spec in (first, second):
-            engine = stack.enter_context(IsolatedEngine(spec, directory / f"diverge-{spec.label}.log"))
+            log = directory / f"diverge-{spec.label}.log"
+            engine = stack.enter_context(IsolatedEngine(spec, log, plan.measure.timeout_s))
             caps = engine.load(plan.checkpoint.path, narrator.progress(spec.label))["caps"]
             shows = caps.get("observes", False)
             expect(shows, f"Engine {spec.label} does not show its steps; name two that do, as in engines=[jax,torch].")

@@ -61,7 +61,7 @@ class EngineFailure(RuntimeError):
 class IsolatedEngine:
     """The parent's handle on one engine's process. Use as a context manager."""
 
-    def __init__(self, spec: EngineSpec, log: Path, timeout_s: float = 1800.0) -> None:
+    def __init__(self, spec: EngineSpec, log: Path, timeout_s: float) -> None:
         """Start the process; its standard error goes to `log`. A command that takes longer than `timeout_s` ends it."""
         self.spec = spec
         self._log = log

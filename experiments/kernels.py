@@ -162,7 +162,7 @@ def run(config: DictConfig, spec: EngineSpec, measure: MeasureConfig) -> dict[st
     ):
         write_setup(directory, config)
         before = machine_limits(measure, narrator)
-        with IsolatedEngine(spec, directory / f"{spec.label}.log") as engine:
+        with IsolatedEngine(spec, directory / f"{spec.label}.log", measure.timeout_s) as engine:
             answer = engine.time_kernels(checkpoint.path, SHAPES, measure.kernel_passes, narrator.progress(spec.label))
         after, unmeasured = limits_after(measure, narrator)
         limits = better(before, after) if before and after else None

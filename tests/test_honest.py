@@ -65,8 +65,8 @@ def compared(plan: Plan, folder: Path, seed: int) -> Comparison:
     outcome = Outcome({one.label: [], other.label: []})
     with (
         Narrator() as narrator,
-        IsolatedEngine(one, folder / "one.log") as first,
-        IsolatedEngine(other, folder / "other.log") as second,
+        IsolatedEngine(one, folder / "one.log", 600.0) as first,
+        IsolatedEngine(other, folder / "other.log", 600.0) as second,
     ):
         engines = {one.label: first, other.label: second}
         for engine in engines.values():
