@@ -127,12 +127,14 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def float64_reference(checkpoint: Checkpoint) -> Reference:
-    """The dense float64 forward pass of a checkpoint, as a reference for `judge`."""
-    from experiments.reference import numpy_logits
+    """The dense float64 forward pass of a checkpoint, as a reference for `judge`. It decodes the weights once."""
+    from experiments.reference import NumpyModel
 
-    def logprobs(token_ids: Sequence[int]) -> np.ndarray:
-        logits = numpy_logits(checkpoint, token_ids)[-1]
-        shifted = logits - logits.max()
-        return shifted - np.log(np.exp(shifted).sum())
+    model = NumpyModel(checkpoint)
+    return lambda token_ids: log_softmax(model.logits(token_ids)[-1])
 
-    return logprobs
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """float64[..., V]. NaN stays NaN."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
