@@ -153,7 +153,7 @@ def test_a_ratio_shows_its_interval_or_says_that_it_has_none_and_what_is_called_
         if drawing
     ]
     alts, svgs = ([getattr(drawing, name) for drawing in drawings] for name in ("alt", "svg"))
-    assert "the band is 1 ± 5 %" in svgs[0] and "the band is 1 ± 7.5 %" in svgs[1]
+    assert "the band is within a factor of 1.05" in svgs[0] and "the band is within a factor of 1.075" in svgs[1]
     assert "torch 1.100, no interval" in alts[0] and "torch 1.100, interval 1.000 to 1.200" in alts[1]
     assert [">all<" in svg for svg in svgs] == ["the ratio of all" in alt for alt in alts] == [False, True]
 
