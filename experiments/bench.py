@@ -23,7 +23,7 @@ from experiments.measure import figure_names, make_plan, measure, measure_config
 from experiments.records import write_run
 from experiments.rundir import finished, finite, run_directory, write_setup
 
-RESULTS = ("run", "failures", "stopped", "unmeasured")
+RESULTS = ("run", "failures", "stopped", "stopped_by", "unmeasured")
 
 
 def run(config: DictConfig) -> None:

@@ -25,7 +25,7 @@ from experiments.records import kept_rows, write_run
 from experiments.rundir import finished, finite, run_directory, write_setup
 from experiments.statistics import Comparison
 
-RESULTS = ("run", "engines", "ratios", "comparisons", "failures", "order", "stopped", "unmeasured")
+RESULTS = ("run", "engines", "ratios", "comparisons", "failures", "order", "stopped", "stopped_by", "unmeasured")
 AGREEMENT = ("tokens_equal_share", *verdict({}), "compared_tokens", "agreement", "perplexity")
 NAME_LENGTH = 100
 """Of the labels in the name of a run directory."""
@@ -62,6 +62,7 @@ def run(config: DictConfig) -> None:
             "failures": outcome.failures,
             "order": outcome.order,
             "stopped": outcome.stopped,
+            "stopped_by": outcome.stopped_by,
             "unmeasured": outcome.unmeasured,
             "tokens_equal_share": tokens_equal_share(compared),
             **found,

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments.config import ADAPTIVE_BLOCKS
 from experiments.console import contaminated, fallback, number
 from experiments.page import Notice, Tone, Verdict
 from experiments.results import RunFiles
@@ -94,7 +93,7 @@ def throughput(
     told = [str(found.get("said") or f"{label} gave {number(ratio)} times the output throughput of {first}").rstrip(".")]
     if word == "undecided" and ratio:
         stopped = str(results.get("stopped") or "")
-        told += filter(None, [stopped[:1].upper() + stopped[1:], advice(measure, len(results.get("order") or ()), found)])
+        told += filter(None, [stopped[:1].upper() + stopped[1:], advice(results, measure.get("blocks"))])
     if paced:
         told.append("The arrivals set this ratio as long as both engines keep up")
     if spoilt := contaminated(engines, (first, label)):
@@ -104,22 +103,17 @@ def throughput(
     return Verdict(tone, value, ", ".join(evidence), ". ".join(told) + ".")
 
 
-def advice(measure: Mapping[str, Any], done: int, found: Mapping[str, Any]) -> str:
-    """What to ask for where a ratio is undecided: the option that ended a run of so many blocks, by its `measure`. Empty where
-    that is not known."""
-    blocks, most, precision = (measure.get(name) for name in ("blocks", "max_blocks", "precision"))
-    low, high = found.get("low"), found.get("high")
-    if not done or blocks is None:
+def advice(results: Mapping[str, Any], blocks: int | None) -> str:
+    """What to ask for where a ratio is undecided, by the option that ended the run, of which `blocks` were asked at least.
+    Empty where none did."""
+    option, done = str(results.get("stopped_by") or ""), len(results.get("order") or ())
+    if not option:
         return ""
-    if done < blocks:
-        return f"Give all {blocks} their time: raise measure.budget_s"
-    if blocks < ADAPTIVE_BLOCKS:
-        return "Ask for more: raise measure.blocks"
-    if most is not None and done >= most:
-        return "More of them narrow the interval: raise measure.max_blocks"
-    if precision is not None and low is not None and high is not None and high - low <= precision:
-        return "More of them narrow the interval: lower measure.precision"
-    return "More of them narrow the interval: raise measure.budget_s"
+    if option == "measure.budget_s" and blocks and done < blocks:
+        return f"Give all {blocks} their time: raise {option}"
+    if option == "measure.blocks":
+        return f"Ask for more: raise {option}"
+    return f"More of them narrow the interval: {'lower' if option == 'measure.precision' else 'raise'} {option}"
 
 
 def open_loop(workload: Mapping[str, Any], scheduled: Collection[float]) -> bool:

@@ -133,7 +133,9 @@ class Outcome:
     order: list[list[str]] = field(default_factory=list)
     """Labels as they ran, by block."""
     stopped: str = "no engine was left"
-    """Why no further block ran."""
+    """Why no further block ran, ..."""
+    stopped_by: str = ""
+    """... and by which option, if it was one."""
     unmeasured: str = ""
     """What was to be measured beside the engines and could not be; empty where all was."""
     profiles: dict[str, Profile] = field(default_factory=dict)
@@ -213,7 +215,7 @@ def run_blocks(outcome: Outcome, engines: Mapping[str, IsolatedEngine], plan: Pl
     while outcome.survivors:
         done, start = len(outcome.order), time.perf_counter()
         if stopped := reason_to_stop(config, done, start - begin, longest, len(outcome.survivors) - 1, settled):
-            outcome.stopped = stopped
+            outcome.stopped, outcome.stopped_by = stopped
             break
         order = [label for label in block_order(list(engines), done, plan.seed) if label in outcome.survivors]
         outcome.order.append(order)

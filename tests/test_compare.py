@@ -49,7 +49,14 @@ def count(config: MeasureConfig, block_s: float = 1.0, settled: bool = False, co
         reason := reason_to_stop(config, done, done * block_s, block_s if done else 0.0, comparisons, lambda: settled)
     ) is None:
         done += 1
-    return done, reason
+    return done, reason.said
+
+
+def option(config: MeasureConfig, *arguments: Any) -> str:
+    """What ended it."""
+    stop = reason_to_stop(config, *arguments, lambda: True)
+    assert stop
+    return stop.option
 
 
 def test_each_block_runs_every_engine_once_and_every_other_mirrors_the_one_before() -> None:
@@ -92,6 +99,13 @@ def test_looks_on_the_way_leave_less_to_tell_a_difference_by_at_the_end() -> Non
     assert level(config(6), 2, ended=True) == pytest.approx(0.05 - 2 * 2 / 256)  # two need eight blocks for a first look
     for once in (config(6, max_blocks=6), config(5), config(12, max_blocks=12)):
         assert level(once, 1, ended=True) == pytest.approx(0.05)
+
+
+def test_the_option_that_ended_a_run_is_told() -> None:
+    assert option(config(6), 40, 0.0, 0.0, 1) == "measure.max_blocks"
+    assert option(config(6), 6, 0.0, 0.0, 0) == option(config(5), 5, 0.0, 0.0, 1) == "measure.blocks"
+    assert option(config(6), 3, 99.0, 2.0, 1) == option(config(6), 8, 99.0, 2.0, 1) == "measure.budget_s"
+    assert option(config(6), 8, 0.0, 0.0, 1) == "measure.precision"
 
 
 def test_the_interval_is_asked_for_only_where_it_decides() -> None:
@@ -197,7 +211,7 @@ def test_compare_runs_both_engines_and_finds_them_equal(
     assert (result["tokens_equal"], result["unjustified_divergences"], result["tokens_equal_share"]) == (True, 0, 1.0)
     assert result["compared_tokens"] == 3 * 4
     assert [sorted(order) for order in result["order"]] == [[one, other]] * 4 and result["order"][1] == result["order"][0][::-1]
-    assert result["stopped"] == "all 4 blocks were run"
+    assert (result["stopped"], result["stopped_by"]) == ("all 4 blocks were run", "measure.blocks")
 
     (comparison,) = result["comparisons"].values()
     blocks = [figures["block_output_throughput"] for figures in result["engines"].values()]

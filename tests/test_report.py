@@ -222,6 +222,7 @@ def test_the_command_of_a_verdict_is_on_the_page_and_in_the_summary() -> None:
 def test_a_verdict_that_rests_on_too_little_says_what_to_do() -> None:
     said = sentence("torch", "jax", "undecided", 0.9, None, None, 1, 0.05, fewest=8)
     once = {"measure": {"blocks": 1, "max_blocks": 40}, "order": [["jax", "torch"]], "stopped": "its one block was run"}
+    once["stopped_by"] = "measure.blocks"
     (few,) = speed(compared(found={"said": said}, **once), paced=False)
     assert (few.tone, few.value) == ("calm", "Undecided")
     assert few.said.startswith(f"{said}. Its one block was run. ") and "8 blocks are the fewest" in few.said
@@ -232,21 +233,20 @@ def test_a_verdict_that_rests_on_too_little_says_what_to_do() -> None:
 
 
 @pytest.mark.parametrize(
-    ("blocks", "done", "high", "option"),
+    ("option", "done", "advice"),
     [
-        (6, 4, 1.1, "budget_s"),  # cut short: more blocks would only wait behind the same budget
-        (3, 2, 1.1, "budget_s"),
-        (3, 3, 1.1, "blocks"),
-        (6, 8, 1.1, "budget_s"),
-        (6, 40, 1.1, "max_blocks"),
-        (6, 8, 0.83, "precision"),
+        ("measure.budget_s", 4, "Give all 6 their time: raise measure.budget_s."),
+        ("measure.budget_s", 8, "More of them narrow the interval: raise measure.budget_s."),
+        ("measure.max_blocks", 40, "More of them narrow the interval: raise measure.max_blocks."),
+        ("measure.precision", 8, "More of them narrow the interval: lower measure.precision."),
+        ("measure.blocks", 5, "Ask for more: raise measure.blocks."),
     ],
 )
-def test_what_is_advised_is_the_option_that_ended_the_run(blocks: int, done: int, high: float, option: str) -> None:
-    measure = {"blocks": blocks, "max_blocks": 40, "precision": 0.04}
-    run = compared(found={"low": 0.8, "high": high, "blocks": done}, measure=measure, order=[["jax", "torch"]] * done)
+def test_what_is_advised_is_the_option_that_ended_the_run(option: str, done: int, advice: str) -> None:
+    order = [["jax", "torch"]] * done
+    run = compared(found={"low": 0.8, "high": 1.1, "blocks": done}, measure={"blocks": 6}, order=order, stopped_by=option)
     (told,) = speed(run, paced=False)
-    assert re.findall(r"measure\.(\w+)", told.said) == [option]
+    assert told.said.endswith(f" {advice}") and told.said.count("measure.") == 1
 
 
 def test_a_verdict_on_contaminated_engines_says_so() -> None:
