@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
@@ -200,7 +201,7 @@ def returned(job: Job) -> JobReturn:
 
 def quoted(text: str) -> str:
     """A string for Hydra's grammar, whatever signs are in it."""
-    return "'" + text.replace("'", "\\'") + "'"
+    return QuotedString(text, Quote.single).with_quotes()
 
 
 def resume_command(folder: Path) -> str:

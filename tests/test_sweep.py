@@ -394,7 +394,9 @@ def test_a_failure_names_its_cause_and_quotes_the_end_of_its_log(tmp_path: Path)
     assert describe(2, None, tmp_path / "log")["message"].split("\n") == [str(number) for number in range(85, 100)]
 
 
-@pytest.mark.parametrize("path", ["runs/a", "it's here, (really) = [1]", 'a "b" #c', "ü ${x}".replace("${x}", "x")])
+@pytest.mark.parametrize(
+    "path", ["runs/a", "a\\b", "ends\\", "it\\'s", "it's here, (really) = [1]", 'a "b" #c', "ü ${x}".replace("${x}", "x")]
+)
 def test_any_path_survives_hydras_grammar(path: str) -> None:
     (override,) = OverridesParser.create().parse_overrides([f"hydra.sweep.dir={quoted(path)}"])
     assert override.value() == path
