@@ -190,8 +190,8 @@ def plural(count: int, noun: str) -> str:
 def notices(run: RunFiles) -> Iterator[Notice]:
     """Failures with the end of their logs, then what contaminated the rest, or may have."""
     for label, failure in (run.results.get("failures") or {}).items():
-        name, message = str(failure.get("log") or f"{label}.log"), str(failure.get("message") or "")
-        yield Notice("bad", f"{label} failed: {failure.get('kind') or 'error'}", message, log_end(run.directory, name))
+        told = last_lines(str(failure.get("log") or "")) or end_of(run.directory / Path(f"{label}.log").name)
+        yield Notice("bad", f"{label} failed: {failure.get('kind') or 'error'}", str(failure.get("message") or ""), told)
     for label, mine in run.engines.items():
         for reason in mine.get("contaminated") or ():
             yield Notice("warn", f"{label} is contaminated", f"{reason}.")
@@ -201,11 +201,12 @@ def notices(run: RunFiles) -> Iterator[Notice]:
             yield Notice("calm", f"{label} does not run native kernels", f"{reason}.")
 
 
-def log_end(directory: Path, log: str) -> str:
-    """The last lines of a log of the run: `log` names a file of its directory, or is the text itself."""
-    name = Path(log.rpartition("\n")[2]).name
-    file = directory / name
-    text = text_of(file) if name and "\n" not in log and file.is_file() else "" if log.endswith(".log") else log
+def end_of(log: Path) -> str:
+    """The last lines of a log; empty where there is none."""
+    return last_lines(text_of(log))
+
+
+def last_lines(text: str) -> str:
     return "\n".join(text.splitlines()[-LOG_LINES:])
 
 

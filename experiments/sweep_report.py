@@ -14,7 +14,7 @@ import pandas as pd
 
 from experiments.console import BRACKETS, number
 from experiments.figures.scatter import scatter
-from experiments.findings import log_end, plural
+from experiments.findings import end_of, plural
 from experiments.glossary import GLOSSARY
 from experiments.job import Job, read_jobs
 from experiments.page import Drawing, Notice, Page, Section, Table, Tone, Verdict
@@ -149,7 +149,8 @@ def notices(folder: Path, table: pd.DataFrame, jobs: dict[str, Job]) -> Iterator
         failure = (job and job.failure) or {}
         log = str(failure.get("log") or "")
         where = [Path(log).parent if log else folder, folder / row["run"], folder]
-        text = next((end for directory in where if (end := log_end(directory, Path(log).name or f"{row['engine']}.log"))), "")
+        name = Path(log or f"{row['engine']}.log").name
+        text = next((end for directory in where if (end := end_of(directory / name))), "")
         yield Notice(
             "bad", f"Job {value(row['job'])} failed", str(row["failure"] or ""), text or str(failure.get("message") or "")
         )

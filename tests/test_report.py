@@ -17,7 +17,7 @@ import pytest
 
 from common.errors import ConfigError
 from experiments import canvas, page, report
-from experiments.findings import correctness, log_end, open_loop, speed
+from experiments.findings import correctness, notices, open_loop, speed
 from experiments.job import Job
 from experiments.report import make_report, write_report
 from experiments.results import RunFiles, open_run
@@ -35,7 +35,7 @@ DIVERGENCE = {"engine": "torch", "request": 1, "position": 2, "tokens": [3, 4], 
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A comparison of three engines with its report, and a fourth engine that failed."""
     directory = tmp_path_factory.mktemp("runs") / "run"
-    failures = {"vllm": {"kind": "died", "message": "The process ended with signal 9.", "log": "vllm.log"}}
+    failures = {"vllm": {"kind": "died", "message": "The process ended with signal 9.", "log": ""}}
     write_run(directory, ("jax", "torch", "hf"), blocks=6, count=12, output_len=6, failures=failures)
     (directory / "vllm.log").write_text("\n".join(f"line {number}" for number in range(99)))
     results = json.loads((directory / "results.json").read_text())
@@ -178,7 +178,7 @@ def test_a_run_that_told_little_is_reported_without_what_it_did_not_tell(tmp_pat
 
 
 def test_a_run_of_which_every_engine_failed_is_reported(tmp_path: Path) -> None:
-    failures = {"jax": {"kind": "died", "message": "gone", "log": "jax.log"}}
+    failures = {"jax": {"kind": "died", "message": "gone", "log": ""}}
     directory = write_run(
         tmp_path / "run", ("jax", "torch"), 1, 5, 4, engines={}, comparisons={}, ratios={}, agreement={}, failures=failures
     )
@@ -337,13 +337,15 @@ def test_the_command_is_what_was_typed() -> None:
     assert command({}) == ""
 
 
-def test_a_log_is_a_file_of_the_run_or_the_text_itself(tmp_path: Path) -> None:
+def test_the_end_of_a_log_is_told_as_it_was_kept_or_else_from_the_file(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "jax.log").write_text("inside\n")
     (tmp_path / "other.log").write_text("outside\n")
-    assert log_end(tmp_path / "run", "/somewhere/else/jax.log") == "inside"
-    assert log_end(tmp_path / "run", "../other.log") == ""
-    assert log_end(tmp_path / "run", "Traceback\nlast line") == "Traceback\nlast line"
+    kept = {"kind": "died", "message": "gone", "log": "\n".join([*map(str, range(40)), "the process wrote jax.log"])}
+    failures = {"torch": kept, "jax": kept | {"log": ""}, "../other": kept | {"log": ""}}
+    found = notices(RunFiles(tmp_path / "run", {}, {}, {"failures": failures}))
+    texts = [notice.log for notice in found]
+    assert texts == ["\n".join([*map(str, range(11, 40)), "the process wrote jax.log"]), "inside", ""]
 
 
 def test_a_sweep_shows_every_cell_and_what_failed(tmp_path: Path) -> None:
