@@ -24,7 +24,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
-from common.config import Dtype, expect
+from common.config import Dtype, expect, whole
 from common.errors import ConfigError
 from experiments.agreement import SHAPE, record, small
 from experiments.cli import launch, torn
@@ -120,7 +120,7 @@ def share_of(recorded: DictConfig, config: DictConfig) -> tuple[int, int]:
     for name, default in (("num_requests", 8), ("output_len", 64)):
         value = config[name] if config[name] is not None else passed.get(name) or default
         expect(
-            isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+            whole(value, 1),
             f"{name} must be an integer ≥ 1, got {value!r}.",
         )
         asked.append(value)

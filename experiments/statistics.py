@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
-from common.config import expect
+from common.config import expect, real
 
 LEAST_BLOCKS = 3
 """Fewer give no interval."""
@@ -38,7 +38,7 @@ class Criteria:
         for name, high in (("confidence", 1), ("equivalence", 10)):
             value = getattr(self, name)
             expect(
-                isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < high,
+                real(value, 0, high) and 0 < value < high,
                 f"measure.{name} must be a number in (0, {high}), got {value!r}.",
             )
 

@@ -251,6 +251,7 @@ def test_killed_at_any_moment_no_job_is_lost_or_done_twice(folder: Path) -> None
         (("seed=3,3",), "same run"),
         (("seed=interval(1,2)",), "A sweep needs values to choose from"),
         (("seed=1,2", "hydra.launcher.timeout_s=0"), "a number of seconds > 0"),
+        (("seed=1,2", "hydra.launcher.timeout_s=true"), "a number of seconds > 0"),
         (("seed=1,2", "sweep=../x"), "sweep must be the name of a folder"),
         (("seed=1,2", "sweep=a/b"), "got 'a/b'"),
         (("seed=1,2", "sweep=/x"), "got '/x'"),
