@@ -73,7 +73,7 @@ def on_record(engine: Engine, progress: Progress, items: list[Message], trace: s
     roll = Roll(engine, Path(trace))
     engine.runner = roll
     try:
-        window = drive(engine, [Item(**item | {"prompt": tuple(item["prompt"])}) for item in items], logprobs)
+        window = drive(engine, [*map(Item.of, items)], logprobs)
     finally:
         engine.runner = roll.stop()
     landed = [step for kind, step, _ in read_frames(trace) if kind is Kind.RESULT]

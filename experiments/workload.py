@@ -229,6 +229,11 @@ class Item:
     think: float = 0.0
     """Seconds between that end and this request."""
 
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Self:
+        """The inverse of `vars` and a trip through JSON."""
+        return cls(**dict(record) | {"prompt": tuple(record["prompt"])})
+
 
 @dataclass(frozen=True)
 class Workload:

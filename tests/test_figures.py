@@ -24,7 +24,8 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def frame(rows: list[dict[str, Any]], engine: str = "jax", block: int = 0) -> pd.DataFrame:
-    return pd.DataFrame(rows).assign(engine=engine, block=block, ok=True)
+    whole = [{"scheduled": row.get("sent"), "started": row.get("sent")} | row for row in rows]
+    return pd.DataFrame(whole).assign(engine=engine, block=block, ok=True)
 
 
 def a_drawing(title: str = "A title", name: str = "one") -> Drawing:
