@@ -239,7 +239,7 @@ def cell(name: str, values: Figures) -> str:
 def expect_native(spec: EngineSpec) -> None:
     """Raises `BackendError` for an engine that has no native kernels, `ConfigError` if they are turned off. A capability is a
     file, which is looked for without importing a framework."""
-    package = util.find_spec(f"{spec.name}infer") if spec.name.isidentifier() else None
+    package = util.find_spec(f"{spec.name}infer")
     folders = (package and package.submodule_search_locations) or ()
     if not any((Path(folder) / "kernels.py").exists() for folder in folders):
         raise BackendError(f"engine={spec.name} has no native kernels to time. Use engine=jax or engine=torch.")

@@ -49,7 +49,6 @@ class Plan:
     checkpoint: Checkpoint
     engines: tuple[EngineSpec, ...]
     workload: Workload
-    shares_prefixes: bool
     measure: MeasureConfig
     seed: int = 0
     """Draws the order of the blocks."""
@@ -77,7 +76,6 @@ def make_plan(config: DictConfig, engines: Sequence[EngineSpec]) -> Plan:
         checkpoint=checkpoint,
         engines=tuple(engines),
         workload=workload,
-        shares_prefixes=workload.shares_prefixes,
         measure=how,
         seed=config.seed,
     )
@@ -197,7 +195,7 @@ def measure(plan: Plan, directory: Path, narrator: Narrator) -> Outcome:
             here = limits if figures["device"] == "cpu" else None  # another device has limits of its own
             figures |= window_figures(outcome.windows[label], plan, engine.spec, here)
             figures["limits"] = before and after and {"before": before.summary(), "after": after.summary()}
-            figures["contaminated"] = contaminations(figures, plan.shares_prefixes)
+            figures["contaminated"] = contaminations(figures, plan.workload.shares_prefixes)
             figures["unsure"] = unsure(figures)
         if plan.measure.profile:
             profile_engines(outcome, engines, plan, narrator)

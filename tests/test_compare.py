@@ -168,7 +168,7 @@ def agreement(position: int | None = None, justified: bool = True, diff: float =
     if position is not None:
         divergence = Divergence(position=position, tokens=(1, 2), margin=1e-5, error=1e-5, justified=justified)
     equal = 8 if position is None else position
-    return Agreement(num_tokens=8, num_equal=equal, max_abs_logprob_diff=diff, divergence=divergence)
+    return Agreement(num_equal=equal, max_abs_logprob_diff=diff, divergence=divergence)
 
 
 def test_the_verdict_counts_what_rounding_does_not_explain_and_shows_it_first() -> None:

@@ -51,7 +51,6 @@ def make_plan(names: tuple[str, str], *, num_requests: int, output_len: int, blo
         checkpoint=checkpoint,
         engines=tuple(EngineSpec(label=f"{name}-{i}", name=name, config=config) for i, name in enumerate(names)),
         workload=draw(wanted, 0, *vocabulary(checkpoint)),
-        shares_prefixes=False,
         measure=MeasureConfig(
             blocks=blocks, max_blocks=max_blocks, budget_s=600, warmup_requests=32, warmup_output_len=16, limits_s=0
         ),

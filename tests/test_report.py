@@ -21,7 +21,7 @@ from experiments.findings import correctness, notices, open_loop, speed
 from experiments.job import Job
 from experiments.report import make_report, write_report
 from experiments.results import RunFiles, open_run
-from experiments.run_report import command, run_page
+from experiments.run_report import run_page
 from experiments.run_sections import agreement_section
 from experiments.run_tables import figures_table
 from experiments.statistics import sentence
@@ -325,16 +325,6 @@ def test_a_folder_that_is_no_run_is_refused(
     with pytest.raises(SystemExit) as end:
         report.main()
     assert end.value.code == 2 and "needs the folder" in capsys.readouterr().err
-
-
-def test_the_command_is_what_was_typed() -> None:
-    assert (
-        command({"argv": ["/a/python3", "-m", "experiments.bench", "engine=jax", "x=a b"]})
-        == "python -m experiments.bench engine=jax 'x=a b'"
-    )
-    assert command({"argv": ["/a/python3", "/a/bin/tandem-bench", "engine=jax"]}) == "tandem-bench engine=jax"
-    assert command({"argv": ["/a/python3"], "command": "python -m experiments.bench"}) == "python -m experiments.bench"
-    assert command({}) == ""
 
 
 def test_the_end_of_a_log_is_told_as_it_was_kept_or_else_from_the_file(tmp_path: Path) -> None:
