@@ -37,6 +37,7 @@ from common.text.tokenizer import open_tokenizer
 from experiments import compare, lab
 from tests import history_backend
 from tests.backends import checkpoint, engine_config, make_engine
+from tests.events import drain
 from tests.history_backend import ROOT, command, last_line
 from tests.history_runner import Expected, HistoryRunner, expected
 from tests.http_server import PATIENCE_S, Served, known_history, serving, until
@@ -370,13 +371,6 @@ def test_the_queue_has_one_bound_and_a_drain_stops_all(history: Path) -> None:
         ended = [event.request_id for event in drain(engine) if event.finish]
         assert sorted(ended) == [request.request_id for request in asked[:5]]
     (history / "slow").unlink()
-
-
-def drain(engine: Replicas) -> list[TokenEvent]:
-    events = []
-    while engine.has_work:
-        events += engine.step()
-    return events
 
 
 def test_deadlines_hold_on_a_replica_and_where_there_is_none(two: Replicas, history: Path) -> None:
