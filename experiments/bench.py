@@ -2,7 +2,7 @@
 With `measure=kernels` no workload: its native kernels, one by one (`experiments.kernels`).
 
 Piped or in a file, the last line of its output is one JSON object; its keys are those of `vllm bench serve` and a few more.
-The exit code is 1 if the engine failed, 2 for a mistake in what was asked, 3 if a condition of `fail_if` holds.
+The exit code is 1 if the engine or the machine failed, 2 for a mistake in what was asked, 3 if a condition of `fail_if` holds.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 `python -m experiments.compare engines=[jax,torch]`. Piped or in a file, the last line of its output is one JSON object; at a
 terminal it names the file that has it.
-The exit code is 1 if an engine failed, 2 for a mistake in what was asked, 3 if a condition of `fail_if` holds.
+The exit code is 1 if an engine or the machine failed, 2 for a mistake in what was asked, 3 if a condition of `fail_if` holds.
 """
 
 from __future__ import annotations

@@ -71,6 +71,7 @@ def test_limits_that_can_be_measured_but_once_cost_a_run_their_shares_and_nothin
         return LIMITS
 
     monkeypatch.setattr("experiments.measure.measure_limits", measure_limits)
+    monkeypatch.setattr("experiments.measure.bandwidth_probe", lambda seconds: lambda: 1e11)
     with pytest.raises(SystemExit) as exit:
         command(monkeypatch, compare.main, *SHORT, "engines=[history,history]", "measure.limits_s=0.01")
     out, err = capsys.readouterr()
