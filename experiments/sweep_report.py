@@ -19,7 +19,6 @@ from experiments.glossary import GLOSSARY
 from experiments.job import Job, read_jobs
 from experiments.page import Drawing, Notice, Page, Section, Table, Tone, Verdict
 from experiments.results import open_run, sweep_table
-from experiments.run_report import command
 from experiments.run_sections import scaling_section, some
 from experiments.run_tables import environment_table
 from experiments.sweep import few, status, swept_figure
@@ -79,7 +78,7 @@ def sweep_page(folder: Path) -> Page:
         summary=cells,
         sections=[section for section in sections if section.drawings or any(table.rows for table in section.tables)],
         glossary=GLOSSARY,
-        command=sweep_command(list(jobs.values()), command(environment)),
+        command=sweep_command(list(jobs.values()), str(environment.get("command") or "")),
         engines=engines,
     )
 
