@@ -333,7 +333,7 @@ def test_the_end_of_a_log_is_told_as_it_was_kept_or_else_from_the_file(tmp_path:
     (tmp_path / "other.log").write_text("outside\n")
     kept = {"kind": "died", "message": "gone", "log": "\n".join([*map(str, range(40)), "the process wrote jax.log"])}
     failures = {"torch": kept, "jax": kept | {"log": ""}, "../other": kept | {"log": ""}}
-    found = notices(RunFiles(tmp_path / "run", {}, {}, {"failures": failures}))
+    found = notices(RunFiles(tmp_path / "run", {}, {}, {"engines": {}, "failures": failures}))
     texts = [notice.log for notice in found]
     assert texts == ["\n".join([*map(str, range(11, 40)), "the process wrote jax.log"]), "inside", ""]
 

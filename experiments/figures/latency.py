@@ -57,7 +57,8 @@ def percentile_99(values: np.ndarray) -> str:
     return number(float(np.quantile(values, 0.99))) if len(values) >= 100 else "too few"
 
 
-def samples_ms(rows: pd.DataFrame, engines: Sequence[str], what: str) -> Samples:
-    """Engine → latencies in ms of the requests that went well. `what` is ttft, tpot, itl or e2el of `experiments.metrics`."""
+def samples_ms(rows: pd.DataFrame, engines: Sequence[str]) -> Mapping[str, Samples]:
+    """Metric of `experiments.metrics.latencies` → engine → latencies in ms of the requests that went well."""
     of = lambda label: rows[(rows["engine"] == label) & rows["ok"]] if len(rows) else rows  # noqa: E731
-    return {label: 1e3 * latencies(list(of(label).itertuples()))[what] for label in engines}
+    found = {label: latencies(list(of(label).itertuples())) for label in engines}
+    return {what: {label: 1e3 * mine[what] for label, mine in found.items()} for what in latencies([])}
