@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_args
@@ -29,6 +30,16 @@ def expect(condition: bool, message: str) -> None:
     """Raise `ConfigError(message)` unless `condition` holds. Not an assert: it must survive `python -O`."""
     if not condition:
         raise ConfigError(message)
+
+
+def whole(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
+    """Whether it is an integer in [low, high]. True is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def real(value: Any, low: float = -sys.float_info.max, high: float = sys.float_info.max) -> bool:
+    """Whether it is a number in [low, high], finite unless infinity is allowed. NaN lies in no range."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +254,7 @@ class EngineConfig:
         ):
             value = getattr(self, name)
             expect(
-                isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
+                whole(value, low, high),
                 f"{name} must be an integer in [{low}, {high}], got {value!r}.",
             )
         for name, low, high in (
@@ -254,7 +265,7 @@ class EngineConfig:
         ):
             value = getattr(self, name)
             expect(
-                value is None or (isinstance(value, int) and not isinstance(value, bool) and low <= value <= high),
+                value is None or whole(value, low, high),
                 f"{name} must be an integer in [{low}, {high}], or null, got {value!r}.",
             )
         for name in ("compile", "enable_prefix_caching", "enable_chunked_prefill"):
@@ -283,7 +294,7 @@ class EngineConfig:
             f"block_size must be a power of two (8, 16, 32, …), got {self.block_size}.",
         )
         expect(
-            isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < 2**64,
+            whole(self.seed, 0, 2**64 - 1),
             f"seed must be an integer in [0, 2**64), got {self.seed!r}.",
         )
         expect(

@@ -79,19 +79,20 @@ def agree(
     text = text_tokens(plan, config, narrator)
     done: dict[str, Passed] = {}
     failures: dict[str, dict[str, str]] = {}
+    base: Base | None = None
     with TemporaryDirectory(prefix="float32-", dir=directory) as scratch:
-        rounds = Rounds(share, text, Path(scratch))
         for spec in plan.engines:
             narrator.say(f"float32 pass: {spec.label}")
             log, exact = directory / f"{spec.label}-float32.log", small(spec, config.num_requests, "float32")
             try:
                 with IsolatedEngine(exact, log, plan.measure.timeout_s) as engine:
                     observes = engine.load(plan.checkpoint.path, narrator.progress(spec.label))["caps"].get("observes", False)
-                    passed = rounds.run(engine, observes, narrator)
+                    passed, own = pass_through(engine, observes, share, text, base, Path(scratch), narrator)
                 expect_answers(spec.label, passed.rows)
                 done[spec.label] = passed
-            except (EngineFailure, TandemError) as error:  # too late to be the user's to mend: the timed part is worth keeping
-                failure = error if isinstance(error, EngineFailure) else EngineFailure(str(error), label=spec.label)
+                base = base or own
+            except (EngineFailure, TandemError) as error:
+                failure = EngineFailure.of(error, spec.label)
                 failures[spec.label] = failure.record()
                 narrator.alarm(failure.message)
     return compare(done, share, plan, config), failures
@@ -106,34 +107,47 @@ def expect_answers(label: str, rows: Sequence[Row]) -> None:
         raise EngineFailure(message + str(rows[0].error), label=label)
 
 
-class Rounds:
-    """One engine after the other through the pass. The first leaves its trace and its logits for the others."""
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """What the first engine that has come through the pass leaves for the others."""
 
-    def __init__(self, share: Workload, text: Sequence[int], scratch: Path) -> None:
-        self._share, self._text = share, text
-        self._trace, self._logits = str(scratch / "trace"), str(scratch / "logits")
-        self._first: EngineSpec | None = None
-        self._requests: list[list[int]] | None = None
+    spec: EngineSpec
+    trace: str = ""
+    """The file with its steps; empty where it does not show them."""
+    logits: str = ""
+    """The file with what they computed."""
+    requests: Sequence[Sequence[int]] = ()
+    """Whose sequences each step had."""
 
-    def run(self, engine: IsolatedEngine, observes: bool, narrator: Narrator) -> Passed:
-        progress, spec = narrator.progress(engine.spec.label), engine.spec
-        positions = None
-        if self._first is None and observes:
-            rows, requests = record(engine, self._share, self._trace)
-            engine.observe("keep_logits", progress, trace=self._trace, file=self._logits)
-            self._requests = requests
-        else:
-            rows = engine.run(self._share, logprobs=TOP_LOGPROBS).rows
-            if self._first and observes and self._requests and alike(self._first, spec):
-                answer = engine.observe("compare_logits", progress, trace=self._trace, file=self._logits)
-                compared = [Compared.of(row) for row in answer["rows"]]
-                positions = at_positions(compared, self._requests, self._share)
-        value = None
-        if self._text and observes:
-            context = min(CONTEXT, spec.config.max_model_len or CONTEXT)
-            value = perplexity(engine.observe("perplexity", progress, tokens=self._text, context=context))
-        self._first = self._first or spec
-        return Passed(spec=spec, rows=rows, positions=positions, perplexity=value)
+
+def pass_through(
+    engine: IsolatedEngine,
+    observes: bool,
+    share: Workload,
+    text: Sequence[int],
+    base: Base | None,
+    scratch: Path,
+    narrator: Narrator,
+) -> tuple[Passed, Base]:
+    """One engine through the pass, against `base` if there is one by now; and what it would be as one itself. Its files in
+    `scratch` bear its label, so that what an engine leaves that fails on the way is nobody's."""
+    progress, spec = narrator.progress(engine.spec.label), engine.spec
+    own, positions = Base(spec=spec), None
+    if base is None and observes:
+        trace, logits = (str(scratch / f"{spec.label}.{what}") for what in ("trace", "logits"))
+        rows, requests = record(engine, share, trace)
+        engine.observe("keep_logits", progress, trace=trace, file=logits)
+        own = Base(spec=spec, trace=trace, logits=logits, requests=requests)
+    else:
+        rows = engine.run(share, logprobs=TOP_LOGPROBS).rows
+        if base and base.trace and observes and alike(base.spec, spec):
+            answer = engine.observe("compare_logits", progress, trace=base.trace, file=base.logits)
+            positions = at_positions([Compared.of(row) for row in answer["rows"]], base.requests, share)
+    value = None
+    if text and observes:
+        context = min(CONTEXT, spec.config.max_model_len or CONTEXT)
+        value = perplexity(engine.observe("perplexity", progress, tokens=text, context=context))
+    return Passed(spec=spec, rows=rows, positions=positions, perplexity=value), own
 
 
 def record(engine: IsolatedEngine, share: Workload, trace: str) -> tuple[tuple[Row, ...], list[list[int]]]:

@@ -2,7 +2,7 @@
 With `measure=kernels` no workload: its native kernels, one by one (`experiments.kernels`).
 
 Piped or in a file, the last line of its output is one JSON object; its keys are those of `vllm bench serve` and a few more.
-The exit code is 1 if the engine failed, 2 for a mistake in what was asked, 3 if a condition of `fail_if` holds.
+The exit code is 1 if the engine or the machine failed, 2 for a mistake in what was asked, 3 if a condition of `fail_if` holds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from experiments.measure import Outcome, figure_names, make_plan, measure, measu
 from experiments.records import write_run
 from experiments.rundir import finished, finite, run_directory, write_setup
 
-RESULTS = ("run", "failures", "stopped")
+RESULTS = ("run", "failures", "stopped", "stopped_by", "unmeasured")
 
 
 def run(config: DictConfig) -> None:
@@ -48,8 +48,8 @@ def run_workload(config: DictConfig, spec: EngineSpec, conditions: Sequence[Cond
         write_setup(directory, config)
         outcome = Outcome.of(plan)
         measure(plan, outcome, directory, narrator)
-        whole = {"run": str(finished(directory)), "failures": outcome.failures, "stopped": outcome.stopped}
-        whole = {"engine": spec.label} | setting(config, plan) | whole
+        whole = {"engine": spec.label} | setting(config, plan) | {"run": str(finished(directory))}
+        whole |= {name: getattr(outcome, name) for name in RESULTS[1:]}
         result: dict[str, Any] = finite(whole | outcome.figures.get(spec.label, {}))
         write_run(directory, result, outcome.windows, outcome.profiles)
     print_table(f"{plan.model} ({plan.checkpoint.path.name}), {config.dtype}, workload {plan.workload.name}", outcome.figures)

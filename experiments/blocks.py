@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from experiments.config import MeasureConfig
+from experiments.config import ADAPTIVE_BLOCKS, MeasureConfig
 from experiments.statistics import fewest_blocks
 
 ALWAYS = 2
@@ -47,9 +48,17 @@ def time_left(config: MeasureConfig, done: int, elapsed: float, longest: float) 
     return min(longest * (config.blocks - done), max(config.budget_s - elapsed, due))
 
 
+class Stop(NamedTuple):
+    """Why no further block runs."""
+
+    said: str
+    option: str = ""
+    """What would have to be set otherwise for more; empty where no option ended it."""
+
+
 def reason_to_stop(
     config: MeasureConfig, done: int, elapsed: float, longest: float, comparisons: int, settled: Callable[[], bool]
-) -> str | None:
+) -> Stop | None:
     """Why no block follows the `done` that took `elapsed` seconds, the longest of them `longest`; None if one does.
 
     `settled` tells whether every interval of the `comparisons` ratios is narrow, and none shows a difference that is yet to be
@@ -60,12 +69,16 @@ def reason_to_stop(
     extra = done >= config.blocks
     ahead = 2 if extra and done % 2 == 0 else 1
     if done >= config.most_blocks or (extra and not comparisons):
-        return f"all {done} blocks were run" if done > 1 else "its one block was run"
+        adaptive = config.blocks >= ADAPTIVE_BLOCKS and comparisons > 0
+        said = f"all {done} blocks were run" if done > 1 else "its one block was run"
+        return Stop(said, "measure.max_blocks" if adaptive else "measure.blocks")
     if elapsed + ahead * longest > config.budget_s:
-        return f"the budget of {config.budget_s:g} s (measure.budget_s) was used up after {done} blocks"
+        said = f"the budget of {config.budget_s:g} s (measure.budget_s) was used up after {done} blocks"
+        return Stop(said, "measure.budget_s")
     if not extra or done % 2 == 1:
         return None
     first = first_look(config, comparisons)
     if first is not None and done >= first and settled():
-        return f"after {done} blocks every interval of a ratio was narrower than {config.precision:g}"
+        said = f"after {done} blocks every interval of a ratio was narrower than {config.precision:g}"
+        return Stop(said, "measure.precision")
     return None

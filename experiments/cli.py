@@ -136,6 +136,8 @@ def conclude(conditions: Sequence[Condition], result: Mapping[str, Any], reporte
         fail("\n".join(told + held), FAILURE)
     if held:
         fail("\n".join(held), GATE)
+    if unmeasured := result.get("unmeasured"):
+        fail(unmeasured, FAILURE)
     if not reported:
         again = f"python -m experiments.report {result['run']}"
         fail(f"The report could not be made; all else is there. Try again: {again}", FAILURE)

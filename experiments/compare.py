@@ -2,7 +2,7 @@
 
 `python -m experiments.compare engines=[jax,torch]`. Piped or in a file, the last line of its output is one JSON object; at a
 terminal it names the file that has it.
-The exit code is 1 if an engine failed, 2 for a mistake in what was asked, 3 if a condition of `fail_if` holds.
+The exit code is 1 if an engine or the machine failed, 2 for a mistake in what was asked, 3 if a condition of `fail_if` holds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from experiments.rundir import finished, finite, run_directory, write_json, writ
 from experiments.scaling import points_of, scaling_tables
 from experiments.statistics import Comparison
 
-RESULTS = ("run", "engines", "ratios", "comparisons", "failures", "order", "stopped")
+RESULTS = ("run", "engines", "ratios", "comparisons", "failures", "order", "stopped", "stopped_by", "unmeasured")
 AGREEMENT = ("tokens_equal_share", *verdict({}), "compared_tokens", "agreement", "perplexity")
 NAME_LENGTH = 100
 """Of the labels in the name of a run directory."""
@@ -83,6 +83,8 @@ def results(config: DictConfig, plan: Plan, outcome: Outcome, found: Mapping[str
         "failures": outcome.failures,
         "order": outcome.order,
         "stopped": outcome.stopped,
+        "stopped_by": outcome.stopped_by,
+        "unmeasured": outcome.unmeasured,
         "tokens_equal_share": tokens_equal_share(compared),
         **found,
     }

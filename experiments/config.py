@@ -15,9 +15,10 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from common.config import EngineConfig, expect
+from common.config import EngineConfig, expect, real, whole
 from common.errors import ConfigError, nearest_hint
 from experiments.peers import PEERS, interpreter
+from experiments.perplexity import read_text
 from experiments.policies import check_policies
 from experiments.statistics import Criteria
 from experiments.workload import known_options
@@ -195,13 +196,11 @@ class MeasureConfig:
         for name, high in (("budget_s", float("inf")), ("limits_s", 60), ("precision", 10)):
             value = getattr(self, name)
             expect(
-                isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= high,
+                real(value, 0, high),
                 f"measure.{name} must be a number in [0, {high:g}], got {value!r}.",
             )
         expect(
-            isinstance(self.timeout_s, (int, float))
-            and not isinstance(self.timeout_s, bool)
-            and 0 < self.timeout_s <= threading.TIMEOUT_MAX,
+            real(self.timeout_s, 0, threading.TIMEOUT_MAX) and self.timeout_s > 0,
             f"measure.timeout_s must be a number of seconds > 0, got {self.timeout_s!r}.",
         )
         expect(
@@ -234,15 +233,16 @@ class CorrectnessConfig:
     def __post_init__(self) -> None:
         check_integers("correctness", self, num_requests=0, output_len=1)
         expect(
-            isinstance(self.tolerance, (int, float)) and not isinstance(self.tolerance, bool) and self.tolerance > 0,
+            real(self.tolerance, 0, float("inf")) and self.tolerance > 0,
             f"correctness.tolerance must be a number > 0, got {self.tolerance!r}.",
         )
         expect(isinstance(self.perplexity, bool), f"correctness.perplexity must be true or false, got {self.perplexity!r}.")
         text = self.perplexity_text
         expect(
-            text is None or (isinstance(text, str) and Path(text).is_file()),
+            text is None or isinstance(text, str),
             f"correctness.perplexity_text must be the path of a text, or null, got {text!r}.",
         )
+        read_text(text)  # now, and not when all has been timed
 
 
 def correctness_config(config: DictConfig) -> CorrectnessConfig:
@@ -256,6 +256,6 @@ def check_integers(where: str, config: object, **least: int) -> None:
     for name, low in least.items():
         value = getattr(config, name)
         expect(
-            isinstance(value, int) and not isinstance(value, bool) and value >= low,
+            whole(value, low),
             f"{where}.{name} must be an integer ≥ {low}, got {value!r}.",
         )

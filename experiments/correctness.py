@@ -44,10 +44,8 @@ class Divergence:
 class Agreement:
     """How far two engines agree on one request."""
 
-    num_tokens: int
-    """Of the longer output."""
     num_equal: int
-    """Before the first divergence."""
+    """Output tokens before the first divergence."""
     max_abs_logprob_diff: float
     """Over the tokens reported by both, up to and at the first divergence: until there they read the same history."""
     divergence: Divergence | None
@@ -68,7 +66,6 @@ def judge(
     `tolerance` is the largest error of a log-probability that rounding explains; `num_asked` tokens were asked of each.
     """
     num_equal = common_prefix(tokens_a, tokens_b)
-    num_tokens = max(len(tokens_a), len(tokens_b))
     tables = [(table(a), table(b)) for a, b in zip(logprobs_a, logprobs_b, strict=False)][: num_equal + 1]
     diffs = [a[token] - b[token] for a, b in tables for token in a.keys() & b.keys()]
     divergence = None
@@ -78,10 +75,9 @@ def judge(
         exact = reference([*prompt, *tokens_a[:num_equal]])
         choices = (tokens_a[num_equal], tokens_b[num_equal])
         divergence = weigh(num_equal, choices, (table(logprobs_a[num_equal]), table(logprobs_b[num_equal])), exact, tolerance)
-    elif num_equal < max(num_tokens, num_asked):
+    elif num_equal < max(len(tokens_a), len(tokens_b), num_asked):
         divergence = unjust(num_equal, tokens_a, tokens_b)  # ended early: no rounding does that
     return Agreement(
-        num_tokens=num_tokens,
         num_equal=num_equal,
         max_abs_logprob_diff=float(np.max(np.abs(diffs))) if diffs else 0.0,
         divergence=divergence,
@@ -127,12 +123,14 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def float64_reference(checkpoint: Checkpoint) -> Reference:
-    """The dense float64 forward pass of a checkpoint, as a reference for `judge`."""
-    from experiments.reference import numpy_logits
+    """The dense float64 forward pass of a checkpoint, as a reference for `judge`. It decodes the weights once."""
+    from experiments.reference import NumpyModel
 
-    def logprobs(token_ids: Sequence[int]) -> np.ndarray:
-        logits = numpy_logits(checkpoint, token_ids)[-1]
-        shifted = logits - logits.max()
-        return shifted - np.log(np.exp(shifted).sum())
+    model = NumpyModel(checkpoint)
+    return lambda token_ids: log_softmax(model.logits(token_ids)[-1])
 
-    return logprobs
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """float64[..., V]. NaN stays NaN."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

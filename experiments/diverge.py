@@ -24,7 +24,7 @@ import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
-from common.config import Dtype, expect
+from common.config import Dtype, expect, whole
 from common.errors import ConfigError
 from experiments.agreement import SHAPE, record, small
 from experiments.cli import launch, torn
@@ -33,6 +33,7 @@ from experiments.console import Narrator, number, print_result, wide_console
 from experiments.findings import findings_of
 from experiments.isolate import IsolatedEngine
 from experiments.job import JOBS, is_whole
+from experiments.launcher import quoted
 from experiments.localise import Finding
 from experiments.measure import Plan, make_plan
 from experiments.observe import Compared
@@ -119,7 +120,7 @@ def share_of(recorded: DictConfig, config: DictConfig) -> tuple[int, int]:
     for name, default in (("num_requests", 8), ("output_len", 64)):
         value = config[name] if config[name] is not None else passed.get(name) or default
         expect(
-            isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+            whole(value, 1),
             f"{name} must be an integer ≥ 1, got {value!r}.",
         )
         asked.append(value)
@@ -142,7 +143,8 @@ def search(
     with ExitStack() as stack:
         pair = []
         for spec in (first, second):
-            engine = stack.enter_context(IsolatedEngine(spec, directory / f"diverge-{spec.label}.log"))
+            log = directory / f"diverge-{spec.label}.log"
+            engine = stack.enter_context(IsolatedEngine(spec, log, plan.measure.timeout_s))
             caps = engine.load(plan.checkpoint.path, narrator.progress(spec.label))["caps"]
             shows = caps.get("observes", False)
             expect(shows, f"Engine {spec.label} does not show its steps; name two that do, as in engines=[jax,torch].")
@@ -271,11 +273,11 @@ def print_finding(result: Mapping[str, Any], file: str) -> None:
 
 
 def main() -> None:
-    sys.argv[1:] = positional([quoted(argument) for argument in sys.argv[1:]])
+    sys.argv[1:] = positional([labels_quoted(argument) for argument in sys.argv[1:]])
     launch(run, "diverge")
 
 
-def quoted(argument: str) -> str:
+def labels_quoted(argument: str) -> str:
     """`engines=[…]` with the labels in it that hold an equals sign in quotes, as Hydra's grammar wants them."""
     if not argument.startswith("engines="):
         return argument
@@ -290,8 +292,7 @@ def positional(arguments: Sequence[str]) -> list[str]:
     value = lambda i: before[i].startswith(WITH_VALUE) and "=" not in before[i]  # noqa: E731
     bare = lambda i, a: not a.startswith("-") and not value(i) and ("=" not in a or Path(a).is_dir())  # noqa: E731
     place = next((i for i, argument in enumerate(arguments) if bare(i, argument)), None)
-    run_at = lambda path: "run='" + path.replace("\\", "\\\\").replace("'", "\\'") + "'"  # noqa: E731
-    return [run_at(argument) if i == place else argument for i, argument in enumerate(arguments)]
+    return [f"run={quoted(argument)}" if i == place else argument for i, argument in enumerate(arguments)]
 
 
 if __name__ == "__main__":

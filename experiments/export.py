@@ -36,7 +36,8 @@ def export(folder: Path | str) -> list[Path]:
 
 def export_run(run: RunFiles) -> list[Path]:
     expect(run.kind != "kernels", f"{run.directory} timed kernels, not requests: there is nothing to export.")
-    return [write(run.directory / FOLDER / f"{label}.json", whole(run, label)) for label in run.engines]
+    rows = requests(run)
+    return [write(run.directory / FOLDER / f"{label}.json", whole(run, label, rows[label])) for label in run.engines]
 
 
 def export_sweep(folder: Path) -> list[Path]:
@@ -47,11 +48,12 @@ def export_sweep(folder: Path) -> list[Path]:
     files, summary = [], []
     for name, rows in done.groupby("run", sort=False):
         run, directory = open_run(folder / str(name)), folder / FOLDER / Path(str(name)).name
-        mine = []
+        each, mine = requests(run), list[Record]()
         for number, row in enumerate(rows.to_dict("records")):
             options = {option: None if pd.isna(row[option]) else row[option] for option in swept} | {"run_number": number}
-            files.append(write(directory / f"run={number}.json", whole(run, row["engine"]) | options))
-            mine.append(brief(run, row["engine"]) | options)
+            told = run, row["engine"], each[row["engine"]]
+            files.append(write(directory / f"run={number}.json", whole(*told) | options))
+            mine.append(brief(*told) | options)
         files.append(write(directory / "summary.json", mine))
         summary += mine
     pd.DataFrame.from_records(summary).to_csv(folder / FOLDER / "summary.csv")
@@ -64,15 +66,15 @@ def write(path: Path, value: Any) -> Path:
     return path
 
 
-def whole(run: RunFiles, label: str) -> Record:
+def whole(run: RunFiles, label: str, rows: Sequence[Record]) -> Record:
     """What `--save-detailed` adds, too."""
-    return brief(run, label) | details(requests(run, label))
+    return brief(run, label, rows) | details(rows)
 
 
-def brief(run: RunFiles, label: str) -> Record:
-    """One engine of a run, in the order of keys that `vllm bench serve` writes; then whatever else is known of it."""
+def brief(run: RunFiles, label: str, rows: Sequence[Record]) -> Record:
+    """One engine of a run, whose requests are `rows`, in the order of keys that `vllm bench serve` writes; then whatever else
+    is known of it."""
     figures, workload = run.engines[label], run.config["workload"]
-    rows = requests(run, label)
     model = run.results.get("model")
     setting = {
         "date": f"{datetime.fromisoformat(run.environment['date']):%Y%m%d-%H%M%S}",
@@ -98,23 +100,29 @@ def brief(run: RunFiles, label: str) -> Record:
     return setting | theirs | {key: value for key, value in known.items() if key not in setting}
 
 
-def requests(run: RunFiles, label: str) -> list[Record]:
-    """The rows of one engine, block by block; their times are those since the start of the first block, as if no time had
+def requests(run: RunFiles) -> dict[str, list[Record]]:
+    """The rows of each engine, block by block; their times are those since the start of the first block, as if no time had
     passed between two."""
     path = run.directory / "requests.jsonl"
     expect(path.exists(), f"{run.directory} holds no {path.name}, of which an export tells each request. Run it again.")
+    blocks: dict[str, dict[int, list[Record]]] = {label: {} for label in run.engines}
     try:
         with path.open(encoding="utf-8") as file:
-            rows = [row for row in map(json.loads, file) if row["engine"] == label]
+            for row in map(json.loads, file):
+                blocks.setdefault(row["engine"], {}).setdefault(row["block"], []).append(row)
     except ValueError as error:
         raise ConfigError(f"{path} is not as a run writes it: {error}. Run it again.") from error
-    start, moved = 0.0, []
-    for block in sorted({row["block"] for row in rows}):
-        mine = [row for row in rows if row["block"] == block]
-        for row in mine:
+    return {label: in_a_row([mine[block] for block in sorted(mine)]) for label, mine in blocks.items()}
+
+
+def in_a_row(blocks: Sequence[Sequence[Record]]) -> list[Record]:
+    """Each block's times moved behind those of the one before."""
+    start, moved = 0.0, list[Record]()
+    for rows in blocks:
+        for row in rows:
             times = {name: row[name] + start for name in ("sent", "scheduled")}
             moved.append(row | times | {"times": [time + start for time in row["times"]]})
-        start = max((time for row in moved for time in (row["sent"], *row["times"])), default=start)
+        start += max((time for row in rows for time in (row["sent"], *row["times"])), default=0.0)
     return moved
 
 

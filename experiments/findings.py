@@ -11,9 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments.config import ADAPTIVE_BLOCKS
 from experiments.console import contaminated, fallback, number, plural
-from experiments.measure import INTERRUPTED
 from experiments.page import Notice, Tone, Verdict
 from experiments.results import RunFiles
 
@@ -95,8 +93,7 @@ def throughput(
     told = [str(found.get("said") or f"{label} gave {number(ratio)} times the output throughput of {first}").rstrip(".")]
     if word == "undecided" and ratio:
         stopped = str(results.get("stopped") or "")
-        more = "" if stopped == INTERRUPTED else advice(measure, len(results.get("order") or ()), found)
-        told += filter(None, [stopped[:1].upper() + stopped[1:], more])
+        told += filter(None, [stopped[:1].upper() + stopped[1:], advice(results, measure.get("blocks"))])
     if paced:
         told.append("The arrivals set this ratio as long as both engines keep up")
     if spoilt := contaminated(engines, (first, label)):
@@ -106,22 +103,17 @@ def throughput(
     return Verdict(tone, value, ", ".join(evidence), ". ".join(told) + ".")
 
 
-def advice(measure: Mapping[str, Any], done: int, found: Mapping[str, Any]) -> str:
-    """What to ask for where a ratio is undecided: the option that ended a run of so many blocks, by its `measure`. Empty where
-    that is not known."""
-    blocks, most, precision = (measure.get(name) for name in ("blocks", "max_blocks", "precision"))
-    low, high = found.get("low"), found.get("high")
-    if not done or blocks is None:
+def advice(results: Mapping[str, Any], blocks: int | None) -> str:
+    """What to ask for where a ratio is undecided, by the option that ended the run, of which `blocks` were asked at least.
+    Empty where none did."""
+    option, done = str(results.get("stopped_by") or ""), len(results.get("order") or ())
+    if not option:
         return ""
-    if done < blocks:
-        return f"Give all {blocks} their time: raise measure.budget_s"
-    if blocks < ADAPTIVE_BLOCKS:
-        return "Ask for more: raise measure.blocks"
-    if most is not None and done >= most:
-        return "More of them narrow the interval: raise measure.max_blocks"
-    if precision is not None and low is not None and high is not None and high - low <= precision:
-        return "More of them narrow the interval: lower measure.precision"
-    return "More of them narrow the interval: raise measure.budget_s"
+    if option == "measure.budget_s" and blocks and done < blocks:
+        return f"Give all {blocks} their time: raise {option}"
+    if option == "measure.blocks":
+        return f"Ask for more: raise {option}"
+    return f"More of them narrow the interval: {'lower' if option == 'measure.precision' else 'raise'} {option}"
 
 
 def open_loop(workload: Mapping[str, Any], scheduled: Collection[float]) -> bool:
@@ -196,8 +188,8 @@ def divergences(run: RunFiles) -> Iterator[Verdict]:
 def notices(run: RunFiles) -> Iterator[Notice]:
     """Failures with the end of their logs, then what contaminated the rest, or may have."""
     for label, failure in (run.results.get("failures") or {}).items():
-        name, message = str(failure.get("log") or f"{label}.log"), str(failure.get("message") or "")
-        yield Notice("bad", f"{label} failed: {failure.get('kind') or 'error'}", message, log_end(run.directory, name))
+        told = last_lines(str(failure.get("log") or "")) or end_of(run.directory / Path(f"{label}.log").name)
+        yield Notice("bad", f"{label} failed: {failure.get('kind') or 'error'}", str(failure.get("message") or ""), told)
     for label, mine in run.engines.items():
         for reason in mine.get("contaminated") or ():
             yield Notice("warn", f"{label} is contaminated", f"{reason}.")
@@ -207,11 +199,12 @@ def notices(run: RunFiles) -> Iterator[Notice]:
             yield Notice("calm", f"{label} does not run native kernels", f"{reason}.")
 
 
-def log_end(directory: Path, log: str) -> str:
-    """The last lines of a log of the run: `log` names a file of its directory, or is the text itself."""
-    name = Path(log.rpartition("\n")[2]).name
-    file = directory / name
-    text = text_of(file) if name and "\n" not in log and file.is_file() else "" if log.endswith(".log") else log
+def end_of(log: Path) -> str:
+    """The last lines of a log; empty where there is none."""
+    return last_lines(text_of(log))
+
+
+def last_lines(text: str) -> str:
     return "\n".join(text.splitlines()[-LOG_LINES:])
 
 

@@ -41,9 +41,10 @@ GLOSSARY: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "Verdict",
-        "Equivalent: the interval lies within 1 ± measure.equivalence. Faster or slower: it leaves 1 out, the ratio is beyond "
-        "that, and its p value, over all comparisons of the run (Benjamini and Hochberg), is at most 1 − measure.confidence. "
-        "Where a run may end early and not all blocks agree on the difference, it must be less. Undecided: neither.",
+        "Equivalent: the interval lies within a factor of 1 + measure.equivalence. Faster or slower: it leaves 1 out, the "
+        "ratio is beyond that, and its p value, over all comparisons of the run (Benjamini and Hochberg), is at most "
+        "1 − measure.confidence. Where a run may end early and not all blocks agree on the difference, it must be less. "
+        "Undecided: neither.",
         "",
     ),
     (

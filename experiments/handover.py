@@ -25,6 +25,8 @@ from rich.table import Table
 
 from common import child
 from common.config import EngineConfig
+from common.errors import TandemError
+from common.exits import USER_ERROR, fail
 from common.frames import Frame, read_frame, write_frame
 from common.interface import ModelRunner, load_backend
 from common.replicas.handover import SECRET, Door, Heard, fetch
@@ -179,9 +181,15 @@ def main() -> None:
     parser.add_argument("--kernels", default="native", choices=["native", "framework"])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     words = parser.parse_args()
-    config = EngineConfig(kernels=words.kernels, dtype=words.dtype, device="cpu", threads=1)
-    with Narrator() as narrator:
-        found = run(words.model, config, words.tokens, words.times, narrator.say)
+    for name in ("tokens", "times"):
+        if (value := getattr(words, name)) < 1:
+            parser.error(f"--{name} must be 1 or more, got {value}.")
+    try:
+        config = EngineConfig(kernels=words.kernels, dtype=words.dtype, device="cpu", threads=1)
+        with Narrator() as narrator:
+            found = run(words.model, config, words.tokens, words.times, narrator.say)
+    except TandemError as error:
+        fail(str(error), USER_ERROR)
     table = Table(title=f"A prompt of {words.tokens} tokens handed over, {words.model}, {words.dtype}, kernels={words.kernels}")
     columns = ("from", "to", "form", "MB", "brought, GB/s", "written, GB/s", "in all, GB/s", "memory copy, GB/s", "share")
     for column in columns:

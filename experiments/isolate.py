@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.child import how_it_ended
-from common.errors import by_name
+from common.errors import EngineGoneError, TandemError, by_name
 from common.frames import Message, NoFrame, read_frame, write_frame
 from common.interface import Progress
 from common.platform import cores, thread_settings
@@ -48,6 +48,11 @@ class EngineFailure(RuntimeError):
         indented = "".join(f"\n  {line}" for line in self.log.splitlines())
         return f"{self.message}\nThe end of its log:{indented}" if indented else self.message
 
+    @classmethod
+    def of(cls, error: EngineFailure | TandemError, label: str) -> EngineFailure:
+        """What an engine that has loaded refuses is no longer the user's to mend: the run is worth keeping."""
+        return error if isinstance(error, EngineFailure) else cls(str(error), label=label)
+
     def record(self) -> dict[str, str]:
         """For the results."""
         return {"kind": self.kind, "message": self.message, "log": self.log}
@@ -56,7 +61,7 @@ class EngineFailure(RuntimeError):
 class IsolatedEngine:
     """The parent's handle on one engine's process. Use as a context manager."""
 
-    def __init__(self, spec: EngineSpec, log: Path, timeout_s: float = 1800.0) -> None:
+    def __init__(self, spec: EngineSpec, log: Path, timeout_s: float) -> None:
         """Start the process; its standard error goes to `log`. A command that takes longer than `timeout_s` ends it."""
         self.spec = spec
         self._log = log
@@ -181,7 +186,10 @@ class IsolatedEngine:
             raise self._failure("garbage", f"wrote something else than an answer to {command!r}: {error}") from None
 
     def _error(self, kind: str, message: str, trace: str) -> Exception:
-        if known := by_name(kind, message):
+        known = by_name(kind, message)
+        if isinstance(known, EngineGoneError):  # a process of its own has died, though not the one that tells of it
+            return self._failure("died", f"has lost what it needs: {message}")
+        if known:
             return known
         failure = self._failure("error", f"raised {kind}: {message}")
         failure.log = f"{failure.log}\n{trace}".strip()

@@ -41,7 +41,7 @@ from experiments.config import EngineSpec, MeasureConfig, resolved, runs_folder
 from experiments.console import Narrator, number, print_doubts, wide_console
 from experiments.isolate import IsolatedEngine
 from experiments.job import job_directory
-from experiments.measure import KERNELS, machine_limits
+from experiments.measure import KERNELS, limits_after, machine_limits
 from experiments.metrics import BUSY
 from experiments.roofline import SAID, Limits, Work, better, limit_seconds, limits_said, seen
 from experiments.rundir import finished, run_directory, write_json, write_setup
@@ -163,9 +163,9 @@ def run(config: DictConfig, spec: EngineSpec, measure: MeasureConfig) -> dict[st
     ):
         write_setup(directory, config)
         before = machine_limits(measure, narrator)
-        with IsolatedEngine(spec, directory / f"{spec.label}.log") as engine:
+        with IsolatedEngine(spec, directory / f"{spec.label}.log", measure.timeout_s) as engine:
             answer = engine.time_kernels(checkpoint.path, SHAPES, measure.kernel_passes, narrator.progress(spec.label))
-        after = machine_limits(measure, narrator)
+        after, unmeasured = limits_after(measure, narrator)
         limits = better(before, after) if before and after else None
         limits_found = before and after and {"before": before.summary(), "after": after.summary()}
         dtype, page_size, times = spec.config.dtype, spec.config.block_size, answer["times"]
@@ -185,6 +185,7 @@ def run(config: DictConfig, spec: EngineSpec, measure: MeasureConfig) -> dict[st
             "passes": measure.kernel_passes,
             "run": str(finished(directory)),
             "failures": {},
+            "unmeasured": unmeasured,
             **{name: answer[name] for name in KERNELS},
             "limits": limits_found,
             "foreign_cpu_share": share,
@@ -239,7 +240,7 @@ def cell(name: str, values: Figures) -> str:
 def expect_native(spec: EngineSpec) -> None:
     """Raises `BackendError` for an engine that has no native kernels, `ConfigError` if they are turned off. A capability is a
     file, which is looked for without importing a framework."""
-    package = util.find_spec(f"{spec.name}infer") if spec.name.isidentifier() else None
+    package = util.find_spec(f"{spec.name}infer")
     folders = (package and package.submodule_search_locations) or ()
     if not any((Path(folder) / "kernels.py").exists() for folder in folders):
         raise BackendError(f"engine={spec.name} has no native kernels to time. Use engine=jax or engine=torch.")

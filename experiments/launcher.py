@@ -20,12 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from common.config import expect
+from common.config import expect, real
 from common.errors import ConfigError
 from common.exits import GATE
 from experiments.job import JOBS, Job, digest, is_done, is_whole, merged, read_jobs, write_jobs
@@ -43,7 +44,7 @@ class ProcessLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         expect(
-            self._timeout_s is None or (isinstance(self._timeout_s, (int, float)) and self._timeout_s > 0),
+            self._timeout_s is None or (real(self._timeout_s, 0, float("inf")) and self._timeout_s > 0),
             f"hydra.launcher.timeout_s must be a number of seconds > 0, or null, got {self._timeout_s!r}.",
         )
         self._context = hydra_context
@@ -200,7 +201,7 @@ def returned(job: Job) -> JobReturn:
 
 def quoted(text: str) -> str:
     """A string for Hydra's grammar, whatever signs are in it."""
-    return "'" + text.replace("'", "\\'") + "'"
+    return QuotedString(text, Quote.single).with_quotes()
 
 
 def resume_command(folder: Path) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from common.config import expect
+from common.errors import TandemError
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from experiments.blocks import block_order, level, reason_to_stop, time_left
@@ -50,7 +51,6 @@ class Plan:
     checkpoint: Checkpoint
     engines: tuple[EngineSpec, ...]
     workload: Workload
-    shares_prefixes: bool
     measure: MeasureConfig
     seed: int = 0
     """Draws the order of the blocks."""
@@ -78,7 +78,6 @@ def make_plan(config: DictConfig, engines: Sequence[EngineSpec]) -> Plan:
         checkpoint=checkpoint,
         engines=tuple(engines),
         workload=workload,
-        shares_prefixes=workload.shares_prefixes,
         measure=how,
         seed=config.seed,
     )
@@ -134,9 +133,13 @@ class Outcome:
     order: list[list[str]] = field(default_factory=list)
     """Labels as they ran, by block."""
     stopped: str = INTERRUPTED
-    """Why no further block ran."""
+    """Why no further block ran, ..."""
+    stopped_by: str = ""
+    """... and by which option, if it was one."""
     limits: dict[str, Limits | None] = field(default_factory=lambda: {"before": None, "after": None})
     """What the machine could do, before the blocks and after them."""
+    unmeasured: str = ""
+    """What was to be measured beside the engines and could not be; empty where all was."""
     profiles: dict[str, Profile] = field(default_factory=dict)
     """Of each engine that was asked for one and could give it."""
 
@@ -152,12 +155,17 @@ class Outcome:
 
     @contextlib.contextmanager
     def row_of(self, engine: IsolatedEngine, narrator: Narrator) -> Iterator[None]:
-        """An engine that fails within the block loses its own row, and the run goes on."""
+        """An engine that fails within the block loses its own row, and the run goes on. What it refuses before it has loaded is
+        the user's to mend, and raised."""
+        label = engine.spec.label
         try:
             yield
-        except EngineFailure as failure:
-            self.failures[engine.spec.label] = failure.record()
-            self.figures.pop(engine.spec.label, None)
+        except (EngineFailure, TandemError) as error:
+            if isinstance(error, TandemError) and label not in self.figures:
+                raise
+            failure = EngineFailure.of(error, label)
+            self.failures[label] = failure.record()
+            self.figures.pop(label, None)
             narrator.alarm(failure.message)
             engine.close()
 
@@ -178,7 +186,7 @@ class Outcome:
                 figures = self.figures[spec.label]
                 here = limits if figures["device"] == "cpu" else None  # another device has limits of its own
                 figures |= window_figures(self.windows[spec.label], plan, spec, here) | {"limits": told}
-                figures["contaminated"] = contaminations(figures, plan.shares_prefixes)
+                figures["contaminated"] = contaminations(figures, plan.workload.shares_prefixes)
                 figures["unsure"] = unsure(figures)
         self.comparisons = self.compared(plan, ended=True)
 
@@ -210,7 +218,7 @@ def measure(plan: Plan, outcome: Outcome, directory: Path, narrator: Narrator) -
                 outcome.figures[label] = prepare(engine, plan, narrator)
         outcome.limits["before"] = machine_limits(plan.measure, narrator)
         run_blocks(outcome, engines, plan, narrator)
-        outcome.limits["after"] = machine_limits(plan.measure, narrator)
+        outcome.limits["after"], outcome.unmeasured = limits_after(plan.measure, narrator)
         for label in outcome.survivors:
             with outcome.row_of(engines[label], narrator):
                 outcome.figures[label]["peak_rss_mib"] = engines[label].peak_rss_mib()
@@ -229,7 +237,7 @@ def run_blocks(outcome: Outcome, engines: Mapping[str, IsolatedEngine], plan: Pl
     while outcome.survivors:
         done, start = len(outcome.order), time.perf_counter()
         if stopped := reason_to_stop(config, done, start - begin, longest, len(outcome.survivors) - 1, settled):
-            outcome.stopped = stopped
+            outcome.stopped, outcome.stopped_by = stopped
             break
         order = [label for label in block_order(list(engines), done, plan.seed) if label in outcome.survivors]
         outcome.order.append(order)
@@ -273,8 +281,8 @@ def profile_engines(outcome: Outcome, engines: Mapping[str, IsolatedEngine], pla
         narrator.say(f"profiling {label}")
         try:
             profile = engines[label].profile(workload)
-        except EngineFailure as failure:
-            narrator.alarm(f"No kernels of {label}: {failure.message}")
+        except (EngineFailure, TandemError) as error:
+            narrator.alarm(f"No kernels of {label}: {EngineFailure.of(error, label).message}")
             continue
         if profile is None:
             narrator.say(f"{label} has no profiler here: its kernels are left out")
@@ -326,6 +334,15 @@ def machine_limits(config: MeasureConfig, narrator: Narrator) -> Limits | None:
         return None
     narrator.say("measuring the machine's limits")
     return measure_limits(config.limits_s)
+
+
+def limits_after(config: MeasureConfig, narrator: Narrator) -> tuple[Limits | None, str]:
+    """`machine_limits` behind what was timed, which is worth keeping without them: then None, and why."""
+    try:
+        return machine_limits(config, narrator), ""
+    except TandemError as error:
+        narrator.alarm(str(error))
+        return None, f"{error}\nAll else is there."
 
 
 def prepare(engine: IsolatedEngine, plan: Plan, narrator: Narrator) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -167,9 +167,9 @@ def counters(stats: Sequence[Mapping[str, float]], duration: float, outputs: int
 # Guards.
 
 
-def contaminations(figures: Mapping[str, Any], shares_prefixes: bool, relied_on: Collection[str] = ()) -> list[str]:
+def contaminations(figures: Mapping[str, Any], shares_prefixes: bool) -> list[str]:
     """Why the figures of an engine do not stand for its steady state; empty if they do. `shares_prefixes` tells that hits of
-    the prefix cache are wanted; `relied_on` names figures that somebody decides by, which must rest on enough samples."""
+    the prefix cache are wanted."""
 
     def above(name: str, limit: float) -> bool:
         return (figures.get(name) or 0) > limit
@@ -198,10 +198,6 @@ def contaminations(figures: Mapping[str, Any], shares_prefixes: bool, relied_on:
             reasons.append(f"invalid: {name} is {figures[name]:.2f}, above what the machine was measured to be capable of")
     if above("prefix_cache_hit_rate", COLD) and not shares_prefixes:
         reasons.append(f"{figures['prefix_cache_hit_rate']:.0%} of prompt tokens came from a cache that should be cold")
-    for name in figures.get("unsupported") or ():
-        if name in relied_on:
-            percent = int(name[1:].partition("_")[0])
-            reasons.append(f"{name} rests on fewer than the {needed(percent)} samples that it needs")
     return reasons
 
 

@@ -18,6 +18,7 @@ from common.interface import ModelRunner, Pending, Progress
 from common.schedule.batch import Batch, Mask
 from common.schedule.trace import Kind, Recorder, pack_arrays, read_frames, retrace
 from experiments import perplexity
+from experiments.correctness import log_softmax
 from experiments.drive import drive
 from experiments.workload import Item
 
@@ -72,7 +73,7 @@ def on_record(engine: Engine, progress: Progress, items: list[Message], trace: s
     roll = Roll(engine, Path(trace))
     engine.runner = roll
     try:
-        window = drive(engine, [Item(**item | {"prompt": tuple(item["prompt"])}) for item in items], logprobs)
+        window = drive(engine, [*map(Item.of, items)], logprobs)
     finally:
         engine.runner = roll.stop()
     landed = [step for kind, step, _ in read_frames(trace) if kind is Kind.RESULT]
@@ -110,12 +111,6 @@ def compare_row(a: np.ndarray, b: np.ndarray, tokens: tuple[int, int]) -> dict[s
     logprobs = tuple((float(x[tokens[0]]), float(x[tokens[1]])) for x in (p, q))
     error = float(np.abs(a - b).max() / max(float(a.std()), 1e-30))
     return {"logprobs": logprobs, "error": error, "kld": max(0.0, float((np.exp(p) * (p - q)).sum()))}
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """float64[..., V]"""
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def on_taps(engine: Engine, progress: Progress, trace: str, step: int, file: str) -> Message:

@@ -19,6 +19,7 @@ from common.request import SamplingParams
 from common.schedule.batch import VIEWS, Batch
 from common.schedule.rows import Rows
 from common.weights.checkpoint import Checkpoint
+from experiments.correctness import log_softmax
 
 CONTEXT = 256
 """Tokens of a window."""
@@ -60,7 +61,7 @@ def read_text(config_text: str | None) -> str:
         return TEXT
     try:
         return Path(config_text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # a path may hold what no name can
         said = f"correctness.perplexity_text must be a file of UTF-8 text, and {config_text!r} is not: {error}."
         raise ConfigError(said) from error
 
@@ -107,9 +108,7 @@ def every_row(batch: Batch) -> Batch:
 
 def chosen_logprobs(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """float64[n]: the log-probability of each token under its row of logits [n, V]. NaN stays NaN."""
-    wide = logits.astype(np.float64)
-    most = wide.max(axis=1)
-    return wide[np.arange(len(tokens)), tokens] - most - np.log(np.exp(wide - most[:, None]).sum(axis=1))
+    return log_softmax(logits)[np.arange(len(tokens)), tokens]
 
 
 def perplexity(answer: Mapping[str, float]) -> float | None:

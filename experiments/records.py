@@ -17,9 +17,9 @@ from common.interface import KernelEvent
 from common.schedule.steplog import StepRecord
 from experiments.drive import Row, Window
 from experiments.profiled import Profile
-from experiments.rundir import write_json, write_whole
+from experiments.rundir import ROWS, write_json, write_whole
 
-ROWS, STEPS, KERNELS = "requests.jsonl", "steps.jsonl", "kernels.jsonl"
+STEPS, KERNELS = "steps.jsonl", "kernels.jsonl"
 PROFILED = "profiled"
 """The folder for requests and steps of the windows under a profiler."""
 STEP_COLUMNS = ("submitted", "landed", "tokens", "prompt_tokens", "num_seqs", "logit_rows", "kv_tokens")
@@ -39,12 +39,13 @@ def write_run(
 
 @contextmanager
 def kept_rows(directory: Path, windows: Mapping[str, Sequence[Window]]) -> Iterator[None]:
-    """Who interrupts the block loses none of the `windows` that have ended by then."""
+    """Whatever ends the block before its time, none of the `windows` that have ended by then are lost."""
     try:
         yield
-    except KeyboardInterrupt:
-        write_rows(directory, windows)
-        write_steps(directory, windows)
+    except BaseException:
+        if any(windows.values()):
+            write_rows(directory, windows)
+            write_steps(directory, windows)
         raise
 
 

@@ -115,13 +115,6 @@ class NumpyModel:
         return self.weights[name]
 
 
-def numpy_logits(
-    checkpoint: Checkpoint, token_ids: Sequence[int], *, config: ModelConfig | None = None, dtype: DTypeLike = np.float64
-) -> np.ndarray:
-    """`NumpyModel(checkpoint, config, dtype).logits(token_ids)`, for one prompt: [T] → [T, V]."""
-    return NumpyModel(checkpoint, config, dtype).logits(token_ids)
-
-
 def rotations(rope: Rope, head_dim: int, positions: int) -> np.ndarray:
     """What RoPE multiplies each pair of a head by, as complex numbers: complex128 [positions, H/2]."""
     angle_per_position = [_frequency(rope, head_dim, pair) for pair in range(head_dim // 2)]

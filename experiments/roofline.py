@@ -39,7 +39,8 @@ import numpy as np
 from rich.table import Table
 
 from common.config import ITEMSIZES, Dtype, ModelConfig
-from common.errors import BackendError
+from common.errors import BackendError, TandemError
+from common.exits import FAILURE, fail
 from common.kernels.cpu.build import build
 from common.kernels.cpu.pack import aligned
 from common.platform import cores, memory_available, thread_settings
@@ -458,7 +459,10 @@ def main() -> None:
         print_json(asdict(find_limits(options.seconds)))
         return
     watch = Watch()
-    limits, risen = measure_limits(options.seconds), watch.rise()
+    try:
+        limits, risen = measure_limits(options.seconds), watch.rise()
+    except TandemError as error:
+        fail(str(error), FAILURE)
     foreign = risen.get("foreign_cpu_seconds")
     share = None if foreign is None else min(1.0, foreign / (risen["watched_seconds"] * (os.cpu_count() or 1)))
     print_limits(limits, share)

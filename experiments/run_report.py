@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -52,7 +50,7 @@ def run_page(run: RunFiles) -> tuple[Page, pd.DataFrame, pd.DataFrame]:
         summary=[summary(run), *scaling_tables(points_of(run.results, run.engines))],
         sections=sections(run, rows, steps, paced),
         glossary=GLOSSARY,
-        command=command(run.environment),
+        command=str(run.environment.get("command") or ""),
         engines=engines,
         traced=len(rows) > 0,
     )
@@ -101,13 +99,3 @@ def kernels(run: RunFiles) -> str | None:
         return run.results.get("kernels")
     ((kind, arithmetic),) = ran
     return f"{kind} ({arithmetic})" if arithmetic else kind
-
-
-def command(environment: Mapping[str, Any]) -> str:
-    """What was typed, with `python` for the path of the interpreter."""
-    if environment.get("command"):
-        return str(environment["command"])
-    argv = [str(piece) for piece in environment.get("argv") or ()]
-    if len(argv) > 1 and not argv[1].startswith("-"):
-        return shlex.join([Path(argv[1]).name, *argv[2:]])
-    return shlex.join(["python", *argv[1:]]) if argv else ""

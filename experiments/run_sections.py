@@ -94,7 +94,8 @@ def ratio_section(run: RunFiles, engines: Sequence[str]) -> Section:
 
 
 def latency_section(rows: pd.DataFrame, engines: Sequence[str]) -> Section:
-    drawings = some(*(distribution(name, title, samples_ms(rows, engines, name)) for name, title in LATENCIES))
+    samples = samples_ms(rows, engines)
+    drawings = some(*(distribution(name, title, samples[name]) for name, title in LATENCIES))
     return Section("Latency", "Of requests that went well, over all blocks.", drawings)
 
 

@@ -27,6 +27,8 @@ from common.platform import cores, cpu_name
 from experiments.source import compiler, lines_of, source
 
 PARTIAL = ".partial"
+ROWS = "requests.jsonl"
+"""Of each request of each window that has ended, as `experiments.records` writes it."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PACKAGES = ("tandem-infer", "jax", "jaxlib", "flax", "torch", "transformers", "numpy", "ml_dtypes", "gguf", "tokenizers")
 VARIABLES = ("XLA_FLAGS", "OMP_NUM_THREADS", "PJRT_NPROC", "CXX", "TANDEM_CXXFLAGS")
@@ -41,8 +43,9 @@ def run_directory(root: Path, what: str, directory: Path | None = None) -> Itera
     """A new directory `root/<date-time>-<what>`, which ends in `.partial` until the block has ended well.
 
     `directory` names it instead: a job's of a sweep (`experiments.job.job_directory`), which replaces what an attempt that was
-    cut short has left there. A `TandemError` removes it, since nothing was run; after a crash or a kill it stays as `.partial`,
-    with its logs. Where the disk is full it stays too, and `DiskFullError` says with what.
+    cut short has left there. A `TandemError` before the first window has ended removes it, since nothing was run; after a later
+    one, a crash or a kill it stays as `.partial`, with its logs. Where the disk is full it stays too, and `DiskFullError` says
+    with what.
     """
     try:
         if directory is None:
@@ -57,6 +60,9 @@ def run_directory(root: Path, what: str, directory: Path | None = None) -> Itera
     try:
         yield partial
     except TandemError:
+        if (partial / ROWS).exists():
+            print(f"Cut short. What was written so far is in {partial}.", file=sys.stderr)
+            raise
         shutil.rmtree(partial)
         with contextlib.suppress(OSError):
             partial.parent.rmdir()  # if it was made for this run, it is empty now

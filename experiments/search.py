@@ -12,10 +12,10 @@ from common.config import Dtype
 from common.schedule.batch import Batch
 from common.schedule.trace import Kind, read_frames, unpack_arrays
 from experiments.console import Narrator
-from experiments.correctness import Divergence, weigh
+from experiments.correctness import Divergence, log_softmax, weigh
 from experiments.isolate import IsolatedEngine
 from experiments.localise import Finding, locate
-from experiments.observe import Compared, log_softmax
+from experiments.observe import Compared
 from experiments.reference import NumpyModel
 
 LOGITS: Mapping[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.5}

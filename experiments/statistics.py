@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import scipy  # whose parts are imported as they are used: a run of one engine uses none
 
-from common.config import expect
+from common.config import expect, real
 
 LEAST_BLOCKS = 3
 """Fewer give no interval."""
@@ -38,7 +38,7 @@ class Criteria:
         for name, high in (("confidence", 1), ("equivalence", 10)):
             value = getattr(self, name)
             expect(
-                isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < high,
+                real(value, 0, high) and 0 < value < high,
                 f"measure.{name} must be a number in (0, {high}), got {value!r}.",
             )
 
@@ -214,20 +214,28 @@ def verdict(
     distributed."""
     if ratio is None or low is None or high is None or p_adjusted is None:
         return "undecided"
-    band = criteria.equivalence
-    if 1 / (1 + band) <= low and high <= 1 + band:
+    least, most = band(criteria.equivalence)
+    if least <= low and high <= most:
         return "equivalent"
     agrees = p_adjusted <= (1 - criteria.confidence if level is None else level) + 1e-9
-    return (agrees and difference(ratio, low, high, band)) or "undecided"
+    return (agrees and difference(ratio, low, high, criteria.equivalence)) or "undecided"
 
 
-def difference(ratio: float | None, low: float | None, high: float | None, band: float) -> Literal["faster", "slower"] | None:
+def band(equivalence: float) -> tuple[float, float]:
+    """Ratios that are as good as 1: whichever of two engines is the first, the same ones."""
+    return 1 / (1 + equivalence), 1 + equivalence
+
+
+def difference(
+    ratio: float | None, low: float | None, high: float | None, equivalence: float
+) -> Literal["faster", "slower"] | None:
     """What the first two keys open."""
     if ratio is None or low is None or high is None:
         return None
-    if low > 1 and ratio > 1 + band:
+    least, most = band(equivalence)
+    if low > 1 and ratio > most:
         return "faster"
-    return "slower" if high < 1 and ratio < 1 / (1 + band) else None
+    return "slower" if high < 1 and ratio < least else None
 
 
 def sentence(
@@ -238,7 +246,7 @@ def sentence(
     low: float | None,
     high: float | None,
     blocks: int,
-    band: float,
+    equivalence: float,
     few: str = "",
 ) -> str:
     """`torch is 5.8 % slower than jax (ratio 0.942, 0.917–0.967, 6 blocks)`. `few`: what is wrong with so few blocks."""
@@ -249,10 +257,10 @@ def sentence(
     if called in ("faster", "slower"):
         return f"{label} is {abs(ratio - 1):.1%} {called} than {first} {evidence}".replace("%", " %", 1)
     if called == "equivalent":
-        return f"{label} is as fast as {first}, within {100 * band:g} % {evidence}"
+        return f"{label} is as fast as {first}, within {100 * equivalence:g} % {evidence}"
     reason = ""
     if few:
         reason = f": {few}"
-    elif difference(ratio, low, high, band):
+    elif difference(ratio, low, high, equivalence):
         reason = ": the sign-flip test does not bear the interval out"
     return f"{label} against {first}: undecided {evidence}{reason}"

@@ -14,12 +14,11 @@ import pandas as pd
 
 from experiments.console import BRACKETS, number, plural
 from experiments.figures.scatter import scatter
-from experiments.findings import log_end
+from experiments.findings import end_of
 from experiments.glossary import GLOSSARY
 from experiments.job import Job, read_jobs
 from experiments.page import Drawing, Notice, Page, Section, Table, Tone, Verdict
 from experiments.results import open_run, records_of, sweep_table
-from experiments.run_report import command
 from experiments.run_sections import scaling_section, some
 from experiments.run_tables import environment_table
 from experiments.scaling import scaling_tables
@@ -80,7 +79,7 @@ def sweep_page(folder: Path) -> Page:
         summary=[cells, *scaling_tables(records_of(done))],
         sections=[section for section in sections if section.drawings or any(table.rows for table in section.tables)],
         glossary=GLOSSARY,
-        command=sweep_command(list(jobs.values()), command(environment)),
+        command=sweep_command(list(jobs.values()), str(environment.get("command") or "")),
         engines=engines,
     )
 
@@ -145,7 +144,8 @@ def notices(folder: Path, table: pd.DataFrame, jobs: dict[str, Job]) -> Iterator
         failure = (job and job.failure) or {}
         log = str(failure.get("log") or "")
         where = [Path(log).parent if log else folder, folder / row["run"], folder]
-        text = next((end for directory in where if (end := log_end(directory, Path(log).name or f"{row['engine']}.log"))), "")
+        name = Path(log or f"{row['engine']}.log").name
+        text = next((end for directory in where if (end := end_of(directory / name))), "")
         yield Notice(
             "bad", f"Job {value(row['job'])} failed", str(row["failure"] or ""), text or str(failure.get("message") or "")
         )

@@ -7,13 +7,12 @@ token ids, numbers of tokens. Other keys are passed over, empty lines too. The o
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.config import expect
+from common.config import expect, real, whole
 from common.errors import ConfigError, nearest_hint, shown
 
 KEYS = ("arrival", "prompt_token_ids", "prompt_len", "output_len")
@@ -21,9 +20,9 @@ EXAMPLE = '{"arrival": 0.25, "prompt_len": 128, "output_len": 64}'
 LONGEST_S = 7 * 24 * 3600.0
 """No arrival lies further from the start: what does is a date."""
 MOST_TOKENS = 1 << 24
+"""No request has more: what does would take all memory before it is refused."""
 MOST_PROMPT_TOKENS = 1 << 26
 """Of all prompts together: as Python holds them, 2.7 GB."""
-"""No request has more: what does would take all memory before it is refused."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def parse_entry(line: str, vocab_size: int) -> Entry:
     expect(isinstance(record, dict), f"expected a JSON object such as {EXAMPLE}, got {shown(line)}.")
     arrival = value_of(record, "arrival")
     expect(
-        is_whole(arrival) or (isinstance(arrival, float) and math.isfinite(arrival)),
+        whole(arrival) or real(arrival),
         f"arrival must be a number of seconds, got {shown(arrival)}.",
     )
     expect(
@@ -91,7 +90,7 @@ def parse_entry(line: str, vocab_size: int) -> Entry:
         return Entry(float(arrival), (), count_of(record, "prompt_len", " (or prompt_token_ids)"), output_len)
     ids = record["prompt_token_ids"]
     expect(isinstance(ids, list) and bool(ids), f"prompt_token_ids must be a list of one id or more, got {shown(ids)}.")
-    bad = next((i for i, token in enumerate(ids) if not is_whole(token) or not 0 <= token < vocab_size), None)
+    bad = next((i for i, token in enumerate(ids) if not whole(token, 0, vocab_size - 1)), None)
     expect(bad is None, f"prompt_token_ids[{bad}] must be an integer in [0, {vocab_size}), got {shown(ids[bad or 0])}.")
     told = record.get("prompt_len", len(ids))
     expect(
@@ -110,10 +109,6 @@ def value_of(record: Mapping[str, Any], key: str, instead: str = "") -> Any:
 def count_of(record: Mapping[str, Any], key: str, instead: str = "") -> int:
     """The number of tokens under `key`; `instead` says what a line may have in its place."""
     value = value_of(record, key, instead)
-    expect(is_whole(value) and value >= 1, f"{key} must be an integer ≥ 1, got {shown(value)}.")
+    expect(whole(value, 1), f"{key} must be an integer ≥ 1, got {shown(value)}.")
     expect(value <= MOST_TOKENS, f"{key} must be at most {MOST_TOKENS}, got {shown(value)}.")
     return int(value)
-
-
-def is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import import_module, util
 from typing import IO, Any
@@ -50,10 +50,6 @@ def build(
     return open_engine(name, checkpoint, config, progress)
 
 
-def items_of(records: Sequence[Message]) -> list[Item]:
-    return [Item(**record | {"prompt": tuple(record["prompt"])}) for record in records]
-
-
 class Worker:
     """The child's end: one engine and the commands on it."""
 
@@ -88,12 +84,12 @@ class Worker:
     def on_run(self, items: list[Message], logprobs: int | None, concurrency: int | None) -> Message:
         assert self._engine, "run before load"
         self._engine.reset_prefix_cache()
-        return drive(self._engine, items_of(items), logprobs, concurrency).record()
+        return drive(self._engine, [*map(Item.of, items)], logprobs, concurrency).record()
 
     def on_profile(self, name: str, items: list[Message]) -> Message:
         assert self._engine, "profile before load"
         self._engine.reset_prefix_cache()
-        profile = profiled(name, self._engine, items_of(items))
+        profile = profiled(name, self._engine, [*map(Item.of, items)])
         return profile.record() if profile else {}
 
     def on_time_kernels(

@@ -6,7 +6,6 @@ Engines are handed token ids, so that no tokenizer stands between two of them.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -16,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 import xxhash
 
-from common.config import expect
+from common.config import expect, real, whole
 from common.errors import nearest_hint, shown
 from experiments.trace_file import LONGEST_S, MOST_PROMPT_TOKENS, MOST_TOKENS, read_trace
 
@@ -37,10 +36,10 @@ class Lengths:
     high: int
 
     def __post_init__(self) -> None:
-        expect(_real(self.mu), f"mu must be a finite number, got {self.mu!r}.")
-        expect(_real(self.sigma) and self.sigma >= 0, f"sigma must be a finite number ≥ 0, got {self.sigma!r}.")
+        expect(real(self.mu), f"mu must be a finite number, got {self.mu!r}.")
+        expect(real(self.sigma, 0), f"sigma must be a finite number ≥ 0, got {self.sigma!r}.")
         expect(
-            isinstance(self.low, int) and isinstance(self.high, int) and 1 <= self.low <= self.high,
+            whole(self.low, 1) and whole(self.high, self.low),
             f"A range of lengths needs integers 1 ≤ low ≤ high, got low={self.low!r} and high={self.high!r}.",
         )
 
@@ -61,7 +60,7 @@ class Slo:
         for field in fields(self):
             value = getattr(self, field.name)
             expect(
-                value is None or (_real(value) and value > 0),
+                value is None or (real(value) and value > 0),
                 f"workload.slo.{field.name} must be a number of milliseconds > 0, or null, got {value!r}.",
             )
 
@@ -116,7 +115,7 @@ class WorkloadConfig:
         for name, low in (("num_requests", 1), ("prefix_len", 0), ("prefix_groups", 1), ("turns", 1), ("concurrency", 1)):
             value, optional = getattr(self, name), name == "concurrency" or (name == "num_requests" and traced)
             expect(
-                (optional and value is None) or (_whole(value) and value >= low),
+                (optional and value is None) or whole(value, low),
                 f"workload.{name} must be an integer ≥ {low}{' or null' if optional else ''}, got {value!r}.",
             )
         for name in ("num_requests", "prefix_groups"):
@@ -125,7 +124,7 @@ class WorkloadConfig:
         for name in () if traced else ("prompt_len", "output_len"):
             value = getattr(self, name)
             expect(
-                isinstance(value, Lengths) or (_whole(value) and value >= 1),
+                isinstance(value, Lengths) or whole(value, 1),
                 f"workload.{name} must be an integer ≥ 1 or a distribution (mu, sigma, low, high), got {value!r}.",
             )
         for name in ("prefix_len", "prompt_len", "output_len"):
@@ -140,16 +139,14 @@ class WorkloadConfig:
         )
         rate = self.request_rate
         expect(
-            rate is None or (_real(rate) and rate > 0),
+            rate is None or (real(rate) and rate > 0),
             f"workload.request_rate must be a finite number > 0, or null, got {rate!r}.",
         )
         expect(
-            _real(self.burstiness) and self.burstiness > 0,
+            real(self.burstiness) and self.burstiness > 0,
             f"workload.burstiness must be a finite number > 0, got {self.burstiness!r}.",
         )
-        expect(
-            _real(self.think_s) and self.think_s >= 0, f"workload.think_s must be a finite number ≥ 0, got {self.think_s!r}."
-        )
+        expect(real(self.think_s, 0), f"workload.think_s must be a finite number ≥ 0, got {self.think_s!r}.")
         expect(
             isinstance(self.slo, Slo),
             f"workload.slo must be limits such as {{ttft_ms: 500}}, each of which may be null, got {self.slo!r}.",
@@ -207,14 +204,6 @@ class WorkloadConfig:
         return cls(**values)
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _real(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def known_options(cls: type, where: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """`options` for the dataclass `cls`. Raises `ConfigError` for one that it does not know, or needs and does not get."""
     names = [field.name for field in fields(cls)]
@@ -239,6 +228,11 @@ class Item:
     """The number of the request that must have ended before: the turn before this one."""
     think: float = 0.0
     """Seconds between that end and this request."""
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Self:
+        """The inverse of `vars` and a trip through JSON."""
+        return cls(**dict(record) | {"prompt": tuple(record["prompt"])})
 
 
 @dataclass(frozen=True)
@@ -301,7 +295,7 @@ def draw(config: WorkloadConfig, seed: int, vocab_size: int, special_ids: Collec
     Each request has a stream of its own, so fewer requests are the first ones of more requests. Arrivals and pauses are rounded
     to microseconds: the last digits of a logarithm differ between machines, and the hash may not.
     """
-    expect(isinstance(seed, int) and 0 <= seed < 2**64, f"seed must be an integer in [0, 2**64), got {seed!r}.")
+    expect(whole(seed, 0, 2**64 - 1), f"seed must be an integer in [0, 2**64), got {seed!r}.")
     vocabulary = Vocabulary(vocab_size, special_ids)
     if config.trace is not None:
         entries = read_trace(Path(config.trace).expanduser(), vocab_size, config.num_requests)

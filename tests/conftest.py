@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from hydra.core.hydra_config import HydraConfig
 
+from tests.history_backend import interruptible
+
 
 @pytest.fixture(scope="session", params=("jax", "torch"))
 def backend(request: pytest.FixtureRequest) -> str:
@@ -44,10 +46,9 @@ def peers_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def ctrl_c() -> Iterator[Callable[[], None]]:
-    """Press it. Who is started as a job in the background ignores it otherwise."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield lambda: signal.raise_signal(signal.SIGINT)
-    signal.signal(signal.SIGINT, before)
+    """Press it."""
+    with interruptible():
+        yield lambda: signal.raise_signal(signal.SIGINT)
 
 
 @pytest.fixture(autouse=True)

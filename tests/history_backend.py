@@ -67,8 +67,10 @@ def command(monkeypatch: pytest.MonkeyPatch, main: Callable[[], None], *override
 def interruptible() -> Iterator[None]:
     """Who is started as a job in the background ignores Ctrl-C, and so would all that it starts."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def written(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 
 PAGE, PAGES, SEQS = 16, 96, 8
 ENVIRONMENT = {
-    "date": "2026-01-02T03:04:05+00:00", "argv": ["/usr/bin/python3", "-m", "experiments.compare", "engines=[jax,torch]"],
+    "date": "2026-01-02T03:04:05+00:00", "command": "python -m experiments.compare 'engines=[jax,torch]'",
     "cpu": "A processor", "cores": 2, "memory_gib": 24.0, "gpus": [], "python": "3.11.7",
     "versions": {"jax": "0.10.2", "torch": "2.13.0"}, "variables": {"CXX": "clang++"},
     "compiler": {"command": "/usr/bin/clang++", "version": "clang 19", "options": "-O3"},

@@ -11,15 +11,30 @@ import numpy as np
 import pytest
 
 from common.config import EngineConfig
+from common.errors import BackendError
 from common.request import Logprobs
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
 from experiments import compare
-from experiments.agreement import Position, Rounds, alike, at_positions, coarse_kld, reported, small, summarise
+from experiments.agreement import (
+    Base,
+    Passed,
+    Position,
+    alike,
+    at_positions,
+    coarse_kld,
+    pass_through,
+    reported,
+    small,
+    summarise,
+    tokens_equal_share,
+    verdict,
+)
 from experiments.agreement import compare as compare_all
 from experiments.config import CorrectnessConfig, EngineSpec
 from experiments.console import Narrator
-from experiments.drive import Row
+from experiments.correctness import Agreement, Divergence
+from experiments.drive import Row, Window
 from experiments.observe import Compared
 from experiments.perplexity import TEXT, tokenize
 from experiments.workload import Item, Workload
@@ -108,19 +123,35 @@ def test_only_engines_of_one_shape_repeat_each_others_steps() -> None:
     assert alike(small(spec(), 4, "float32"), small(spec(max_num_seqs=32), 4, "float32"))
 
 
-def test_engines_pass_one_after_the_other_and_the_first_leaves_its_steps(tmp_path: Path) -> None:
+SHARE = Workload("w", tuple(Item(0.0, tuple(np.random.default_rng(n).integers(0, 250, n).tolist()), 5) for n in (9, 20, 33)))
+
+
+def test_engines_pass_one_after_the_other_and_the_first_that_comes_through_leaves_its_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = zoo.resolve("tiny-llama")
-    rng = np.random.default_rng(0)
-    share = Workload("w", tuple(Item(0.0, tuple(rng.integers(0, 250, n).tolist()), 5) for n in (9, 20, 33)))
-    text = tokenize(open_checkpoint(model), TEXT)[:150]
-    rounds = Rounds(share, text, tmp_path)
-    with Narrator() as narrator:
-        first, second = (
-            rounds.run(make_local(kernels, "torch", kernels, model), True, narrator)  # type: ignore[arg-type]
-            for kernels in ("native", "framework")
-        )
-        blind = rounds.run(make_local("blind", "torch", "native", model), False, narrator)  # type: ignore[arg-type]
-    assert first.positions is None and second.positions is not None
+    text, share = tokenize(open_checkpoint(model), TEXT)[:150], SHARE
+
+    def passed(engine: Any, observes: bool, base: Base | None) -> tuple[Passed, Base]:
+        with Narrator() as narrator:
+            return pass_through(engine, observes, share, text, base, tmp_path, narrator)
+
+    broken = make_local("broken", "torch", "native", model)
+    observe = broken.observe
+
+    def refused(what: str, *more: Any, **arguments: Any) -> Any:
+        if what == "perplexity":  # when it has recorded its steps and kept their logits
+            raise BackendError("no more")
+        return observe(what, *more, **arguments)
+
+    monkeypatch.setattr(broken, "observe", refused)
+    with pytest.raises(BackendError, match="no more"):
+        passed(broken, True, None)
+    first, base = passed(make_local("native", "torch", "native", model), True, None)
+    second, _ = passed(make_local("framework", "torch", "framework", model), True, base)
+    blind, silent = passed(make_local("blind", "torch", "native", model), False, base)
+    unseen, _ = passed(make_local("unseen", "torch", "native", model), True, silent)
+    assert first.positions is None and second.positions is not None and unseen.positions is None
     found = summarise(second.positions)
     assert (found["num_positions"], found["num_nonfinite"], found["top1_agreement"]) == (15, 0, 1.0)
     assert 0 <= found["mean_kld"] <= found["max_kld"] < 1e-9 and 0 < found["max_abs_logprob_diff"] < 1e-4
@@ -136,6 +167,50 @@ def test_engines_pass_one_after_the_other_and_the_first_leaves_its_steps(tmp_pat
         "c": "top 5 and rest",
     }
     assert compare_all({"b": second}, share, plan, config)["tokens_equal"] is None  # all others failed: nothing is claimed
+
+
+def window(*outputs: tuple[int, ...]) -> Window:
+    rows = [Row(request_id="0", prompt_len=1, output_len=len(t), scheduled=0, sent=0, tokens=t) for t in outputs]
+    return Window(tuple(rows), 1.0)
+
+
+def test_tokens_count_as_equal_until_their_requests_first_difference() -> None:
+    first = window((1, 2, 3, 4), (5, 6, 7, 8))
+    assert tokens_equal_share({"a": first, "b": first}) == 1.0
+    assert tokens_equal_share({"a": first, "b": window((1, 2, 9, 4), (5, 6, 7, 8))}) == 6 / 8
+    assert tokens_equal_share({"a": first, "b": first, "c": window((9, 2, 3, 4), (5, 6, 7, 8))}) == 4 / 8
+
+
+def agreement(position: int | None = None, justified: bool = True, diff: float = 1e-6) -> Agreement:
+    divergence = None
+    if position is not None:
+        divergence = Divergence(position=position, tokens=(1, 2), margin=1e-5, error=1e-5, justified=justified)
+    equal = 8 if position is None else position
+    return Agreement(num_equal=equal, max_abs_logprob_diff=diff, divergence=divergence)
+
+
+def test_the_verdict_counts_what_rounding_does_not_explain_and_shows_it_first() -> None:
+    good = verdict({"torch": [agreement(), agreement(diff=3e-6)]})
+    assert (good["unjustified_divergences"], good["tokens_equal"], good["first_divergence"]) == (0, True, None)
+    assert (good["max_abs_logprob_diff"], good["compared_tokens"]) == (3e-6, 16)
+
+    tie = verdict({"torch": [agreement(5), agreement()]})
+    assert (tie["unjustified_divergences"], tie["tokens_equal"]) == (0, False)
+    assert tie["first_divergence"]["position"] == 5
+
+    bad = verdict({"torch": [agreement(5), agreement(7, justified=False)], "hf": [agreement(), agreement(2, justified=False)]})
+    assert bad["unjustified_divergences"] == 2
+    first = bad["first_divergence"]
+    assert (first["engine"], first["request"], first["position"]) == ("hf", 1, 2)
+
+
+@pytest.mark.parametrize("diffs", [(0.1, math.nan), (math.nan, 0.1)])
+def test_a_difference_that_is_not_finite_is_no_figure_and_no_other_stands_for_it(diffs: tuple[float, float]) -> None:
+    assert verdict({"torch": [agreement(diff=diff) for diff in diffs]})["max_abs_logprob_diff"] is None
+
+
+def test_a_verdict_without_a_pass_claims_nothing() -> None:
+    assert set(verdict({}).values()) == {None}
 
 
 @pytest.mark.parametrize(

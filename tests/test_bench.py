@@ -61,7 +61,7 @@ def test_numbers_are_printed_with_four_digits(value: float | None, text: str) ->
 @pytest.fixture
 def isolated(history: Path) -> Iterator[IsolatedEngine]:
     spec = EngineSpec(label="history", name="history", config=EngineConfig(max_model_len=512, seed=5))
-    with IsolatedEngine(spec, history / "log") as engine:
+    with IsolatedEngine(spec, history / "log", 600.0) as engine:
         yield engine
 
 
@@ -108,7 +108,7 @@ def test_errors_come_back_with_their_type(isolated: IsolatedEngine, history: Pat
 def test_a_child_that_dies_is_noticed_at_once_with_its_log(history: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HISTORY_DIES", "1")
     spec = EngineSpec(label="frail", name="history", config=EngineConfig(max_model_len=512))
-    with IsolatedEngine(spec, history / "log") as engine:
+    with IsolatedEngine(spec, history / "log", 600.0) as engine:
         engine.load(tiny())
         with pytest.raises(EngineFailure, match=r"'frail' ended with exit code 7 during 'run'"):
             engine.run(draw(WorkloadConfig(name="w", num_requests=1, prompt_len=4, output_len=2), 0, 320))
@@ -143,7 +143,7 @@ from common.weights.checkpoint import open_checkpoint
 from experiments.config import EngineSpec
 from experiments.isolate import IsolatedEngine
 from experiments.workload import WorkloadConfig, draw
-engine = IsolatedEngine(EngineSpec(label="e", name="history", config=EngineConfig(max_model_len=512)), Path("log"))
+engine = IsolatedEngine(EngineSpec(label="e", name="history", config=EngineConfig(max_model_len=512)), Path("log"), 600.0)
 engine.load(zoo.resolve("tiny-llama"))
 print(engine._process.pid, flush=True)
 engine.run(draw(WorkloadConfig(name="w", num_requests=1, prompt_len=4, output_len=2), 0, 320))

@@ -113,6 +113,22 @@ def test_outputs_are_those_of_one_engine_and_no_prompt_is_computed_twice(two: Di
     assert two.reset_prefix_cache() and not two.caps.observes
 
 
+def test_what_only_some_of_them_tell_is_told_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packages, _ = history_package(tmp_path)
+    (packages / "tellinginfer").mkdir()
+    (packages / "tellinginfer" / "__init__.py").write_text(
+        "import historyinfer\n"
+        "class ModelRunner(historyinfer.ModelRunner):\n"
+        "    def stats(self):\n"
+        "        return {'communication_seconds': 1.0, 'rank_bytes': 100}\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{packages}{os.pathsep}{ROOT}")
+    with running("history", replace(PAIR, prefill_parallel_size=2, prefill_backend="telling")) as engine:
+        stats = engine.stats()
+    assert (stats["communication_seconds"], stats["rank_bytes"], stats["kv_cache_usage"]) == (2.0, 100, 0)
+    assert [each.get("rank_bytes") for each in stats["replicas"]] == [100, 100, None]
+
+
 def test_what_ends_with_its_first_token_goes_nowhere(two: Disaggregated) -> None:
     asked = [
         replace(request, params=replace(request.params, **change))

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from common.errors import ConfigError
 from experiments import diverge
-from experiments.diverge import positional, print_finding, quoted, recorded_run, sentence, windows_of
+from experiments.diverge import labels_quoted, positional, print_finding, recorded_run, sentence, windows_of
 from experiments.localise import Finding
 from tests.history_backend import history, last_line
 from tests.planted import LAYER, deep_model
@@ -110,7 +111,7 @@ def test_a_mistake_is_told_in_one_message_with_exit_code_2(
 
 
 def test_the_run_stands_anywhere_among_the_overrides(tmp_path: Path) -> None:
-    odd = tmp_path / "a=b's run"
+    odd = tmp_path / "a=b's \\run\\"
     odd.mkdir()
     assert positional(["--config-dir", "configs", "runs/one", "dtype=float32"]) == [
         "--config-dir",
@@ -118,16 +119,17 @@ def test_the_run_stands_anywhere_among_the_overrides(tmp_path: Path) -> None:
         "run='runs/one'",
         "dtype=float32",
     ]
-    assert positional(["dtype=float32", str(odd)])[1] == "run='" + str(odd).replace("'", "\\'") + "'"
+    (override,) = OverridesParser.create().parse_overrides(positional(["dtype=float32", str(odd)])[1:])
+    assert (override.key_or_group, override.value()) == ("run", str(odd))
     assert positional(["--cfg", "job", "--resolve", "runs/one"]) == ["--cfg", "job", "--resolve", "run='runs/one'"]
     assert positional(["--config-dir=configs", "runs/one"]) == ["--config-dir=configs", "run='runs/one'"]
     assert positional(["run=x", "dtype=float32"]) == ["run=x", "dtype=float32"]
 
 
 def test_a_label_with_an_equals_sign_needs_no_quotes() -> None:
-    assert quoted("engines=[jax,jax-kernels=framework]") == 'engines=[jax,"jax-kernels=framework"]'
+    assert labels_quoted("engines=[jax,jax-kernels=framework]") == 'engines=[jax,"jax-kernels=framework"]'
     for taken in ('engines=[jax,"jax-kernels=framework"]', "engines=[{name:jax,max_num_seqs:4},torch]", "dtype=float32"):
-        assert quoted(taken) == taken
+        assert labels_quoted(taken) == taken
 
 
 @pytest.mark.parametrize(

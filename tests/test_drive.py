@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from common.errors import RequestError
 from common.interface import Caps, InferenceEngine
 from common.request import Request, Status, TokenEvent
 from experiments.agenda import Agenda
-from experiments.drive import Window, drive
+from experiments.drive import Row, Window, drive
 from experiments.workload import Item
 from tests.history_runner import HistoryRunner
 from tests.host_overhead import IdleRunner
@@ -201,13 +202,14 @@ def test_a_closed_loop_keeps_its_users_busy_and_never_has_more_in_flight() -> No
     engine = Counting()
     window = drive(engine, [Item(0.0, (1,), 1 + number % 3) for number in range(12)], concurrency=3)
     assert engine.most == 3 and all(row.ok for row in window.rows)
-    assert most_in_flight(window) == 3
+    assert most_in_flight(window.rows) == 3
     ends = {row.times[-1] for row in window.rows}
     assert all(row.scheduled in ends for row in window.rows[3:])  # each takes the place of one that had ended
 
 
-def most_in_flight(window: Window) -> int:
-    changes = [(row.sent, 1) for row in window.rows] + [(row.times[-1], -1) for row in window.rows]
+def most_in_flight(rows: Sequence[Row]) -> int:
+    """Requests that were sent and had not ended, at the busiest moment."""
+    changes = [(row.sent, 1) for row in rows] + [(row.times[-1], -1) for row in rows]
     return max(np.cumsum([change for _, change in sorted(changes)]))
 
 

@@ -21,6 +21,7 @@ from common.errors import BackendError, ConfigError, DrainingError, QueueFullErr
 from common.request import Request, SamplingParams, Status, TokenEvent, fan_out
 from common.schedule.batch import Batch
 from common.schedule.scheduler import mix64
+from tests.events import drain, tokens
 from tests.history_runner import Expected, HistoryRunner, expected
 
 VOCAB = 64
@@ -43,17 +44,6 @@ def request(name: str, prompt: list[int] | range = range(10), *, eos: tuple[int,
 
 def right(request: Request, number: int = 0, nan_token: int | None = None) -> Expected:
     return expected(request, vocab_size=VOCAB, max_tokens=90, seed=mix64(0, number), nan_token=nan_token)
-
-
-def tokens(events: list[TokenEvent]) -> list[int]:
-    return [event.token_id for event in events if event.token_id is not None]
-
-
-def drain(engine: Engine) -> list[TokenEvent]:
-    events = []
-    while engine.has_work:
-        events += engine.step()
-    return events
 
 
 def of(events: list[TokenEvent], name: str) -> list[TokenEvent]:

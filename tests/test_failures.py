@@ -14,6 +14,7 @@ from common.interface import ModelRunner, Pending, Result
 from common.request import Request, SamplingParams, Status, TokenEvent
 from common.schedule.batch import Batch, Mask
 from tests.backends import engine_config, make_engine
+from tests.events import tokens
 
 MODEL = "tiny-qwen3"
 CONFIG = engine_config(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=128)
@@ -48,10 +49,6 @@ def good() -> list[Request]:
 
 def engine(backend: str) -> Engine:
     return make_engine(backend, MODEL, CONFIG, pages=PAGES)
-
-
-def tokens(events: Sequence[TokenEvent]) -> list[int]:
-    return [event.token_id for event in events if event.token_id is not None]
 
 
 def outputs(events: dict[str, list[TokenEvent]]) -> dict[str, tuple[list[int], Status | None]]:

@@ -40,3 +40,20 @@ def test_pages_that_are_not_those_that_were_held_are_noticed() -> None:
         check(pool)
     pool.fill()
     check(pool)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model", "nosuch"], "nosuch"),
+        (["--times", "0"], "--times must be 1 or more, got 0"),
+        (["--tokens", "-3"], "--tokens must be 1 or more, got -3"),
+    ],
+)
+def test_a_mistake_is_told_without_a_traceback(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["handover", *words])
+    with pytest.raises(SystemExit) as exit:
+        handover.main()
+    assert exit.value.code == 2 and said in capsys.readouterr().err

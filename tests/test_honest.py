@@ -51,7 +51,6 @@ def make_plan(names: tuple[str, str], *, num_requests: int, output_len: int, blo
         checkpoint=checkpoint,
         engines=tuple(EngineSpec(label=f"{name}-{i}", name=name, config=config) for i, name in enumerate(names)),
         workload=draw(wanted, 0, *vocabulary(checkpoint)),
-        shares_prefixes=False,
         measure=MeasureConfig(
             blocks=blocks, max_blocks=max_blocks, budget_s=600, warmup_requests=32, warmup_output_len=16, limits_s=0
         ),
@@ -65,8 +64,8 @@ def compared(plan: Plan, folder: Path, seed: int) -> Comparison:
     outcome = Outcome({one.label: [], other.label: []})
     with (
         Narrator() as narrator,
-        IsolatedEngine(one, folder / "one.log") as first,
-        IsolatedEngine(other, folder / "other.log") as second,
+        IsolatedEngine(one, folder / "one.log", 600.0) as first,
+        IsolatedEngine(other, folder / "other.log", 600.0) as second,
     ):
         engines = {one.label: first, other.label: second}
         for engine in engines.values():

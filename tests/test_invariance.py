@@ -17,6 +17,7 @@ from common.engine import Engine
 from common.request import Request, SamplingParams, TokenEvent
 from experiments.correctness import float64_reference, judge
 from tests.backends import checkpoint, engine_config, make_engine
+from tests.events import tokens
 from tests.numpy_sampler import Filters, choices, uniform
 
 TOLERANCE = 2e-4
@@ -131,10 +132,6 @@ def run(backend: str, schedule: Schedule, asked: Sequence[Request]) -> Outputs:
 @cache
 def yardstick(backend: str) -> Outputs:
     return run(backend, BASELINE, requests())
-
-
-def tokens(events: Sequence[TokenEvent]) -> list[int]:
-    return [event.token_id for event in events if event.token_id is not None]
 
 
 def check(request: Request, one: Sequence[TokenEvent], other: Sequence[TokenEvent]) -> None:

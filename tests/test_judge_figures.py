@@ -11,12 +11,13 @@ from common.config import EngineConfig
 from common.engine import Engine
 from experiments import bench
 from experiments.config import resolved
-from experiments.drive import Row, drive
+from experiments.drive import drive
 from experiments.metrics import contaminations, summarize
 from experiments.workload import Workload, WorkloadConfig, draw
 from tests import judge_figures
 from tests.history_backend import VOCABULARY, command, history, last_line
 from tests.history_runner import HistoryRunner
+from tests.test_drive import most_in_flight
 
 __all__ = ["history"]
 
@@ -62,15 +63,6 @@ def test_a_named_workload_runs_through_and_is_sent_as_it_says(name: str) -> None
     assert figures["completed"] == len(asked.items)
     assert not [reason for reason in contaminations(figures, asked.shares_prefixes) if "cache" in reason]
     assert (figures["prefix_cache_hit_rate"] > 0.1) == (name in ("shared_prefix", "multi_turn"))
-
-
-def most_in_flight(rows: tuple[Row, ...]) -> int:
-    changes = sorted([(row.sent, 1) for row in rows] + [(row.times[-1], -1) for row in rows])
-    active = most = 0
-    for _, change in changes:
-        active += change
-        most = max(most, active)
-    return most
 
 
 def test_a_closed_loop_uses_all_its_users() -> None:

@@ -292,6 +292,18 @@ def test_a_run_of_kernels_has_a_report_with_their_shares_and_limits(tmp_path: Pa
     assert not (tmp_path / "trace.perfetto.json").exists()
 
 
+def test_kernels_that_take_too_long_are_given_up(
+    history: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        command(
+            monkeypatch, bench.main, "engine=torch", "model=tiny-llama", "measure=kernels", "measure.limits_s=0",
+            "measure.timeout_s=0.01",
+        )  # fmt: skip
+    assert exit.value.code == 1
+    assert "did not answer 'time_kernels' within measure.timeout_s=0.01" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("main", "overrides", "said"),
     [

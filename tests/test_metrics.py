@@ -272,13 +272,6 @@ def test_each_guard_names_what_spoilt_a_measurement(figures: dict[str, Any], sai
     assert contaminations(CLEAN | dict.fromkeys(figures, 0), shares_prefixes=False) == []
 
 
-def test_a_percentile_of_too_few_samples_spoils_only_what_relies_on_it() -> None:
-    figures = CLEAN | {"unsupported": ["p99_ttft_ms", "p99_e2el_ms"]}
-    assert contaminations(figures, shares_prefixes=False) == []
-    (reason,) = contaminations(figures, shares_prefixes=False, relied_on=["p99_ttft_ms", "mean_ttft_ms"])
-    assert "p99_ttft_ms rests on fewer than the 100 samples" in reason
-
-
 def test_other_programs_beside_a_short_time_are_a_doubt_and_beside_a_long_one_a_contamination() -> None:
     for duration, doubts, spoils in ((0.5, 1, 0), (2.0, 0, 1)):
         figures = {"foreign_cpu_share": 0.3, "duration": duration}

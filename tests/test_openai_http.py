@@ -29,6 +29,7 @@ from experiments.drive import drive
 from experiments.server import Server, free_port, get, listens, models, program
 from experiments.workload import Item
 from tests.completions_server import MODEL, VOCABULARY, answer
+from tests.events import tokens
 from tests.history_backend import command, history, last_line
 
 __all__ = ["history"]
@@ -194,10 +195,6 @@ def greedy(name: str, prompt: list[int], max_tokens: int = 7, logprobs: int | No
 
 def right(request: Request) -> list[int]:
     return answer({"prompt": request.prompt_token_ids, "max_tokens": request.params.max_tokens}).tokens
-
-
-def tokens(events: list[TokenEvent]) -> list[int]:
-    return [event.token_id for event in events if event.token_id is not None]
 
 
 MANNERS: Mapping[str, bool] = {

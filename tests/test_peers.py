@@ -506,7 +506,7 @@ def outputs(name: str, checkpoint: Path, folder: Path, dtype: Dtype, **options: 
         threads=1,
         **options,
     )
-    with IsolatedEngine(EngineSpec(label=name, name=name, config=config), folder / f"{name}-{dtype}.log") as engine:
+    with IsolatedEngine(EngineSpec(label=name, name=name, config=config), folder / f"{name}-{dtype}.log", 600.0) as engine:
         engine.load(checkpoint)
         window = engine.run(Workload("three", tuple(Item(0.0, prompt, 8) for prompt in prompts)))
     assert all(row.ok and row.finish == "length" for row in window.rows)

@@ -62,5 +62,6 @@ def test_a_text_of_ones_own_is_read_and_a_missing_one_refused_early(tmp_path: Pa
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="UTF-8"):
         read_text(str(path))
-    with pytest.raises(ConfigError, match="perplexity_text"):
-        CorrectnessConfig(num_requests=1, output_len=1, tolerance=1e-3, perplexity_text=str(tmp_path / "none"))
+    for bad in (path, tmp_path / "none", tmp_path, "a\0b"):
+        with pytest.raises(ConfigError, match=r"correctness\.perplexity_text must be a file of UTF-8 text"):
+            CorrectnessConfig(num_requests=1, output_len=1, tolerance=1e-3, perplexity_text=str(bad))

@@ -68,7 +68,7 @@ def test_torch_names_its_operators_on_the_clock_of_the_steps() -> None:
 def test_jax_names_its_operators_on_the_clock_of_the_steps(tmp_path: Path) -> None:
     # In a process of its own: XLA's profile does not tell programs of one name apart, and other tests have left some.
     spec = EngineSpec(label="jax", name="jax", config=NATIVE)
-    with IsolatedEngine(spec, tmp_path / "jax.log") as engine:
+    with IsolatedEngine(spec, tmp_path / "jax.log", 600.0) as engine:
         engine.load(checkpoint("tiny-llama").path)
         before = time.perf_counter()  # one clock for all processes
         profile = engine.profile(Workload("two", tuple(ITEMS)))

@@ -7,7 +7,7 @@ import pytest
 
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
-from experiments.reference import NumpyModel, numpy_logits
+from experiments.reference import NumpyModel
 from tests.families import DEFECTS, FAMILIES, VISIBLE, save_family
 from tests.outside_judge import transformers_logits
 
@@ -22,7 +22,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def test_logits_equal_transformers(family: tuple[str, Path]) -> None:
-    logits = numpy_logits(open_checkpoint(family[1]), PROMPT)
+    logits = NumpyModel(open_checkpoint(family[1])).logits(PROMPT)
     assert logits.shape == (48, 199) and logits.dtype == np.float64
     assert np.abs(logits - transformers_logits(family[1], PROMPT)).max() < ROUNDING * logits.std()
 
@@ -46,7 +46,7 @@ def test_a_token_does_not_see_the_future(family: tuple[str, Path]) -> None:
 
 def test_float32_stays_within_its_own_rounding(family: tuple[str, Path]) -> None:
     model = open_checkpoint(family[1])
-    exact, single = numpy_logits(model, PROMPT), numpy_logits(model, PROMPT, dtype=np.float32)
+    exact, single = (NumpyModel(model, dtype=dtype).logits(PROMPT) for dtype in (np.float64, np.float32))
     assert single.dtype == np.float32
     assert 0 < np.abs(single - exact).max() < 1e-4 * exact.std()
 
@@ -57,6 +57,6 @@ def test_real_weights_give_the_logits_that_transformers_gives(name: str) -> None
     path = zoo.resolve(name)
     checkpoint = open_checkpoint(path)
     prompt = np.random.default_rng(0).integers(0, checkpoint.config.vocab_size, 16).tolist()
-    logits = numpy_logits(checkpoint, prompt)
+    logits = NumpyModel(checkpoint).logits(prompt)
     # transformers keeps the epsilon of the file, which is rounded to float32: 2.5e-8 of it, times thirty layers.
     assert np.abs(logits - transformers_logits(path, prompt)).max() < 1e-8 * logits.std()

@@ -29,6 +29,7 @@ from common.platform import thread_settings
 from common.replicas.engine import Replicas
 from common.replicas.keeper import Gone, Keeper, News, Ready
 from common.replicas.open import open_engine
+from common.replicas.totals import totals
 from common.request import Request, SamplingParams, Status, StructuredOutputsParams, TokenEvent, fan_out
 from common.schedule.scheduler import mix64
 from common.text.grammar import Grammars
@@ -423,6 +424,11 @@ def test_a_process_that_says_what_it_should_not_or_nothing_is_started_again(
     finally:
         keeper.close()
         keeper.join()
+
+
+def test_counts_of_several_are_added_a_share_is_their_mean_and_what_a_rank_holds_the_most() -> None:
+    told = ({"steps": 5, "kv_cache_usage": 0.25, "rank_bytes": 7}, {"kv_cache_usage": 0.75, "rank_bytes": 9}, {"steps": 1})
+    assert totals(told) == {"steps": 6, "kv_cache_usage": 0.5, "rank_bytes": 9}
 
 
 def test_replicas_share_the_threads(two: Replicas) -> None:

@@ -17,12 +17,12 @@ import pytest
 
 from common.errors import ConfigError
 from experiments import canvas, page, report
-from experiments.findings import correctness, log_end, open_loop, speed
+from experiments.findings import correctness, notices, open_loop, speed
 from experiments.job import Job
 from experiments.measure import INTERRUPTED
 from experiments.report import make_report, write_report
 from experiments.results import RunFiles, open_run, read_run
-from experiments.run_report import command, run_page
+from experiments.run_report import run_page
 from experiments.run_sections import agreement_section
 from experiments.run_tables import figures_table
 from experiments.statistics import sentence, too_few
@@ -36,7 +36,7 @@ DIVERGENCE = {"engine": "torch", "request": 1, "position": 2, "tokens": [3, 4], 
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A comparison of three engines with its report, and a fourth engine that failed."""
     directory = tmp_path_factory.mktemp("runs") / "run"
-    failures = {"vllm": {"kind": "died", "message": "The process ended with signal 9.", "log": "vllm.log"}}
+    failures = {"vllm": {"kind": "died", "message": "The process ended with signal 9.", "log": ""}}
     write_run(directory, ("jax", "torch", "hf"), blocks=6, count=12, output_len=6, failures=failures)
     (directory / "vllm.log").write_text("\n".join(f"line {number}" for number in range(99)))
     results = json.loads((directory / "results.json").read_text())
@@ -196,7 +196,7 @@ def test_a_run_that_told_little_is_reported_without_what_it_did_not_tell(tmp_pat
 
 
 def test_a_run_of_which_every_engine_failed_is_reported(tmp_path: Path) -> None:
-    failures = {"jax": {"kind": "died", "message": "gone", "log": "jax.log"}}
+    failures = {"jax": {"kind": "died", "message": "gone", "log": ""}}
     directory = write_run(
         tmp_path / "run", ("jax", "torch"), 1, 5, 4, engines={}, comparisons={}, ratios={}, agreement={}, failures=failures
     )
@@ -240,6 +240,7 @@ def test_the_command_of_a_verdict_is_on_the_page_and_in_the_summary() -> None:
 def test_a_verdict_that_rests_on_too_little_says_what_to_do() -> None:
     said = sentence("torch", "jax", "undecided", 0.9, None, None, 1, 0.05, too_few(6, 0.95))
     once = {"measure": {"blocks": 1, "max_blocks": 40}, "order": [["jax", "torch"]], "stopped": "its one block was run"}
+    once["stopped_by"] = "measure.blocks"
     (few,) = speed(compared(found={"said": said}, **once), paced=False)
     assert (few.tone, few.value) == ("calm", "Undecided")
     assert few.said.startswith(f"{said}. Its one block was run. ") and "8 blocks are the fewest" in few.said  # of 6 comparisons
@@ -250,21 +251,20 @@ def test_a_verdict_that_rests_on_too_little_says_what_to_do() -> None:
 
 
 @pytest.mark.parametrize(
-    ("blocks", "done", "high", "option"),
+    ("option", "done", "advice"),
     [
-        (6, 4, 1.1, "budget_s"),  # cut short: more blocks would only wait behind the same budget
-        (3, 2, 1.1, "budget_s"),
-        (3, 3, 1.1, "blocks"),
-        (6, 8, 1.1, "budget_s"),
-        (6, 40, 1.1, "max_blocks"),
-        (6, 8, 0.83, "precision"),
+        ("measure.budget_s", 4, "Give all 6 their time: raise measure.budget_s."),
+        ("measure.budget_s", 8, "More of them narrow the interval: raise measure.budget_s."),
+        ("measure.max_blocks", 40, "More of them narrow the interval: raise measure.max_blocks."),
+        ("measure.precision", 8, "More of them narrow the interval: lower measure.precision."),
+        ("measure.blocks", 5, "Ask for more: raise measure.blocks."),
     ],
 )
-def test_what_is_advised_is_the_option_that_ended_the_run(blocks: int, done: int, high: float, option: str) -> None:
-    measure = {"blocks": blocks, "max_blocks": 40, "precision": 0.04}
-    run = compared(found={"low": 0.8, "high": high, "blocks": done}, measure=measure, order=[["jax", "torch"]] * done)
+def test_what_is_advised_is_the_option_that_ended_the_run(option: str, done: int, advice: str) -> None:
+    order = [["jax", "torch"]] * done
+    run = compared(found={"low": 0.8, "high": 1.1, "blocks": done}, measure={"blocks": 6}, order=order, stopped_by=option)
     (told,) = speed(run, paced=False)
-    assert re.findall(r"measure\.(\w+)", told.said) == [option]
+    assert told.said.endswith(f" {advice}") and told.said.count("measure.") == 1
 
 
 def test_a_verdict_on_contaminated_engines_says_so() -> None:
@@ -345,23 +345,15 @@ def test_a_folder_that_is_no_run_is_refused(
     assert end.value.code == 2 and "needs the folder" in capsys.readouterr().err
 
 
-def test_the_command_is_what_was_typed() -> None:
-    assert (
-        command({"argv": ["/a/python3", "-m", "experiments.bench", "engine=jax", "x=a b"]})
-        == "python -m experiments.bench engine=jax 'x=a b'"
-    )
-    assert command({"argv": ["/a/python3", "/a/bin/tandem-bench", "engine=jax"]}) == "tandem-bench engine=jax"
-    assert command({"argv": ["/a/python3"], "command": "python -m experiments.bench"}) == "python -m experiments.bench"
-    assert command({}) == ""
-
-
-def test_a_log_is_a_file_of_the_run_or_the_text_itself(tmp_path: Path) -> None:
+def test_the_end_of_a_log_is_told_as_it_was_kept_or_else_from_the_file(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "jax.log").write_text("inside\n")
     (tmp_path / "other.log").write_text("outside\n")
-    assert log_end(tmp_path / "run", "/somewhere/else/jax.log") == "inside"
-    assert log_end(tmp_path / "run", "../other.log") == ""
-    assert log_end(tmp_path / "run", "Traceback\nlast line") == "Traceback\nlast line"
+    kept = {"kind": "died", "message": "gone", "log": "\n".join([*map(str, range(40)), "the process wrote jax.log"])}
+    failures = {"torch": kept, "jax": kept | {"log": ""}, "../other": kept | {"log": ""}}
+    found = notices(RunFiles(tmp_path / "run", {}, {}, {"engines": {}, "failures": failures}))
+    texts = [notice.log for notice in found]
+    assert texts == ["\n".join([*map(str, range(11, 40)), "the process wrote jax.log"]), "inside", ""]
 
 
 def test_a_sweep_shows_every_cell_and_what_failed(tmp_path: Path) -> None:

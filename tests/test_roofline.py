@@ -374,6 +374,19 @@ def test_the_command_prints_a_table_and_one_line_of_json(
     assert "read_streams" in out and "jax 1024" in out
 
 
+def test_limits_that_cannot_be_measured_end_the_command_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(seconds: float) -> Limits:
+        raise BackendError("not here")
+
+    monkeypatch.setattr(roofline, "measure_limits", refused)
+    monkeypatch.setattr(sys, "argv", ["roofline", "--seconds", "0"])
+    with pytest.raises(SystemExit) as exit:
+        roofline.main()
+    assert exit.value.code == 1 and capsys.readouterr().err == "error: not here\n"
+
+
 def test_the_command_says_which_ways_count_and_who_else_computed(capsys: pytest.CaptureFixture[str]) -> None:
     ways = {READ: {"slow": 1e9, "quick": 4e9}, "float32": {"x 64": 9e9}, "bfloat16": {"x 64": 5e9}}
     found = Limits(ways=ways, threads=2, cache_bytes=0, buffer_bytes=0)

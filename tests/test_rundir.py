@@ -41,6 +41,14 @@ def test_a_mistake_leaves_nothing_of_a_named_directory_and_all_of_its_neighbours
     assert [path.name for path in (tmp_path / "jobs").iterdir()] == ["neighbour"]
 
 
+def test_a_mistake_that_shows_late_leaves_the_rows_and_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError), run_directory(tmp_path, "mine") as partial:
+        (partial / rundir.ROWS).touch()
+        raise ConfigError("too late")
+    assert capsys.readouterr().err == f"Cut short. What was written so far is in {partial}.\n"
+    assert (partial / rundir.ROWS).exists()
+
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "results.json"
     write_json(path, {"a": 1})

@@ -251,6 +251,7 @@ def test_killed_at_any_moment_no_job_is_lost_or_done_twice(folder: Path) -> None
         (("seed=3,3",), "same run"),
         (("seed=interval(1,2)",), "A sweep needs values to choose from"),
         (("seed=1,2", "hydra.launcher.timeout_s=0"), "a number of seconds > 0"),
+        (("seed=1,2", "hydra.launcher.timeout_s=true"), "a number of seconds > 0"),
         (("seed=1,2", "sweep=../x"), "sweep must be the name of a folder"),
         (("seed=1,2", "sweep=a/b"), "got 'a/b'"),
         (("seed=1,2", "sweep=/x"), "got '/x'"),
@@ -394,7 +395,9 @@ def test_a_failure_names_its_cause_and_quotes_the_end_of_its_log(tmp_path: Path)
     assert describe(2, None, tmp_path / "log")["message"].split("\n") == [str(number) for number in range(85, 100)]
 
 
-@pytest.mark.parametrize("path", ["runs/a", "it's here, (really) = [1]", 'a "b" #c', "ü ${x}".replace("${x}", "x")])
+@pytest.mark.parametrize(
+    "path", ["runs/a", "a\\b", "ends\\", "it\\'s", "it's here, (really) = [1]", 'a "b" #c', "ü ${x}".replace("${x}", "x")]
+)
 def test_any_path_survives_hydras_grammar(path: str) -> None:
     (override,) = OverridesParser.create().parse_overrides([f"hydra.sweep.dir={quoted(path)}"])
     assert override.value() == path

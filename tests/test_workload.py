@@ -192,6 +192,7 @@ def test_a_share_is_the_first_requests_cut_short() -> None:
         ({"num_requests": 10**5, "turns": 10**5}, "num_requests=100000 may have 80000000000 tokens .*lower .*workload.turns"),
         ({"prefix_groups": 10**6, "prefix_len": 10**4}, "tokens in all"),
         ({"output_len": {"mu": 1.0, "sigma": 1.0, "low": 8, "high": 4}}, "low=8 and high=4"),
+        ({"output_len": {"mu": 1.0, "sigma": 1.0, "low": True, "high": 4}}, "low=True and high=4"),
         ({"output_len": {"mu": float("nan"), "sigma": 1.0, "low": 1, "high": 4}}, "mu must be a finite"),
         ({"output_len": {"mu": 1.0, "sigma": 1.0, "low": 1}}, "lacks high"),
         ({"output_len": {"mu": 1.0, "sgima": 1.0}}, "Did you mean 'sigma'"),
@@ -244,7 +245,7 @@ def test_what_would_come_after_weeks_is_refused(options: dict[str, object], said
         draw(config, 0, 100)
 
 
-@pytest.mark.parametrize("seed", [-1, 2**64, "0", 0.5])
+@pytest.mark.parametrize("seed", [-1, 2**64, "0", 0.5, True])
 def test_a_seed_that_is_none_is_refused(seed: object) -> None:
     with pytest.raises(ConfigError, match="seed must be an integer"):
         draw(FIXED, seed, 100)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from common.errors import CheckpointError
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
 from common.weights.tiny import RECIPES, write_tiny
-from experiments.reference import numpy_logits
+from experiments.reference import NumpyModel
 from tests.outside_judge import transformers_logits
 
 
@@ -99,7 +99,7 @@ def test_tiny_weights_are_the_same_everywhere(name: str, tmp_path: Path) -> None
 def test_tiny_models_mean_to_transformers_what_they_mean_here(name: str, cache: Path) -> None:
     path = zoo.resolve(name)
     prompt = list(range(40, 80))
-    logits = numpy_logits(open_checkpoint(path), prompt)
+    logits = NumpyModel(open_checkpoint(path)).logits(prompt)
     assert np.abs(logits - transformers_logits(path, prompt)).max() < 1e-12 * logits.std()
 
 

@@ -22,6 +22,7 @@ from common.errors import BackendError
 from common.interface import Caps, Progress, ReplicaState, ServingEngine
 from common.platform import cores
 from common.replicas.engine import PATIENCE_S, Replicas
+from common.replicas.totals import totals
 from common.request import Request, Status, TokenEvent
 from common.schedule.limits import expect_new, expect_room
 from common.schedule.scheduler import mix64
@@ -156,13 +157,14 @@ class Disaggregated(ServingEngine):
         """As `Replicas.stats`, of all. Of the requests that were passed on, `prompts_handed_over` are those whose pages came,
         and `prompts_recomputed` those whose prompt was computed again."""
         parts = self._prefill.stats(), self._decode.stats()
-        sums = {name: sum(part[name] for part in parts) for name in parts[0] if name != "replicas"}
-        return sums | {
+        replicas = [told for part in parts for told in part.pop("replicas")]
+        usage = totals(replicas).get("kv_cache_usage", 0.0)  # a mean over all of them alike
+        return totals(parts) | {
             "prompt_tokens": parts[0]["prompt_tokens"],
             "prompts_handed_over": parts[1].get("num_taken_over", 0),
             "prompts_recomputed": parts[1].get("num_computed_anew", 0),
-            "kv_cache_usage": sums["kv_cache_usage"] / len(parts),
-            "replicas": [told for part in parts for told in part["replicas"]],
+            "kv_cache_usage": usage,
+            "replicas": replicas,
         }
 
     def hidden_states(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:

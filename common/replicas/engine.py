@@ -32,6 +32,7 @@ from common.interface import Caps, Progress, ReplicaState, ServingEngine
 from common.platform import cores, family_memory, thread_settings
 from common.replicas.handover import SECRET
 from common.replicas.keeper import Gone, Keeper, Link, News, Ready, Said
+from common.replicas.totals import GAUGES, totals
 from common.replicas.wire import pack_request, unpack_caps, unpack_event
 from common.request import ENGINE_GONE, Request, Status, TokenEvent, expect
 from common.schedule.edits import Edits
@@ -48,8 +49,6 @@ MOST_DEATHS = 3
 """Replicas that may end while they have a request, until it is taken for the reason and ends too: in the last it is alone."""
 PATIENCE_S = 0.005
 """How long a step waits for news where the caller does not say: others of its thread may want something meanwhile."""
-GAUGES = ("num_running", "num_waiting", "kv_cache_usage", "kv_pool_bytes")
-"""Entries of `stats` that tell what is; all others count since the start."""
 
 
 @dataclass(eq=False)
@@ -158,7 +157,7 @@ class Replicas(ServingEngine):
     def _await_start(self, news: News, progress: Progress | None) -> None:
         match news:
             case Gone(_, how, error, _):
-                raise (error and by_name(**error)) or BackendError(
+                raise (error and by_name(**error)) or EngineGoneError(
                     f"A replica of this engine {how} before it served; its log says more."
                 )
             case Said(index, Frame({"progress": (done, total, what)})):
@@ -426,18 +425,16 @@ class Replicas(ServingEngine):
         return tuple(replica.keeper.state for replica in self._replicas)
 
     def stats(self) -> dict[str, Any]:
-        """Sums over the replicas, those that have ended included, of what `Engine.stats` tells, `kv_cache_usage` a mean.
+        """`totals` of what `Engine.stats` tells over the replicas, those that have ended included.
         `prompt_tokens` and `generation_tokens` are counted here, so that what is computed anew counts once. `replicas` has what
         each tells, and `others_rss_bytes` and `others_peak_rss_bytes` say what their processes hold and have held."""
         self._hear(0)
         told = [replica.stats for replica in self._replicas if replica.link]
-        names = dict.fromkeys(name for stats in (self._lost, *told) for name in (*stats, *GAUGES))
-        sums = {name: self._lost.get(name, 0) + sum(stats.get(name, 0) for stats in told) for name in names}
         held, most = family_memory([state.pid for state in self.replicas if state.pid])
-        return sums | {
+        nobody = {"num_running": 0, "kv_cache_usage": 0.0, "kv_pool_bytes": 0}  # where none serves
+        return (nobody | totals([self._lost, *told])) | {
             **self._counters,
             "num_waiting": self.num_waiting,
-            "kv_cache_usage": sums["kv_cache_usage"] / max(len(told), 1),
             "others_rss_bytes": held,
             "others_peak_rss_bytes": most,
             "replicas": [{"serves": replica.link is not None, **replica.stats} for replica in self._replicas],

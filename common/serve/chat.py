@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +15,7 @@ from common.serve.model import Prompt, ServedModel
 from common.serve.protocol import ChatRequest
 from common.serve.serving import Answer, Serving, finite, read
 from common.serve.tools import ToolCalls
+from common.serve.worker import Piece
 from common.text.output import Delta
 
 router = APIRouter()
@@ -29,7 +29,7 @@ async def chat(http: HttpRequest) -> Response:
     answer = await Answer.of(serving, "chat", "chatcmpl", body, arrival, params, lambda: [chat_prompt(serving.model, body)])
     uses_tools = bool(body.tools) and body.tool_choice != "none"
     choices = [Choice(answer, i, ToolCalls() if uses_tools else None) for i in range(answer.num_choices)]
-    return await answer.respond(http, lambda: full(answer, choices), lambda: chunks(answer, choices))
+    return await answer.respond(http, choices, "chat.completion", "chat.completion.chunk")
 
 
 def chat_prompt(model: ServedModel, body: ChatRequest) -> Prompt:
@@ -52,8 +52,9 @@ class Choice:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
-    def push(self, delta: Delta) -> list[dict[str, Any]]:
-        """The chunks that a delta makes: the first comes with one that tells the role."""
+    def push(self, piece: Piece) -> list[dict[str, Any]]:
+        """The chunks that a piece makes: the first comes with one that tells the role."""
+        delta = piece.delta
         self.answer.completion_tokens += len(delta.token_ids)
         finish, text, calls = delta.finish_reason, delta.text, list[dict[str, Any]]()
         if self.parser is not None:
@@ -116,19 +117,3 @@ class Choice:
         if self.answer.body.return_token_ids:
             choice["token_ids"] = self.token_ids
         return choice
-
-
-async def full(answer: Answer, choices: Sequence[Choice]) -> dict[str, Any]:
-    async for pieces in answer.pieces():
-        for piece in pieces:
-            choices[piece.number].push(piece.delta)
-    return answer.envelope("chat.completion", [choice.whole() for choice in choices], usage=answer.usage())
-
-
-async def chunks(answer: Answer, choices: Sequence[Choice]) -> AsyncIterator[list[dict[str, Any]]]:
-    async for pieces in answer.pieces():
-        yield [
-            answer.envelope("chat.completion.chunk", [chunk])
-            for piece in pieces
-            for chunk in choices[piece.number].push(piece.delta)
-        ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,7 @@ async def completions(http: HttpRequest) -> Response:
     prompts = lambda: serving.model.prompts(body.prompt, body.add_special_tokens, body.truncate_prompt_tokens)  # noqa: E731
     answer = await Answer.of(serving, "text_completion", "cmpl", body, arrival, params, prompts)
     choices = [Choice(answer, i) for i in range(answer.num_choices)]
-    return await answer.respond(http, lambda: full(answer, choices), lambda: chunks(answer, choices))
+    return await answer.respond(http, choices, KIND, KIND)
 
 
 @dataclass
@@ -193,15 +193,3 @@ class LogprobList:
             name = self._name(other)
             top[name] = max(finite(logprob), top.get(name, -9999.0))
         return top
-
-
-async def full(answer: Answer, choices: Sequence[Choice]) -> dict[str, Any]:
-    async for pieces in answer.pieces():
-        for piece in pieces:
-            choices[piece.number].push(piece)
-    return answer.envelope(KIND, [choice.whole() for choice in choices], usage=answer.usage())
-
-
-async def chunks(answer: Answer, choices: Sequence[Choice]) -> AsyncIterator[list[dict[str, Any]]]:
-    async for pieces in answer.pieces():
-        yield [answer.envelope(KIND, [chunk]) for piece in pieces for chunk in choices[piece.number].push(piece)]

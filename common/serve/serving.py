@@ -10,7 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from fastapi import Request as HttpRequest
 from starlette.requests import ClientDisconnect
@@ -82,6 +82,16 @@ async def read_bytes(http: HttpRequest) -> bytes:
     except ClientDisconnect:
         raise ApiError(499, "The client closed the connection.") from None
     return bytes(data)
+
+
+class Growing(Protocol):
+    """A choice of an answer as it grows."""
+
+    def push(self, piece: Piece, /) -> list[dict[str, Any]]:
+        """The chunks that a piece makes."""
+
+    def whole(self) -> dict[str, Any]:
+        """All of it, at its end."""
 
 
 @dataclass(kw_only=True)
@@ -185,13 +195,9 @@ class Answer:
         if reason is not None:
             self.finish_reasons[piece.number] = reason
 
-    async def respond(
-        self,
-        http: HttpRequest,
-        full: Callable[[], Awaitable[dict[str, Any]]],
-        chunks: Callable[[], AsyncIterator[Sequence[dict[str, Any]]]],
-    ) -> Response:
-        """Admit the requests and answer: with a stream of events where asked for, else with one object."""
+    async def respond(self, http: HttpRequest, choices: Sequence[Growing], kind: str, chunk_kind: str) -> Response:
+        """Admit the requests and answer: with a stream of events where asked for, each a `chunk_kind`, else with one object, a
+        `kind`."""
         await self._check_grammar(self.call.requests[0])
         self.serving.metrics.begin(self.call)
         try:
@@ -204,9 +210,9 @@ class Answer:
         self.serving.metrics.accepted(self.call)
         leave = partial(self._leave, http)
         if self.body.stream:
-            return EventStream(self._events(chunks), leave)
+            return EventStream(self._events(self._chunks(choices, chunk_kind)), leave)
         try:
-            return json_response(await unless_left(http, full()))
+            return json_response(await unless_left(http, self._full(choices, kind)))
         finally:
             leave()
 
@@ -239,12 +245,22 @@ class Answer:
             extra={"facts": facts},
         )
 
-    async def _events(self, chunks: Callable[[], AsyncIterator[Sequence[dict[str, Any]]]]) -> AsyncIterator[bytes]:
+    async def _full(self, choices: Sequence[Growing], kind: str) -> dict[str, Any]:
+        async for pieces in self.pieces():
+            for piece in pieces:
+                choices[piece.number].push(piece)
+        return self.envelope(kind, [choice.whole() for choice in choices], usage=self.usage())
+
+    async def _chunks(self, choices: Sequence[Growing], kind: str) -> AsyncIterator[list[dict[str, Any]]]:
+        async for pieces in self.pieces():
+            yield [self.envelope(kind, [chunk]) for piece in pieces for chunk in choices[piece.number].push(piece)]
+
+    async def _events(self, chunks: AsyncIterator[Sequence[dict[str, Any]]]) -> AsyncIterator[bytes]:
         """Server-sent events; those of one step in one write."""
         options = self.body.stream_options
         each = bool(options and options.continuous_usage_stats)
         try:
-            async for some in chunks():
+            async for some in chunks:
                 yield b"".join(event({**chunk, "usage": self.usage()} if each else chunk) for chunk in some)
             if options and options.include_usage:
                 yield event({**some[-1], "choices": [], "usage": self.usage()})

@@ -31,6 +31,7 @@ from common.interface import Caps, Progress, page_bytes
 from common.platform import choose, cores
 from common.request import Logprobs, Request, Status, TokenEvent
 from experiments.baselines.greedy import GreedyEngine, check_request
+from experiments.correctness import log_softmax
 
 if TYPE_CHECKING:
     from common.weights.checkpoint import Checkpoint
@@ -260,8 +261,7 @@ def _logprobs(logits_V: np.ndarray, token: int, each: _Served) -> Logprobs | Non
     count = each.request.params.logprobs
     if count is None:
         return None
-    shifted_V = logits_V.astype(np.float64) - logits_V.max()
-    logprobs_V = shifted_V - np.log(np.exp(shifted_V).sum())
+    logprobs_V = log_softmax(logits_V)
     top = np.argsort(-logprobs_V, kind="stable")[:count]
     rank = 1 + int((logprobs_V > logprobs_V[token]).sum())
     return Logprobs(float(logprobs_V[token]), rank, top.tolist(), logprobs_V[top].tolist())

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from common.config import EngineConfig, expect
+from common.config import EngineConfig, expect, real
 from common.errors import BackendError
 from common.interface import Caps, Progress
 from common.platform import cores
@@ -74,7 +74,7 @@ class Options:
         )
         seconds = self.start_timeout_s
         expect(
-            isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and seconds > 0,
+            real(seconds, 0, float("inf")) and seconds > 0,
             f"start_timeout_s must be a number of seconds > 0, got {seconds!r}.",
         )
 

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 
 from experiments.canvas import POINTS, colour, dash, draw, key, logarithmic, mark, stretch
 from experiments.console import number
+from experiments.metrics import latencies
 from experiments.page import Drawing, Table
 
 Samples = Mapping[str, np.ndarray]
@@ -56,22 +57,8 @@ def percentile_99(values: np.ndarray) -> str:
     return number(float(np.quantile(values, 0.99))) if len(values) >= 100 else "too few"
 
 
-def samples_ms(rows: pd.DataFrame, engines: Sequence[str], what: str) -> Samples:
-    """Engine → latencies in ms of the requests that went well. `what` is ttft, tpot, itl or e2el of `experiments.metrics`."""
-    found: dict[str, np.ndarray] = {}
-    for label in engines:
-        mine = rows[(rows["engine"] == label) & rows["ok"]] if len(rows) else rows
-        sent = mine["sent"].to_numpy(float) if len(mine) else np.empty(0)
-        times = list(mine["times"]) if len(mine) else []
-        first, last = (np.array([t[end] for t in times], float) for end in (0, -1))
-        counts = np.array([len(t) for t in times])
-        if what == "ttft":
-            values = first - sent
-        elif what == "e2el":
-            values = last - sent
-        elif what == "tpot":
-            values = ((last - first)[counts > 1]) / (counts[counts > 1] - 1)
-        else:
-            values = np.concatenate([np.empty(0), *(np.diff(t) for t in times)])
-        found[label] = values * 1e3
-    return found
+def samples_ms(rows: pd.DataFrame, engines: Sequence[str]) -> Mapping[str, Samples]:
+    """Metric of `experiments.metrics.latencies` → engine → latencies in ms of the requests that went well."""
+    of = lambda label: rows[(rows["engine"] == label) & rows["ok"]] if len(rows) else rows  # noqa: E731
+    found = {label: latencies(list(of(label).itertuples())) for label in engines}
+    return {what: {label: 1e3 * mine[what] for label, mine in found.items()} for what in latencies([])}

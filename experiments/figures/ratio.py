@@ -11,11 +11,13 @@ from matplotlib.axes import Axes
 from experiments.canvas import GRID, MUTED, PAPER, colour, draw, key, mark, marker, shorten
 from experiments.console import number
 from experiments.page import Drawing, Table
+from experiments.statistics import band
 
 
 def ratio(comparisons: Mapping[str, Mapping[str, Any]], engines: Sequence[str], equivalence: float) -> Drawing | None:
     """Each block's ratio of output throughput to the first engine's, with the ratio of all where that has an interval; a band
-    shows which ratios are called equivalent, those within 1 ± `equivalence`. None without blocks."""
+    shows which ratios are called equivalent, those within a factor of
+    1 + `equivalence` of 1. None without blocks."""
     shown = {label: found for label, found in comparisons.items() if found.get("block_ratios")}
     if not shown:
         return None
@@ -23,7 +25,7 @@ def ratio(comparisons: Mapping[str, Mapping[str, Any]], engines: Sequence[str], 
     bounded = [label for label, found in shown.items() if found.get("low") is not None]
 
     def paint(axes: Axes) -> None:
-        axes.axhspan(1 - equivalence, 1 + equivalence, color=GRID, alpha=0.6, linewidth=0)
+        axes.axhspan(*band(equivalence), color=GRID, alpha=0.6, linewidth=0)
         axes.axhline(1, color=MUTED, linewidth=1)
         for label, found in shown.items():
             i = engines.index(label)
@@ -59,7 +61,7 @@ def ratio(comparisons: Mapping[str, Mapping[str, Any]], engines: Sequence[str], 
         f"One mark for each block{', and at the right the ratio of all' if bounded else ''}: {said}.",
         paint,
         x="block",
-        y=f"ratio; the band is 1 ± {100 * equivalence:g} %",
+        y=f"ratio; the band is within a factor of {1 + equivalence:g}",
         keys=[key(engines.index(label), label, line=False) for label in shown],
         table=Table(("engine", "ratio", "low", "high", "p", "verdict", "blocks"), rows, f"Ratio to {against}"),
     )
