@@ -178,7 +178,7 @@ class Outcome:
 
     def conclude(self, plan: Plan) -> None:
         """Figures and comparisons, by the windows that there are."""
-        known = [limits for limits in self.limits.values() if limits]
+        known = [] if self.unmeasured else [limits for limits in self.limits.values() if limits]
         limits = functools.reduce(better, known) if known else None
         told = {when: found and found.summary() for when, found in self.limits.items()} if known else None
         for spec in plan.engines:

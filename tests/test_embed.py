@@ -47,8 +47,14 @@ def embed(engine: Engine, model: str, pooling: Pooling) -> list[np.ndarray]:
     return pooled
 
 
-@pytest.mark.parametrize("model", [MODEL, "tiny-gemma3"])
-@pytest.mark.parametrize("case", CASES, ids="-".join)
+@pytest.mark.parametrize(
+    ("case", "model"),
+    [  # XLA compiles Gemma's step for twenty seconds, and Llama's shows the same
+        pytest.param(case, model, marks=pytest.mark.accept if (case, model) == (("jax", "framework"), "tiny-gemma3") else ())
+        for case in CASES
+        for model in (MODEL, "tiny-gemma3")
+    ],
+)
 def test_an_embedding_is_what_transformers_says(case: tuple[str, str], model: str) -> None:
     engine = make_engine(case[0], model, engine_config(kernels=case[1]), pages=PAGES)
     for pooling in ("last", "mean"):

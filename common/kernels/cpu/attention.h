@@ -16,7 +16,7 @@
 namespace tandem {
 
 constexpr int BLOCK = 64, PARTITION = 512, SUB = BLOCK / LANES, AHEAD = 1, MAX_HEAD_DIM = 512;
-constexpr float MASKED = -3e38f;  // below every score
+constexpr float MASKED = -3e38f;  // in units of log 2: below every score, as long as attention's scale is at most 1 / 2
 // A maximum that rises by no more than this, in units of log 2, stays as it is: sums need not be scaled anew nearly as often, and
 // what is 2^8 times as large keeps as many bits.
 constexpr float SLACK = 8;
