@@ -21,6 +21,7 @@ from experiments.fail_if import Condition, check_keys, parse_conditions
 from experiments.job import job_directory
 from experiments.measure import Outcome, figure_names, make_plan, measure, measure_config, setting
 from experiments.records import write_run
+from experiments.roofline import say_limits
 from experiments.rundir import finished, finite, run_directory, write_setup
 
 RESULTS = ("run", "failures", "stopped", "stopped_by", "unmeasured")
@@ -53,6 +54,7 @@ def run_workload(config: DictConfig, spec: EngineSpec, conditions: Sequence[Cond
         result: dict[str, Any] = finite(whole | outcome.figures.get(spec.label, {}))
         write_run(directory, result, outcome.windows, outcome.profiles)
     print_table(f"{plan.model} ({plan.checkpoint.path.name}), {config.dtype}, workload {plan.workload.name}", outcome.figures)
+    say_limits(outcome.figures)
     print_failures(outcome.failures)
     return result
 

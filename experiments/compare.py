@@ -24,6 +24,7 @@ from experiments.fail_if import check_keys, parse_conditions
 from experiments.job import job_directory
 from experiments.measure import Outcome, Plan, figure_names, make_plan, measure, setting
 from experiments.records import kept_rows, write_run
+from experiments.roofline import say_limits
 from experiments.rundir import finished, finite, run_directory, write_json, write_setup
 from experiments.scaling import points_of, scaling_tables
 from experiments.statistics import Comparison
@@ -65,6 +66,7 @@ def run(config: DictConfig) -> None:
         result = results(config, plan, outcome, found, finished(directory))
         write_run(directory, result, outcome.windows, outcome.profiles)
     print_comparison(f"{plan.model} ({plan.checkpoint.path.name}), {config.dtype}, workload {plan.workload.name}", result)
+    say_limits(result["engines"])
     for table in scaling_tables(points_of(result, result["engines"])):
         print_rows(table.caption, table.columns, table.rows)
     reported = report_on(config, result)

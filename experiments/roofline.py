@@ -112,9 +112,18 @@ class Limits:
 
 
 def limits_said(limits: Mapping[str, Mapping[str, Any]]) -> str:
-    """Of a result's `limits`, the `summary` before and after: `Limits before and after: memory read 33.1 and 32.8 GB/s, …`."""
-    both = lambda key: " and ".join(number(limits[when][key] / 1e9) for when in ("before", "after"))  # noqa: E731
-    return f"Limits before and after: {', '.join(f'{name} {both(key)} {unit}' for key, name, unit in SAID)}."
+    """Of a result's `limits`, the `summary` before and after: `Limits before and after: memory read 33.1 and 32.8 GB/s, …`.
+    Of a run that was interrupted, those before."""
+    known = [when for when in ("before", "after") if limits[when]]
+    both = lambda key: " and ".join(number(limits[when][key] and limits[when][key] / 1e9) for when in known)  # noqa: E731
+    return f"Limits {' and '.join(known)}: {', '.join(f'{name} {both(key)} {unit}' for key, name, unit in SAID)}."
+
+
+def say_limits(engines: Mapping[str, Mapping[str, Any]]) -> None:
+    """What the machine could do, below the table of a run: its shares of the limits are of the better."""
+    for figures in engines.values():
+        if limits := figures.get("limits"):
+            return wide_console().print(limits_said(limits), style="dim", highlight=False, markup=False)
 
 
 def better(one: Limits, other: Limits) -> Limits:

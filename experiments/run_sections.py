@@ -43,6 +43,7 @@ def sections(run: RunFiles, rows: pd.DataFrame, steps: pd.DataFrame, paced: bool
     """All that have content, in their order. Where arrivals set the pace, latency comes before the ratio."""
     engines = list(run.engines)
     compared = [ratio_section(run, engines), latency_section(rows, engines)]
+    limits = next((limits_said(mine["limits"]) for mine in run.engines.values() if mine.get("limits")), "")
     every = [
         figures_section(run),
         kernels_section(run),
@@ -50,7 +51,7 @@ def sections(run: RunFiles, rows: pd.DataFrame, steps: pd.DataFrame, paced: bool
         blocks_section(rows, engines),
         Section(
             "Roofline",
-            "How far each engine is from what this machine was measured to be capable of.",
+            f"How far each engine is from what this machine was measured to be capable of. {limits}".rstrip(),
             some(roofline(run.engines, str(run.results.get("dtype")))),
         ),
         scaling_section(points_of(run.results, run.engines)),

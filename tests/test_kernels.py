@@ -612,3 +612,30 @@ def test_the_largest_step_fits_its_size() -> None:
     rows = [packer.add([1] * 512, temperature=1.0, top_k=3) for _ in range(8)]
     batch = packer.step([(row, 500, 1) for row in rows[:7]] + [(rows[7], 450, 57)])
     assert len(pack_step(batch)) <= max_step_size(64, 8, 32)
+
+
+ROUGH = """
+#include "vec.h"
+using namespace tandem;
+extern "C" __attribute__((visibility("default"))) void rough(const float* x, int n, float* power, float* reciprocal) {
+  for (int i = 0; i < n; i += LANES) {
+    store(power + i, rough_exp2(load(x + i)));
+    store(reciprocal + i, rough_reciprocal(load(x + i)));
+  }
+}
+"""
+
+
+@pytest.mark.parametrize("portable", [False, True], ids=["this_processor", "portable"])
+def test_what_is_rounded_to_bfloat16_at_once_is_wrong_by_a_twentieth_of_that_at_most(portable: bool, tmp_path: Path) -> None:
+    """A bfloat16's rounding is 2^-9 of it: results of whole kernels, which have many, would not show a power that is worse."""
+    (tmp_path / "rough.cc").write_text(ROUGH)
+    more = ["-DTANDEM_PORTABLE"] if portable else []
+    command = [*(cxx_compiler() or []), *build.machine_options(), *more, f"-I{build.FOLDER}", str(tmp_path / "rough.cc")]
+    subprocess.run([*command, "-o", str(tmp_path / "rough.so")], check=True)
+    x = np.linspace(-125.9, 127, 1 << 18, dtype=np.float32)
+    power, reciprocal = np.empty_like(x), np.empty_like(x)
+    at = lambda array: ctypes.c_void_p(array.ctypes.data)  # noqa: E731
+    ctypes.CDLL(str(tmp_path / "rough.so")).rough(at(x), len(x), at(power), at(reciprocal))
+    assert np.abs(power / np.exp2(x.astype(np.float64)) - 1).max() < 9e-5 < 2**-9 / 20
+    assert np.abs(reciprocal * x.astype(np.float64) - 1)[np.abs(x) > 1e-3].max() < 2**-14
