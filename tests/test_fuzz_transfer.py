@@ -216,7 +216,11 @@ def what_the_cache_has_is_not_left_out_of_what_came(patch: Patch, ran: Ran) -> N
     patch.setattr(Scheduler, "_brought", brought)
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+RARE = ("an_earlier_generation_is_heard_and_what_was_sent_not_compared_with_what_came",)
+"""What takes a quarter of a minute to be caught."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.accept if name in RARE else ()) for name in MUTANTS])
 def test_the_fuzz_catches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: Ran = []
     MUTANTS[name](monkeypatch, ran)

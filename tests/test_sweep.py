@@ -153,6 +153,7 @@ def test_a_comparison_has_a_row_for_each_engine(
     assert set(table["seed"]) == {1} and table["job"].nunique() == 1
 
 
+@pytest.mark.accept
 def test_the_command_that_a_report_gives_runs_the_sweep_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
