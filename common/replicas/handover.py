@@ -192,19 +192,25 @@ class _Line:
         self._keep(None)
 
     def say(self, said: Said, segment: Segment | None = None) -> None:
-        """With memory, where both can have it."""
+        """With memory, where both can have it. Raises `TransferError` if nobody is there any more."""
         self._connection.settimeout(LEASE_S)
-        if segment is None or segment.descriptor is None or self._connection.family != socket.AF_UNIX:
-            write_frame(self._sink, *seal(said, self._secret))
-            return
-        frame = BytesIO()
-        write_frame(frame, *seal(said, self._secret))
-        sent = socket.send_fds(self._connection, [frame.getvalue()], [segment.descriptor])
-        self._connection.sendall(frame.getvalue()[sent:])
+        try:
+            if segment is None or segment.descriptor is None or self._connection.family != socket.AF_UNIX:
+                write_frame(self._sink, *seal(said, self._secret))
+                return
+            frame = BytesIO()
+            write_frame(frame, *seal(said, self._secret))
+            sent = socket.send_fds(self._connection, [frame.getvalue()], [segment.descriptor])
+            self._connection.sendall(frame.getvalue()[sent:])
+        except (BrokenPipeError, ConnectionResetError) as gone:
+            raise TransferError("The other end has hung up.") from gone
 
     def hear(self) -> Said | None:
-        """None at the end."""
-        frame = read_frame(self, MAX_MESSAGE, self._most)
+        """None at the end, be it a rude one."""
+        try:
+            frame = read_frame(self, MAX_MESSAGE, self._most)
+        except ConnectionResetError:
+            return None
         return None if frame is None else unseal(Frame(*frame), self._secret)
 
     def memory(self, others: Others) -> np.ndarray | None:
