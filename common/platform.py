@@ -154,7 +154,8 @@ def peak_rss(pid: int | None = None) -> int:
         # Not getrusage: on Linux its peak survives exec, so a child would report its parent's.
         for line in Path(f"/proc/{pid or 'self'}/status").read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+                # Linux adds up its two counts in batches of pages, so that the peak can lag behind what is held.
+                return max(int(line.split()[1]) * 1024, rss(pid))
     except OSError:
         pass
     if pid is not None:
