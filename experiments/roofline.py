@@ -119,11 +119,15 @@ def limits_said(limits: Mapping[str, Mapping[str, Any]]) -> str:
     return f"Limits {' and '.join(known)}: {', '.join(f'{name} {both(key)} {unit}' for key, name, unit in SAID)}."
 
 
+def told_limits(engines: Mapping[str, Mapping[str, Any]]) -> str:
+    """The same of a run with these figures; empty where nobody measured."""
+    return next((limits_said(figures["limits"]) for figures in engines.values() if figures.get("limits")), "")
+
+
 def say_limits(engines: Mapping[str, Mapping[str, Any]]) -> None:
     """What the machine could do, below the table of a run: its shares of the limits are of the better."""
-    for figures in engines.values():
-        if limits := figures.get("limits"):
-            return wide_console().print(limits_said(limits), style="dim", highlight=False, markup=False)
+    if said := told_limits(engines):
+        wide_console().print(said, style="dim", highlight=False, markup=False)
 
 
 def better(one: Limits, other: Limits) -> Limits:

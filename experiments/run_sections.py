@@ -19,7 +19,7 @@ from experiments.findings import text_of
 from experiments.page import Drawing, Section, known
 from experiments.records import read_kernels
 from experiments.results import RunFiles
-from experiments.roofline import limits_said
+from experiments.roofline import limits_said, told_limits
 from experiments.run_rows import block_points, window_of
 from experiments.run_tables import agreement_tables, environment_table, figures_table, kernels_tables, profile_tables
 from experiments.scaling import curves, points_of, scaling_tables
@@ -43,7 +43,6 @@ def sections(run: RunFiles, rows: pd.DataFrame, steps: pd.DataFrame, paced: bool
     """All that have content, in their order. Where arrivals set the pace, latency comes before the ratio."""
     engines = list(run.engines)
     compared = [ratio_section(run, engines), latency_section(rows, engines)]
-    limits = next((limits_said(mine["limits"]) for mine in run.engines.values() if mine.get("limits")), "")
     every = [
         figures_section(run),
         kernels_section(run),
@@ -51,7 +50,7 @@ def sections(run: RunFiles, rows: pd.DataFrame, steps: pd.DataFrame, paced: bool
         blocks_section(rows, engines),
         Section(
             "Roofline",
-            f"How far each engine is from what this machine was measured to be capable of. {limits}".rstrip(),
+            f"How far each engine is from what this machine was measured to be capable of. {told_limits(run.engines)}".rstrip(),
             some(roofline(run.engines, str(run.results.get("dtype")))),
         ),
         scaling_section(points_of(run.results, run.engines)),
