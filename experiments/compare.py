@@ -8,7 +8,7 @@ The exit code is 1 if an engine or the machine failed, 2 for a mistake in what w
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def results(config: DictConfig, plan: Plan, outcome: Outcome, found: Mapping[str
     told: dict[str, Any] = setting(config, plan) | {
         "run": str(directory),
         "engines": outcome.figures,
-        "ratios": ratios(outcome.figures),
+        "ratios": ratios(outcome.figures, outcome.comparisons),
         "comparisons": {label: asdict(comparison) for label, comparison in outcome.comparisons.items()},
         "failures": outcome.failures,
         "order": outcome.order,
@@ -103,10 +103,9 @@ def keep_whole_blocks(config: DictConfig, directory: Path, result: Mapping[str, 
             print(f"Report of the {plural(len(result['order']), 'whole block')}: {page}", file=sys.stderr)
 
 
-def ratios(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    """Output throughput of each engine over that of the first."""
-    base = next((mine["output_throughput"] for mine in figures.values()), None)
-    return {label: mine["output_throughput"] / base if base else None for label, mine in figures.items()}
+def ratios(labels: Iterable[str], comparisons: Mapping[str, Comparison]) -> dict[str, float | None]:
+    """Of each engine the ratio that the verdict is of, by its label alone; 1 for the one that the others are compared with."""
+    return {label: comparisons[label].ratio if label in comparisons else 1.0 for label in labels}
 
 
 def main() -> None:

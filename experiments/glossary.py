@@ -36,7 +36,9 @@ GLOSSARY: tuple[tuple[str, str, str], ...] = (
     ("Goodput", "Requests a second that meet every stated objective.", "requests within all limits / duration"),
     (
         "Ratio",
-        "Output throughput over the first engine's in the same block; its interval comes from the blocks.",
+        "Output throughput over the first engine's in the same block; of the blocks' ratios the geometric mean, on which the "
+        "verdict rests, and its interval. In results.json comparisons.X.ratio, or ratios.X for short. Two engines' tokens/s "
+        "divided are not quite this: they are of all blocks together.",
         "exp(mean of log(mine / first's))",
     ),
     (

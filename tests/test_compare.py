@@ -19,6 +19,7 @@ from experiments.isolate import IsolatedEngine
 from experiments.measure import Outcome
 from experiments.records import read_rows, read_steps
 from experiments.report import write_report
+from experiments.statistics import Criteria, compare_all
 from tests.history_backend import ROOT, command, history, interruptible, last_line, written
 
 __all__ = ["history"]
@@ -32,10 +33,11 @@ SMALL = (
 )
 
 
-def test_ratios_are_over_the_first_named() -> None:
-    assert ratios({"jax": {"output_throughput": 50.0}, "hf": {"output_throughput": 10.0}}) == {"jax": 1.0, "hf": 0.2}
-    assert ratios({}) == {}
-    assert ratios({"jax": {"output_throughput": None}, "hf": {"output_throughput": 10.0}}) == {"jax": None, "hf": None}
+def test_ratios_are_those_of_the_verdicts_and_1_for_the_first() -> None:
+    compared = compare_all({"jax": [50.0, 50.0], "hf": [10.0, 40.0], "torch": [None, None]}, Criteria(), seed=0)
+    found = ratios(["jax", "hf", "torch"], compared)
+    assert found == {"jax": 1.0, "hf": pytest.approx(0.4), "torch": None}  # not 0.5, the ratio of the sums
+    assert ratios([], {}) == {} and ratios(["jax"], {}) == {"jax": 1.0}
 
 
 def test_compare_runs_both_engines_and_finds_them_equal(
@@ -46,11 +48,8 @@ def test_compare_runs_both_engines_and_finds_them_equal(
     result = last_line(out)
     one, other = "history", "history-block_size=8"
     assert set(result["engines"]) == set(result["ratios"]) == {one, other} and result["failures"] == {}
-    assert result["ratios"][one] == 1.0
     for figures in result["engines"].values():
         assert figures["completed"] == 12 and len(figures["block_output_throughput"]) == 4 and figures["contaminated"] == []
-    throughputs = [figures["output_throughput"] for figures in result["engines"].values()]
-    assert result["ratios"][other] == pytest.approx(throughputs[1] / throughputs[0])
     assert (result["tokens_equal"], result["unjustified_divergences"], result["tokens_equal_share"]) == (True, 0, 1.0)
     assert result["compared_tokens"] == 3 * 4
     assert [sorted(order) for order in result["order"]] == [[one, other]] * 4 and result["order"][1] == result["order"][0][::-1]
@@ -60,6 +59,7 @@ def test_compare_runs_both_engines_and_finds_them_equal(
     blocks = [figures["block_output_throughput"] for figures in result["engines"].values()]
     assert comparison["block_ratios"] == pytest.approx([b / a for a, b in zip(*blocks, strict=True)])
     assert comparison["low"] < comparison["ratio"] < comparison["high"] and comparison["interval"] == "t"
+    assert result["ratios"] == {one: 1.0, other: comparison["ratio"]}
     assert " ".join(out.split()).startswith(comparison["said"]) and comparison["against"] == one
     directory = Path(result["run"])
     assert written(result) == result
