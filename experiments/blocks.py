@@ -48,6 +48,21 @@ def time_left(config: MeasureConfig, done: int, elapsed: float, longest: float) 
     return min(longest * (config.blocks - done), max(config.budget_s - elapsed, due))
 
 
+def advice(config: MeasureConfig, stopped_by: str, done: int, comparisons: int) -> str:
+    """What to set for a verdict where `done` blocks gave none, by the option that ended the run; empty where none did."""
+    fewest = fewest_blocks(comparisons, config.confidence)
+    wanted = max(config.blocks, fewest)
+    if stopped_by == "measure.precision":
+        return f"More blocks narrow the interval: lower {stopped_by}"
+    if not stopped_by or done >= wanted:
+        return stopped_by and f"More blocks narrow the interval: raise {stopped_by}"
+    most = "measure.blocks" if config.blocks < ADAPTIVE_BLOCKS else "measure.max_blocks"
+    allowed = "" if config.most_blocks >= fewest else f"{most}={fewest}"
+    if stopped_by == "measure.budget_s":
+        return f"Give all {wanted} blocks their time: raise {stopped_by}" + (allowed and f", and write {allowed}")
+    return f"Write {allowed}, with a measure.budget_s that has room for them"
+
+
 class Stop(NamedTuple):
     """Why no further block runs."""
 

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from common.config import expect
 from experiments.agreement import LEFT_OUT, agree, summarise, tokens_equal_share, verdict
+from experiments.blocks import advice
 from experiments.cli import conclude, launch, report_on
 from experiments.config import correctness_config, engine_specs, resolved, runs_folder
 from experiments.console import Narrator, plural, print_comparison, print_result, print_rows
@@ -29,7 +30,7 @@ from experiments.rundir import finished, finite, run_directory, write_json, writ
 from experiments.scaling import points_of, scaling_tables
 from experiments.statistics import Comparison
 
-RESULTS = ("run", "engines", "ratios", "comparisons", "failures", "order", "stopped", "stopped_by", "unmeasured")
+RESULTS = ("run", "engines", "ratios", "comparisons", "failures", "order", "stopped", "stopped_by", "advice", "unmeasured")
 AGREEMENT = ("tokens_equal_share", *verdict({}), "compared_tokens", "agreement", "perplexity")
 NAME_LENGTH = 100
 """Of the labels in the name of a run directory."""
@@ -86,11 +87,20 @@ def results(config: DictConfig, plan: Plan, outcome: Outcome, found: Mapping[str
         "order": outcome.order,
         "stopped": outcome.stopped,
         "stopped_by": outcome.stopped_by,
+        "advice": advised(plan, outcome),
         "unmeasured": outcome.unmeasured,
         "tokens_equal_share": tokens_equal_share(compared),
         **found,
     }
     return finite(told)
+
+
+def advised(plan: Plan, outcome: Outcome) -> str:
+    """What to set where a ratio is undecided; empty where all are settled, or nothing can be set."""
+    found = outcome.comparisons.values()
+    if not any(each.verdict == "undecided" and each.ratio is not None for each in found):
+        return ""
+    return advice(plan.measure, outcome.stopped_by, len(outcome.order), len(found))
 
 
 def keep_whole_blocks(config: DictConfig, directory: Path, result: Mapping[str, Any]) -> None:

@@ -172,7 +172,7 @@ def print_comparison(title: str, result: Mapping[str, Any]) -> None:
         doubt = "[bold red]contaminated:[/] " if contaminated(result["engines"], (comparison["against"], label)) else ""
         console.print(f"{doubt}[{COLOURS[comparison['verdict']]}]{escape(comparison['said'])}[/].", highlight=False)
     print_verdict(result)
-    console.print(f"[dim]Stopped: {result['stopped']}.[/]", highlight=False)
+    console.print(f"[dim]Stopped: {'. '.join(filter(None, (result['stopped'], result['advice'])))}.[/]", highlight=False)
     print_table(title, result["engines"], result["comparisons"])
     print_failures(result["failures"])
 

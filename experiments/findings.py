@@ -35,7 +35,7 @@ def speed(run: RunFiles, paced: bool) -> Iterator[Verdict]:
             said = "The least time in which this machine could have done the same steps, over the time they took."
             yield doubted(mine, Verdict("calm", f"{mine['roofline']:.0%}", "of the roofline", said))
     for label in list(engines)[1:]:
-        yield throughput(label, results, engines, run.config.get("measure") or {}, paced)
+        yield throughput(label, results, engines, paced)
 
 
 def doubted(mine: Mapping[str, Any], verdict: Verdict) -> Verdict:
@@ -74,9 +74,7 @@ def latency(engines: Mapping[str, Mapping[str, Any]]) -> Verdict:
     return Verdict("calm", "Arrivals set the pace", "so look at latency, not at throughput", said.rstrip())
 
 
-def throughput(
-    label: str, results: Mapping[str, Any], engines: Mapping[str, Mapping[str, Any]], measure: Mapping[str, Any], paced: bool
-) -> Verdict:
+def throughput(label: str, results: Mapping[str, Any], engines: Mapping[str, Mapping[str, Any]], paced: bool) -> Verdict:
     """The verdict in a word, below it the ratio that it rests on, and what would make more of it."""
     first = next(iter(engines))
     found = (results.get("comparisons") or {}).get(label) or {}
@@ -93,7 +91,7 @@ def throughput(
     told = [str(found.get("said") or f"{label} gave {number(ratio)} times the output throughput of {first}").rstrip(".")]
     if word == "undecided" and ratio:
         stopped = str(results.get("stopped") or "")
-        told += filter(None, [stopped[:1].upper() + stopped[1:], advice(results, measure.get("blocks"))])
+        told += filter(None, [stopped[:1].upper() + stopped[1:], str(results.get("advice") or "")])
     if paced:
         told.append("The arrivals set this ratio as long as both engines keep up")
     if spoilt := contaminated(engines, (first, label)):
@@ -101,19 +99,6 @@ def throughput(
         told.append(f"Contaminated: {' and '.join(spoilt)}, see below")
     tone = "warn" if spoilt else "calm" if paced else TONES.get(str(word), "calm")
     return Verdict(tone, value, ", ".join(evidence), ". ".join(told) + ".")
-
-
-def advice(results: Mapping[str, Any], blocks: int | None) -> str:
-    """What to ask for where a ratio is undecided, by the option that ended the run, of which `blocks` were asked at least.
-    Empty where none did."""
-    option, done = str(results.get("stopped_by") or ""), len(results.get("order") or ())
-    if not option:
-        return ""
-    if option == "measure.budget_s" and blocks and done < blocks:
-        return f"Give all {blocks} their time: raise {option}"
-    if option == "measure.blocks":
-        return f"Ask for more: raise {option}"
-    return f"More of them narrow the interval: {'lower' if option == 'measure.precision' else 'raise'} {option}"
 
 
 def open_loop(workload: Mapping[str, Any], scheduled: Collection[float]) -> bool:

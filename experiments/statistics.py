@@ -186,12 +186,12 @@ def fewest_blocks(comparisons: int, confidence: float) -> int:
 
 
 def too_few(comparisons: int, confidence: float) -> str:
-    """Why fewer than `fewest_blocks` tell nothing, and what to do."""
+    """Why fewer than `fewest_blocks` tell nothing."""
     fewest, runs = fewest_blocks(comparisons, confidence), 1 / (1 - confidence)
     among = f" in one of {comparisons} comparisons" * (comparisons > 1)
     return (
         f"{fewest} blocks are the fewest that can tell a difference{among}, since fewer agree by chance more than once in "
-        f"{runs:.3g} runs; write measure.blocks={fewest}, with a measure.budget_s that has room for them"
+        f"{runs:.3g} runs"
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_module
 
-from experiments.blocks import block_order, level, reason_to_stop, time_left
+from experiments.blocks import advice, block_order, level, reason_to_stop, time_left
 from experiments.config import MeasureConfig
 from experiments.measure import measure_config
 from experiments.statistics import fewest_blocks
@@ -81,6 +81,39 @@ def test_the_option_that_ended_a_run_is_told() -> None:
     assert option(config(6), 6, 0.0, 0.0, 0) == option(config(5), 5, 0.0, 0.0, 1) == "measure.blocks"
     assert option(config(6), 3, 99.0, 2.0, 1) == option(config(6), 8, 99.0, 2.0, 1) == "measure.budget_s"
     assert option(config(6), 8, 0.0, 0.0, 1) == "measure.precision"
+
+
+@pytest.mark.parametrize(
+    ("options", "stopped_by", "done", "comparisons", "advised"),
+    [
+        ({"blocks": 6}, "measure.budget_s", 4, 1, "Give all 6 blocks their time: raise measure.budget_s"),
+        ({"blocks": 6}, "measure.budget_s", 6, 2, "Give all 7 blocks their time: raise measure.budget_s"),
+        (
+            {"blocks": 3},
+            "measure.budget_s",
+            2,
+            1,
+            "Give all 6 blocks their time: raise measure.budget_s, and write measure.blocks=6",
+        ),
+        ({"blocks": 6}, "measure.budget_s", 8, 1, "More blocks narrow the interval: raise measure.budget_s"),
+        ({"blocks": 6}, "measure.max_blocks", 40, 1, "More blocks narrow the interval: raise measure.max_blocks"),
+        (
+            {"blocks": 6, "max_blocks": 6},
+            "measure.max_blocks",
+            6,
+            2,
+            "Write measure.max_blocks=7, with a measure.budget_s that has room for them",
+        ),
+        ({"blocks": 6}, "measure.precision", 8, 1, "More blocks narrow the interval: lower measure.precision"),
+        ({"blocks": 5}, "measure.blocks", 5, 1, "Write measure.blocks=6, with a measure.budget_s that has room for them"),
+        ({"blocks": 5, "confidence": 0.9}, "measure.blocks", 5, 1, "More blocks narrow the interval: raise measure.blocks"),
+        ({"blocks": 6}, "", 3, 1, ""),
+    ],
+)
+def test_what_is_advised_is_the_option_that_ended_the_run_and_where_it_has_to_go(
+    options: dict[str, Any], stopped_by: str, done: int, comparisons: int, advised: str
+) -> None:
+    assert advice(config(**options), stopped_by, done, comparisons) == advised
 
 
 def test_the_interval_is_asked_for_only_where_it_decides() -> None:

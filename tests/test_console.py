@@ -75,7 +75,7 @@ def test_the_line_of_a_verdict_on_contaminated_engines_says_so(spoilt: str, caps
     speeds = {"jax": [100.0] * 6, "torch": [90.0] * 6, "hf": [30.0] * 6}
     engines = {label: {"contaminated": ["swapped"] * (label == spoilt)} for label in speeds}
     comparisons = {label: asdict(compared) for label, compared in compare_all(speeds, Criteria(), seed=0).items()}
-    result = {"engines": engines, "comparisons": comparisons, "failures": {}, "stopped": "all 6 blocks were run"}
+    result = {"engines": engines, "comparisons": comparisons, "failures": {}, "stopped": "all 6 blocks were run", "advice": ""}
     correctness = dict.fromkeys(("unjustified_divergences", "max_abs_logprob_diff", "first_divergence", "tokens_equal_share"))
     print_comparison("title", result | correctness)
     told = " ".join(capsys.readouterr().out.split()).partition("float32:")[0]

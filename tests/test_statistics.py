@@ -145,7 +145,7 @@ def test_fewer_than_six_blocks_tell_no_difference_and_say_so(blocks: int, said: 
     assert outcome.high and outcome.high < 0.6 and outcome.verdict == said
     told = outcome.said.rpartition(": ")[2]
     assert told.startswith("6 blocks are the fewest that can tell a difference, since fewer agree by chance") == (blocks < 6)
-    assert ("once in 20 runs; write measure.blocks=6" in told) == (blocks < 6)
+    assert told.endswith("more than once in 20 runs") == (blocks < 6)
 
 
 def test_of_three_engines_seven_blocks_are_the_fewest_and_that_is_said() -> None:
@@ -154,7 +154,6 @@ def test_of_three_engines_seven_blocks_are_the_fewest_and_that_is_said() -> None
     )
     for label in ("b", "c"):
         assert "7 blocks are the fewest that can tell a difference in one of 2 comparisons" in found[label].said
-        assert "measure.blocks=7" in found[label].said
 
 
 @pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
