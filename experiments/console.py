@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from common.interface import Progress as Callback
-from experiments.metrics import LIMITED
+from experiments.metrics import LIMITED, too_short
 
 LINE_PERIOD_S = 10.0
 COLOURS = {"faster": "bold cyan", "slower": "bold magenta", "equivalent": "bold green", "undecided": "bold yellow"}
@@ -91,6 +91,7 @@ FIGURES = tuple(figure for group in GROUPS for figure in group)
 WHERE = {"communication_ms_per_step": "communication_mib_per_step"}
 """A figure that there is, though nobody may tell it, where that other is told."""
 BRACKETS = "in brackets: percentiles of too few samples"
+SPOILT = "a contaminated engine's ratio is not to be quoted: what disturbs a run seldom slows two engines down alike"
 
 
 class Narrator:
@@ -203,7 +204,8 @@ def print_table(
     if notes := list(explanations(engines, comparisons or {})):
         console.print("; ".join(notes), style="dim", highlight=False, markup=False)
     for label, figures in engines.items():
-        print_doubts(console, label, figures["contaminated"], [*(figures.get("unsure") or ()), *fallback(figures)])
+        remarks = [*(figures.get("unsure") or ()), *fallback(figures), *left_out(figures)]
+        print_doubts(console, label, figures["contaminated"], remarks)
 
 
 def print_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -223,14 +225,17 @@ def explanations(engines: Mapping[str, Mapping[str, Any]], comparisons: Mapping[
     for comparison in list(comparisons.values())[:1]:
         bounds = f" and its {100 * comparison['confidence']:.3g} % interval" if comparison["low"] is not None else ""
         yield f"× {comparison['against']}: geometric mean of the blocks' ratios{bounds}"
+        if contaminated(engines, engines):
+            yield SPOILT
     few = {key for figures in engines.values() for key in figures.get("unsupported") or ()}
     if few.intersection(key for key, _ in FIGURES):
         yield BRACKETS
 
 
 def spoilt_cells(engines: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Of each engine, whether its figures stand for what they seem to."""
-    return ["contaminated" if mine.get("contaminated") else "no" for mine in engines.values()]
+    """Of each engine, whether its figures stand for what they seem to, or whether nobody can say that they do."""
+    fine = ["too short to judge" if too_short(mine) else "no" for mine in engines.values()]
+    return ["contaminated" if mine.get("contaminated") else said for mine, said in zip(engines.values(), fine, strict=True)]
 
 
 def contaminated(engines: Mapping[str, Mapping[str, Any]], labels: Iterable[str]) -> list[str]:
@@ -242,6 +247,12 @@ def fallback(figures: Mapping[str, Any]) -> list[str]:
     """That an engine runs other kernels than the fastest it has, where nobody asked for them, and why."""
     why = figures.get("auto_took_framework")
     return [f"kernels=auto took the framework's kernels, not the native ones: {why}"] if why else []
+
+
+def left_out(figures: Mapping[str, Any]) -> list[str]:
+    """That an engine has no share of the machine's limits, where these were measured, and why."""
+    why = figures.get("no_roofline_because")
+    return [f"roofline, MBU and MFU are {why}"] if why else []
 
 
 def print_doubts(console: Console, whose: str, reasons: Iterable[str], unsure: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments.console import contaminated, fallback, number, plural
+from experiments.console import SPOILT, contaminated, fallback, left_out, number, plural
 from experiments.page import Notice, Tone, Verdict
 from experiments.results import RunFiles
 
@@ -96,7 +96,7 @@ def throughput(label: str, results: Mapping[str, Any], engines: Mapping[str, Map
         told.append("The arrivals set this ratio as long as both engines keep up")
     if spoilt := contaminated(engines, (first, label)):
         value = f"Contaminated: {value if word in ('faster', 'slower') else value.lower()}"
-        told.append(f"Contaminated: {' and '.join(spoilt)}, see below")
+        told.append(f"Contaminated: {' and '.join(spoilt)}, see below; {SPOILT}")
     tone = "warn" if spoilt else "calm" if paced else TONES.get(str(word), "calm")
     return Verdict(tone, value, ", ".join(evidence), ". ".join(told) + ".")
 
@@ -182,6 +182,8 @@ def notices(run: RunFiles) -> Iterator[Notice]:
             yield Notice("calm", f"{label} may be contaminated", f"{reason}.")
         for reason in fallback(mine):
             yield Notice("calm", f"{label} does not run native kernels", f"{reason}.")
+        for reason in left_out(mine):
+            yield Notice("calm", f"{label} has no shares of the machine's limits", f"{reason}.")
 
 
 def end_of(log: Path) -> str:

@@ -66,7 +66,8 @@ GLOSSARY: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "Roofline",
-        "The least time the machine needs for the same steps, over the time they took.",
+        "The least time the machine needs for the same steps, over the time they took; each step by the bandwidth that was "
+        "measured beside its window.",
         "Σ max(bytes / bandwidth, FLOP / peak) / time",
     ),
     (
@@ -137,7 +138,9 @@ GLOSSARY: tuple[tuple[str, str, str], ...] = (
     ("Perplexity", "Of a given text: lower is better.", "exp(−mean log p(token))"),
     (
         "Contaminated",
-        "Something happened in the window that makes its figures no steady state: a compilation, another program, a cache hit.",
+        "Something happened in the window that makes its figures no steady state: a compilation, another program, a cache hit. "
+        "What disturbs a run seldom slows two engines down alike, so that its ratio is not to be quoted. Windows of 1 s or less "
+        "in sum are too short to judge what other programs took.",
         "",
     ),
 )

@@ -26,7 +26,7 @@ from experiments.isolate import EngineFailure, IsolatedEngine
 from experiments.metrics import contaminations, output_throughput, summarize, unsure
 from experiments.profiled import Profile
 from experiments.records import kept_rows
-from experiments.roofline import Limits, bandwidth_probe, better, efficiency, measure_limits, weights_bytes
+from experiments.roofline import Limits, bandwidth_probe, better, efficiency, measure_limits, no_roofline, weights_bytes
 from experiments.scaling import scale
 from experiments.statistics import Comparison, compare_all
 from experiments.workload import Workload, WorkloadConfig, draw, known_options
@@ -306,6 +306,7 @@ def window_figures(windows: Sequence[Window], plan: Plan, spec: EngineSpec, limi
     return {
         **summarize(windows, plan.workload.slo, plan.workload.concurrency),
         **efficiency(windows, plan.checkpoint.config, spec.config.dtype, limits),
+        "no_roofline_because": no_roofline(windows, limits, spec.config.data_parallel_size + spec.config.prefill_parallel_size),
         "block_read_bytes_per_s": [window.bandwidth for window in windows],
     }
 

@@ -23,7 +23,11 @@ from experiments.drive import Row, Window
 from experiments.phases import of_steps, rate, steady
 from experiments.workload import NO_SLO, Slo
 
-LIMITED = ("roofline", "mbu", "mfu", "decode_roofline", "decode_mbu", "decode_mfu", "prefill_mbu", "prefill_mfu")
+LIMITED = (
+    *("roofline", "mbu", "mfu"),
+    *("decode_roofline", "decode_mbu", "decode_mfu"),
+    *("prefill_roofline", "prefill_mbu", "prefill_mfu"),
+)
 """Figures that cannot be above 1 (see `experiments.roofline`)."""
 INTENSITIES = ("intensity", "decode_intensity", "prefill_intensity")
 """FLOP a byte of what the steps need."""
@@ -201,9 +205,14 @@ def contaminations(figures: Mapping[str, Any], shares_prefixes: bool) -> list[st
     return reasons
 
 
+def too_short(figures: Mapping[str, Any]) -> bool:
+    """Whether an engine's windows lasted too short a time, all together, to judge what other programs took."""
+    return figures.get("duration") is not None and figures["duration"] <= COARSE_S
+
+
 def unsure(figures: Mapping[str, Any]) -> list[str]:
     """What would contaminate figures, were the time long enough to judge by."""
-    share, duration = figures.get("foreign_cpu_share") or 0, figures.get("duration") or 0
-    if share > BUSY and duration <= COARSE_S:
+    share = figures.get("foreign_cpu_share") or 0
+    if share > BUSY and too_short(figures):
         return [f"other programs used {share:.0%} of the processors, but that is too short a time to judge by"]
     return []

@@ -120,12 +120,17 @@ def limits_said(limits: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def told_limits(engines: Mapping[str, Mapping[str, Any]]) -> str:
-    """The same of a run with these figures; empty where nobody measured."""
-    return next((limits_said(figures["limits"]) for figures in engines.values() if figures.get("limits")), "")
+    """The same of a run with these figures, and which of them its shares are of; empty where nobody measured."""
+    said = next((limits_said(figures["limits"]) for figures in engines.values() if figures.get("limits")), "")
+    beside = [value for mine in engines.values() for value in mine.get("block_read_bytes_per_s") or () if value]
+    if not said or not beside:
+        return said
+    span = " to ".join(dict.fromkeys(number(value / 1e9) for value in (min(beside), max(beside))))
+    return f"{said} Shares are of the best matmul, and of the memory read beside each window: {span} GB/s."
 
 
 def say_limits(engines: Mapping[str, Mapping[str, Any]]) -> None:
-    """What the machine could do, below the table of a run: its shares of the limits are of the better."""
+    """What the machine could do, below the table of a run."""
     if said := told_limits(engines):
         wide_console().print(said, style="dim", highlight=False, markup=False)
 
@@ -426,12 +431,22 @@ def efficiency(windows: Iterable[Window], model: ModelConfig, dtype: Dtype, limi
         "decode_roofline": share(least[decode].sum(), busy[decode].sum()),
         "decode_mbu": share(reading[decode].sum(), busy[decode].sum()),
         "decode_mfu": share(work.flops[decode].sum(), busy[decode].sum() * peak),
+        "prefill_roofline": share(least[~decode].sum(), busy[~decode].sum()),
         "prefill_mbu": share(reading[~decode].sum(), busy[~decode].sum()),
         "prefill_mfu": share(work.flops[~decode].sum(), busy[~decode].sum() * peak),
         "intensity": share(work.flops.sum(), work.bytes.sum()),
         "decode_intensity": share(work.flops[decode].sum(), work.bytes[decode].sum()),
         "prefill_intensity": share(work.flops[~decode].sum(), work.bytes[~decode].sum()),
     }
+
+
+def no_roofline(windows: Iterable[Window], limits: Limits | None, engines: int) -> str | None:
+    """Why there are limits and nothing is held against them, of so many `engines` under one label; None where something is, or
+    nobody wanted it."""
+    if limits is None or all(window.steps is not None for window in windows):
+        return None
+    several = f"not measured over several engines: the steps of {engines} overlap"
+    return several if engines > 1 else "not measured: it does not tell its steps"
 
 
 # The command.

@@ -31,6 +31,11 @@ LATENCIES = (
     ("itl", "Inter-token latency"),
     ("e2el", "End to end"),
 )
+ROOFLINE = (
+    "How far each engine is from what this machine was measured to be capable of. The roof is drawn at the most that was measured "
+    "in the run. An engine's roofline, the same here as in the other tables, is no distance to that roof: it holds each step "
+    "against the memory read that was measured beside its window."
+)
 POSITIONS = (
     ("mean_abs_logprob_diff", "Log-probability difference", "mean |Δ log p|", 0.0, "the log-probabilities are equal"),
     ("kld", "KL divergence", "nats", 0.0, "the distributions are equal"),
@@ -50,7 +55,7 @@ def sections(run: RunFiles, rows: pd.DataFrame, steps: pd.DataFrame, paced: bool
         blocks_section(rows, engines),
         Section(
             "Roofline",
-            f"How far each engine is from what this machine was measured to be capable of. {told_limits(run.engines)}".rstrip(),
+            f"{ROOFLINE} {told_limits(run.engines)}".rstrip(),
             some(roofline(run.engines, str(run.results.get("dtype")))),
         ),
         scaling_section(points_of(run.results, run.engines)),

@@ -92,6 +92,29 @@ def test_a_table_says_beside_the_ratio_which_engines_are_contaminated(capsys: py
     assert "contaminated" not in capsys.readouterr().out
 
 
+def test_an_engine_that_ran_too_short_a_time_is_not_called_clean_beside_a_contaminated_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    spoilt = {"output_throughput": 1.0, "contaminated": ["swapped"], "duration": 9.0}
+    clean: dict[str, Any] = spoilt | {"contaminated": []}
+    print_table("title", {"jax": spoilt, "torch": clean, "hf": clean | {"duration": 0.5}})
+    (row,) = re.findall(r"contaminated: see below.*", capsys.readouterr().out)
+    assert [cell.strip() for cell in row.split("│")[1:4]] == ["contaminated", "no", "too short to judge"]
+
+
+@pytest.mark.parametrize("spoilt", [True, False])
+def test_the_ratio_of_a_contaminated_engine_is_not_to_be_quoted(spoilt: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    compared = compare_all({"jax": [1.0] * 6, "torch": [2.0] * 6}, Criteria(), seed=0)
+    engines = {"jax": {"output_throughput": 1.0, "contaminated": []}, "torch": {"contaminated": ["swapped"] * spoilt}}
+    print_table("title", engines, {label: asdict(comparison) for label, comparison in compared.items()})
+    assert ("is not to be quoted" in capsys.readouterr().out) == spoilt
+
+
+def test_an_engine_without_shares_of_the_limits_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table("title", {"torch": {"contaminated": [], "no_roofline_because": "not measured over several engines"}})
+    assert "torch: roofline, MBU and MFU are not measured over several engines." in capsys.readouterr().out
+
+
 def test_kernels_that_auto_fell_back_to_are_told_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     print_table("title", {"jax": {"contaminated": [], "kernels_used": "framework", "auto_took_framework": "no compiler"}})
     assert "jax: kernels=auto took the framework's kernels, not the native ones: no compiler." in capsys.readouterr().out

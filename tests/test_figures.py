@@ -124,12 +124,14 @@ def test_a_p99_of_few_samples_is_not_given() -> None:
 def test_a_point_under_the_roofline_is_where_its_shares_put_it() -> None:
     limits = {"read_bytes_per_s": 1e10, "float32_flops_per_s": 1e11}
     limits = {"before": limits, "after": limits | {"read_bytes_per_s": 2e10}}
-    mine = {"intensity": 2.0, "mfu": 0.2, "decode_intensity": 0.6, "block_read_bytes_per_s": [1e10, None], "limits": limits}
+    mine = {"intensity": 2.0, "mfu": 0.2, "roofline": 0.7, "decode_intensity": 0.6, "limits": limits}
+    mine["block_read_bytes_per_s"] = [1e10, None]
     drawing = roofline({"jax": mine}, "float32")
     assert drawing is not None and drawing.table is not None
-    assert drawing.table.rows == [("jax", "whole run", "2.000", "20.00", "50.0%")]  # of 2 · 20 GB/s
+    assert drawing.table.rows == [("jax", "whole run", "2.000", "20.00", "70.0%")]  # as in the table of figures
+    assert "The roof is 20.00 GB/s up to 5.000 FLOP a byte" in drawing.alt
     faster = roofline({"jax": mine | {"block_read_bytes_per_s": [4e10]}}, "float32")
-    assert faster is not None and faster.table is not None and faster.table.rows[0][-1] == "25.0%"
+    assert faster is not None and "The roof is 40.00 GB/s up to 2.500 FLOP a byte" in faster.alt
     assert roofline({"jax": mine | {"limits": None}}, "float32") is None
     assert roofline({"jax": mine | {"intensity": None}}, "float32") is None
     without = roofline({"a_server": {"limits": limits}, "jax": mine}, "float32")  # which tells nothing of its steps

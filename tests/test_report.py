@@ -270,6 +270,13 @@ def test_where_arrivals_set_the_pace_latency_leads(tmp_path: Path) -> None:
     assert sections.index("Latency") < sections.index("Ratio")
 
 
+def test_an_engine_without_shares_of_the_limits_says_why_on_the_page() -> None:
+    engines = {"jax": {}, "torch": {"no_roofline_because": "not measured over several engines"}}
+    (notice,) = notices(compared(engines=engines))
+    assert (notice.title, notice.tone) == ("torch has no shares of the machine's limits", "calm")
+    assert notice.text == "roofline, MBU and MFU are not measured over several engines."
+
+
 def test_goodput_shows_its_limits() -> None:
     engines = {"jax": {"goodput": 2.0, "slo": {"ttft_ms": 500.0, "tpot_ms": 50}}}
     rows = figures_table(engines, [("goodput", "requests/s within their limits")]).rows

@@ -38,9 +38,12 @@ from experiments.roofline import (
     last_level_cache,
     limit_seconds,
     limits_of,
+    limits_said,
     native_multiply,
     native_read,
+    no_roofline,
     read_ways,
+    told_limits,
 )
 from experiments.workload import Item
 from tests.history_backend import command, history, last_line
@@ -220,7 +223,7 @@ def test_the_figures_are_the_work_over_the_time_of_the_window_and_of_each_phase(
     assert figures["mfu"] == pytest.approx(work.flops.sum() / (5.0 * 1e12))
     assert figures["roofline"] == pytest.approx((work.bytes[0] / 1e10 + work.flops[1] / 1e12) / 5.0)
     assert figures["decode_roofline"] == figures["decode_mbu"] == pytest.approx(work.bytes[0] / (0.5 * 1e10))
-    assert figures["prefill_mfu"] == pytest.approx(work.flops[1] / (2.0 * 1e12))
+    assert figures["prefill_roofline"] == figures["prefill_mfu"] == pytest.approx(work.flops[1] / (2.0 * 1e12))
 
 
 def test_each_window_is_held_against_the_bandwidth_beside_it() -> None:
@@ -243,6 +246,22 @@ def test_what_is_not_known_is_none() -> None:
     figures = efficiency([told], SMOLLM2, "float32", limits())
     assert figures["prefill_mfu"] is None and figures["decode_mbu"] is not None
     assert set(efficiency([Window((), 0.0, steps=())], SMOLLM2, "float32", limits()).values()) == {None}
+
+
+def test_why_nothing_is_held_against_the_limits_is_told_where_something_could_be() -> None:
+    told, silent = Window((), 1.0, steps=(step((1, 9)),)), Window((), 1.0)
+    assert no_roofline([told], limits(), 1) is no_roofline([silent], None, 2) is no_roofline([], limits(), 2) is None
+    assert no_roofline([told, silent], limits(), 1) == "not measured: it does not tell its steps"
+    assert no_roofline([silent], limits(), 3) == "not measured over several engines: the steps of 3 overlap"
+
+
+def test_the_limits_that_shares_are_of_are_said_with_the_bandwidths_beside_the_windows() -> None:
+    both = {"before": limits().summary(), "after": limits().summary()}
+    said = told_limits({"hf": {}, "jax": {"limits": both, "block_read_bytes_per_s": [3e10, None]}, "torch": {"limits": both}})
+    assert said.startswith("Limits before and after: memory read ") and said.endswith("beside each window: 30.00 GB/s.")
+    said = told_limits({"jax": {"limits": both, "block_read_bytes_per_s": [3e10, 3.5e10]}})
+    assert said.endswith("beside each window: 30.00 to 35.00 GB/s.")
+    assert told_limits({"jax": {"limits": both}}) == limits_said(both) and told_limits({"jax": {"limits": None}}) == ""
 
 
 def test_a_run_above_a_limit_is_invalid_and_says_so() -> None:

@@ -10,13 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.typing import FillStyleType
 
 from experiments.canvas import GRID, INK, MUTED, PAPER, colour, draw, key, logarithmic, mark, marker
-from experiments.console import number
+from experiments.console import figure, number
 from experiments.page import Drawing, Table
 
 
 def roofline(figures: Mapping[str, Mapping[str, Any]], dtype: str) -> Drawing | None:
     """What each engine reached, under the best that the machine did in the run, beside a window, before or after all.
-    None where that was not measured. A point is at the FLOP a byte that its steps need, and at a speed of mfu · peak.
+    None where that was not measured. A point is at the FLOP a byte that its steps need, and at a speed of mfu · peak. What is
+    said of it in per cent is the figure `roofline`, step by step and by the bandwidth beside each window: no share of this roof.
     """
     limits = next((found["limits"] for found in figures.values() if found.get("limits")), None)
     if not limits:
@@ -26,12 +27,12 @@ def roofline(figures: Mapping[str, Mapping[str, Any]], dtype: str) -> Drawing | 
     bandwidth, peak = max([best("read_bytes_per_s"), *beside]), best(f"{dtype}_flops_per_s")
     if not bandwidth or not peak:
         return None
-    found: list[tuple[int, str, str, float, float]] = []
+    found: list[tuple[int, str, str, float, float, str]] = []
     for i, (label, mine) in enumerate(figures.items()):
         for phase, prefix in (("whole run", ""), ("decode steps", "decode_"), ("steps with prompts", "prefill_")):
             intensity, mfu = mine.get(f"{prefix}intensity"), mine.get(f"{prefix}mfu")
             if intensity and mfu:
-                found.append((i, label, phase, intensity, mfu * peak))
+                found.append((i, label, phase, intensity, mfu * peak, figure(f"{prefix}roofline", mine)))
     if not found:
         return None
     knee = peak / bandwidth
@@ -42,7 +43,7 @@ def roofline(figures: Mapping[str, Mapping[str, Any]], dtype: str) -> Drawing | 
         x = np.geomspace(at.min() / 4, at.max() * 8, 60)
         axes.plot(x, np.minimum(x * bandwidth, peak), color=INK, linewidth=1.6)
         axes.axvline(knee, color=GRID, linewidth=1)
-        for i, _, phase, intensity, speed in found:
+        for i, _, phase, intensity, speed, _ in found:
             axes.plot(
                 [intensity],
                 [speed],
@@ -60,10 +61,9 @@ def roofline(figures: Mapping[str, Mapping[str, Any]], dtype: str) -> Drawing | 
         axes.text(x[-1], peak * 1.15, f"{number(peak / 1e9)} GFLOP/s  ", color=MUTED, ha="right", va="bottom")
 
     rows = [
-        (label, phase, number(intensity), number(speed / 1e9), f"{speed / min(intensity * bandwidth, peak):.1%}")
-        for _, label, phase, intensity, speed in found
+        (label, phase, number(intensity), number(speed / 1e9), share) for _, label, phase, intensity, speed, share in found
     ]
-    said = "; ".join(f"{row[0]}: {row[3]} GFLOP/s, {row[4]} of the roof" for row in rows if row[1] == "whole run")
+    said = "; ".join(f"{row[0]}: {row[3]} GFLOP/s, roofline {row[4]}" for row in rows if row[1] == "whole run")
     return draw(
         "roofline",
         f"Roofline, {dtype}",
@@ -73,5 +73,5 @@ def roofline(figures: Mapping[str, Mapping[str, Any]], dtype: str) -> Drawing | 
         x="FLOP a byte (full: all, hollow: decode steps, half: prompts)",
         y=f"FLOP/s; the slope is {number(bandwidth / 1e9)} GB/s",
         keys=[key(i, label, line=False) for i, label in dict.fromkeys(point[:2] for point in found)],
-        table=Table(("engine", "phase", "FLOP a byte", "GFLOP/s", "of the roof"), rows, "Under the roofline"),
+        table=Table(("engine", "phase", "FLOP a byte", "GFLOP/s", "roofline"), rows, "Under the roofline"),
     )
