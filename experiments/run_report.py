@@ -79,6 +79,7 @@ def facts(run: RunFiles) -> list[str]:
         "from {}": results.get("checkpoint"),
         "{} ": results.get("dtype"),
         "{} kernels": kernels(run),
+        "kernels by engine: {}": kernels_by_engine(run),
         "workload {}": results.get("workload"),
         "{} requests": results.get("num_prompts"),
         "{}   ": plural(blocks, "block") if blocks else None,
@@ -91,11 +92,24 @@ def facts(run: RunFiles) -> list[str]:
 
 
 def kernels(run: RunFiles) -> str | None:
-    """Those that ran, where all engines of ours that tell had the same; else what was asked for."""
-    ran = {(mine["kernels_used"], mine.get("kernel_arithmetic")) for mine in run.engines.values() if mine.get("kernels_used")}
+    """Those that ran, where all engines of ours that tell had the same; what was asked for, where none tells."""
     if run.kind == "kernels":
-        ran = {("native", run.results.get("kernel_arithmetic"))}
-    if len(ran) != 1:
-        return run.results.get("kernels")
-    ((kind, arithmetic),) = ran
+        return kernels_of(run.results | {"kernels_used": "native"})
+    ran = {kernels_of(mine) for mine in telling(run).values()} or {run.results.get("kernels")}
+    return next(iter(ran)) if len(ran) == 1 else None
+
+
+def kernels_by_engine(run: RunFiles) -> str:
+    """Those that each engine of ours ran, where they differ."""
+    ran = {label: kernels_of(mine) for label, mine in telling(run).items()}
+    return ", ".join(f"{label} {kind}" for label, kind in ran.items()) if len(set(ran.values())) > 1 else ""
+
+
+def telling(run: RunFiles) -> dict[str, dict[str, Any]]:
+    """The engines that tell what their kernels were."""
+    return {label: mine for label, mine in run.engines.items() if mine.get("kernels_used")}
+
+
+def kernels_of(figures: Mapping[str, Any]) -> str:
+    kind, arithmetic = figures["kernels_used"], figures.get("kernel_arithmetic")
     return f"{kind} ({arithmetic})" if arithmetic else kind

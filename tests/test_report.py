@@ -22,7 +22,7 @@ from experiments.job import Job
 from experiments.measure import INTERRUPTED
 from experiments.report import make_report, write_report
 from experiments.results import RunFiles, open_run, read_run
-from experiments.run_report import run_page
+from experiments.run_report import facts, run_page
 from experiments.run_sections import agreement_section
 from experiments.run_tables import figures_table
 from experiments.statistics import sentence, too_few
@@ -268,6 +268,20 @@ def test_where_arrivals_set_the_pace_latency_leads(tmp_path: Path) -> None:
     (directory / "config.yaml").write_text("workload: {request_rate: 2.0}\nmodel: {}\nengines: []\n")
     sections = [section.title for section in run_page(open_run(directory))[0].sections]
     assert sections.index("Latency") < sections.index("Ratio")
+
+
+def test_the_kernels_in_the_head_are_those_of_each_engine_where_they_differ() -> None:
+    native = {"kernels_used": "native", "kernel_arithmetic": "AMX"}
+    named: list[tuple[dict[str, Any], str]] = [
+        ({"jax": native, "torch": native, "hf": {}}, "native (AMX) kernels"),
+        (
+            {"jax": native, "torch": {"kernels_used": "framework"}, "hf": {}},
+            "kernels by engine: jax native (AMX), torch framework",
+        ),
+        ({"hf": {}, "vllm": {}}, "auto kernels"),
+    ]
+    for engines, said in named:
+        assert [fact for fact in facts(compared(engines=engines, kernels="auto")) if "kernels" in fact] == [said]
 
 
 def test_an_engine_without_shares_of_the_limits_says_why_on_the_page() -> None:
