@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from common.config import EngineConfig
@@ -60,7 +61,7 @@ def test_every_page_is_in_both_forms_of_the_map() -> None:
 # ── the batch ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def states(watched: views.pd.DataFrame, name: str) -> str:
+def states(watched: pd.DataFrame, name: str) -> str:
     """Of one request, a letter a step, from the first step on."""
     mine = watched[watched["request"] == name].set_index("step")["state"].str[:2]
     return " ".join(mine.reindex(range(watched["step"].max() + 1), fill_value="..").tolist())
