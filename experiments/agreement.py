@@ -19,11 +19,11 @@ import numpy as np
 from common.config import Dtype
 from common.errors import CheckpointError, TandemError
 from experiments.config import CorrectnessConfig, EngineSpec
-from experiments.console import Narrator
 from experiments.correctness import Agreement, common_prefix, float64_reference, judge, table
 from experiments.drive import Row, Window
 from experiments.isolate import EngineFailure, IsolatedEngine
 from experiments.measure import Plan
+from experiments.narrator import Narrator
 from experiments.observe import Compared
 from experiments.perplexity import CONTEXT, perplexity, read_text, tokenize
 from experiments.workload import Workload

@@ -16,12 +16,13 @@ from common.config import expect
 from experiments import kernels
 from experiments.cli import conclude, launch, report_on
 from experiments.config import EngineSpec, engine_spec, resolved, runs_folder
-from experiments.console import Narrator, print_failures, print_result, print_table
+from experiments.console import print_failures, print_result, print_table
 from experiments.fail_if import Condition, check_keys, parse_conditions
 from experiments.job import job_directory
+from experiments.limits import say_limits
 from experiments.measure import Outcome, figure_names, make_plan, measure, measure_config, setting
+from experiments.narrator import Narrator
 from experiments.records import write_run
-from experiments.roofline import say_limits
 from experiments.rundir import finished, finite, run_directory, write_setup
 
 RESULTS = ("run", "failures", "stopped", "stopped_by", "unmeasured")

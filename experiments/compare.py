@@ -20,15 +20,17 @@ from experiments.agreement import LEFT_OUT, agree, summarise, tokens_equal_share
 from experiments.blocks import advice
 from experiments.cli import conclude, launch, report_on
 from experiments.config import correctness_config, engine_specs, resolved, runs_folder
-from experiments.console import Narrator, plural, print_comparison, print_result, print_rows
+from experiments.console import print_comparison, print_result, print_rows
 from experiments.fail_if import check_keys, parse_conditions
 from experiments.job import job_directory
+from experiments.limits import say_limits
 from experiments.measure import Outcome, Plan, figure_names, make_plan, measure, setting
+from experiments.narrator import Narrator
 from experiments.records import kept_rows, write_run
-from experiments.roofline import say_limits
 from experiments.rundir import finished, finite, run_directory, write_json, write_setup
 from experiments.scaling import points_of, scaling_tables
 from experiments.statistics import Comparison
+from experiments.words import plural
 
 RESULTS = ("run", "engines", "ratios", "comparisons", "failures", "order", "stopped", "stopped_by", "advice", "unmeasured")
 AGREEMENT = ("tokens_equal_share", *verdict({}), "compared_tokens", "agreement", "perplexity")

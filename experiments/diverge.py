@@ -29,18 +29,20 @@ from common.errors import ConfigError
 from experiments.agreement import SHAPE, record, small
 from experiments.cli import launch, torn
 from experiments.config import EngineSpec, engine_specs, resolved
-from experiments.console import Narrator, number, print_result, wide_console
+from experiments.console import print_result, wide_console
 from experiments.findings import findings_of
 from experiments.isolate import IsolatedEngine
 from experiments.job import JOBS, is_whole
 from experiments.launcher import quoted
 from experiments.localise import Finding
 from experiments.measure import Plan, make_plan
+from experiments.narrator import Narrator
 from experiments.observe import Compared
 from experiments.reference import NumpyModel
 from experiments.results import is_sweep, read_config, read_json
 from experiments.rundir import write_json
 from experiments.search import LOGITS, LOOKS, Search, Trace
+from experiments.words import number
 from experiments.workload import Workload
 
 SHOWN = 5

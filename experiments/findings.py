@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments.console import SPOILT, contaminated, fallback, left_out, number, plural
 from experiments.page import Notice, Tone, Verdict
+from experiments.remarks import SPOILT, contaminated, fallback, left_out
 from experiments.results import RunFiles
+from experiments.words import number, plural
 
 TONES: Mapping[str, Tone] = {"faster": "good", "slower": "warn", "equivalent": "calm", "undecided": "calm"}
 LOG_LINES = 30

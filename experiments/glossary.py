@@ -139,8 +139,8 @@ GLOSSARY: tuple[tuple[str, str, str], ...] = (
     (
         "Contaminated",
         "Something happened in the window that makes its figures no steady state: a compilation, another program, a cache hit. "
-        "What disturbs a run seldom slows two engines down alike, so that its ratio is not to be quoted. Windows of 1 s or less "
-        "in sum are too short to judge what other programs took.",
+        "What disturbs a run seldom slows two engines down alike: its ratio is not to be quoted. Windows of 1 s or less, all "
+        "together, are too short to judge what other programs took.",
         "",
     ),
 )

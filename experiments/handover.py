@@ -36,7 +36,9 @@ from common.schedule.kv import KV, Carrier, layouts_of
 from common.schedule.transfer import Sender
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
-from experiments.console import Narrator, number, print_json, wide_console
+from experiments.console import print_json, wide_console
+from experiments.narrator import Narrator
+from experiments.words import number
 
 BACKENDS = ("jax", "torch")
 TOKENS, TIMES = 4096, 11

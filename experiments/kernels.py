@@ -3,7 +3,7 @@
 `python -m experiments.bench engine=torch measure=kernels`. An operator of a layer is timed over all layers in turn, so that
 one layer's weights do not stay in a cache; a pass runs every operator once, and the median of the passes counts; results.json
 has their quartiles too. Passes of the native kernels and of the framework take turns, so that both meet the same machine.
-Limits are counted as in `experiments.roofline`: layers and head are a step there. The framework's version is the step of
+Limits are counted as in `experiments.work`: layers and head are a step there. The framework's version is the step of
 `kernels=framework`, in pieces, padded as it pads. It writes keys and values in attend, the native kernels do in project:
 layers, which is all three, compares alike with alike.
 
@@ -38,13 +38,16 @@ from common.schedule.steplog import record_step
 from common.weights import zoo
 from common.weights.checkpoint import expected_shapes, open_checkpoint
 from experiments.config import EngineSpec, MeasureConfig, resolved, runs_folder
-from experiments.console import Narrator, number, print_doubts, wide_console
+from experiments.console import print_doubts, wide_console
 from experiments.isolate import IsolatedEngine
 from experiments.job import job_directory
+from experiments.limits import SAID, Limits, better, limits_said
 from experiments.measure import KERNELS, limits_after, machine_limits
 from experiments.metrics import BUSY
-from experiments.roofline import SAID, Limits, Work, better, limit_seconds, limits_said, seen
+from experiments.narrator import Narrator
 from experiments.rundir import finished, run_directory, write_json, write_setup
+from experiments.words import number
+from experiments.work import Work, limit_seconds, seen
 
 
 class Shape(NamedTuple):

@@ -27,11 +27,12 @@ from common.errors import ConfigError
 from common.exits import USER_ERROR
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
+from experiments.cells import FIGURES, figure, tells
 from experiments.cli import explain, spell_out_model
 from experiments.config import engine_spec, resolved
-from experiments.console import FIGURES, contaminated, figure, tells
 from experiments.isolate import EngineFailure
 from experiments.records import read_rows, read_steps
+from experiments.remarks import contaminated
 from experiments.results import RunFiles, open_run
 from experiments.views import Shown, plot_run
 

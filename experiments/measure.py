@@ -20,15 +20,18 @@ from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from experiments.blocks import block_order, level, reason_to_stop, time_left
 from experiments.config import EngineSpec, MeasureConfig, resolved
-from experiments.console import Narrator
 from experiments.drive import Window
 from experiments.isolate import EngineFailure, IsolatedEngine
+from experiments.limits import Limits, better, measure_limits
 from experiments.metrics import contaminations, output_throughput, summarize, unsure
+from experiments.narrator import Narrator
+from experiments.probes import bandwidth_probe
 from experiments.profiled import Profile
 from experiments.records import kept_rows
-from experiments.roofline import Limits, bandwidth_probe, better, efficiency, measure_limits, no_roofline, weights_bytes
+from experiments.roofline import efficiency, no_roofline
 from experiments.scaling import scale
 from experiments.statistics import Comparison, compare_all
+from experiments.work import weights_bytes
 from experiments.workload import Workload, WorkloadConfig, draw, known_options
 
 LOADED = ("rss_mib", "peak_load_mib", "kv_pool_mib", "rank_mib")

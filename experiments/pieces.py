@@ -27,7 +27,7 @@ from common.schedule.batch import Batch
 from common.weights.checkpoint import Checkpoint
 from experiments.kernels import Shape, make_batch
 from experiments.machine import busy_seconds
-from experiments.roofline import timed
+from experiments.probes import timed
 
 Held = dict[str, Any]
 """Arrays on the device, by name."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.console import FIGURES, plural
+from experiments.cells import FIGURES
 from experiments.findings import correctness, divergences, kernels_alone, notices, open_loop, speed
 from experiments.glossary import GLOSSARY
 from experiments.page import Page, Table, known
@@ -16,6 +16,7 @@ from experiments.run_rows import rows_of, steps_of
 from experiments.run_sections import sections
 from experiments.run_tables import figures_table, kernels_summary
 from experiments.scaling import points_of, scaling_tables
+from experiments.words import plural
 
 SUMMARY = (
     "output_throughput",
@@ -31,7 +32,7 @@ SUMMARY = (
     "prompts_recomputed",
     "peak_rss_mib",
 )
-"""Of `console.FIGURES`: what a pull request has room for."""
+"""Of `cells.FIGURES`: what a pull request has room for."""
 
 
 def run_page(run: RunFiles) -> tuple[Page, pd.DataFrame, pd.DataFrame]:

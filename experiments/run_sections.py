@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from experiments import kernels, timeline
-from experiments.console import FIGURES
+from experiments.cells import FIGURES
 from experiments.figures.agreement import by_position, constant
 from experiments.figures.latency import distribution, samples_ms
 from experiments.figures.ratio import ratio
@@ -16,10 +16,10 @@ from experiments.figures.roofline import roofline
 from experiments.figures.scaling import scaling
 from experiments.figures.scatter import scatter
 from experiments.findings import text_of
+from experiments.limits import limits_said, told_limits
 from experiments.page import Drawing, Section, known
 from experiments.records import read_kernels
 from experiments.results import RunFiles
-from experiments.roofline import limits_said, told_limits
 from experiments.run_rows import block_points, window_of
 from experiments.run_tables import agreement_tables, environment_table, figures_table, kernels_tables, profile_tables
 from experiments.scaling import curves, points_of, scaling_tables
@@ -32,7 +32,7 @@ LATENCIES = (
     ("e2el", "End to end"),
 )
 ROOFLINE = (
-    "How far each engine is from what this machine was measured to be capable of. The roof is drawn at the most that was measured "
+    "How far each engine is from what this machine was measured to be capable of. The roof is drawn at the most that was found "
     "in the run. An engine's roofline, the same here as in the other tables, is no distance to that roof: it holds each step "
     "against the memory read that was measured beside its window."
 )

@@ -9,9 +9,11 @@ import pandas as pd
 
 from common.interface import KernelEvent
 from experiments import kernels
-from experiments.console import contaminated, figure, number, spoilt_cells, tells
+from experiments.cells import figure, tells
 from experiments.page import Table, known
 from experiments.profiled import own_seconds
+from experiments.remarks import contaminated, spoilt_cells
+from experiments.words import number
 
 LONGEST, NAME_LENGTH = 10, 80
 """Of kernels in the report, and of a name there."""

@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from common.platform import cores
+from experiments.cells import figure
 from experiments.config import EngineSpec
-from experiments.console import figure, number
 from experiments.page import Table
+from experiments.words import number
 
 SHARED_OUT = (
     "tensor_parallel_size",

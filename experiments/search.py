@@ -11,10 +11,10 @@ import numpy as np
 from common.config import Dtype
 from common.schedule.batch import Batch
 from common.schedule.trace import Kind, read_frames, unpack_arrays
-from experiments.console import Narrator
 from experiments.correctness import Divergence, log_softmax, weigh
 from experiments.isolate import IsolatedEngine
 from experiments.localise import Finding, locate
+from experiments.narrator import Narrator
 from experiments.observe import Compared
 from experiments.reference import NumpyModel
 

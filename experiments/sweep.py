@@ -18,9 +18,12 @@ from rich.table import Table
 
 from common.errors import TandemError
 from common.exits import FAILURE, USER_ERROR, fail
-from experiments.console import BRACKETS, FIGURES, figure, number, print_doubts, print_result, print_rows, wide_console
+from experiments.cells import FIGURES, figure
+from experiments.console import print_doubts, print_result, print_rows, wide_console
+from experiments.remarks import BRACKETS
 from experiments.results import records_of, sweep_table
 from experiments.scaling import scaling_tables
+from experiments.words import number
 
 SHOWN = ("output_throughput", "ratio", "verdict", "median_ttft_ms", "median_tpot_ms", "p99_e2el_ms", "peak_rss_mib")
 """Figures of the table that is printed; the files have all."""

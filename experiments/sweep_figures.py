@@ -13,8 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.typing import LineStyleType
 
 from experiments.canvas import colour, dash, draw, logarithmic, mark, marker, shorten, stretch
-from experiments.console import number
 from experiments.page import Drawing, Table
+from experiments.words import number
 
 SERIES = 8
 """Lines in a figure at most; more settings are drawn as their median, one line for each engine."""

@@ -12,18 +12,19 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.console import BRACKETS, number, plural
 from experiments.figures.scatter import scatter
 from experiments.findings import end_of
 from experiments.glossary import GLOSSARY
 from experiments.job import Job, read_jobs
 from experiments.page import Drawing, Notice, Page, Section, Table, Tone, Verdict
+from experiments.remarks import BRACKETS
 from experiments.results import open_run, records_of, sweep_table
 from experiments.run_sections import scaling_section, some
 from experiments.run_tables import environment_table
 from experiments.scaling import scaling_tables
 from experiments.sweep import few, status, swept_figure
 from experiments.sweep_figures import last, over_axis, value
+from experiments.words import number, plural
 
 COLUMNS = (
     ("output_throughput", "output tokens/s"),

@@ -10,8 +10,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from experiments.canvas import BARS, MUTED, POINTS, colour, draw, shorten
-from experiments.console import number
 from experiments.page import Drawing, Table
+from experiments.words import number
 
 PHASES = (("sent late", 0.16), ("admission", 0.3), ("prompt", 0.55), ("decode", 1.0))
 """Of a request, with the strength of their colour: until it is sent, until it has a place in the batch, until its first token,

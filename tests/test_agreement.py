@@ -32,9 +32,9 @@ from experiments.agreement import (
 )
 from experiments.agreement import compare as compare_all
 from experiments.config import CorrectnessConfig, EngineSpec
-from experiments.console import Narrator
 from experiments.correctness import Agreement, Divergence
 from experiments.drive import Row, Window
+from experiments.narrator import Narrator
 from experiments.observe import Compared
 from experiments.perplexity import TEXT, tokenize
 from experiments.workload import Item, Workload

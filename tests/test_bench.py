@@ -24,9 +24,9 @@ from common.weights.checkpoint import open_checkpoint
 from experiments import bench, compare, diverge
 from experiments.cli import FLAGS, torn
 from experiments.config import EngineSpec
-from experiments.console import number
 from experiments.isolate import EngineFailure, IsolatedEngine
 from experiments.rundir import environment, run_directory
+from experiments.words import number
 from experiments.workload import WorkloadConfig, draw
 from tests.history_backend import ROOT, VOCABULARY, command, history, last_line
 from tests.history_runner import expected

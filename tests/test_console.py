@@ -14,7 +14,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from experiments.console import Narrator, print_comparison, print_table
+from experiments.console import print_comparison, print_table
+from experiments.narrator import Narrator
 from experiments.statistics import Criteria, compare_all
 from experiments.sweep import print_sweep
 

@@ -15,9 +15,9 @@ from common.config import EngineConfig
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
 from experiments.config import EngineSpec, MeasureConfig
-from experiments.console import Narrator
 from experiments.isolate import IsolatedEngine
 from experiments.measure import Outcome, Plan, prepare, run_blocks, vocabulary
+from experiments.narrator import Narrator
 from experiments.statistics import Comparison
 from experiments.workload import WorkloadConfig, draw
 from tests.history_backend import ROOT

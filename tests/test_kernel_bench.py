@@ -17,8 +17,9 @@ from common.config import EngineConfig, ModelConfig
 from common.schedule.steplog import record_step
 from experiments import bench, compare, kernels, pieces
 from experiments.kernels import Shape, make_batch, needs
+from experiments.limits import READ, Limits
 from experiments.report import write_report
-from experiments.roofline import READ, Limits, count
+from experiments.work import count
 from tests.backends import THREADS, checkpoint, device, part
 from tests.history_backend import ROOT, command, history, last_line
 

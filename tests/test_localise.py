@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from common.weights.checkpoint import open_checkpoint
-from experiments.console import Narrator
 from experiments.diverge import examine, sentence
 from experiments.localise import part
+from experiments.narrator import Narrator
 from experiments.search import LOGITS, Ledger
 from experiments.workload import Item, Workload
 from tests.backends import Packer

@@ -9,9 +9,9 @@ from common.config import EngineConfig
 from common.errors import BackendError, ConfigError
 from experiments import bench, compare
 from experiments.config import EngineSpec
+from experiments.limits import READ, Limits
 from experiments.measure import PROBED, expect_fits, sparing
 from experiments.records import read_rows
-from experiments.roofline import READ, Limits
 from experiments.workload import WorkloadConfig, draw
 from tests.backends import checkpoint
 from tests.history_backend import command, history, last_line, written

@@ -1,4 +1,5 @@
-"""`experiments.roofline`: what a step needs, against loops and numbers worked out by hand; and what a machine can do."""
+"""`experiments.roofline`, `work`, `limits`, `probes`: what a step needs, against loops and numbers worked out by hand; what
+a machine can do; and both together."""
 
 import ctypes
 import json
@@ -23,28 +24,14 @@ from common.schedule.steplog import StepRecord
 from common.weights import zoo
 from common.weights.checkpoint import expected_shapes, open_checkpoint
 from common.weights.parameters import NUMPY_DTYPES
-from experiments import bench, roofline
+from experiments import bench, probes, roofline
 from experiments.drive import Window, drive
+from experiments.limits import READ, Limits, better, limits_of, limits_said, measure_limits, print_limits, told_limits
 from experiments.metrics import INTENSITIES, LIMITED, contaminations, summarize
 from experiments.phases import step_seconds
-from experiments.roofline import (
-    NATIVE_READS,
-    READ,
-    Limits,
-    bandwidth_probe,
-    better,
-    count,
-    efficiency,
-    last_level_cache,
-    limit_seconds,
-    limits_of,
-    limits_said,
-    native_multiply,
-    native_read,
-    no_roofline,
-    read_ways,
-    told_limits,
-)
+from experiments.probes import NATIVE_READS, bandwidth_probe, last_level_cache, native_multiply, native_read, read_ways
+from experiments.roofline import efficiency, no_roofline
+from experiments.work import count, limit_seconds
 from experiments.workload import Item
 from tests.history_backend import command, history, last_line
 from tests.history_runner import HistoryRunner
@@ -332,7 +319,7 @@ def test_the_last_level_cache_counts_each_once(tmp_path: Path, monkeypatch: pyte
             folder.mkdir(parents=True)
             for name, value in zip(("type", "level", "shared_cpu_list", "size"), values, strict=True):
                 (folder / name).write_text(f"{value}\n")
-    monkeypatch.setattr(roofline.os, "sched_getaffinity", lambda pid: {0, 1, 3})
+    monkeypatch.setattr(probes.os, "sched_getaffinity", lambda pid: {0, 1, 3})
     assert last_level_cache(tmp_path) == 2 * 32 << 20
     assert last_level_cache(tmp_path / "nowhere") == 0
 
@@ -363,13 +350,13 @@ def test_an_implementation_that_is_missing_is_noted_and_a_slow_one_is_not_tried_
 
     def slow(dtype: str, n: int) -> object:
         asked.append((dtype, n))
-        return (lambda: roofline.time.sleep(0.01)) if dtype == "float32" else None
+        return (lambda: probes.time.sleep(0.01)) if dtype == "float32" else None
 
-    monkeypatch.setattr(roofline, "MATMULS", {"other": missing, "slow": slow})
-    monkeypatch.setattr(roofline, "LEAST_BUFFER", 1 << 20)
-    monkeypatch.setattr(roofline, "last_level_cache", lambda: 0)
-    monkeypatch.setattr(roofline, "SIZES", (4, 64))
-    found = roofline.find_limits(0.0)
+    monkeypatch.setattr(probes, "MATMULS", {"other": missing, "slow": slow})
+    monkeypatch.setattr(probes, "LEAST_BUFFER", 1 << 20)
+    monkeypatch.setattr(probes, "last_level_cache", lambda: 0)
+    monkeypatch.setattr(probes, "SIZES", (4, 64))
+    found = probes.find_limits(0.0)
     assert found.notes == ("other: No module named 'other'",) and found.buffer_bytes == 1 << 20
     assert asked == [("float32", 4), ("bfloat16", 4)] and list(found.ways["float32"]) == ["slow 4"]
     assert found.peak("float32") == found.peak("bfloat16") < 2 * 4**3 / 0.01
@@ -415,7 +402,7 @@ def test_the_command_says_which_ways_count_and_who_else_computed(capsys: pytest.
         "peak of bfloat16: x 64, float32, 9.000 GFLOP/s",
     ]
     for share, warned in ((None, False), (0.01, False), (0.5, True)):
-        roofline.print_limits(found, share)
+        print_limits(found, share)
         told = capsys.readouterr().out.splitlines()
         assert [line for line in told if re.match("bandwidth|peak", line)] == counted
         assert any(line.startswith("Other programs used 50% of the processors") for line in told) == warned
@@ -423,7 +410,7 @@ def test_the_command_says_which_ways_count_and_who_else_computed(capsys: pytest.
 
 def test_a_child_that_fails_is_told_with_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match=r"limits_s=0(?s:.)*seconds"):
-        roofline.measure_limits("soon")  # type: ignore[arg-type]
+        measure_limits("soon")  # type: ignore[arg-type]
 
 
 # The join.

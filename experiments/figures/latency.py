@@ -9,9 +9,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from experiments.canvas import POINTS, colour, dash, draw, key, logarithmic, mark, stretch
-from experiments.console import number
 from experiments.metrics import latencies
 from experiments.page import Drawing, Table
+from experiments.words import number
 
 Samples = Mapping[str, np.ndarray]
 """Label → values; in the order of the engines, whose position gives the colour."""

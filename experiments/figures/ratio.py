@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from experiments.canvas import GRID, MUTED, PAPER, colour, draw, key, mark, marker, shorten
-from experiments.console import number
 from experiments.page import Drawing, Table
 from experiments.statistics import band
+from experiments.words import number
 
 
 def ratio(comparisons: Mapping[str, Mapping[str, Any]], engines: Sequence[str], equivalence: float) -> Drawing | None:

@@ -10,14 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.typing import FillStyleType
 
 from experiments.canvas import GRID, INK, MUTED, PAPER, colour, draw, key, logarithmic, mark, marker
-from experiments.console import figure, number
+from experiments.cells import figure
 from experiments.page import Drawing, Table
+from experiments.words import number
 
 
 def roofline(figures: Mapping[str, Mapping[str, Any]], dtype: str) -> Drawing | None:
     """What each engine reached, under the best that the machine did in the run, beside a window, before or after all.
     None where that was not measured. A point is at the FLOP a byte that its steps need, and at a speed of mfu · peak. What is
-    said of it in per cent is the figure `roofline`, step by step and by the bandwidth beside each window: no share of this roof.
+    said of it in per cent is the figure `roofline`, step by step by the bandwidth beside each window: no share of this roof.
     """
     limits = next((found["limits"] for found in figures.values() if found.get("limits")), None)
     if not limits:
@@ -60,9 +61,7 @@ def roofline(figures: Mapping[str, Mapping[str, Any]], dtype: str) -> Drawing | 
         logarithmic(axes, "y")
         axes.text(x[-1], peak * 1.15, f"{number(peak / 1e9)} GFLOP/s  ", color=MUTED, ha="right", va="bottom")
 
-    rows = [
-        (label, phase, number(intensity), number(speed / 1e9), share) for _, label, phase, intensity, speed, share in found
-    ]
+    rows = [(label, phase, number(intensity), number(speed / 1e9), share) for _, label, phase, intensity, speed, share in found]
     said = "; ".join(f"{row[0]}: {row[3]} GFLOP/s, roofline {row[4]}" for row in rows if row[1] == "whole run")
     return draw(
         "roofline",

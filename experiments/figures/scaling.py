@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from experiments.canvas import MUTED, colour, dash, draw, key, marker
-from experiments.console import number
 from experiments.page import Drawing
 from experiments.scaling import Curve
+from experiments.words import number
 
 
 def scaling(curves: Sequence[Curve]) -> Drawing | None:

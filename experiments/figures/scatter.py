@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from experiments.canvas import BARS, PAPER, clean, colour, draw, key, logarithmic, mark, marker, stretch
-from experiments.console import number
 from experiments.page import Drawing, Table
+from experiments.words import number
 
 
 def scatter(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from experiments.console import number
+from experiments.words import number
 
 
 @dataclass(frozen=True, kw_only=True)

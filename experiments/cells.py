@@ -1,0 +1,111 @@
+"""Which figures of an engine people are shown, by which names, and how each is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from experiments.metrics import LIMITED
+from experiments.words import number
+
+GROUPS = (
+    (
+        ("output_throughput", "output tokens/s"),
+        ("total_token_throughput", "total tokens/s"),
+        ("request_throughput", "requests/s"),
+        ("steady_output_throughput", "output tokens/s, steady"),
+        ("decode_throughput", "output tokens/s, decode steps"),
+        ("goodput", "goodput: requests/s within limits"),
+        ("duration", "timed, s"),
+        ("total_output_tokens", "output tokens"),
+        ("num_steps", "steps"),
+    ),
+    (
+        ("mean_queue_ms", "sent late mean, ms"),
+        ("mean_admission_ms", "admission mean, ms"),
+        ("mean_ttft_ms", "TTFT mean, ms"),
+        ("median_ttft_ms", "TTFT median, ms"),
+        ("p99_ttft_ms", "TTFT p99, ms"),
+        ("mean_tpot_ms", "TPOT mean, ms"),
+        ("median_tpot_ms", "TPOT median, ms"),
+        ("p99_itl_ms", "ITL p99, ms"),
+        ("mean_e2el_ms", "end to end mean, ms"),
+    ),
+    (
+        ("roofline", "roofline: least time / time"),
+        ("mbu", "memory bandwidth used (MBU)"),
+        ("mfu", "matmul peak used (MFU)"),
+        ("decode_roofline", "roofline, decode steps"),
+        ("decode_mbu", "MBU, decode steps"),
+        ("prefill_mfu", "MFU, steps with prompts"),
+        ("host_ms_per_step", "host work a step, ms"),
+        ("communication_ms_per_step", "between ranks a step, ms"),
+        ("communication_mib_per_step", "between ranks a step, MiB"),
+        ("padded_tokens_share", "padding share"),
+        ("joules", "energy, J"),
+        ("joules_per_token", "energy an output token, J"),
+    ),
+    (
+        ("mean_running", "requests running, mean"),
+        ("mean_pages_used_share", "KV pages in use, mean"),
+        ("mean_pages_empty_share", "KV pages reserved but empty, mean"),
+        ("prefix_cache_hit_rate", "prefix cache hit rate"),
+        ("num_preemptions", "preemptions"),
+        ("prompts_handed_over", "prompts handed over"),
+        ("prompts_recomputed", "prompts computed again"),
+    ),
+    (
+        ("shared_out", "parallel"),
+        ("kernels_used", "kernels"),
+        ("kernel_arithmetic", "native kernels multiply by"),
+        ("weights_mib", "weights in this dtype, MiB"),
+        ("kv_pool_mib", "KV pages, MiB"),
+        ("rank_mib", "weights and pages of a rank, MiB"),
+        ("rss_mib", "memory after warm-up, MiB"),
+        ("peak_load_mib", "peak memory until then, MiB"),
+        ("peak_rss_mib", "peak memory, MiB"),
+        ("load_s", "load, s"),
+        ("warmup_s", "warm-up, s"),
+    ),
+    (
+        ("completed", "completed"),
+        ("failed", "failed"),
+        ("compilations_in_window", "compilations in window"),
+        ("foreign_cpu_share", "other programs' CPU share"),
+        ("harness_overhead_share", "harness's share of timed"),
+    ),
+)
+"""Speed, latency, efficiency, the batch and its pages, memory and start, guards: each figure with its name."""
+FIGURES = tuple(figure for group in GROUPS for figure in group)
+WHERE = {"communication_ms_per_step": "communication_mib_per_step"}
+"""A figure that there is, though nobody may tell it, where that other is told."""
+
+
+def tells(key: str, engines: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether any engine has a figure, or would have if it could tell."""
+    return any(mine.get(key) is not None or mine.get(WHERE.get(key, key)) is not None for mine in engines)
+
+
+def figure(key: str, figures: Mapping[str, Any]) -> str:
+    """A figure of an engine: a word as it is, a share in per cent, a percentile of fewer samples than it needs in brackets."""
+    value = figures.get(key)
+    if value is None and figures.get(WHERE.get(key, key)) is not None:
+        return "not told"
+    if isinstance(value, str):
+        return value
+    if value is not None and math.isfinite(value) and (key in LIMITED or key.endswith(("_share", "_rate"))):
+        text = f"{value:.1%}" if key in LIMITED else f"{value:.2%}"
+    else:
+        text = number(value)
+    return f"({text})" if key in (figures.get("unsupported") or ()) else text
+
+
+def times(comparison: Mapping[str, Any] | None) -> str:
+    """The ratio of a comparison and its interval; 1 for the engine that the others are compared with."""
+    if comparison is None:
+        return "1"
+    ratio, low, high = comparison["ratio"], comparison["low"], comparison["high"]
+    if ratio is None:
+        return number(ratio)
+    return f"{ratio:.3f} ({'no interval' if low is None else f'{low:.3f}–{high:.3f}'})"

@@ -1,0 +1,84 @@
+"""How far a run has come, for those who wait for it."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from common.interface import Progress as Callback
+
+LINE_PERIOD_S = 10.0
+
+
+class Narrator:
+    """Says on standard error what is going on: bars on a terminal, a line now and then elsewhere.
+
+    It draws only when told something, so that it takes nothing from an engine that is being timed.
+    """
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            auto_refresh=False,
+            transient=True,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._last_line = 0.0
+
+    def __enter__(self) -> Narrator:
+        if self._console.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def say(self, text: str) -> None:
+        self._console.print(text, style="dim", highlight=False, markup=False)
+
+    def alarm(self, text: str) -> None:
+        self._console.print(text, style="bold red", highlight=False, markup=False)
+
+    def block(self, done: int, planned: int, label: str, left_s: float) -> None:
+        """Say which window comes next. `left_s` is how long the blocks that are planned still take, 0 or less if not known."""
+        left = f", about {left_s:.0f} s left" if left_s > 0 else ""
+        text = f"block {done + 1}{f' of {planned}' if done < planned else ''}: {label}{left}"
+        if self._console.is_terminal:
+            self._draw("blocks", done, max(planned, done + 1), text)
+        else:
+            self.say(text)
+
+    def end_blocks(self, reason: str) -> None:
+        if "blocks" in self._tasks:
+            self._bars.remove_task(self._tasks.pop("blocks"))
+            self._bars.refresh()
+        self.say(f"stopped: {reason}")
+
+    def progress(self, label: str) -> Callback:
+        """A callback for an engine's long work; where there is no total, there are but words."""
+
+        def report(done: int, total: int, what: str) -> None:
+            if not total:
+                self.say(f"{label}: {what}")
+            elif self._console.is_terminal:
+                self._draw(label, done, total, f"{label}: {what}")
+            elif done == total or time.monotonic() - self._last_line > LINE_PERIOD_S:
+                self._last_line = time.monotonic()
+                self.say(f"{label}: {what} ({done}/{total})")
+
+        return report
+
+    def _draw(self, label: str, done: int, total: int, what: str) -> None:
+        if label not in self._tasks:
+            self._tasks[label] = self._bars.add_task(label, total=total)
+        self._bars.update(self._tasks[label], description=what, completed=done, total=total)
+        if done == total:
+            self._bars.remove_task(self._tasks.pop(label))
+        self._bars.refresh()

@@ -1,0 +1,47 @@
+"""What must be said beside figures: what their signs mean, and whether they stand for what they seem to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from experiments.cells import FIGURES
+from experiments.metrics import too_short
+
+BRACKETS = "in brackets: percentiles of too few samples"
+SPOILT = "a contaminated engine's ratio is not to be quoted: what disturbs a run seldom slows two engines down alike"
+
+
+def explanations(engines: Mapping[str, Mapping[str, Any]], comparisons: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """What the signs in a table mean, of those that it has."""
+    for comparison in list(comparisons.values())[:1]:
+        bounds = f" and its {100 * comparison['confidence']:.3g} % interval" if comparison["low"] is not None else ""
+        yield f"× {comparison['against']}: geometric mean of the blocks' ratios{bounds}"
+        if contaminated(engines, engines):
+            yield SPOILT
+    few = {key for figures in engines.values() for key in figures.get("unsupported") or ()}
+    if few.intersection(key for key, _ in FIGURES):
+        yield BRACKETS
+
+
+def spoilt_cells(engines: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Of each engine, whether its figures stand for what they seem to, or whether nobody can say that they do."""
+    fine = ["too short to judge" if too_short(mine) else "no" for mine in engines.values()]
+    return ["contaminated" if mine.get("contaminated") else said for mine, said in zip(engines.values(), fine, strict=True)]
+
+
+def contaminated(engines: Mapping[str, Mapping[str, Any]], labels: Iterable[str]) -> list[str]:
+    """Those of the engines whose figures do not stand for what they seem to."""
+    return [label for label in labels if engines[label].get("contaminated")]
+
+
+def fallback(figures: Mapping[str, Any]) -> list[str]:
+    """That an engine runs other kernels than the fastest it has, where nobody asked for them, and why."""
+    why = figures.get("auto_took_framework")
+    return [f"kernels=auto took the framework's kernels, not the native ones: {why}"] if why else []
+
+
+def left_out(figures: Mapping[str, Any]) -> list[str]:
+    """That an engine has no share of the machine's limits, where these were measured, and why."""
+    why = figures.get("no_roofline_because")
+    return [f"roofline, MBU and MFU are {why}"] if why else []
