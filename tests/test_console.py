@@ -108,7 +108,7 @@ def test_the_ratio_of_a_contaminated_engine_is_not_to_be_quoted(spoilt: bool, ca
     compared = compare_all({"jax": [1.0] * 6, "torch": [2.0] * 6}, Criteria(), seed=0)
     engines = {"jax": {"output_throughput": 1.0, "contaminated": []}, "torch": {"contaminated": ["swapped"] * spoilt}}
     print_table("title", engines, {label: asdict(comparison) for label, comparison in compared.items()})
-    assert ("is not to be quoted" in capsys.readouterr().out) == spoilt
+    assert ("is not to be quoted" in " ".join(capsys.readouterr().out.split())) == spoilt
 
 
 def test_an_engine_without_shares_of_the_limits_says_why(capsys: pytest.CaptureFixture[str]) -> None:
