@@ -66,7 +66,7 @@ class Engine(ServingEngine):
         self._counters = dict.fromkeys(
             ("steps", "num_resets", "prompt_tokens", "generation_tokens", "scheduled_tokens", "padded_tokens"), 0
         )
-        self._host_seconds = self._device_seconds = 0.0
+        self._host_seconds = self._device_seconds = self._log_seconds = 0.0
 
     @property
     def caps(self) -> Caps:
@@ -79,7 +79,7 @@ class Engine(ServingEngine):
 
     def step(self, timeout: float | None = None) -> list[TokenEvent]:
         """One step: up to `caps.depth` others stay in flight. `timeout` is for engines that wait; this one computes."""
-        begin, device = perf_counter(), self._device_seconds
+        begin, before = perf_counter(), self._device_seconds + self._log_seconds
         for name in self.scheduler.expire(self._clock()):
             self._events.append(TokenEvent(name, None, begin, finish=Status.FINISHED_TIMEOUT))
         for name, error in self.scheduler.take_grammars():
@@ -96,7 +96,7 @@ class Engine(ServingEngine):
         if self._in_flight and (step is None or len(self._in_flight) > self.caps.depth):
             self._land()
         events, self._events = self._events, []
-        self._host_seconds += perf_counter() - begin - (self._device_seconds - device)
+        self._host_seconds += perf_counter() - begin - (self._device_seconds + self._log_seconds - before)
         return events
 
     def _submit(self, step: Step) -> None:
@@ -108,7 +108,7 @@ class Engine(ServingEngine):
                 self._carrier.write(pages, kv)
             pending = self.runner.submit(step.batch, None if masks is None else masks.result)
             returned = perf_counter()
-            record = self._record(step, begin)
+            record = None if self.step_log is None else self._record(step, begin)
         except BaseException as error:
             self._device_seconds += perf_counter() - begin
             if masks is not None:
@@ -116,6 +116,7 @@ class Engine(ServingEngine):
             self._recover(step, error)
         else:
             self._device_seconds += returned - begin
+            self._log_seconds += 0.0 if record is None else perf_counter() - returned
             self._in_flight.append((step, pending, record))
         self._counters["steps"] += 1
         self._counters["scheduled_tokens"] += step.batch.num_tokens
@@ -138,25 +139,25 @@ class Engine(ServingEngine):
         self._counters["generation_tokens"] += sum(event.token_id is not None for event in events)
         self._events += events
 
-    def _record(self, step: Step, submitted: float) -> StepRecord | None:
-        """What is to be logged of a step that was just submitted; None where nobody keeps a log."""
-        if self.step_log is None:
-            return None
+    def _record(self, step: Step, submitted: float) -> StepRecord:
+        """What is to be logged of a step that was just submitted."""
         scheduler, size = self.scheduler, self.config.block_size
         total = scheduler.pool.num_pages - 1
         used = total - scheduler.pool.num_free
-        held = sum(len(seq.pages) for seq in (*scheduler.running, *scheduler.leaving))
-        held += sum(len(kept.pages) for kept in scheduler.kept.values())
+        held = empty = 0
+        for seq in scheduler.running:
+            held += len(seq.pages)
+            empty += len(seq.pages) - -(-seq.computed // size)
+        held += sum(len(holder.pages) for holder in (*scheduler.leaving, *scheduler.kept.values()))
         record = record_step(step.batch, size, submitted, submitted, sharing=held > used)
-        prompts = np.fromiter((len(seq.request.prompt_token_ids) for seq in step.seqs), np.int32, len(step.seqs))
-        prefills = (record.counts > 1) | (record.kv_lengths - record.counts < prompts)
+        counted = zip(step.seqs, record.counts.tolist(), record.kv_lengths.tolist(), strict=True)
         return record._replace(
-            prompt_tokens=int(record.counts[prefills].sum()),
+            prompt_tokens=sum(n for seq, n, end in counted if n > 1 or end - n < len(seq.request.prompt_token_ids)),
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             pages_used=used,
             pages_total=total,
-            pages_empty=sum(len(seq.pages) - -(-seq.computed // size) for seq in scheduler.running),
+            pages_empty=empty,
             started=step.started,
         )
 
@@ -243,9 +244,9 @@ class Engine(ServingEngine):
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start: `scheduled_tokens` went through the model, `padded_tokens` came on top to fill buckets;
-        `device_seconds` were spent in the runner, `host_seconds` in the rest of `step`. Prefix cache counts are in tokens,
-        the external ones of tokens that another engine had computed. Of requests that came with output, `num_taken_over` needed
-        nothing computed anew, and `num_computed_anew` did.
+        `device_seconds` were spent in the runner, `log_seconds` on the step log, `host_seconds` in the rest of `step`. Prefix
+        cache counts are in tokens, the external ones of tokens that another engine had computed. Of requests that came with
+        output, `num_taken_over` needed nothing computed anew, and `num_computed_anew` did.
         `kv_pool_bytes` is what all pages take, whoever has them. What ranks tell each other is `ModelRunner.stats`.
         """
         scheduler, pool = self.scheduler, self.scheduler.pool
@@ -259,6 +260,7 @@ class Engine(ServingEngine):
             "num_computed_anew": scheduler.num_computed_anew,
             "host_seconds": self._host_seconds,
             "device_seconds": self._device_seconds,
+            "log_seconds": self._log_seconds,
             "num_running": len(scheduler.running),
             "num_waiting": len(scheduler.waiting),
             "kv_cache_usage": 1 - pool.num_free / max(pool.num_pages - 1, 1),

@@ -115,8 +115,8 @@ GLOSSARY: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "Harness's share",
-        "What sending requests and noting tokens took of the time measured; the same for every engine.",
-        "driver's time / duration",
+        "What sending requests, noting tokens and logging steps took of the time measured.",
+        "(driver's time + step log's) / duration",
     ),
     (
         "Other programs' CPU share",

@@ -139,6 +139,8 @@ def counters(stats: Sequence[Mapping[str, float]], duration: float, outputs: int
     whole = lambda name: int(total[name]) if name in total else None  # noqa: E731
     share = lambda name, by: rate(total[name], by) if name in total else None  # noqa: E731
     a_step = lambda name, unit: rate(total[name] * unit, total.get("steps", 0)) if name in total else None  # noqa: E731
+    if "driver_seconds" in total:
+        total["harness_seconds"] = total["driver_seconds"] + total.get("log_seconds", 0.0)
     watched = total.get("watched_seconds", 0.0)
     foreign = share("foreign_cpu_seconds", watched * (os.cpu_count() or 1))
     return {
@@ -153,7 +155,7 @@ def counters(stats: Sequence[Mapping[str, float]], duration: float, outputs: int
         "host_ms_per_step": a_step("host_seconds", 1e3),
         "communication_ms_per_step": a_step("communication_seconds", 1e3),
         "communication_mib_per_step": a_step("communication_bytes", 2**-20),
-        "harness_overhead_share": share("driver_seconds", duration),
+        "harness_overhead_share": share("harness_seconds", duration),
         # Processor time is counted in ticks of a hundredth of a second, so a short window may seem to have had more than all.
         "foreign_cpu_share": None if foreign is None else min(foreign, 1.0),
         "major_faults": whole("major_faults"),

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from time import perf_counter
+from time import perf_counter, sleep
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -100,8 +100,19 @@ def test_time_in_the_runner_and_time_on_the_host_are_told_apart() -> None:
     engine, _ = make_engine()
     engine.run([request("r")])
     stats = engine.stats()
-    assert stats["host_seconds"] > 0 and stats["device_seconds"] > 0
+    assert stats["host_seconds"] > 0 and stats["device_seconds"] > 0 and stats["log_seconds"] == 0
     assert stats["steps"] == 8 and stats["scheduled_tokens"] == 10 + 7 and stats["padded_tokens"] == 0
+
+
+def test_what_the_step_log_takes_is_no_work_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = make_engine()
+    record = engine._record
+    monkeypatch.setattr(engine, "_record", lambda *args: (sleep(0.02), record(*args))[1])
+    engine.step_log = []
+    engine.run([request("r")])
+    stats = engine.stats()
+    assert len(engine.step_log) == stats["steps"] == 8
+    assert stats["log_seconds"] >= 8 * 0.02 and stats["host_seconds"] < 8 * 0.02
 
 
 def test_the_prefix_cache_counts_tokens_of_first_admissions() -> None:

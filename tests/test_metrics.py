@@ -59,6 +59,8 @@ def test_counters_become_rates() -> None:
     stats = {
         "steps": 4,
         "host_seconds": 0.002,
+        "driver_seconds": 0.01,
+        "log_seconds": 0.02,
         "communication_bytes": 2**22,
         "prefix_cache_queries": 10,
         "prefix_cache_hits": 5,
@@ -66,7 +68,7 @@ def test_counters_become_rates() -> None:
     }
     figures = summarize([Window((), 1.0, stats), Window((), 1.0, stats | {"prefix_cache_hits": 0})])
     assert figures["num_steps"] == 8
-    assert figures["host_ms_per_step"] == pytest.approx(0.5)
+    assert figures["host_ms_per_step"] == pytest.approx(0.5) and figures["harness_overhead_share"] == pytest.approx(0.03)
     assert figures["communication_mib_per_step"] == 1 and figures["communication_ms_per_step"] is None
     assert figures["prefix_cache_hit_rate"] == 0.25
     assert figures["compilations_in_window"] == 2

@@ -50,7 +50,7 @@ class StepRecord(NamedTuple):
 def record_step(batch: Batch, block_size: int, submitted: float, landed: float, sharing: bool = True) -> StepRecord:
     """The record of a step, in arrays of its own: a view would keep the whole batch alive. `sharing`: whether any page may be
     in the tables of two sequences."""
-    counts = np.diff(batch.query_starts)
+    counts = batch.query_starts[1:] - batch.query_starts[:-1]
     shared = shared_pages(batch.page_table[0]) * block_size if sharing else np.zeros_like(counts)  # groups share page numbers
     return StepRecord(submitted, landed, len(batch.logit_rows), counts, batch.kv_lengths.copy(), shared)
 
