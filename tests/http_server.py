@@ -47,6 +47,7 @@ class ModelRunner(HistoryRunner):
         if (CONTROL / "slow").exists():
             time.sleep(0.02)
         while (CONTROL / "hang").exists():
+            (CONTROL / "hanging").touch()
             time.sleep(0.01)
         if (CONTROL / "fail").exists():
             raise RuntimeError("a kernel at 0x7ffd12345678 failed in /usr/lib/secret.so")

@@ -15,6 +15,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from common.child import die_with_parent
 from common.config import EngineConfig
 from common.config import expect as expect_config
 from common.errors import ConfigError, TandemError
@@ -76,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         configure_logging(options.log_json, options.backend if options.uds else None)
         with heeding_sigterm():  # whoever is told to end while it loads takes its backends with it
             if options.uds:
-                threading.Thread(target=end_with_parent, daemon=True).start()
+                die_with_parent()  # where that is killed, even while this process is stopped or hangs
+                threading.Thread(target=end_with_parent, daemon=True).start()  # where that ends in order
             with listen(options) as listener:
                 serve(options, given, listener)
     except TandemError as error:
