@@ -62,7 +62,9 @@ def make_parser(prog: str = "python -m common.serve") -> argparse.ArgumentParser
         "--otlp-endpoint", help="send a span for each request there: OTLP over HTTP, http://host:4318/v1/traces"
     )
     parser.add_argument("--drain-s", type=int, default=60, help="seconds that running requests have once it is told to end")
-    parser.add_argument("--stall-s", type=float, default=30.0, help="a step that takes longer makes /health answer 503")
+    parser.add_argument(
+        "--stall-s", type=float, default=Serving.stall_s, help="a step that takes longer makes /health answer 503"
+    )
     parser.add_argument("--log-json", action="store_true", help="log lines are JSON objects")
     parser.add_argument("--log-prompts", action="store_true", help="log what is asked; never done otherwise")
     add_engine_options(parser)
