@@ -15,7 +15,7 @@ from common.config import EngineConfig
 from common.interface import ServingEngine
 from common.replicas.open import open_engine
 from common.request import Request, SamplingParams, TokenEvent
-from common.schedule.scheduler import mix64
+from common.schedule.seeds import mix64
 from tests.backends import checkpoint
 from tests.history_runner import Expected, expected
 from tests.http_server import known_history
