@@ -20,7 +20,9 @@ from common.platform import memory_available
 from common.request import Request, Status, TokenEvent, expect
 from common.schedule.kv import KV, Carrier
 from common.schedule.limits import check_request, check_tokens
-from common.schedule.scheduler import Scheduler, Sequence, Step
+from common.schedule.scheduler import Scheduler
+from common.schedule.sequence import Sequence
+from common.schedule.step import Step
 from common.schedule.steplog import StepRecord, record_step
 from common.states import hidden_states, num_fitting
 from common.weights.checkpoint import Checkpoint

@@ -96,8 +96,10 @@ def kernels(run: RunFiles) -> str | None:
     """Those that ran, where all engines of ours that tell had the same; what was asked for, where none tells."""
     if run.kind == "kernels":
         return kernels_of(run.results | {"kernels_used": "native"})
-    ran = {kernels_of(mine) for mine in telling(run).values()} or {run.results.get("kernels")}
-    return next(iter(ran)) if len(ran) == 1 else None
+    ran = [kernels_of(mine) for mine in telling(run).values()]
+    if not ran:
+        return run.results.get("kernels")
+    return ran[0] if len(set(ran)) == 1 else None
 
 
 def kernels_by_engine(run: RunFiles) -> str:

@@ -25,17 +25,16 @@ from common.kernels.cpu.build import build
 from common.kernels.cpu.pack import pack_head, pack_layers
 from common.kernels.cpu.pages import keys_in, keys_out, page_bytes, pool_shapes, values_in, values_out
 from common.kernels.cpu.step import HEADER, SAMPLED, max_step_size, pack_changes, pack_step, unpack_sampled, without_modes
-from common.parallel import join_heads, local_config, split_heads, stage_layers
+from common.parallel import join_heads, local_config, split_heads
 from common.platform import cores
 from common.rope import rope_tables
 from common.schedule.batch import Batch, Mask, masked
 from common.weights.checkpoint import Checkpoint
-from common.weights.shard import stage_of
 from jaxinfer.arrays import nbytes
 from jaxinfer.cache import KVCache, _copy_all
 from jaxinfer.observe import Keep, Names, ignore, keeper
 from jaxinfer.parallel import _WHOLE, ALONE, Group
-from jaxinfer.step import _EDITS, State, _choice_shape
+from jaxinfer.step import _EDITS, Part, State, _choice_shape
 from jaxinfer.step import Step as FrameworkStep
 
 _PAGES = 16
@@ -211,20 +210,15 @@ def sample(state: State, step: Array, changed_RV: Array | None = None) -> tuple[
     return sampled, state._replace(last_tokens=last_tokens)
 
 
-class Native:
+class Native(Part):
     """What the steps below have in common: weights that are packed for the kernels, and pages as those keep them."""
 
     kernels = "native"
     config: EngineConfig
-    group: Group
 
     def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
         """Pack the weights, with room for `positions` rotary positions."""
-        self._layers = stage_layers(checkpoint.config.num_layers, self.group.stages)[self.group.stage]
-        checkpoint = stage_of(checkpoint, self.group.stage, self.group.stages)
-        self.model_config: ModelConfig = checkpoint.config
-        self._local = local_config(checkpoint.config, self.group.ranks)
-        self._positions = positions
+        checkpoint = self.take(checkpoint, positions)
         self.weights = load_weights(checkpoint, self.config.dtype, positions, progress, self.group)
 
     def page_bytes(self, model: ModelConfig) -> int:

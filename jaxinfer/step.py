@@ -89,7 +89,22 @@ class Inputs(NamedTuple):
     plan: Plan
 
 
-class Step:
+class Part:
+    """What a step has of a model that a group shares out: the layers of a stage, and of those a rank's part."""
+
+    group: Group
+
+    def take(self, checkpoint: Checkpoint, positions: int) -> Checkpoint:
+        """The stage's part of a checkpoint, for whoever loads it, with room for `positions` rotary positions."""
+        self._layers = stage_layers(checkpoint.config.num_layers, self.group.stages)[self.group.stage]
+        checkpoint = stage_of(checkpoint, self.group.stage, self.group.stages)
+        self.model_config: ModelConfig = checkpoint.config
+        self._local = local_config(checkpoint.config, self.group.ranks)
+        self._positions = positions
+        return checkpoint
+
+
+class Step(Part):
     """A model in the framework's operations. `load` first; then `run` takes a state and a batch, and gives the next state."""
 
     kernels = "framework"
@@ -105,11 +120,7 @@ class Step:
 
     def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
         """Bring the weights to the device, with room for `positions` rotary positions."""
-        self._layers = stage_layers(checkpoint.config.num_layers, self.group.stages)[self.group.stage]
-        checkpoint = stage_of(checkpoint, self.group.stage, self.group.stages)
-        self.model_config: ModelConfig = checkpoint.config
-        self._local = local_config(checkpoint.config, self.group.ranks)
-        self._positions = positions
+        checkpoint = self.take(checkpoint, positions)
         graph, state = nnx.split(load_model(checkpoint, self.config.dtype, positions, self.device, progress, self.group))
         # Plain arrays in a tuple: walking NNX variables would cost milliseconds a step.
         leaves, tree = jax.tree.flatten(state)

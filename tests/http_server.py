@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ class ModelRunner(HistoryRunner):
         if (CONTROL / "slow").exists():
             time.sleep(0.02)
         while (CONTROL / "hang").exists():
+            (CONTROL / "hanging").touch()
             time.sleep(0.01)
         if (CONTROL / "fail").exists():
             raise RuntimeError("a kernel at 0x7ffd12345678 failed in /usr/lib/secret.so")
@@ -174,6 +175,23 @@ def until(condition: Any) -> None:
     while not condition():
         assert time.monotonic() < end, "it does not come"
         time.sleep(0.01)
+
+
+class Awake:
+    """Seconds in which this process ran: what passes while it is suspended counts for a tenth of a second."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._last = time.monotonic()
+
+    def wait(self, condition: Callable[[], bool], most: float = PATIENCE_S) -> float:
+        while not condition():
+            time.sleep(0.01)
+            now = time.monotonic()
+            self.seconds += min(now - self._last, 0.1)
+            self._last = now
+            assert self.seconds < most, "it does not come"
+        return self.seconds
 
 
 @contextmanager

@@ -18,6 +18,7 @@ MODEL = "tiny-llama"
 SMALL = EngineConfig(
     max_num_seqs=8, max_num_batched_tokens=64, max_model_len=512, num_blocks=200, data_parallel_size=2, threads=2, device="cpu"
 )
+PAIR = replace(SMALL, data_parallel_size=1, prefill_parallel_size=1)
 
 
 def chatter(what: str) -> None:
@@ -38,7 +39,7 @@ def chatter(what: str) -> None:
 
 def parent() -> None:
     """Start replicas, or those that the option says, say who they are, and sleep."""
-    config = replace(SMALL, data_parallel_size=1, prefill_parallel_size=1) if "disaggregated" in sys.argv else SMALL
+    config = PAIR if "disaggregated" in sys.argv else SMALL
     engine = open_engine("history", open_checkpoint(zoo.resolve(MODEL)), config)
     print(*[state.pid for state in engine.replicas], flush=True)
     time.sleep(600)

@@ -16,7 +16,9 @@ from common.errors import DrainingError, QueueFullError, RequestError
 from common.request import Logprobs, Request, SamplingParams, Status, TokenEvent
 from common.schedule.batch import Batch
 from common.schedule.pages import PagePool
-from common.schedule.scheduler import Scheduler, Sequence, mix64
+from common.schedule.scheduler import Scheduler
+from common.schedule.seeds import mix64
+from common.schedule.sequence import Sequence
 from common.schedule.steplog import shared_pages
 from tests.history_runner import Expected, HistoryRunner, expected
 
@@ -62,8 +64,8 @@ def check_pages(scheduler: Scheduler) -> None:
     listed = {page: digest for digest, pages in pool.cached.items() for page in pages}
     keyed = {page: key.digest for page, key in enumerate(pool.keys) if key is not None}
     require(listed == keyed, "the prefix cache lists other pages than have keys")
-    if scheduler.trials:
-        require(set(scheduler.running) <= set(scheduler.trials[-1]), "a request runs beside those on trial")
+    if scheduler.trials.groups:
+        require(set(scheduler.running) <= set(scheduler.trials.groups[-1]), "a request runs beside those on trial")
     require(scheduler.prefix_caching or not keyed, "a page is published although prefix caching is off")
     relatives = scheduler.num_forks or scheduler.prefix_caching
     require(
@@ -159,7 +161,7 @@ class Order:
             if seq.admissions == self.admissions[seq]
             and not seq.status.finished
             and (not static or seq in self.scheduler.batch)
-            and (not self.scheduler.trials or seq in self.scheduler.trials[-1])
+            and (not self.scheduler.trials.groups or seq in self.scheduler.trials.groups[-1])
         ]
         require(not joined or not passed or max(joined) < min(passed), "a request was admitted before a more urgent one")
         gone = [urgency(seq) for seq in self.running if seq.status is Status.PREEMPTED]
@@ -304,7 +306,7 @@ class Episode:
             require(
                 self.engine.reset_prefix_cache() != held, "the prefix cache was reset under held pages, or not when it could be"
             )
-        if draw() < 0.02 and not self.engine.scheduler.trials:  # on trial it would end a request that is innocent
+        if draw() < 0.02 and not self.engine.scheduler.trials.groups:  # on trial it would end a request that is innocent
             where = rng.choice(("fail_submit", "fail_result"))
             setattr(self.runner, where, RuntimeError("injected"))
             self.injected += 1
@@ -443,7 +445,7 @@ class Episode:
         require(self.engine.stats()["num_resets"] == self.runner.faults, "the runner raised of itself")
         tries = 3 + (scheduler.max_num_seqs - 1).bit_length()
         require(self.runner.faults <= self.injected + tries * len(self.bad), "a culprit was not found by halving")
-        if scheduler.trials:
+        if scheduler.trials.groups:
             self.runner.fail_submit = self.runner.fail_result = None
         require(not self.runner.violations, f"the runner saw {self.runner.violations[:1]}")
         check_pages(scheduler)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,44 +16,26 @@ import numpy as np
 import psutil
 import pytest
 
-from common.config import EngineConfig
 from common.errors import BackendError, ConfigError
 from common.llm import LLM
 from common.replicas.disaggregated import Disaggregated
-from common.replicas.open import open_engine
 from common.replicas.segment import SHARES
 from common.request import Request, SamplingParams, Status, TokenEvent, fan_out
 from experiments import compare, lab
 from tests import history_backend
-from tests.backends import BACKENDS, checkpoint, engine_config, make_engine
+from tests.backends import BACKENDS, engine_config, make_engine
 from tests.history_backend import ROOT, command, last_line
+from tests.http_server import Awake, serving, until
 from tests.http_server import history as history_package
-from tests.http_server import known_history, serving, until
-from tests.replica_mains import MODEL, SMALL
-from tests.test_replicas import VOCAB, Awake, judge, requests, right, told
+from tests.processes import VOCAB, history, judge, requests, right, running, told
+from tests.replica_mains import MODEL, PAIR
 
-PAIR = replace(SMALL, data_parallel_size=1, prefill_parallel_size=1)
-
-
-@contextmanager
-def running(backend: str, config: EngineConfig = PAIR) -> Iterator[Disaggregated]:
-    engine = open_engine(backend, checkpoint(MODEL), config)
-    assert isinstance(engine, Disaggregated)
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-@pytest.fixture(scope="module")
-def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with known_history(tmp_path_factory.mktemp("disaggregated")) as control:
-        yield control
+__all__ = ["history"]
 
 
 @pytest.fixture(scope="module")
 def lasting(history: Path) -> Iterator[Disaggregated]:
-    with running("history") as engine:
+    with running(Disaggregated, PAIR) as engine:
         yield engine
 
 
@@ -123,7 +104,7 @@ def test_what_only_some_of_them_tell_is_told_of_all(tmp_path: Path, monkeypatch:
         "        return {'communication_seconds': 1.0, 'rank_bytes': 100}\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{packages}{os.pathsep}{ROOT}")
-    with running("history", replace(PAIR, prefill_parallel_size=2, prefill_backend="telling")) as engine:
+    with running(Disaggregated, replace(PAIR, prefill_parallel_size=2, prefill_backend="telling")) as engine:
         stats = engine.stats()
     assert (stats["communication_seconds"], stats["rank_bytes"], stats["kv_cache_usage"]) == (2.0, 100, 0)
     assert [each.get("rank_bytes") for each in stats["replicas"]] == [100, 100, None]
@@ -241,7 +222,7 @@ def test_steps_are_logged_under_the_names_of_requests(two: Disaggregated) -> Non
 
 
 def test_more_than_one_of_each(history: Path) -> None:
-    with running("history", replace(PAIR, prefill_parallel_size=2, data_parallel_size=2)) as engine:
+    with running(Disaggregated, replace(PAIR, prefill_parallel_size=2, data_parallel_size=2)) as engine:
         asked = requests()
         judge(asked, engine.run(asked))
         steps = [told["steps"] for told in engine.stats()["replicas"]]
@@ -251,7 +232,7 @@ def test_more_than_one_of_each(history: Path) -> None:
 def test_pages_stay_where_they_are_while_there_is_no_room_for_them(history: Path) -> None:
     """One transfer at a time; the others neither pile up nor are given up."""
     (history / "no room").touch()
-    with running("history", replace(PAIR, max_num_seqs=2)) as engine:
+    with running(Disaggregated, replace(PAIR, max_num_seqs=2)) as engine:
         (history / "slow").touch()
         asked = requests(12)
         judge(asked, engine.run(asked))
@@ -279,9 +260,12 @@ def test_no_process_and_no_socket_outlives_an_engine_that_is_killed(history: Pat
 
 def test_what_keeps_one_from_starting_is_told_as_it_was_raised_and_the_others_end() -> None:
     before = {process.pid for process in psutil.Process().children()}
-    with pytest.raises(BackendError, match="Unknown backend 'torhc'"), running("torhc"):
+    with pytest.raises(BackendError, match="Unknown backend 'torhc'"), running(Disaggregated, PAIR, "torhc"):
         pass
-    with pytest.raises(BackendError, match="Unknown backend 'jxa'"), running("torch", replace(PAIR, prefill_backend="jxa")):
+    with (
+        pytest.raises(BackendError, match="Unknown backend 'jxa'"),
+        running(Disaggregated, replace(PAIR, prefill_backend="jxa"), "torch"),
+    ):
         pass
     assert {process.pid for process in psutil.Process().children()} <= before
 
@@ -301,7 +285,7 @@ def test_one_backend_goes_on_with_the_prompts_of_the_other_as_one_engine_would(f
     """Log-probabilities to the bit, of the chosen token and twenty others."""
     asked = [replace(request, params=replace(request.params, logprobs=20)) for request in requests(12, output=20)]
     config = replace(REAL, prefill_parallel_size=1, prefill_backend=first, threads=2)
-    with running(then, config) as engine:
+    with running(Disaggregated, config, then) as engine:
         events = engine.run(asked)
         prompts = sum(len(request.prompt_token_ids) for request in asked)
         assert engine.stats()["external_prefix_cache_hits"] == prompts

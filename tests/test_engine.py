@@ -20,7 +20,7 @@ from common.engine import Engine, build_engine, pool_size
 from common.errors import BackendError, ConfigError, DrainingError, QueueFullError, RequestError
 from common.request import Request, SamplingParams, Status, TokenEvent, fan_out
 from common.schedule.batch import Batch
-from common.schedule.scheduler import mix64
+from common.schedule.seeds import mix64
 from tests.events import drain, tokens
 from tests.history_runner import Expected, HistoryRunner, expected
 
@@ -474,10 +474,10 @@ def test_requests_that_come_during_a_trial_wait_and_lose_nothing() -> None:
     for name, prompt in (("a", [1] * 9), ("bad", [2] * 30 + [63]), ("b", [3] * 9)):
         engine.add(request(name, prompt))
     events = []
-    while not engine.scheduler.trials:
+    while not engine.scheduler.trials.groups:
         events += engine.step()
     engine.add(request("new"))
-    while engine.scheduler.trials:
+    while engine.scheduler.trials.groups:
         assert not engine.scheduler.live["new"].admissions
         events += engine.step()
     events += drain(engine)
@@ -496,10 +496,10 @@ def test_a_trial_survives_an_abort_of_the_suspects_and_an_interrupt(how: str) ->
     events = engine.step() + engine.step()
     runner.fail_submit = RuntimeError("once")
     events += engine.step()
-    assert engine.scheduler.trials
+    assert engine.scheduler.trials.groups
     gone = set()
     if how == "abort":
-        gone = {seq.request.request_id for seq in engine.scheduler.trials[-1]}
+        gone = {seq.request.request_id for seq in engine.scheduler.trials.groups[-1]}
         assert gone and all(engine.abort(name) for name in gone)
     else:
         runner.fail_submit = KeyboardInterrupt()

@@ -88,7 +88,7 @@ def test_a_culprit_that_ends_while_its_step_computes_takes_no_innocent_with_it()
     events = []
     for i in range(3):
         engine.add(Request(request_id=str(i), prompt_token_ids=(i,), params=SamplingParams(max_tokens=3)))
-    while not (engine._in_flight and [len(group) for group in engine.scheduler.trials] == [2]):
+    while not (engine._in_flight and [len(group) for group in engine.scheduler.trials.groups] == [2]):
         events += engine.step()
     assert engine.abort("2")
     while engine.has_work:

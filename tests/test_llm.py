@@ -192,7 +192,10 @@ def test_without_detokenizing_there_are_tokens_and_no_text(llm: LLM) -> None:
 def test_ctrl_c_at_any_line_leaves_an_engine_that_serves_the_next_prompts(llm: LLM, ctrl_c: Callable[[], None]) -> None:
     """Pressed at a line drawn from the whole of a run: what is whole afterwards is the next run's tokens, pages and tables."""
     prompts = [list(range(5, 25)), [7, 8], list(range(40, 70))]
-    files = ("engine", "llm", "schedule/scheduler", "schedule/pages", "schedule/rows", "text/output")
+    files = (
+        *("engine", "llm", "text/output"),
+        *(f"schedule/{name}" for name in ("scheduler", "sequence", "step", "trials", "pages", "rows")),
+    )
     ours = {f"{Path(common.llm.__file__).parent}/{name}.py" for name in files}
     left = -1
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from common.text.tokenizer import open_tokenizer
+from experiments.pieces import part
 from experiments.reference import NumpyModel
-from tests.backends import BACKENDS, checkpoint, dense_logits, paged_logits
+from tests.backends import BACKENDS, call, checkpoint, dense_logits, paged_logits
 from tests.families import BOUND, DEFECTS, FAMILIES, VISIBLE
 
 REAL_BOUND = 1e-3
@@ -45,6 +47,14 @@ def test_every_family_equals_the_judge_and_every_defect_would_show(
     assert max(map(off, paged, exact)) < BOUND
     wrong = {name: judge.with_config(plant(judge.config)).logits(PROMPTS[0]) for name, plant in DEFECTS[family].items()}
     assert {name: by for name, logits in wrong.items() if (by := off(paged[0], logits)) < VISIBLE} == {}
+
+
+def test_no_gate_is_too_large_for_an_activation(backend: str) -> None:
+    """The tanh form of GELU cubes it, for which float32 has no room from 7e12 on."""
+    gates = np.array([-3e38, -1.8e13, -7e12, 7e12, 1.8e13, 3e38], np.float32)
+    activate = part(backend, "layers").activate
+    for kind in ("silu", "gelu_tanh"):
+        assert np.array_equal(call(backend, partial(activate, kind=kind), gates), np.maximum(gates, 0))
 
 
 TEXT = """The lighthouse keeper wrote down the weather every morning before he lit the stove. In the first year he used whole

@@ -20,7 +20,10 @@ from common.schedule.edits import Edits
 from common.schedule.limits import Limits
 from common.schedule.pages import PageError, PageKey, PagePool
 from common.schedule.rows import Rows, Score
-from common.schedule.scheduler import Scheduler, Sequence, Step
+from common.schedule.scheduler import Scheduler
+from common.schedule.sequence import Sequence
+from common.schedule.step import Step
+from common.schedule.trials import Trials
 from tests.schedule_driver import Episode, Violation
 
 Patch = pytest.MonkeyPatch
@@ -488,42 +491,39 @@ def an_engine_that_drains_takes_requests(patch: Patch, ran: Ran) -> None:
 
 @mutant
 def those_on_trial_run_beside_others(patch: Patch, ran: Ran) -> None:
-    original = Scheduler._is_ready
+    original = Trials.admit
 
-    def is_ready(self: Scheduler, seq: Sequence) -> bool:
-        trials, self.trials = self.trials, []
-        ready = original(self, seq)
-        self.trials = trials
-        ran.extend([1] if trials and ready and seq not in trials[-1] else [])
-        return ready
+    def admit(self: Trials, seq: Sequence) -> bool:
+        ran.extend([] if original(self, seq) else [1])
+        return True
 
-    patch.setattr(Scheduler, "_is_ready", is_ready)
+    patch.setattr(Trials, "admit", admit)
 
 
 @mutant
 def the_culprit_is_tried_for_ever(patch: Patch, ran: Ran) -> None:
-    original = Scheduler._arraign
+    original = Trials.arraign
 
-    def arraign(self: Scheduler, suspects: list[Sequence], alone: bool) -> list[Sequence]:
+    def arraign(self: Trials, suspects: list[Sequence], alone: bool) -> list[Sequence]:
         guilty = original(self, suspects, alone)
-        self.trials += [[seq] for seq in guilty]
+        self.groups += [[seq] for seq in guilty]
         ran.extend([1] if guilty else [])
         return []
 
-    patch.setattr(Scheduler, "_arraign", arraign)
+    patch.setattr(Trials, "arraign", arraign)
 
 
 @mutant
 def a_suspect_is_ended_without_a_trial(patch: Patch, ran: Ran) -> None:
-    original = Scheduler._arraign
+    original = Trials.arraign
 
-    def arraign(self: Scheduler, suspects: list[Sequence], alone: bool) -> list[Sequence]:
-        first = not self.trials
+    def arraign(self: Trials, suspects: list[Sequence], alone: bool) -> list[Sequence]:
+        first = not self.groups
         guilty = original(self, suspects, alone)
         ran.extend([1] if first and suspects else [])
         return suspects[:1] if first else guilty
 
-    patch.setattr(Scheduler, "_arraign", arraign)
+    patch.setattr(Trials, "arraign", arraign)
 
 
 # ── forks ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -651,7 +651,7 @@ def a_scored_prompt_is_looked_up(patch: Patch, ran: Ran) -> None:
 
 @mutant
 def a_prompt_is_scored_anew_after_a_preemption(patch: Patch, ran: Ran) -> None:
-    original = scheduler_module._scores
+    original = scheduler_module.scores_of
 
     def scores(i: int, seq: Sequence, end: int) -> Any:
         stop = min(end, len(seq.request.prompt_token_ids) - 1)
@@ -662,7 +662,7 @@ def a_prompt_is_scored_anew_after_a_preemption(patch: Patch, ran: Ran) -> None:
             return [Score(i, seq.computed, stop, seq.request.params.prompt_logprobs or 0)]
         return original(i, seq, end)
 
-    patch.setattr(scheduler_module, "_scores", scores)
+    patch.setattr(scheduler_module, "scores_of", scores)
 
 
 # ── ideas left out ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -18,7 +18,7 @@ from common.interface import Caps, KVGroup, ModelRunner, Pending, Progress, load
 from common.platform import cxx_compiler
 from common.request import Logprobs, Request, SamplingParams, TokenEvent
 from common.schedule.batch import Batch, Mask, Want, masked
-from common.schedule.scheduler import mix64
+from common.schedule.seeds import mix64
 from tests.backends import Packer, checkpoint, engine_config, shared_runner
 from tests.numpy_sampler import Filters, adjusted, choices, scores, uniform
 

@@ -4,7 +4,7 @@ requests they take at once, and which they refuse."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,42 +15,29 @@ from common.config import EngineConfig
 from common.engine import Engine
 from common.errors import DrainingError, QueueFullError, RequestError
 from common.interface import ServingEngine
-from common.replicas.open import open_engine
+from common.replicas.disaggregated import Disaggregated
+from common.replicas.engine import Replicas
 from common.request import Request, SamplingParams
-from tests.backends import checkpoint
 from tests.history_runner import HistoryRunner
-from tests.http_server import known_history
-from tests.replica_mains import MODEL, SMALL
-from tests.test_disaggregated import PAIR
-from tests.test_replicas import VOCAB, Awake, requests
+from tests.http_server import Awake
+from tests.processes import VOCAB, history, requests, running
+from tests.replica_mains import PAIR, SMALL
 
-KINDS = {"two replicas": (SMALL, 2), "a prefill and a decode engine": (PAIR, 1)}
-"""And how many there are that go on."""
+__all__ = ["history"]
 
-
-@contextmanager
-def running(config: EngineConfig) -> Iterator[ServingEngine]:
-    engine = open_engine("history", checkpoint(MODEL), config)
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
-@pytest.fixture(scope="module")
-def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with known_history(tmp_path_factory.mktemp("processes")) as control:
-        yield control
+Kind = tuple[type[ServingEngine], EngineConfig, int]
+KINDS: dict[str, Kind] = {"two replicas": (Replicas, SMALL, 2), "a prefill and a decode engine": (Disaggregated, PAIR, 1)}
+"""Class, configuration, and how many there are that go on."""
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def kind(request: pytest.FixtureRequest) -> tuple[EngineConfig, int]:
+def kind(request: pytest.FixtureRequest) -> Kind:
     return KINDS[request.param]
 
 
 @pytest.fixture(scope="module")
-def several(kind: tuple[EngineConfig, int], history: Path) -> Iterator[ServingEngine]:
-    with running(kind[0]) as engine:
+def several(kind: Kind, history: Path) -> Iterator[ServingEngine]:
+    with running(*kind[:2]) as engine:
         yield engine
 
 
@@ -89,11 +76,9 @@ def test_what_one_engine_refuses_is_refused_in_the_same_words(several: ServingEn
     one.close()
 
 
-def test_of_requests_that_come_together_as_many_are_taken_as_run_at_once_and_may_wait(
-    kind: tuple[EngineConfig, int], history: Path
-) -> None:
-    config, at_once = kind
-    with running(replace(config, max_num_seqs=1, max_waiting=2)) as engine:
+def test_of_requests_that_come_together_as_many_are_taken_as_run_at_once_and_may_wait(kind: Kind, history: Path) -> None:
+    of, config, at_once = kind
+    with running(of, replace(config, max_num_seqs=1, max_waiting=2)) as engine:
         (history / "hang").touch()
         taken = []
         for request in requests(9, output=30):
@@ -104,10 +89,10 @@ def test_of_requests_that_come_together_as_many_are_taken_as_run_at_once_and_may
         assert len(taken) == at_once + 2 and ended(engine) == sorted(taken)
 
 
-def test_the_queue_has_one_bound_and_a_drain_stops_all(kind: tuple[EngineConfig, int], history: Path) -> None:
-    config, at_once = kind
+def test_the_queue_has_one_bound_and_a_drain_stops_all(kind: Kind, history: Path) -> None:
+    of, config, at_once = kind
     (history / "slow").touch()
-    with running(replace(config, max_num_seqs=1, max_waiting=3)) as engine:
+    with running(of, replace(config, max_num_seqs=1, max_waiting=3)) as engine:
         asked = requests(9, output=30)
         for request in asked[:at_once]:
             engine.add(request)

@@ -10,18 +10,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
 from common import child
-from common.config import EngineConfig
 from common.engine import Engine
 from common.errors import BackendError, ConfigError, RequestError
 from common.llm import LLM
@@ -31,88 +28,30 @@ from common.replicas.keeper import Gone, Keeper, News, Ready
 from common.replicas.open import open_engine
 from common.replicas.totals import totals
 from common.request import Request, SamplingParams, Status, StructuredOutputsParams, TokenEvent, fan_out
-from common.schedule.scheduler import mix64
 from common.text.grammar import Grammars
 from common.text.tokenizer import open_tokenizer
 from experiments import compare, lab
 from tests import history_backend
 from tests.backends import checkpoint, engine_config, make_engine
 from tests.history_backend import ROOT, command, last_line
-from tests.history_runner import Expected, expected
-from tests.http_server import PATIENCE_S, Served, known_history, serving, until
+from tests.http_server import PATIENCE_S, Awake, Served, serving, until
 from tests.http_server import history as history_package
+from tests.processes import VOCAB, history, judge, requests, right, running, told
 from tests.replica_mains import MODEL, SMALL
 
-VOCAB = 320
-KINDS: tuple[dict[str, Any], ...] = (
-    {"temperature": 0.0},
-    {"temperature": 0.0, "logprobs": 2, "prompt_logprobs": 1},
-    {"seed": 4},
-    {},  # whose seed the engine draws
-    {"temperature": 0.0, "frequency_penalty": 0.5, "repetition_penalty": 1.2, "logprobs": 0},
-    {"top_p": 0.8, "min_tokens": 5, "stop_token_ids": [*range(0, VOCAB, 3)]},
-)
-
-
-def requests(count: int = 24, output: int = 40, name: str = "r") -> list[Request]:
-    rng = random.Random(1)
-    return [
-        Request(
-            request_id=f"{name}{i}",
-            prompt_token_ids=[rng.randrange(3, VOCAB) for _ in range(rng.randrange(1, 90))],
-            params=SamplingParams(**{"max_tokens": output} | KINDS[i % len(KINDS)]),
-        )
-        for i in range(count)
-    ]
-
-
-def told(events: Sequence[TokenEvent]) -> list[TokenEvent]:
-    """What one engine and another must agree on."""
-    return [replace(event, time=0.0, num_cached_tokens=None) for event in events]
-
-
-class Awake:
-    """Seconds in which this process ran: what passes while it is suspended counts for a tenth of a second."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._last = time.monotonic()
-
-    def wait(self, condition: Callable[[], bool], most: float = PATIENCE_S) -> float:
-        while not condition():
-            time.sleep(0.01)
-            now = time.monotonic()
-            self.seconds += min(now - self._last, 0.1)
-            self._last = now
-            assert self.seconds < most, "it does not come"
-        return self.seconds
+__all__ = ["history"]
 
 
 def all_serve(engine: Replicas) -> bool:
     return all(state.serves for state in engine.replicas)
 
 
-@contextmanager
-def running(backend: str, config: EngineConfig = SMALL) -> Iterator[Replicas]:
-    engine = Replicas(backend, checkpoint(MODEL), config)
-    try:
-        yield engine
-    finally:
-        engine.close()
-
-
 # ── over a backend without a framework ───────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture(scope="module")
-def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with known_history(tmp_path_factory.mktemp("replicas")) as control:
-        yield control
-
-
-@pytest.fixture(scope="module")
 def lasting(history: Path) -> Iterator[Replicas]:
-    with running("history") as engine:
+    with running(Replicas, SMALL) as engine:
         yield engine
 
 
@@ -129,25 +68,6 @@ def two(lasting: Replicas, history: Path) -> Iterator[Replicas]:
         lasting.abort(name)
     while lasting.has_work:
         lasting.step()
-
-
-def right(request: Request, number: int) -> Expected:
-    return expected(request, vocab_size=VOCAB, max_tokens=512, seed=mix64(0, number))
-
-
-def judge(asked: Sequence[Request], events: dict[str, list[TokenEvent]]) -> None:
-    """Each has the tokens of the oracle and one end."""
-    for number, request in enumerate(asked):
-        mine, oracle = events[request.request_id], right(request, number)
-        assert [event.token_id for event in mine if event.token_id is not None] == oracle.tokens
-        assert [event.finish for event in mine] == [None] * (len(mine) - 1) + [oracle.finish]
-        assert mine[0].prompt_logprobs == oracle.prompt_logprobs
-        if (k := request.params.logprobs) is not None:
-            found = [
-                (x.logprob, x.rank, list(x.top_ids), list(x.top_logprobs)) for x in (event.logprobs for event in mine) if x
-            ]
-            judged = [oracle.logprobs(i, k, VOCAB) for i in range(len(mine))]
-            assert found == [(x.logprob, x.rank, x.top_ids, x.top_logprobs) for x in judged]
 
 
 def drive(
@@ -331,7 +251,7 @@ def test_conversations_go_back_to_where_their_history_lies(history: Path) -> Non
         config = replace(SMALL, routing=routing, num_blocks=150)  # type: ignore[arg-type]
         rng, found = random.Random(0), 0
         texts = [[rng.randrange(3, VOCAB) for _ in range(160)] for _ in range(16)]
-        with running("history", config) as engine:
+        with running(Replicas, config) as engine:
             for turn in range(6):
                 order = rng.sample(range(16), 16)
                 asked = {f"{turn}-{i}": i for i in order}
@@ -366,7 +286,7 @@ def test_no_replica_outlives_an_engine_that_is_killed(history: Path, stopped: bo
 
 def test_closing_ends_every_process_even_one_that_is_stopped(history: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "PATIENCE_S", 1.0)
-    with running("history") as engine:
+    with running(Replicas, SMALL) as engine:
         pids = [state.pid for state in engine.replicas]
         os.kill(pids[0], signal.SIGSTOP)
     assert not any(psutil.pid_exists(pid) for pid in pids)
@@ -374,11 +294,11 @@ def test_closing_ends_every_process_even_one_that_is_stopped(history: Path, monk
 
 
 def test_what_keeps_a_replica_from_starting_is_told_as_it_was_raised() -> None:
-    with pytest.raises(BackendError, match="Unknown backend 'torhc'"), running("torhc"):
+    with pytest.raises(BackendError, match="Unknown backend 'torhc'"), running(Replicas, SMALL, "torhc"):
         pass
     with (
         pytest.raises(ConfigError, match="max_model_len must not exceed"),
-        running("torch", replace(SMALL, max_model_len=1 << 20)),
+        running(Replicas, replace(SMALL, max_model_len=1 << 20), "torch"),
     ):
         pass
 
@@ -389,7 +309,7 @@ def test_one_that_cannot_start_again_is_given_up_and_the_last_takes_all_requests
     packages, _ = history_package(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"{packages}{os.pathsep}{ROOT}")
     monkeypatch.setattr("common.replicas.keeper.RETRY_S", 0.01)
-    with running("history") as engine:
+    with running(Replicas, SMALL) as engine:
         (packages / "historyinfer" / "__init__.py").write_text("raise SystemExit(9)")
         asked = requests(4, output=200)
         events = drive(engine, asked, 8, lambda: [os.kill(state.pid, signal.SIGKILL) for state in engine.replicas])
@@ -448,7 +368,7 @@ REAL = engine_config(kernels="native", num_blocks=128)
 
 @pytest.fixture(scope="module")
 def pair(backend: str) -> Iterator[Replicas]:
-    with running(backend, replace(REAL, data_parallel_size=2, threads=2)) as engine:
+    with running(Replicas, replace(REAL, data_parallel_size=2, threads=2), backend) as engine:
         yield engine
 
 
@@ -486,8 +406,8 @@ def test_both_backends_go_on_with_the_same_tokens_when_a_replica_is_killed(pair:
 def test_both_backends_show_the_states_of_one_engine(pair: Replicas, backend: str) -> None:
     prompts = [[5, 6, 7, 8], list(range(3, 60)), [9]]
     got = pair.hidden_states(prompts)
-    for mine, right in zip(got, one(backend).hidden_states(prompts), strict=True):
-        assert mine.dtype == np.float32 and np.array_equal(mine, right)
+    for mine, wanted in zip(got, one(backend).hidden_states(prompts), strict=True):
+        assert mine.dtype == np.float32 and np.array_equal(mine, wanted)
     with pytest.raises(RequestError, match="Prompt 0 has 2100 tokens"):
         pair.hidden_states([[5] * 2100])
 

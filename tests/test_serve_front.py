@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tests.browser import Tab, browse
 from tests.http_server import (
     PATIENCE_S,
     ROOT,
+    Awake,
     Served,
     expect_told_that_it_ends,
     history,
@@ -258,6 +259,25 @@ def test_backends_end_with_the_front_however_it_ends(mortal: Served, how: signal
     code = mortal.process.wait()
     assert code == (0 if how is signal.SIGTERM else -signal.SIGKILL)
     until(lambda: not any(child.is_running() for child in children))
+
+
+def test_no_backend_outlives_a_front_that_is_killed_not_even_one_that_is_stopped_or_hangs(tmp_path: Path) -> None:
+    """Neither sees that its standard input ends, or can act on it."""
+    packages, control = history(tmp_path, "one", "two")
+    with serving(tmp_path, "--backend", "one,two", packages=[packages]) as server:
+        children = psutil.Process(server.process.pid).children()
+        assert len(children) == 2
+        (control / "hang").touch()
+        with raw_request(server, **BODY, model="tiny-llama@one"):
+            until((control / "hanging").exists)
+            backend_of(server, "tiny-llama@two").suspend()
+            server.process.kill()
+            try:
+                assert Awake().wait(lambda: not any(child.is_running() for child in children)) < 2
+            finally:
+                for child in children:
+                    with suppress(psutil.NoSuchProcess):
+                        child.kill()
 
 
 def test_the_page_shows_both_answers_as_they_come(served: Served) -> None:

@@ -78,7 +78,9 @@ class Side:
         return layouts_of(self.runner, self.runner.block_size, "the model")
 
     def step(self) -> list[TokenEvent]:
-        if self.rng.random() < 0.01 and not self.engine.scheduler.trials:  # on trial it would end a request that is innocent
+        if (
+            self.rng.random() < 0.01 and not self.engine.scheduler.trials.groups
+        ):  # on trial it would end a request that is innocent
             where = self.rng.choice(("fail_submit", "fail_result"))
             setattr(self.runner, where, RuntimeError("injected"))
             self.faults.append(where)

@@ -23,18 +23,17 @@ from common.kernels.cpu.build import build
 from common.kernels.cpu.pack import pack_head, pack_layers
 from common.kernels.cpu.pages import keys_in, keys_out, page_bytes, pool_shapes, values_in, values_out
 from common.kernels.cpu.step import SAMPLED, pack_changes, pack_step, unpack_sampled
-from common.parallel import join_heads, local_config, split_heads, stage_layers
+from common.parallel import join_heads, local_config, split_heads
 from common.platform import cores
 from common.rope import rope_tables
 from common.schedule.batch import Batch, Mask, masked, null_batch
 from common.weights.checkpoint import Checkpoint
-from common.weights.shard import stage_of
 from torchinfer.arrays import nbytes, to_device, to_host
 from torchinfer.cache import KVCache
 from torchinfer.observe import Keep, Names, ignore, keeper
 from torchinfer.parallel import ALONE, Group
 from torchinfer.sampling import Sampled
-from torchinfer.step import Inputs, State
+from torchinfer.step import Inputs, Part, State
 from torchinfer.step import Step as FrameworkStep
 
 
@@ -205,20 +204,15 @@ def sample(state: State, step: Tensor, changed_RV: Tensor | None = None) -> tupl
     return sampled, state
 
 
-class Native:
+class Native(Part):
     """What the steps below have in common: weights that are packed for the kernels, and pages as those keep them."""
 
     kernels = "native"
     config: EngineConfig
-    group: Group
 
     def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
         """Pack the weights, with room for `positions` rotary positions."""
-        self._layers = stage_layers(checkpoint.config.num_layers, self.group.stages)[self.group.stage]
-        checkpoint = stage_of(checkpoint, self.group.stage, self.group.stages)
-        self.model_config: ModelConfig = checkpoint.config
-        self._local = local_config(checkpoint.config, self.group.ranks)
-        self._positions = positions
+        checkpoint = self.take(checkpoint, positions)
         self.weights = load_weights(checkpoint, self.config.dtype, positions, progress, self.group)
 
     def page_bytes(self, model: ModelConfig) -> int:

@@ -25,7 +25,7 @@ from common.replicas.engine import PATIENCE_S, Replicas
 from common.replicas.totals import totals
 from common.request import Request, Status, TokenEvent
 from common.schedule.limits import expect_new, expect_room
-from common.schedule.scheduler import mix64
+from common.schedule.seeds import mix64
 from common.weights.checkpoint import Checkpoint
 
 

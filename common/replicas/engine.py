@@ -39,7 +39,7 @@ from common.schedule.edits import Edits
 from common.schedule.limits import Limits, check_request, expect_new, expect_room
 from common.schedule.pages import PageKey
 from common.schedule.router import Router
-from common.schedule.scheduler import mix64
+from common.schedule.seeds import mix64
 from common.schedule.steplog import StepRecord
 from common.weights.checkpoint import Checkpoint
 

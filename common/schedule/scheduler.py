@@ -10,11 +10,6 @@ its tokens, so a chunk never waits. The victim of a preemption is the least urge
 never one, runs through, and gives its pages to the next. Nobody who waits is overtaken by a less urgent one, so the most urgent
 of them is admitted when those that run have ended, at the latest; only more urgent ones that keep coming can hold it off.
 
-After a step has raised, those who were in it are suspects (`recover`). They are tried in halves, each by itself, until every
-one of them has come past the place where it stood, which acquits it, or has raised alone in two trials in a row, which ends it:
-one may have raised by chance. So each culprit costs about log2 of a step's requests in further steps that raise, and the others
-their time.
-
 A request with a `parent` forks: it holds the pages its parent has filled with their prompt, has a copy made of the last one, of
 which it will write the rest, and computes only the prompt's last token. Until the parent's prompt is written it is passed over;
 that holds up nobody, for the parent runs or stands before it in the queue.
@@ -35,9 +30,8 @@ the mildest form of doing without it, so that its worth is not overstated:
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from heapq import heapify, heappop, heappush
 from operator import attrgetter
@@ -47,110 +41,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.config import Cache, Schedule
-from common.errors import BackendError, RequestError
+from common.errors import RequestError
 from common.interface import Caps, Result
 from common.request import STUCK, Logprobs, Request, Status, TokenEvent, expect
-from common.schedule.batch import Batch, Want
+from common.schedule.batch import Want
 from common.schedule.edits import Edits
 from common.schedule.kv import KV
 from common.schedule.limits import Limits, expect_new, expect_room
-from common.schedule.pages import PageKey, PagePool, next_key
+from common.schedule.pages import PagePool, next_key
 from common.schedule.rows import Change, Rows, Score, masks_of
+from common.schedule.seeds import mix64
+from common.schedule.sequence import Sequence
+from common.schedule.step import Arrival, Step, change_of, logprobs_of, scores_of, take_scores
+from common.schedule.trials import Trials
 from common.text.grammar import Grammar, Matcher
 
 _urgency = attrgetter("urgency")
-
-
-class LifecycleError(RuntimeError):
-    """A request was sent from one state to another that does not follow it: a bug of the scheduler, never of a user."""
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """A live request and how far it has come. Tokens = prompt + output; KV of the first `computed` of them is scheduled."""
-
-    request: Request
-    number: int
-    """Arrival order."""
-    max_tokens: int
-    """Output tokens at most, the context and the pool considered."""
-    seed: int
-    known: int
-    """Tokens the host knows."""
-    stops: dict[int, int | None]
-    """Tokens that end it -> the reason to report: None for EOS."""
-    edits: Edits | None = None
-    """What it asks of its logits; None if nothing."""
-    scores: list[Logprobs | None] | None = None
-    """Of its prompt's tokens, as far as they are known; None if nobody asked."""
-    matcher: Matcher | None = None
-    """How far its output has come in its grammar; None without one, and until that is compiled."""
-    kv: Future[KV] | None = None
-    """Of its first tokens, from elsewhere; None without, and once it has started."""
-    parent: Sequence | None = None
-    """From whose pages it starts; None once it has started."""
-    status: Status = Status.WAITING
-    output: list[int] = field(default_factory=list)
-    row: int = -1
-    pages: list[int] = field(default_factory=list)
-    keys: list[PageKey] = field(default_factory=list)
-    """Of its full pages, as far as they were needed yet."""
-    computed: int = 0
-    landed: int = 0
-    """Tokens at its start whose KV is written: those of steps that have landed, and hits."""
-    cached: int = 0
-    """Tokens of its prompt that the prefix cache had."""
-    published: int = 0
-    """Of `pages`, how many were hits or are offered to others."""
-    pending: int = 0
-    """Tokens sampled by steps in flight."""
-    in_flight: int = 0
-    """Steps in flight that name it; only when there are none are its pages and row free for others."""
-    suspect: int = 0
-    """It was in a step that raised, and is acquitted once a step has landed that computes this many of its tokens."""
-    raised: int = 0
-    """Trials in a row in which it was alone and raised."""
-    admissions: int = 0
-    """Elsewhere too, where it has output from there."""
-    urgency: tuple[int, int] = field(init=False)
-    """Priority, then arrival; the lesser is more urgent, and no two are alike."""
-
-    def __post_init__(self) -> None:
-        self.urgency = self.request.priority, self.number
-
-    def become(self, status: Status) -> None:
-        """Change the state. Raises `LifecycleError` if it does not lead there."""
-        if not self.status.leads_to(status):
-            raise LifecycleError(
-                f"Request {self.request.request_id!r} cannot go from {self.status} to {status}; this is a bug."
-            )
-        self.status = status
-
-    @property
-    def left(self) -> int:
-        """Tokens to compute before the next can be sampled."""
-        return self.known + self.pending - self.computed
-
-    @property
-    def scoring(self) -> bool:
-        """Whether tokens of its prompt are still to be scored."""
-        return self.scores is not None and len(self.scores) < len(self.request.prompt_token_ids)
-
-    @property
-    def follows(self) -> bool:
-        """Whether what its next logits become depends on all tokens before."""
-        return self.matcher is not None or (self.edits is not None and self.edits.follow)
-
-    def tokens(self) -> np.ndarray:
-        """All that the host knows: prompt and output, int32[known]."""
-        return np.array((*self.request.prompt_token_ids, *self.output), np.int32)
-
-
-class Arrival(NamedTuple):
-    """Keys and values that pages are to have before a step."""
-
-    pages: list[int]
-    kv: KV
 
 
 class Kept(NamedTuple):
@@ -158,20 +64,6 @@ class Kept(NamedTuple):
 
     pages: list[int]
     tokens: int
-
-
-@dataclass(slots=True, eq=False)
-class Step:
-    """A scheduled step, until its result has landed."""
-
-    seqs: list[Sequence]
-    batch: Batch
-    started: tuple[str, ...] = ()
-    """The ids of requests that were admitted for the first time, and so run their first tokens in it."""
-    masks: Callable[[], np.ndarray] | None = None
-    """The masks that the batch lacks, uint32[M, W]: to be called once, while the step runs; None where it lacks none."""
-    arrivals: list[Arrival] = field(default_factory=list)
-    """To be written before it runs."""
 
 
 class Scheduler:
@@ -211,9 +103,7 @@ class Scheduler:
         """Likewise pages to write, before they are copied."""
         self.kept: dict[str, Kept] = {}
         """By the id of the request."""
-        self.trials: list[list[Sequence]] = []
-        """Groups of suspects; while there are any, only the last is run."""
-        self.faults_in_a_row = 0
+        self.trials = Trials(self.max_num_seqs)
         self.max_waiting, self.draining = max_waiting, False
         self.pool = PagePool(num_pages)
         self.limits = Limits(
@@ -360,35 +250,10 @@ class Scheduler:
             seq.in_flight = 0
         self.running, self.leaving, self.copies, self.arrivals, self.kept = [], [], [], [], {}
         self.pool = PagePool(self.pool.num_pages, self.pool.secret)
-        guilty = self._arraign([seq for seq in suspects if seq.suspect], alone=len(suspects) == 1)
+        guilty = self.trials.arraign([seq for seq in suspects if seq.suspect], alone=len(suspects) == 1)
         for seq in guilty:
             self._finish(seq, Status.FINISHED_ERROR)
         return [seq.request.request_id for seq in guilty]
-
-    def _arraign(self, suspects: list[Sequence], alone: bool) -> list[Sequence]:
-        """Who of those whose step raised is guilty: one that was on trial, and `alone`, without others that have ended since,
-        for the second time. Otherwise they are to be tried in halves.
-
-        Where many steps raise and none lands between, it is hardly for what is in them, and all who are under suspicion end. So
-        a lost device does not cost a step for each request; eight culprits side by side among 64, or one after another where
-        one runs at a time, do not come to as many.
-        """
-        if not suspects:
-            return []
-        self.faults_in_a_row += 1
-        tried = self.trials.pop() if self.trials else []
-        if self.faults_in_a_row > max(16, 4 * self.max_num_seqs.bit_length()):
-            everyone = dict.fromkeys([*suspects, *tried, *(seq for group in self.trials for seq in group)])
-            self.trials = []
-            return [seq for seq in everyone if seq.suspect]
-        untried = [seq for seq in tried if seq.suspect and seq not in suspects]
-        if tried and alone:
-            suspects[0].raised += 1
-        guilty = [seq for seq in suspects if seq.raised == 2]
-        half = len(suspects) // 2
-        halves = [] if guilty else [suspects[half:], suspects[:half]]
-        self.trials += [group for group in (untried, *halves) if group]
-        return guilty
 
     # ── one step: schedule ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -413,11 +278,11 @@ class Scheduler:
 
     def _try_next(self) -> bool:
         """Go on to the next trial if this one is over, with nobody else on the device; False while steps are in flight."""
-        while self.trials and not any(seq.suspect for seq in self.trials[-1]):
+        while self.trials.over:
             if any(seq.in_flight for seq in (*self.running, *self.leaving)):
                 return False
-            self.trials.pop()
-            for seq in list(self.running) if self.trials else ():
+            self.trials.go_on()
+            for seq in list(self.running) if self.trials.groups else ():
                 self._send_back(seq)
         return True
 
@@ -522,7 +387,7 @@ class Scheduler:
         """Whether one that waits may be admitted now. If not, it is passed over and keeps its place."""
         if seq.in_flight:  # its next tokens depend on the result
             return False
-        if self.trials and seq not in self.trials[-1]:
+        if not self.trials.admit(seq):
             return False
         if seq.matcher is None and seq.request.grammar is not None:  # it is being compiled
             return False
@@ -605,11 +470,11 @@ class Scheduler:
             if end > seq.known:
                 fills.append(i)
             if seq.scoring:
-                scores += _scores(i, seq, end)
+                scores += scores_of(i, seq, end)
             if end == seq.known + seq.pending:
                 samples.append(i)
                 if seq.edits is not None or seq.matcher is not None:
-                    changes[i] = _change(seq)
+                    changes[i] = change_of(seq)
                 seq.pending += 1
             seq.computed = end
             seq.in_flight += 1
@@ -625,12 +490,12 @@ class Scheduler:
     def update(self, step: Step, result: Result, time: float) -> list[TokenEvent]:
         """Take in the result of the oldest step in flight, seen at `time`: new tokens, ends, pages to offer to others."""
         batch, events = step.batch, []
-        self.faults_in_a_row = 0
+        self.trials.landed()
         tokens, starts, ends = result.tokens.tolist(), result.token_starts.tolist(), batch.kv_lengths.tolist()
         bad = set() if result.finite.all() else set(batch.logit_owner[~result.finite].tolist())
         places = np.flatnonzero(batch.want & Want.SAMPLE).tolist()  # of the tokens among the logit rows
         if batch.score_ids is not None:
-            _take_scores(step, result, bad)
+            take_scores(step, result, bad)
         for i, seq in enumerate(step.seqs):
             seq.in_flight -= 1
             seq.landed = ends[i]
@@ -765,13 +630,6 @@ class Scheduler:
         seq.row, seq.pages, seq.computed, seq.landed, seq.published, seq.pending = -1, [], 0, 0, 0, 0
 
 
-def _change(seq: Sequence) -> Change:
-    """What is done to the logits of its next token."""
-    if seq.edits is None:
-        return Change(np.empty(0, np.int32), np.empty((0, 3), np.float32), matcher=seq.matcher)
-    return Change(*seq.edits.at(seq.output, len(seq.output) + seq.pending), seq.edits.allowed, seq.matcher)
-
-
 def _refusal(seq: Sequence, token: int) -> str | None:
     """Why it cannot go on by a token that was sampled, if it cannot; else its grammar has gone on."""
     if seq.edits is not None and seq.edits.forbids(token, seq.output):
@@ -782,40 +640,3 @@ def _refusal(seq: Sequence, token: int) -> str | None:
 def _refused(matcher: Matcher, tokens: list[int]) -> str | None:
     """Why a grammar cannot go on by these, if it cannot; else it has."""
     return next((error for token in tokens if (error := matcher.accept(token))), None)
-
-
-def _scores(i: int, seq: Sequence, end: int) -> list[Score]:
-    """What the step in which it is sequence i, and comes to `end`, is to report on its prompt."""
-    known, k = len(seq.scores or ()), seq.request.params.prompt_logprobs or 0
-    first, stop = max(seq.computed, known - 1), min(end, len(seq.request.prompt_token_ids) - 1)
-    return [Score(i, first, stop, k)] if first < stop else []
-
-
-def _take_scores(step: Step, result: Result, bad: set[int]) -> None:
-    """Add what a step reports on prompts to what is known of them, in order."""
-    owner = step.batch.logit_owner.tolist()
-    for row in np.flatnonzero(step.batch.want & Want.SCORE).tolist():
-        seq = step.seqs[owner[row]]
-        if owner[row] not in bad and seq.scores is not None:
-            seq.scores.append(logprobs_of(result, row, seq.request.params.prompt_logprobs or 0))
-
-
-def logprobs_of(result: Result, j: int, k: int) -> Logprobs:
-    """What a result says about the token of logit row j, with the k likeliest.
-
-    The runner reports logprobs in every step that wants any.
-    """
-    if result.logprobs is None or result.ranks is None:
-        raise BackendError("A request wanted logprobs, and the runner reported none.")
-    top_ids, top_logprobs = (), ()
-    if k and result.top_ids is not None and result.top_logprobs is not None:
-        top_ids, top_logprobs = result.top_ids[j, :k].tolist(), result.top_logprobs[j, :k].tolist()
-    return Logprobs(float(result.logprobs[j]), int(result.ranks[j]), top_ids, top_logprobs)
-
-
-def mix64(seed: int, number: int) -> int:
-    """Output `number` of SplitMix64 from `seed` (Steele et al. 2014): well mixed 64-bit seeds from two small numbers."""
-    x = (seed + (number + 1) * 0x9E37_79B9_7F4A_7C15) & 0xFFFF_FFFF_FFFF_FFFF
-    x = (x ^ x >> 30) * 0xBF58_476D_1CE4_E5B9 & 0xFFFF_FFFF_FFFF_FFFF
-    x = (x ^ x >> 27) * 0x94D0_49BB_1331_11EB & 0xFFFF_FFFF_FFFF_FFFF
-    return x ^ x >> 31

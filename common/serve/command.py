@@ -15,6 +15,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from common.child import die_with_parent
 from common.config import EngineConfig
 from common.config import expect as expect_config
 from common.errors import ConfigError, TandemError
@@ -61,7 +62,9 @@ def make_parser(prog: str = "python -m common.serve") -> argparse.ArgumentParser
         "--otlp-endpoint", help="send a span for each request there: OTLP over HTTP, http://host:4318/v1/traces"
     )
     parser.add_argument("--drain-s", type=int, default=60, help="seconds that running requests have once it is told to end")
-    parser.add_argument("--stall-s", type=float, default=30.0, help="a step that takes longer makes /health answer 503")
+    parser.add_argument(
+        "--stall-s", type=float, default=Serving.stall_s, help="a step that takes longer makes /health answer 503"
+    )
     parser.add_argument("--log-json", action="store_true", help="log lines are JSON objects")
     parser.add_argument("--log-prompts", action="store_true", help="log what is asked; never done otherwise")
     add_engine_options(parser)
@@ -76,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         configure_logging(options.log_json, options.backend if options.uds else None)
         with heeding_sigterm():  # whoever is told to end while it loads takes its backends with it
             if options.uds:
-                threading.Thread(target=end_with_parent, daemon=True).start()
+                die_with_parent()  # where that is killed, even while this process is stopped or hangs
+                threading.Thread(target=end_with_parent, daemon=True).start()  # where that ends in order
             with listen(options) as listener:
                 serve(options, given, listener)
     except TandemError as error:

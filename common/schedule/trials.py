@@ -1,0 +1,60 @@
+"""Who is to blame for a step that raised.
+
+Those who were in it are suspects. They are tried in halves, each by itself, until every one of them has come past the place
+where it stood, which acquits it, or has raised alone in two trials in a row, which ends it: one may have raised by chance. So
+each culprit costs about log2 of a step's requests in further steps that raise, and the others their time.
+
+Where many steps raise and none lands between, it is hardly for what is in them, and all who are under suspicion end. So a lost
+device does not cost a step for each request; eight culprits side by side among 64, or one after another where one runs at a
+time, do not come to as many.
+"""
+
+from __future__ import annotations
+
+from common.schedule.sequence import Sequence
+
+
+class Trials:
+    """Groups of suspects, of steps of at most `max_num_seqs`. While there are any, only the last is run."""
+
+    def __init__(self, max_num_seqs: int) -> None:
+        self.groups: list[list[Sequence]] = []
+        self._faults_in_a_row = 0
+        self._most_faults = max(16, 4 * max_num_seqs.bit_length())
+
+    def admit(self, seq: Sequence) -> bool:
+        """Whether it may run now."""
+        return not self.groups or seq in self.groups[-1]
+
+    @property
+    def over(self) -> bool:
+        """Whether there is a trial, and nobody in it is under suspicion any more."""
+        return bool(self.groups) and not any(seq.suspect for seq in self.groups[-1])
+
+    def go_on(self) -> None:
+        """To the next trial, if there is one; or else with everybody."""
+        self.groups.pop()
+
+    def landed(self) -> None:
+        """A step has, without raising."""
+        self._faults_in_a_row = 0
+
+    def arraign(self, suspects: list[Sequence], alone: bool) -> list[Sequence]:
+        """Who of those whose step raised is guilty: one that was on trial, and `alone`, without others that have ended since,
+        for the second time. Otherwise they are to be tried in halves."""
+        if not suspects:
+            return []
+        self._faults_in_a_row += 1
+        tried = self.groups.pop() if self.groups else []
+        if self._faults_in_a_row > self._most_faults:
+            everyone = dict.fromkeys([*suspects, *tried, *(seq for group in self.groups for seq in group)])
+            self.groups = []
+            return [seq for seq in everyone if seq.suspect]
+        untried = [seq for seq in tried if seq.suspect and seq not in suspects]
+        if tried and alone:
+            suspects[0].raised += 1
+        guilty = [seq for seq in suspects if seq.raised == 2]
+        half = len(suspects) // 2
+        halves = [] if guilty else [suspects[half:], suspects[:half]]
+        self.groups += [group for group in (untried, *halves) if group]
+        return guilty
