@@ -211,6 +211,10 @@ class Episode:
     steps: int = 0
     batches: list[Batch] = field(default_factory=list)
     """Every step that was submitted."""
+    errors: list[str] = field(default_factory=list)
+    """What requests ended with, of those that ended with one."""
+    refused: Counter = field(default_factory=Counter)
+    """Requests that could have been served, but not then, by the type of the error."""
 
     def __post_init__(self) -> None:
         rng = self.rng = random.Random(self.seed)
@@ -264,8 +268,8 @@ class Episode:
         self.runner.poison_of, self.runner.fails_late = self.poison_of, rng.random() < 0.5
         self.changing = rng.choice((0.0, 0.0, 0.1, 0.5))
         self.added = self.injected = 0
-        self.refused = 0
-        """Requests that could have been served, but not then."""
+        self.deep = self.on_trial = 0
+        """Steps behind which as many were in flight as may be, and behind which suspects were still to be tried."""
 
     def run(self, steps: int) -> None:
         """Random work for so many steps, then none until all is done; every page must be free in the end."""
@@ -354,7 +358,7 @@ class Episode:
             full = full and not scheduler.draining
             require(isinstance(error, QueueFullError) == full, "a request was refused although there was room in the queue")
             require(number == scheduler.num_requests and name not in scheduler.live, "a request that was refused left a trace")
-            self.refused += 1
+            self.refused[type(error)] += 1
             return
         except RequestError:
             prompt_len, cap = len(prompt), cap or 1
@@ -442,6 +446,8 @@ class Episode:
             check_whole(scheduler, self.runner.batches)
         self.evictions += sum(before and pool.keys[page] is None for page, before in enumerate(cached))
         self.steps += 1
+        self.deep += len(self.engine._in_flight) == self.depth
+        self.on_trial += bool(scheduler.trials.groups)
         require(self.engine.stats()["num_resets"] == self.runner.faults, "the runner raised of itself")
         tries = 3 + (scheduler.max_num_seqs - 1).bit_length()
         require(self.runner.faults <= self.injected + tries * len(self.bad), "a culprit was not found by halving")
@@ -488,6 +494,7 @@ class Episode:
         require(got == (right.tokens[: len(got)] if cut else right.tokens), f"{name} gave {got}, not {right.tokens}")
         self.judge_details(request, events, right)
         self.finished[event.finish] += 1
+        self.errors += [event.error] if event.error else []
 
     def judge_details(self, request: Request, events: list[TokenEvent], right: Expected) -> None:
         k = request.params.logprobs
