@@ -72,7 +72,7 @@ $(DONE)/serve: pyproject.toml $(DONE)/core
 	@mkdir -p $(DONE) && touch $@
 
 $(DONE)/test: pyproject.toml $(DONE)/core
-	@echo "installing what the tests need"
+	@echo "installing what the tests need (takes minutes)"
 	@$(PIP) --editable ".[baselines,test]"
 	@mkdir -p $(DONE) && touch $@
 

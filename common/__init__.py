@@ -1,1 +1,8 @@
 """What both engines share: requests, scheduling, pages, text, checkpoints. Ints, strings and NumPy; neither jax nor torch."""
+
+import sys
+
+from common.exits import end_quietly_at_ctrl_c
+
+if sys.argv[:1] == ["-m"]:  # `python -m` looks here for a command; whoever imports this as a library handles Ctrl-C
+    end_quietly_at_ctrl_c()

@@ -36,7 +36,9 @@ def start(main: str, *arguments: Any, environment: Mapping[str, str] | None = No
     """Start the function `main`, as `module:name`, with `arguments` that JSON can hold; it is to call `listen`. `environment`
     is added to ours."""
     module, name = main.split(":")
-    code = f"import json, sys; from {module} import {name}; {name}(*json.loads(sys.argv[1]))"
+    # Ctrl-C is the parent's to handle, from before what takes long to import.
+    alone = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    code = f"{alone}; import json, sys; from {module} import {name}; {name}(*json.loads(sys.argv[1]))"
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.Popen(
         [sys.executable, "-c", code, json.dumps(arguments)],

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import NoReturn
 
 FAILURE = 1
@@ -37,6 +37,23 @@ def heeding_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def end_quietly_at_ctrl_c() -> None:
+    """Ctrl-C that nobody handles, as while a command imports what it needs, ends it without a traceback."""
+    complain = sys.excepthook
+
+    def told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            sys.exit(exit_code(error))
+        complain(kind, error, trace)
+
+    sys.excepthook = told
+
+
+def exit_code(end: KeyboardInterrupt) -> int:
+    """That of a command that was told to end."""
+    return TERMINATED if isinstance(end, Terminated) else INTERRUPTED
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -44,7 +44,8 @@ def choose(requested: str, probes: Mapping[str, Probe]) -> Choice:
     """The first usable platform for `requested`: `auto` tries all in the order of `PLATFORMS`, `gpu` only GPUs, a name only it.
 
     `probes` holds what the backend supports at all; a platform without a probe is passed over. Probes run one by one and only
-    until one succeeds. Every refusal is logged. Raises `ConfigError` for an unknown name, `BackendError` if nothing is usable.
+    until one succeeds; why others refused is logged for who debugs. Raises `ConfigError` for an unknown name, `BackendError` if
+    nothing is usable.
     """
     if requested not in _CANDIDATES:
         hint = nearest_hint(requested, _CANDIDATES)
@@ -53,7 +54,10 @@ def choose(requested: str, probes: Mapping[str, Probe]) -> Choice:
     for name in _CANDIDATES[requested]:
         reason = probes[name]() if name in probes else "this backend has no support for it"
         if reason is None:
-            logger.info("device=%s: using %s%s", requested, name, f" ({_sentence(reasons)})" if reasons else "")
+            none = " (no accelerator found; device=gpu tells why)" if name == "cpu" and reasons else ""
+            logger.info("device=%s: using %s%s", requested, name, none)
+            if reasons:
+                logger.debug("%s", _sentence(reasons))
             return Choice(name, reasons)
         reasons[name] = reason
     advice = "" if requested == "auto" else " Use device=auto to fall back to what is there."

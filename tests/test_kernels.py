@@ -583,7 +583,7 @@ def test_without_a_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch, 
         build.build("limits")
     monkeypatch.undo()
     monkeypatch.setenv("TANDEM_CACHE", str(tmp_path))
-    with pytest.raises(BackendError, match=r"could not compile limits\.cc:\n.*error"):
+    with pytest.raises(BackendError, match=r"could not compile limits\.cc: it ended with exit code 1\.\n.*error"):
         build.build("limits", options=("-DTANDEM_INLINE=%", "-include/nowhere.h"))
     assert not list(tmp_path.rglob("*.so"))
 

@@ -19,7 +19,7 @@ from common.child import die_with_parent
 from common.config import EngineConfig
 from common.config import expect as expect_config
 from common.errors import ConfigError, TandemError
-from common.exits import INTERRUPTED, TERMINATED, USER_ERROR, Terminated, heeding_sigterm
+from common.exits import INTERRUPTED, USER_ERROR, exit_code, heeding_sigterm
 from common.options import add_engine_options, add_model_options, engine_options, parse, without
 from common.replicas.open import open_engine
 from common.serve.app import create_app
@@ -86,10 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TandemError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
-    except Terminated:
-        return TERMINATED
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    except KeyboardInterrupt as end:
+        # It loads: Python would wait for the threads that compile. Replicas and ranks end as their input does.
+        os._exit(exit_code(end))
     return 0
 
 

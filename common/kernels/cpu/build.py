@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from common import program
+from common.child import how_it_ended
 from common.config import Dtype
 from common.errors import BackendError, CheckpointError
 from common.platform import cpu_features, cpu_name, cpu_vendor, cxx_compiler, matrix_unit
@@ -81,7 +83,8 @@ def _compile(name: str, command: Sequence[str], target: Path) -> None:
         half = Path(folder) / target.name
         done = _run([*command, "-o", str(half)])
         if done.returncode or not half.exists():
-            raise BackendError(f"{command[0]} could not compile {name}.cc:\n{first_error(done.stderr)}")
+            told = f"{command[0]} could not compile {name}.cc: it {how_it_ended(done.returncode)}.\n{first_error(done.stderr)}"
+            raise BackendError(told.rstrip())
         # A library that was cut short would take the process down with it: its digest tells.
         (half.parent / "digest").write_text(_file_digest(half), encoding="utf-8")
         os.replace(half, target)
@@ -143,7 +146,7 @@ def first_error(words: str) -> str:
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+        return program.run(command)
     except OSError as error:
         raise BackendError(f"The C++ compiler {command[0]} cannot be run ({error}). Set CXX to one that can.") from error
 
