@@ -150,7 +150,7 @@ class Engine(ServingEngine):
         for seq in scheduler.running:
             held += len(seq.pages)
             empty += len(seq.pages) - -(-seq.computed // size)
-        held += sum(len(holder.pages) for holder in (*scheduler.leaving, *scheduler.kept.values()))
+        held += sum(len(seq.pages) for seq in scheduler.leaving) + sum(len(kept.pages) for kept in scheduler.kept.values())
         record = record_step(step.batch, size, submitted, submitted, sharing=held > used)
         counted = zip(step.seqs, record.counts.tolist(), record.kv_lengths.tolist(), strict=True)
         return record._replace(

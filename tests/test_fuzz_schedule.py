@@ -60,7 +60,7 @@ def run_episodes(seeds: Iterable[int], depth: int, pipelined: bool = False) -> C
 
 
 def expect_busy(totals: Counter, episodes: int, fills: bool) -> None:
-    """The work was worth judging: everything that can happen did, and often. `fills`: so did tokens that only the device knew."""
+    """The work was worth judging: all that can happen did, and often. `fills`: tokens that only the device knew, too."""
     often = {"steps": 25_500, "deep": 7000} | ({"fills": 9000} if fills else {})
     often |= {"preemptions": 225, "hits": 1500, "evictions": 750, "forks": 225, "copies": 75}
     often |= {"resets": 75, "trials": 1750, "guilty": 75, "spoilt": 115, "refused": 225, "drained": 45}
