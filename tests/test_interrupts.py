@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -13,6 +14,7 @@ import pytest
 
 from common.errors import BackendError
 from common.kernels.cpu import build
+from tests.history_backend import interruptible
 from tests.http_server import ROOT, until
 
 PROMPTLY_S = 10.0
@@ -44,6 +46,12 @@ COMPILER = """#!/bin/sh
 """
 DRIVER = "sleep 60 & echo $! > {begun}.half; mv {begun}.half {begun}; wait"
 """A compiler is a program that starts another."""
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    with interruptible():
+        yield
 
 
 def command(*arguments: str, first: Path, **environment: str) -> subprocess.Popen[str]:
