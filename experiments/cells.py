@@ -95,7 +95,7 @@ def figure(key: str, figures: Mapping[str, Any]) -> str:
     if isinstance(value, str):
         return value
     if value is not None and math.isfinite(value) and (key in LIMITED or key.endswith(("_share", "_rate"))):
-        text = f"{value:.1%}" if key in LIMITED else f"{value:.2%}"
+        text = f"{value:.1%}" if key in LIMITED and not 0 < value < 0.01 else f"{value:.2%}"
     else:
         text = number(value)
     return f"({text})" if key in (figures.get("unsupported") or ()) else text

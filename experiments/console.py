@@ -138,5 +138,6 @@ def print_verdict(result: Mapping[str, Any]) -> None:
             + f"margin {number(divergence['margin'])}, error {number(divergence['error'])}."
         )
     if (share := result["tokens_equal_share"]) is not None:
-        lines.append(f"{result['dtype']}: {share:.1%} of timed output tokens come before their request's first difference.")
+        some = f"{share:.1%} of timed output tokens come before their request's first difference."
+        lines.append(f"{result['dtype']}: {'every timed token is the same.' if share == 1 else some}")
     wide_console().print("\n".join(lines), highlight=False)

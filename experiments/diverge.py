@@ -3,9 +3,9 @@
 `python -m experiments.diverge RUN`, where RUN is the directory of a comparison. The first engine runs a share of the run's
 requests and its steps are recorded; both repeat them, on the first one's tokens, and whole rows of logits are compared. The
 first step whose logits are farther apart than rounding explains is repeated with its insides shown, and held against float64. A
-choice that differs where nothing exceeds the tolerance is a tie if the float64 margin is within the measured error. Both work
-with the first one's pages and budgets. The last line of what it prints, but at a terminal, is one JSON object, kept in RUN as
-`diverge-1.json`, the next as `diverge-2.json`, and named in RUN's report.
+choice that differs where nothing exceeds the tolerance is a tie if the float64 margin is below twice the measured error. Both
+work with the first one's pages and budgets. The last line of what it prints, but at a terminal, is one JSON object, kept in RUN
+as `diverge-1.json`, the next as `diverge-2.json`, and named in RUN's report.
 """
 
 from __future__ import annotations
@@ -270,6 +270,8 @@ def print_finding(result: Mapping[str, Any], file: str) -> None:
             table.add_row(*cells, "tie" if choice["justified"] else "defect")
     if table.columns:
         console.print(table)
+    if result["choices"] and not found:
+        console.print("[dim]A tie: the margin is below twice the error, and the error no larger than rounding explains.[/]")
     if (judged := len(result["choices"])) > SHOWN:
         console.print(f"[dim]The first {SHOWN} of the {judged} judged; all {judged} are in {file}.[/]", highlight=False)
 

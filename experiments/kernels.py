@@ -82,7 +82,7 @@ FIGURES = {
     "limit_ms": "limit, ms",
     "fraction": "of limit",
     "framework_ms": "framework, ms",
-    "ratio": "× framework",
+    "ratio": "framework / native",
 }
 """Of an operator at a shape, each with its name: medians of the passes, and the native ones' lower and upper quartile;
 `fraction` is limit_ms / ms, and `ratio` is framework_ms / ms."""
@@ -92,11 +92,12 @@ TABLE = 140
 """Columns of a line that the tables need."""
 MOVED = 0.1
 """Of a limit: what it may differ by before and after the run."""
-LIMIT = (
+NOTE = (
     "Limit: the least time for these MiB at the speed of memory and these GFLOP at the peak of matmul; a cache answers "
-    "faster than memory, so that data which fit one may come to more than 1 of it."
+    "faster than memory, so that data which fit one may come to more than 1 of it. The framework writes keys and values in "
+    "attend, native kernels in project: of these parts only layers, all of them, compares like with like."
 )
-"""What the tables' limits are of."""
+"""What the tables' figures are of."""
 
 
 def make_batch(shape: Shape, vocab_size: int, page_size: int) -> Batch:
@@ -266,5 +267,5 @@ def print_tables(result: Mapping[str, Any]) -> None:
             table.add_row(operator, *(cell(name, values) for name in FIGURES))
         console.print(table)
     if result["limits"]:
-        console.print(LIMIT, style="dim", highlight=False, markup=False)
+        console.print(NOTE, style="dim", highlight=False, markup=False)
         console.print(limits_said(result["limits"]), style="dim", highlight=False, markup=False)

@@ -84,7 +84,7 @@ def figures_section(run: RunFiles) -> Section:
 
 def kernels_section(run: RunFiles) -> Section:
     limits = run.results.get("limits") if run.kind == "kernels" else None
-    intro = f"Each native kernel alone, by the shape of the step. {kernels.LIMIT}"
+    intro = f"Each native kernel alone, by the shape of the step. {kernels.NOTE}"
     tables = kernels_tables(run.results.get("shapes") or {})
     return Section("Kernels", f"{intro} {limits_said(limits)}" if limits else intro, tables=tables)
 

@@ -85,7 +85,7 @@ def kernels_summary(shapes: Mapping[str, Any]) -> Table:
     two = lambda value, digits: number(value) if value is None else f"{value:.{digits}f}"  # noqa: E731
     cell = lambda mine: f"{two(mine.get('fraction'), 2)} ({two(mine.get('ratio'), 1)}×)"  # noqa: E731
     rows = [(operator, *(cell(mine.get(operator) or {}) for mine in shapes.values())) for operator in operators]
-    return Table(("share of the limit (× the framework's time)", *shapes), rows)
+    return Table(("share of the limit (framework's time / native)", *shapes), rows)
 
 
 def profile_tables(kernels: pd.DataFrame, engines: Sequence[str]) -> list[Table]:

@@ -64,7 +64,7 @@ def test_told_to_end_it_finishes_what_runs_and_takes_nothing_new(mortal: Server)
     reader.join()
     assert sum(len(chunk["choices"][0]["token_ids"]) for chunk in whole) == 60
     assert whole[-1]["choices"][0]["finish_reason"] == "length"
-    assert "Told to end: takes nothing new; 1 HTTP requests are unfinished and have 60 s." in served.log.read_text()
+    assert "Told to end: takes nothing new; 1 HTTP request is unfinished, with 60 s left." in served.log.read_text()
 
 
 def test_what_outlasts_the_drain_is_told_so(tmp_path: Path) -> None:

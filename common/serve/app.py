@@ -26,7 +26,7 @@ from common.serve.serving import Serving, error_response, json_response
 STATS_PATIENCE_S = 2.0
 PAGE = Path(__file__).with_name("page.html")
 VERSION = version("tandem-infer")
-UNKNOWN = {404: "There is nothing at this path; the README lists what is.", 405: "This path does not take this method."}
+UNKNOWN = {404: "There is nothing at this path; a client's base URL ends in v1.", 405: "This path does not take this method."}
 """What Starlette says in two words."""
 OFFERED_WITH = {
     "/reset_prefix_cache": "--admin",

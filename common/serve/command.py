@@ -137,7 +137,8 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         left, most = len(self.server_state.tasks), self.config.timeout_graceful_shutdown
-        log.info("Told to end: takes nothing new; %d HTTP requests are unfinished and have %s s.", left, most)
+        unfinished = f"{left} HTTP request{'s are' if left != 1 else ' is'} unfinished, with {most} s left"
+        log.info("Told to end: takes nothing new; %s. A second Ctrl-C ends it at once.", unfinished)
         if self._backends is not None:
             self._backends.restart_no_more()
         await super().shutdown(sockets)
