@@ -45,9 +45,8 @@ class Serving:
     model: ServedModel
     worker: Worker
     metrics: Metrics
-    stall_s: float = 300.0
-    """A step that takes longer makes the server unhealthy, for which it may be ended. So no step that only is slow should take
-    as long, be it of 8,192 tokens at once, or of 512 and 8 billion parameters, on two cores that others use too."""
+    stall_s: float = 30.0
+    """A step that takes longer makes the server unhealthy, for which it may be ended."""
     log_prompts: bool = False
     spans: Spans | None = None
 
