@@ -24,12 +24,10 @@ from common.errors import ConfigError, TandemError, nearest_hint
 from common.exits import (
     FAILURE,
     GATE,
-    INTERRUPTED,
     READER_GONE,
-    TERMINATED,
     USER_ERROR,
-    Terminated,
     drop_output,
+    exit_code,
     fail,
     heeding_sigterm,
     replace_unprintable,
@@ -105,7 +103,7 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
         drop_output()
         sys.exit(READER_GONE)
     except KeyboardInterrupt as end:
-        sys.exit(TERMINATED if isinstance(end, Terminated) else INTERRUPTED)
+        sys.exit(exit_code(end))
 
 
 def expect_words(words: Sequence[str]) -> None:
