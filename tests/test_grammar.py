@@ -595,6 +595,26 @@ def test_a_call_of_a_tool_can_be_demanded(grammars: Grammars, tokenizer: Tokeniz
     assert json.loads(calls[0]["function"]["arguments"]) == {"word": "tea"}
 
 
+def test_a_tool_may_refer_to_its_own_definitions(grammars: Grammars, tokenizer: Tokenizer) -> None:
+    """As pydantic's schemas do: beside another tool they are no longer at the root."""
+    word = {"type": "object", "properties": {"word": {"const": "tea"}, "$ref": {"const": 1}}, "required": ["word", "$ref"]}
+    schema = {
+        "type": "object",
+        "properties": {"inner": {"$ref": "#/$defs/Word"}},
+        "required": ["inner"],
+        "additionalProperties": False,
+        "$defs": {"Word": word | {"additionalProperties": False}},
+    }
+    tools = [{"type": "function", "function": {"name": name, "parameters": schema}} for name in ("look_up", "order")]
+    asked = {"messages": CHAT, "tools": tools, "tool_choice": {"type": "function", "function": {"name": "order"}}}
+    for each in (asked, asked | {"tool_choice": "required"}):
+        params = parse(ChatRequest, json.dumps(each | {"seed": 1}).encode()).params(200, None)
+        wanted = replace(request(grammars, "a", None), params=params, grammar=grammars.compile(params.structured_outputs))
+        events = make_engine("torch", MODEL, engine_config()).run([wanted])["a"]
+        _, (call,) = ToolCalls().push(text_of(tokenizer, wanted, events), last=True)
+        assert json.loads(call["function"]["arguments"]) == {"inner": {"word": "tea", "$ref": 1}}
+
+
 @pytest.mark.parametrize("choice", ["required", "any", {"type": "function", "function": {"name": "other"}}, {"type": "x"}])
 def test_a_call_that_no_tool_answers_cannot_be_demanded(choice: Any) -> None:
     tools = [] if choice == "required" else [{"type": "function", "function": {"name": "look_up"}}]

@@ -87,10 +87,25 @@ def call_grammar(functions: Mapping[str, Any]) -> str:
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"const": name}, "arguments": {"type": "object"} if schema is None else schema},
+            "properties": {
+                "name": {"const": name},
+                "arguments": {"type": "object"} if schema is None else moved(schema, f"#/anyOf/{i}/properties/arguments"),
+            },
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
-        for name, schema in functions.items()
+        for i, (name, schema) in enumerate(functions.items())
     ]
     return f'start: "{BEGIN}\\n" call "\\n{END}"\ncall: %json {json.dumps({"anyOf": calls})}'
+
+
+def moved(schema: Any, to: str) -> Any:
+    """A JSON Schema, or a part of one, that comes to stand at `to` in another, and whose references to itself follow it."""
+    match schema:
+        case {"$ref": str(reference)} if reference == "#" or reference.startswith("#/"):
+            return {**{name: moved(part, to) for name, part in schema.items()}, "$ref": to + reference[1:]}
+        case dict():
+            return {name: moved(part, to) for name, part in schema.items()}
+        case list():
+            return [moved(part, to) for part in schema]
+    return schema
