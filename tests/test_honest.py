@@ -5,6 +5,7 @@ Real engines in real processes, timed: under `accept` as often as it takes to co
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -42,9 +43,11 @@ Engine.step = slowed
 """
 
 
-def make_plan(names: tuple[str, str], *, num_requests: int, output_len: int, blocks: int, max_blocks: int) -> Plan:
+def make_plan(
+    names: tuple[str, str], *, num_requests: int, output_len: int, blocks: int, max_blocks: int, threads: int | None = None
+) -> Plan:
     checkpoint = open_checkpoint(zoo.resolve("tiny-llama"))
-    config = EngineConfig(max_num_seqs=32, max_num_batched_tokens=256, max_model_len=256)
+    config = EngineConfig(max_num_seqs=32, max_num_batched_tokens=256, max_model_len=256, threads=threads)
     wanted = WorkloadConfig(name="fixed", num_requests=num_requests, prompt_len=64, output_len=output_len)
     return Plan(
         model="tiny-llama",
@@ -107,9 +110,13 @@ def test_an_engine_against_itself_is_equivalent_and_never_faster_or_slower(tmp_p
 
 @pytest.mark.accept
 def test_an_engine_slowed_by_a_tenth_is_called_slower(slowed: str, tmp_path: Path) -> None:
-    plan = make_plan(("torch", slowed), **SHORT)
+    """One thread each: others would fall asleep in the pause behind a step, and wake late in the next, which slows an engine by
+    more than the pause, and the truth was not known."""
+    plan = make_plan(("torch", slowed), **SHORT, threads=1)
     runs = [compared(plan, tmp_path, seed) for seed in range(RUNS)]
     verdicts = Counter(run.verdict for run in runs)
     assert verdicts["slower"] >= 0.9 * RUNS, verdicts
     ratios = [run.ratio for run in runs if run.ratio]
-    assert min(ratios) >= 0.88 and max(ratios) <= 0.92, ratios
+    assert 0.89 <= statistics.median(ratios) <= 0.91, ratios
+    # A process may be faster or slower than its twin for its whole life: by less than what is called equivalent.
+    assert min(ratios) > 0.9 / 1.05 and max(ratios) < 0.9 * 1.05, ratios
