@@ -51,6 +51,19 @@ def end_quietly_at_ctrl_c() -> None:
     sys.excepthook = told
 
 
+@contextmanager
+def dying_at_ctrl_c() -> Iterator[None]:
+    """Ctrl-C within the block ends the process at once: for imports, where the exception that Python makes of it may be raised
+    in a callback of a library, which drops it. Whoever handles or ignores Ctrl-C already goes on to."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def exit_code(end: KeyboardInterrupt) -> int:
     """That of a command that was told to end."""
     return TERMINATED if isinstance(end, Terminated) else INTERRUPTED

@@ -26,6 +26,17 @@ from pathlib import Path
 Path({begun!r}).touch()
 time.sleep(60)
 """
+DROPS_EXCEPTIONS = """
+import time
+from pathlib import Path
+
+class Gone:
+    def __del__(self):
+        Path({begun!r}).touch()
+        time.sleep(60)
+
+Gone()
+"""
 LOADS_IN_A_POOL = """
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -85,6 +96,14 @@ def test_ctrl_c_while_a_command_imports_ends_it_without_a_word(name: str, tmp_pa
     begun = tmp_path / "begun"
     (tmp_path / "numpy.py").write_text(SLOW_TO_IMPORT.format(begun=str(begun)))
     process = command("-m", name, "x", first=tmp_path)
+    until(begun.exists)
+    assert interrupt(process) == (130, "")
+
+
+def test_ctrl_c_in_a_callback_of_a_library_that_drops_exceptions_ends_a_server_that_imports(tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    (tmp_path / "uvicorn.py").write_text(DROPS_EXCEPTIONS.format(begun=str(begun)))
+    process = command("-m", "common.serve", first=tmp_path)
     until(begun.exists)
     assert interrupt(process) == (130, "")
 
