@@ -181,6 +181,13 @@ def test_an_empty_key_is_refused_and_not_taken_for_none() -> None:
         make_app(parse(make_parser(), ["--api-key", ""]))
 
 
+@pytest.mark.parametrize("key", ["schlüssel", "two words", "a\tb", "a\n"])
+def test_a_key_that_clients_send_in_different_ways_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match="must be of ASCII letters, digits and signs") as refused:
+        make_app(parse(make_parser(), ["--api-key", key]))
+    assert key not in str(refused.value)
+
+
 def test_a_key_is_asked_for(tmp_path: Path) -> None:
     with started(tmp_path, "--api-key", "secret") as (served, _):
         for given, told in (

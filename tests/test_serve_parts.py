@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -129,6 +130,21 @@ def test_what_asks_for_nothing_is_taken_whether_or_not_the_engine_knows_it() -> 
 def test_a_chat_fills_the_context_unless_told_otherwise() -> None:
     request = parse(ChatRequest, b'{"messages": [{"role": "user", "content": "a"}], "temperature": 0}')
     assert request.params(request.max_tokens, None).max_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("stop", "told"),
+    [
+        ("a" * 1025, "stop.0: String should have at most 1024 characters"),
+        (["a"] * 65, "stop: List should have at most 64 items"),
+        (["a", 5], "stop.1: Input should be a valid string"),
+        (5, "stop: Input should be a valid array"),
+    ],
+)
+def test_a_stop_that_is_none_is_refused_by_what_is_wrong_with_it(stop: object, told: str) -> None:
+    with pytest.raises(ApiError, match=re.escape(told)) as refused:
+        parse(CompletionRequest, json.dumps({"prompt": "a", "stop": stop}).encode())
+    assert refused.value.param == "stop"
 
 
 def test_a_wrong_field_is_named() -> None:

@@ -63,7 +63,10 @@ def make_parser(prog: str = "python -m common.serve") -> argparse.ArgumentParser
     )
     parser.add_argument("--drain-s", type=int, default=60, help="seconds that running requests have once it is told to end")
     parser.add_argument(
-        "--stall-s", type=float, default=Serving.stall_s, help="a step that takes longer makes /health answer 503"
+        "--stall-s",
+        type=float,
+        default=Serving.stall_s,
+        help="a step that takes longer makes /health answer 503; of several backends, one that is in it is started again",
     )
     parser.add_argument("--log-json", action="store_true", help="log lines are JSON objects")
     parser.add_argument("--log-prompts", action="store_true", help="log what is asked; never done otherwise")
@@ -219,6 +222,8 @@ def api_key(options: argparse.Namespace) -> str | None:
     if options.uds:
         return key or None  # a front asks for it, and gives its backends none
     expect_config(key != "", "The API key is empty; give one, or leave out --api-key and $TANDEM_API_KEY to ask for none.")
+    sendable = key is None or (key.isascii() and key.isprintable() and " " not in key)
+    expect_config(sendable, "The API key must be of ASCII letters, digits and signs: no two clients send others alike.")
     return key
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
 from common.errors import RequestError
 from common.request import MAX_LOGPROBS, MAX_N, Request, SamplingParams, StructuredOutputsParams, expect
@@ -20,6 +20,10 @@ log = logging.getLogger(__name__)
 MAX_PROMPTS = 1024
 MAX_INPUTS = 2048
 StopText = Annotated[str, Field(max_length=1024)]
+StopTexts = Annotated[
+    list[StopText], Field(max_length=64), BeforeValidator(lambda given: [given] if isinstance(given, str) else given)
+]
+"""One text is a list of one: an error then says which text it is, and nothing of kinds."""
 TokenKey = Annotated[str, Field(max_length=10)]
 NEUTRAL: dict[str, Any] = {
     "presence_penalty": 0,
@@ -83,7 +87,7 @@ class Sampled(Body):
     min_p: float | None = None
     seed: int | None = None
     min_tokens: int | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=64)] | None = None
+    stop: StopTexts | None = None
     stop_token_ids: Annotated[list[int], Field(max_length=1024)] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
