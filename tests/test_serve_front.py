@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -114,6 +117,52 @@ def test_whoever_leaves_is_noticed_behind_the_front_too(served: Served) -> None:
         until(lambda: served.metric("num_requests_running") == 1)
     served.wait_idle()
     until(lambda: served.metric("request_success_total", finished_reason="abort") == before + 2)
+
+
+def test_whoever_leaves_as_soon_as_it_has_asked_leaves_nothing_open(mortal: Served) -> None:
+    """A front that let go of a request between the connection to its backend and the first byte kept that connection."""
+    mortal.complete(**BODY)
+    processes = [psutil.Process(mortal.process.pid), *psutil.Process(mortal.process.pid).children()]
+    before = [process.num_fds() for process in processes]
+    for i in range(120):
+        with raw_request(mortal, **BODY, stream=i % 2 == 0, model=f"tiny-llama@{('one', 'two')[i % 3 % 2]}"):
+            time.sleep(i % 4 * 0.001)
+    mortal.wait_idle()
+    until(lambda: [process.num_fds() for process in processes] <= [count + 4 for count in before])
+    assert "ERROR" not in mortal.log.read_text()
+
+
+def test_an_operator_reaches_every_backend_or_the_one_that_is_named(tmp_path: Path) -> None:
+    packages, _ = history(tmp_path, "one", "two")
+    with serving(tmp_path, "--backend", "one,two", "--admin", packages=[packages]) as server:
+        prompt = "long enough to fill a page or more of them, which is what is kept of it"
+        hits = lambda engine: server.metric("prefix_cache_hits_total", engine=engine)  # noqa: E731
+
+        def ask() -> list[float]:
+            """Tokens that each backend finds in its cache."""
+            before = [hits(name) for name in ("one", "two")]
+            for name in ("one", "two"):
+                server.complete(prompt=prompt, max_tokens=2, model=f"tiny-llama@{name}")
+            server.wait_idle()
+            return [hits(name) - count for name, count in zip(("one", "two"), before, strict=True)]
+
+        assert ask() == [0, 0] and min(ask()) > 0
+        assert server.client.post("/reset_prefix_cache").status_code == 200
+        assert ask() == [0, 0]
+        assert server.client.post("/reset_prefix_cache?model=tiny-llama@two").status_code == 200
+        one, two = ask()
+        assert one > 0 and two == 0
+        assert server.client.post("/reset_prefix_cache?model=three").status_code == 404
+        absent = server.client.post("/start_profile")
+        assert absent.status_code == 404 and "--profile-dir" in absent.json()["error"]["message"]
+
+
+def test_a_path_of_any_length_that_is_none_is_not_found(served: Served) -> None:
+    answer = served.client.get("/" + "a" * 60_000)
+    assert answer.status_code == 404 and answer.json()["error"]["type"] == "NotFoundError"
+    with socket.create_connection((urlsplit(served.url).hostname or "", urlsplit(served.url).port or 0)) as connection:
+        connection.sendall(b"GET /" + b"a" * 66_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert connection.recv(12).split()[1] in (b"400", b"404", b"414", b"431")
 
 
 def backend_of(served: Served, model: str) -> psutil.Process:

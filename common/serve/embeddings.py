@@ -35,7 +35,7 @@ async def embeddings(http: HttpRequest) -> Response:
     tokens = [prompt.token_ids for prompt in prompts]
     ended: str | None = "error"
     try:
-        pooled = await unless_left(http, embed(serving, tokens, body.pooling))
+        pooled = await unless_left(http.receive, embed(serving, tokens, body.pooling))
         ended = "stop"
     except ApiError:  # its reader has left, or the engine has
         ended = "abort"

@@ -22,13 +22,14 @@ from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 from pydantic import ConfigDict
+from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from common.child import STOPPED_S, how_it_ended, stopped_for
 from common.errors import BackendError
 from common.replicas.keeper import ATTEMPTS, RETRY_S, SILENCE_S
-from common.serve.app import new_app, page, tell_version
+from common.serve.app import OFFERED_WITH, new_app, page, tell_version
 from common.serve.errors import ApiError
 from common.serve.folder import PrivateFolder
 from common.serve.guard import Guard
@@ -126,6 +127,13 @@ class Backend:
         if answer.status_code != 200:
             raise ApiError(503, f"The {self.name} engine is not well.", headers={"Retry-After": "30"})
         return answer
+
+    async def post(self, path: str) -> httpx.Response:
+        """Raises `ApiError` unless it answers, however long that takes."""
+        try:
+            return await self.client.post(path)
+        except httpx.HTTPError:
+            raise self.gone() from None
 
     def gone(self) -> ApiError:
         return ApiError(503, f"The {self.name} engine does not answer.", headers={"Retry-After": "30"})
@@ -254,6 +262,23 @@ async def metrics(http: HttpRequest) -> Response:
     return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
 
 
+async def all_backends(http: HttpRequest) -> Response:
+    """What an operator asks of every backend, or of the one that `?model=` names: what each says, by its name."""
+    backends, name = Backends.of(http), http.query_params.get("model")
+    asked = backends.each if name is None else [backends.by_model(name)]
+    answers = await asyncio.gather(*(backend.post(http.url.path) for backend in asked))
+    for backend, answer in zip(asked, answers, strict=True):
+        if answer.status_code != 200:
+            error = answer.json()["error"]
+            raise ApiError(answer.status_code, f"{backend.name}: {error['message']}", error["param"])
+    said = {backend.name: answer.json() for backend, answer in zip(asked, answers, strict=True) if answer.content}
+    return json_response(said) if said else Response()
+
+
+for path in OFFERED_WITH:
+    router.post(path)(all_backends)
+
+
 class Named(Body):
     """As much of a body as says where it belongs."""
 
@@ -282,36 +307,54 @@ async def pass_on(http: HttpRequest) -> Response:
     name = (await asyncio.to_thread(parse, Named, data)).model if data else http.query_params.get("model")
     backend = Backends.of(http).by_model(name)
     headers = {name: http.headers[name] for name in PASSED_ON if name in http.headers}
-    request = backend.client.build_request(http.method, http.url.path, content=data, headers=headers)
     try:
-        answer = await unless_left(http, backend.client.send(request, stream=True))
-    except httpx.HTTPError:
-        raise backend.gone() from None
-    return Passed(answer, backend)
+        request = backend.client.build_request(http.method, http.url.path, content=data, headers=headers)
+    except httpx.InvalidURL:  # longer than any path here is
+        raise HTTPException(404) from None
+    return Passed(request, backend)
 
 
-class Passed(StreamingResponse):
+class Passed(Response):
     """An answer of a backend as it comes. When its reader leaves, so do we, at which the backend stops computing it."""
 
-    def __init__(self, answer: httpx.Response, backend: Backend) -> None:
-        self._answer, self._backend = answer, backend
-        headers = {name: answer.headers[name] for name in PASSED_BACK if name in answer.headers}
-        super().__init__(self._content(), answer.status_code, headers, media_type=answer.headers.get("content-type"))
-
-    async def _content(self) -> AsyncIterator[bytes]:
-        try:
-            async for chunk in self._answer.aiter_raw():
-                yield chunk
-        except httpx.HTTPError:
-            if not (self.media_type or "").startswith("text/event-stream"):
-                raise
-            yield event(self._backend.gone().body) + DONE
+    def __init__(self, request: httpx.Request, backend: Backend) -> None:
+        super().__init__()
+        self._request, self._backend = request, backend
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._answer.aclose()
+            await unless_left(receive, self._pass(noted))
+        except ApiError:
+            if not begun:  # else there is nobody to tell
+                raise
+
+    async def _pass(self, send: Send) -> None:
+        # On a connection of its own, which ends with it. A pool that others use, too, loses sight of one whose request is
+        # cancelled before its first byte, and keeps it open for ever.
+        async with httpx.AsyncHTTPTransport(uds=str(self._backend.path), verify=False) as transport:  # no TLS, no certificates
+            try:
+                answer = await transport.handle_async_request(self._request)
+            except httpx.HTTPError:
+                raise self._backend.gone() from None
+            headers = {name: answer.headers[name] for name in PASSED_BACK if name in answer.headers}
+            kind = answer.headers.get("content-type", "")
+            await StreamingResponse(self._content(answer, kind), answer.status_code, headers, kind).stream_response(send)
+
+    async def _content(self, answer: httpx.Response, kind: str) -> AsyncIterator[bytes]:
+        try:
+            async for chunk in answer.aiter_raw():
+                yield chunk
+        except httpx.HTTPError:
+            if not kind.startswith("text/event-stream"):
+                raise
+            yield event(self._backend.gone().body) + DONE
 
 
 def create_front(backends: Backends, *, api_key: str | None = None) -> FastAPI:

@@ -212,7 +212,7 @@ class Answer:
         if self.body.stream:
             return EventStream(self._events(self._chunks(choices, chunk_kind)), leave)
         try:
-            return json_response(await unless_left(http, self._full(choices, kind)))
+            return json_response(await unless_left(http.receive, self._full(choices, kind)))
         finally:
             leave()
 
@@ -285,23 +285,36 @@ class EventStream(StreamingResponse):
             self._leave()
 
 
-async def unless_left(http: HttpRequest, work: Awaitable[T]) -> T:
+async def unless_left(receive: Receive, work: Awaitable[T]) -> T:
     """`work`, given up as soon as the client closes the connection."""
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(left(http))
+    leaving = asyncio.ensure_future(left(receive))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             raise ApiError(499, "The client closed the connection.")
         return working.result()
     finally:
-        for task in (working, leaving):
-            task.cancel()
+        leaving.cancel()
+        await give_up(working)
 
 
-async def left(http: HttpRequest) -> None:
-    while (await http.receive())["type"] != "http.disconnect":
+async def left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def give_up(task: asyncio.Future[Any]) -> None:
+    """Cancel a task unless it has ended, and wait until it has.
+
+    A timer cancels it: those run at a place in the loop's turn at which what a task awaits of a socket (anyio's, within httpx)
+    has either come or will not be told. Elsewhere it may come in between, which the loop logs as an error.
+    """
+    if not task.done():
+        asyncio.get_running_loop().call_later(0.001, task.cancel)  # 0 would be no timer
+        await asyncio.wait((task,))
+    if not task.cancelled():
+        task.exception()  # taken note of: nobody else will
 
 
 def check_end(delta: Delta) -> None:
