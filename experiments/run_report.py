@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.cells import FIGURES
+from experiments.cells import FIGURES, kernels_of
 from experiments.findings import correctness, divergences, kernels_alone, notices, open_loop, speed
 from experiments.glossary import GLOSSARY
 from experiments.page import Page, Table, known
@@ -111,8 +111,3 @@ def kernels_by_engine(run: RunFiles) -> str:
 def telling(run: RunFiles) -> dict[str, dict[str, Any]]:
     """The engines that tell what their kernels were."""
     return {label: mine for label, mine in run.engines.items() if mine.get("kernels_used")}
-
-
-def kernels_of(figures: Mapping[str, Any]) -> str:
-    kind, arithmetic = figures["kernels_used"], figures.get("kernel_arithmetic")
-    return f"{kind} ({arithmetic})" if arithmetic else kind

@@ -52,7 +52,7 @@ def search(first: Local, second: Local, path: Path, scratch: Path, dtype: str = 
 
 def place(result: Mapping[str, Any]) -> tuple[Any, ...]:
     found = result["finding"]
-    assert found, result["said"]
+    assert found, sentence(result)
     return tuple(found[name] for name in ("step", "request", "position", "layer", "tensor"))
 
 
@@ -76,7 +76,7 @@ def test_which_of_the_two_is_wrong_does_not_depend_on_their_order(deep: Path, tm
 def test_sound_engines_that_round_differently_have_no_defect(dtype: str, deep: Path, tmp_path: Path) -> None:
     pair = [make_local(kernels, "torch", kernels, deep, dtype=dtype) for kernels in ("framework", "native")]
     result = search(*pair, deep, tmp_path, dtype)
-    assert result["verdict"] != "defect", result["said"]
+    assert result["verdict"] != "defect", sentence(result)
     assert result["max_logit_error"] > 0
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 import xml.etree.ElementTree as xml
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 
 from common.errors import ConfigError
 from experiments import canvas, page, report
-from experiments.findings import correctness, notices, open_loop, speed
+from experiments.findings import correctness, divergences, notices, open_loop, speed
 from experiments.job import Job
 from experiments.measure import INTERRUPTED
 from experiments.report import make_report, write_report
@@ -228,6 +229,23 @@ def test_a_difference_in_the_dtype_that_was_timed_is_not_hidden_by_sameness_in_f
     assert last.value == "99.9 % alike in bfloat16"
     (both,) = correctness(compared(tokens_equal_share=1.0))
     assert both.tone == "good" and "In bfloat16, the dtype timed, every token is the same too." in both.said
+
+
+def test_what_diverge_found_stands_where_the_report_invited_to_it(tmp_path: Path) -> None:
+    run = replace(compared(tokens_equal_share=0.4545), directory=tmp_path)
+    asked = [("float32", ["jax", "torch"], "equal"), ("bfloat16", ["jax", "hf"], "undecided")]
+    for number, (dtype, engines, verdict) in enumerate([*asked, ("bfloat16", ["torch", "jax"], "defect")], 1):
+        invited = [each.command for each in correctness(run)]
+        assert invited == ["", f"python -m experiments.diverge {tmp_path} dtype=bfloat16"]
+        found = {"dtype": dtype, "engines": engines, "verdict": verdict, "said": f"the words of {number}."}
+        (tmp_path / f"diverge-{number}.json").write_text(json.dumps(found))
+    _, told = correctness(run)
+    assert (told.tone, told.value, told.command) == ("bad", "45.4 % alike in bfloat16", "")
+    assert told.said.endswith("before their request's first difference. the words of 3. (diverge-3.json)")
+    others = [("good", "Equal", "jax and torch in float32"), ("warn", "Undecided", "jax and hf in bfloat16")]
+    assert [(each.tone, each.value, each.word) for each in divergences(run)] == others
+    same = replace(run, results=run.results | {"tokens_equal_share": 1.0})
+    assert [each.value for each in divergences(same)] == ["Equal", "Undecided", "Defect"]
 
 
 def test_the_command_of_a_verdict_is_on_the_page_and_in_the_summary() -> None:
