@@ -68,7 +68,9 @@ def run_directory(root: Path, what: str, directory: Path | None = None) -> Itera
             partial.parent.rmdir()  # if it was made for this run, it is empty now
         raise
     except KeyboardInterrupt:
-        print(f"Interrupted. What was written so far is in {partial}.", file=sys.stderr)
+        results = any((partial / name).exists() for name in ("results.json", ROWS))
+        said = "What was written so far is" if results else "There are no results yet; configuration and logs are"
+        print(f"Interrupted. {said} in {partial}.", file=sys.stderr)
         raise
     except OSError as error:
         if error.errno not in FULL:

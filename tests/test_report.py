@@ -174,7 +174,7 @@ def test_of_a_comparison_that_was_cut_short_the_whole_blocks_are_reported(tmp_pa
     assert said.startswith("## Partial, of 2 blocks: jax against torch\n")
     assert "The run ended before the pass in float32 did" in said
     (directory / "results.json").unlink()
-    with pytest.raises(ConfigError, match=r"has not ended.* no block was whole"):
+    with pytest.raises(ConfigError, match=r"has not ended.* no part was whole"):
         write_report(directory)
 
 

@@ -31,7 +31,13 @@ def test_a_named_directory_replaces_what_an_attempt_left_there(tmp_path: Path) -
 def test_who_interrupts_a_run_is_told_where_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(KeyboardInterrupt), run_directory(tmp_path, "mine") as partial:
         raise KeyboardInterrupt
-    assert capsys.readouterr().err == f"Interrupted. What was written so far is in {partial}.\n" and partial.exists()
+    told = f"Interrupted. There are no results yet; configuration and logs are in {partial}.\n"
+    assert capsys.readouterr().err == told and partial.exists()
+    for kept in ("results.json", "requests.jsonl"):
+        with pytest.raises(KeyboardInterrupt), run_directory(tmp_path, kept) as partial:
+            (partial / kept).touch()
+            raise KeyboardInterrupt
+        assert capsys.readouterr().err == f"Interrupted. What was written so far is in {partial}.\n"
 
 
 def test_a_mistake_leaves_nothing_of_a_named_directory_and_all_of_its_neighbours(tmp_path: Path) -> None:
