@@ -54,7 +54,7 @@ def kernels_alone(run: RunFiles) -> Iterator[Verdict]:
     if shares:
         said = "Of the time that all layers take, what they need at least: "
         said += ", ".join(f"{shape} {share:.0%}" for shape, share in shares.items()) + "."
-        value = f"{min(shares.values()):.0%} to {max(shares.values()):.0%}"
+        value = " to ".join(dict.fromkeys(f"{share:.0%}" for share in (min(shares.values()), max(shares.values()))))
         yield doubted(run.results, Verdict("calm", value, "of the limit, all layers", said))
 
 

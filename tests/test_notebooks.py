@@ -37,7 +37,7 @@ MAX_BYTES = 60_000
 PATIENCE_S = 1800
 
 
-def execute(path: Path, variables: Mapping[str, str]) -> Any:
+def execute(path: Path, variables: dict[str, str]) -> Any:
     """The notebook at `path` with the outputs of a fresh kernel of this interpreter. Raises `CellExecutionError`."""
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory(prefix="nb") as folder:

@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
 
 from common.errors import ConfigError
-from experiments import canvas, page, report
+from experiments import page, report
 from experiments.findings import correctness, divergences, notices, open_loop, speed
 from experiments.job import Job
 from experiments.measure import INTERRUPTED
@@ -108,7 +111,7 @@ def test_every_part_is_there(run: Path) -> None:
 
 def test_the_environment_tells_which_code_ran(run: Path) -> None:
     (section,) = (section for section in run_page(open_run(run))[0].sections if section.title == "Environment")
-    told = dict(section.tables[0].rows)  # type: ignore[arg-type]
+    told = dict(section.tables[0].rows)
     assert told["kernel library: jax"] == told["kernel library: torch"] == "any-0a1b.so"
     assert told["tree"] == "changed" and told["changed_files"] == " M common/engine.py" and told["changes_digest"] == "0123abcd"
     assert told["compiler: version"] == "clang 19" and told["variables: CXX"] == "clang++"
@@ -333,9 +336,10 @@ def test_a_crash_leaves_the_report_that_was_there(small: Path, monkeypatch: pyte
     def crash(*_: object) -> str:
         raise RuntimeError("out of ink")
 
-    for broken in ((page, "html"), (Path, "write_bytes")):
+    broken: tuple[tuple[object, str], ...] = ((page, "html"), (Path, "write_bytes"))
+    for place, name in broken:
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of ink"):
-            patch.setattr(*broken, crash)
+            patch.setattr(place, name, crash)
             write_report(small)
     assert {path: path.read_bytes() for path in small.rglob("*") if path.is_file()} == before
     assert not list(small.glob(".report-*"))
@@ -449,9 +453,9 @@ def test_any_figure_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (run / "steps.jsonl").unlink()
     results = json.loads((run / "results.json").read_text())
     results["engines"]["jax"] |= {"goodput": 1.0, "slo": {"ttft_ms": 500.0}}
-    monkeypatch.setattr(canvas.Figure, "draw_without_rendering", lambda _: None)
-    monkeypatch.setattr(canvas.FigureCanvasSVG, "print_svg", lambda _, file, **__: file.write("<svg ></svg>"))
-    monkeypatch.setattr(canvas.FigureCanvasAgg, "print_png", lambda *_: None)
+    monkeypatch.setattr(Figure, "draw_without_rendering", lambda _: None)
+    monkeypatch.setattr(FigureCanvasSVG, "print_svg", lambda _, file, **__: file.write("<svg ></svg>"))
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", lambda *_: None)
     for name in names_of(results):
         (run / "results.json").write_text(json.dumps(without(results, name.__eq__, None)))
         made = run_page(open_run(run))[0]

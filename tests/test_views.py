@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.patches import StepPatch
 
 from common.config import EngineConfig
 from common.engine import Engine
@@ -147,8 +148,10 @@ def test_the_drawn_batch_has_a_row_for_each_request_and_a_column_for_each_step()
     np.testing.assert_array_equal(grid, [[order.index("prompt"), order.index("decode"), order.index("decode")],
                                          [np.nan, order.index("prompt"), np.nan]])  # fmt: skip
     assert [label.get_text() for label in top.get_yticklabels()] == ["a", "b"] and top.yaxis_inverted()  # the first is on top
-    assert bottom.patches[0].get_data().values.tolist() == watched.groupby("step")["held"].first().tolist()
-    assert bottom.lines[0].get_ydata()[0] == 39
+    (held,), (limit,) = bottom.patches, bottom.lines
+    assert isinstance(held, StepPatch)
+    assert held.get_data()[0].tolist() == watched.groupby("step")["held"].first().tolist()
+    assert np.asarray(limit.get_ydata())[0] == 39
 
 
 # ── tables and sources ───────────────────────────────────────────────────────────────────────────────────────────────────
