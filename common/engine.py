@@ -92,16 +92,17 @@ class Engine(ServingEngine):
             self._start_over([])
             raise
         if step is not None:
-            self._submit(step)
+            self.submit(step)
         elif self.scheduler.live and not self._in_flight and not self.scheduler.await_others(_PATIENCE_S):
             raise RuntimeError("The scheduler has requests, but neither runs nor awaits any; this is a bug.")
-        if self._in_flight and (step is None or len(self._in_flight) > self.caps.depth):
-            self._land()
+        if step is None or len(self._in_flight) > self.caps.depth:
+            self._events += self.land()
         events, self._events = self._events, []
         self._host_seconds += perf_counter() - begin - (self._device_seconds + self._log_seconds - before)
         return events
 
-    def _submit(self, step: Step) -> None:
+    def submit(self, step: Step) -> None:
+        """Start a step of the scheduler's. `step` does this and `land`; they are apart for who looks on in between."""
         begin = perf_counter()
         # On a thread of their own, for where the runner dispatches it may as well compute.
         masks = None if step.masks is None else self._masking.submit(step.masks)
@@ -125,21 +126,25 @@ class Engine(ServingEngine):
         chunked = step.batch.num_tokens > int(step.batch.num_decodes[0])
         self._counters["padded_tokens"] += self.caps.bucket(step.batch.num_tokens, chunked) - step.batch.num_tokens
 
-    def _land(self) -> None:
+    def land(self) -> list[TokenEvent]:
+        """Wait for the oldest step in flight, if any is, and return what became visible. A step that raises is dealt with, here
+        as in `submit`."""
+        if not self._in_flight:
+            return []
         step, pending, record = self._in_flight.popleft()
         begin = perf_counter()
         try:
             result = pending.result()
         except BaseException as error:
             self._recover(step, error)
-            return
+            return []
         now = perf_counter()
         self._device_seconds += now - begin
         if self.step_log is not None and record is not None:
             self.step_log.append(record._replace(landed=now))
         events = self.scheduler.update(step, result, now)
         self._counters["generation_tokens"] += sum(event.token_id is not None for event in events)
-        self._events += events
+        return events
 
     def _record(self, step: Step, submitted: float) -> StepRecord:
         """What is to be logged of a step that was just submitted."""
@@ -195,7 +200,7 @@ class Engine(ServingEngine):
         for i, prompt in enumerate(some):
             check_tokens(f"Prompt {i}", prompt, self.caps.vocab_size)
         while self._in_flight:
-            self._land()
+            self._events += self.land()
         begin, counts = perf_counter(), [-(-len(prompt) // size) for prompt in some]
         pages = scheduler.lend(sum(counts))
         ends = np.cumsum(counts).tolist()

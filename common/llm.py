@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -203,7 +203,7 @@ class LLM:
             for text, request, beams in zip(texts, requests, found, strict=True)
         ]
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Delta]:
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[Delta, None, None]:
         """Continue one prompt token by token. Several streams may be read in turn; leaving one early aborts its request."""
         expect(_is_one(prompt), f"A stream continues one prompt, got {type(prompt).__name__}; use generate, or a stream each.")
         _, (request,) = self._requests([prompt], sampling_params)
@@ -366,7 +366,7 @@ class LLM:
                 let_in()
             return {name: self._deltas[name] for name in mine}
 
-    def _stream(self, request: Request) -> Iterator[Delta]:
+    def _stream(self, request: Request) -> Generator[Delta, None, None]:
         name = request.request_id
         with self._admitted([request]):
             while name in self._live or self._deltas[name]:

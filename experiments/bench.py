@@ -13,17 +13,30 @@ from typing import Any
 from omegaconf import DictConfig
 
 from common.config import expect
+from common.weights import zoo
+from common.weights.checkpoint import open_checkpoint
 from experiments import kernels
-from experiments.cli import conclude, launch, report_on
-from experiments.config import EngineSpec, engine_spec, resolved, runs_folder
+from experiments.cli import conclude, keep_part, launch, report_on
+from experiments.config import EngineSpec, MeasureConfig, engine_spec, resolved, runs_folder
 from experiments.console import print_failures, print_result, print_table
 from experiments.fail_if import Condition, check_keys, parse_conditions
+from experiments.isolate import EngineFailure, IsolatedEngine
 from experiments.job import job_directory
-from experiments.limits import say_limits
-from experiments.measure import Outcome, figure_names, make_plan, measure, measure_config, setting
+from experiments.limits import Limits, say_limits
+from experiments.measure import (
+    Outcome,
+    figure_names,
+    limits_after,
+    machine_limits,
+    make_plan,
+    measure,
+    measure_config,
+    setting,
+)
 from experiments.narrator import Narrator
 from experiments.records import write_run
-from experiments.rundir import finished, finite, run_directory, write_setup
+from experiments.rundir import finished, finite, run_directory, write_json, write_setup
+from experiments.words import plural
 
 RESULTS = ("run", "failures", "stopped", "stopped_by", "unmeasured")
 
@@ -33,7 +46,7 @@ def run(config: DictConfig) -> None:
     conditions = parse_conditions(resolved(config)["fail_if"])
     if how.kernel_passes:
         expect(not conditions, "fail_if holds the results of a workload to a bound; measure=kernels runs none. Leave out one.")
-        result = kernels.run(config, spec, how)
+        result = run_kernels(config, spec, how)
     else:
         result = run_workload(config, spec, conditions)
     reported = report_on(config, result)
@@ -57,6 +70,38 @@ def run_workload(config: DictConfig, spec: EngineSpec, conditions: Sequence[Cond
     print_table(f"{plan.model} ({plan.checkpoint.path.name}), {config.dtype}, workload {plan.workload.name}", outcome.figures)
     say_limits(outcome.figures)
     print_failures(outcome.failures)
+    return result
+
+
+def run_kernels(config: DictConfig, spec: EngineSpec, how: MeasureConfig) -> dict[str, Any]:
+    """Time native kernels, in a process of their own; a run directory and tables. Returns what results.json has."""
+    kernels.expect_native(spec)
+    name = str(resolved(config.model)["name"])
+    checkpoint = open_checkpoint(zoo.resolve(name))
+    asked = {"engine": spec.label, "model": name, "dtype": spec.config.dtype, "passes": how.kernel_passes}
+    timed: list[dict[str, Any]] = []
+    limits: dict[str, Limits | None] = {"before": None, "after": None}
+    with run_directory(runs_folder(config), f"kernels-{spec.label}", job_directory(config)) as directory:
+        write_setup(directory, config)
+        try:
+            with Narrator() as narrator:
+                progress = narrator.progress(spec.label)
+                limits["before"] = machine_limits(how, narrator)
+                with IsolatedEngine(spec, directory / f"{spec.label}.log", how.timeout_s) as engine:
+                    for found in engine.time_kernels(checkpoint.path, kernels.SHAPES, how.kernel_passes, progress):
+                        timed.append(found)
+                        progress(len(timed), len(kernels.SHAPES), f"kernels, {found['shape']}")
+                limits["after"], unmeasured = limits_after(how, narrator)
+        except (KeyboardInterrupt, EngineFailure) as end:
+            if timed:
+                told = kernels.results(spec, checkpoint.config, timed, limits, "")
+                told["failures"] = {spec.label: end.record()} if isinstance(end, EngineFailure) else {}
+                keep_part(config, directory, asked | {"run": str(directory)} | told, plural(len(timed), "whole shape"))
+            raise
+        told = kernels.results(spec, checkpoint.config, timed, limits, unmeasured)
+        result: dict[str, Any] = finite(asked | {"run": str(finished(directory))} | told)
+        write_json(directory / "results.json", result)
+    kernels.print_tables(result)
     return result
 
 

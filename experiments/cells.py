@@ -109,3 +109,9 @@ def times(comparison: Mapping[str, Any] | None) -> str:
     if ratio is None:
         return number(ratio)
     return f"{ratio:.3f} ({'no interval' if low is None else f'{low:.3f}–{high:.3f}'})"
+
+
+def kernels_of(figures: Mapping[str, Any]) -> str:
+    """Of an engine that tells: the kernels that it ran, and by what the native ones multiply."""
+    kind, arithmetic = figures["kernels_used"], figures.get("kernel_arithmetic")
+    return f"{kind} ({arithmetic})" if arithmetic else kind

@@ -37,7 +37,7 @@ from experiments.help import help_text, is_asked
 from experiments.isolate import EngineFailure
 from experiments.job import is_whole, job_directory
 from experiments.launcher import ProcessLauncher, quoted
-from experiments.rundir import DiskFullError
+from experiments.rundir import DiskFullError, write_json
 from experiments.sweeper import CheckedSweeper
 
 ROOT_OPTIONS = ("engine", "engines", "peers", "model", "workload", "parallel", "kernels", "dtype", "seed", "device", "fail_if")
@@ -124,6 +124,16 @@ def report_on(config: DictConfig, result: Mapping[str, Any]) -> bool:
     if page:
         print(f"Report: {page}")
     return page is not None
+
+
+def keep_part(config: DictConfig, directory: Path, result: Mapping[str, Any], parts: str) -> None:
+    """Of a run that was cut short: its results so far, and their report if it is wanted. `parts` are those that are whole."""
+    write_json(directory / "results.json", result)
+    if config.report:
+        from experiments.report import make_report
+
+        if page := make_report(directory):
+            print(f"Report of the {parts}: {page}", file=sys.stderr)
 
 
 def conclude(conditions: Sequence[Condition], result: Mapping[str, Any], reported: bool) -> None:

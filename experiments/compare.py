@@ -7,7 +7,6 @@ The exit code is 1 if an engine or the machine failed, 2 for a mistake in what w
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from omegaconf import DictConfig
 from common.config import expect
 from experiments.agreement import LEFT_OUT, agree, summarise, tokens_equal_share, verdict
 from experiments.blocks import advice
-from experiments.cli import conclude, launch, report_on
+from experiments.cli import conclude, keep_part, launch, report_on
 from experiments.config import correctness_config, engine_specs, resolved, runs_folder
 from experiments.console import print_comparison, print_result, print_rows
 from experiments.fail_if import check_keys, parse_conditions
@@ -27,7 +26,7 @@ from experiments.limits import say_limits
 from experiments.measure import Outcome, Plan, figure_names, make_plan, measure, setting
 from experiments.narrator import Narrator
 from experiments.records import kept_rows, write_run
-from experiments.rundir import finished, finite, run_directory, write_json, write_setup
+from experiments.rundir import finished, finite, run_directory, write_setup
 from experiments.scaling import points_of, scaling_tables
 from experiments.statistics import Comparison
 from experiments.words import plural
@@ -62,8 +61,9 @@ def run(config: DictConfig) -> None:
                 with kept_rows(directory, outcome.windows):
                     found, failed = agree(replace(plan, engines=alive), correctness, directory, narrator)
         except KeyboardInterrupt:
-            if outcome.cut_short(plan):
-                keep_whole_blocks(config, directory, results(config, plan, outcome, LEFT_OUT, directory))
+            if blocks := outcome.cut_short(plan):  # whose rows are written by now
+                told = results(config, plan, outcome, LEFT_OUT, directory)
+                keep_part(config, directory, told, plural(blocks, "whole block"))
             raise
         outcome.failures |= failed
         result = results(config, plan, outcome, found, finished(directory))
@@ -103,16 +103,6 @@ def advised(plan: Plan, outcome: Outcome) -> str:
     if not any(each.verdict == "undecided" and each.ratio is not None for each in found):
         return ""
     return advice(plan.measure, outcome.stopped_by, len(outcome.order), len(found))
-
-
-def keep_whole_blocks(config: DictConfig, directory: Path, result: Mapping[str, Any]) -> None:
-    """Of a run that was cut short, behind whose rows this comes: its results so far and their report."""
-    write_json(directory / "results.json", result)
-    if config.report:
-        from experiments.report import make_report  # matplotlib, for which nobody else should wait
-
-        if page := make_report(directory):
-            print(f"Report of the {plural(len(result['order']), 'whole block')}: {page}", file=sys.stderr)
 
 
 def ratios(labels: Iterable[str], comparisons: Mapping[str, Comparison]) -> dict[str, float | None]:

@@ -3,8 +3,9 @@
 `python -m experiments.diverge RUN`, where RUN is the directory of a comparison. The first engine runs a share of the run's
 requests and its steps are recorded; both repeat them, on the first one's tokens, and whole rows of logits are compared. The
 first step whose logits are farther apart than rounding explains is repeated with its insides shown, and held against float64. A
-choice that differs where nothing exceeds the tolerance is a tie if the float64 margin is below twice the measured error. Both
-work with the first one's pages and budgets. The last line of what it prints, but at a terminal, is one JSON object, kept in RUN
+choice that differs where nothing exceeds the tolerance is a tie if the float64 margin is below twice the measured error; of
+ties the first is named, without a layer, since what rounding adds up to no layer is to blame for. Both work with the first
+one's pages and budgets. The last line of what it prints, but at a terminal, is one JSON object, kept in RUN
 as `diverge-1.json`, the next as `diverge-2.json`, and named in RUN's report.
 """
 
@@ -27,6 +28,7 @@ from rich.table import Table
 from common.config import Dtype, expect, whole
 from common.errors import ConfigError
 from experiments.agreement import SHAPE, record, small
+from experiments.cells import kernels_of
 from experiments.cli import launch, torn
 from experiments.config import EngineSpec, engine_specs, resolved
 from experiments.console import print_result, wide_console
@@ -35,14 +37,14 @@ from experiments.isolate import IsolatedEngine
 from experiments.job import JOBS, is_whole
 from experiments.launcher import quoted
 from experiments.localise import Finding
-from experiments.measure import Plan, make_plan
+from experiments.measure import KERNELS, Plan, make_plan
 from experiments.narrator import Narrator
 from experiments.observe import Compared
 from experiments.reference import NumpyModel
 from experiments.results import is_sweep, read_config, read_json
 from experiments.rundir import write_json
 from experiments.search import LOGITS, LOOKS, Search, Trace
-from experiments.words import number
+from experiments.words import number, plural
 from experiments.workload import Workload
 
 SHOWN = 5
@@ -59,10 +61,10 @@ def run(config: DictConfig) -> None:
     asked = share_of(recorded, config)
     dtype: Dtype = config.dtype
     expect(dtype in LOGITS, f"dtype must be float32 or bfloat16, got {dtype!r}.")
-    windows = windows_of(recorded, directory, dtype)
+    advice = windows_of(recorded, directory, dtype)
     with Narrator() as narrator, TemporaryDirectory(prefix="diverge-", dir=directory) as scratch:
         result = search(plan, specs, asked, dtype, directory, Path(scratch), narrator)
-    result["said"] = " ".join(filter(None, [sentence(result), windows]))
+    result |= {"said": sentence(result), "advice": advice}
     number = 1 + max(findings_of(directory), default=0)
     file = directory / f"diverge-{number}.json"
     write_json(file, result)
@@ -143,7 +145,7 @@ def search(
     first, second = (small(spec, len(share.items), dtype) for spec in specs)
     second = replace(second, config=replace(second.config, **{name: getattr(first.config, name) for name in SHAPE}))
     with ExitStack() as stack:
-        pair = []
+        pair, computed = [], {}
         for spec in (first, second):
             log = directory / f"diverge-{spec.label}.log"
             engine = stack.enter_context(IsolatedEngine(spec, log, plan.measure.timeout_s))
@@ -151,7 +153,8 @@ def search(
             shows = caps.get("observes", False)
             expect(shows, f"Engine {spec.label} does not show its steps; name two that do, as in engines=[jax,torch].")
             pair.append(engine)
-        return examine(pair, share, plan, dtype, scratch, narrator)
+            computed[spec.label] = {"kernels_used": ", ".join(caps["kernels"]), **{name: caps[name] for name in KERNELS}}
+        return examine(pair, share, plan, dtype, scratch, narrator) | {"computed_by": computed}
 
 
 def examine(
@@ -177,7 +180,6 @@ def examine(
         "engines": list(labels),
         "model": plan.model,
         "dtype": dtype,
-        "kernels": [spec.config.kernels for spec in (first, second)],
         "num_requests": len(share.items),
         "num_tokens": sum(len(row.tokens) for row in output),
         "num_steps": len(steps.steps),
@@ -240,8 +242,13 @@ def finding_in_words(result: Mapping[str, Any]) -> str:
         times, judged = result["differing_choices"], len(result["choices"])
         among = "" if times == judged else f" among the {judged} judged of {times} choices"
         which = "each time at a tie" if times == judged else f"the first {judged} of them at ties; the others were not judged"
-        often = f"{times} time{'s' * (times != 1)}"
-        return f"no defect{among}: {alike}, {same}. The engines chose differently {often}, {which}."
+        often, tie = plural(times, "time"), result["choices"][0]
+        return (
+            f"no defect{among}: {alike}, {same}. The engines chose differently {often}, {which}. The first is in "
+            f"step {tie['step']}, request {tie['request']}, position {tie['position']}: {first} took {tie['tokens'][0]} and "
+            f"{second} {tie['tokens'][1]}. No layer is to blame for a tie, so none is named: it is what rounding adds up to "
+            "over them all."
+        )
     return f"no difference: {alike}, {same}, every choice alike."
 
 
@@ -251,6 +258,7 @@ def shown(value: float | None) -> str:
 
 def print_finding(result: Mapping[str, Any], file: str) -> None:
     console = wide_console()
+    console.print(head(result), style="dim", highlight=False, markup=False)
     colour = {"defect": "red", "undecided": "yellow"}.get(result["verdict"], "green")
     console.print(f"[bold {colour}]{result['verdict']}[/]: {result['said']}", highlight=False)
     table = Table()
@@ -274,6 +282,15 @@ def print_finding(result: Mapping[str, Any], file: str) -> None:
         console.print("[dim]A tie: the margin is below twice the error, and the error no larger than rounding explains.[/]")
     if (judged := len(result["choices"])) > SHOWN:
         console.print(f"[dim]The first {SHOWN} of the {judged} judged; all {judged} are in {file}.[/]", highlight=False)
+    if result["advice"]:
+        console.print(result["advice"], highlight=False, markup=False)
+
+
+def head(result: Mapping[str, Any]) -> str:
+    """What was repeated, and by which kernels."""
+    engines = ", ".join(f"{label} by {kernels_of(mine)} kernels" for label, mine in result["computed_by"].items())
+    counts = ((result[f"num_{noun}s"], noun) for noun in ("request", "token", "step"))
+    return f"{result['model']} in {result['dtype']}, {engines}: {', '.join(plural(*count) for count in counts)}."
 
 
 def main() -> None:

@@ -159,7 +159,9 @@ def peaks(rows: Sequence[Record]) -> Record:
 
 def main() -> None:
     """`python -m experiments.export RUN_OR_SWEEP`: prints the files that it wrote."""
-    parser = argparse.ArgumentParser(prog="experiments.export", description="Write a run or a sweep as vllm bench would.")
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.export", description="Write a run or a sweep as vllm bench would."
+    )
     parser.add_argument(
         "directory", type=Path, help="the folder of a run (it holds results.json) or of a sweep (it holds jobs)"
     )

@@ -54,7 +54,7 @@ def kernels_alone(run: RunFiles) -> Iterator[Verdict]:
     if shares:
         said = "Of the time that all layers take, what they need at least: "
         said += ", ".join(f"{shape} {share:.0%}" for shape, share in shares.items()) + "."
-        value = f"{min(shares.values()):.0%} to {max(shares.values()):.0%}"
+        value = " to ".join(dict.fromkeys(f"{share:.0%}" for share in (min(shares.values()), max(shares.values()))))
         yield doubted(run.results, Verdict("calm", value, "of the limit, all layers", said))
 
 
@@ -122,9 +122,13 @@ def correctness(run: RunFiles) -> Iterator[Verdict]:
     else:
         yield in_float32(results)
         part = f"{math.floor(1000 * share) / 10} %"  # never rounded up to all
-        said = f"In {dtype}, the dtype timed, {part} of tokens come before their request's first difference. Where and why:"
-        line = shlex.join(["python", "-m", "experiments.diverge", str(run.directory), f"dtype={dtype}"])
-        yield Verdict("warn", f"{part} alike in {dtype}", "up to the first difference of each request", said, line)
+        said = f"In {dtype}, the dtype timed, {part} of tokens come before their request's first difference."
+        value, word = f"{part} alike in {dtype}", "up to the first difference of each request"
+        if answer := where_and_why(run):
+            yield Verdict(tone_of(answer), value, word, f"{said} {answer['said']} ({answer['file']})")
+        else:
+            line = shlex.join(["python", "-m", "experiments.diverge", str(run.directory), f"dtype={dtype}"])
+            yield Verdict("warn", value, word, f"{said} Where and why:", line)
 
 
 def in_float32(results: Mapping[str, Any], more: str = "") -> Verdict:
@@ -156,19 +160,36 @@ def in_float32(results: Mapping[str, Any], more: str = "") -> Verdict:
 
 def findings_of(directory: Path) -> dict[int, Path]:
     """What `experiments.diverge` has left in a run, by number."""
-    found = ((re.fullmatch(r"diverge-(\d+)\.json", file.name), file) for file in directory.iterdir())
+    found = ((re.fullmatch(r"diverge-(\d+)\.json", file.name), file) for file in directory.glob("diverge-*"))
     return dict(sorted((int(match[1]), file) for match, file in found if match))
 
 
+def answers(run: RunFiles) -> list[dict[str, Any]]:
+    """What `experiments.diverge` found, each time it was asked, with the `file` that it is from."""
+    return [json.loads(file.read_text(encoding="utf-8")) | {"file": file.name} for file in findings_of(run.directory).values()]
+
+
+def where_and_why(run: RunFiles) -> dict[str, Any] | None:
+    """The last answer that is of the run's own engines in the dtype that was timed, if its tokens differ there."""
+    share, dtype = run.results.get("tokens_equal_share"), run.results.get("dtype")
+    if run.partial or share is None or share >= 1:
+        return None
+    mine = [found for found in answers(run) if found["dtype"] == dtype and run.engines.keys() >= set(found["engines"])]
+    return mine[-1] if mine else None
+
+
 def divergences(run: RunFiles) -> Iterator[Verdict]:
-    """What `experiments.diverge` found, each time it was asked."""
+    """The answers of `experiments.diverge` but for that which `correctness` gives."""
+    given = where_and_why(run)
+    for found in answers(run):
+        if found != given:
+            against = f"{' and '.join(found['engines'])} in {found['dtype']}"
+            yield Verdict(tone_of(found), found["verdict"].capitalize(), against, f"{found['said']} ({found['file']})")
+
+
+def tone_of(found: Mapping[str, Any]) -> Tone:
     tones: Mapping[str, Tone] = {"defect": "bad", "undecided": "warn"}
-    for file in findings_of(run.directory).values():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        against = f"{' and '.join(found['engines'])} in {found['dtype']}"
-        yield Verdict(
-            tones.get(found["verdict"], "good"), found["verdict"].capitalize(), against, f"{found['said']} ({file.name})"
-        )
+    return tones.get(found["verdict"], "good")
 
 
 def notices(run: RunFiles) -> Iterator[Notice]:

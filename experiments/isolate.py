@@ -98,10 +98,12 @@ class IsolatedEngine:
 
     def time_kernels(
         self, model: Path, shapes: Sequence[Sequence[Any]], passes: int, progress: Progress | None = None
-    ) -> Message:
-        """Instead of `load`: what `experiments.pieces.time_kernels` returns of this engine's kernels."""
+    ) -> Iterator[Message]:
+        """Instead of `load`: what `experiments.pieces.time_kernels` tells of each shape, as soon as it does."""
         arguments = {"name": self.spec.name, "model": str(model), "config": asdict(self.spec.config)}
-        return self._call("time_kernels", progress, **arguments, shapes=shapes, passes=passes)
+        self._call("time_kernels", progress, **arguments, shapes=shapes, passes=passes)
+        for _ in shapes:
+            yield self._call("time_next_shape", progress)
 
     def observe(self, what: str, progress: Progress | None = None, **arguments: Any) -> Message:
         """What `experiments.observe.on_<what>` returns of this engine, once it is loaded."""

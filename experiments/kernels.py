@@ -7,8 +7,7 @@ Limits are counted as in `experiments.work`: layers and head are a step there. T
 `kernels=framework`, in pieces, padded as it pads. It writes keys and values in attend, the native kernels do in project:
 layers, which is all three, compares alike with alike.
 
-A run that is cut short keeps what each shape took, by operator in seconds (quartile, median, quartile): lines of JSON in the
-engine's log.
+A run that is cut short keeps results and a report of the shapes that were whole, with the limits that were measured before.
 
 A time includes the call out of Python, microseconds each, on JAX tens of them for each pass over the layers: the least that an
 operator can show. A fraction above 1 means that its data came from a cache, as that of a tiny model does, or that the machine
@@ -19,13 +18,14 @@ end is in doubt.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from importlib import util
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from omegaconf import DictConfig
 from rich.markup import escape
 from rich.table import Table
 
@@ -35,17 +35,12 @@ from common.request import SamplingParams
 from common.schedule.batch import Batch
 from common.schedule.rows import Rows
 from common.schedule.steplog import record_step
-from common.weights import zoo
-from common.weights.checkpoint import expected_shapes, open_checkpoint
-from experiments.config import EngineSpec, MeasureConfig, resolved, runs_folder
+from common.weights.checkpoint import expected_shapes
+from experiments.config import EngineSpec
 from experiments.console import print_doubts, wide_console
-from experiments.isolate import IsolatedEngine
-from experiments.job import job_directory
 from experiments.limits import SAID, Limits, better, limits_said
-from experiments.measure import KERNELS, limits_after, machine_limits
+from experiments.measure import KERNELS
 from experiments.metrics import BUSY
-from experiments.narrator import Narrator
-from experiments.rundir import finished, run_directory, write_json, write_setup
 from experiments.words import number
 from experiments.work import Work, limit_seconds, seen
 
@@ -156,50 +151,39 @@ def figures(
     return dict(zip(FIGURES, values, strict=True)) | {"framework_quartiles_ms": spread_ms(framework)}
 
 
-def run(config: DictConfig, spec: EngineSpec, measure: MeasureConfig) -> dict[str, Any]:
-    """Time the kernels of one engine, in a process of its own; a run directory and tables. Returns what results.json has."""
-    expect_native(spec)
-    name = str(resolved(config.model)["name"])
-    checkpoint = open_checkpoint(zoo.resolve(name))
-    with (
-        run_directory(runs_folder(config), f"kernels-{spec.label}", job_directory(config)) as directory,
-        Narrator() as narrator,
-    ):
-        write_setup(directory, config)
-        before = machine_limits(measure, narrator)
-        with IsolatedEngine(spec, directory / f"{spec.label}.log", measure.timeout_s) as engine:
-            answer = engine.time_kernels(checkpoint.path, SHAPES, measure.kernel_passes, narrator.progress(spec.label))
-        after, unmeasured = limits_after(measure, narrator)
-        limits = better(before, after) if before and after else None
-        limits_found = before and after and {"before": before.summary(), "after": after.summary()}
-        dtype, page_size, times = spec.config.dtype, spec.config.block_size, answer["times"]
-        shapes: dict[str, dict[str, Figures]] = {}
-        for shape in SHAPES:
-            work = needs(checkpoint.config, dtype, make_batch(shape, checkpoint.config.vocab_size, page_size), page_size)
-            native, framework = (times[kind][shape.name] for kind in ("native", "framework"))
-            shapes[shape.name] = {
-                operator: figures(work[operator], seconds, framework[operator], limits, dtype)
-                for operator, seconds in native.items()
-            }
-        share = answer["foreign_cpu_share"]
-        result = {
-            "engine": spec.label,
-            "model": name,
-            "dtype": dtype,
-            "passes": measure.kernel_passes,
-            "run": str(finished(directory)),
-            "failures": {},
-            "unmeasured": unmeasured,
-            **{name: answer[name] for name in KERNELS},
-            "limits": limits_found,
-            "foreign_cpu_share": share,
-            "contaminated": contaminations(shapes, share, limits.cache_bytes if limits else 0),
-            "unsure": moved(limits_found) if limits_found else [],
-            "shapes": shapes,
+def results(
+    spec: EngineSpec,
+    model: ModelConfig,
+    timed: Sequence[Mapping[str, Any]],
+    limits: Mapping[str, Limits | None],
+    unmeasured: str,
+) -> dict[str, Any]:
+    """What results.json has of the shapes that are timed, each as `experiments.pieces.time_kernels` tells it. `limits`: what
+    the machine could do before and after; `unmeasured`: why the latter is not known, where it should be."""
+    known = [] if unmeasured else [found for found in limits.values() if found]
+    best = reduce(better, known) if known else None
+    told = {when: found.summary() if found else None for when, found in limits.items()} if known else None
+    dtype, page_size, by_name = spec.config.dtype, spec.config.block_size, {shape.name: shape for shape in SHAPES}
+    shapes: dict[str, dict[str, Figures]] = {}
+    for found in timed:
+        batch = make_batch(by_name[found["shape"]], model.vocab_size, page_size)
+        work, times = needs(model, dtype, batch, page_size), found["times"]
+        shapes[found["shape"]] = {
+            operator: figures(work[operator], seconds, times["framework"][operator], best, dtype)
+            for operator, seconds in times["native"].items()
         }
-        write_json(directory / "results.json", result)
-    print_tables(result)
-    return result
+    foreign, watched = (sum(found[name] for found in timed) for name in ("foreign_cpu_seconds", "watched_seconds"))
+    share = foreign / (watched * (os.cpu_count() or 1))
+    return {
+        "failures": {},
+        "unmeasured": unmeasured,
+        **{name: timed[0][name] for name in KERNELS},
+        "limits": told,
+        "foreign_cpu_share": share,
+        "contaminated": contaminations(shapes, share, best.cache_bytes if best else 0),
+        "unsure": moved(told) if told else [],
+        "shapes": shapes,
+    }
 
 
 def spread_ms(quartiles: Sequence[float]) -> list[float]:
@@ -223,10 +207,12 @@ def contaminations(shapes: Mapping[str, Mapping[str, Figures]], foreign_share: f
     return reasons
 
 
-def moved(limits: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def moved(limits: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
     """That the machine was not the same before and after, with which limits, if it was not: a share of one is then a share of
-    what the machine can do at its best."""
+    what the machine can do at its best. Of a run that was cut short, that nobody knows."""
     before, after = limits["before"], limits["after"]
+    if before is None or after is None:
+        return ["the machine's limits were measured before the run alone, which was cut short"]
     apart = [
         f"{name} {number(before[key] / 1e9)} and {number(after[key] / 1e9)} {unit}"
         for key, name, unit in SAID

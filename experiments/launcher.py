@@ -31,6 +31,7 @@ from common.errors import ConfigError
 from common.exits import GATE
 from experiments.job import JOBS, Job, digest, is_done, is_whole, merged, read_jobs, write_jobs
 from experiments.progress import Board, told_apart
+from experiments.rundir import config_folders
 
 POLL_S = 0.1
 TAIL_LINES = 15
@@ -76,9 +77,10 @@ class ProcessLauncher(Launcher):
                     try:
                         jobs[job.digest] = self._attempt(folder, job, board)
                     except KeyboardInterrupt:
+                        resume, finish = resume_command(self._config.hydra, folder), finish_command(folder)
                         board.say(
-                            f"Interrupted: {board.done} of {len(mine)} jobs are done. Go on with:\n  {resume_command(folder)}\n"
-                            f"Table and report of what is done:\n  {finish_command(folder)}"
+                            f"Interrupted: {board.done} of {len(mine)} jobs are done. Go on with:\n  {resume}\n"
+                            f"Table and report of what is done:\n  {finish}"
                         )
                         raise
                     write_jobs(folder, list(jobs.values()))
@@ -101,11 +103,10 @@ class ProcessLauncher(Launcher):
 
     def _command(self, directory: Path, job: Job) -> list[str]:
         hydra = self._config.hydra
-        given = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
         mine = [f"hydra.sweep.dir={quoted(str(directory.parent.parent))}", f"hydra.sweep.subdir={JOBS}/{job.name}"]
         return [
             *(sys.executable, "-m", "experiments.job", hydra.job.config_name, str(directory)),
-            *(word for folder in given for word in ("--config-dir", folder)),
+            *config_folders(hydra),
             *(word for word in hydra.overrides.hydra if not word.startswith(("hydra.mode=", "hydra.sweep."))),
             *job.overrides,
             *mine,
@@ -204,10 +205,11 @@ def quoted(text: str) -> str:
     return QuotedString(text, Quote.single).with_quotes()
 
 
-def resume_command(folder: Path) -> str:
-    """The command line of this process, told which sweep to go on with."""
-    words = [*sys.orig_argv]
-    named = any(word.startswith(("sweep=", "hydra.sweep.dir=")) for word in words)
+def resume_command(hydra: DictConfig, folder: Path) -> str:
+    """The command line of a sweep, told which one to go on with. `hydra` is Hydra's own part of its configuration."""
+    asked = [word for word in (*hydra.overrides.hydra, *hydra.overrides.task) if not word.startswith("hydra.mode=")]
+    named = any(word.startswith(("sweep=", "hydra.sweep.dir=")) for word in asked)
+    words = ["python", "-m", f"experiments.{hydra.job.config_name}", *config_folders(hydra), "-m", *asked]
     return shlex.join(words if named else [*words, f"sweep={folder.name}"])
 
 

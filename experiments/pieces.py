@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import gc
 import inspect
-import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.config import EngineConfig, ModelConfig, expect
-from common.interface import Progress
 from common.kernels.cpu.build import arithmetic
 from common.kernels.cpu.pages import page_bytes
 from common.kernels.cpu.step import pack_step
@@ -228,13 +225,11 @@ def time_kernels(
     config: EngineConfig,
     shapes: Sequence[Shape],
     passes: int,
-    progress: Progress,
-) -> dict[str, Any]:
-    """`times`: kind of kernels → shape → operator → seconds, the quartiles of the passes with the median between them;
-    `foreign_cpu_share`: what other programs used of the processors meanwhile; `kernel_library`: the file of the native kernels,
-    and `kernel_arithmetic`: what they multiply with.
-    What a shape took is printed as soon as it is known, as a line of JSON, and so stands in the engine's log. Raises
-    `ConfigError` or `BackendError` where the native kernels do not serve this model under these settings."""
+) -> Iterator[dict[str, Any]]:
+    """For each `shape`, by name, `times`: kind of kernels → operator → seconds, the quartiles of the passes with the median
+    between them; `foreign_cpu_seconds`: what other programs computed in the `watched_seconds` that it took; `kernel_library`:
+    the file of the native kernels, and `kernel_arithmetic`: what they multiply with. Raises `ConfigError` or `BackendError`
+    where the native kernels do not serve this model under these settings."""
     config = replace(
         config,
         kernels="native",
@@ -251,19 +246,10 @@ def time_kernels(
         f"The KV pages of the longest step take {needed} bytes, native ones and the framework's, and {free} are free; take a "
         "smaller model.",
     )
-
-    times: dict[str, dict[str, dict[str, list[float]]]] = {kind: {} for kind in KINDS}
-    foreign = wall = 0.0
-    for done, (name, found, others, passed) in enumerate(time_shapes(backend, checkpoint, config, shapes, passes), 1):
-        for kind, seconds in found.items():
-            times[kind][name] = seconds
-            print(json.dumps({"kernels": kind, "shape": name, "seconds": seconds}), flush=True)  # kept if it is cut short
-        foreign, wall = foreign + others, wall + passed
-        progress(done, len(shapes), f"kernels, {name}")
-    share = foreign / (wall * (os.cpu_count() or 1))
-    library = part(backend, "kernels").built_library()
-    built = {"kernel_library": library.name, "kernel_arithmetic": arithmetic(library, config.dtype)}
-    return {"times": times, "foreign_cpu_share": share, **built}
+    for name, times, foreign, watched in time_shapes(backend, checkpoint, config, shapes, passes):
+        library = part(backend, "kernels").built_library()
+        built = {"kernel_library": library.name, "kernel_arithmetic": arithmetic(library, config.dtype)}
+        yield {"shape": name, "times": times, "foreign_cpu_seconds": foreign, "watched_seconds": watched, **built}
 
 
 def time_shapes(

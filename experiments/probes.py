@@ -212,7 +212,9 @@ MATMULS: Mapping[str, Matmul] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="experiments.probes", description="Measure this machine's limits in this process.")
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.probes", description="Measure this machine's limits in this process."
+    )
     parser.add_argument("--seconds", type=float, default=SECONDS, help="how long to repeat each way (%(default)s)")
     print_json(asdict(find_limits(parser.parse_args().seconds)))
 

@@ -101,7 +101,9 @@ def put(directory: Path, files: Mapping[str, bytes]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="experiments.report", description="Write the report of a run or of a sweep.")
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.report", description="Write the report of a run or of a sweep."
+    )
     parser.add_argument(
         "directory", type=Path, help="the folder of a run (it holds results.json) or of a sweep (it holds jobs)"
     )

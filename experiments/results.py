@@ -27,7 +27,7 @@ SCALARS = (int, float, str, bool, type(None))
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run, or the whole blocks of one that was cut short."""
+    """A run, or the whole blocks or shapes of one that was cut short."""
 
     directory: Path
     config: dict[str, Any]
@@ -65,9 +65,9 @@ def cut_short(directory: Path) -> str:
 
 
 def read_run(directory: Path) -> RunFiles:
-    """As `open_run`, and of a comparison that was cut short what its whole blocks have given."""
+    """As `open_run`, and of one that was cut short what it kept: of a comparison its whole blocks, of kernels whole shapes."""
     there = (directory / "results.json").exists() or not directory.name.endswith(PARTIAL)
-    expect(there, f"{cut_short(directory)} It has no results: no block was whole, or nobody could write them.")
+    expect(there, f"{cut_short(directory)} It has no results: no part was whole, or nobody could write them.")
     results, environment = (read_json(directory, name) for name in ("results.json", "environment.json"))
     config: Any = OmegaConf.to_container(read_config(directory))
     ours = "engine" in results or isinstance(results.get("engines"), dict)

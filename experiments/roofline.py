@@ -79,7 +79,7 @@ def no_roofline(windows: Iterable[Window], limits: Limits | None, engines: int) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="experiments.roofline", description="Measure this machine's limits.")
+    parser = argparse.ArgumentParser(prog="python -m experiments.roofline", description="Measure this machine's limits.")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="how long to repeat each way (%(default)s)")
     options = parser.parse_args()
     if not 0 <= options.seconds <= 60:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.cells import FIGURES
+from experiments.cells import FIGURES, kernels_of
 from experiments.findings import correctness, divergences, kernels_alone, notices, open_loop, speed
 from experiments.glossary import GLOSSARY
 from experiments.page import Page, Table, known
@@ -44,7 +44,7 @@ def run_page(run: RunFiles) -> tuple[Page, pd.DataFrame, pd.DataFrame]:
     paced = open_loop(run.config.get("workload") or {}, rows["scheduled"])
     page = Page(
         kind="comparison" if len(engines) > 1 else "kernels" if run.kind == "kernels" else "run",
-        title=f"Partial, of {plural(blocks_of(run), 'block')}: " * run.partial + title(run.results, engines),
+        title=f"Partial, of {whole_parts(run)}: " * run.partial + title(run.results, engines),
         facts=facts(run),
         verdicts=[*speed(run, paced), *kernels_alone(run), *correctness(run), *divergences(run)],
         notices=list(notices(run)),
@@ -70,6 +70,10 @@ def title(results: Mapping[str, Any], engines: Sequence[str]) -> str:
 
 def blocks_of(run: RunFiles) -> int:
     return max((len(mine.get("block_output_throughput") or ()) for mine in run.engines.values()), default=0)
+
+
+def whole_parts(run: RunFiles) -> str:
+    return plural(len(run.results["shapes"]), "shape") if run.kind == "kernels" else plural(blocks_of(run), "block")
 
 
 def facts(run: RunFiles) -> list[str]:
@@ -111,8 +115,3 @@ def kernels_by_engine(run: RunFiles) -> str:
 def telling(run: RunFiles) -> dict[str, dict[str, Any]]:
     """The engines that tell what their kernels were."""
     return {label: mine for label, mine in run.engines.items() if mine.get("kernels_used")}
-
-
-def kernels_of(figures: Mapping[str, Any]) -> str:
-    kind, arithmetic = figures["kernels_used"], figures.get("kernel_arithmetic")
-    return f"{kind} ({arithmetic})" if arithmetic else kind

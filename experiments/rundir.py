@@ -68,7 +68,9 @@ def run_directory(root: Path, what: str, directory: Path | None = None) -> Itera
             partial.parent.rmdir()  # if it was made for this run, it is empty now
         raise
     except KeyboardInterrupt:
-        print(f"Interrupted. What was written so far is in {partial}.", file=sys.stderr)
+        results = any((partial / name).exists() for name in ("results.json", ROWS))
+        said = "What was written so far is" if results else "There are no results yet; configuration and logs are"
+        print(f"Interrupted. {said} in {partial}.", file=sys.stderr)
         raise
     except OSError as error:
         if error.errno not in FULL:
@@ -131,11 +133,15 @@ def rerun_command() -> list[str]:
     if not HydraConfig.initialized():
         return sys.orig_argv
     hydra = HydraConfig.get()
-    folders = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
-    options = [word for folder in folders for word in ("--config-dir", folder)]
     wanted = [word for word in hydra.overrides.hydra if not word.startswith(("hydra.mode=", "hydra.sweep."))]
     wanted += [word for word in hydra.overrides.task if not word.startswith("sweep=")]
-    return ["python", "-m", f"experiments.{hydra.job.config_name}", *options, *wanted]
+    return ["python", "-m", f"experiments.{hydra.job.config_name}", *config_folders(hydra), *wanted]
+
+
+def config_folders(hydra: Any) -> list[str]:
+    """The words of a command line that name folders of configurations beside ours; `hydra` is Hydra's own part of one."""
+    given = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    return [word for folder in given for word in ("--config-dir", folder)]
 
 
 def environment() -> dict[str, Any]:

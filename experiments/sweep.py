@@ -121,7 +121,9 @@ def cell(value: object) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="experiments.sweep", description="Make table and report of a sweep as far as it is.")
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.sweep", description="Make table and report of a sweep as far as it is."
+    )
     parser.add_argument("folder", type=Path, help="the folder of one sweep, such as runs/sweeps/NAME")
     try:
         well = finish(parser.parse_args().folder)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib import import_module, util
 from typing import IO, Any
@@ -59,6 +59,8 @@ class Worker:
         self._last_progress = 0.0
         self._stage_ended: float | None = None
         """When the first stage of `build` was done: weights come first, then warm-up."""
+        self._timed: Iterator[Message] = iter(())
+        """What kernels take, shape by shape."""
 
     def answer(self, message: Message) -> Message:
         command = getattr(self, f"on_{message.pop('command')}")
@@ -98,7 +100,11 @@ class Worker:
         from experiments import kernels, pieces  # not in a peer's environment
 
         steps = [kernels.Shape(*shape) for shape in shapes]
-        return pieces.time_kernels(name, open_checkpoint(model), EngineConfig(**config), steps, passes, self.progress)
+        self._timed = pieces.time_kernels(name, open_checkpoint(model), EngineConfig(**config), steps, passes)
+        return {}
+
+    def on_time_next_shape(self) -> Message:
+        return next(self._timed)
 
     def on_observe(self, what: str, **arguments: Any) -> Message:
         from experiments import observe  # not in a peer's environment

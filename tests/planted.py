@@ -98,7 +98,7 @@ BATCHES: dict[str, Callable[[Batch], Batch]] = {"slot": slot, "token": token}
 def planted(base: type[ModelRunner], defect: str) -> type[ModelRunner]:
     """A class of runners like `base` but for one defect."""
 
-    class Planted(base):  # type: ignore[misc, valid-type]
+    class Planted(base):  # type: ignore[valid-type]
         _steps = 0
 
         def load(self, checkpoint: Checkpoint, progress: Progress | None = None) -> None:
@@ -149,7 +149,7 @@ def shifted_mask(attention: Any) -> Iterator[None]:
     right = attention.query_tiles
 
     def wrong(batch: Batch, chunk: int) -> tuple[Any, Any]:
-        return tuple(replace(tiles, position=tiles.position - 1) for tiles in right(batch, chunk))  # type: ignore[return-value]
+        return tuple(replace(tiles, position=tiles.position - 1) for tiles in right(batch, chunk))
 
     attention.query_tiles = wrong
     try:
@@ -188,13 +188,15 @@ class Local:
 
 def make_local(label: str, backend: str, kernels: str, path: Path, defect: str = "", dtype: str = "float32") -> Local:
     config = EngineConfig(
-        dtype=dtype,  # type: ignore[arg-type]
-        kernels=kernels,  # type: ignore[arg-type]
+        dtype=dtype,
+        kernels=kernels,
         device="cpu",
         threads=1,
         max_num_seqs=4,
         max_num_batched_tokens=96,
         max_model_len=64,
     )
-    kind = import_module(f"{backend}infer").ModelRunner
-    return Local(label, (planted(kind, defect) if defect else kind)(config), config, path)
+    kind: Any = import_module(f"{backend}infer").ModelRunner
+    if defect:
+        kind = planted(kind, defect)
+    return Local(label, kind(config), config, path)

@@ -134,7 +134,7 @@ def awaits_parent(seq: Sequence) -> bool:
 
 def plain(logprobs: Logprobs | None) -> tuple[float, int, list[int]] | None:
     """To be compared."""
-    return logprobs and (logprobs.logprob, logprobs.rank, list(logprobs.top_ids))
+    return None if logprobs is None else (logprobs.logprob, logprobs.rank, list(logprobs.top_ids))
 
 
 def is_late(request: Request, now: float) -> bool:

@@ -27,12 +27,14 @@ def simulate(
     """Rows and steps of one window: requests arrive, at most `SEQS` run, each step gives each of them one token."""
     arrivals = np.cumsum(rng.exponential(2e-3, count))
     prompts, outputs = rng.integers(20, 120, count), rng.integers(2, output_len + 1, count)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"request_id": str(i), "prompt_len": int(prompts[i]), "output_len": int(outputs[i]), "scheduled": float(arrivals[i]),
          "sent": 0.0, "times": [], "tokens": [], "finish": "length", "error": None, "logprobs": []}
         for i in range(count)
     ]  # fmt: skip
-    steps, running, sent, now = [], [], 0, 0.0
+    steps: list[dict[str, Any]] = []
+    running: list[int] = []
+    sent, now = 0, 0.0
     while sent < count or running:
         if not running and sent < count:
             now = max(now, arrivals[sent])

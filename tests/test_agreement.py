@@ -114,7 +114,7 @@ def test_reported_positions_end_at_the_first_divergence() -> None:
 
 
 def spec(**options: int) -> EngineSpec:
-    return EngineSpec(label="x", name="x", config=EngineConfig(**options))  # type: ignore[arg-type]
+    return EngineSpec(label="x", name="x", config=EngineConfig(**options))
 
 
 def test_only_engines_of_one_shape_repeat_each_others_steps() -> None:

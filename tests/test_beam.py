@@ -230,7 +230,7 @@ def test_what_cannot_be_followed_to_its_end_is_refused_before_anything_runs(llm:
     with pytest.raises(RequestError, match=r"set beam_width to at most \d+, or ignore_eos"):
         llm.beam_search([[1, 2]], BeamSearchParams(beam_width=20, max_tokens=3))
     with pytest.raises(RequestError, match="must be BeamSearchParams, got SamplingParams"):
-        llm.beam_search("the", SamplingParams())  # type: ignore[arg-type]
+        llm.beam_search("the", SamplingParams())
     assert llm.engine.stats()["steps"] == steps
     wide = BeamSearchParams(beam_width=20, max_tokens=2, ignore_eos=True)
     assert len(llm.beam_search([[1, 2]], wide)[0].outputs) == 20

@@ -14,7 +14,7 @@ from experiments.statistics import fewest_blocks
 
 def config(blocks: int, **more: float) -> MeasureConfig:
     fixed = {"budget_s": 100.0, "warmup_requests": 0, "warmup_output_len": 1, "limits_s": 0.0}
-    return MeasureConfig(**{"blocks": blocks} | fixed | more)  # type: ignore[arg-type]
+    return MeasureConfig(**{"blocks": blocks} | fixed | more)
 
 
 def count(config: MeasureConfig, block_s: float = 1.0, settled: bool = False, comparisons: int = 1) -> tuple[int, str]:
@@ -29,7 +29,7 @@ def count(config: MeasureConfig, block_s: float = 1.0, settled: bool = False, co
 
 def option(config: MeasureConfig, *arguments: Any) -> str:
     """What ended it."""
-    stop = reason_to_stop(config, *arguments, lambda: True)
+    stop = reason_to_stop(config, *arguments, settled=lambda: True)
     assert stop
     return stop.option
 

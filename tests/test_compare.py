@@ -133,7 +133,7 @@ def test_a_comparison_that_is_interrupted_has_a_report_of_its_whole_blocks(histo
 def test_of_a_run_that_is_cut_short_the_blocks_count_that_all_engines_ended() -> None:
     window = Window((), 1.0)
     outcome = Outcome({"a": [window], "b": []}, order=[["a", "b"]])
-    assert outcome.cut_short(None) == 0  # type: ignore[arg-type]  # nothing to conclude by
+    assert outcome.cut_short(None) == 0  # nothing to conclude by
     assert (outcome.windows, outcome.order) == ({"a": [], "b": []}, [])
 
 

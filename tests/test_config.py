@@ -77,7 +77,7 @@ def test_an_engine_option_that_cannot_work_is_refused_by_name(option: str, value
 @pytest.mark.parametrize("option", ["tensor_parallel_size", "pipeline_parallel_size"])
 def test_a_step_of_several_ranks_is_not_compiled_by_torch(option: str) -> None:
     with pytest.raises(ConfigError, match=rf"compile=true .* {option}=2"):
-        EngineConfig(compile=True, **{option: 2})  # type: ignore[arg-type]
+        EngineConfig(compile=True, **{option: 2})
 
 
 def test_a_misspelt_engine_option_is_told_the_nearest() -> None:

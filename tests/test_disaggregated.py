@@ -182,7 +182,7 @@ def test_a_request_can_be_ended_while_its_pages_are_handed_over_and_they_come_ba
     (asked,) = requests(1)
     two.add(asked)
     events: list[TokenEvent] = []
-    Awake().wait(lambda: events.extend(two.step(0)) or (history / state).exists())  # type: ignore[func-returns-value]
+    Awake().wait(lambda: events.extend(two.step(0)) or (history / state).exists())
     assert two.abort(asked.request_id) and not two.abort(asked.request_id)
     events += two.step()
     assert [event.finish for event in events] == [None, Status.FINISHED_ABORT]

@@ -58,6 +58,10 @@ def test_a_defect_in_a_third_backend_is_named_from_a_run_directory(
     right, wrong = result["engines"]
     assert wrong.startswith("wrong-") and found["wrong"] == [wrong] and result["verdict"] == "defect"
     assert f"layer {LAYER}, q" in result["said"] and "defect" in printed
+    ran = [mine["kernels_used"] for mine in result["computed_by"].values()]
+    assert list(result["computed_by"]) == [right, wrong] and ran == ["native", "native"]
+    by = f"in float32, {right} by native ({result['computed_by'][right]['kernel_arithmetic']}) kernels, {wrong} by native ("
+    assert by in " ".join(printed.split()).partition("defect: ")[0]
     assert json.loads((run / "diverge-1.json").read_text()) == result
     assert sorted(path.name for path in run.iterdir()) == [
         "config.yaml",
@@ -168,7 +172,12 @@ CHOICE = {"step": 2, "request": 1, "position": 9, "tokens": (4, 5), "margin": 1e
 
 def result(**fields: Any) -> Mapping[str, Any]:
     base = {"engines": ["jax", "torch"], "num_positions": 9, "num_steps": 4, "max_logit_error": 2e-6, "finding": None}
-    base |= {"looked_into": 0, "dtype": "float32"}
+    ran = {
+        "jax": {"kernels_used": "native", "kernel_arithmetic": "AMX"},
+        "torch": {"kernels_used": "framework", "kernel_arithmetic": None},
+    }
+    base |= {"looked_into": 0, "dtype": "float32", "model": "any", "num_requests": 1, "num_tokens": 9, "computed_by": ran}
+    base |= {"advice": ""}
     return base | {"choices": [], "verdict": "equal"} | fields
 
 
@@ -179,6 +188,7 @@ def test_what_was_found_is_said_in_words() -> None:
     tie = {"verdict": "tie", "choices": [CHOICE | {"justified": True}]}
     every = sentence(result(**tie, differing_choices=1, dtype="bfloat16"))
     assert every.startswith("In bfloat16 no defect: ") and "chose differently 1 time, each time at a tie" in every
+    assert "The first is in step 2, request 1, position 9: jax took 4 and torch 5. No layer is to blame" in every
     some = sentence(result(**tie, differing_choices=7))
     assert some.startswith("In float32 no defect among the 1 judged of 7 choices: ")
     assert "chose differently 7 times, the first 1 of them at ties; the others were not judged" in some
@@ -207,6 +217,15 @@ def test_a_table_that_is_cut_says_where_the_rest_is(judged: int, cut: bool, caps
     printed = capsys.readouterr().out
     assert printed.count("tie │") == 5 and "judged ┃" in printed
     assert ("The first 5 of the 6 judged; all 6 are in diverge-3.json." in printed) is cut
+
+
+def test_what_ran_stands_above_what_was_found_and_where_else_to_look_below(capsys: pytest.CaptureFixture[str]) -> None:
+    print_finding(result(said="the finding", advice="look elsewhere"), "diverge-3.json")
+    assert capsys.readouterr().out.splitlines() == [
+        "any in float32, jax by native (AMX) kernels, torch by framework kernels: 1 request, 9 tokens, 4 steps.",
+        "equal: the finding",
+        "look elsewhere",
+    ]
 
 
 @pytest.mark.parametrize(

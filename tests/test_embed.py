@@ -146,7 +146,7 @@ def test_a_model_in_python_embeds_what_it_is_given_while_a_stream_is_open() -> N
         assert text == again.outputs[0].text and outputs[0].prompt_token_ids == PROMPTS[2]
         assert llm.embed([]) == []
         with pytest.raises(RequestError, match="pooling must be one of mean, last"):
-            llm.embed("a", pooling="max")  # type: ignore[arg-type]
+            llm.embed("a", pooling="max")
 
 
 def test_as_many_prompts_are_taken_as_fit() -> None:

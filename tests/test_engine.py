@@ -481,9 +481,9 @@ def test_requests_that_come_during_a_trial_wait_and_lose_nothing() -> None:
         assert not engine.scheduler.live["new"].admissions
         events += engine.step()
     events += drain(engine)
-    for number, (name, prompt) in enumerate((("a", [1] * 9), ("bad", None), ("b", [3] * 9), ("new", range(10)))):
-        if prompt:
-            assert tokens(of(events, name)) == right(request(name, prompt), number).tokens
+    for number, (name, asked) in enumerate((("a", [1] * 9), ("bad", None), ("b", [3] * 9), ("new", range(10)))):
+        if asked:
+            assert tokens(of(events, name)) == right(request(name, asked), number).tokens
     assert [e.finish for e in of(events, "bad")] == [Status.FINISHED_ERROR]
 
 
@@ -640,7 +640,7 @@ class Package:
     """A backend package `historyinfer`, importable while the test runs."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.made: list[HistoryRunner] = []
+        self.made: list[Any] = []
         self.calls: list[str] = []
         package = self
 

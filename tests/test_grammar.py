@@ -205,7 +205,7 @@ def test_a_mask_that_comes_late_does_what_one_in_the_batch_does(grammars: Gramma
     engine = make_engine(backend, MODEL, config)
     inner, engine.runner = engine.runner, Recorder(engine.runner, tmp_path / "trace")
     engine.run(everything(grammars)[::5])
-    engine.runner.stop()  # type: ignore[attr-defined]
+    engine.runner.stop()
     steps = list(replay(tmp_path / "trace", inner))
     assert len(steps) > 10 and any(batch.masks is not None for _, batch, _, _ in steps)
     assert all(old.tokens.tolist() == new.tokens.tolist() for _, _, old, new in steps)
@@ -498,7 +498,7 @@ def test_a_request_brings_the_grammar_of_what_its_parameters_ask() -> None:
     with pytest.raises(RequestError, match="brings no grammar"):
         Request(request_id="a", prompt_token_ids=(1,), params=asked)
     with pytest.raises(RequestError, match="must be StructuredOutputsParams"):
-        SamplingParams(structured_outputs={"json_object": True})  # type: ignore[arg-type]
+        SamplingParams(structured_outputs={"json_object": True})
 
 
 # ── for people: the library and the server ───────────────────────────────────────────────────────────────────────────────

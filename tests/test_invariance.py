@@ -137,9 +137,9 @@ def yardstick(backend: str) -> Outputs:
 def check(request: Request, one: Sequence[TokenEvent], other: Sequence[TokenEvent]) -> None:
     """Two schedules of one request: logprobs agree, and a divergence is no larger than rounding explains."""
     tokens_a, tokens_b = tokens(one), tokens(other)
-    logprobs = [[event.logprobs for event in events if event.logprobs] for events in (one, other)]
+    logprobs_a, logprobs_b = ([event.logprobs for event in events if event.logprobs] for events in (one, other))
     reference = float64_reference(checkpoint(MODEL))
-    agreement = judge(request.prompt_token_ids, tokens_a, tokens_b, *logprobs, reference, TOLERANCE)
+    agreement = judge(request.prompt_token_ids, tokens_a, tokens_b, logprobs_a, logprobs_b, reference, TOLERANCE)
     assert agreement.max_abs_logprob_diff < TOLERANCE
     assert len(tokens_a) == len(tokens_b) and one[-1].finish == other[-1].finish
     if agreement.divergence is None or (request.params.greedy and agreement.divergence.justified):

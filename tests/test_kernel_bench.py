@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pytest
 from common.config import EngineConfig, ModelConfig
 from common.schedule.steplog import record_step
 from experiments import bench, compare, kernels, pieces
+from experiments.isolate import EngineFailure, IsolatedEngine
 from experiments.kernels import Shape, make_batch, needs
 from experiments.limits import READ, Limits
 from experiments.report import write_report
@@ -25,6 +26,10 @@ from tests.history_backend import ROOT, command, history, last_line
 
 __all__ = ["history"]
 
+OPTIONS = ("model=tiny-llama", "dtype=float32", "threads=1", "measure=kernels", "measure.kernel_passes=2")
+LIMITS = Limits(
+    ways={READ: {"way": 1e11}, "float32": {"way": 1e12}, "bfloat16": {"way": 1e12}}, threads=1, cache_bytes=0, buffer_bytes=0
+)
 DECODE, PREFILL = Shape("decode", 3, 30, 1), Shape("prefill", 1, 0, 40)
 LONG = Shape("long", 8, 4095, 1)
 
@@ -86,7 +91,8 @@ def test_a_figure_is_the_work_over_the_time_and_the_time_over_the_limit() -> Non
 
 
 def test_a_figure_above_the_limit_and_other_programs_contaminate() -> None:
-    figures = {"decode": {"head": (0.9, 9.0), "sample": (None, 0.5)}, "prefill": {"head": (1.0, 9.0)}}
+    decode: dict[str, Any] = {"head": (0.9, 9.0), "sample": (None, 0.5)}
+    figures = {"decode": decode, "prefill": {"head": (1.0, 9.0)}}
     told = lambda found: {  # noqa: E731
         shape: {operator: {"fraction": fraction, "mib": mib} for operator, (fraction, mib) in rows.items()}
         for shape, rows in found.items()
@@ -148,7 +154,7 @@ class Operators:
 @pytest.mark.parametrize("shape", [DECODE, PREFILL], ids=lambda shape: shape.name)
 def test_both_kinds_of_an_operator_compute_the_same(backend: str, shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
     glue = pieces.GLUES[backend]()._replace(after=lambda x, _: x)  # JAX's adds a little to one number
-    monkeypatch.setitem(pieces.GLUES, backend, lambda: glue)  # type: ignore[arg-type]
+    monkeypatch.setitem(pieces.GLUES, backend, lambda: glue)
     native, framework = (Operators(kind, backend, shape) for kind in ("native", "framework"))
     T, R = native.tokens, native.rows
 
@@ -190,7 +196,7 @@ def test_passes_of_both_kinds_take_turns(backend: str, monkeypatch: pytest.Monke
 
         return noted
 
-    monkeypatch.setitem(pieces.GLUES, backend, lambda: glue._replace(runner=runner))  # type: ignore[arg-type]
+    monkeypatch.setitem(pieces.GLUES, backend, lambda: glue._replace(runner=runner))
     part(backend, "kernels").open_library()
     config = EngineConfig(dtype="float32", threads=THREADS, max_num_seqs=4, max_num_batched_tokens=64)
     found = list(pieces.time_shapes(backend, checkpoint("tiny-llama"), config, [DECODE, PREFILL], passes=3))
@@ -210,15 +216,8 @@ def test_the_command_times_every_operator_and_keeps_the_run(
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(kernels, "SHAPES", (DECODE, PREFILL))
     asked: list[float] = []
-    limits = Limits(
-        ways={READ: {"way": 1e11}, "float32": {"way": 1e12}, "bfloat16": {"way": 1e12}},
-        threads=1,
-        cache_bytes=0,
-        buffer_bytes=0,
-    )
-    monkeypatch.setattr("experiments.measure.measure_limits", lambda seconds: asked.append(seconds) or limits)
-    options = ("model=tiny-llama", "dtype=float32", "threads=1", "measure=kernels", "measure.kernel_passes=2")
-    command(monkeypatch, bench.main, f"engine={backend}", *options, "report=true")
+    monkeypatch.setattr("experiments.measure.measure_limits", lambda seconds: asked.append(seconds) or LIMITS)
+    command(monkeypatch, bench.main, f"engine={backend}", *OPTIONS, "report=true")
     out = capsys.readouterr().out
     result = last_line(out)
     assert "Limits before and after: memory read 100.0 and 100.0 GB/s, matmul float32 1,000 and 1,000 GFLOP/s" in out
@@ -226,22 +225,44 @@ def test_the_command_times_every_operator_and_keeps_the_run(
     assert (result["engine"], result["model"], result["passes"], len(asked)) == (backend, "tiny-llama", 2, 2)
     assert json.loads((Path(result["run"]) / "results.json").read_text()) == result
     assert set(result["shapes"]) == {"decode", "prefill"} and "decode" in out and "of limit" in out
-    log = (Path(result["run"]) / f"{backend}.log").read_text()  # where they are too if the run is cut short
-    kept = [json.loads(line) for line in log.splitlines() if line.startswith('{"kernels"')]
-    assert [(row["kernels"], row["shape"]) for row in kept] == [
-        (kind, shape) for shape in ("decode", "prefill") for kind in ("native", "framework")
-    ]
-    low, median, high = (1e3 * seconds for seconds in kept[0]["seconds"]["head"])
-    head = result["shapes"]["decode"]["head"]
-    assert head["ms"] == pytest.approx(median) and head["quartiles_ms"] == pytest.approx([low, high]) and low <= median <= high
     for operators in result["shapes"].values():
         assert set(operators) == {"embed", "project", "attend", "combine", "layers", "head", "sample"}
         for values in operators.values():
             assert values["ms"] > 0 and values["ratio"] == pytest.approx(values["framework_ms"] / values["ms"])
             assert values["fraction"] == pytest.approx(values["limit_ms"] / values["ms"])
-            assert values["framework_quartiles_ms"][0] <= values["framework_ms"] <= values["framework_quartiles_ms"][1]
+            for kind in ("", "framework_"):
+                low, high = values[f"{kind}quartiles_ms"]
+                assert low <= values[f"{kind}ms"] <= high
             limit = max(values["mib"] * 2**20 / 1e11, values["gflop"] / 1e3)
             assert values["limit_ms"] == pytest.approx(limit * 1e3)
+
+
+@pytest.mark.parametrize(("end", "code"), [(KeyboardInterrupt(), 130), (EngineFailure("it is gone"), 1)])
+def test_a_run_of_kernels_that_is_cut_short_keeps_results_and_report_of_its_whole_shapes(
+    end: BaseException, code: int, history: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kernels, "SHAPES", (DECODE, PREFILL))
+    monkeypatch.setattr("experiments.measure.measure_limits", lambda _: LIMITS)
+    whole = IsolatedEngine.time_kernels
+
+    def cut_short(self: IsolatedEngine, *arguments: Any) -> Iterator[Any]:
+        yield next(whole(self, *arguments))
+        raise end
+
+    monkeypatch.setattr(IsolatedEngine, "time_kernels", cut_short)
+    with pytest.raises(SystemExit) as exit:
+        command(monkeypatch, bench.main, "engine=torch", *OPTIONS, "report=true")
+    assert exit.value.code == code
+    (partial,) = (history / "runs").iterdir()
+    output, errors = capfd.readouterr()
+    assert output == "" and f"Report of the 1 whole shape: runs/{partial.name}/report.html\n" in errors
+    assert ("Interrupted. What was written so far is in" in errors) is (code == 130)
+    result = json.loads((partial / "results.json").read_text())
+    assert partial.suffix == ".partial" and list(result["shapes"]) == ["decode"] and result["limits"]["after"] is None
+    assert result["shapes"]["decode"]["layers"]["fraction"] > 0 and result["foreign_cpu_share"] >= 0
+    said = (partial / "report.md").read_text()
+    assert said.startswith("## Partial, of 1 shape: torch\n") and "before the run alone, which was cut short" in said
+    assert ("it is gone" in said) is (code == 1) and "% to " not in said
 
 
 def timed(fraction: float) -> dict[str, Any]:

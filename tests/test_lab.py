@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from omegaconf import OmegaConf
@@ -121,7 +123,7 @@ def test_a_command_that_names_no_run_raises_what_it_said(code: int, said: str, k
 
 
 def test_a_misspelt_override_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lab.subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
     with pytest.raises(ConfigError, match="Did you mean 'ragged'"):
         lab.bench("workload=raged")
 
@@ -236,10 +238,11 @@ def test_a_contaminated_run_says_why(tmp_path: Path) -> None:
 def test_a_run_is_drawn_with_one_colour_an_engine(tmp_path: Path) -> None:
     figure = lab.Run.open(write_run(tmp_path / "two", {"jax": 1.0, "torch": 2.0})).plot()
     speed, first, between = figure.axes
-    assert [line.get_ydata().tolist() for line in speed.lines] == [[8 / 6] * 2, [16 / 6] * 2]
-    assert [text.get_text() for text in first.get_legend().get_texts()] == ["jax", "torch"]
-    assert sorted(first.lines[0].get_xdata()[1:]) == [1000, 1000, 2000, 2000]
-    assert set(between.lines[1].get_xdata()[1:].round()) == {500}
+    legend = first.get_legend()
+    assert legend and [text.get_text() for text in legend.get_texts()] == ["jax", "torch"]
+    assert [np.asarray(line.get_ydata()).tolist() for line in speed.lines] == [[8 / 6] * 2, [16 / 6] * 2]
+    assert sorted(np.asarray(first.lines[0].get_xdata())[1:]) == [1000, 1000, 2000, 2000]
+    assert set(np.asarray(between.lines[1].get_xdata())[1:].round()) == {500}
 
 
 def test_a_run_of_which_nothing_came_is_drawn_too(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import common.llm
+from common.engine import Engine
 from common.errors import BackendError, CheckpointError, ConfigError, RequestError, TandemError
 from common.exits import FAILURE, READER_GONE
 from common.interrupt import uninterrupted
@@ -112,6 +113,7 @@ def test_a_seed_decides_what_is_sampled(llm: LLM) -> None:
 
 def test_n_continuations_of_a_prompt_are_joined_by_index_and_fork_its_pages(llm: LLM) -> None:
     prompts = ["Once upon a time there was a little", "the"]
+    assert isinstance(llm.engine, Engine)
     forks = llm.engine.scheduler.num_forks
     hot = SamplingParams(n=3, temperature=2.0, seed=5, max_tokens=24, ignore_eos=True)
     joined = llm.generate(prompts, hot)
@@ -221,6 +223,7 @@ def test_ctrl_c_at_any_line_leaves_an_engine_that_serves_the_next_prompts(llm: L
 
     wanted = [only([output]).token_ids for output in llm.generate(prompts, GREEDY)]
     total = run(10**9)
+    assert isinstance(llm.engine, Engine)
     for at in np.random.default_rng(0).integers(1, total, 40).tolist():
         with pytest.raises(KeyboardInterrupt):
             run(at)

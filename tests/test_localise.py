@@ -47,12 +47,12 @@ def share() -> Workload:
 def search(first: Local, second: Local, path: Path, scratch: Path, dtype: str = "float32") -> dict[str, Any]:
     plan: Any = SimpleNamespace(model="deep", checkpoint=open_checkpoint(path))
     pair: Any = (first, second)
-    return examine(pair, share(), plan, dtype, scratch, Narrator())  # type: ignore[arg-type]
+    return examine(pair, share(), plan, dtype, scratch, Narrator())
 
 
 def place(result: Mapping[str, Any]) -> tuple[Any, ...]:
     found = result["finding"]
-    assert found, result["said"]
+    assert found, sentence(result)
     return tuple(found[name] for name in ("step", "request", "position", "layer", "tensor"))
 
 
@@ -74,16 +74,16 @@ def test_which_of_the_two_is_wrong_does_not_depend_on_their_order(deep: Path, tm
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_sound_engines_that_round_differently_have_no_defect(dtype: str, deep: Path, tmp_path: Path) -> None:
-    pair = [make_local(kernels, "torch", kernels, deep, dtype=dtype) for kernels in ("framework", "native")]
-    result = search(*pair, deep, tmp_path, dtype)
-    assert result["verdict"] != "defect", result["said"]
+    one, other = (make_local(kernels, "torch", kernels, deep, dtype=dtype) for kernels in ("framework", "native"))
+    result = search(one, other, deep, tmp_path, dtype)
+    assert result["verdict"] != "defect", sentence(result)
     assert result["max_logit_error"] > 0
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_an_engine_agrees_with_itself_to_the_last_bit(backend: str, deep: Path, tmp_path: Path) -> None:
-    pair = [make_local(label, backend, "native", deep) for label in ("a", "b")]
-    result = search(*pair, deep, tmp_path)
+    one, other = (make_local(label, backend, "native", deep) for label in ("a", "b"))
+    result = search(one, other, deep, tmp_path)
     assert (result["verdict"], result["max_logit_error"], result["num_positions"]) == ("equal", 0.0, 27)
 
 
@@ -155,8 +155,8 @@ def test_logits_far_apart_that_rounding_explains_are_no_defect(
     deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a threshold below the rounding of bfloat16 steps are looked into, and nothing is found in them."""
-    monkeypatch.setitem(LOGITS, "bfloat16", 0.05)  # type: ignore[misc]
-    pair = [make_local(kernels, "torch", kernels, deep, dtype="bfloat16") for kernels in ("framework", "native")]
-    result = search(*pair, deep, tmp_path, "bfloat16")
+    monkeypatch.setitem(LOGITS, "bfloat16", 0.05)
+    one, other = (make_local(kernels, "torch", kernels, deep, dtype="bfloat16") for kernels in ("framework", "native"))
+    result = search(one, other, deep, tmp_path, "bfloat16")
     assert result["looked_into"] > 0 and result["finding"] is None
     assert result["verdict"] in ("equal", "tie", "undecided")

@@ -39,7 +39,7 @@ def test_the_bandwidth_is_probed_beside_every_long_window_and_beside_short_ones_
     for expected in (2.0, 3.0):
         now += 1 / PROBED
         assert spared() == expected
-    answers = []
+    answers: list[float] = []
     for _ in range(3 * int(1 / PROBED)):
         now += 1.0
         answers.append(spared())

@@ -15,6 +15,7 @@ import pytest
 
 import common.schedule.scheduler as scheduler_module
 from common.request import Status
+from common.schedule import pages
 from common.schedule.batch import Batch
 from common.schedule.edits import Edits
 from common.schedule.limits import Limits
@@ -22,7 +23,7 @@ from common.schedule.pages import PageError, PageKey, PagePool
 from common.schedule.rows import Rows, Score
 from common.schedule.scheduler import Scheduler
 from common.schedule.sequence import Sequence
-from common.schedule.step import Step
+from common.schedule.step import Step, scores_of
 from common.schedule.trials import Trials
 from tests.schedule_driver import Episode, Violation
 
@@ -140,7 +141,7 @@ def the_null_page_is_forgotten_at_the_door(patch: Patch, ran: Ran) -> None:
 
 @mutant
 def the_salt_is_ignored(patch: Patch, ran: Ran) -> None:
-    original = scheduler_module.next_key
+    original = pages.next_key
 
     def next_key(secret: bytes, parent: PageKey | None, tokens: bytes, salt: str) -> PageKey:
         ran.extend([1] if salt else [])
@@ -151,7 +152,7 @@ def the_salt_is_ignored(patch: Patch, ran: Ran) -> None:
 
 @mutant
 def the_parent_is_ignored(patch: Patch, ran: Ran) -> None:
-    original = scheduler_module.next_key
+    original = pages.next_key
 
     def next_key(secret: bytes, parent: PageKey | None, tokens: bytes, salt: str) -> PageKey:
         ran.extend([1] if parent else [])
@@ -531,9 +532,9 @@ def a_suspect_is_ended_without_a_trial(patch: Patch, ran: Ran) -> None:
 
 @mutant
 def a_fork_does_without_the_copy_of_the_last_page(patch: Patch, ran: Ran) -> None:
-    original = Rows.build
+    original: Any = Rows.build
 
-    def build(self: Rows, *rest: Any) -> Batch:
+    def build(self: Rows, *rest: Any) -> Any:
         ran.extend(1 for _ in rest[-1])
         return original(self, *rest[:-1], [])
 
@@ -542,9 +543,9 @@ def a_fork_does_without_the_copy_of_the_last_page(patch: Patch, ran: Ran) -> Non
 
 @mutant
 def pages_are_copied_the_wrong_way_round(patch: Patch, ran: Ran) -> None:
-    original = Rows.build
+    original: Any = Rows.build
 
-    def build(self: Rows, *rest: Any) -> Batch:
+    def build(self: Rows, *rest: Any) -> Any:
         ran.extend(1 for _ in rest[-1])
         return original(self, *rest[:-1], [pair[::-1] for pair in rest[-1]])
 
@@ -651,7 +652,7 @@ def a_scored_prompt_is_looked_up(patch: Patch, ran: Ran) -> None:
 
 @mutant
 def a_prompt_is_scored_anew_after_a_preemption(patch: Patch, ran: Ran) -> None:
-    original = scheduler_module.scores_of
+    original = scores_of
 
     def scores(i: int, seq: Sequence, end: int) -> Any:
         stop = min(end, len(seq.request.prompt_token_ids) - 1)

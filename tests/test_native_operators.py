@@ -93,7 +93,7 @@ class Case:
         self.batch = packer.step([(row, start, n) for row, (start, n) in zip(rows, self.plan, strict=True)])
         self.tables = [packer.rows.pages[row] for row in rows]
         self.step = torch.from_numpy(pack_step(self.batch))
-        self.layers = torch.from_numpy(pack_layers(self.checkpoint, dtype))  # type: ignore[arg-type]
+        self.layers = torch.from_numpy(pack_layers(self.checkpoint, dtype))
         self.rope = np.concatenate(rope_tables(self.config.ropes[0], self.config.head_dim, POSITIONS), 1)
         self.cache = kernels.make_cache(self.config, pages, page_size, dtype)
         for pool in (self.cache.k[0], self.cache.v[0]):
@@ -266,7 +266,7 @@ def test_combine_is_two_branches_on_the_residual_stream(case: Case) -> None:
 def test_head_is_norm_and_matmul_and_embed_gives_rows(case: Case, tied: bool) -> None:
     case.checkpoint = RandomCheckpoint({**SHAPES[0], "tie_embeddings": tied, "embedding_scale": 3.3}, 0, 5)
     c, T = case.checkpoint.config, case.batch.num_tokens
-    head = torch.from_numpy(pack_head(case.checkpoint, case.dtype))  # type: ignore[arg-type]
+    head = torch.from_numpy(pack_head(case.checkpoint, case.dtype))
     rounded = lambda name: case.checkpoint[name].dense().astype(DTYPES[case.dtype])  # noqa: E731
     x = case.rng.standard_normal((T, c.hidden_size)).astype(np.float32)
     wanted = x[case.batch.logit_rows].astype(np.float64)

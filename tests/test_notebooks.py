@@ -23,7 +23,10 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from PIL import Image
 
-from experiments import lab
+from common.config import EngineConfig
+from common.engine import Engine
+from experiments import lab, views
+from tests.history_runner import HistoryRunner
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
@@ -34,7 +37,7 @@ MAX_BYTES = 60_000
 PATIENCE_S = 1800
 
 
-def execute(path: Path, variables: Mapping[str, str]) -> Any:
+def execute(path: Path, variables: dict[str, str]) -> Any:
     """The notebook at `path` with the outputs of a fresh kernel of this interpreter. Raises `CellExecutionError`."""
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory(prefix="nb") as folder:
@@ -110,6 +113,15 @@ def test_a_committed_notebook_is_fit_to_be_read(path: Path) -> None:
     assert sum(bool(cell.outputs) for cell in code) > len(code) / 2
     for text in texts(notebook):
         assert not re.search(r"/(home|root|work|tmp|Users)/|[A-Z]:\\", text), text
+
+
+def test_the_counters_that_committed_notebooks_show_are_those_that_an_engine_has() -> None:
+    runner = HistoryRunner(num_pages=9, block_size=4, max_seqs=2)
+    engine = Engine(runner, EngineConfig(block_size=4, max_num_seqs=2, max_num_batched_tokens=8), num_pages=9)
+    names = [name for name, _ in views.counters(engine.stats()).rows]
+    said = [text for path in NOTEBOOKS for text in texts(nbformat.read(path, as_version=4)) if text.startswith("Engine\n")]
+    assert len(said) == 2
+    assert all([line.split()[0] for line in text.splitlines()[2:]] == names for text in said)
 
 
 def test_there_are_six_notebooks() -> None:

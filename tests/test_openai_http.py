@@ -494,7 +494,7 @@ def test_a_command_is_filled_in() -> None:
 def test_ranks_and_replicas_of_which_a_server_is_not_told_are_refused(options: dict[str, Any]) -> None:
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "prefill_parallel_size"):
         with pytest.raises(ConfigError, match=rf"{name}=2 does not reach the server: .* \{{{name}\}}"):
-            Options(**options).check(EngineConfig(**{name: 2}))  # type: ignore[arg-type]
+            Options(**options).check(EngineConfig(**{name: 2}))
 
 
 def test_ranks_reach_a_server_whose_command_names_them() -> None:

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def usable() -> None:
     return None
 
 
-def broken(reason: str):
+def broken(reason: str) -> Callable[[], str]:
     return lambda: reason
 
 

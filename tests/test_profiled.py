@@ -27,7 +27,7 @@ ITEMS = [Item(0.0, tuple(range(7 + i, 20 + i)), 3) for i in range(2)]
 DRIFT = 0.1
 """Seconds by which a profiler's clock may run apart from ours; a wrong origin is off by hours."""
 NATIVE = engine_config(kernels="native", max_num_seqs=4, max_num_batched_tokens=32, max_model_len=64)
-SMALL = ("engine=history", "model=tiny-llama", "dtype=float32", "workload=fixed", "workload.num_requests=3")
+SMALL: tuple[str, ...] = ("engine=history", "model=tiny-llama", "dtype=float32", "workload=fixed", "workload.num_requests=3")
 SMALL += ("workload.output_len=20", "measure.limits_s=0", "measure.blocks=1", "measure.profile=true")
 PROFILER = """
 import time
@@ -142,4 +142,4 @@ def test_a_profiler_that_fails_costs_no_figures(
 
 def test_whether_to_profile_is_true_or_false() -> None:
     with pytest.raises(ConfigError, match=r"measure\.profile must be true or false, got 'yes'"):
-        MeasureConfig(blocks=1, budget_s=1, warmup_requests=0, warmup_output_len=1, limits_s=0, profile="yes")  # type: ignore[arg-type]
+        MeasureConfig(blocks=1, budget_s=1, warmup_requests=0, warmup_output_len=1, limits_s=0, profile="yes")

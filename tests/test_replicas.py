@@ -248,7 +248,7 @@ def test_conversations_go_back_to_where_their_history_lies(history: Path) -> Non
     """Pages of a replica fit the histories of half the conversations: with round robin each replica would need those of all."""
 
     def hits(routing: str) -> int:
-        config = replace(SMALL, routing=routing, num_blocks=150)  # type: ignore[arg-type]
+        config = replace(SMALL, routing=routing, num_blocks=150)
         rng, found = random.Random(0), 0
         texts = [[rng.randrange(3, VOCAB) for _ in range(160)] for _ in range(16)]
         with running(Replicas, config) as engine:

@@ -9,15 +9,19 @@ import sys
 import time
 import xml.etree.ElementTree as xml
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
 
 from common.errors import ConfigError
-from experiments import canvas, page, report
-from experiments.findings import correctness, notices, open_loop, speed
+from experiments import page, report
+from experiments.findings import correctness, divergences, notices, open_loop, speed
 from experiments.job import Job
 from experiments.measure import INTERRUPTED
 from experiments.report import make_report, write_report
@@ -107,7 +111,7 @@ def test_every_part_is_there(run: Path) -> None:
 
 def test_the_environment_tells_which_code_ran(run: Path) -> None:
     (section,) = (section for section in run_page(open_run(run))[0].sections if section.title == "Environment")
-    told = dict(section.tables[0].rows)  # type: ignore[arg-type]
+    told = dict(section.tables[0].rows)
     assert told["kernel library: jax"] == told["kernel library: torch"] == "any-0a1b.so"
     assert told["tree"] == "changed" and told["changed_files"] == " M common/engine.py" and told["changes_digest"] == "0123abcd"
     assert told["compiler: version"] == "clang 19" and told["variables: CXX"] == "clang++"
@@ -173,7 +177,7 @@ def test_of_a_comparison_that_was_cut_short_the_whole_blocks_are_reported(tmp_pa
     assert said.startswith("## Partial, of 2 blocks: jax against torch\n")
     assert "The run ended before the pass in float32 did" in said
     (directory / "results.json").unlink()
-    with pytest.raises(ConfigError, match=r"has not ended.* no block was whole"):
+    with pytest.raises(ConfigError, match=r"has not ended.* no part was whole"):
         write_report(directory)
 
 
@@ -228,6 +232,23 @@ def test_a_difference_in_the_dtype_that_was_timed_is_not_hidden_by_sameness_in_f
     assert last.value == "99.9 % alike in bfloat16"
     (both,) = correctness(compared(tokens_equal_share=1.0))
     assert both.tone == "good" and "In bfloat16, the dtype timed, every token is the same too." in both.said
+
+
+def test_what_diverge_found_stands_where_the_report_invited_to_it(tmp_path: Path) -> None:
+    run = replace(compared(tokens_equal_share=0.4545), directory=tmp_path)
+    asked = [("float32", ["jax", "torch"], "equal"), ("bfloat16", ["jax", "hf"], "undecided")]
+    for number, (dtype, engines, verdict) in enumerate([*asked, ("bfloat16", ["torch", "jax"], "defect")], 1):
+        invited = [each.command for each in correctness(run)]
+        assert invited == ["", f"python -m experiments.diverge {tmp_path} dtype=bfloat16"]
+        found = {"dtype": dtype, "engines": engines, "verdict": verdict, "said": f"the words of {number}."}
+        (tmp_path / f"diverge-{number}.json").write_text(json.dumps(found))
+    _, told = correctness(run)
+    assert (told.tone, told.value, told.command) == ("bad", "45.4 % alike in bfloat16", "")
+    assert told.said.endswith("before their request's first difference. the words of 3. (diverge-3.json)")
+    others = [("good", "Equal", "jax and torch in float32"), ("warn", "Undecided", "jax and hf in bfloat16")]
+    assert [(each.tone, each.value, each.word) for each in divergences(run)] == others
+    same = replace(run, results=run.results | {"tokens_equal_share": 1.0})
+    assert [each.value for each in divergences(same)] == ["Equal", "Undecided", "Defect"]
 
 
 def test_the_command_of_a_verdict_is_on_the_page_and_in_the_summary() -> None:
@@ -315,9 +336,10 @@ def test_a_crash_leaves_the_report_that_was_there(small: Path, monkeypatch: pyte
     def crash(*_: object) -> str:
         raise RuntimeError("out of ink")
 
-    for broken in ((page, "html"), (Path, "write_bytes")):
+    broken: tuple[tuple[object, str], ...] = ((page, "html"), (Path, "write_bytes"))
+    for place, name in broken:
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="out of ink"):
-            patch.setattr(*broken, crash)
+            patch.setattr(place, name, crash)
             write_report(small)
     assert {path: path.read_bytes() for path in small.rglob("*") if path.is_file()} == before
     assert not list(small.glob(".report-*"))
@@ -431,9 +453,9 @@ def test_any_figure_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (run / "steps.jsonl").unlink()
     results = json.loads((run / "results.json").read_text())
     results["engines"]["jax"] |= {"goodput": 1.0, "slo": {"ttft_ms": 500.0}}
-    monkeypatch.setattr(canvas.Figure, "draw_without_rendering", lambda _: None)
-    monkeypatch.setattr(canvas.FigureCanvasSVG, "print_svg", lambda _, file, **__: file.write("<svg ></svg>"))
-    monkeypatch.setattr(canvas.FigureCanvasAgg, "print_png", lambda *_: None)
+    monkeypatch.setattr(Figure, "draw_without_rendering", lambda _: None)
+    monkeypatch.setattr(FigureCanvasSVG, "print_svg", lambda _, file, **__: file.write("<svg ></svg>"))
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", lambda *_: None)
     for name in names_of(results):
         (run / "results.json").write_text(json.dumps(without(results, name.__eq__, None)))
         made = run_page(open_run(run))[0]

@@ -4,8 +4,10 @@ a machine can do; and both together."""
 import ctypes
 import json
 import math
+import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -294,7 +296,10 @@ def test_a_kernel_reads_every_byte_once(name: str, threads: int) -> None:
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_native_way_to_multiply_is_a_product(dtype: str, rows: int, inputs: int, outputs: int, threads: int) -> None:
     rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.standard_normal(shape).astype(NUMPY_DTYPES[dtype])  # noqa: E731
+
+    def draw(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape).astype(NUMPY_DTYPES[dtype])
+
     a, w, out = draw(rows, inputs), draw(outputs, inputs), np.zeros((rows, outputs), NUMPY_DTYPES[dtype])
     packed = np.ascontiguousarray(panels(w))
     native_multiply(ctypes.CDLL(str(build.build("matmul"))), a, packed, out, threads)
@@ -319,7 +324,7 @@ def test_the_last_level_cache_counts_each_once(tmp_path: Path, monkeypatch: pyte
             folder.mkdir(parents=True)
             for name, value in zip(("type", "level", "shared_cpu_list", "size"), values, strict=True):
                 (folder / name).write_text(f"{value}\n")
-    monkeypatch.setattr(probes.os, "sched_getaffinity", lambda pid: {0, 1, 3})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 3})
     assert last_level_cache(tmp_path) == 2 * 32 << 20
     assert last_level_cache(tmp_path / "nowhere") == 0
 
@@ -350,7 +355,7 @@ def test_an_implementation_that_is_missing_is_noted_and_a_slow_one_is_not_tried_
 
     def slow(dtype: str, n: int) -> object:
         asked.append((dtype, n))
-        return (lambda: probes.time.sleep(0.01)) if dtype == "float32" else None
+        return (lambda: time.sleep(0.01)) if dtype == "float32" else None
 
     monkeypatch.setattr(probes, "MATMULS", {"other": missing, "slow": slow})
     monkeypatch.setattr(probes, "LEAST_BUFFER", 1 << 20)
@@ -410,7 +415,7 @@ def test_the_command_says_which_ways_count_and_who_else_computed(capsys: pytest.
 
 def test_a_child_that_fails_is_told_with_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendError, match=r"limits_s=0(?s:.)*seconds"):
-        measure_limits("soon")  # type: ignore[arg-type]
+        measure_limits("soon")
 
 
 # The join.

@@ -72,7 +72,7 @@ def test_an_engine_that_has_lost_its_pages_draws_nobody() -> None:
 
 def test_only_engines_that_serve_are_chosen() -> None:
     for routing in ("prefix", "round_robin"):
-        one = router(3, routing)  # type: ignore[arg-type]
+        one = router(3, routing)
         sent(one, 0, LONG, "", pages=100)
         assert {choose(one, LONG, "", {1: 50, 2: 50}).engine for _ in range(8)} == {1, 2}
 

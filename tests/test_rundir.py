@@ -3,11 +3,14 @@
 import errno
 import json
 import math
+import os
 import resource
 import shlex
+import sys
 from pathlib import Path
 
 import hydra
+import psutil
 import pytest
 
 from common.errors import ConfigError
@@ -31,7 +34,13 @@ def test_a_named_directory_replaces_what_an_attempt_left_there(tmp_path: Path) -
 def test_who_interrupts_a_run_is_told_where_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(KeyboardInterrupt), run_directory(tmp_path, "mine") as partial:
         raise KeyboardInterrupt
-    assert capsys.readouterr().err == f"Interrupted. What was written so far is in {partial}.\n" and partial.exists()
+    told = f"Interrupted. There are no results yet; configuration and logs are in {partial}.\n"
+    assert capsys.readouterr().err == told and partial.exists()
+    for kept in ("results.json", "requests.jsonl"):
+        with pytest.raises(KeyboardInterrupt), run_directory(tmp_path, kept) as partial:
+            (partial / kept).touch()
+            raise KeyboardInterrupt
+        assert capsys.readouterr().err == f"Interrupted. What was written so far is in {partial}.\n"
 
 
 def test_a_mistake_leaves_nothing_of_a_named_directory_and_all_of_its_neighbours(tmp_path: Path) -> None:
@@ -52,7 +61,7 @@ def test_a_mistake_that_shows_late_leaves_the_rows_and_says_where(tmp_path: Path
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "results.json"
     write_json(path, {"a": 1})
-    monkeypatch.setattr(rundir.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk is full")))
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk is full")))
     with pytest.raises(OSError, match="full"):
         write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
@@ -98,14 +107,14 @@ def test_the_environment_tells_the_machine_as_far_as_it_tells_itself(tmp_path: P
     assert {"commit", "tree", "changed_files", "changes_digest", "compiler"} <= set(told)
     assert told["compiler"] == {} or ("-DTANDEM_AMX" in told["compiler"]["options"]) == matrix_unit()
     monkeypatch.setattr(rundir, "text_of", lambda _: "")
-    monkeypatch.setattr(rundir.psutil, "cpu_freq", lambda: None)
+    monkeypatch.setattr(psutil, "cpu_freq", lambda: None)
     told = environment()
     assert (told["governor"], told["frequency_mhz"]) == ([], None)
     assert told["hugepages"] == {"transparent": None, "reserved": None}
 
 
 def test_without_hydra_the_command_is_that_of_the_process() -> None:
-    assert shlex.split(environment()["command"]) == rundir.sys.orig_argv
+    assert shlex.split(environment()["command"]) == sys.orig_argv
 
 
 def test_a_file_that_the_system_has_not_is_empty(tmp_path: Path) -> None:

@@ -83,7 +83,8 @@ def test_pages_come_back_as_they_were_written(backend: str, dtype: str, kernels:
 
 @pytest.mark.parametrize("kernels", ["framework", "native"])
 def test_pages_are_written_where_the_pools_are(backend: str, kernels: str) -> None:
-    runner = shared_runner(backend, MODEL, PAGES, engine_config(kernels=kernels, max_num_seqs=2, max_num_batched_tokens=32))
+    config = engine_config(kernels=kernels, max_num_seqs=2, max_num_batched_tokens=32)
+    runner: Any = shared_runner(backend, MODEL, PAGES, config)
     runner.reset()
 
     def places() -> list[int]:
@@ -117,7 +118,7 @@ def test_a_page_takes_the_bytes_that_are_stored(
     backend: str, dtype: str, kernels: str, family: str, families: dict[str, Path]
 ) -> None:
     """Heads of 24 are padded by the native kernels, those of 32 are not."""
-    runner = load_backend(backend, engine_config(dtype=dtype, kernels=kernels))
+    runner: Any = load_backend(backend, engine_config(dtype=dtype, kernels=kernels))
     runner.load(checkpoint(families[family]))
     runner.allocate([7])
     (group,) = runner.kv_groups()
@@ -293,6 +294,12 @@ def test_a_compilation_is_counted() -> None:
     assert runner.compilations > before
 
 
+def likeliest(result: Result, row: int) -> dict[int, float]:
+    """Token → log-probability, as a step reports them for one of its logit rows."""
+    assert result.top_ids is not None and result.top_logprobs is not None
+    return dict(zip(result.top_ids[row].tolist(), result.top_logprobs[row].tolist(), strict=True))
+
+
 @pytest.mark.parametrize(("recorder", "other"), [BACKENDS, BACKENDS[::-1]])
 def test_a_trace_of_one_backend_replays_on_the_other(recorder: str, other: str, tmp_path: Path) -> None:
     config = engine_config(max_num_seqs=4, max_num_batched_tokens=32, max_model_len=128, num_blocks=PAGES)
@@ -313,8 +320,7 @@ def test_a_trace_of_one_backend_replays_on_the_other(recorder: str, other: str, 
         assert new.token_starts.tolist() == recorded.token_starts.tolist() and new.finite.all()
         steps, tokens = steps + 1, tokens + len(new.tokens)
         for i, (a, b) in enumerate(zip(recorded.tokens.tolist(), new.tokens.tolist(), strict=True)):
-            assert recorded.top_ids is not None and new.top_ids is not None
-            tables = [dict(zip(r.top_ids[i].tolist(), r.top_logprobs[i].tolist(), strict=True)) for r in (recorded, new)]
+            tables = [likeliest(result, i) for result in (recorded, new)]
             shared = tables[0].keys() & tables[1].keys()
             error = max(abs(tables[0][token] - tables[1][token]) for token in shared)
             assert error < TOLERANCE and len(shared) >= 19

@@ -73,7 +73,7 @@ Rows = list[tuple[int, int, int]]
 def run(runner: ModelRunner, config: EngineConfig, asked: Sequence[Request]) -> tuple[Rows, dict[str, list[int]]]:
     """What every logit row was, in the order of the steps; and the tokens of each request."""
     spy = Spy(runner)
-    engine = Engine(spy, config, num_pages=512)  # type: ignore[arg-type]
+    engine = Engine(spy, config, num_pages=512)
     events = engine.run(asked)
     return spy.seen, {name: [event.token_id for event in each if event.token_id is not None] for name, each in events.items()}
 
@@ -112,7 +112,7 @@ def test_company_changes_no_byte(model: str, dtype: str) -> None:
         alone |= {(position, digest) for _, position, digest in run(runner, config, [request])[0]}
     for num_pages, budget in ((512, 256), (60, 256), (60, 32)):
         spy = Spy(runner)
-        engine = Engine(spy, replace(config, max_num_batched_tokens=budget), num_pages=num_pages)  # type: ignore[arg-type]
+        engine = Engine(spy, replace(config, max_num_batched_tokens=budget), num_pages=num_pages)
         engine.run(asked)
         before = len(spy.seen)
         engine.run(asked)  # again, with a warm prefix cache

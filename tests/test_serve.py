@@ -164,8 +164,8 @@ def test_what_ends_a_request(served: Served, tokenizer: Tokenizer, include: bool
     token = free["token_ids"][2]
     text = tokenizer.decode([token])
     at = free["token_ids"].index(token)
-    stops: dict[str, Any] = {"stop id": {"stop_token_ids": [token]}, "stop text": {"stop": text}, "nothing": {}}[kind]
-    choice = served.complete(**body, **stops, include_stop_str_in_output=include)["choices"][0]
+    stops: dict[str, dict[str, Any]] = {"stop id": {"stop_token_ids": [token]}, "stop text": {"stop": text}, "nothing": {}}
+    choice = served.complete(**body, **stops[kind], include_stop_str_in_output=include)["choices"][0]
     if kind == "nothing":
         assert (choice["finish_reason"], choice["text"]) == ("length", free["text"])
     elif kind == "stop id":

@@ -59,7 +59,7 @@ def test_naming_the_engines_the_other_way_round_turns_the_verdict_round() -> Non
 
 def test_a_block_without_a_throughput_of_both_is_left_out() -> None:
     assert log_ratios([1.0, None, 0.0, 4.0], [1.0, 1.0, 1.0, 2.0]).tolist() == [0.0, math.log(2)]
-    nothing = judged({"a": [None, None], "b": [1, 2]})  # type: ignore[list-item]
+    nothing = judged({"a": [None, None], "b": [1, 2]})
     assert (nothing.ratio, nothing.verdict, nothing.blocks) == (None, "undecided", 0)
     assert "no block" in nothing.said
 

@@ -77,7 +77,7 @@ def test_every_rank_has_the_bits_of_the_sum_in_the_order_of_ranks(ranks: int, dt
         parts = [drawn(rng, size, dtype) for _ in range(ranks)]
         right = in_order(parts)
         backwards = not np.array_equal(bits(in_order(parts[::-1])), bits(right))
-        together(*(lambda e=e, x=x: add(e, x) for e, x in zip(exchanges, parts, strict=True)))  # type: ignore[misc]
+        together(*(lambda e=e, x=x: add(e, x) for e, x in zip(exchanges, parts, strict=True)))
         for x in parts:
             assert np.array_equal(bits(x), bits(right))
     assert backwards or ranks == 2
@@ -88,15 +88,15 @@ def test_every_rank_has_what_each_has_in_the_order_of_ranks(ranks: int) -> None:
     rng, exchanges = np.random.default_rng(ranks), meet(ranks)
     for size in (0, 1, 7, PLACE, 3 * PLACE + 5, 2):
         parts = [rng.integers(0, 256, size).astype(np.uint8) for _ in range(ranks)]
-        told = together(*(lambda e=e, x=x: gather(e, x, ranks) for e, x in zip(exchanges, parts, strict=True)))  # type: ignore[misc]
+        told = together(*(lambda e=e, x=x: gather(e, x, ranks) for e, x in zip(exchanges, parts, strict=True)))
         for every in told:
-            assert np.array_equal(every, np.stack(parts))  # type: ignore[arg-type]
+            assert np.array_equal(every, np.stack(parts))
 
 
 def test_a_sum_reads_nothing_and_writes_nothing_beside_its_numbers() -> None:
     exchanges = meet(2)
     whole = [np.full(64, 7, np.float32) for _ in exchanges]
-    together(*(lambda e=e, x=x: add(e, x[16:33]) for e, x in zip(exchanges, whole, strict=True)))  # type: ignore[misc]
+    together(*(lambda e=e, x=x: add(e, x[16:33]) for e, x in zip(exchanges, whole, strict=True)))
     for x in whole:
         assert (x[16:33] == 14).all() and (x[:16] == 7).all() and (x[33:] == 7).all()
 
@@ -112,7 +112,7 @@ def test_more_ranks_than_cores_go_forward() -> None:
             x /= ranks
         return float(x[0])
 
-    assert together(*(lambda e=e: go(e) for e in exchanges)) == [1.0] * ranks  # type: ignore[misc]
+    assert together(*(lambda e=e: go(e) for e in exchanges)) == [1.0] * ranks
 
 
 @pytest.mark.parametrize("ranks", [0, MAX_RANKS + 1])
@@ -171,7 +171,7 @@ def test_ranks_that_have_left_meet_anew() -> None:
     for _ in range(3):
         exchanges = meet(2)
         parts = [np.float32([1, 2]), np.float32([3, 5])]
-        together(*(lambda e=e, x=x: add(e, x) for e, x in zip(exchanges, parts, strict=True)))  # type: ignore[misc]
+        together(*(lambda e=e, x=x: add(e, x) for e, x in zip(exchanges, parts, strict=True)))
         assert parts[0].tolist() == parts[1].tolist() == [4, 7]
         exchanges[1].leave()
 

@@ -202,7 +202,10 @@ def test_who_ends_a_sweep_ends_the_running_job_and_is_told_how_to_go_on(folder: 
     _, errors = launcher.communicate(timeout=PATIENCE_S)
     assert launcher.returncode == 128 + how
     assert "0 of 2 jobs are done" in errors and "sweep=s" in errors and "Traceback" not in errors
-    assert "python -m experiments.sweep runs/sweeps/s\n" in errors
+    assert "python -m experiments.sweep runs/sweeps/s\n" in errors and sys.executable not in errors
+    (again,) = (shlex.split(line) for line in errors.splitlines() if line.startswith("  python -m experiments.bench"))
+    assert again[3] == "--config-dir" and again[5:8] == ["-m", "engine=history", OVERRIDES[0]]
+    assert again[-2:] == ["sweep=s", *TWO]
     wait_for(lambda: is_gone(int(starts(folder)[0])))
 
 

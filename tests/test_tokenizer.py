@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -220,7 +221,7 @@ def test_llama_3_takes_whole_words_that_no_merge_leads_to(tmp_path: Path) -> Non
         assert [tokenizer.decode([i]) for i in tokenizer.encode("xyz")] == pieces
 
 
-def sentencepiece_fields(**changes: object) -> dict[str, object]:
+def sentencepiece_fields(**changes: object) -> dict[str, Any]:
     """A small vocabulary of Llama 2's kind, the best token first."""
     merged = ["▁t", "he", "▁the", "in", "▁a", "▁in", "ab"]
     single = list("▁abehint")
@@ -315,9 +316,9 @@ def test_ids_without_a_token_decode_to_nothing(smollm: Tokenizer) -> None:
 def test_lone_surrogates_and_other_types_are_refused(smollm: Tokenizer) -> None:
     for bad in ("\ud800", 5, None, b"text"):
         with pytest.raises(RequestError, match="Unicode text"):
-            smollm.encode(bad)  # type: ignore[arg-type]
+            smollm.encode(bad)
         with pytest.raises(RequestError, match="Unicode text"):
-            smollm.find_special(bad)  # type: ignore[arg-type]
+            smollm.find_special(bad)
 
 
 def test_more_ids_than_the_model_embeds_is_refused_and_fewer_is_not(smollm: Tokenizer) -> None:

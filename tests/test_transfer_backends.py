@@ -66,7 +66,7 @@ def handed_over(first: Engine, then: Engine, request: Request) -> tuple[list[int
 
 def requests(**params: object) -> list[Request]:
     return [
-        Request(request_id=str(i), prompt_token_ids=prompt, params=SamplingParams(max_tokens=24, seed=i, **params))  # type: ignore[arg-type]
+        Request(request_id=str(i), prompt_token_ids=prompt, params=SamplingParams(max_tokens=24, seed=i, **params))
         for i, prompt in enumerate(PROMPTS)
     ]
 

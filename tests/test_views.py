@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.patches import StepPatch
 
 from common.config import EngineConfig
 from common.engine import Engine
@@ -91,6 +92,25 @@ def test_watching_changes_no_token_and_ends_with_an_idle_engine() -> None:
     )
 
 
+def test_an_engine_that_is_watched_counts_what_it_does() -> None:
+    asked = [request(str(i), 8 + i, 12, first=9 * i) for i in range(3)]
+    watched, other = make_engine(num_pages=8), make_engine(num_pages=8)
+    views.watch(watched, asked)
+    other.run(asked)
+    did = dict(views.counters(watched.stats()).rows)
+    assert did == dict(views.counters(other.stats()).rows)
+    assert int(did["steps"]) > 12 and int(did["num_preemptions"]) > 0 and int(did["generation_tokens"]) == 36
+
+
+def test_a_watched_request_whose_steps_raise_ends_alone() -> None:
+    engine = make_engine()
+    assert isinstance(engine.runner, HistoryRunner)
+    engine.runner.fail_submit = RuntimeError("injected")
+    watched = views.watch(engine, [request("a", 4, 3)])
+    assert not engine.has_work and engine.stats()["num_resets"] == 1
+    assert watched["tokens"].tolist() == [4, 4, 1, 1]
+
+
 def test_a_prompt_of_one_token_is_a_prompt() -> None:
     assert states(views.watch(make_engine(), [request("a", 1, 3)]), "a") == "pr de de"
 
@@ -128,8 +148,10 @@ def test_the_drawn_batch_has_a_row_for_each_request_and_a_column_for_each_step()
     np.testing.assert_array_equal(grid, [[order.index("prompt"), order.index("decode"), order.index("decode")],
                                          [np.nan, order.index("prompt"), np.nan]])  # fmt: skip
     assert [label.get_text() for label in top.get_yticklabels()] == ["a", "b"] and top.yaxis_inverted()  # the first is on top
-    assert bottom.patches[0].get_data().values.tolist() == watched.groupby("step")["held"].first().tolist()
-    assert bottom.lines[0].get_ydata()[0] == 39
+    (held,), (limit,) = bottom.patches, bottom.lines
+    assert isinstance(held, StepPatch)
+    assert held.get_data()[0].tolist() == watched.groupby("step")["held"].first().tolist()
+    assert np.asarray(limit.get_ydata())[0] == 39
 
 
 # ── tables and sources ───────────────────────────────────────────────────────────────────────────────────────────────────

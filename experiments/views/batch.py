@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from time import perf_counter
 
 import numpy as np
 import pandas as pd
@@ -22,7 +21,8 @@ def watch(engine: Engine, requests: Sequence[Request], arrivals: Sequence[int] =
     without `arrivals` all come before the first.
 
     A row for each live request and step: `step`, `request`, `state` (of `STATES`), `tokens` that it computes, `pages` that it
-    holds, and `held`, the pages that anyone holds. This is the loop of `Engine.step` with its parts laid open.
+    holds, and `held`, the pages that anyone holds. This is the loop of `Engine.step` with its parts laid open; the engine
+    counts what it does as ever, but for the host's seconds.
     """
     expect(not engine.has_work, "watch needs an idle engine; this one has requests of its own.")
     expect(
@@ -43,6 +43,9 @@ def watch(engine: Engine, requests: Sequence[Request], arrivals: Sequence[int] =
             state = "preempted" if seq.status is Status.PREEMPTED else busy if tokens else "waiting"
             rows.append((now, seq.request.request_id, state, tokens, len(seq.pages), held))
         if step:
-            scheduler.update(step, engine.runner.submit(step.batch).result(), perf_counter())
+            engine.submit(step)
+            engine.land()
         now += 1
+    while engine.has_work:
+        engine.step()  # tells of requests that ended because their steps raised
     return pd.DataFrame(rows, columns=["step", "request", "state", "tokens", "pages", "held"])
