@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ import numpy as np
 import psutil
 import pytest
 
+from common.config import EngineConfig
 from common.engine import Engine, build_engine
 from common.errors import BackendError
 from common.interface import load_backend
@@ -129,7 +131,7 @@ def test_a_step_that_fails_on_one_rank_costs_nobody_a_token(
 
 
 @pytest.mark.parametrize("end", ENDS)
-@pytest.mark.parametrize("state", ["idle", "computing", "connecting"])
+@pytest.mark.parametrize("state", ["idle", "computing", "passed on", "between steps", "connecting"])
 def test_a_rank_that_is_lost_is_started_again_and_costs_nobody_a_token(
     engine: Engine,
     right: dict[str, list[int | None]],
@@ -150,18 +152,29 @@ def test_a_rank_that_is_lost_is_started_again_and_costs_nobody_a_token(
 
     def hand_out(*arguments: Any) -> Any:
         given = whole_hand_out(*arguments)
+        if state == "passed on" and not losses:
+            group._settle()  # it has done its part, which nobody has taken yet
         lose()
         return given
+
+    def update(*arguments: Any) -> Any:
+        events = whole_update(*arguments)
+        lose()
+        return events
 
     def join(*place: Any) -> None:
         lose()
         whole_join(*place)
 
-    whole_hand_out, whole_join = group._hand_out, group._join
+    whole_hand_out, whole_join, whole_update = group._hand_out, group._join, engine.scheduler.update
+    if state == "passed on" and group.stages == 1:
+        pytest.skip("ranks of one stage end a step together")
     if state == "idle":
         lose()
-    elif state == "computing":
+    elif state in ("computing", "passed on"):
         monkeypatch.setattr(group, "_hand_out", hand_out)
+    elif state == "between steps":
+        monkeypatch.setattr(engine.scheduler, "update", update)
     else:
         monkeypatch.setattr(group, "_join", join)
         group._part()  # so that the next step fails, and they connect anew
@@ -179,33 +192,63 @@ def test_ranks_that_connect_anew_write_to_no_file_of_their_process(engine: Engin
         assert [Path(file.name).stat().st_size for file in files] == [0] * 32
 
 
+@pytest.mark.parametrize("lost", [(1,), (0, 2)], ids=["one", "two at once"])
 @pytest.mark.parametrize(("ranks", "stages"), [pytest.param(4, 1, marks=pytest.mark.accept), (2, 2)])
-def test_of_four_ranks_those_that_are_not_lost_go_on(ranks: int, stages: int) -> None:
+def test_of_four_ranks_those_that_are_not_lost_go_on(ranks: int, stages: int, lost: tuple[int, ...]) -> None:
     config = replace(ENGINE, tensor_parallel_size=ranks, pipeline_parallel_size=stages)
     engine = build_engine("torch", checkpoint(MODEL), config)
     try:
         right, before = run(engine), others(engine.runner)
-        before[1].kill()
+        for each in lost:
+            before[each].kill()
         assert run(engine) == right
         after = others(engine.runner)
-        assert [a == b for a, b in zip(after, before, strict=True)] == [True, False, True]
+        assert [a != b for a, b in zip(after, before, strict=True)] == [each in lost for each in range(3)]
     finally:
         engine.close()
     assert not alive([*before, *after])
 
 
+@pytest.mark.parametrize("config", [ENGINE, STAGES], ids=["ranks", "stages"])
 @pytest.mark.parametrize("end", ENDS)
-def test_a_rank_that_is_lost_before_it_has_loaded_is_one_clear_error(end: str) -> None:
-    runner = load_backend("torch", ENGINE)
-    try:
+@pytest.mark.parametrize("state", ["before it has loaded", "loading", "warming up"])
+def test_a_rank_that_is_lost_before_its_engine_is_ready_is_one_clear_error(
+    state: str, end: str, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner: Any = load_backend("torch", config)
+    (other,) = others(runner)
+    begin = 0.0
+
+    def lose() -> None:
+        nonlocal begin
         begin = CLOCK.seconds
-        (other,) = others(runner)
         ENDS[end](other)
-        with pytest.raises(BackendError, match=rf"pid {other.pid}\) was killed by SIG(KILL|TERM); its log says more"):
+
+    def tell(call: str, *arguments: Any, **data: Any) -> None:
+        here = call == {"loading": "load", "warming up": "warmup"}.get(state)
+        if here:
+            other.suspend()  # it is not to have done its part before it is lost
+        whole_tell(call, *arguments, **data)
+        if here:
+            lose()
+            if end == "exited":
+                other.resume()
+
+    whole_tell = runner.group._tell
+    monkeypatch.setattr(runner.group, "_tell", tell)
+    try:
+        if state == "before it has loaded":
+            lose()
+        with pytest.raises(BackendError, match="its log says more") as caught:
             runner.load(checkpoint(MODEL))
+            runner.allocate([config.num_blocks])
+            runner.warmup()
         assert CLOCK.seconds - begin < NOTICED_S
+        if state != "warming up":
+            assert re.search(rf"pid {other.pid}\) was killed by SIG(KILL|TERM)", str(caught.value))
     finally:
         runner.close()
+    assert not alive([other])
 
 
 def test_an_engine_whose_ranks_cannot_be_started_again_ends_with_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
