@@ -9,12 +9,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import logging
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,26 +27,33 @@ import psutil
 
 from common.frames import read_frame
 
+log = logging.getLogger(__name__)
+
 _ROOT = Path(__file__).parents[1]
 PATIENCE_S = 10.0
 """How long a child may take to end."""
 STOPPED_S = 0.5
 """That it is stopped (SIGSTOP), after which it counts as dead: whoever stops a whole group goes on with it one by one."""
+TURN_S = 0.25
+"""Between two looks at a process. They cost what is beside a step."""
 _PR_SET_PDEATHSIG = 1
 
 
-def start(main: str, *arguments: Any, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+def start(
+    main: str, *arguments: Any, environment: Mapping[str, str] | None = None, line: socket.socket | None = None
+) -> subprocess.Popen[bytes]:
     """Start the function `main`, as `module:name`, with `arguments` that JSON can hold; it is to call `listen`. `environment`
-    is added to ours."""
+    is added to ours. With a `line` it hears and answers who is at the other end of that, not this process."""
     module, name = main.split(":")
     # Ctrl-C is the parent's to handle, from before what takes long to import.
     alone = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
     code = f"{alone}; import json, sys; from {module} import {name}; {name}(*json.loads(sys.argv[1]))"
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    way = line.fileno() if line else subprocess.PIPE
     return subprocess.Popen(
         [sys.executable, "-c", code, json.dumps(arguments)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        stdin=way,
+        stdout=way,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | dict(environment or {}),
     )
 
@@ -74,12 +84,26 @@ def stopped_for(pid: int, before_s: float, turn_s: float) -> float:
         return 0.0
 
 
+def watch(process: subprocess.Popen[bytes]) -> None:
+    """Wait until it has ended, and end it if it is stopped for long."""
+    stopped = 0.0
+    while process.poll() is None:
+        time.sleep(TURN_S)
+        stopped = stopped_for(process.pid, stopped, TURN_S)
+        if stopped >= STOPPED_S:
+            log.error("A process of this engine (pid %d) was stopped, and is ended.", process.pid)
+            process.kill()
+            process.wait()
+
+
 def listen() -> tuple[IO[bytes], queue.SimpleQueue[Any]]:
     """In the child: where its answers go, and the frames that it is told, as they come. It may put there what else it hears."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes our input
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is a log, not an answer
     source = os.fdopen(os.dup(0), "rb")  # not sys.stdin, whose lock a thread that reads would hold as Python ends
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)  # what this process starts is not to hold a line open that it answers on too
     told: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def hear() -> None:

@@ -7,42 +7,84 @@ gone, and who waits for it elsewhere is told.
 
 from __future__ import annotations
 
-import logging
-import subprocess
 import threading
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from functools import partial
+from typing import IO, Any, Protocol
 
 import numpy as np
 
 from common import child
 from common.errors import BackendError
-from common.frames import read_frame, write_frame
-
-log = logging.getLogger(__name__)
+from common.frames import Frame, read_frame, write_frame
 
 Calls = Mapping[str, Callable[..., object]]
-"""What a follower can be told to do. What came in bytes is the last argument, where any did."""
-TURN_S = 0.25
-"""Between two looks at a process. They cost what is beside a step."""
+"""What a follower can be told to do. What came in bytes is the last argument, where any did; what one returns JSON can hold."""
 
 
 class Ended(BackendError):
     """A process is no more."""
 
 
+class Process(Protocol):
+    """One that was started."""
+
+    pid: int
+    here: bool
+    """Whether that is its number on this machine."""
+    input: IO[bytes]
+    output: IO[bytes]
+
+    def watch(self) -> None:
+        """Wait until it has ended, and end it if it is stopped for long."""
+        ...
+
+    def how_it_ended(self) -> str:
+        """As the rest of a sentence."""
+        ...
+
+    def end(self) -> None:
+        """Close its input, and wait until it has ended. Idempotent."""
+        ...
+
+
+class Here:
+    """One that this process has started."""
+
+    here = True
+
+    def __init__(self, main: str, *arguments: Any) -> None:
+        self._process = child.start(main, *arguments)
+        assert self._process.stdin and self._process.stdout
+        self.pid, self.input, self.output = self._process.pid, self._process.stdin, self._process.stdout
+
+    def watch(self) -> None:
+        child.watch(self._process)
+
+    def how_it_ended(self) -> str:
+        return child.how_it_ended(self._process.wait(child.PATIENCE_S))
+
+    def end(self) -> None:
+        child.end(self._process)
+
+
 class Follower:
     """Our handle on one of them."""
 
-    def __init__(self, main: str, *arguments: Any, ended: Callable[[Follower], object]) -> None:
+    def __init__(
+        self,
+        main: str,
+        *arguments: Any,
+        ended: Callable[[Follower], object],
+        start: Callable[..., Process] = Here,
+    ) -> None:
         """Start the function `main`, as `module:name`, with `arguments` that JSON can hold; it is to call `follow`. `ended` is
-        called on a thread, soon after it has ended."""
-        started: Future[subprocess.Popen[bytes]] = Future()
+        called on a thread, soon after it has ended. `start`: where."""
+        started: Future[Process] = Future()
         # The thread that watches it is the one that starts it: it ends with that thread, and any other may be short-lived.
-        keep = (started, lambda: ended(self), main, arguments)
+        keep = (started, lambda: ended(self), partial(start, main, *arguments))
         threading.Thread(target=_keep, args=keep, name="follower", daemon=True).start()
         self._process = started.result()
 
@@ -50,52 +92,54 @@ class Follower:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def here(self) -> bool:
+        """Whether that is its number on this machine."""
+        return self._process.here
+
     def tell(self, name: str, *arguments: Any, data: Sequence[np.ndarray] = ()) -> None:
         """Have it make a call, with the bytes of `data` as its last argument if there are any. Does not wait. Raises `Ended` if
         it is no more."""
-        assert self._process.stdin
         parts = [np.ascontiguousarray(x).reshape(-1).view(np.uint8).data for x in data]
         try:
-            write_frame(self._process.stdin, {"call": name, "arguments": arguments}, parts)
-        except (BrokenPipeError, ValueError):  # ValueError: it was closed
+            write_frame(self._process.input, {"call": name, "arguments": arguments}, parts)
+        except (OSError, ValueError):  # ValueError: it was closed
             raise self._ended() from None
 
-    def settle(self) -> None:
-        """Wait until it has made all calls so far. Raises `BackendError` if one of them raised there, `Ended` if it is no
-        more."""
-        assert self._process.stdout
+    def settle(self) -> Any:
+        """Wait until it has made all calls so far. What the last of them returned there. Raises `BackendError` if one of them
+        raised there, `Ended` if it is no more."""
         self.tell("settle")
-        answer = read_frame(self._process.stdout)
-        if answer is None:
+        if (answer := self._hear()) is None:
             raise self._ended()
         if error := answer.message["error"]:
             raise BackendError(f"A process of this engine (pid {self.pid}) failed: {error}")
+        return answer.message["returned"]
 
     def close(self) -> None:
         """End it. Idempotent."""
-        child.end(self._process)
+        self._process.end()
+
+    def _hear(self) -> Frame | None:
+        """What it answers; None if it is no more."""
+        try:
+            return read_frame(self._process.output)
+        except OSError:
+            return None
 
     def _ended(self) -> Ended:
-        how = child.how_it_ended(self._process.wait(child.PATIENCE_S))
-        return Ended(f"A process of this engine (pid {self.pid}) {how}; its log says more.")
+        return Ended(f"A process of this engine (pid {self.pid}) {self._process.how_it_ended()}; its log says more.")
 
 
-def _keep(started: Future[subprocess.Popen[bytes]], ended: Callable[[], object], main: str, arguments: Sequence[Any]) -> None:
-    """Start a process, end it if it is stopped for long, and tell when it has ended."""
+def _keep(started: Future[Process], ended: Callable[[], object], start: Callable[[], Process]) -> None:
+    """Start a process, and tell when it has ended."""
     try:
-        process = child.start(main, *arguments)
+        process = start()
     except BaseException as error:
         started.set_exception(error)
         return
     started.set_result(process)
-    stopped = 0.0
-    while process.poll() is None:
-        time.sleep(TURN_S)
-        stopped = child.stopped_for(process.pid, stopped, TURN_S)
-        if stopped >= child.STOPPED_S:
-            log.error("A process of this engine (pid %d) was stopped, and is ended.", process.pid)
-            process.kill()
-            process.wait()
+    process.watch()
     ended()
 
 
@@ -104,14 +148,15 @@ def follow(calls: Calls, failed: Callable[[], object]) -> None:
     child.die_with_parent()
     answers, told = child.listen()
     error: str | None = None
+    returned: object = None
     while True:
         message, data = told.get()
         if message["call"] == "settle":
-            write_frame(answers, {"error": error})
-            error = None
+            write_frame(answers, {"error": error, "returned": returned})
+            error = returned = None
             continue
         try:
-            calls[message["call"]](*message["arguments"], *([data] if data else []))
+            returned = calls[message["call"]](*message["arguments"], *([data] if data else []))
         except Exception as raised:
             traceback.print_exc()
             error = error or f"{type(raised).__name__}: {raised}"

@@ -234,7 +234,7 @@ class ModelRunner(ABC):
         """Of a runner whose ranks share out a model, since the start: `communication_bytes`, what one of the last stage told
         others or heard of the stage before it, and where it knows `communication_seconds`, how long it was at it, waiting
         included; `rank_bytes`, its weights and pages; `others_rss_bytes` and `others_peak_rss_bytes`, what ranks in other
-        processes hold and have held. Of one rank nothing."""
+        processes of this machine hold and have held. Of one rank nothing."""
         return {}
 
     @abstractmethod

@@ -5,7 +5,8 @@ layers: each passes the residual stream on to the next.
 PyTorch has one process a rank. The caller's is the first of the last stage, where tokens are chosen: its runner starts the
 others, and whatever it is told it tells them, down to the bytes of each batch. All run the same step, each on its part, and
 only the caller's reads what came of it. Inside it the ranks of a stage tell each other what they do through memory that all
-have mapped. From each of them a pipe leads to that of the next stage which has its number.
+have mapped. From each of them a pipe leads to that of the next stage which has its number. Where agents start the others
+(`common.launch`), stages may be on several machines, and it is a connection.
 
 Letters: R logit rows · V vocabulary, of which each rank has n · k candidates.
 """
@@ -15,11 +16,13 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
-from io import FileIO
+from functools import partial
+from io import FileIO, RawIOBase
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,10 +32,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.agents import Agent, Agents, There, agents, machine
 from common.config import EngineConfig
 from common.errors import BackendError
-from common.followers import Ended, Follower, follow
+from common.followers import Ended, Follower, Here, Process, follow
 from common.kernels.cpu.sums import Exchange, Left, Place, expect_told, meeting_place, open_library, open_place, place_of
+from common.lines import let_in, raw, reach
 from common.platform import family_memory
 from common.schedule.batch import Batch, Mask, masked
 from common.weights.checkpoint import open_checkpoint
@@ -46,6 +51,8 @@ _ATTEMPTS = 3
 """How often ranks try to meet."""
 _PIPE_BYTES = 1 << 20
 """What may lie between two stages: a stage need not wait for the next, which is at an earlier step."""
+_UNREAD_S = 30
+"""That what is passed on over a network may wait for a stage that is at a long step."""
 
 
 class Group:
@@ -162,17 +169,30 @@ class _Ways(NamedTuple):
     before: Place | None = None
     """The pipe from the stage before, and that to the one behind, if there are such."""
     behind: Place | None = None
+    network: _Network | None = None
+    """Instead of pipes."""
+
+
+class _Network(NamedTuple):
+    """How a rank meets those of other stages that may be on other machines: what JSON can hold."""
+
+    secret: str
+    """Which who comes from the stage before knows."""
+    behind: tuple[str, int] | None = None
+    """Where the one of the stage behind waits for this one: host and port."""
 
 
 class _Ranks(Group):
-    """Processes of this machine."""
+    """Processes that share out a model."""
 
     def __init__(self, stage: int, rank: int, config: EngineConfig) -> None:
         self._stage, self._stages = stage, config.pipeline_parallel_size
         self._rank, self._ranks = rank, config.tensor_parallel_size
         self._exchange: Any = None  # an Exchange once they have met
-        self._before: FileIO | None = None
-        self._behind: FileIO | None = None
+        self._before: RawIOBase | None = None
+        self._behind: RawIOBase | None = None
+        self._door: socket.socket | None = None
+        """Where it waits for the stage before, until that is there."""
         self._seconds, self._bytes = 0.0, 0
         """Told in earlier meetings, and through pipes."""
 
@@ -254,13 +274,13 @@ class _Ranks(Group):
         self._move(x.contiguous(), self._behind.write if self._behind else None)
 
     def _move(self, x: Tensor, move: Callable[[memoryview], int | None] | None) -> None:
-        """All bytes of x through a pipe, of which each `move` takes as many as it tells. Raises `Left` if its other end is
-        closed."""
+        """All bytes of x to or from another stage, of which each `move` takes as many as it tells. Raises `Left` if its other
+        end is closed."""
         start, left = time.perf_counter(), x.reshape(-1).view(torch.uint8).numpy().data
         while left:
             try:
                 moved = move(left) if move else None
-            except BrokenPipeError:
+            except OSError:
                 moved = None
             if not moved:
                 raise Left("A stage of this engine has left the step; its log says more.")
@@ -290,6 +310,24 @@ class _Ranks(Group):
             self._before = FileIO(open_place(ways.before, os.O_RDONLY), "r")
         if ways.behind:
             self._behind = FileIO(open_place(ways.behind, os.O_WRONLY), "w")
+        if ways.network:
+            self._join_over(ways.network)
+
+    def _join_over(self, network: _Network) -> None:
+        try:
+            if network.behind:
+                self._behind = raw(reach(*network.behind, {"secret": network.secret}, _UNREAD_S)[0])
+            if self._door:
+                with self._door as door:
+                    self._before = raw(let_in(door, network.secret))
+        except OSError as error:
+            raise Left(f"The stages of this engine did not meet: {error}") from error
+
+    def _open_door(self, host: str) -> int:
+        """The port at which it waits for the stage before."""
+        self._door = socket.create_server((host, 0))
+        port: int = self._door.getsockname()[1]
+        return port
 
     def _leave(self) -> None:
         """What the others of this stage wait for here fails there. Any thread may."""
@@ -299,9 +337,10 @@ class _Ranks(Group):
     def _part(self) -> None:
         """What the others wait for here fails there, in other stages too: of a pipe whose one end is closed the other ends."""
         self._leave()
-        for pipe in filter(None, (self._before, self._behind)):
-            pipe.close()
-        self._before = self._behind = None
+        ways: list[Any] = [self._before, self._behind, self._door]
+        for way in filter(None, ways):
+            way.close()
+        self._before = self._behind = self._door = None
 
 
 class _First(_Ranks):
@@ -315,11 +354,20 @@ class _First(_Ranks):
         _, *self._places = product(reversed(range(self._stages)), range(self._ranks))
         """Stage and rank of each of the others."""
         self._others: list[Follower] = []
-        self._others += [self._start(place) for place in self._places]
         self._checkpoint: str | None = None
+        try:
+            for place in self._places:
+                self._others.append(self._start(place))
+        except BackendError:
+            self._close()
+            raise
 
     def _start(self, place: tuple[int, int]) -> Follower:
-        return Follower("torchinfer.parallel:_follow", *place, asdict(self._config), ended=self._lose)
+        return Follower("torchinfer.parallel:_follow", *place, asdict(self._config), ended=self._lose, start=self._where(place))
+
+    def _where(self, place: tuple[int, int]) -> Callable[..., Process]:
+        """What starts the rank of a place."""
+        return Here
 
     def _lose(self, other: Follower) -> None:
         """A rank has ended: nobody is to wait for it."""
@@ -375,15 +423,18 @@ class _First(_Ranks):
             self._meetings = [Exchange(place, 0, self._ranks) for place in places if place]
             ways = {(stage, rank): _Ways(place) for stage, place in enumerate(places) for rank in range(self._ranks)}
             for stage, rank in product(range(1, self._stages), range(self._ranks)):
-                out, into = os.pipe()
-                ours.callback(os.close, out)
-                ours.callback(os.close, into)
-                with suppress(OSError):  # it is a matter of speed
-                    fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-                at, previous = (stage, rank), (stage - 1, rank)
-                ways[at] = ways[at]._replace(before=place_of(out))
-                ways[previous] = ways[previous]._replace(behind=place_of(into))
+                self._link(ways, (stage - 1, rank), (stage, rank), ours)
             yield ways
+
+    def _link(self, ways: dict[tuple[int, int], _Ways], before: tuple[int, int], at: tuple[int, int], ours: ExitStack) -> None:
+        """Have the way of one rank lead to that of another, of the next stage. What is ours of it is closed with `ours`."""
+        out, into = os.pipe()
+        ours.callback(os.close, out)
+        ours.callback(os.close, into)
+        with suppress(OSError):  # it is a matter of speed
+            fcntl.fcntl(into, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        ways[at] = ways[at]._replace(before=place_of(out))
+        ways[before] = ways[before]._replace(behind=place_of(into))
 
     def _replace(self) -> None:
         """Wait until the others have done what they were at, and start anew who has ended."""
@@ -407,7 +458,7 @@ class _First(_Ranks):
                 raise
 
     def _stats(self) -> dict[str, float]:
-        held, most = family_memory(other.pid for other in self._others)
+        held, most = family_memory(other.pid for other in self._others if other.here)
         memory = {"others_rss_bytes": held, "others_peak_rss_bytes": most}
         seconds, size = self._seconds, self._bytes
         if self._exchange is not None:
@@ -421,6 +472,44 @@ class _First(_Ranks):
             other.close()
 
 
+class _FirstOfLaunch(_First):
+    """The rank that leads others which agents start."""
+
+    def __init__(self, config: EngineConfig, launch: Agents) -> None:
+        """Raises `BackendError` where the agents do not suffice."""
+        needed = launch.all[: config.ranks - 1]
+        if len(needed) < config.ranks - 1:
+            raise BackendError(
+                f"An engine of {config.ranks} ranks needs as many processes, and {1 + len(needed)} were launched. Launch "
+                f"{config.ranks}, or change tensor_parallel_size and pipeline_parallel_size."
+            )
+        if config.tensor_parallel_size > 1 and {agent.machine for agent in needed} != {machine()}:
+            raise BackendError(
+                f"tensor_parallel_size={config.tensor_parallel_size} has ranks that add up in memory which they share, and the "
+                f"first {config.ranks} processes of this launch are on several machines. Launch as many on one, or share out "
+                "the layers alone (pipeline_parallel_size)."
+            )
+        self._launch = launch
+        super().__init__(config)
+
+    def _agent(self, place: tuple[int, int]) -> Agent:
+        return self._launch.all[self._places.index(place)]
+
+    def _where(self, place: tuple[int, int]) -> Callable[..., Process]:
+        return partial(There, self._agent(place), self._launch.secret)
+
+    def _link(self, ways: dict[tuple[int, int], _Ways], before: tuple[int, int], at: tuple[int, int], ours: ExitStack) -> None:
+        if at == (self._stage, self._rank):
+            host = self._launch.host
+            port = self._open_door(host)
+        else:
+            host, other = self._agent(at).host, self._others[self._places.index(at)]
+            other.tell("open_door", host)
+            port = other.settle()
+        ways[at] = ways[at]._replace(network=_Network(self._launch.secret))
+        ways[before] = ways[before]._replace(network=_Network(self._launch.secret, (host, port)))
+
+
 def start(config: EngineConfig, device: torch.device) -> Group:
     """The ranks of an engine, of which this process is the first. Raises `BackendError` where they cannot be."""
     for name in ("tensor_parallel_size", "pipeline_parallel_size"):
@@ -429,7 +518,10 @@ def start(config: EngineConfig, device: torch.device) -> Group:
             raise BackendError(f"{name}={size} has processes that compute on cpu, not on {device.type}.")
     if config.tensor_parallel_size > 1:
         open_library()
-    return ALONE if config.ranks == 1 else _First(config)
+    if config.ranks == 1:
+        return ALONE
+    launch = agents()
+    return _FirstOfLaunch(config, launch) if launch else _First(config)
 
 
 def _follow(stage: int, rank: int, config: dict[str, Any]) -> None:
@@ -441,11 +533,16 @@ def _follow(stage: int, rank: int, config: dict[str, Any]) -> None:
     runner = ModelRunner(engine_config, group)
 
     def join(ways: Sequence[Any]) -> None:
-        group._join(_Ways(*(way and Place(*way) for way in ways)))
+        *places, network = ways
+        place, before, behind = (way and Place(*way) for way in places)
+        group._join(_Ways(place, before, behind, network and _Network(*network)))
 
     def submit(data: bytes) -> None:
         runner.submit(Batch.from_bytes(data))
         runner._catch_up()
+
+    def read_pages(pages_of: int, pages: Sequence[int]) -> None:
+        runner.read_pages(pages_of, pages)  # whose first has them all
 
     def write_pages(pages_of: int, pages: Sequence[int], dtype: str, shape: Sequence[int], data: bytes = b"") -> None:
         k, v = np.frombuffer(data, dtype).reshape(2, *shape)
@@ -453,12 +550,13 @@ def _follow(stage: int, rank: int, config: dict[str, Any]) -> None:
 
     calls: dict[str, Callable[..., object]] = {
         "load": lambda path: runner.load(open_checkpoint(path)),
+        "open_door": group._open_door,
         "join": join,
         "part": group._part,
         "allocate": runner.allocate,
         "warmup": runner.warmup,
         "submit": submit,
-        "read_pages": runner.read_pages,
+        "read_pages": read_pages,
         "write_pages": write_pages,
     }
     follow(calls, group._part)

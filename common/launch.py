@@ -1,0 +1,135 @@
+"""One engine on processes that somebody else has started, be it `torchrun`, SLURM or a shell, on one machine or several:
+
+    torchrun --nproc-per-node 2 -m common.launch common.serve --backend torch --pipeline-parallel-size 2
+
+The first of them runs the module that is named, as `python -m` would; each of the others is an agent (`common.agents`), which
+starts a rank for every engine that the first makes. So nothing in the engine, and nothing in who uses it, knows of the launch.
+
+Who launches tells each process its number, how many there are, and where the first is: `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and
+`MASTER_PORT`, or SLURM's own for the first two. They come together at the port after that, for `torchrun` itself listens there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import runpy
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import NamedTuple
+
+from common.agents import Agent, Agents, machine, serve
+from common.config import expect
+from common.errors import BackendError, TandemError
+from common.exits import FAILURE, USER_ERROR, fail
+from common.lines import heed, own_address, reach, say
+
+PATIENCE_S = 120.0
+"""Until all have come together. A scheduler starts them one by one."""
+_AGAIN_S = 0.1
+
+
+class Launched(NamedTuple):
+    """What this process was told."""
+
+    rank: int
+    size: int
+    host: str
+    port: int
+    """Where the first is to listen."""
+
+
+def launched(environment: Mapping[str, str]) -> Launched:
+    """What who launched this process told it. Raises `ConfigError` if that is not enough."""
+    ours = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "MASTER_ADDR": "MASTER_ADDR", "MASTER_PORT": "MASTER_PORT"}
+    told = {name: environment.get(name) or environment.get(other) for name, other in ours.items()}
+    missing = [name for name, value in told.items() if not value]
+    expect(
+        not missing,
+        f"A launched process finds its place in environment variables, and {', '.join(missing)} cannot be found. Launch it "
+        "with `torchrun -m common.launch MODULE …`, or set them.",
+    )
+    numbers = {name: str(told[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    for name, value in numbers.items():
+        expect(value.isdecimal(), f"{name} must be a number, got {value!r}.")
+    rank, size, port = map(int, numbers.values())
+    expect(rank < size, f"RANK must be less than WORLD_SIZE={size}, got {rank}.")
+    return Launched(rank, size, str(told["MASTER_ADDR"]), port + 1)
+
+
+@contextmanager
+def gather(told: Launched) -> Iterator[Agents]:
+    """In the first process: the agents, who stay until the end. Raises `BackendError` if they do not come."""
+    secret, found, begin = secrets.token_hex(16), dict[int, Agent](), time.monotonic()
+    with ExitStack() as lines:
+        try:
+            listener = lines.enter_context(socket.create_server((told.host, told.port)))
+        except OSError as error:
+            raise BackendError(
+                f"Ranks cannot come together at {told.host}:{told.port}: {error}. Set another MASTER_PORT."
+            ) from error
+        while missing := set(range(1, told.size)) - set(found):
+            listener.settimeout(max(1e-3, begin + PATIENCE_S - time.monotonic()))
+            try:
+                line, (host, *_) = listener.accept()
+            except TimeoutError:
+                raise BackendError(
+                    f"Of the {told.size} processes of this launch {sorted(missing)} did not come to {told.host}:{told.port} "
+                    f"within {PATIENCE_S:.0f} s. Their logs may say why."
+                ) from None
+            with ExitStack() as stranger, suppress(OSError, KeyError, TypeError):  # as what is none of ours
+                stranger.enter_context(line)
+                hello = heed(line)
+                if hello["rank"] in missing:
+                    say(line, {"secret": secret})
+                    found[hello["rank"]] = Agent(host, hello["port"], hello["machine"])
+                    lines.enter_context(stranger.pop_all())
+        listener.close()
+        yield Agents(told.host, secret, [found[rank] for rank in sorted(found)])
+
+
+def follow(told: Launched) -> None:
+    """In any other process: start ranks until the first process ends. Raises `BackendError` if that is not there."""
+    begin = time.monotonic()
+    while True:
+        try:
+            with socket.create_server((own_address(told.host), 0)) as listener:
+                hello = {"rank": told.rank, "port": listener.getsockname()[1], "machine": machine()}
+                line, said = reach(told.host, told.port, hello)
+                threading.Thread(target=serve, args=(listener, said["secret"]), daemon=True).start()
+                with line, suppress(OSError):
+                    line.recv(1)  # nothing ever comes but the end
+                return
+        except OSError as error:
+            if time.monotonic() - begin > PATIENCE_S:
+                raise BackendError(f"The first process of this launch is not at {told.host}:{told.port}: {error}.") from error
+            time.sleep(_AGAIN_S)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run a module with its arguments, or help who does."""
+    if not arguments or arguments[0].startswith("-"):
+        fail("expected: torchrun --nproc-per-node N -m common.launch MODULE [ARGUMENTS].", USER_ERROR)
+    try:
+        told = launched(os.environ)
+        if told.rank:
+            logging.basicConfig(format=f"rank {told.rank}: %(message)s")
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first's to handle
+            follow(told)
+            return
+        with gather(told) as found:
+            os.environ.update(found.environment())
+            sys.argv = list(arguments)
+            runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    except TandemError as error:
+        fail(str(error), FAILURE if isinstance(error, BackendError) else USER_ERROR)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

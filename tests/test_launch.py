@@ -1,0 +1,333 @@
+"""Ranks that somebody else has launched, as `torchrun` does: the tokens are those of ranks that an engine starts by itself, one
+that is lost is started again, and a launch that cannot go on ends with one clear error and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from common import launch, lines
+from common.agents import Agents, There, machine
+from common.config import EngineConfig
+from common.engine import Engine, build_engine
+from common.errors import BackendError, ConfigError
+from common.frames import write_frame
+from common.launch import Launched, gather, launched
+from common.request import Request, SamplingParams
+from tests.backends import checkpoint
+from tests.history_backend import ROOT
+from tests.test_lost_ranks import CLOCK, ENDS, ENGINE, MODEL, NOTICED_S, PROMPTS, STAGES, alive, others
+
+BOTH = replace(ENGINE, pipeline_parallel_size=2)
+TOKENS = """
+import json, sys
+from common.engine import build_engine
+from tests.backends import checkpoint
+from tests.test_launch import MODEL, STAGES, run
+engine = build_engine("torch", checkpoint(MODEL), STAGES)
+print(json.dumps([run(engine), len(engine.runner.group._launch.all)]), flush=True)
+sys.stdin.read()
+engine.close()
+"""
+"""A module that computes in two stages, tells what, and ends at the end of its input."""
+
+
+def free_port() -> int:
+    """Whose successor is free too."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as first:
+            port: int = first.getsockname()[1]
+            try:
+                socket.create_server(("127.0.0.1", port + 1)).close()
+            except OSError:
+                continue
+            return port
+
+
+def start(*command: str, environment: Mapping[str, str], where: Path = ROOT, **options: Any) -> subprocess.Popen[str]:
+    paths = os.pathsep.join([str(where), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": paths, **environment}
+    return subprocess.Popen([sys.executable, "-m", *command], cwd=ROOT, env=environment, text=True, **options)
+
+
+def place(rank: int, size: int, port: int) -> dict[str, str]:
+    """What `torchrun` tells a process."""
+    return {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+@contextmanager
+def launch_of(size: int) -> Iterator[tuple[Agents, list[subprocess.Popen[str]]]]:
+    """This process is the first of so many; the others, which all end with it."""
+    port = free_port()
+    started = [start("common.launch", "nothing", environment=place(rank, size, port)) for rank in range(1, size)]
+    with gather(launched(place(0, size, port))) as found:
+        yield found, started
+    assert [process.wait(30) for process in started if process.returncode is None] == [0] * len(started)
+
+
+@pytest.fixture
+def two(monkeypatch: pytest.MonkeyPatch) -> Iterator[Agents]:
+    with launch_of(2) as (found, _):
+        adopt(found, monkeypatch)
+        yield found
+
+
+def adopt(found: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on engines of this process are of a launch."""
+    for name, value in found.environment().items():
+        monkeypatch.setenv(name, value)
+
+
+def all_end(processes: Sequence[psutil.Process]) -> bool:
+    """Soon: of processes that others have started it is known that they let go of everything, not that they are no more."""
+    begin = CLOCK.seconds
+    while alive(processes) and CLOCK.seconds - begin < NOTICED_S:
+        time.sleep(0.01)
+    return not alive(processes)
+
+
+def run(engine: Engine) -> dict[str, list[Any]]:
+    """Tokens of each prompt, and how likely they were."""
+    engine.reset_prefix_cache()
+    params = SamplingParams(max_tokens=6, temperature=0.0, logprobs=1)
+    asked = [Request(request_id=str(i), prompt_token_ids=prompt, params=params) for i, prompt in enumerate(PROMPTS)]
+    events = engine.run(asked)
+    return {name: [[e.token_id, e.logprobs and e.logprobs.logprob] for e in each] for name, each in events.items()}
+
+
+@contextmanager
+def engine_of(config: EngineConfig, model: str = MODEL) -> Iterator[Engine]:
+    engine = build_engine("torch", checkpoint(model), config)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("config", "model"),
+    [
+        pytest.param(ENGINE, MODEL, id="ranks"),
+        pytest.param(replace(ENGINE, kernels="native", dtype="bfloat16"), MODEL, id="ranks of native kernels"),
+        pytest.param(STAGES, MODEL, id="stages"),
+        pytest.param(replace(STAGES, kernels="native"), MODEL, id="stages of native kernels"),
+        pytest.param(BOTH, MODEL, id="both", marks=pytest.mark.accept),
+        pytest.param(replace(STAGES, pipeline_parallel_size=3), "tiny-qwen3", id="three stages", marks=pytest.mark.accept),
+    ],
+)
+def test_launched_ranks_compute_the_bits_of_those_that_an_engine_starts(
+    config: EngineConfig, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with engine_of(config, model) as engine:
+        right = run(engine)
+        told = engine.stats()["communication_bytes"]
+    with launch_of(config.ranks) as (found, started):
+        adopt(found, monkeypatch)
+        with engine_of(config, model) as engine:
+            last = others(engine.runner)
+            assert [other.ppid() for other in last] == [process.pid for process in started]
+            assert run(engine) == right
+            stats = engine.stats()
+            assert stats["communication_bytes"] == told > 0 and stats["others_rss_bytes"] > 0 and stats["num_resets"] == 0
+        assert all_end(last)
+
+
+@pytest.mark.parametrize("config", [ENGINE, STAGES], ids=["ranks", "stages"])
+@pytest.mark.parametrize("end", ["killed", "stopped", pytest.param("exited", marks=pytest.mark.accept)])
+def test_a_launched_rank_that_is_lost_is_started_again_and_costs_nobody_a_token(
+    two: Agents, config: EngineConfig, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with engine_of(config) as engine:
+        right = run(engine)
+        (other,) = others(engine.runner)
+        lost: list[bool] = []
+
+        def hand_out(*arguments: Any) -> Any:
+            given = whole(*arguments)
+            if not lost:
+                lost.append(True)
+                ENDS[end](other)
+            return given
+
+        whole = engine.runner.group._hand_out  # type: ignore[attr-defined]
+        monkeypatch.setattr(engine.runner.group, "_hand_out", hand_out)  # type: ignore[attr-defined]
+        assert run(engine) == right and lost
+        assert others(engine.runner) != [other]
+
+
+@pytest.mark.parametrize("config", [ENGINE, STAGES], ids=["ranks", "stages"])
+def test_an_engine_whose_agent_is_lost_ends_with_one_error(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    with launch_of(2) as (found, started):
+        adopt(found, monkeypatch)
+        with engine_of(config) as engine:
+            (other,) = others(engine.runner)
+            begin = CLOCK.seconds
+            started[0].kill()
+            started.pop().wait()
+            with pytest.raises(BackendError, match=r"No rank can be started at 127\.0\.0\.1:\d+"):
+                run(engine)
+            assert CLOCK.seconds - begin < NOTICED_S
+        assert all_end([other])
+
+
+def test_more_ranks_than_were_launched_are_refused(two: Agents) -> None:
+    with pytest.raises(BackendError, match="of 3 ranks needs as many processes, and 2 were launched"):
+        build_engine("torch", checkpoint(MODEL), replace(STAGES, pipeline_parallel_size=3))
+
+
+def test_stages_may_be_on_several_machines_and_ranks_may_not(two: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
+    (agent,) = two.all
+    assert agent.machine == machine()
+    adopt(two._replace(all=[agent._replace(machine="another")]), monkeypatch)
+    with pytest.raises(BackendError, match=r"tensor_parallel_size=2 has ranks that add up in memory .* on several machines"):
+        build_engine("torch", checkpoint(MODEL), ENGINE)
+    with engine_of(STAGES) as engine:
+        assert run(engine)
+        assert engine.stats()["others_rss_bytes"] == 0  # which has another process by that number
+
+
+def test_an_agent_starts_nothing_for_who_does_not_know_the_secret(two: Agents, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    for secret in ("", "wrong", two.secret[:-1]):
+        with pytest.raises(BackendError, match="No rank can be started at"):
+            There(two.all[0], secret, "os:mkdir", str(begun))
+    assert not begun.exists()
+
+
+def test_a_stage_lets_in_who_knows_the_secret() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        port = door.getsockname()[1]
+
+        def come() -> None:
+            socket.create_connection(("127.0.0.1", port)).close()
+            for secret in ("wrong", "right"):
+                try:
+                    said, _ = lines.reach("127.0.0.1", port, {"secret": secret})
+                except OSError:
+                    continue
+                with said:
+                    said.sendall(secret.encode())
+
+        threading.Thread(target=come).start()
+        with lines.let_in(door, "right") as line:
+            assert line.recv(16) == b"right"
+
+
+def test_who_is_none_of_a_launch_does_not_keep_it_from_coming_together() -> None:
+    told = Launched(0, 2, "127.0.0.1", free_port())
+
+    def come() -> None:
+        hellos: list[Any] = [b"GET / HTTP/1.1\r\n\r\n", {}, {"rank": [1]}, {"rank": 2, "port": 1, "machine": ""}]
+        hellos += [{"rank": 1, "port": 7, "machine": "ours"}]
+        for hello in hellos:
+            while True:
+                try:
+                    line = socket.create_connection(told[2:])
+                    break
+                except OSError:
+                    time.sleep(0.01)
+            with line, line.makefile("rwb") as stream:
+                if isinstance(hello, bytes):
+                    stream.write(hello)
+                    stream.flush()
+                else:
+                    write_frame(stream, hello)
+                line.shutdown(socket.SHUT_WR)
+                stream.read()
+
+    threading.Thread(target=come, daemon=True).start()
+    with gather(told) as found:
+        assert found.all == [("127.0.0.1", 7, "ours")]
+
+
+def test_a_launch_that_does_not_come_together_names_who_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "PATIENCE_S", 0.2)
+    port = free_port()
+    missing = r"Of the 3 processes of this launch \[1, 2\] did not come to 127\.0\.0\.1"
+    with pytest.raises(BackendError, match=missing), gather(Launched(0, 3, "127.0.0.1", port)):
+        pass
+    with pytest.raises(BackendError, match=rf"The first process of this launch is not at 127\.0\.0\.1:{port}"):
+        launch.follow(Launched(1, 2, "127.0.0.1", port))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"RANK": ""}, "RANK cannot be found"),
+        ({"RANK": "2"}, "RANK must be less than WORLD_SIZE=2, got 2"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a number, got 'two'"),
+        ({"MASTER_ADDR": "", "MASTER_PORT": ""}, "MASTER_ADDR, MASTER_PORT cannot be found"),
+    ],
+)
+def test_what_a_launch_lacks_is_named(changed: dict[str, str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        launched(place(1, 2, 29500) | changed)
+
+
+def test_slurm_tells_a_process_its_place_under_other_names() -> None:
+    told = launched({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"})
+    assert told == (3, 4, "node0", 29501)
+
+
+@pytest.fixture
+def module(tmp_path: Path) -> Path:
+    (tmp_path / "tokens.py").write_text(TOKENS)
+    return tmp_path
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
+def test_two_launched_processes_compute_what_one_engine_does(launcher: str, module: Path) -> None:
+    with engine_of(replace(STAGES, pipeline_parallel_size=1)) as engine:
+        right = run(engine)
+    port, ours = str(free_port()), ("common.launch", "tokens")
+    if launcher == "torchrun":
+        torchrun = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "-m")
+        commands = [((*torchrun, *ours), {})]
+    else:
+        slurm = {"SLURM_NTASKS": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        commands = [(ours, slurm | {"SLURM_PROCID": rank}) for rank in "10"]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "where": module}
+    started = [start(*command, environment=environment, **pipes) for command, environment in commands]
+    printed = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * len(started)
+    assert json.loads("".join(printed)) == [right, 1]  # of whom the first alone speaks
+
+
+def test_nothing_outlives_a_launch_whose_first_process_is_killed(module: Path) -> None:
+    port = free_port()
+    first, second = (
+        start("common.launch", "tokens", environment=place(rank, 2, port), where=module, stdin=pipe, stdout=pipe)
+        for rank, pipe in enumerate((subprocess.PIPE, subprocess.DEVNULL))
+    )
+    with first:
+        assert first.stdout and first.stdout.readline()
+        (rank,) = psutil.Process(second.pid).children()
+        first.kill()
+    begin = CLOCK.seconds
+    assert second.wait(30) == 0 and CLOCK.seconds - begin < NOTICED_S
+    assert all_end([rank])
+
+
+@pytest.mark.accept
+def test_torchrun_launches_a_benchmark_of_two_ranks(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    bench = ["experiments.bench", "engine=torch", "model=tiny-llama", "measure=quick", "parallel=tp2", "measure.limits_s=0"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [*torchrun, "-m", "common.launch", *bench]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["engine"] == "torch" and result["completed"] > 0
