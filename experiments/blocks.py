@@ -94,6 +94,6 @@ def reason_to_stop(
         return None
     first = first_look(config, comparisons)
     if first is not None and done >= first and settled():
-        said = f"after {done} blocks every interval of a ratio was narrower than {config.precision:g}"
+        said = f"after {done} blocks every interval of a ratio was narrower than {100 * config.precision:g} % of it"
         return Stop(said, "measure.precision")
     return None

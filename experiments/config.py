@@ -182,7 +182,7 @@ class MeasureConfig:
     limits_s: float
     max_blocks: int = 40
     precision: float = 0.04
-    """Width of the interval of a ratio that is narrow enough."""
+    """Width of the interval of a ratio that is narrow enough, as a share of the ratio."""
     confidence: float = Criteria.confidence
     equivalence: float = Criteria.equivalence
     timeout_s: float = 1800.0

@@ -70,8 +70,9 @@ class Comparison:
 
     @property
     def width(self) -> float:
-        """Of the interval; infinite without one."""
-        return math.inf if self.low is None or self.high is None else self.high - self.low
+        """Of the interval, as a share of the ratio: the logarithm of the factor between its ends, which is the same whichever
+        engine stands first. Infinite without one."""
+        return math.inf if not self.low or self.high is None else math.log(self.high / self.low)
 
 
 def compare_all(

@@ -50,7 +50,7 @@ def test_two_engines_lead_about_equally_often_over_the_seeds() -> None:
 
 
 def test_blocks_go_on_by_pairs_until_the_interval_is_narrow_or_there_are_enough() -> None:
-    assert count(config(6), settled=True) == (6, "after 6 blocks every interval of a ratio was narrower than 0.04")
+    assert count(config(6), settled=True) == (6, "after 6 blocks every interval of a ratio was narrower than 4 % of it")
     assert count(config(7), settled=True)[0] == 8
     assert count(config(6, max_blocks=12)) == (12, "all 12 blocks were run")
     assert count(config(6, max_blocks=9))[0] == 9

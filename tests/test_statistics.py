@@ -57,6 +57,14 @@ def test_naming_the_engines_the_other_way_round_turns_the_verdict_round() -> Non
         assert {here.verdict, there.verdict} in ({"slower", "faster"}, {"undecided"})
 
 
+def test_an_interval_is_as_wide_whichever_engine_stands_first_and_however_far_they_are_apart() -> None:
+    noise = np.exp(np.random.default_rng(1).normal(0, 0.02, (2, 6)))
+    near, far = ({"a": list(100 * noise[0]), "b": list(times * 100 * noise[1])} for times in (1.0, 11.0))
+    width = judged(near).width
+    assert width > 0 and judged(far).width == pytest.approx(width)
+    assert compare_all({"b": far["b"], "a": far["a"]}, CRITERIA, seed=3)["a"].width == pytest.approx(width)
+
+
 def test_a_block_without_a_throughput_of_both_is_left_out() -> None:
     assert log_ratios([1.0, None, 0.0, 4.0], [1.0, 1.0, 1.0, 2.0]).tolist() == [0.0, math.log(2)]
     nothing = judged({"a": [None, None], "b": [1, 2]})
