@@ -24,7 +24,8 @@ import time
 from pathlib import Path
 
 Path({begun!r}).touch()
-time.sleep(60)
+for _ in range(6000):
+    time.sleep(0.01)  # once, for a minute, would not notice a signal that comes just before
 """
 DROPS_EXCEPTIONS = """
 import time
@@ -33,7 +34,8 @@ from pathlib import Path
 class Gone:
     def __del__(self):
         Path({begun!r}).touch()
-        time.sleep(60)
+        for _ in range(6000):
+            time.sleep(0.01)
 
 Gone()
 """

@@ -9,6 +9,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -83,9 +84,16 @@ class Guard:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key:
             raise ApiError(401, "A key is needed: send Authorization: Bearer KEY.", headers={"WWW-Authenticate": "Bearer"})
-        if not hmac.compare_digest(key.encode(), self.api_key.encode()):
+        if not any(hmac.compare_digest(key.encode("latin-1"), right) for right in sent_as(self.api_key)):
             told = "The key that came is not the one that this server asks for."
             raise ApiError(401, told, headers={"WWW-Authenticate": "Bearer"})
+
+
+def sent_as(key: str) -> Iterator[bytes]:
+    """The bytes in a header, which are told as Latin-1: what is none of ASCII some clients send as that, others as UTF-8."""
+    yield key.encode(errors="surrogateescape")
+    with suppress(UnicodeEncodeError):
+        yield key.encode("latin-1")
 
 
 def outlasted() -> ApiError:
