@@ -13,7 +13,7 @@ from rich.table import Table
 
 from experiments.cells import GROUPS, figure, tells, times
 from experiments.remarks import contaminated, explanations, fallback, left_out, spoilt_cells
-from experiments.words import number
+from experiments.words import number, share_alike
 
 COLOURS = {"faster": "bold cyan", "slower": "bold magenta", "equivalent": "bold green", "undecided": "bold yellow"}
 
@@ -138,6 +138,6 @@ def print_verdict(result: Mapping[str, Any]) -> None:
             + f"margin {number(divergence['margin'])}, error {number(divergence['error'])}."
         )
     if (share := result["tokens_equal_share"]) is not None:
-        some = f"{share:.1%} of timed output tokens come before their request's first difference."
+        some = f"{share_alike(share)} of timed output tokens come before their request's first difference."
         lines.append(f"{result['dtype']}: {'every timed token is the same.' if share == 1 else some}")
     wide_console().print("\n".join(lines), highlight=False)

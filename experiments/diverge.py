@@ -41,10 +41,10 @@ from experiments.measure import KERNELS, Plan, make_plan
 from experiments.narrator import Narrator
 from experiments.observe import Compared
 from experiments.reference import NumpyModel
-from experiments.results import is_sweep, read_config, read_json
+from experiments.results import expect_figures, is_sweep, read_config, read_json
 from experiments.rundir import write_json
 from experiments.search import LOGITS, LOOKS, Search, Trace
-from experiments.words import number, plural
+from experiments.words import number, plural, share_alike
 from experiments.workload import Workload
 
 SHOWN = 5
@@ -110,10 +110,12 @@ def recorded_run(directory: Path, config: DictConfig) -> tuple[DictConfig, list[
 
 def windows_of(recorded: DictConfig, directory: Path, dtype: Dtype) -> str:
     """A sentence where the run's timed outputs part in another dtype than is looked at here; else none."""
-    share = read_json(directory, "results.json").get("tokens_equal_share") if is_whole(directory) else None
+    results = read_json(directory, "results.json") if is_whole(directory) else {"engines": {}}
+    expect_figures(directory, results)
+    share = results.get("tokens_equal_share")
     if share is None or share >= 1 or recorded.dtype == dtype:
         return ""
-    alike = f"where {100 * share:.1f} % of tokens come before their request's first difference"
+    alike = f"where {share_alike(share)} of tokens come before their request's first difference"
     return f"The run's windows were {recorded.dtype}, {alike}; to look there, add dtype={recorded.dtype}."
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 import shlex
 from collections.abc import Collection, Iterator, Mapping
@@ -11,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from common.config import expect
 from experiments.page import Notice, Tone, Verdict
 from experiments.remarks import SPOILT, contaminated, fallback, left_out
-from experiments.results import RunFiles
-from experiments.words import number, plural
+from experiments.results import RunFiles, read_json
+from experiments.words import number, plural, share_alike
 
 TONES: Mapping[str, Tone] = {"faster": "good", "slower": "warn", "equivalent": "calm", "undecided": "calm"}
 LOG_LINES = 30
@@ -121,7 +120,7 @@ def correctness(run: RunFiles) -> Iterator[Verdict]:
         yield in_float32(results, f" In {dtype}, the dtype timed, every token is the same too.")
     else:
         yield in_float32(results)
-        part = f"{math.floor(1000 * share) / 10} %"  # never rounded up to all
+        part = share_alike(share)
         said = f"In {dtype}, the dtype timed, {part} of tokens come before their request's first difference."
         value, word = f"{part} alike in {dtype}", "up to the first difference of each request"
         if answer := where_and_why(run):
@@ -166,7 +165,13 @@ def findings_of(directory: Path) -> dict[int, Path]:
 
 def answers(run: RunFiles) -> list[dict[str, Any]]:
     """What `experiments.diverge` found, each time it was asked, with the `file` that it is from."""
-    return [json.loads(file.read_text(encoding="utf-8")) | {"file": file.name} for file in findings_of(run.directory).values()]
+    found = []
+    for file in findings_of(run.directory).values():
+        answer = read_json(run.directory, file.name)
+        told = answer.keys() >= {"dtype", "engines", "verdict", "said"}
+        expect(told, f"{file} is no answer of experiments.diverge; remove it, and ask again.")
+        found.append(answer | {"file": file.name})
+    return found
 
 
 def where_and_why(run: RunFiles) -> dict[str, Any] | None:

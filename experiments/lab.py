@@ -164,7 +164,12 @@ class Run:
             for label, figures in self.files.engines.items()
             for reason in figures.get("contaminated") or ()
         ]
-        return failed + spoilt
+        doubtful = [
+            f"{label} may be contaminated: {reason}."
+            for label, figures in self.files.engines.items()
+            for reason in figures.get("unsure") or ()
+        ]
+        return failed + spoilt + doubtful
 
     def compare(self, other: Run) -> pd.DataFrame:
         """The figures of two runs of one engine each, and `ratio` = other / this. Raises `ConfigError` if the requests differ.

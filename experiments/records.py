@@ -5,13 +5,14 @@ Windows under a profiler are kept apart, so that nobody counts them: in `profile
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from common.config import expect
 from common.errors import ConfigError
 from common.interface import KernelEvent
 from common.schedule.steplog import StepRecord
@@ -22,6 +23,9 @@ from experiments.rundir import ROWS, write_json, write_whole
 STEPS, KERNELS = "steps.jsonl", "kernels.jsonl"
 PROFILED = "profiled"
 """The folder for requests and steps of the windows under a profiler."""
+GIVEN = ("tokens", "output_len", "times")
+NEEDED = ("engine", "block", "request_id", "prompt_len", "scheduled", "sent", "finish", "error", *GIVEN)
+"""What every request's row has."""
 STEP_COLUMNS = ("submitted", "landed", "tokens", "prompt_tokens", "num_seqs", "logit_rows", "kv_tokens")
 LOAD_COLUMNS = ("running", "waiting", "pages_used", "pages_total", "pages_empty")
 
@@ -118,9 +122,9 @@ def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 def read_rows(directory: Path) -> pd.DataFrame:
     """`requests.jsonl` of a run: a row for each request, with lists in `times`, `tokens` and `logprobs`.
 
-    Raises `ConfigError` where the file is missing, or a line of it is cut short.
+    Raises `ConfigError` where the file is missing, or a line of it is cut short or no request.
     """
-    return read_lines(directory / ROWS, ("engine", "block", *Row.__dataclass_fields__))
+    return read_lines(directory / ROWS, ("engine", "block", *Row.__dataclass_fields__), NEEDED)
 
 
 def read_steps(directory: Path) -> pd.DataFrame:
@@ -134,15 +138,18 @@ def read_kernels(directory: Path) -> pd.DataFrame:
     return read_lines(directory / KERNELS, columns) if (directory / KERNELS).exists() else pd.DataFrame(columns=list(columns))
 
 
-def read_lines(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+def read_lines(path: Path, columns: Sequence[str], needed: Collection[str] = ("engine",)) -> pd.DataFrame:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}. Name the directory of a finished run.") from error
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError as error:
             raise ConfigError(f"{path}, line {number}: expected a JSON object, got {line[:80]!r} ({error}).") from error
+        whole = isinstance(record, dict) and record.keys() >= set(needed)
+        expect(whole, f"{path}, line {number}: expected a JSON object with {', '.join(needed)}, got {line[:80]!r}.")
+        records.append(record)
     return pd.DataFrame.from_records(records, columns=list(columns))

@@ -70,9 +70,15 @@ def read_run(directory: Path) -> RunFiles:
     expect(there, f"{cut_short(directory)} It has no results: no part was whole, or nobody could write them.")
     results, environment = (read_json(directory, name) for name in ("results.json", "environment.json"))
     config: Any = OmegaConf.to_container(read_config(directory))
-    ours = "engine" in results or isinstance(results.get("engines"), dict)
-    expect(ours, f"{no_run(directory)} its results.json names no engine.")
+    expect_figures(directory, results)
     return RunFiles(directory, config, environment, results)
+
+
+def expect_figures(directory: Path, results: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for results that are damaged, or another program's."""
+    engines = results.get("engines")
+    ours = "engine" in results or (isinstance(engines, dict) and all(isinstance(mine, dict) for mine in engines.values()))
+    expect(ours, f"{no_run(directory)} its results.json names no engine, or has no figures of one.")
 
 
 def read_config(directory: Path) -> DictConfig:

@@ -8,11 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from experiments.records import read_rows, read_steps
-
-GIVEN = ("tokens", "output_len", "times")
-NEEDED = ("engine", "block", "request_id", "prompt_len", "scheduled", "sent", "finish", "error", *GIVEN)
-"""Columns of the rows."""
+from experiments.records import GIVEN, NEEDED, read_rows, read_steps
 
 
 def rows_of(directory: Path) -> pd.DataFrame:

@@ -153,7 +153,7 @@ def over_time(steps: pd.DataFrame, rows: pd.DataFrame, column: str, until: float
     """
     landed = steps["landed"].to_numpy(float)
     begin = np.maximum(steps["submitted"].to_numpy(float), np.concatenate([[-np.inf], landed[:-1]]))
-    ran = rows[[len(times) > 0 for times in rows["times"]]]
+    ran = rows[rows["times"].map(len) > 0]
     starts = np.sort(np.concatenate([begin, ran["sent"].to_numpy(float)]))
     ends = np.sort(np.concatenate([landed, np.array([times[-1] for times in ran["times"]], float)]))
     moments = np.unique(np.concatenate([starts, ends]))

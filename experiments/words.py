@@ -9,6 +9,11 @@ def plural(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' * (count != 1)}"
 
 
+def share_alike(share: float) -> str:
+    """Per cent, never rounded up to all."""
+    return f"{math.floor(1000 * share) / 10} %"
+
+
 def number(value: float | int | None) -> str:
     """Four significant digits at most; an exponent only for what would be a row of zeros; a dash for what is not known."""
     if value is None or not math.isfinite(value):

@@ -143,6 +143,7 @@ def test_a_label_with_an_equals_sign_needs_no_quotes() -> None:
         ("config.yaml", b"seed: 0", "has no model"),
         ("config.yaml", b"\xff\xfe", "invalid start byte"),
         ("results.json", b'{"tokens', "Unterminated string"),
+        ("results.json", b"{}", "names no engine"),
     ],
 )
 def test_a_run_of_which_a_file_is_broken_is_refused_by_that_file(
@@ -202,12 +203,12 @@ def test_what_was_found_is_said_in_words() -> None:
 def test_a_run_whose_timed_tokens_part_in_another_dtype_says_where_to_look(tmp_path: Path) -> None:
     recorded = OmegaConf.create({"dtype": "bfloat16"})
     assert windows_of(recorded, tmp_path, "float32") == ""  # a run that was cut short
-    (tmp_path / "results.json").write_text('{"tokens_equal_share": 0.454}')
+    (tmp_path / "results.json").write_text('{"engines": {}, "tokens_equal_share": 0.454}')
     said = windows_of(recorded, tmp_path, "float32")
     assert said.startswith("The run's windows were bfloat16, where 45.4 % of tokens") and said.endswith("add dtype=bfloat16.")
     assert windows_of(recorded, tmp_path, "bfloat16") == ""
     for share in ("1.0", "null"):
-        (tmp_path / "results.json").write_text(f'{{"tokens_equal_share": {share}}}')
+        (tmp_path / "results.json").write_text(f'{{"engines": {{}}, "tokens_equal_share": {share}}}')
         assert windows_of(recorded, tmp_path, "float32") == ""
 
 

@@ -204,6 +204,15 @@ def test_runs_of_different_requests_or_of_several_engines_are_not_put_side_by_si
 SAID = "torch is 2.00 times as fast as jax <95 % interval: 1.9 to 2.1>"
 
 
+def test_what_may_have_spoilt_a_run_stands_above_its_figures(tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "two", {"jax": 1.0, "torch": 2.0})
+    results = json.loads((directory / "results.json").read_text())
+    results["engines"]["jax"]["unsure"] = ["other programs used 30 % of the processors"]
+    (directory / "results.json").write_text(json.dumps(results))
+    shown = repr(lab.Run.open(directory))
+    assert -1 < shown.index("jax may be contaminated: other programs used 30 %") < shown.index("output tokens/s")
+
+
 def test_a_comparison_shows_its_verdict_before_its_figures_in_each_form(tmp_path: Path) -> None:
     told = {"against": "jax", "ratio": 2.0, "low": 1.9, "high": 2.1, "verdict": "faster", "said": SAID}
     run = lab.Run.open(

@@ -181,6 +181,36 @@ def test_of_a_comparison_that_was_cut_short_the_whole_blocks_are_reported(tmp_pa
         write_report(directory)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("requests.jsonl", b"{}\n", "line 1: expected a JSON object with engine, block"),
+        ("requests.jsonl", b"[1]\n", "line 1: expected a JSON object with engine, block"),
+        ("requests.jsonl", b"\xff\xfe", "cannot be read"),
+        ("steps.jsonl", b"{}\n", "line 1: expected a JSON object with engine"),
+        ("diverge-1.json", b"[1", "diverge-1.json cannot be read"),
+        ("diverge-1.json", b"[1]", "diverge-1.json is no mapping"),
+        ("diverge-1.json", b"{}", "diverge-1.json is no answer of experiments.diverge"),
+        ("results.json", b'{"engines": {"jax": null}}', "has no figures of one"),
+    ],
+)
+def test_a_run_of_which_a_file_is_damaged_is_refused_by_that_file(name: str, content: bytes, said: str, tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "run", ("jax", "torch"), blocks=2, count=4, output_len=4)
+    (directory / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=re.escape(said)) as refused:
+        write_report(directory)
+    assert name in str(refused.value)
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["empty", "missing"])
+def test_a_run_without_rows_is_reported_by_its_results(there: bool, tmp_path: Path) -> None:
+    directory = write_run(tmp_path / "run", ("jax", "torch"), blocks=2, count=4, output_len=4)
+    (directory / "requests.jsonl").unlink()
+    if there:
+        (directory / "requests.jsonl").touch()
+    assert "faster" in write_report(directory).read_text()
+
+
 def test_a_run_of_one_engine_is_reported(small: Path) -> None:
     text = Outline((small / "report.html").read_text()).text
     assert "of the roofline" in text and "times the output" not in text
