@@ -56,8 +56,10 @@ def dying_at_ctrl_c() -> Iterator[None]:
     """Ctrl-C within the block ends the process at once: for imports, where the exception that Python makes of it may be raised
     in a callback of a library, which drops it. Whoever handles or ignores Ctrl-C already goes on to."""
     before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    if before is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     try:
         yield
     finally:
