@@ -127,8 +127,12 @@ class Follower:
         except OSError:
             return None
 
+    def how_it_ended(self) -> str:
+        """A sentence, of one that is no more."""
+        return f"A process of this engine (pid {self.pid}) {self._process.how_it_ended()}; its log says more."
+
     def _ended(self) -> Ended:
-        return Ended(f"A process of this engine (pid {self.pid}) {self._process.how_it_ended()}; its log says more.")
+        return Ended(self.how_it_ended())
 
 
 def _keep(started: Future[Process], ended: Callable[[], object], start: Callable[[], Process]) -> None:

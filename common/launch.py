@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 -m common.launch common.serve --backend torch --pipeline-parallel-size 2
 
 The first of them runs the module that is named, as `python -m` would; each of the others is an agent (`common.agents`), which
-starts a rank for every engine that the first makes. So nothing in the engine, and nothing in who uses it, knows of the launch.
+starts a process for every engine that the first makes: in PyTorch it is a rank, and in JAX it has several where there are more
+ranks than processes. So nothing in the engine, and nothing in who uses it, knows of the launch.
 
 Who launches tells each process its number, how many there are, and where the first is: `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and
 `MASTER_PORT`, or SLURM's own for the first two. They come together at the port after that, for `torchrun` itself listens there.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 
 def to_device(tree: Any, device: jax.Device | jax.sharding.Sharding) -> Any:
@@ -16,6 +18,12 @@ def to_device(tree: Any, device: jax.Device | jax.sharding.Sharding) -> Any:
 def to_host(tree: Any) -> Any:
     """Every device array of a tree as a NumPy array; waits for the device."""
     return jax.device_get(tree)
+
+
+def _whole(tree: Any) -> Any:
+    """As `to_host`, of arrays that several processes may have parts of; all of them ask at once."""
+    gather = partial(multihost_utils.process_allgather, tiled=True)
+    return to_host(jax.tree.map(lambda x: x if x.is_fully_addressable else gather(x), tree))
 
 
 def nbytes(tree: Any) -> int:

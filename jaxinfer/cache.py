@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array, lax
 
 from common.config import ModelConfig
-from jaxinfer.arrays import to_host
+from jaxinfer.arrays import _whole
 
 _PAGES = 16
 """Pages of one call."""
@@ -81,7 +81,7 @@ def _copy_all(cache: KVCache, pairs: np.ndarray) -> KVCache:
 
 def read_pages(cache: KVCache, pages: Sequence[int]) -> dict[str, np.ndarray]:
     """Copies `k` and `v`: [L, pages, B, K, H]."""
-    parts = [to_host(_take(cache, _some(pages, at))) for at in range(0, max(len(pages), 1), _PAGES)]
+    parts = [_whole(_take(cache, _some(pages, at))) for at in range(0, max(len(pages), 1), _PAGES)]
 
     def join(pools: Sequence[tuple[np.ndarray, ...]]) -> np.ndarray:
         x_LKPBH = np.concatenate([np.stack(layers) for layers in pools], axis=2)[:, :, : len(pages)]

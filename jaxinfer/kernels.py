@@ -30,7 +30,7 @@ from common.platform import cores
 from common.rope import rope_tables
 from common.schedule.batch import Batch, Mask, masked
 from common.weights.checkpoint import Checkpoint
-from jaxinfer.arrays import nbytes
+from jaxinfer.arrays import _whole, nbytes
 from jaxinfer.cache import KVCache, _copy_all
 from jaxinfer.observe import Keep, Names, ignore, keeper
 from jaxinfer.parallel import _WHOLE, ALONE, Group
@@ -80,18 +80,19 @@ def unusable(config: EngineConfig, model: ModelConfig, device: jax.Device) -> st
 def load_weights(
     checkpoint: Checkpoint, dtype: Any, positions: int, progress: Progress | None = None, group: Group = ALONE
 ) -> Weights:
-    """Pack a checkpoint, one layer at a time. In a `group` it is each rank's part, side by side along the first axis."""
-    config, ranks = checkpoint.config, group.ranks
-    total = ranks * config.num_layers + 1
+    """Pack a checkpoint, one layer at a time. In a `group` it is each rank's part, side by side along the first axis, as far as
+    this process drives them."""
+    config, ranks, here = checkpoint.config, group.ranks, group._here
+    total = len(here) * config.num_layers + 1
     done = lambda count: progress and progress(count, total, "weights")  # noqa: E731
     layers, head = [], []
-    for rank in range(ranks):
-        done_here = partial(lambda before, count: done(before + count), rank * config.num_layers)
+    for at, rank in enumerate(here):
+        done_here = partial(lambda before, count: done(before + count), at * config.num_layers)
         layers.append(pack_layers(checkpoint, dtype, done_here, rank, ranks))
         head.append(pack_head(checkpoint, dtype, rank, ranks))
     ropes = np.stack([np.concatenate(rope_tables(rope, config.head_dim, positions), 1) for rope in config.ropes])
     done(total)
-    return Weights(_put(layers, 0, group), _put(head, 0, group), _put([ropes] * ranks, None, group))
+    return Weights(_put(layers, 0, group), _put(head, 0, group), _put([ropes] * len(here), None, group))
 
 
 def make_cache(config: ModelConfig, pages: int, page_size: int, dtype: str) -> KVCache:
@@ -229,8 +230,7 @@ class Native(Part):
         """Copies `k` and `v`: [L, pages, B, K, H]."""
         (k,), (v,) = state.cache
         K, H = self._local.num_kv_heads, self._local.head_dim
-        # Rank by rank: an array keeps what it once gave of all of them together.
-        every = lambda pool: [_typed(np.asarray(own.data)[:, list(pages_)]) for own in pool.addressable_shards]  # noqa: E731
+        every = lambda pool: map(_typed, _take_pages(pool, np.array(pages_, np.int32), self.group.ranks))  # noqa: E731
         whole = {"k": [keys_out(pool, K) for pool in every(k)], "v": [values_out(pool, K, H) for pool in every(v)]}
         return {name: join_heads(np.concatenate(x, 3), self.model_config, self.group.ranks) for name, x in whole.items()}
 
@@ -460,6 +460,16 @@ def _add(name: str, weights: Weights, step: Array, sum_TD: Array, x_TD: Array, l
     return _call(name, x_TD, step, weights.layers, sum_TD, x_TD, aliases={3: 0}, layer=layer)
 
 
+def _take_pages(pool: Array, pages: np.ndarray, ranks: int) -> list[np.ndarray]:
+    """What the part of each rank of a pool holds at `pages`: [L K, pages, …]."""
+    if pool.is_fully_addressable:
+        # Rank by rank: an array keeps what it once gave of all of them together.
+        return [np.asarray(own.data)[:, pages] for own in pool.addressable_shards]
+    runs = [pages[at : at + _PAGES] for at in range(0, max(len(pages), 1), _PAGES)]
+    read = [_whole(_get_pages(pool, np.pad(run, (0, _PAGES - len(run))))) for run in runs]
+    return np.split(np.concatenate(read, 1)[:, : len(pages)], ranks)
+
+
 def _put_pages(pool: Array, pages: np.ndarray, x: np.ndarray) -> Array:
     """A pool whose `pages` hold x [L K, pages, …]. One program serves any number of them: `_PAGES` at a time, and the null page
     for what is missing."""
@@ -469,6 +479,11 @@ def _put_pages(pool: Array, pages: np.ndarray, x: np.ndarray) -> Array:
         some = np.pad(some, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)])
         pool = _set_pages(pool, np.pad(pages[at : at + _PAGES], (0, missing)), some)
     return pool
+
+
+@jax.jit
+def _get_pages(pool: Array, pages: Array) -> Array:
+    return pool[:, pages]
 
 
 @partial(jax.jit, donate_argnums=0)

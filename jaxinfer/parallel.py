@@ -5,6 +5,11 @@ layers: each passes the residual stream on to the next.
 JAX drives all ranks from one process. A stage's step is one program on a mesh of devices, and `shard_map` shows each device its
 part of weights, pages and logits: what a rank computes stands in the program as it is, and so does every word between ranks.
 
+Where agents start processes (`common.launch`), on one machine or several, each drives as many ranks of every stage, and meshes
+are of all their devices (`jax.distributed`). A program on one runs when all have started it: so the first process, which is the
+caller's, tells the others every call that is made here. JAX cannot go on without one of them, nor with one that is elsewhere
+in a step. Then this process ends, and it is for whoever keeps it (`common.replicas`) to start it again.
+
 A stage is a program of its own, and not a place on a further axis of the mesh: there every stage would have the shapes of every
 other, with room for embedding, LM head and the most layers, and would run through the others' code.
 
@@ -13,12 +18,18 @@ Letters: R logit rows · V vocabulary, of which each rank has n · k candidates.
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import re
+import socket
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +37,25 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from common.agents import Agents, There, agents, machine
 from common.config import EngineConfig, ModelConfig
 from common.errors import BackendError
+from common.exits import FAILURE
+from common.followers import Follower, follow
 from common.interface import Progress
+from common.platform import cores, family_memory
 from common.schedule.batch import Batch, Mask
-from common.weights.checkpoint import Checkpoint
+from common.weights.checkpoint import Checkpoint, open_checkpoint
 from jaxinfer.arrays import to_device
+from jaxinfer.device import open_device
+
+_log = logging.getLogger(__name__)
+
+_PATIENCE_S = 60
+"""Until all processes have come together."""
+_NEVER_S = 7 * 24 * 3600
+_LEAVE_S = 5
+"""For one that has said that it leaves, until all have."""
 
 _AXIS = "tensor"
 _WHOLE, _HEADS, _COLUMNS = PartitionSpec(), PartitionSpec(_AXIS), PartitionSpec(None, _AXIS)
@@ -107,19 +131,25 @@ class Group:
         """The k highest of every rank's k highest logits [R, k], falling, and their tokens. Of equals the first come first."""
         return logits, ids
 
+    @property
+    def _here(self) -> Sequence[int]:
+        """Those that this process drives."""
+        return (0,)
+
     def _place(self, device: jax.Device, spec: PartitionSpec) -> jax.sharding.Sharding:
         return SingleDeviceSharding(self._device or device)
 
     def _devices(self, device: jax.Device) -> Sequence[jax.Device]:
-        """Every rank's, of which `device` is the first, unless a stage has its own."""
+        """Those of `_here`, of which `device` is the first, unless a stage has its own."""
         return (self._device or device,)
 
     def _put(self, parts: Sequence[np.ndarray], axis: int | None, device: jax.Device) -> Array:
-        """Each rank's part of an array on its device, as `_whole` has them."""
+        """Each part of an array, of the ranks `_here`, on its device, as `_whole` has them."""
         return self._whole([to_device(part, place) for part, place in zip(parts, self._devices(device), strict=True)], axis)
 
     def _whole(self, parts: Sequence[Array], axis: int | None) -> Array:
-        """The array of which each rank's device has a part: they lie side by side along `axis`, or are all the same."""
+        """The array of which each rank's device has a part: they lie side by side along `axis`, or are all the same. `parts`:
+        of those `_here`."""
         return parts[0]
 
     def _spread(self, function: Callable[..., Any], takes: Any, gives: Any) -> Callable[..., Any]:
@@ -193,8 +223,12 @@ class _Ranks(Group):
     def _place(self, device: jax.Device, spec: PartitionSpec) -> jax.sharding.Sharding:
         return NamedSharding(self.mesh, spec)
 
+    @property
+    def _here(self) -> Sequence[int]:
+        return [rank for rank, device in enumerate(self.mesh.devices) if device.process_index == jax.process_index()]
+
     def _devices(self, device: jax.Device) -> Sequence[jax.Device]:
-        return tuple(self.mesh.devices)
+        return [self.mesh.devices[rank] for rank in self._here]
 
     def _whole(self, parts: Sequence[Array], axis: int | None) -> Array:
         shape = tuple(size * (self.ranks if i == axis else 1) for i, size in enumerate(parts[0].shape))
@@ -206,7 +240,7 @@ class _Ranks(Group):
         return jax.shard_map(function, mesh=self.mesh, in_specs=specs(takes), out_specs=specs(gives), check_vma=False)
 
     def _bring(self, x: Array) -> Array:
-        shards = zip(x.addressable_shards, self.mesh.devices, strict=True)
+        shards = zip(x.addressable_shards, self._devices(self.mesh.devices[0]), strict=True)
         return self._whole([jax.device_put(shard.data, device) for shard, device in shards], None)
 
 
@@ -326,21 +360,156 @@ def _bytes_told(program: str) -> int:
     return told
 
 
+class _Seat(NamedTuple):
+    """One of several processes that share out a model: what JSON can hold."""
+
+    address: str
+    """Where the first has them come together."""
+    processes: int
+    process: int
+    neighbours: int
+    """How many of them are on its machine, and of those come before it."""
+    before: int
+
+
+class _Others:
+    """The processes that make the calls which this one, the first of them, makes, in their order."""
+
+    def __init__(self, config: EngineConfig, launch: Agents) -> None:
+        """Start one beside each that was launched, and come together. Raises `BackendError` where they cannot."""
+        _expect_even(config.tensor_parallel_size, 1 + len(launch.all))
+        seat, *seats = _seats(launch.host, [machine(), *(agent.machine for agent in launch.all)])
+        self._followers: list[Follower] = []
+        for agent, its in zip(launch.all, seats, strict=True):
+            start = partial(There, agent, launch.secret)
+            self._followers.append(Follower("jaxinfer.parallel:_follow", its, asdict(config), ended=self._lose, start=start))
+        self.config, self.device = _sit_down(seat, config)
+
+    def tell(self, call: str, *arguments: Any, data: Sequence[np.ndarray] = ()) -> None:
+        """Have them make a call, at which they may wait for this process to make it too."""
+        for other in self._followers:
+            other.tell(call, *arguments, data=data)
+
+    def memory(self) -> dict[str, float]:
+        """As `ModelRunner.stats`, of those on this machine."""
+        held, most = family_memory(other.pid for other in self._followers if other.here)
+        return {"others_rss_bytes": held, "others_peak_rss_bytes": most}
+
+    def close(self) -> None:
+        """End them."""
+        followers, self._followers = self._followers, []
+        for other in followers:
+            other.tell("leave")
+        _leave()
+        for other in followers:
+            other.close()
+
+    def _lose(self, other: Follower) -> None:
+        if other in self._followers:
+            # Whoever computes with it waits for it, some without an end, and cannot compute without it.
+            _log.error("%s JAX cannot go on without it, so this one ends too.", other.how_it_ended())
+            os._exit(FAILURE)
+
+
+def _seats(host: str, machines: Sequence[str]) -> list[_Seat]:
+    """Of processes on these machines, the first of which others reach at `host`."""
+    with socket.create_server((host, 0)) as free:
+        address = f"{host}:{free.getsockname()[1]}"
+    every = Counter(machines)
+    return [_Seat(address, len(machines), at, every[name], machines[:at].count(name)) for at, name in enumerate(machines)]
+
+
+def _expect_even(ranks: int, processes: int) -> None:
+    """Raise `BackendError` unless so many processes can share out the ranks of a stage."""
+    if ranks % processes:
+        raise BackendError(
+            f"tensor_parallel_size={ranks} cannot be shared out over the {processes} processes of this launch: each of JAX's "
+            f"drives as many ranks of every stage. Set a multiple of {processes}, or launch another number of processes."
+        )
+
+
+def _sit_down(seat: _Seat, config: EngineConfig) -> tuple[EngineConfig, jax.Device]:
+    """Come together with the others. The engine's options with this process's share of its machine's threads, and its first
+    device. Raises `BackendError` if JAX has started before."""
+    own = config.ranks // seat.processes
+    config = replace(config, threads=max(1, (config.threads or cores()) // seat.neighbours))
+    jax.config.update("jax_enable_preemption_service", False)  # which keeps SIGTERM from ending a process
+    try:
+        jax.distributed.initialize(
+            seat.address,
+            seat.processes,
+            seat.process,
+            local_device_ids=range(seat.before * own, (seat.before + 1) * own),
+            coordinator_bind_address=seat.address,
+            initialization_timeout=_PATIENCE_S,
+            # That a process is gone is known from the line to it, and sooner.
+            heartbeat_timeout_seconds=_NEVER_S,
+            shutdown_timeout_seconds=_LEAVE_S,
+        )
+    except RuntimeError as error:
+        raise BackendError(f"JAX's processes did not come together at {seat.address}: {error}") from error
+    return config, open_device(config.device, config.threads, own)
+
+
+def _leave() -> None:
+    """All do so at once."""
+    with suppress(RuntimeError):  # somebody has gone without a word
+        jax.distributed.shutdown()
+
+
 def start(config: EngineConfig, device: jax.Device) -> Group:
-    """The ranks of an engine, of which `device` is the first. Raises `BackendError` if there are not enough devices."""
+    """The ranks of an engine, of which `device` is the first here. Raises `BackendError` if there are not enough devices."""
     ranks, stages = config.tensor_parallel_size, config.pipeline_parallel_size
     if config.ranks == 1:
         return ALONE
-    devices = jax.local_devices(backend=device.platform)
-    if len(devices) < config.ranks:
+    processes = jax.process_count()
+    own = config.ranks // processes
+    devices = [[each for each in jax.devices(device.platform) if each.process_index == i][:own] for i in range(processes)]
+    if (least := min(map(len, devices))) < own:
         raise BackendError(
-            f"tensor_parallel_size={ranks} with pipeline_parallel_size={stages} needs {config.ranks} devices, and JAX has "
-            f"{len(devices)} of {device.platform}. On a CPU it makes them as it starts: let the engine with the most ranks be "
-            "the first of its process."
+            f"tensor_parallel_size={ranks} with pipeline_parallel_size={stages} needs {own} devices, and JAX has {least} of "
+            f"{device.platform}. On a CPU it makes them as it starts: let the engine with the most ranks be the first of its "
+            "process."
         )
-    meshes = np.array(devices[: config.ranks]).reshape(stages, ranks)
+    # Every process has a part of every stage, for none can run a program on devices of others alone.
+    meshes = np.array(devices).reshape(processes, stages, -1).swapaxes(0, 1).reshape(stages, ranks)
     if ranks == 1:
         groups = [Group(_stage=at, _stages=stages, _device=own[0]) for at, own in enumerate(meshes)]
     else:
         groups = [_Ranks(_stage=at, _stages=stages, mesh=Mesh(own, (_AXIS,))) for at, own in enumerate(meshes)]
     return groups[0] if stages == 1 else _Stages(_stages=stages, groups=tuple(groups))
+
+
+def _lead(config: EngineConfig) -> _Others | None:
+    """The other processes of an engine, of which this is the first, if it has any. Before JAX starts."""
+    launch = agents()
+    return _Others(config, launch) if launch and config.ranks > 1 else None
+
+
+def _follow(seat: Sequence[Any], config: dict[str, Any]) -> None:
+    """The life of every other process."""
+    from jaxinfer.runner import ModelRunner  # which imports this file
+
+    engine_config, device = _sit_down(_Seat(*seat), EngineConfig(**config))
+    runner = ModelRunner(engine_config, start(engine_config, device))
+
+    def submit(data: bytes) -> None:
+        runner.submit(Batch.from_bytes(data))
+
+    def read_pages(pages_of: int, pages: Sequence[int]) -> None:
+        runner.read_pages(pages_of, pages)  # which the first does too
+
+    def write_pages(pages_of: int, pages: Sequence[int], dtype: str, shape: Sequence[int], data: bytes = b"") -> None:
+        k, v = np.frombuffer(data, dtype).reshape(2, *shape)
+        runner.write_pages(pages_of, pages, {"k": k, "v": v})
+
+    calls: dict[str, Callable[..., object]] = {
+        "load": lambda path: runner.load(open_checkpoint(path)),
+        "allocate": runner.allocate,
+        "warmup": runner.warmup,
+        "submit": submit,
+        "read_pages": read_pages,
+        "write_pages": write_pages,
+        "leave": _leave,
+    }
+    follow(calls, failed=lambda: os._exit(FAILURE))  # or the others would wait for it

@@ -14,13 +14,13 @@ from common.config import EngineConfig, ModelConfig
 from common.errors import BackendError
 from common.interface import Caps, KVGroup, Progress
 from common.kernels.cpu.build import arithmetic
-from common.schedule.batch import Batch, Mask
+from common.schedule.batch import Batch, Mask, masked
 from common.weights.checkpoint import Checkpoint
 from jaxinfer import kernels
 from jaxinfer.cache import page_memory
 from jaxinfer.device import describe, open_device
 from jaxinfer.observe import observe
-from jaxinfer.parallel import Group, start
+from jaxinfer.parallel import Group, _lead, start
 from jaxinfer.step import Step
 
 
@@ -28,9 +28,12 @@ class ModelRunner(interface.ModelRunner):
     """`common.interface.ModelRunner` on JAX."""
 
     def __init__(self, config: EngineConfig, group: Group | None = None) -> None:
-        """`group`: where this is not the first of its ranks; else they are started."""
-        self.config = config
-        self.device = open_device(config.device, config.threads, config.ranks)
+        """`group`: where this is not the first process of its ranks; else they are started."""
+        self._others = None if group else _lead(config)
+        if self._others:
+            self.config, self.device = self._others.config, self._others.device
+        else:
+            self.config, self.device = config, open_device(config.device, config.threads, config.ranks)
         self.group = group or start(config, self.device)
         self.state: Any = None  # a State once allocated
         self._step: Any = None  # a step.Step or a kernels.Step once loaded
@@ -48,6 +51,7 @@ class ModelRunner(interface.ModelRunner):
         native = unusable is None
         make: Any = kernels.make_step if native else Step
         step = self.group._staged(lambda group: make(self.config, self.device, group))
+        self._tell("load", str(checkpoint.path))
         step.load(checkpoint, positions, progress)
         self._step = step
         self._caps = Caps(
@@ -73,16 +77,20 @@ class ModelRunner(interface.ModelRunner):
         return interface.one_group(self.model_config, self._step.page_bytes(self.model_config))
 
     def allocate(self, pages_per_group: Sequence[int]) -> None:
+        self._tell("allocate", list(pages_per_group))
         self._num_pages = pages_per_group[0]
         self.reset()
 
     def reset(self) -> None:
         self._expect_open()
+        if self._others and self.state is not None:
+            raise BackendError("A step raised, and processes of JAX that may be at different places of it cannot go on.")
         self.state = None  # the old pool goes before the new one comes
         self.state = self._step.make_state(self._num_pages)
         self._rank_bytes = self._step.held(self.state) if self.config.ranks > 1 else 0
 
     def warmup(self, progress: Progress | None = None) -> None:
+        self._tell("warmup")
         self.state = self._step._copy_pages(self.state, np.zeros((0, 2), np.int32))
         self.state = self._step.warmup(self.state, progress)  # which waits for all stages
 
@@ -93,10 +101,14 @@ class ModelRunner(interface.ModelRunner):
     def stats(self) -> dict[str, float]:
         if self.config.ranks == 1:
             return {}
-        return {"communication_bytes": self._step._told, "rank_bytes": self._rank_bytes}
+        memory = self._others.memory() if self._others else {}
+        return memory | {"communication_bytes": self._step._told, "rank_bytes": self._rank_bytes}
 
     def submit(self, batch: Batch, mask: Mask = None) -> interface.Pending:
         self._expect_open()
+        if self._others:
+            batch, mask = masked(batch, mask), None
+            self._tell("submit", data=[batch.buffer])
         self._copy(batch)
         self.state, fetch = self._step.run(self.state, batch, mask)
         return interface.Fetched(batch, fetch)
@@ -110,9 +122,12 @@ class ModelRunner(interface.ModelRunner):
         return taps
 
     def read_pages(self, group: int, pages: Sequence[int]) -> dict[str, np.ndarray]:
+        self._tell("read_pages", group, list(pages))
         return self._step.read_pages(self.state, pages)
 
     def write_pages(self, group: int, pages: Sequence[int], arrays: dict[str, np.ndarray]) -> None:
+        k, v = arrays["k"], arrays["v"]
+        self._tell("write_pages", group, list(pages), k.dtype.name, k.shape, data=[k, v])
         self.state = self._step.write_pages(self.state, pages, arrays)
 
     def page_memory(self, group: int) -> interface.PageMemory | None:
@@ -122,6 +137,13 @@ class ModelRunner(interface.ModelRunner):
 
     def close(self) -> None:
         self._step, self.state = None, None
+        if self._others:
+            self._others.close()
+
+    def _tell(self, call: str, *arguments: Any, data: Sequence[np.ndarray] = ()) -> None:
+        """Have all other processes of this engine do what this one is about to do."""
+        if self._others:
+            self._others.tell(call, *arguments, data=data)
 
     def _expect_open(self) -> None:
         if self._step is None:

@@ -26,8 +26,8 @@ def load_model(
     group: Group = ALONE,
 ) -> Decoder:
     """The checkpoint's decoder with its weights on `device`, one tensor at a time; room for `positions` rotary positions. In a
-    `group` it is the decoder of each rank's part."""
-    parts = [shard(checkpoint, rank, group.ranks) for rank in range(group.ranks)]
+    `group` it is the decoder of each rank's part, as far as this process drives them."""
+    parts = [shard(checkpoint, rank, group.ranks) for rank in group._here]
     model = nnx.eval_shape(lambda: Decoder(parts[0].config, jnp.dtype(dtype), positions, group))
     graph, abstract = nnx.split(model)
     flat = nnx.to_flat_state(abstract)

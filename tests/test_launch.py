@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,24 +25,31 @@ from common.config import EngineConfig
 from common.engine import Engine, build_engine
 from common.errors import BackendError, ConfigError
 from common.frames import write_frame
+from common.interface import ServingEngine
 from common.launch import Launched, gather, launched
-from common.request import Request, SamplingParams
+from common.replicas.engine import Replicas
+from common.replicas.open import open_engine
+from common.request import Request, SamplingParams, TokenEvent
 from tests.backends import checkpoint
 from tests.history_backend import ROOT
 from tests.test_lost_ranks import CLOCK, ENDS, ENGINE, MODEL, NOTICED_S, PROMPTS, STAGES, alive, others
 
+PARAMS = SamplingParams(max_tokens=6, temperature=0.0, logprobs=1)
+ASKED = [Request(request_id=str(i), prompt_token_ids=prompt, params=PARAMS) for i, prompt in enumerate(PROMPTS)]
 BOTH = replace(ENGINE, pipeline_parallel_size=2)
 TOKENS = """
 import json, sys
 from common.engine import build_engine
 from tests.backends import checkpoint
-from tests.test_launch import MODEL, STAGES, run
-engine = build_engine("torch", checkpoint(MODEL), STAGES)
-print(json.dumps([run(engine), len(engine.runner.group._launch.all)]), flush=True)
+from tests.test_launch import MODEL, SHARED, run
+engine = build_engine(sys.argv[1], checkpoint(MODEL), SHARED[sys.argv[1]])
+print(json.dumps([run(engine), engine.stats()["others_rss_bytes"] > 0]), flush=True)
 sys.stdin.read()
 engine.close()
 """
-"""A module that computes in two stages, tells what, and ends at the end of its input."""
+"""A module that computes on two ranks, tells what, and ends at the end of its input."""
+SHARED = {"jax": ENGINE, "torch": STAGES}
+"""How a model is shared out there."""
 
 
 def free_port() -> int:
@@ -91,6 +98,20 @@ def adopt(found: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
+@contextmanager
+def opened(config: EngineConfig) -> Iterator[ServingEngine]:
+    """An engine of JAX's processes, as whoever serves requests has it."""
+    engine = open_engine("jax", checkpoint(MODEL), config)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def started_by(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children()
+
+
 def all_end(processes: Sequence[psutil.Process]) -> bool:
     """Soon: of processes that others have started it is known that they let go of everything, not that they are no more."""
     begin = CLOCK.seconds
@@ -99,13 +120,14 @@ def all_end(processes: Sequence[psutil.Process]) -> bool:
     return not alive(processes)
 
 
-def run(engine: Engine) -> dict[str, list[Any]]:
+def run(engine: ServingEngine) -> dict[str, list[Any]]:
     """Tokens of each prompt, and how likely they were."""
     engine.reset_prefix_cache()
-    params = SamplingParams(max_tokens=6, temperature=0.0, logprobs=1)
-    asked = [Request(request_id=str(i), prompt_token_ids=prompt, params=params) for i, prompt in enumerate(PROMPTS)]
-    events = engine.run(asked)
-    return {name: [[e.token_id, e.logprobs and e.logprobs.logprob] for e in each] for name, each in events.items()}
+    return {name: [token_of(event) for event in each] for name, each in engine.run(ASKED).items()}
+
+
+def token_of(event: TokenEvent) -> list[Any]:
+    return [event.token_id, event.logprobs and event.logprobs.logprob]
 
 
 @contextmanager
@@ -181,6 +203,68 @@ def test_an_engine_whose_agent_is_lost_ends_with_one_error(config: EngineConfig,
                 run(engine)
             assert CLOCK.seconds - begin < NOTICED_S
         assert all_end([other])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(ENGINE, id="framework", marks=pytest.mark.accept),
+        pytest.param(replace(ENGINE, kernels="native", dtype="bfloat16"), id="native"),
+        pytest.param(BOTH, id="stages", marks=pytest.mark.accept),
+    ],
+)
+def test_processes_of_jax_compute_the_bits_of_ranks_in_one(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    with launch_of(2) as (found, (agent,)):
+        with closing(Replicas("jax", checkpoint(MODEL), config)) as alone:  # in whose process JAX has devices enough
+            right = run(alone)
+        adopt(found, monkeypatch)
+        with opened(config) as engine:
+            assert run(engine) == right
+            stats = engine.stats()
+            assert stats["num_resets"] == 0 and len(started_by(agent)) == 1
+            assert stats["others_rss_bytes"] > stats["replicas"][0]["others_rss_bytes"] > 0
+            last = started_by(agent)
+        assert all_end(last)
+
+
+@pytest.mark.parametrize(
+    ("who", "end"),
+    [
+        ("another", "killed"),
+        pytest.param("another", "stopped", marks=pytest.mark.accept),
+        pytest.param("another", "exited", marks=pytest.mark.accept),
+        pytest.param("the first", "killed", marks=pytest.mark.accept),
+        pytest.param("the first", "stopped", marks=pytest.mark.accept),
+    ],
+)
+def test_a_process_of_jax_that_is_lost_costs_nobody_a_token(who: str, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with launch_of(2) as (found, (agent,)):
+        adopt(found, monkeypatch)
+        with opened(replace(ENGINE, kernels="native")) as engine:
+            right = run(engine)
+            for request in ASKED:
+                engine.add(request)
+            begun = engine.step(1.0)
+            (other,), (state,) = started_by(agent), engine.replicas
+            begin = CLOCK.seconds
+            ENDS[end](other if who == "another" else psutil.Process(state.pid))
+            while engine.replicas[0].serves and engine.replicas[0].pid == state.pid:
+                time.sleep(0.01)
+            assert CLOCK.seconds - begin < NOTICED_S
+            while engine.has_work:
+                begun += engine.step(0.1)
+            assert {name: [token_of(event) for event in begun if event.request_id == name] for name in right} == right
+            assert engine.stats()["num_replicas_lost"] == 1
+            assert all_end([other])
+            last = [*started_by(agent), psutil.Process(engine.replicas[0].pid)]
+        assert all_end(last)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_ranks_that_processes_of_jax_cannot_share_out_are_refused(two: Agents, ranks: int) -> None:
+    config = replace(ENGINE, tensor_parallel_size=ranks, pipeline_parallel_size=2)
+    with pytest.raises(BackendError, match=rf"tensor_parallel_size={ranks} cannot .* Set a multiple of 2, or launch another"):
+        build_engine("jax", checkpoint(MODEL), config)
 
 
 def test_more_ranks_than_were_launched_are_refused(two: Agents) -> None:
@@ -288,11 +372,13 @@ def module(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
-def test_two_launched_processes_compute_what_one_engine_does(launcher: str, module: Path) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "backend"), [("torchrun", "torch"), ("slurm", "torch"), pytest.param("slurm", "jax", marks=pytest.mark.accept)]
+)
+def test_two_launched_processes_compute_what_one_engine_does(launcher: str, backend: str, module: Path) -> None:
     with engine_of(replace(STAGES, pipeline_parallel_size=1)) as engine:
         right = run(engine)
-    port, ours = str(free_port()), ("common.launch", "tokens")
+    port, ours = str(free_port()), ("common.launch", "tokens", backend)
     if launcher == "torchrun":
         torchrun = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "-m")
         commands = [((*torchrun, *ours), {})]
@@ -303,13 +389,15 @@ def test_two_launched_processes_compute_what_one_engine_does(launcher: str, modu
     started = [start(*command, environment=environment, **pipes) for command, environment in commands]
     printed = [process.communicate(timeout=300)[0] for process in started]
     assert [process.returncode for process in started] == [0] * len(started)
-    assert json.loads("".join(printed)) == [right, 1]  # of whom the first alone speaks
+    told, has_others = json.loads("".join(printed).splitlines()[-1])  # of whom the first alone speaks
+    tokens = lambda each: {name: [token for token, _ in tokens] for name, tokens in each.items()}  # noqa: E731
+    assert has_others and tokens(told) == tokens(right) and (backend == "jax" or told == right)
 
 
 def test_nothing_outlives_a_launch_whose_first_process_is_killed(module: Path) -> None:
     port = free_port()
     first, second = (
-        start("common.launch", "tokens", environment=place(rank, 2, port), where=module, stdin=pipe, stdout=pipe)
+        start("common.launch", "tokens", "torch", environment=place(rank, 2, port), where=module, stdin=pipe, stdout=pipe)
         for rank, pipe in enumerate((subprocess.PIPE, subprocess.DEVNULL))
     )
     with first:

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from common.agents import agents
 from common.config import EngineConfig
 from common.config import expect as expect_config
 from common.errors import BackendError, EngineGoneError, by_name
@@ -348,7 +349,7 @@ class Replicas(ServingEngine):
         """A replica serves."""
         caps, limits = unpack_caps(told["caps"]), Limits(**told["limits"])
         expect_config(
-            caps.device == "cpu",
+            caps.device == "cpu" or len(self._replicas) == 1,
             f"data_parallel_size={len(self._replicas)} has replicas that compute on cpu, not {caps.device}.",
         )
         replica.link, replica.stats, replica.num_pages = link, told["stats"], limits.num_pages
@@ -431,6 +432,9 @@ class Replicas(ServingEngine):
         self._hear(0)
         told = [replica.stats for replica in self._replicas if replica.link]
         held, most = family_memory([state.pid for state in self.replicas if state.pid])
+        if agents():  # whose ranks are theirs, and no replica's
+            held += sum(stats.get("others_rss_bytes", 0) for stats in told)
+            most += sum(stats.get("others_peak_rss_bytes", 0) for stats in told)
         nobody = {"num_running": 0, "kv_cache_usage": 0.0, "kv_pool_bytes": 0}  # where none serves
         return (nobody | totals([self._lost, *told])) | {
             **self._counters,

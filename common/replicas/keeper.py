@@ -27,6 +27,8 @@ SILENCE_S = 10.0
 LOADING_SILENCE_S = 60.0
 """Likewise before it serves."""
 TURN_S = 0.1
+GRACE_S = 2.0
+"""For a replica that serves to end as it likes to, which is nicer to processes of its own."""
 ATTEMPTS = 3
 """How often in a row a replica may end without having served until it is given up."""
 RETRY_S = 1.0
@@ -116,10 +118,13 @@ class Keeper:
         with self._lock:
             self._closing.set()
             if self._link is not None:
-                self._link.close()
+                self._link.send({"order": "end"})
 
     def join(self) -> None:
         """Wait until it has ended, and insist."""
+        self._thread.join(GRACE_S if self._state.serves else 0)
+        if self._link is not None:
+            self._link.close()
         self._thread.join(child.PATIENCE_S)
         if self._thread.is_alive() and self._process is not None:
             self._process.kill()

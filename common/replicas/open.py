@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from common.agents import agents
 from common.config import EngineConfig
 from common.engine import build_engine
 from common.interface import Progress, ServingEngine
@@ -14,6 +15,7 @@ def open_engine(backend: str, checkpoint: Checkpoint, config: EngineConfig, prog
     """Ready."""
     if config.prefill_parallel_size:
         return Disaggregated(backend, checkpoint, config, progress)
-    if config.data_parallel_size > 1:
+    if config.data_parallel_size > 1 or (config.ranks > 1 and agents()):
+        # One whose ranks somebody else has launched may not be able to go on without one of them: then it is started again.
         return Replicas(backend, checkpoint, config, progress)
     return build_engine(backend, checkpoint, config, progress)

@@ -177,6 +177,9 @@ class Replica:
                 while self._engine.has_work:  # of requests that were aborted; nobody waits for the others
                     self._step()
                 self._voice.say({"answer": ask, "done": self._engine.reset_prefix_cache()})
+            case {"order": "end"}:
+                self._engine.close()
+                os._exit(0)  # no thread is waited for
             case {"order": "states", "ask": ask, "lengths": lengths}:
                 self._show(ask, np.split(np.frombuffer(data, np.int32), np.cumsum(lengths)[:-1]))
 
