@@ -41,8 +41,8 @@ from common.agents import Agents, There, agents, machine
 from common.config import EngineConfig, ModelConfig
 from common.errors import BackendError
 from common.exits import FAILURE
-from common.followers import Follower, follow
-from common.interface import Progress
+from common.followers import Ended, Follower, follow
+from common.interface import ModelRunner, Progress
 from common.platform import cores, family_memory
 from common.schedule.batch import Batch, Mask
 from common.weights.checkpoint import Checkpoint, open_checkpoint
@@ -380,10 +380,16 @@ class _Others:
         _expect_even(config.tensor_parallel_size, 1 + len(launch.all))
         seat, *seats = _seats(launch.host, [machine(), *(agent.machine for agent in launch.all)])
         self._followers: list[Follower] = []
-        for agent, its in zip(launch.all, seats, strict=True):
-            start = partial(There, agent, launch.secret)
-            self._followers.append(Follower("jaxinfer.parallel:_follow", its, asdict(config), ended=self._lose, start=start))
-        self.config, self.device = _sit_down(seat, config)
+        try:
+            for agent in launch.all:
+                start = partial(There, agent, launch.secret)
+                self._followers.append(Follower("jaxinfer.parallel:_follow", asdict(config), ended=self._lose, start=start))
+            for other, its in zip(self._followers, seats, strict=True):
+                other.tell("sit_down", *its)
+            self.config, self.device, self.group = _sit_down(seat, config)
+        except BackendError:
+            self.close()
+            raise
 
     def tell(self, call: str, *arguments: Any, data: Sequence[np.ndarray] = ()) -> None:
         """Have them make a call, at which they may wait for this process to make it too."""
@@ -399,7 +405,8 @@ class _Others:
         """End them."""
         followers, self._followers = self._followers, []
         for other in followers:
-            other.tell("leave")
+            with suppress(Ended):
+                other.tell("leave")
         _leave()
         for other in followers:
             other.close()
@@ -428,9 +435,9 @@ def _expect_even(ranks: int, processes: int) -> None:
         )
 
 
-def _sit_down(seat: _Seat, config: EngineConfig) -> tuple[EngineConfig, jax.Device]:
-    """Come together with the others. The engine's options with this process's share of its machine's threads, and its first
-    device. Raises `BackendError` if JAX has started before."""
+def _sit_down(seat: _Seat, config: EngineConfig) -> tuple[EngineConfig, jax.Device, Group]:
+    """Come together with the others: the engine's options with this process's share of its machine's threads, its first device,
+    and all ranks. Raises `BackendError` if JAX has started before."""
     own = config.ranks // seat.processes
     config = replace(config, threads=max(1, (config.threads or cores()) // seat.neighbours))
     jax.config.update("jax_enable_preemption_service", False)  # which keeps SIGTERM from ending a process
@@ -448,7 +455,9 @@ def _sit_down(seat: _Seat, config: EngineConfig) -> tuple[EngineConfig, jax.Devi
         )
     except RuntimeError as error:
         raise BackendError(f"JAX's processes did not come together at {seat.address}: {error}") from error
-    return config, open_device(config.device, config.threads, own)
+    device = open_device(config.device, config.threads, own)
+    every = jax.devices(device.platform)
+    return config, device, _share([[each for each in every if each.process_index == i] for i in range(seat.processes)], config)
 
 
 def _leave() -> None:
@@ -458,21 +467,22 @@ def _leave() -> None:
 
 
 def start(config: EngineConfig, device: jax.Device) -> Group:
-    """The ranks of an engine, of which `device` is the first here. Raises `BackendError` if there are not enough devices."""
+    """The ranks of an engine, of which `device` is the first. Raises `BackendError` if there are not enough devices."""
+    return ALONE if config.ranks == 1 else _share([jax.local_devices(backend=device.platform)], config)
+
+
+def _share(devices: Sequence[Sequence[jax.Device]], config: EngineConfig) -> Group:
+    """The ranks of an engine on the devices of each of its processes. Raises `BackendError` if those are not enough."""
     ranks, stages = config.tensor_parallel_size, config.pipeline_parallel_size
-    if config.ranks == 1:
-        return ALONE
-    processes = jax.process_count()
-    own = config.ranks // processes
-    devices = [[each for each in jax.devices(device.platform) if each.process_index == i][:own] for i in range(processes)]
+    own = config.ranks // len(devices)
     if (least := min(map(len, devices))) < own:
         raise BackendError(
             f"tensor_parallel_size={ranks} with pipeline_parallel_size={stages} needs {own} devices, and JAX has {least} of "
-            f"{device.platform}. On a CPU it makes them as it starts: let the engine with the most ranks be the first of its "
-            "process."
+            f"{devices[0][0].platform}. On a CPU it makes them as it starts: let the engine with the most ranks be the "
+            "first of its process."
         )
     # Every process has a part of every stage, for none can run a program on devices of others alone.
-    meshes = np.array(devices).reshape(processes, stages, -1).swapaxes(0, 1).reshape(stages, ranks)
+    meshes = np.array([each[:own] for each in devices]).reshape(len(devices), stages, -1).swapaxes(0, 1).reshape(stages, ranks)
     if ranks == 1:
         groups = [Group(_stage=at, _stages=stages, _device=own[0]) for at, own in enumerate(meshes)]
     else:
@@ -486,12 +496,20 @@ def _lead(config: EngineConfig) -> _Others | None:
     return _Others(config, launch) if launch and config.ranks > 1 else None
 
 
-def _follow(seat: Sequence[Any], config: dict[str, Any]) -> None:
+def _follow(config: dict[str, Any]) -> None:
     """The life of every other process."""
     from jaxinfer.runner import ModelRunner  # which imports this file
 
-    engine_config, device = _sit_down(_Seat(*seat), EngineConfig(**config))
-    runner = ModelRunner(engine_config, start(engine_config, device))
+    def sit_down(*seat: Any) -> None:
+        own, _, group = _sit_down(_Seat(*seat), EngineConfig(**config))
+        calls.update(_calls(ModelRunner(own, group)))
+
+    calls: dict[str, Callable[..., object]] = {"sit_down": sit_down, "leave": _leave}
+    follow(calls, failed=lambda: os._exit(FAILURE))  # or the others would wait for it
+
+
+def _calls(runner: ModelRunner) -> dict[str, Callable[..., object]]:
+    """What such a process is told to do once it sits."""
 
     def submit(data: bytes) -> None:
         runner.submit(Batch.from_bytes(data))
@@ -503,13 +521,11 @@ def _follow(seat: Sequence[Any], config: dict[str, Any]) -> None:
         k, v = np.frombuffer(data, dtype).reshape(2, *shape)
         runner.write_pages(pages_of, pages, {"k": k, "v": v})
 
-    calls: dict[str, Callable[..., object]] = {
+    return {
         "load": lambda path: runner.load(open_checkpoint(path)),
         "allocate": runner.allocate,
         "warmup": runner.warmup,
         "submit": submit,
         "read_pages": read_pages,
         "write_pages": write_pages,
-        "leave": _leave,
     }
-    follow(calls, failed=lambda: os._exit(FAILURE))  # or the others would wait for it

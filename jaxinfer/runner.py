@@ -31,10 +31,10 @@ class ModelRunner(interface.ModelRunner):
         """`group`: where this is not the first process of its ranks; else they are started."""
         self._others = None if group else _lead(config)
         if self._others:
-            self.config, self.device = self._others.config, self._others.device
+            self.config, self.device, self.group = self._others.config, self._others.device, self._others.group
         else:
             self.config, self.device = config, open_device(config.device, config.threads, config.ranks)
-        self.group = group or start(config, self.device)
+            self.group = group or start(config, self.device)
         self.state: Any = None  # a State once allocated
         self._step: Any = None  # a step.Step or a kernels.Step once loaded
         self._caps: Any = None
@@ -84,6 +84,7 @@ class ModelRunner(interface.ModelRunner):
     def reset(self) -> None:
         self._expect_open()
         if self._others and self.state is not None:
+            self._step, self.state = None, None
             raise BackendError("A step raised, and processes of JAX that may be at different places of it cannot go on.")
         self.state = None  # the old pool goes before the new one comes
         self.state = self._step.make_state(self._num_pages)
