@@ -59,6 +59,16 @@ def agents() -> Agents | None:
     return Agents(host, secret, [Agent(*each) for each in every])
 
 
+def warn_of_idle(ranks: int) -> None:
+    """Say so where more processes were launched than an engine of so many ranks has use for."""
+    launch = agents()
+    if launch and (idle := len(launch.all) - max(ranks - 1, 0)) > 0:
+        log.warning(
+            "Of the %d processes of this launch %d have nothing to do for an engine of %d rank%s: see tensor_parallel_size and "
+            "pipeline_parallel_size.", 1 + len(launch.all), idle, ranks, "s" * (ranks > 1),
+        )  # fmt: skip
+
+
 def machine() -> str:
     """What this process calls the machine: the same where processes see each other, and can share memory."""
     try:

@@ -16,6 +16,7 @@ import numpy as np
 from common.config import EngineConfig
 from common.config import expect as expect_config
 from common.interface import Caps, ModelRunner, Pending, Progress, ReplicaState, ServingEngine, load_backend
+from common.parallel import expect_shareable
 from common.platform import memory_available
 from common.request import Request, Status, TokenEvent, expect
 from common.schedule.kv import KV, Carrier
@@ -310,6 +311,8 @@ def build_engine(
     """An engine of `backend` (`jax`, `torch`), loaded, allocated and warmed up; of several replicas, one."""
     max_model_len = config.model_len(checkpoint.config)
     config = replace(config, max_model_len=max_model_len)
+    # Before processes start, each of which would say so.
+    expect_shareable(checkpoint.config, config.tensor_parallel_size, config.pipeline_parallel_size)
     runner = load_backend(backend, config)
     try:
         runner.load(checkpoint, progress)

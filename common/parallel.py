@@ -128,6 +128,12 @@ def split_heads(x: np.ndarray, config: ModelConfig, ranks: int) -> np.ndarray:
     return np.where(places[:, None] < 0, x.dtype.type(0), x[..., places, :])
 
 
+def expect_shareable(config: ModelConfig, ranks: int, stages: int) -> None:
+    """Raise `ConfigError`, with the numbers that can, unless so many stages of so many ranks can share out a model."""
+    stage_config(config, 0, stages)
+    local_config(config, ranks)
+
+
 def expect_divides(config: ModelConfig, ranks: int) -> None:
     """Raise `ConfigError`, with the numbers of ranks that can, unless `ranks` of them can share out a model."""
     F = config.intermediate_size

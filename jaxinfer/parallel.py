@@ -388,7 +388,7 @@ class _Others:
                 other.tell("sit_down", *its)
             self.config, self.device, self.group = _sit_down(seat, config)
         except BackendError:
-            self.close()
+            self._end()
             raise
 
     def tell(self, call: str, *arguments: Any, data: Sequence[np.ndarray] = ()) -> None:
@@ -402,12 +402,15 @@ class _Others:
         return {"others_rss_bytes": held, "others_peak_rss_bytes": most}
 
     def close(self) -> None:
-        """End them."""
-        followers, self._followers = self._followers, []
-        for other in followers:
+        """End them, who have done what they were told."""
+        for other in self._followers:
             with suppress(Ended):
                 other.tell("leave")
         _leave()
+        self._end()
+
+    def _end(self) -> None:
+        followers, self._followers = self._followers, []
         for other in followers:
             other.close()
 

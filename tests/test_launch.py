@@ -30,7 +30,7 @@ from common.launch import Launched, gather, launched
 from common.replicas.engine import Replicas
 from common.replicas.open import open_engine
 from common.request import Request, SamplingParams, TokenEvent
-from tests.backends import checkpoint
+from tests.backends import checkpoint, engine_config
 from tests.history_backend import ROOT
 from tests.test_lost_ranks import CLOCK, ENDS, ENGINE, MODEL, NOTICED_S, PROMPTS, STAGES, alive, others
 
@@ -281,6 +281,11 @@ def test_stages_may_be_on_several_machines_and_ranks_may_not(two: Agents, monkey
     with engine_of(STAGES) as engine:
         assert run(engine)
         assert engine.stats()["others_rss_bytes"] == 0  # which has another process by that number
+
+
+def test_who_launches_more_than_an_engine_needs_is_told(two: Agents, caplog: pytest.LogCaptureFixture) -> None:
+    open_engine("history", checkpoint(MODEL), engine_config(max_num_seqs=2)).close()
+    assert "Of the 2 processes of this launch 1 have nothing to do for an engine of 1 rank: see tensor_p" in caplog.text
 
 
 def test_an_agent_starts_nothing_for_who_does_not_know_the_secret(two: Agents, tmp_path: Path) -> None:

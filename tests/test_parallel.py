@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common import child
+from common.engine import build_engine
 from common.errors import BackendError, ConfigError
 from common.interface import load_backend
 from common.kernels.cpu.sums import open_library
@@ -290,23 +292,20 @@ def test_stages_compile_nothing_after_warm_up(ranks: Ranks, staged: dict[str, An
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_number_of_ranks_that_does_not_divide_the_model_is_refused() -> None:
-    runner = load_backend("torch", engine_config(tensor_parallel_size=3))
-    try:
-        with pytest.raises(ConfigError, match="=3 does not divide the 128 features"):
-            runner.load(checkpoint(MODEL))
-    finally:
-        runner.close()
-
-
-def test_more_stages_than_layers_are_refused_with_the_numbers_that_can() -> None:
-    layers = checkpoint(MODEL).config.num_layers
-    runner = load_backend("torch", engine_config(pipeline_parallel_size=layers + 1))
-    try:
-        with pytest.raises(ConfigError, match=rf"pipeline_parallel_size={layers + 1} .* has {layers}\. .*: 1 to {layers}\."):
-            runner.load(checkpoint(MODEL))
-    finally:
-        runner.close()
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tensor_parallel_size": 3}, r"=3 does not divide the 128 features .* Numbers that do: 1, 2, 4, 8"),
+        ({"pipeline_parallel_size": 31}, r"pipeline_parallel_size=31 .* has (\d+)\. Numbers that can: 1 to \1\."),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_does_not_divide_a_model_is_refused_before_a_rank_starts(
+    backend: str, options: dict[str, int], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "start", lambda *_: pytest.fail("a process was started"))
+    with pytest.raises(ConfigError, match=said):
+        build_engine(backend, checkpoint(MODEL), engine_config(**options))
 
 
 def test_ranks_that_are_processes_need_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

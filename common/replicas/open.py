@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.agents import agents
+from common.agents import agents, warn_of_idle
 from common.config import EngineConfig
 from common.engine import build_engine
 from common.interface import Progress, ServingEngine
@@ -13,6 +13,7 @@ from common.weights.checkpoint import Checkpoint
 
 def open_engine(backend: str, checkpoint: Checkpoint, config: EngineConfig, progress: Progress | None = None) -> ServingEngine:
     """Ready."""
+    warn_of_idle(config.ranks)
     if config.prefill_parallel_size:
         return Disaggregated(backend, checkpoint, config, progress)
     if config.data_parallel_size > 1 or (config.ranks > 1 and agents()):
