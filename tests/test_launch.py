@@ -261,7 +261,7 @@ def test_a_process_of_jax_that_is_lost_costs_nobody_a_token(who: str, end: str, 
 
 
 def test_ranks_that_processes_of_jax_cannot_share_out_are_refused(two: Agents) -> None:
-    with pytest.raises(BackendError, match="tensor_parallel_size=1 cannot .* Set a multiple of 2, or launch another"):
+    with pytest.raises(BackendError, match=r"tensor_parallel_size=1 cannot .* Set a multiple of 2, or launch another"):
         build_engine("jax", checkpoint(MODEL), STAGES)
 
 
