@@ -332,6 +332,8 @@ class ReplicaState(NamedTuple):
     """That the step in progress has taken, when it last said so; 0 between steps."""
     given_up: bool = False
     """It has ended, and is not started again."""
+    role: str = "both"
+    """Or `prefill` or `decode`: what it computes of a request."""
 
 
 class ServingEngine(InferenceEngine):

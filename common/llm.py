@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
@@ -131,6 +132,9 @@ class LLM:
         self._live: dict[str, OutputText] = {}
         self._deltas: dict[str, list[Delta]] = {}
         self._closed = False
+        # Threads hold on to an engine of several processes: a cell of a notebook that is run again would leave it behind.
+        self._end = weakref.finalize(self, self.engine.close)
+        self._end.atexit = False
 
     def generate(
         self,
@@ -236,7 +240,7 @@ class LLM:
             self._closed = True  # before the lock: whoever else steps leaves off
             with self._lock:
                 self._grammars.close()
-                self.engine.close()
+                self._end()
                 if self._chat is not None:
                     self._chat.close()
 

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 from common.config import expect
 from common.errors import TandemError
+from common.parallel import expect_shareable
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from experiments.blocks import block_order, level, reason_to_stop, time_left
@@ -87,7 +88,8 @@ def make_plan(config: DictConfig, engines: Sequence[EngineSpec]) -> Plan:
 
 
 def expect_fits(workload: Workload, spec: EngineSpec, checkpoint: Checkpoint) -> None:
-    """Raises `ConfigError` if an engine would refuse a request of the workload once it is loaded."""
+    """Raises `ConfigError` if an engine would refuse the model, or a request of the workload, once it is loaded."""
+    expect_shareable(checkpoint.config, spec.config.tensor_parallel_size, spec.config.pipeline_parallel_size)
     config, limit = spec.config, spec.config.model_len(checkpoint.config)
     has = f"Workload {workload.name} has a request of {workload.longest} tokens, prompt and output together"
     most = checkpoint.config.max_position

@@ -307,7 +307,7 @@ def test_the_library_answers_as_with_one_engine(history: Path, monkeypatch: pyte
     for size in (0, 1):
         with LLM(MODEL, backend="history", prefill_parallel_size=size, **small) as llm:
             texts.append([[output.text for output in each.outputs] for each in llm.generate(prompts, params)])
-            assert len(llm.engine.replicas) == 2 * size
+            assert [state.role for state in llm.engine.replicas] == ["prefill", "decode"][: 2 * size]
     del sys.modules["historyinfer"]
     assert texts[0] == texts[1]
 
@@ -319,7 +319,9 @@ def test_a_server_answers_the_same_when_one_is_killed_and_has_its_pages_back(tmp
         body = {"prompt": "the and of ", "max_tokens": 60, "ignore_eos": True, "seed": 3, "temperature": 0.8}
         (whole,) = server.complete(**body)["choices"]
         states = server.client.get("/health").json()["replicas"]
-        assert len(states) == 2
+        assert [state["role"] for state in states] == ["prefill", "decode"]
+        raw = server.client.get("/metrics").text
+        assert all(f'replica="{i}",role="{state["role"]}"}} 1.0' in raw for i, state in enumerate(states))
         os.kill(states[0]["pid"], signal.SIGKILL)
         (again,) = server.complete(**body)["choices"]
         assert again["text"] == whole["text"]

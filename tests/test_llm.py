@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import subprocess
@@ -16,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 import common.llm
@@ -359,6 +361,16 @@ def test_a_closed_llm_says_so() -> None:
         with pytest.raises(RequestError, match="This LLM is closed"):
             call()
     assert llm._chat is None
+
+
+def test_an_llm_that_nobody_has_any_more_ends_its_processes() -> None:
+    llm = LLM("tiny-llama", backend="torch", tensor_parallel_size=2, **SMALL)
+    processes = psutil.Process().children()
+    assert processes
+    del llm
+    gc.collect()
+    psutil.wait_procs(processes, 10)
+    assert not any(process.is_running() for process in processes)
 
 
 def test_whoever_generates_while_another_thread_closes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

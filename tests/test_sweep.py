@@ -263,6 +263,7 @@ def test_killed_at_any_moment_no_job_is_lost_or_done_twice(folder: Path) -> None
         (("seed=1,2", "sweep="), "got ''"),
         (("seed=1,2", "sweep=null"), "got None"),
         (("+sede=1,2",), "Did you mean 'seed'?"),
+        (("parallel.tensor=1,3",), "tensor_parallel_size=3 does not divide the 128 features"),
     ],
 )
 def test_what_is_wrong_with_any_job_is_said_before_the_first_runs(

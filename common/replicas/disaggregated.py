@@ -151,13 +151,17 @@ class Disaggregated(ServingEngine):
     @property
     def replicas(self) -> tuple[ReplicaState, ...]:
         """Those that compute prompts first."""
-        return (*self._prefill.replicas, *self._decode.replicas)
+        parts = {"prefill": self._prefill.replicas, "decode": self._decode.replicas}
+        return tuple(state._replace(role=role) for role, states in parts.items() for state in states)
 
     def stats(self) -> dict[str, Any]:
         """As `Replicas.stats`, of all. Of the requests that were passed on, `prompts_handed_over` are those whose pages came,
         and `prompts_recomputed` those whose prompt was computed again."""
         parts = self._prefill.stats(), self._decode.stats()
-        replicas = [told for part in parts for told in part.pop("replicas")]
+        replicas = [
+            {**told, "role": state.role}
+            for told, state in zip((told for part in parts for told in part.pop("replicas")), self.replicas, strict=True)
+        ]
         usage = totals(replicas).get("kv_cache_usage", 0.0)  # a mean over all of them alike
         return totals(parts) | {
             "prompt_tokens": parts[0]["prompt_tokens"],
