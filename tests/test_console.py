@@ -116,6 +116,11 @@ def test_an_engine_without_shares_of_the_limits_says_why(capsys: pytest.CaptureF
     assert "torch: roofline, MBU and MFU are not measured over several engines." in capsys.readouterr().out
 
 
+def test_a_time_between_ranks_that_was_not_counted_is_told_with_its_origin(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table("title", {"jax": {"contaminated": [], "communication_time": "not told: nobody counts it"}})
+    assert "jax: the time between ranks is not told: nobody counts it." in capsys.readouterr().out
+
+
 def test_kernels_that_auto_fell_back_to_are_told_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
     print_table("title", {"jax": {"contaminated": [], "kernels_used": "framework", "auto_took_framework": "no compiler"}})
     assert "jax: kernels=auto took the framework's kernels, not the native ones: no compiler." in capsys.readouterr().out
