@@ -24,12 +24,11 @@ from common.errors import ConfigError, TandemError, nearest_hint
 from common.exits import (
     FAILURE,
     GATE,
-    READER_GONE,
     USER_ERROR,
-    drop_output,
     exit_code,
     fail,
     heeding_sigterm,
+    printing,
     replace_unprintable,
 )
 from experiments.fail_if import Condition, violations
@@ -50,6 +49,7 @@ FLAGS = (
 """What `--hydra-help` lists, which may be shortened; what --version tells is ours."""
 
 
+@printing()
 def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
     """Compose `configs/<config_name>.yaml` with the command line and run `task`.
 
@@ -70,38 +70,30 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
                 return  # of a sweep that another launcher goes on with
             wanted = config.get("report", True)
             expect(isinstance(wanted, bool), f"report must be true or false, got {wanted!r}.")
-            task(config)
+            with printing():  # here as well, since Hydra would first print a message of its own
+                task(config)
         except (TandemError, OmegaConfBaseException) as error:
-            fail(explain(error), USER_ERROR)  # here, since Hydra would first print a message of its own
+            fail(explain(error), USER_ERROR)
         except (EngineFailure, DiskFullError) as error:
             fail(str(error), FAILURE)  # a defect, whose traceback is the other process's; or of the machine
 
     command = hydra.main(version_base="1.3", config_path="pkg://configs", config_name=config_name)(run)
     meant = [piece for argument in sys.argv[1:] for piece in spell_out_model(set_not_added(argument))]
     try:
-        try:
-            if is_asked(sys.argv[1:]):
-                print(help_text(command, meant, config_name))
-                return
-            expect_words(sys.argv[1:])
-            if "--version" in sys.argv[1:]:
-                print(f"tandem {metadata.version('tandem-infer')}")
-                return
-            sys.argv[1:] = meant
-            with heeding_sigterm():
-                command()
-        finally:
-            if not composed:  # it was Hydra that printed, as of --help
-                sys.stdout.flush()
+        if is_asked(sys.argv[1:]):
+            print(help_text(command, meant, config_name))
+            return
+        expect_words(sys.argv[1:])
+        if "--version" in sys.argv[1:]:
+            print(f"tandem {metadata.version('tandem-infer')}")
+            return
+        sys.argv[1:] = meant
+        with heeding_sigterm():
+            command()
     except (HydraException, OmegaConfBaseException, TandemError, ValueError) as error:
         if composed and isinstance(error, ValueError):
             raise
         fail(explain(error), USER_ERROR)
-    except BrokenPipeError:
-        if composed:
-            raise
-        drop_output()
-        sys.exit(READER_GONE)
     except KeyboardInterrupt as end:
         sys.exit(exit_code(end))
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -349,6 +350,40 @@ def test_help_ends_without_a_traceback_when_its_reader_leaves() -> None:
     ended = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, check=False)
     os.close(write)
     assert (ended.returncode, ended.stderr) == (141, b"")  # 128 + SIGPIPE
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("full", "told"),
+    [
+        ("stdout", "error: Standard output cannot be written: No space left on device.\n"),
+        ("stderr", "error: Standard error cannot be written: No space left on device.\n"),
+    ],
+)
+def test_a_stream_that_takes_no_more_ends_a_run_with_one_line_on_the_other(
+    full: str, told: str, unbuffered: str, history: Path
+) -> None:
+    words = [sys.executable, "-m", "experiments.bench", "--config-dir", "configs", *SMALL, "measure.blocks=1", "report=false"]
+    with open("/dev/full", "w") as nowhere:
+        streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {full: nowhere}
+        ended = subprocess.run(words, **streams, env=os.environ | {"PYTHONUNBUFFERED": unbuffered}, text=True, check=False)
+    said = ended.stdout or ended.stderr
+    assert ended.returncode == 1 and said.endswith(told) and said.count("rror") == told.count("rror")  # and no traceback
+
+
+def test_where_no_stream_takes_anything_the_exit_code_tells() -> None:
+    with open("/dev/full", "w") as nowhere:
+        words = [sys.executable, "-m", "experiments.bench", "--help"]
+        assert subprocess.run(words, stdout=nowhere, stderr=nowhere, check=False).returncode == 1
+        words = [sys.executable, "-m", "experiments.bench", "engine=nobodys"]
+        assert subprocess.run(words, stdout=nowhere, stderr=nowhere, check=False).returncode == 2
+
+
+def test_a_mistake_is_told_where_standard_error_takes_nothing() -> None:
+    with open("/dev/full", "w") as nowhere:
+        words = [sys.executable, "-m", "experiments.bench", "engine=jaxx"]
+        ended = subprocess.run(words, stdout=subprocess.PIPE, stderr=nowhere, text=True, check=False)
+    assert ended.returncode == 2 and ended.stdout.startswith("error: Unknown engine 'jaxx'")
 
 
 def test_an_engine_that_dies_ends_the_command_with_1_and_its_failure_in_the_results(
