@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from importlib import metadata, resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from common.exits import (
     printing,
     replace_unprintable,
 )
-from experiments.fail_if import Condition, violations
+from experiments.fail_if import Condition, expect_quotes, violations
 from experiments.help import help_text, is_asked
 from experiments.isolate import EngineFailure
 from experiments.job import is_whole, job_directory
@@ -47,6 +48,8 @@ FLAGS = (
     *("--config-path", "--config-name", "--config-dir", "--experimental-rerun", "--info"),
 )
 """What `--hydra-help` lists, which may be shortened; what --version tells is ours."""
+WITH_VALUE = ("-c", "-p", "-i", "--c", "--p", "--i", "--e")
+"""How those begin that a value follows: --cfg and --config-dir, --package, --info, --experimental-rerun."""
 
 
 @printing()
@@ -78,7 +81,7 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
             fail(str(error), FAILURE)  # a defect, whose traceback is the other process's; or of the machine
 
     command = hydra.main(version_base="1.3", config_path="pkg://configs", config_name=config_name)(run)
-    meant = [piece for argument in sys.argv[1:] for piece in spell_out_model(set_not_added(argument))]
+    meant = [piece for argument in overrides_first(sys.argv[1:]) for piece in spell_out_model(set_not_added(argument))]
     try:
         if is_asked(sys.argv[1:]):
             print(help_text(command, meant, config_name))
@@ -100,10 +103,13 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
 
 def expect_words(words: Sequence[str]) -> None:
     """Raises `ConfigError` for what no option can be."""
+    expect_quotes(words)
     if value := torn(words):
         raise ConfigError(f"No spaces inside […], or quote the word: {shlex.quote(value)}")
     if unknown := next((word for word in words if word.startswith("--") and not is_flag(word)), None):
         raise ConfigError(no_such_flag(unknown))
+    if taken := next((match for word in words if (match := re.fullmatch(r"~(\w+)(=.*)?", word))), None):
+        raise ConfigError(f"{taken[0]} would take away an option, and a run needs each. Set it instead: {taken[1]}=…")
 
 
 def report_on(config: DictConfig, result: Mapping[str, Any]) -> bool:
@@ -141,6 +147,17 @@ def conclude(conditions: Sequence[Condition], result: Mapping[str, Any], reporte
     if not reported:
         again = f"python -m experiments.report {result['run']}"
         fail(f"The report could not be made; all else is there. Try again: {again}", FAILURE)
+
+
+def overrides_first(words: Sequence[str]) -> list[str]:
+    """Then the flags, with their values: argparse takes no override behind a flag that stands among them, as -m may."""
+    flags = [word.startswith("-") or is_value(before) for before, word in pairwise(["", *words])]
+    return [word for last in (False, True) for word, flag in zip(words, flags, strict=True) if flag == last]
+
+
+def is_value(before: str) -> bool:
+    """Whether what follows this word of the command line is its value."""
+    return before.startswith(WITH_VALUE) and "=" not in before
 
 
 def is_flag(word: str) -> bool:

@@ -23,7 +23,7 @@ from common.request import Request, SamplingParams
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
 from experiments import bench, compare, diverge
-from experiments.cli import FLAGS, torn
+from experiments.cli import FLAGS, overrides_first, torn
 from experiments.config import EngineSpec
 from experiments.isolate import EngineFailure, IsolatedEngine
 from experiments.rundir import environment, run_directory
@@ -301,6 +301,9 @@ def test_bench_takes_a_path_for_a_model(
         ("runs=null", "runs must be the path of a folder"),
         ("engines=[jax,torch]", "Did you mean 'engine'?"),
         ("max_num_seqs=8", "Did you mean engine.max_num_seqs?"),
+        ("~workload", "~workload would take away an option, and a run needs each. Set it instead: workload=…"),
+        ("~report", "Set it instead: report=…"),
+        ("~workload=fixed", "Set it instead: workload=…"),
         ("engine=jax,torch", "for a list, write engine=[jax,torch]; for a run of each, add -m"),
     ],
 )
@@ -331,6 +334,19 @@ def test_a_torn_value_is_refused_with_how_to_write_it(
             main()
         assert exit.value.code == 2
         assert capfd.readouterr().err == "error: No spaces inside […], or quote the word: 'engines=[jax, torch]'\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["a=1", "-m", "b=1,2"], ["a=1", "b=1,2", "-m"]),
+        (["--cfg", "job", "a=1"], ["a=1", "--cfg", "job"]),
+        (["--config-dir=x", "a=1", "-cn", "y", "~b.c"], ["a=1", "~b.c", "--config-dir=x", "-cn", "y"]),
+        ([], []),
+    ],
+)
+def test_flags_may_stand_among_the_overrides(words: list[str], meant: list[str]) -> None:
+    assert overrides_first(words) == meant
 
 
 def test_what_no_engine_is_is_not_named_as_one(
