@@ -82,6 +82,12 @@ def fail(message: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def expect_output(what: str) -> None:
+    """End the command where standard output is closed and nothing else would tell `what`."""
+    if sys.stdout is None:
+        fail(f"Standard output is closed, so that there is nowhere to write {what}.", USER_ERROR)
+
+
 @contextmanager
 def printing() -> Iterator[None]:
     """Around what prints: where standard output or standard error takes no more, the command ends, and the other says so."""

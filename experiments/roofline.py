@@ -22,7 +22,7 @@ import numpy as np
 
 from common.config import Dtype, ModelConfig
 from common.errors import TandemError
-from common.exits import FAILURE, fail, printing
+from common.exits import FAILURE, expect_output, fail, printing
 from experiments.console import print_json
 from experiments.drive import Window
 from experiments.limits import SECONDS, Limits, measure_limits, print_limits
@@ -85,6 +85,7 @@ def main() -> None:
     options = parser.parse_args()
     if not 0 <= options.seconds <= 60:
         parser.error(f"--seconds must lie in [0, 60], got {options.seconds}.")
+    expect_output("the limits")
     watch = Watch()
     try:
         limits, risen = measure_limits(options.seconds), watch.rise()

@@ -7,6 +7,7 @@ import pty
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from experiments import handover, roofline
 from experiments.console import print_comparison, print_table
 from experiments.narrator import Narrator
 from experiments.statistics import Criteria, compare_all
@@ -109,6 +111,18 @@ def test_the_ratio_of_a_contaminated_engine_is_not_to_be_quoted(spoilt: bool, ca
     engines = {"jax": {"output_throughput": 1.0, "contaminated": []}, "torch": {"contaminated": ["swapped"] * spoilt}}
     print_table("title", engines, {label: asdict(comparison) for label, comparison in compared.items()})
     assert ("is not to be quoted" in " ".join(capsys.readouterr().out.split())) == spoilt
+
+
+@pytest.mark.parametrize(("main", "what"), [(roofline.main, "limits"), (handover.main, "rates")])
+def test_what_only_standard_output_would_tell_is_not_measured_where_that_is_closed(
+    main: Callable[[], None], what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["command"])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr("sys.stdout", None)  # as Python has it
+        main()
+    said = f"error: Standard output is closed, so that there is nowhere to write the {what}.\n"
+    assert end.value.code == 2 and capsys.readouterr().err == said
 
 
 def test_an_engine_without_shares_of_the_limits_says_why(capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,7 @@ def test_a_childs_work_is_our_own_while_it_lives_and_when_it_has_ended() -> None
 def test_the_processes_of_a_launch_that_are_on_this_machine_are_our_own_with_what_they_start() -> None:
     with launch_of(2) as (found, (started,)):
         (agent,) = found.all
-        rank = There(agent, found.secret, "common.child:listen")
+        rank = There(agent, found.secret, "common.followers:follow", {}, None)
         try:
             assert {started.pid, rank.pid} <= counted_as_own(found)
             elsewhere = found._replace(all=[agent._replace(machine="another")])
