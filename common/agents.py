@@ -30,11 +30,12 @@ _AGENTS = "TANDEM_AGENTS"
 
 
 class Agent(NamedTuple):
-    """Where one of them listens, and on which `machine`."""
+    """Where one of them listens, and on which `machine` it has which number."""
 
     host: str
     port: int
     machine: str
+    pid: int
 
 
 class Agents(NamedTuple):

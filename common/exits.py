@@ -72,26 +72,60 @@ def exit_code(end: KeyboardInterrupt) -> int:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    """End the command with a message on standard error, or where that takes none on standard output."""
+    for name in ("stderr", "stdout"):
+        try:
+            print(f"error: {message}", file=getattr(sys, name), flush=True)
+            break
+        except OSError:
+            drop_output(name)
     sys.exit(code)
+
+
+def expect_output(what: str) -> None:
+    """End the command where standard output is closed and nothing else would tell `what`."""
+    if sys.stdout is None:
+        fail(f"Standard output is closed, so that there is nowhere to write {what}.", USER_ERROR)
 
 
 @contextmanager
 def printing() -> Iterator[None]:
-    """Around what prints and flushes: where standard output takes no more, the command ends."""
+    """Around what prints: where standard output or standard error takes no more, the command ends, and the other says so."""
     try:
-        yield
-    except BrokenPipeError:
-        drop_output()
-        sys.exit(READER_GONE)
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except OSError as error:
-        drop_output()
-        fail(f"Standard output cannot be written: {error.strerror}.", FAILURE)
+        if not (name := unwritable()):
+            raise
+        drop_output(name)
+        if isinstance(error, BrokenPipeError):
+            sys.exit(READER_GONE)
+        said = {"stdout": "Standard output", "stderr": "Standard error"}[name]
+        fail(f"{said} cannot be written: {error.strerror}.", FAILURE)
 
 
-def drop_output() -> None:
-    """What is left to print goes nowhere: Python would try once more as it exits, and complain."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def unwritable() -> str | None:
+    """Which of `stdout` and `stderr` takes no more, once an attempt has failed: what that left in a buffer is tried again, and
+    where there is none, as with -u, an empty line."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        try:
+            if isinstance(getattr(stream, "buffer", None), io.RawIOBase):
+                stream.write("\n")
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            return name
+    return None
+
+
+def drop_output(name: str) -> None:
+    """What is left to print on `stdout` or `stderr` goes nowhere: Python would try once more as it exits, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), getattr(sys, name).fileno())
+    setattr(sys, name, None)
 
 
 def replace_unprintable() -> None:

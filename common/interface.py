@@ -186,6 +186,10 @@ Progress = Callable[[int, int, str], None]
 """Called with (done, total, what) during long work."""
 
 
+COLLECTIVES = ("all-reduce", "all-gather")
+"""Names of kernels in which ranks wait until all are there, and tell each other something."""
+
+
 class KernelEvent(NamedTuple):
     """One kernel or operator that a backend's `profile.profile` saw run."""
 

@@ -89,7 +89,7 @@ def gather(told: Launched) -> Iterator[Agents]:
                 hello = heed(line)
                 if hello["rank"] in missing:
                     say(line, {"secret": secret})
-                    found[hello["rank"]] = Agent(host, hello["port"], hello["machine"])
+                    found[hello["rank"]] = Agent(host, hello["port"], hello["machine"], hello["pid"])
                     lines.enter_context(stranger.pop_all())
         listener.close()
         yield Agents(told.host, secret, [found[rank] for rank in sorted(found)])
@@ -101,7 +101,8 @@ def follow(told: Launched) -> None:
     while True:
         try:
             with socket.create_server((own_address(told.host), 0)) as listener:
-                hello = {"rank": told.rank, "port": listener.getsockname()[1], "machine": machine()}
+                port = listener.getsockname()[1]
+                hello = {"rank": told.rank, "port": port, "machine": machine(), "pid": os.getpid()}
                 line, said = reach(told.host, told.port, hello)
                 threading.Thread(target=serve, args=(listener, said["secret"]), daemon=True).start()
                 with line, suppress(OSError):

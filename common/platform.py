@@ -170,13 +170,19 @@ def peak_rss(pid: int | None = None) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def family_memory(pids: Iterable[int]) -> tuple[int, int]:
-    """Bytes that these processes and their descendants hold, and have held at most, each by itself, added up."""
-    family: list[psutil.Process] = []
+def family(pids: Iterable[int]) -> list[psutil.Process]:
+    """These processes and their descendants, each once; without those that are no more."""
+    found: list[psutil.Process] = []
     for pid in pids:
         with suppress(psutil.NoSuchProcess):
-            family += [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    return sum(rss(process.pid) for process in family), sum(peak_rss(process.pid) for process in family)
+            found += [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    return list(dict.fromkeys(found))
+
+
+def family_memory(pids: Iterable[int]) -> tuple[int, int]:
+    """Bytes that these processes and their descendants hold, and have held at most, each by itself, added up."""
+    found = family(pids)
+    return sum(rss(process.pid) for process in found), sum(peak_rss(process.pid) for process in found)
 
 
 def thread_settings(threads: int) -> dict[str, str]:

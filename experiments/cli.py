@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from importlib import metadata, resources
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,14 @@ from common.errors import ConfigError, TandemError, nearest_hint
 from common.exits import (
     FAILURE,
     GATE,
-    READER_GONE,
     USER_ERROR,
-    drop_output,
     exit_code,
     fail,
     heeding_sigterm,
+    printing,
     replace_unprintable,
 )
-from experiments.fail_if import Condition, violations
+from experiments.fail_if import Condition, expect_quotes, violations
 from experiments.help import help_text, is_asked
 from experiments.isolate import EngineFailure
 from experiments.job import is_whole, job_directory
@@ -48,8 +48,11 @@ FLAGS = (
     *("--config-path", "--config-name", "--config-dir", "--experimental-rerun", "--info"),
 )
 """What `--hydra-help` lists, which may be shortened; what --version tells is ours."""
+WITH_VALUE = ("-c", "-p", "-i", "--c", "--p", "--i", "--e")
+"""How those begin that a value follows: --cfg and --config-dir, --package, --info, --experimental-rerun."""
 
 
+@printing()
 def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
     """Compose `configs/<config_name>.yaml` with the command line and run `task`.
 
@@ -70,48 +73,43 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
                 return  # of a sweep that another launcher goes on with
             wanted = config.get("report", True)
             expect(isinstance(wanted, bool), f"report must be true or false, got {wanted!r}.")
-            task(config)
+            with printing():  # here as well, since Hydra would first print a message of its own
+                task(config)
         except (TandemError, OmegaConfBaseException) as error:
-            fail(explain(error), USER_ERROR)  # here, since Hydra would first print a message of its own
+            fail(explain(error), USER_ERROR)
         except (EngineFailure, DiskFullError) as error:
             fail(str(error), FAILURE)  # a defect, whose traceback is the other process's; or of the machine
 
     command = hydra.main(version_base="1.3", config_path="pkg://configs", config_name=config_name)(run)
-    meant = [piece for argument in sys.argv[1:] for piece in spell_out_model(set_not_added(argument))]
+    meant = [piece for argument in overrides_first(sys.argv[1:]) for piece in spell_out_model(set_not_added(argument))]
     try:
-        try:
-            if is_asked(sys.argv[1:]):
-                print(help_text(command, meant, config_name))
-                return
-            expect_words(sys.argv[1:])
-            if "--version" in sys.argv[1:]:
-                print(f"tandem {metadata.version('tandem-infer')}")
-                return
-            sys.argv[1:] = meant
-            with heeding_sigterm():
-                command()
-        finally:
-            if not composed:  # it was Hydra that printed, as of --help
-                sys.stdout.flush()
+        if is_asked(sys.argv[1:]):
+            print(help_text(command, meant, config_name))
+            return
+        expect_words(sys.argv[1:])
+        if "--version" in sys.argv[1:]:
+            print(f"tandem {metadata.version('tandem-infer')}")
+            return
+        sys.argv[1:] = meant
+        with heeding_sigterm():
+            command()
     except (HydraException, OmegaConfBaseException, TandemError, ValueError) as error:
         if composed and isinstance(error, ValueError):
             raise
         fail(explain(error), USER_ERROR)
-    except BrokenPipeError:
-        if composed:
-            raise
-        drop_output()
-        sys.exit(READER_GONE)
     except KeyboardInterrupt as end:
         sys.exit(exit_code(end))
 
 
 def expect_words(words: Sequence[str]) -> None:
     """Raises `ConfigError` for what no option can be."""
+    expect_quotes(words)
     if value := torn(words):
         raise ConfigError(f"No spaces inside […], or quote the word: {shlex.quote(value)}")
     if unknown := next((word for word in words if word.startswith("--") and not is_flag(word)), None):
         raise ConfigError(no_such_flag(unknown))
+    if taken := next((match for word in words if (match := re.fullmatch(r"~(\w+)(=.*)?", word))), None):
+        raise ConfigError(f"{taken[0]} would take away an option, and a run needs each. Set it instead: {taken[1]}=…")
 
 
 def report_on(config: DictConfig, result: Mapping[str, Any]) -> bool:
@@ -149,6 +147,17 @@ def conclude(conditions: Sequence[Condition], result: Mapping[str, Any], reporte
     if not reported:
         again = f"python -m experiments.report {result['run']}"
         fail(f"The report could not be made; all else is there. Try again: {again}", FAILURE)
+
+
+def overrides_first(words: Sequence[str]) -> list[str]:
+    """Then the flags, with their values: argparse takes no override behind a flag that stands among them, as -m may."""
+    flags = [word.startswith("-") or is_value(before) for before, word in pairwise(["", *words])]
+    return [word for last in (False, True) for word, flag in zip(words, flags, strict=True) if flag == last]
+
+
+def is_value(before: str) -> bool:
+    """Whether what follows this word of the command line is its value."""
+    return before.startswith(WITH_VALUE) and "=" not in before
 
 
 def is_flag(word: str) -> bool:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments.cells import GROUPS, figure, tells, times
-from experiments.remarks import contaminated, explanations, fallback, left_out, spoilt_cells
+from experiments.remarks import between_ranks, contaminated, explanations, fallback, left_out, spoilt_cells
 from experiments.words import number, share_alike
 
 COLOURS = {"faster": "bold cyan", "slower": "bold magenta", "equivalent": "bold green", "undecided": "bold yellow"}
@@ -56,7 +56,7 @@ def print_table(
     if notes := list(explanations(engines, comparisons or {})):
         console.print("; ".join(notes), style="dim", highlight=False, markup=False)
     for label, figures in engines.items():
-        remarks = [*(figures.get("unsure") or ()), *fallback(figures), *left_out(figures)]
+        remarks = [*(figures.get("unsure") or ()), *fallback(figures), *left_out(figures), *between_ranks(figures)]
         print_doubts(console, label, figures["contaminated"], remarks)
 
 

@@ -29,7 +29,7 @@ from common.config import Dtype, expect, whole
 from common.errors import ConfigError
 from experiments.agreement import SHAPE, record, small
 from experiments.cells import kernels_of
-from experiments.cli import launch, torn
+from experiments.cli import is_value, launch, torn
 from experiments.config import EngineSpec, engine_specs, resolved
 from experiments.console import print_result, wide_console
 from experiments.findings import findings_of
@@ -49,8 +49,6 @@ from experiments.workload import Workload
 
 SHOWN = 5
 """Differing choices that are printed."""
-WITH_VALUE = ("-c", "-p", "-i", "--c", "--p", "--i", "--e")
-"""How flags of Hydra begin that a value follows: --cfg and --config-dir, --package, --info, --experimental-rerun."""
 
 
 def run(config: DictConfig) -> None:
@@ -312,8 +310,7 @@ def positional(arguments: Sequence[str]) -> list[str]:
     if torn(arguments):
         return list(arguments)  # `launch` refuses them
     before = ["", *arguments]  # what follows an option is its value
-    value = lambda i: before[i].startswith(WITH_VALUE) and "=" not in before[i]  # noqa: E731
-    bare = lambda i, a: not a.startswith("-") and not value(i) and ("=" not in a or Path(a).is_dir())  # noqa: E731
+    bare = lambda i, a: not a.startswith("-") and not is_value(before[i]) and ("=" not in a or Path(a).is_dir())  # noqa: E731
     place = next((i for i, argument in enumerate(arguments) if bare(i, argument)), None)
     return [f"run={quoted(argument)}" if i == place else argument for i, argument in enumerate(arguments)]
 

@@ -19,7 +19,7 @@ import pandas as pd
 
 from common.config import expect
 from common.errors import ConfigError, TandemError
-from common.exits import USER_ERROR, fail
+from common.exits import USER_ERROR, fail, printing
 from experiments.results import RunFiles, is_sweep, open_run, sweep_table
 from experiments.rundir import write_json
 
@@ -157,6 +157,7 @@ def peaks(rows: Sequence[Record]) -> Record:
     }
 
 
+@printing()
 def main() -> None:
     """`python -m experiments.export RUN_OR_SWEEP`: prints the files that it wrote."""
     parser = argparse.ArgumentParser(

@@ -9,9 +9,13 @@ from __future__ import annotations
 import math
 import operator
 import re
+import shlex
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from common.config import expect
 from common.errors import ConfigError, nearest_hint
@@ -26,6 +30,7 @@ OPERATORS: Mapping[str, Callable[[Any, Any], bool]] = {
 }
 CONDITION = re.compile(r"(?P<key>[^\s<>=!]+(?:=[^\s<>=!]+)*)\s*(?P<op>[<>=!]+)\s*(?P<bound>[\w.+-]+)")
 """A key may hold single equals signs, as labels do."""
+EXAMPLE = '"ratios.torch < 0.9"'
 BY_LABEL = ("engines", "ratios", "comparisons", "failures", "agreement", "perplexity")
 """Parts of a result in which engines go by their labels."""
 ONE_FIGURE = ("ratios", "perplexity")
@@ -47,11 +52,36 @@ class Condition:
         return f"{self.key} {self.op} {bound}"
 
 
+def how_to_write(texts: Sequence[str]) -> str:
+    """Conditions as a word of the command line, in the quotes that Hydra wants within those that a shell wants."""
+    quotes = [f'"{text}"' for text in texts if CONDITION.fullmatch(text)]
+    return shlex.quote(f"fail_if=[{', '.join(quotes or [EXAMPLE])}]")
+
+
+def expect_quotes(words: Sequence[str]) -> None:
+    """Raises `ConfigError` for `fail_if=[ratios.torch < 0.9]` without them, be it torn at its spaces: Hydra would speak of its
+    grammar."""
+    for start, word in enumerate(words):
+        if word.startswith("fail_if="):
+            end = start + 1
+            while end < len(words) and (words[end - 1] in OPERATORS or words[end] in OPERATORS):
+                end += 1
+            expect_quoted(" ".join(words[start:end]))
+
+
+def expect_quoted(word: str) -> None:
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException as error:
+        conditions = [text.strip("[]'\" ") for text in word.partition("=")[2].split(",")]
+        raise ConfigError(f"Conditions are in quotes, and with them the word: {how_to_write(conditions)}") from error
+
+
 def parse_conditions(wanted: Any) -> list[Condition]:
     """The list `fail_if` of a configuration. Raises `ConfigError` for what is no condition."""
     expect(
         isinstance(wanted, list) and all(isinstance(text, str) for text in wanted),
-        f'fail_if must be a list of conditions in quotes, such as ["ratios.torch < 0.9"], got {wanted!r}.',
+        f"fail_if must be a list of conditions, each in quotes, got {wanted!r}. Write {how_to_write([str(wanted)])}",
     )
     return [parse(text) for text in wanted]
 

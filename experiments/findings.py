@@ -11,7 +11,7 @@ from typing import Any
 
 from common.config import expect
 from experiments.page import Notice, Tone, Verdict
-from experiments.remarks import SPOILT, contaminated, fallback, left_out
+from experiments.remarks import SPOILT, between_ranks, contaminated, fallback, left_out
 from experiments.results import RunFiles, read_json
 from experiments.words import number, plural, share_alike
 
@@ -211,6 +211,8 @@ def notices(run: RunFiles) -> Iterator[Notice]:
             yield Notice("calm", f"{label} does not run native kernels", f"{reason}.")
         for reason in left_out(mine):
             yield Notice("calm", f"{label} has no shares of the machine's limits", f"{reason}.")
+        for reason in between_ranks(mine):
+            yield Notice("calm", f"{label} does not count the time between its ranks", f"{reason}.")
 
 
 def end_of(log: Path) -> str:

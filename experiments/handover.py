@@ -26,7 +26,7 @@ from rich.table import Table
 from common import child
 from common.config import EngineConfig
 from common.errors import TandemError
-from common.exits import USER_ERROR, fail
+from common.exits import USER_ERROR, expect_output, fail, printing
 from common.frames import Frame, read_frame, write_frame
 from common.interface import ModelRunner, load_backend
 from common.replicas.handover import SECRET, Door, Heard, fetch
@@ -175,6 +175,7 @@ def run(model: str, config: EngineConfig, tokens: int, times: int, say: Callable
     return found
 
 
+@printing()
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.handover", description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
@@ -186,6 +187,7 @@ def main() -> None:
     for name in ("tokens", "times"):
         if (value := getattr(words, name)) < 1:
             parser.error(f"--{name} must be 1 or more, got {value}.")
+    expect_output("the rates")
     try:
         config = EngineConfig(kernels=words.kernels, dtype=words.dtype, device="cpu", threads=1)
         with Narrator() as narrator:

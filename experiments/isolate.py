@@ -25,7 +25,7 @@ from common.platform import cores, thread_settings
 from common.weights.checkpoint import open_checkpoint
 from experiments.drive import Window
 from experiments.peers import PEERS, interpreter, module_settings
-from experiments.profiled import Profile
+from experiments.profiled import Profile, Told
 from experiments.workload import Workload
 
 if TYPE_CHECKING:
@@ -95,6 +95,11 @@ class IsolatedEngine:
         """One window as `run`, under the framework's profiler; None of an engine that has none."""
         answer = self._call("profile", name=self.spec.name, items=[vars(item) for item in workload.items])
         return Profile.of(answer) if answer else None
+
+    def time_collectives(self, workload: Workload) -> Told | None:
+        """What ranks tell each other in a window as `profile` runs it; None of an engine whose profiler does not see that."""
+        answer = self._call("time_collectives", name=self.spec.name, items=[vars(item) for item in workload.items])
+        return Told(**answer) if answer else None
 
     def time_kernels(
         self, model: Path, shapes: Sequence[Sequence[Any]], passes: int, progress: Progress | None = None

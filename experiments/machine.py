@@ -14,7 +14,8 @@ from typing import Any
 
 import psutil
 
-from common.platform import cgroup_files
+from common.agents import agents, machine
+from common.platform import cgroup_files, family
 
 SYSTEM = Path("/sys")
 PROCESSES = Path("/proc")
@@ -23,8 +24,8 @@ GROUP_LIMITS = (("", "usec", 1e-6), ("cpu", "time", 1e-9))
 
 
 class Watch:
-    """Reads the counters now, and tells by how much each has risen since. Of this process and its descendants where a counter
-    is a process's own; of the whole machine where it is not. `device` is what `Caps.device` says."""
+    """Reads the counters now, and tells by how much each has risen since. Of `own_processes` where a counter is a process's
+    own; of the whole machine where it is not. `device` is what `Caps.device` says."""
 
     def __init__(self, device: str = "cpu") -> None:
         self._device = device
@@ -57,12 +58,12 @@ class Watch:
 
 def read(device: str) -> dict[str, float]:
     """Every counter that the machine tells, as it stands."""
-    family = own_processes()
+    own = own_processes()
     counters = {
         "busy_seconds": busy_seconds() or None,  # a sandbox that does not tell says 0
-        "own_seconds": cpu_seconds(family),
-        "major_faults": major_faults(process.pid for process in family),
-        "swapped_bytes": swapped_bytes(process.pid for process in family),
+        "own_seconds": cpu_seconds(own),
+        "major_faults": major_faults(process.pid for process in own),
+        "swapped_bytes": swapped_bytes(process.pid for process in own),
         "throttled_seconds": throttled_seconds(),
         "thermal_throttles": thermal_throttles(),
         "clock_limit_mhz": clock_limit_mhz(),
@@ -83,9 +84,9 @@ def busy_seconds() -> float:
 
 
 def own_processes() -> list[psutil.Process]:
-    """This process and its descendants."""
-    own = psutil.Process()
-    return [own, *own.children(recursive=True)]
+    """This process and its descendants, and of a launch those that are on this machine and start ranks, with theirs."""
+    launch = agents()
+    return family([os.getpid(), *(agent.pid for agent in (launch.all if launch else ()) if agent.machine == machine())])
 
 
 def cpu_seconds(processes: Iterable[psutil.Process]) -> float:

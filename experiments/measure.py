@@ -228,6 +228,8 @@ def measure(plan: Plan, outcome: Outcome, directory: Path, narrator: Narrator) -
             with outcome.row_of(engines[label], narrator):
                 outcome.figures[label]["peak_rss_mib"] = engines[label].peak_rss_mib()
         outcome.conclude(plan)
+        for label in outcome.survivors:
+            time_between_ranks(engines[label], outcome.figures[label], plan, narrator)
         if plan.measure.profile:
             profile_engines(outcome, engines, plan, narrator)
 
@@ -277,6 +279,34 @@ def sparing(probe: Probe, clock: Callable[[], float] = time.perf_counter) -> Pro
     return spared
 
 
+def time_between_ranks(engine: IsolatedEngine, figures: dict[str, Any], plan: Plan, narrator: Narrator) -> None:
+    """Of an engine that counts what its ranks tell each other, and not how long they are at it: what its framework's profiler
+    sees in one more window, which counts in no other figure, or why there is no such time."""
+    if figures["communication_mib_per_step"] is None or figures["communication_ms_per_step"] is not None:
+        return
+    label, config, told = engine.spec.label, engine.spec.config, None
+    if config.pipeline_parallel_size > 1:
+        figures["communication_time"] = "not told: the engine does not count how long its stages wait for each other"
+        return
+    narrator.say(f"profiling what the ranks of {label} tell each other")
+    workload = plan.workload.share(PROFILED_REQUESTS, PROFILED_OUTPUT_LEN)
+    try:
+        told = engine.time_collectives(workload)
+    except (EngineFailure, TandemError) as error:
+        narrator.alarm(f"No time between the ranks of {label}: {EngineFailure.of(error, label).message}")
+    if told is None:
+        figures["communication_time"] = "not told: the engine does not count it, and no profiler here sees it"
+        return
+    ranks = config.tensor_parallel_size
+    figures["communication_ms_per_step"] = 1e3 * told.seconds / ranks
+    figures["communication_share"] = told.seconds / ranks / told.step_seconds
+    figures["communication_time"] = (
+        "that of a rank's all-reduce and all-gather, waiting included, as the framework's profiler saw them in a window of its "
+        f"own: {len(workload.items)} requests of at most {PROFILED_OUTPUT_LEN} output tokens, "
+        f"{1e3 * told.step_seconds:.3g} ms a step"
+    )
+
+
 def profile_engines(outcome: Outcome, engines: Mapping[str, IsolatedEngine], plan: Plan, narrator: Narrator) -> None:
     """One more window of each engine that can, under its framework's profiler, when all that counts has been measured.
 
@@ -311,6 +341,8 @@ def window_figures(windows: Sequence[Window], plan: Plan, spec: EngineSpec, limi
     return {
         **summarize(windows, plan.workload.slo, plan.workload.concurrency),
         **efficiency(windows, plan.checkpoint.config, spec.config.dtype, limits),
+        "communication_share": None,
+        "communication_time": None,
         "no_roofline_because": no_roofline(windows, limits, spec.config.data_parallel_size + spec.config.prefill_parallel_size),
         "block_read_bytes_per_s": [window.bandwidth for window in windows],
     }

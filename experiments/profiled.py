@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module, util
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from common.engine import Engine
-from common.interface import InferenceEngine, KernelEvent
+from common.interface import COLLECTIVES, InferenceEngine, KernelEvent
 from experiments.drive import Window, drive
 from experiments.workload import Item
 
@@ -41,16 +41,42 @@ class Profile:
 
 def profiled(name: str, engine: InferenceEngine, items: Sequence[Item], most: int = MOST_KERNELS) -> Profile | None:
     """Drive the engine `name` under its profiler, in its process, and keep at most so many kernels; None if it has none."""
+    if not (found := seen(name, engine, items)):
+        return None
+    window, kernels = found
+    ordered = sorted(kernels, key=outer_first)
+    since = tuple(kernel._replace(start=kernel.start - window.began) for kernel in ordered[:most])
+    return Profile(window=window, kernels=since, left_out=len(ordered) - len(since))
+
+
+class Told(NamedTuple):
+    """How long ranks were at telling each other what they did, waiting included."""
+
+    seconds: float
+    """A step, of all ranks together."""
+    step_seconds: float
+    """What such a step took."""
+
+
+def time_collectives(name: str, engine: InferenceEngine, items: Sequence[Item]) -> Told | None:
+    """What the profiler of the engine `name` saw of its ranks' telling; None if it has no profiler, or that saw none."""
+    if not (found := seen(name, engine, items)):
+        return None
+    window, kernels = found
+    told, steps = [kernel.duration for kernel in kernels if kernel.name in COLLECTIVES], window.steps
+    return Told(sum(told) / len(steps), window.duration / len(steps)) if told and steps else None
+
+
+def seen(name: str, engine: InferenceEngine, items: Sequence[Item]) -> tuple[Window, Sequence[KernelEvent]] | None:
+    """A window of the engine `name`, and every kernel that its profiler saw in it; None if it has none."""
     if not isinstance(engine, Engine):  # what runs elsewhere this process's profiler does not see
         return None
     if not (name.isidentifier() and util.find_spec(f"{name}infer") and util.find_spec(f"{name}infer.profile")):
         return None
     windows: list[Window] = []
-    kernels = import_module(f"{name}infer.profile").profile(lambda: windows.append(drive(engine, items)))
-    (window,) = windows
-    ordered = sorted(kernels, key=outer_first)
-    since = tuple(kernel._replace(start=kernel.start - window.began) for kernel in ordered[:most])
-    return Profile(window=window, kernels=since, left_out=len(ordered) - len(since))
+    profile: Callable[..., Sequence[KernelEvent]] = import_module(f"{name}infer.profile").profile
+    kernels = profile(lambda: windows.append(drive(engine, items)))
+    return windows[0], kernels
 
 
 def outer_first(kernel: KernelEvent) -> tuple[float, float]:

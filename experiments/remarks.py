@@ -41,6 +41,12 @@ def fallback(figures: Mapping[str, Any]) -> list[str]:
     return [f"kernels=auto took the framework's kernels, not the native ones: {why}"] if why else []
 
 
+def between_ranks(figures: Mapping[str, Any]) -> list[str]:
+    """What time between ranks is told of an engine that does not count it as it runs, or why none."""
+    what = figures.get("communication_time")
+    return [f"the time between ranks is {what}"] if what else []
+
+
 def left_out(figures: Mapping[str, Any]) -> list[str]:
     """That an engine has no share of the machine's limits, where these were measured, and why."""
     why = figures.get("no_roofline_because")

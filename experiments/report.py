@@ -20,7 +20,7 @@ import pandas as pd
 
 from common.config import expect
 from common.errors import ConfigError, TandemError
-from common.exits import USER_ERROR, fail
+from common.exits import USER_ERROR, fail, printing
 from experiments import canvas, page, perfetto
 from experiments.records import PROFILED, read_kernels
 from experiments.results import is_sweep, read_run
@@ -100,6 +100,7 @@ def put(directory: Path, files: Mapping[str, bytes]) -> None:
         shutil.rmtree(scratch)
 
 
+@printing()
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.report", description="Write the report of a run or of a sweep."

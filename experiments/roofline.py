@@ -22,7 +22,7 @@ import numpy as np
 
 from common.config import Dtype, ModelConfig
 from common.errors import TandemError
-from common.exits import FAILURE, fail
+from common.exits import FAILURE, expect_output, fail, printing
 from experiments.console import print_json
 from experiments.drive import Window
 from experiments.limits import SECONDS, Limits, measure_limits, print_limits
@@ -78,12 +78,14 @@ def no_roofline(windows: Iterable[Window], limits: Limits | None, engines: int) 
     return several if engines > 1 else "not measured: it does not tell its steps"
 
 
+@printing()
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m experiments.roofline", description="Measure this machine's limits.")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="how long to repeat each way (%(default)s)")
     options = parser.parse_args()
     if not 0 <= options.seconds <= 60:
         parser.error(f"--seconds must lie in [0, 60], got {options.seconds}.")
+    expect_output("the limits")
     watch = Watch()
     try:
         limits, risen = measure_limits(options.seconds), watch.rise()

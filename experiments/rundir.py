@@ -23,6 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from common.errors import ConfigError, TandemError
+from common.exits import unwritable
 from common.platform import cores, cpu_name
 from experiments.source import compiler, lines_of, source
 
@@ -73,7 +74,7 @@ def run_directory(root: Path, what: str, directory: Path | None = None) -> Itera
         print(f"Interrupted. {said} in {partial}.", file=sys.stderr)
         raise
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in FULL or unwritable():
             raise
         kept = ", ".join(sorted(path.name for path in partial.iterdir()))
         raise DiskFullError(

@@ -134,8 +134,6 @@ def scaling_tables(results: Iterable[Mapping[str, Any]]) -> list[Table]:
 def scaling_table(curve: Curve) -> Table:
     rows = []
     for point in curve.points:
-        told = point.get("communication_ms_per_step")
-        busy = 1e3 * point["duration"] / point["num_steps"] if point.get("num_steps") and point.get("duration") else None
         rows.append(
             (
                 str(point["engine"]),
@@ -144,12 +142,20 @@ def scaling_table(curve: Curve) -> Table:
                 number(curve.speed_up(point)),
                 f"{curve.speed_up(point) / curve.ideal(point):.0%}",
                 figure("communication_ms_per_step", point),
-                f"{told / busy:.0%}" if told is not None and busy else "–",
+                share_of_time(point),
                 number(point.get("communication_mib_per_step")),
                 number(rank_mib(point)),
             )
         )
     return Table(COLUMNS, rows, curve.title)
+
+
+def share_of_time(point: Mapping[str, Any]) -> str:
+    """Of a step's, what ranks tell each other in: where that comes of another window, of the steps there."""
+    told, share = point.get("communication_ms_per_step"), point.get("communication_share")
+    if share is None and told is not None and point.get("num_steps") and point.get("duration"):
+        share = told * point["num_steps"] / (1e3 * point["duration"])
+    return "–" if share is None else f"{share:.0%}"
 
 
 def rank_mib(point: Mapping[str, Any]) -> float | None:

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from common.errors import TandemError
-from common.exits import FAILURE, USER_ERROR, fail
+from common.exits import FAILURE, USER_ERROR, fail, printing
 from experiments.cells import FIGURES, figure
 from experiments.console import print_doubts, print_result, print_rows, wide_console
 from experiments.remarks import BRACKETS
@@ -120,6 +120,7 @@ def cell(value: object) -> str:
     return number(value) if isinstance(value, float) else str(value)
 
 
+@printing()
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.sweep", description="Make table and report of a sweep as far as it is."

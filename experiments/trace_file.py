@@ -1,7 +1,7 @@
 """Requests from a file: one JSON object a line, with when it arrives, what it asks and how many tokens it gets.
 
 `{"arrival": 0.25, "prompt_len": 128, "output_len": 64}`, or with `prompt_token_ids` for `prompt_len`: seconds after the start,
-token ids, numbers of tokens. Other keys are passed over, empty lines too. The order of the lines does not matter.
+token ids, numbers of tokens. Empty lines are passed over. The order of the lines does not matter.
 """
 
 from __future__ import annotations
@@ -76,6 +76,9 @@ def parse_entry(line: str, vocab_size: int) -> Entry:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"expected a JSON object such as {EXAMPLE}, got {shown(line)} ({error}).") from error
     expect(isinstance(record, dict), f"expected a JSON object such as {EXAMPLE}, got {shown(line)}.")
+    unknown = [key for key in record if key not in KEYS]
+    if unknown:
+        raise ConfigError(f"unknown key {shown(unknown[0])}.{nearest_hint(unknown[0], KEYS)} Known: {', '.join(KEYS)}.")
     arrival = value_of(record, "arrival")
     expect(
         whole(arrival) or real(arrival),
@@ -101,8 +104,7 @@ def parse_entry(line: str, vocab_size: int) -> Entry:
 
 def value_of(record: Mapping[str, Any], key: str, instead: str = "") -> Any:
     if key not in record:
-        unknown = [name for name in record if name not in KEYS]
-        raise ConfigError(f"{key}{instead} is missing.{nearest_hint(key, unknown)} A line is such as {EXAMPLE}.")
+        raise ConfigError(f"{key}{instead} is missing. A line is such as {EXAMPLE}.")
     return record[key]
 
 

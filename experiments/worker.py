@@ -22,7 +22,7 @@ from common.platform import peak_rss, rss
 from common.weights.checkpoint import open_checkpoint
 from experiments.drive import drive
 from experiments.peers import PEERS
-from experiments.profiled import profiled
+from experiments.profiled import profiled, time_collectives
 from experiments.workload import Item
 
 PROGRESS_PERIOD_S = 0.1
@@ -93,6 +93,12 @@ class Worker:
         self._engine.reset_prefix_cache()
         profile = profiled(name, self._engine, [*map(Item.of, items)])
         return profile.record() if profile else {}
+
+    def on_time_collectives(self, name: str, items: list[Message]) -> Message:
+        assert self._engine, "time_collectives before load"
+        self._engine.reset_prefix_cache()
+        told = time_collectives(name, self._engine, [*map(Item.of, items)])
+        return told._asdict() if told else {}
 
     def on_time_kernels(
         self, name: str, model: str, config: Mapping[str, Any], shapes: list[list[Any]], passes: int

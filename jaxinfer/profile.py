@@ -12,11 +12,12 @@ from typing import Any
 
 import jax
 
-from common.interface import KernelEvent
+from common.interface import COLLECTIVES, KernelEvent
 
 _WINDOW = "tandem window"
 """Marks the run in the profile: so the profiler's clock and ours are laid on each other."""
 _CALL = re.compile(r'([\w.-]+) = .*custom-call\(.*custom_call_target="([^"]+)"')
+_COLLECTIVE = re.compile(rf"([\w.-]+) = .*? ({'|'.join(COLLECTIVES)})\(")
 _Targets = Mapping[tuple[str, str], set[str]]
 
 
@@ -46,13 +47,15 @@ def _events(data: Any, began: float) -> Iterator[KernelEvent]:
 
 
 def _targets() -> _Targets:
-    """(module, operation) → the operators that it calls: XLA numbers foreign calls and does not name them in a profile.
+    """(module, operation) → the operators that it calls, or the collective that it is: XLA numbers foreign calls and does not
+    name them in a profile, and calls a collective what the program did.
 
     Programs of one name are not told apart there: hence a set."""
     targets = defaultdict(set)
     for executable in jax.devices("cpu")[0].client.live_executables():
         for module in executable.hlo_modules():
-            for operation, target in _CALL.findall(module.to_string()):
+            text = module.to_string()
+            for operation, target in _CALL.findall(text) + _COLLECTIVE.findall(text):
                 targets[module.name, operation].add(target)
     return targets
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -22,7 +23,7 @@ from common.request import Request, SamplingParams
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
 from experiments import bench, compare, diverge
-from experiments.cli import FLAGS, torn
+from experiments.cli import FLAGS, overrides_first, torn
 from experiments.config import EngineSpec
 from experiments.isolate import EngineFailure, IsolatedEngine
 from experiments.rundir import environment, run_directory
@@ -300,6 +301,9 @@ def test_bench_takes_a_path_for_a_model(
         ("runs=null", "runs must be the path of a folder"),
         ("engines=[jax,torch]", "Did you mean 'engine'?"),
         ("max_num_seqs=8", "Did you mean engine.max_num_seqs?"),
+        ("~workload", "~workload would take away an option, and a run needs each. Set it instead: workload=…"),
+        ("~report", "Set it instead: report=…"),
+        ("~workload=fixed", "Set it instead: workload=…"),
         ("engine=jax,torch", "for a list, write engine=[jax,torch]; for a run of each, add -m"),
     ],
 )
@@ -332,6 +336,19 @@ def test_a_torn_value_is_refused_with_how_to_write_it(
         assert capfd.readouterr().err == "error: No spaces inside […], or quote the word: 'engines=[jax, torch]'\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["a=1", "-m", "b=1,2"], ["a=1", "b=1,2", "-m"]),
+        (["--cfg", "job", "a=1"], ["a=1", "--cfg", "job"]),
+        (["--config-dir=x", "a=1", "-cn", "y", "~b.c"], ["a=1", "~b.c", "--config-dir=x", "-cn", "y"]),
+        ([], []),
+    ],
+)
+def test_flags_may_stand_among_the_overrides(words: list[str], meant: list[str]) -> None:
+    assert overrides_first(words) == meant
+
+
 def test_what_no_engine_is_is_not_named_as_one(
     history: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -349,6 +366,40 @@ def test_help_ends_without_a_traceback_when_its_reader_leaves() -> None:
     ended = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, check=False)
     os.close(write)
     assert (ended.returncode, ended.stderr) == (141, b"")  # 128 + SIGPIPE
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("full", "told"),
+    [
+        ("stdout", "error: Standard output cannot be written: No space left on device.\n"),
+        ("stderr", "error: Standard error cannot be written: No space left on device.\n"),
+    ],
+)
+def test_a_stream_that_takes_no_more_ends_a_run_with_one_line_on_the_other(
+    full: str, told: str, unbuffered: str, history: Path
+) -> None:
+    words = [sys.executable, "-m", "experiments.bench", "--config-dir", "configs", *SMALL, "measure.blocks=1", "report=false"]
+    with open("/dev/full", "w") as nowhere:
+        streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {full: nowhere}
+        ended = subprocess.run(words, **streams, env=os.environ | {"PYTHONUNBUFFERED": unbuffered}, text=True, check=False)
+    said = ended.stdout or ended.stderr
+    assert ended.returncode == 1 and said.endswith(told) and said.count("rror") == told.count("rror")  # and no traceback
+
+
+def test_where_no_stream_takes_anything_the_exit_code_tells() -> None:
+    with open("/dev/full", "w") as nowhere:
+        words = [sys.executable, "-m", "experiments.bench", "--help"]
+        assert subprocess.run(words, stdout=nowhere, stderr=nowhere, check=False).returncode == 1
+        words = [sys.executable, "-m", "experiments.bench", "engine=nobodys"]
+        assert subprocess.run(words, stdout=nowhere, stderr=nowhere, check=False).returncode == 2
+
+
+def test_a_mistake_is_told_where_standard_error_takes_nothing() -> None:
+    with open("/dev/full", "w") as nowhere:
+        words = [sys.executable, "-m", "experiments.bench", "engine=jaxx"]
+        ended = subprocess.run(words, stdout=subprocess.PIPE, stderr=nowhere, text=True, check=False)
+    assert ended.returncode == 2 and ended.stdout.startswith("error: Unknown engine 'jaxx'")
 
 
 def test_an_engine_that_dies_ends_the_command_with_1_and_its_failure_in_the_results(

@@ -7,6 +7,7 @@ import pty
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from experiments import handover, roofline
 from experiments.console import print_comparison, print_table
 from experiments.narrator import Narrator
 from experiments.statistics import Criteria, compare_all
@@ -111,9 +113,26 @@ def test_the_ratio_of_a_contaminated_engine_is_not_to_be_quoted(spoilt: bool, ca
     assert ("is not to be quoted" in " ".join(capsys.readouterr().out.split())) == spoilt
 
 
+@pytest.mark.parametrize(("main", "what"), [(roofline.main, "limits"), (handover.main, "rates")])
+def test_what_only_standard_output_would_tell_is_not_measured_where_that_is_closed(
+    main: Callable[[], None], what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["command"])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr("sys.stdout", None)  # as Python has it
+        main()
+    said = f"error: Standard output is closed, so that there is nowhere to write the {what}.\n"
+    assert end.value.code == 2 and capsys.readouterr().err == said
+
+
 def test_an_engine_without_shares_of_the_limits_says_why(capsys: pytest.CaptureFixture[str]) -> None:
     print_table("title", {"torch": {"contaminated": [], "no_roofline_because": "not measured over several engines"}})
     assert "torch: roofline, MBU and MFU are not measured over several engines." in capsys.readouterr().out
+
+
+def test_a_time_between_ranks_that_was_not_counted_is_told_with_its_origin(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table("title", {"jax": {"contaminated": [], "communication_time": "not told: nobody counts it"}})
+    assert "jax: the time between ranks is not told: nobody counts it." in capsys.readouterr().out
 
 
 def test_kernels_that_auto_fell_back_to_are_told_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from common.errors import ConfigError
 from experiments import bench, compare
-from experiments.fail_if import Condition, check_keys, look_up, parse, parse_conditions, violations
+from experiments.fail_if import Condition, check_keys, expect_quotes, look_up, parse, parse_conditions, violations
 from tests.history_backend import command, history, last_line
 
 __all__ = ["history"]
@@ -34,6 +34,34 @@ RESULT: dict[str, Any] = {
 )
 def test_a_condition_is_a_key_a_comparison_and_a_bound(text: str, condition: Condition) -> None:
     assert parse(text) == condition
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["fail_if=[ratios.torch<0.9]"], '["ratios.torch<0.9"]'),
+        (["fail_if=ratios.torch < 0.9"], '["ratios.torch < 0.9"]'),
+        (["fail_if=ratios.torch", "<", "0.9"], '["ratios.torch < 0.9"]'),
+        (["fail_if=[ratios.torch", "<", "0.9]", "seed=1"], '["ratios.torch < 0.9"]'),
+        (["fail_if=[ratios.torch<0.9, unjustified_divergences>0]"], '["ratios.torch<0.9", "unjustified_divergences>0"]'),
+        (["fail_if=[tokens_equal==false]"], '["tokens_equal==false"]'),
+        (["fail_if=['ratios.torch < 0.9]"], '["ratios.torch < 0.9"]'),
+        (["fail_if=[ratios.torch"], '["ratios.torch < 0.9"]'),  # as a shell leaves it that redirects: an example
+    ],
+)
+def test_conditions_without_quotes_are_refused_with_how_to_write_them(words: list[str], meant: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        expect_quotes(["engines=[jax,torch]", *words])
+    assert str(refused.value) == f"Conditions are in quotes, and with them the word: 'fail_if={meant}'"
+    expect_quotes([f"fail_if={meant}"])
+
+
+def test_a_command_says_how_conditions_are_written(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for word in ("fail_if=[ratios.torch<0.9]", "fail_if=ratios.torch"):
+        monkeypatch.setattr("sys.argv", ["compare", word])
+        with pytest.raises(SystemExit) as end:
+            compare.main()
+        assert end.value.code == 2 and """'fail_if=["ratios.torch""" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -317,8 +317,8 @@ def test_who_is_none_of_a_launch_does_not_keep_it_from_coming_together() -> None
     told = Launched(0, 2, "127.0.0.1", free_port())
 
     def come() -> None:
-        hellos: list[Any] = [b"GET / HTTP/1.1\r\n\r\n", {}, {"rank": [1]}, {"rank": 2, "port": 1, "machine": ""}]
-        hellos += [{"rank": 1, "port": 7, "machine": "ours"}]
+        hellos: list[Any] = [b"GET / HTTP/1.1\r\n\r\n", {}, {"rank": [1]}, {"rank": 2, "port": 1, "machine": "", "pid": 8}]
+        hellos += [{"rank": 1, "port": 7, "machine": "ours", "pid": 8}]
         for hello in hellos:
             while True:
                 try:
@@ -337,7 +337,7 @@ def test_who_is_none_of_a_launch_does_not_keep_it_from_coming_together() -> None
 
     threading.Thread(target=come, daemon=True).start()
     with gather(told) as found:
-        assert found.all == [("127.0.0.1", 7, "ours")]
+        assert found.all == [("127.0.0.1", 7, "ours", 8)]
 
 
 def test_a_launch_that_does_not_come_together_names_who_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

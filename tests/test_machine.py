@@ -1,6 +1,7 @@
 """Counters of the machine, as Linux writes them: read right, and left out where the machine does not tell."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from common.agents import Agents, There
 from experiments import machine
 from experiments.machine import (
     Watch,
@@ -21,6 +23,7 @@ from experiments.machine import (
     thermal_throttles,
     throttled_seconds,
 )
+from tests.test_launch import launch_of
 
 
 def write(path: Path, text: str) -> None:
@@ -46,6 +49,25 @@ def test_a_childs_work_is_our_own_while_it_lives_and_when_it_has_ended() -> None
         child.stdin.close()
         child.wait()
     assert cpu_seconds(own_processes()) - before >= 0.4
+
+
+def test_the_processes_of_a_launch_that_are_on_this_machine_are_our_own_with_what_they_start() -> None:
+    with launch_of(2) as (found, (started,)):
+        (agent,) = found.all
+        rank = There(agent, found.secret, "common.followers:follow", {}, None)
+        try:
+            assert {started.pid, rank.pid} <= counted_as_own(found)
+            elsewhere = found._replace(all=[agent._replace(machine="another")])
+            assert not {started.pid, rank.pid} & counted_as_own(elsewhere)
+        finally:
+            rank.end()
+
+
+def counted_as_own(launch: Agents) -> set[int]:
+    """By an engine's process of that launch, which has started none of the others."""
+    script = "from experiments.machine import own_processes; print(*(process.pid for process in own_processes()))"
+    command, environment = [sys.executable, "-c", script], os.environ | launch.environment()
+    return set(map(int, subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()))
 
 
 def stat(name: str, minor: int, major: int, childrens: int) -> str:

@@ -28,6 +28,19 @@ OVERLAPS = """
 })
 """
 """Pairs of labels of a figure that lie on each other, and labels that are cut off."""
+OPEN = "document.querySelectorAll('details').forEach(folded => { folded.open = true })"
+SCROLLED = """
+[...document.querySelectorAll(".scroll")].map(box => {
+  const [name, last] = [box.querySelector("tbody th"), box.querySelector("tbody tr").lastElementChild];
+  box.scrollLeft = box.scrollWidth;
+  const [outer, first, end] = [box, name, last].map(element => element.getBoundingClientRect());
+  box.scrollLeft = 0;
+  const named = name === last || Math.abs(first.left - outer.left) <= 1;
+  return box.scrollWidth > box.clientWidth ? [outer.right, end.right - outer.right, named] : [outer.right, 0, true];
+})
+"""
+"""Of each table, scrolled to its end where it is wider than its box: where the box ends, how far beyond that the last column
+does, and whether the names of rows are still there."""
 DIM = """
 (() => {
   const button = document.querySelector("[data-engine='1']"), mark = document.querySelector(".engine-1");
@@ -57,11 +70,14 @@ class Seen:
     """Of the paper, of the text, and of a label in a figure."""
     dimmed: list[str]
     injected: int
+    tables: list[tuple[float, float, bool]]
+    """As `SCROLLED` has them."""
 
 
 def look(browser: Browser, file: Path, width: int, dark: bool) -> Seen:
     tab = Tab(browser, file.as_uri(), width, dark)
     colour = "getComputedStyle(document.querySelector('{}')).{}"
+    tab.evaluate(OPEN)
     return Seen(
         page=file.parent.name,
         width=width,
@@ -75,6 +91,7 @@ def look(browser: Browser, file: Path, width: int, dark: bool) -> Seen:
         ),
         dimmed=tab.evaluate(DIM),
         injected=tab.evaluate("document.querySelectorAll('img, iframe, object, link[rel=stylesheet]').length"),
+        tables=tab.evaluate(SCROLLED),
         complaints=tab.complaints(),
         requests=tab.requests(),
     )
@@ -109,6 +126,13 @@ def test_nothing_is_wider_than_the_screen(seen: list[Seen]) -> None:
     for one in seen:
         assert one.scroll_width <= one.width, (one.page, one.width, one.scroll_width)
         assert len(one.figures) >= 4 and all(200 < figure < one.width for figure in one.figures), one.figures
+
+
+def test_a_wide_table_scrolls_in_its_own_box_and_on_a_phone_keeps_the_names_of_its_rows(seen: list[Seen]) -> None:
+    for one in seen:
+        assert len(one.tables) >= 3, one
+        for right, beyond, named in one.tables:
+            assert right <= one.width and abs(beyond) <= 1 and (named or one.width == DESK), (one.page, one.width, one.tables)
 
 
 def test_no_labels_lie_on_each_other_or_are_cut_off(seen: list[Seen]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from common.interface import KernelEvent
 from experiments import bench
 from experiments.config import EngineSpec, MeasureConfig
 from experiments.isolate import IsolatedEngine
-from experiments.profiled import Profile, own_seconds, profiled
+from experiments.profiled import Profile, own_seconds, profiled, time_collectives
 from experiments.records import read_kernels, read_rows
 from experiments.report import write_report
 from experiments.worker import Worker
@@ -75,6 +76,24 @@ def test_jax_names_its_operators_on_the_clock_of_the_steps(tmp_path: Path) -> No
     assert profile
     check_operators(profile, "tandem_{}")
     assert all(before <= profile.window.began + kernel.start + DRIFT for kernel in profile.kernels)
+
+
+@pytest.mark.parametrize("kernels", ["native", "framework"])
+def test_jax_tells_how_long_its_ranks_were_at_telling_each_other(kernels: str, tmp_path: Path) -> None:
+    spec = EngineSpec(label="jax", name="jax", config=replace(NATIVE, kernels=kernels, tensor_parallel_size=2))
+    with IsolatedEngine(spec, tmp_path / "jax.log", 600.0) as engine:
+        engine.load(checkpoint("tiny-llama").path)
+        told, profile = engine.time_collectives(Workload("two", tuple(ITEMS))), engine.profile(Workload("two", tuple(ITEMS)))
+    assert told and profile and profile.window.steps
+    assert 0 < told.seconds / 2 < told.step_seconds
+    layers = checkpoint("tiny-llama").config.num_layers
+    sums = [kernel for kernel in profile.kernels if kernel.name == "all-reduce"]
+    each = 2 * len(profile.window.steps) * (2 * layers + 1)  # of each rank two a layer, and the embedding's
+    assert len(sums) > 0.8 * each  # the profiler loses one now and then
+
+
+def test_an_engine_of_one_rank_tells_no_time_between_ranks() -> None:
+    assert time_collectives("torch", make_engine("torch", "tiny-llama", NATIVE, pages=16), ITEMS) is None
 
 
 def test_own_time_leaves_out_what_ran_within_and_adds_up() -> None:

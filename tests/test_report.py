@@ -342,6 +342,13 @@ def test_an_engine_without_shares_of_the_limits_says_why_on_the_page() -> None:
     assert notice.text == "roofline, MBU and MFU are not measured over several engines."
 
 
+def test_a_time_between_ranks_that_was_not_counted_is_told_with_its_origin_on_the_page() -> None:
+    engines = {"torch": {}, "jax": {"communication_time": "not told: nobody counts it"}}
+    (notice,) = notices(compared(engines=engines))
+    assert (notice.title, notice.tone) == ("jax does not count the time between its ranks", "calm")
+    assert notice.text == "the time between ranks is not told: nobody counts it."
+
+
 def test_goodput_shows_its_limits() -> None:
     engines = {"jax": {"goodput": 2.0, "slo": {"ttft_ms": 500.0, "tpot_ms": 50}}}
     rows = figures_table(engines, [("goodput", "requests/s within their limits")]).rows

@@ -82,6 +82,8 @@ def test_the_table_tells_what_ranks_say_and_hold() -> None:
     assert first[7:] == ("–", "–", "–", "8.000") and second[7:] == ("4.000", "40%", "0.5000", "4.100")
     (_, silent) = scaling_table(Curve("strong", "tensor", [ONE, TWO | {"communication_ms_per_step": None}])).rows
     assert silent[7:9] == ("not told", "–")
+    (_, profiled) = scaling_table(Curve("strong", "tensor", [ONE, TWO | {"communication_share": 0.25}])).rows
+    assert profiled[7:9] == ("4.000", "25%")  # of the steps under the profiler, and not of the timed ones
 
 
 def test_a_time_that_an_engine_cannot_tell_is_called_so_in_the_table_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ def trace(folder: Path, *lines: object) -> Path:
 def test_a_line_gives_ids_or_their_number_and_may_say_more(tmp_path: Path) -> None:
     path = trace(
         tmp_path,
-        {"arrival": 2, "prompt_token_ids": [5, 6, 7], "output_len": 1, "model": "any"},
+        {"arrival": 2, "prompt_token_ids": [5, 6, 7], "output_len": 1},
         "",
         GOOD,
         {"arrival": 3.0, "prompt_token_ids": [8, 9], "prompt_len": 2, "output_len": 9},
@@ -42,7 +42,9 @@ def test_a_line_gives_ids_or_their_number_and_may_say_more(tmp_path: Path) -> No
         (GOOD | {"arrival": 10**400}, "subtract the first date"),
         (GOOD | {"prompt_len": 10**12}, "prompt_len must be at most 16777216"),
         ({"prompt_len": 4, "output_len": 2}, "arrival is missing"),
-        ({"arival": 1.0, "prompt_len": 4, "output_len": 2}, "Did you mean 'arival'"),
+        ({"arival": 1.0, "prompt_len": 4, "output_len": 2}, "unknown key 'arival'. Did you mean 'arrival'"),
+        (GOOD | {"output_ln": 3}, "unknown key 'output_ln'. Did you mean 'output_len'\\? Known: arrival, prompt_token_ids"),
+        (GOOD | {"": 3}, "unknown key ''\\. Known: arrival"),
         ({"arrival": 1.0, "output_len": 2}, r"prompt_len \(or prompt_token_ids\) is missing"),
         ({"arrival": 1.0, "prompt_len": 4}, "output_len is missing"),
         (GOOD | {"arrival": "soon"}, "arrival must be a number of seconds, got 'soon'"),
