@@ -135,14 +135,12 @@ def kv_of(runner: HistoryRunner, layout: Layout, pages: list[int], size: int, st
     kv = empty(layout, stop - start)
     carrier = Carrier(runner, size)
     assert carrier.read(pages, start, kv) == layout.sums(kv)
-    carrier.close()
     return kv
 
 
 def write(runner: HistoryRunner, size: int, pages: list[int], kv: KV) -> None:
     carrier = Carrier(runner, size)
     carrier.write(pages, kv)
-    carrier.close()
 
 
 @pytest.mark.parametrize(("giving", "taking"), [(1, 8), (8, 1), (4, 4), (2, 8), (8, 4)])
@@ -282,7 +280,15 @@ class Memory:
     def sender(self, chunk: int = 2) -> Sender:
         """That says so many tokens at once."""
         size = LAYOUT.num_bytes(chunk)
-        return Sender([AS_IT_LIES, LAYOUT], self.read, self.freed.append, generation=6, lease_s=LEASE_S, chunk_bytes=size)
+        return Sender(
+            [AS_IT_LIES, LAYOUT],
+            self.read,
+            self.freed.append,
+            generation=6,
+            lease_s=LEASE_S,
+            chunk_bytes=size,
+            shared_bytes=size,
+        )
 
 
 def test_pages_go_out_in_parts_and_are_held_until_they_have_come() -> None:
