@@ -45,8 +45,9 @@ LEASE_S = 5.0
 CHUNK_BYTES = 8 << 20
 """Of keys and values in one message, unless one token has more."""
 SHARED_BYTES = 128 << 20
-"""Of those that one message says are in the receiver's memory. Each message wakes three threads in two processes, and has the
-receiver check while the sender copies on, which two cores are too few for: both have two threads."""
+"""Of pages that one message says are in the receiver's memory as they lie: with nothing in between they come at once. Each
+message wakes three threads in two processes, and has the receiver check while the sender copies on, for which two cores are too
+few: both do it by two threads."""
 MAX_BYTES = 4 << 30
 """Of keys and values in one transfer."""
 MAX_TEXT = 1024
@@ -257,7 +258,8 @@ class Sender:
     def _all_of(self, held: _Held, layout: Layout, memory: np.ndarray | None, now: float) -> Iterator[Said]:
         tag, tokens = held.offer.tag, held.offer.tokens
         held.accepted, held.until = True, now + self._lease_s
-        chunk, checksums = layout.tokens_in(self._chunk_bytes if memory is None else self._shared_bytes), list[int]()
+        straight = memory is not None and layout.page is not None
+        chunk, checksums = layout.tokens_in(self._shared_bytes if straight else self._chunk_bytes), list[int]()
         there = None if memory is None else layout.view(memory, tokens)
         for first in range(0, tokens, chunk):
             count = min(chunk, tokens - first)
