@@ -43,7 +43,7 @@ ray: .venv-ray/done ## Ray Serve, to serve from several machines: .venv-ray/bin/
 sanitize: $(DONE)/test ## The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	@TANDEM_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 --param=asan-stack=0" \
 	 LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	 $(BIN)/python -m pytest -m "not accept" -p no:faulthandler tests/test_kernels.py tests/test_native_operators.py tests/test_native_sampling.py tests/test_sums.py $(ARGS)
+	 $(BIN)/python -m pytest -m "not accept" -p no:faulthandler tests/test_kernels.py tests/test_native_operators.py tests/test_native_sampling.py tests/test_sums.py tests/test_carry.py $(ARGS)
 
 lint: $(DONE)/test ## Style
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -282,7 +282,6 @@ class Engine(ServingEngine):
 
     def close(self) -> None:
         self._masking.shutdown()
-        self._carrier.close()
         self.runner.close()
 
 

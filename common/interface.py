@@ -6,6 +6,7 @@ A request never knows its backend; a backend never sees a request, text, or a po
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,13 +89,31 @@ def page_bytes(model: ModelConfig, config: EngineConfig) -> int:
     return 2 * model.num_layers * model.num_kv_heads * model.head_dim * ITEMSIZES[config.dtype] * config.block_size
 
 
+class Rows(NamedTuple):
+    """Where the pages of a group's keys, or values, lie: each head of each layer has a row of them, one behind the other."""
+
+    starts: np.ndarray
+    """uint64[rows]: the address of page 0 in each, of memory that is this process's."""
+    pages: int
+    bytes: int
+    """Of one page in one row."""
+
+
+def rows_of(starts: Sequence[int], shape: Sequence[int], itemsize: int) -> Rows:
+    """Of pools that start at these addresses, each [heads, pages, ...]."""
+    heads, pages, *page = shape
+    size = math.prod(page) * itemsize
+    every = np.array(starts, np.uint64)[:, None] + np.arange(heads, dtype=np.uint64) * np.uint64(pages * size)
+    return Rows(every.ravel(), pages, size)
+
+
 class PageMemory(NamedTuple):
     """The pages of a group as they lie."""
 
     form: str
     """A name: bytes of a page that are copied to one of the same form, be it another backend's, are the same page."""
-    pools: Mapping[str, Sequence[np.ndarray]]
-    """`k` and `v`, each uint8[rows, pages, bytes], rows being heads, of one layer or of several."""
+    rows: Mapping[str, Rows]
+    """`k` and `v`."""
 
 
 def page_form(kernels: str, config: EngineConfig) -> str:

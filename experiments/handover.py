@@ -4,7 +4,7 @@ of backends the rate at which they are handed over beside that of this machine's
 One process holds the pages and another has them brought into its own, by what serves requests (`common.replicas.handover`),
 time after time; between any two times as many bytes are copied from one array to another, by one thread. A rate is that of the
 median time. To hand over is to copy twice, from pages to memory that both processes have and from there to pages, and to read
-once more, for the receiver's checksums, on two cores while the sender still copies; its own are of what it has just copied.
+once more in between, for the receiver's checksums, each by two threads; the sender's are of what it has just copied.
 """
 
 from __future__ import annotations
@@ -69,7 +69,6 @@ class Pool:
         self.carrier.write(self.pages, kv)
 
     def close(self) -> None:
-        self.carrier.close()
         self.runner.close()
 
     def fill(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ import numpy as np
 from jax import Array, lax
 
 from common.config import ModelConfig
+from common.interface import Rows, rows_of
 from jaxinfer.arrays import _whole
 
 _PAGES = 16
@@ -103,17 +103,15 @@ def write_pages(cache: KVCache, pages: Sequence[int], arrays: dict[str, np.ndarr
     return cache
 
 
-def page_memory(cache: KVCache) -> dict[str, list[np.ndarray]]:
-    """What pools on a CPU lie in, as `common.interface.PageMemory` has it. Whoever has the pools has nothing but them, so that
-    they are written to as by an operator of a step. Not by `np.asarray`: the view that it gives lives on with whoever has it,
-    and a pool of which there is one cannot be donated."""
+def page_memory(cache: KVCache) -> dict[str, Rows]:
+    """Where pools on a CPU lie. Whoever has the pools has nothing but them, so that they are written to as by an operator of a
+    step."""
 
-    def memory(pool: Array) -> np.ndarray:
-        pool.block_until_ready()
-        held = (ctypes.c_uint8 * pool.nbytes).from_address(pool.unsafe_buffer_pointer())
-        return np.ctypeslib.as_array(held).reshape(*pool.shape[:2], -1)
+    def rows(pools: tuple[Array, ...]) -> Rows:
+        jax.block_until_ready(pools)
+        return rows_of([pool.unsafe_buffer_pointer() for pool in pools], pools[0].shape, pools[0].dtype.itemsize)
 
-    return {name: [memory(pool) for pool in pools] for name, pools in cache._asdict().items()}
+    return {name: rows(pools) for name, pools in cache._asdict().items()}
 
 
 @jax.jit

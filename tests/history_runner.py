@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.interface import Caps, KVGroup, ModelRunner, PageMemory, Pending, Progress, Result, make_result
+from common.interface import Caps, KVGroup, ModelRunner, PageMemory, Pending, Progress, Result, make_result, rows_of
 from common.request import Logprobs, Request, Status
 from common.schedule.batch import Batch, Mask, Want, masked
 
@@ -143,9 +143,9 @@ class HistoryRunner(ModelRunner):
         self.at.reshape(shape)[:, where] = arrays["v"]
 
     def page_memory(self, group: int) -> PageMemory | None:
-        pools = (("k", self.chain), ("v", self.at))
-        shape = 1, self.num_pages, -1
-        return PageMemory(f"history {self.block_size}", {name: [x.view(np.uint8).reshape(shape)] for name, x in pools})
+        shape = 1, self.num_pages, self.block_size
+        rows = {name: rows_of([x.ctypes.data], shape, x.itemsize) for name, x in (("k", self.chain), ("v", self.at))}
+        return PageMemory(f"history {self.block_size}", rows)
 
     def close(self) -> None:
         pass

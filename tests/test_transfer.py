@@ -135,14 +135,12 @@ def kv_of(runner: HistoryRunner, layout: Layout, pages: list[int], size: int, st
     kv = empty(layout, stop - start)
     carrier = Carrier(runner, size)
     assert carrier.read(pages, start, kv) == layout.sums(kv)
-    carrier.close()
     return kv
 
 
 def write(runner: HistoryRunner, size: int, pages: list[int], kv: KV) -> None:
     carrier = Carrier(runner, size)
     carrier.write(pages, kv)
-    carrier.close()
 
 
 @pytest.mark.parametrize(("giving", "taking"), [(1, 8), (8, 1), (4, 4), (2, 8), (8, 4)])
@@ -282,7 +280,8 @@ class Memory:
     def sender(self, chunk: int = 2) -> Sender:
         """That says so many tokens at once."""
         size = LAYOUT.num_bytes(chunk)
-        return Sender([AS_IT_LIES, LAYOUT], self.read, self.freed.append, generation=6, lease_s=LEASE_S, chunk_bytes=size)
+        at_once = {"chunk_bytes": size, "shared_bytes": size}
+        return Sender([AS_IT_LIES, LAYOUT], self.read, self.freed.append, generation=6, lease_s=LEASE_S, **at_once)
 
 
 def test_pages_go_out_in_parts_and_are_held_until_they_have_come() -> None:
@@ -343,6 +342,27 @@ def test_pages_go_into_the_memory_of_who_receives_them_and_no_further() -> None:
         assert receiver.hear(each) == []
     assert receiver.hear(done) == [Ack(TAG)] and receiver.kv is not None and same(receiver.kv, memory.kv)
     assert all(np.shares_memory(x, there) for x in receiver.kv.groups[0].values())
+
+
+@pytest.mark.parametrize(
+    ("layout", "shares", "counts"),
+    [
+        (AS_IT_LIES, True, [8, 3]),
+        (AS_IT_LIES, False, [2, 2, 2, 2, 2, 1]),
+        (LAYOUT, True, [2, 2, 2, 2, 2, 1]),
+        (LAYOUT, False, [2, 2, 2, 2, 2, 1]),
+    ],
+)
+def test_only_pages_that_go_straight_to_where_they_are_wanted_go_many_at_once(
+    layout: Layout, shares: bool, counts: list[int]
+) -> None:
+    """What is put together in between takes memory."""
+    at_once = {"chunk_bytes": layout.num_bytes(2), "shared_bytes": layout.num_bytes(8)}
+    sender = Sender([layout], lambda name, start, kv: layout.sums(kv), lambda name: None, generation=6, **at_once)
+    sender.offer("r", 11, now=0.0)
+    memory = np.zeros(layout.num_bytes(11), np.uint8) if shares else None
+    *pages, _ = sender.hear(Accept(TAG, layout.fingerprint), now=0.0, memory=memory)
+    assert [each.count for each in pages if isinstance(each, Pages)] == counts
 
 
 def test_memory_that_is_too_small_is_not_written_to() -> None:

@@ -136,8 +136,9 @@ class Episode:
         engine, self.generation = self.prefill.engine, self.generation + 1000
         token_bytes = self.prefill.layouts[-1].num_bytes(1)
         chunk = self.rng.choice((1, token_bytes, 3 * token_bytes, 1 << 20))
+        at_once = {"chunk_bytes": chunk, "shared_bytes": chunk}
         self.sender = Sender(
-            self.prefill.layouts, engine.read_kept, engine.drop_kept, self.generation, lease_s=LEASE_S, chunk_bytes=chunk
+            self.prefill.layouts, engine.read_kept, engine.drop_kept, self.generation, lease_s=LEASE_S, **at_once
         )
 
     def start_decode(self) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from common.config import ModelConfig
+from common.interface import Rows, rows_of
 from torchinfer.arrays import to_device, to_host
 
 
@@ -74,7 +75,7 @@ def write_pages(cache: KVCache, pages: Sequence[int], arrays: dict[str, np.ndarr
     return cache
 
 
-def page_memory(cache: KVCache) -> dict[str, list[np.ndarray]]:
-    """What pools on a CPU lie in, as `common.interface.PageMemory` has it."""
-    memory = lambda pool: pool.flatten(2).view(torch.uint8).numpy()  # noqa: E731
-    return {name: [memory(pool) for pool in pools] for name, pools in cache._asdict().items()}
+def page_memory(cache: KVCache) -> dict[str, Rows]:
+    """Where pools on a CPU lie."""
+    rows = lambda pools: rows_of([pool.data_ptr() for pool in pools], pools[0].shape, pools[0].itemsize)  # noqa: E731
+    return {name: rows(pools) for name, pools in cache._asdict().items()}

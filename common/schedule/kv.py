@@ -11,28 +11,23 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import xxhash
 
 from common.interface import ModelRunner
+from common.kernels.cpu import carry
 
 if TYPE_CHECKING:
     from common.weights.checkpoint import Checkpoint
 
-Share = TypeVar("Share")
-Came = TypeVar("Came")
 TOKENS = "tokens"
 SAMPLED = 64
 """Bytes at the start, in the middle and at the end of a tensor by which weights are told apart."""
-_AT_ONCE = 1 << 17
-"""Bytes of a pool, at least, that are copied by one call, which takes some microseconds apart from them."""
 
 
 class KV(NamedTuple):
@@ -111,12 +106,14 @@ class Layout:
     def pack(self, kv: KV) -> list[memoryview]:
         """Its bytes, in pieces: of each array a layer, or a page, after the other; those of its own memory where they lie side
         by side there."""
-        arrays = [group[part.name] for group, parts in zip(kv.groups, self.groups, strict=True) for part in parts]
-        return [_bytes_of(piece) for x in arrays for piece in x]
+        return [np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data for x in self._arrays(kv) for piece in x]
 
     def sums(self, kv: KV) -> list[int]:
         """The checksum of each piece of `pack`."""
-        return [piece_sum(piece) for piece in self.pack(kv)]
+        return carry.sums(self._arrays(kv))
+
+    def _arrays(self, kv: KV) -> list[np.ndarray]:
+        return [group[part.name] for group, parts in zip(kv.groups, self.groups, strict=True) for part in parts]
 
     def view(self, memory: np.ndarray, tokens: int) -> KV:
         """Of as many bytes, uint8, as so many tokens have: views of them. The inverse of `pack`."""
@@ -134,18 +131,17 @@ class Layout:
 
 def layouts_of(runner: ModelRunner, size: int, model: str) -> tuple[Layout, ...]:
     """What a runner that has its pages, of `size` tokens, can give and take; the fastest first. Pages as they lie need no
-    arithmetic, and tokens everyone understands."""
+    arithmetic, but a compiler, and tokens everyone understands."""
     groups = range(len(runner.kv_groups()))
     every = [runner.read_pages(g, []) for g in groups]
     parts = [tuple(Part(name, x.dtype, x.shape[:1], x.shape[3:]) for name, x in none.items()) for none in every]
     tokens = Layout(model=model, form=TOKENS, page=None, groups=tuple(parts))
     memories = [memory for g in groups if (memory := runner.page_memory(g)) is not None]
-    if not memories:
+    if not (memories and carry.can_carry()):
         return (tokens,)
     byte = np.dtype(np.uint8)
     parts = [
-        tuple(Part(name, byte, (), (sum(map(len, pools)), pools[0].shape[2])) for name, pools in memory.pools.items())
-        for memory in memories
+        tuple(Part(name, byte, (), (len(rows.starts), rows.bytes)) for name, rows in memory.rows.items()) for memory in memories
     ]
     return Layout(model=model, form=memories[0].form, page=size, groups=tuple(parts)), tokens
 
@@ -162,47 +158,33 @@ def model_fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def piece_sum(piece: memoryview) -> int:
-    """Against damage; against malice there is the signature. XXH3, for of what is in a cache it costs next to nothing, as a
-    plain sum does, which does not see words that have changed places; CRC-32 takes ten times as long."""
-    return xxhash.xxh3_64_intdigest(piece)
-
-
-def _bytes_of(x: np.ndarray) -> memoryview:
-    return np.ascontiguousarray(x).reshape(-1).view(np.uint8).data
-
-
 class Carrier:
-    """Takes keys and values from the pages of a runner, of `size` tokens, and puts them there. By two threads, for one alone
-    waits for memory most of the time: a page is many pieces of it. Closed with `close`."""
+    """Takes keys and values from the pages of a runner, of `size` tokens, and puts them there."""
 
     def __init__(self, runner: ModelRunner, size: int) -> None:
         self._runner, self._size = runner, size
-        self._helper = ThreadPoolExecutor(1, "copy")  # whose thread starts with the first pages
 
     def read(self, pages: Sequence[int], start: int, kv: KV) -> list[int]:
         """Have `kv` hold what the tokens from `start` on have on a sequence's `pages`. Of pages as they lie, `start` is the
-        first of one. Returns `Layout.sums` of it: who has just copied a piece has it in a cache."""
+        first of one. Returns `Layout.sums` of it."""
         first, stop = start // self._size, start + kv.tokens
         some = list(pages[first : -(-stop // self._size)])
         if kv.page is not None:
-            sums = self._each(_gather, self._runs(some, kv))
-        else:
-            skipped = start - first * self._size
-            pairs: list[tuple[np.ndarray, np.ndarray]] = []
-            for g, group in enumerate(kv.groups):
-                found = self._runner.read_pages(g, some)
-                for name, x_LTKH in group.items():
-                    flat = found[name].reshape(len(x_LTKH), -1, *x_LTKH.shape[2:])
-                    pairs += zip(x_LTKH, flat[:, skipped : skipped + kv.tokens], strict=True)
-            sums = self._each(_copy, pairs)
-        return [each for several in sums for each in several]
+            return carry.gather(self._parts(kv), some)
+        skipped, found = start - first * self._size, list[int]()
+        for g, group in enumerate(kv.groups):
+            read = self._runner.read_pages(g, some)
+            for name, x_LTKH in group.items():
+                flat = read[name].reshape(len(x_LTKH), -1, *x_LTKH.shape[2:])
+                np.copyto(x_LTKH, flat[:, skipped : skipped + kv.tokens])
+                found += carry.sums([x_LTKH])
+        return found
 
     def write(self, pages: Sequence[int], kv: KV) -> None:
         """Fill pages, from the first on; what is left of the last nobody reads."""
         some = list(pages[: -(-kv.tokens // self._size)])
         if kv.page is not None:
-            self._each(_scatter, self._runs(some, kv))
+            carry.scatter(self._parts(kv), some)
             return
         missing = len(some) * self._size - kv.tokens
         for g, group in enumerate(kv.groups):
@@ -210,73 +192,11 @@ class Carrier:
             shaped = {name: x.reshape(len(x), len(some), self._size, *x.shape[2:]) for name, x in filled.items()}
             self._runner.write_pages(g, some, shaped)
 
-    def close(self) -> None:
-        self._helper.shutdown()
-
-    def _runs(self, pages: Sequence[int], kv: KV) -> list[_Run]:
-        """In the order of the pieces of `kv`."""
-        runs = []
+    def _parts(self, kv: KV) -> list[carry.Part]:
+        """In the order of its pieces."""
+        parts = list[carry.Part]()
         for g, group in enumerate(kv.groups):
             memory = self._runner.page_memory(g)
             assert memory
-            for name, x in group.items():
-                pools = memory.pools[name]
-                count = max(1, _AT_ONCE // pools[0][:, 0].nbytes)
-                runs += [_Run(x[i : i + count], pools, pages[i : i + count]) for i in range(0, len(pages), count)]
-        return runs
-
-    def _each(self, do: Callable[[Share], Came], shares: Sequence[Share]) -> list[Came]:
-        """What comes of each. A thread takes the next when it is done with one: the other core may be busy, with the process
-        that checks what is copied."""
-        done: dict[int, Came] = {}
-        left = iter(range(len(shares)))
-
-        def work() -> None:
-            for i in left:
-                done[i] = do(shares[i])
-
-        help_ = self._helper.submit(work)
-        try:
-            work()
-        finally:
-            if not help_.cancel():  # it has begun
-                help_.result()
-        return [done[i] for i in range(len(shares))]
-
-
-class _Run(NamedTuple):
-    """Pages of one array, one after the other there, that are copied at once."""
-
-    there: np.ndarray
-    """In a `KV`: [P, rows, bytes]."""
-    pools: Sequence[np.ndarray]
-    """Where they lie, each [rows, pages, bytes]."""
-    pages: Sequence[int]
-
-    def by_pool(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Of each pool, where they are to be, or are: [rows, P, bytes]; and the pool."""
-        at = 0
-        for pool in self.pools:
-            yield self.there[:, at : at + len(pool)].swapaxes(0, 1), pool
-            at += len(pool)
-
-
-def _gather(run: _Run) -> list[int]:
-    """Returns the checksum of each page."""
-    first = run.pages[0]
-    for there, pool in run.by_pool():
-        # One page is many pieces already, which need not be put together first.
-        np.copyto(there, pool[:, first : first + 1] if len(run.pages) == 1 else pool.take(run.pages, 1))
-    return [piece_sum(_bytes_of(page)) for page in run.there]
-
-
-def _scatter(run: _Run) -> None:
-    first = run.pages[0]
-    for there, pool in run.by_pool():
-        pool[:, slice(first, first + 1) if len(run.pages) == 1 else run.pages] = there
-
-
-def _copy(pair: tuple[np.ndarray, np.ndarray]) -> list[int]:
-    there, here = pair
-    np.copyto(there, here)
-    return [piece_sum(_bytes_of(there))]
+            parts += [carry.Part(memory.rows[name], there) for name, there in group.items()]
+        return parts

@@ -35,15 +35,19 @@ import numpy as np
 
 from common.errors import TandemError, shown
 from common.frames import Frame, Message
-from common.schedule.kv import KV, Layout, piece_sum
+from common.kernels.cpu.carry import sum_of
+from common.schedule.kv import KV, Layout
 
 log = logging.getLogger(__name__)
 
 VERSION = 3
 LEASE_S = 5.0
 CHUNK_BYTES = 8 << 20
-"""Of keys and values in one message, unless one token has more. Each message wakes three threads in two processes; and the
-receiver checks the last one when the sender has no more to do."""
+"""Of keys and values in one message, unless one token has more."""
+SHARED_BYTES = 128 << 20
+"""Of pages that one message says are in the receiver's memory as they lie: with nothing in between they come at once. Each
+message wakes three threads in two processes, and has the receiver check while the sender copies on, for which two cores are too
+few: both do it by two threads."""
 MAX_BYTES = 4 << 30
 """Of keys and values in one transfer."""
 MAX_TEXT = 1024
@@ -175,7 +179,7 @@ def _are(values: list[Any], types: tuple[type, ...]) -> bool:
 
 def checksum(sums: Sequence[int]) -> int:
     """Of pieces that have these, in their order, as `Layout.sums` gives them: so that whoever copies a piece can sum it."""
-    return piece_sum(np.array(sums, np.uint64).data)
+    return sum_of(np.array(sums, np.uint64).data)
 
 
 def digest_of(checksums: Sequence[int]) -> str:
@@ -205,10 +209,11 @@ class Sender:
         generation: int,
         lease_s: float = LEASE_S,
         chunk_bytes: int = CHUNK_BYTES,
+        shared_bytes: int = SHARED_BYTES,
     ) -> None:
         self._layouts = {layout.fingerprint: layout for layout in layouts}
         self._read, self._free, self._generation, self._lease_s = read, free, generation, lease_s
-        self._chunk_bytes = chunk_bytes
+        self._chunk_bytes, self._shared_bytes = chunk_bytes, shared_bytes
         self._held: dict[str, _Held] = {}
 
     @property
@@ -253,7 +258,8 @@ class Sender:
     def _all_of(self, held: _Held, layout: Layout, memory: np.ndarray | None, now: float) -> Iterator[Said]:
         tag, tokens = held.offer.tag, held.offer.tokens
         held.accepted, held.until = True, now + self._lease_s
-        chunk, checksums = layout.tokens_in(self._chunk_bytes), []
+        straight = memory is not None and layout.page is not None
+        chunk, checksums = layout.tokens_in(self._shared_bytes if straight else self._chunk_bytes), list[int]()
         there = None if memory is None else layout.view(memory, tokens)
         for first in range(0, tokens, chunk):
             count = min(chunk, tokens - first)
