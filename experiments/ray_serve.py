@@ -11,6 +11,7 @@ which OpenAI's clients ask again by themselves, and another replica answers.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -113,6 +114,8 @@ def app_of(given: tuple[str, ...], key: str | None) -> FastAPI:
 
 def import_ray() -> tuple[Any, Any]:
     """`ray` and `ray.serve`. Raises `BackendError` where they are not installed."""
+    for check in ("READY", "HEALTH"):  # which Ray reads as it is imported; its own few seconds a busy machine needs to start it
+        os.environ.setdefault(f"RAY_SERVE_PROXY_{check}_CHECK_TIMEOUT_S", "60")
     try:
         import ray
         from ray import serve
