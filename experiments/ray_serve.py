@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             serve.run(application, name=NAME, route_prefix="/")
         except RuntimeError as error:  # with what a replica has raised
-            fail(f"Ray could not start the replicas: {error}", FAILURE)
+            fail(f"Ray could not start the replicas: {error} Their logs are in /tmp/ray/session_latest/logs/serve.", FAILURE)
         print(f"Serving {options.model} ({options.backend}) at http://{options.host}:{options.port}", flush=True)
         told.wait()
     finally:
