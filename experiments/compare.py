@@ -19,7 +19,7 @@ from experiments.agreement import LEFT_OUT, agree, summarise, tokens_equal_share
 from experiments.blocks import advice
 from experiments.cli import conclude, keep_part, launch, report_on
 from experiments.config import correctness_config, engine_specs, resolved, runs_folder
-from experiments.console import print_comparison, print_result, print_rows
+from experiments.console import print_comparison, print_result, print_scaling
 from experiments.fail_if import check_keys, parse_conditions
 from experiments.job import job_directory
 from experiments.limits import say_limits
@@ -27,7 +27,7 @@ from experiments.measure import Outcome, Plan, figure_names, make_plan, measure,
 from experiments.narrator import Narrator
 from experiments.records import kept_rows, write_run
 from experiments.rundir import finished, finite, run_directory, write_setup
-from experiments.scaling import points_of, scaling_tables
+from experiments.scaling import curves, points_of
 from experiments.statistics import Comparison
 from experiments.words import plural
 
@@ -70,8 +70,7 @@ def run(config: DictConfig) -> None:
         write_run(directory, result, outcome.windows, outcome.profiles)
     print_comparison(f"{plan.model} ({plan.checkpoint.path.name}), {config.dtype}, workload {plan.workload.name}", result)
     say_limits(result["engines"])
-    for table in scaling_tables(points_of(result, result["engines"])):
-        print_rows(table.caption, table.columns, table.rows)
+    print_scaling(curves(points_of(result, result["engines"])))
     reported = report_on(config, result)
     print_result(result, f"{result['run']}/results.json")
     conclude(conditions, result, reported)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,13 @@ from rich.table import Table
 
 from experiments.cells import GROUPS, figure, tells, times
 from experiments.remarks import between_ranks, contaminated, explanations, fallback, left_out, spoilt_cells
+from experiments.scaling import NAMES, Curve, remarks, scaling_table
 from experiments.words import number, share_alike
 
 COLOURS = {"faster": "bold cyan", "slower": "bold magenta", "equivalent": "bold green", "undecided": "bold yellow"}
+NARROW = 10
+"""Columns of a line of a table that has several, but for longer words."""
+BORDER = 3
 
 
 def print_comparison(title: str, result: Mapping[str, Any]) -> None:
@@ -60,16 +65,32 @@ def print_table(
         print_doubts(console, label, figures["contaminated"], remarks)
 
 
-def print_rows(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table of text, the first column of which names the row."""
-    table = Table()
-    for i, name in enumerate(columns):
-        table.add_column(escape(name), justify="right" if i else "left")
-    for row in rows:
+def print_scaling(drawn: Sequence[Curve]) -> None:
+    """A table of each curve, and below them what must be known of all."""
+    for table in map(scaling_table, drawn):
+        print_rows(table.caption, table.columns, table.rows, NAMES)
+    if said := remarks(drawn):
+        wide_console().print("; ".join(said), style="dim", highlight=False, markup=False)
+
+
+def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], names: int) -> None:
+    """A table of text. The first `names` columns tell the rows apart: where they find no room they go on in the next line, and
+    nothing of them is cut. Of the others, narrow ones of several lines, there are as many as there is room for."""
+    console, table, used, shown = wide_console(), Table(), 1, []
+    for i, (name, *cells) in enumerate(zip(columns, *rows, strict=True)):
+        heading, texts = narrow(name), cells if i < names else list(map(narrow, cells))
+        used += max(len(line) for text in (heading, *texts) for line in text.splitlines()) + BORDER
+        if i < names or used <= console.width:
+            table.add_column(escape(heading), justify="left" if i < names else "right", overflow="fold")
+            shown.append(texts)
+    for row in zip(*shown, strict=True):
         table.add_row(*map(escape, row))
-    console = wide_console()
     console.print(title, style="bold", highlight=False, markup=False)
     console.print(table)
+
+
+def narrow(text: str) -> str:
+    return textwrap.fill(text, NARROW, break_long_words=False, break_on_hyphens=False)
 
 
 def print_doubts(console: Console, whose: str, reasons: Iterable[str], unsure: Iterable[str]) -> None:

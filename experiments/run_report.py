@@ -15,7 +15,7 @@ from experiments.results import RunFiles
 from experiments.run_rows import rows_of, steps_of
 from experiments.run_sections import sections
 from experiments.run_tables import figures_table, kernels_summary
-from experiments.scaling import points_of, scaling_tables
+from experiments.scaling import curves, points_of, scaling_table
 from experiments.words import plural
 
 SUMMARY = (
@@ -48,7 +48,7 @@ def run_page(run: RunFiles) -> tuple[Page, pd.DataFrame, pd.DataFrame]:
         facts=facts(run),
         verdicts=[*speed(run, paced), *kernels_alone(run), *correctness(run), *divergences(run)],
         notices=list(notices(run)),
-        summary=[summary(run), *scaling_tables(points_of(run.results, run.engines))],
+        summary=[summary(run), *map(scaling_table, curves(points_of(run.results, run.engines)))],
         sections=sections(run, rows, steps, paced),
         glossary=GLOSSARY,
         command=str(run.environment.get("command") or ""),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -22,7 +22,7 @@ from experiments.records import read_kernels
 from experiments.results import RunFiles
 from experiments.run_rows import block_points, window_of
 from experiments.run_tables import agreement_tables, environment_table, figures_table, kernels_tables, profile_tables
-from experiments.scaling import curves, points_of, scaling_tables
+from experiments.scaling import STRONG, WEAK, Curve, curves, points_of, remarks, scaling_table
 from experiments.statistics import Criteria
 
 LATENCIES = (
@@ -58,7 +58,7 @@ def sections(run: RunFiles, rows: pd.DataFrame, steps: pd.DataFrame, paced: bool
             f"{ROOFLINE} {told_limits(run.engines)}".rstrip(),
             some(roofline(run.engines, str(run.results.get("dtype")))),
         ),
-        scaling_section(points_of(run.results, run.engines)),
+        scaling_section(curves(points_of(run.results, run.engines))),
         *window_sections(rows, steps, engines),
         Section(
             "Where the time goes",
@@ -104,15 +104,16 @@ def latency_section(rows: pd.DataFrame, engines: Sequence[str]) -> Section:
     return Section("Latency", "Of requests that went well, over all blocks.", drawings)
 
 
-def scaling_section(results: Iterable[Mapping[str, Any]]) -> Section:
-    """`results`: as `scaling.curves` has them."""
-    results = list(results)
+def scaling_section(drawn: Sequence[Curve]) -> Section:
+    intro = (
+        "Engines that differ in their ranks alone, over the one with the fewest. Efficiency is by thread on a CPU, where ranks "
+        "share out an engine's threads. What ranks say to each other a step waits for: nothing is computed meanwhile."
+    )
     return Section(
         "Scaling",
-        "Engines that differ in their ranks alone, over the one with the fewest. Efficiency is by thread on a CPU, where ranks "
-        "share out an engine's threads. What ranks say to each other a step waits for: nothing is computed meanwhile.",
-        some(scaling(curves(results))),
-        scaling_tables(results),
+        " ".join([intro, *(f"{said[0].upper()}{said[1:]}." for said in remarks(drawn))]),
+        some(*(scaling(drawn, kind) for kind in (STRONG, WEAK))),
+        [scaling_table(curve) for curve in drawn],
     )
 
 

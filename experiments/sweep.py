@@ -7,30 +7,24 @@ from __future__ import annotations
 
 import argparse
 import sys
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from rich.markup import escape
-from rich.table import Table
 
 from common.errors import TandemError
 from common.exits import FAILURE, USER_ERROR, fail, printing
 from experiments.cells import FIGURES, figure
-from experiments.console import print_doubts, print_result, print_rows, wide_console
+from experiments.console import print_doubts, print_result, print_rows, print_scaling, wide_console
 from experiments.remarks import BRACKETS
 from experiments.results import records_of, sweep_table
-from experiments.scaling import scaling_tables
+from experiments.scaling import curves
 from experiments.words import number
 
 SHOWN = ("output_throughput", "ratio", "verdict", "median_ttft_ms", "median_tpot_ms", "p99_e2el_ms", "peak_rss_mib")
 """Figures of the table that is printed; the files have all."""
 HEADINGS = dict(FIGURES) | {"ratio": "× first", "verdict": "verdict", "p99_e2el_ms": "end to end p99, ms"}
-HEADING = 12
-"""Columns of a heading's line."""
-BORDER = 3
 
 
 def finish(folder: Path) -> bool:
@@ -44,8 +38,7 @@ def finish(folder: Path) -> bool:
 
     report = make_report(folder)
     print_sweep(str(folder), table)
-    for scaled in scaling_tables(records_of(table[table["status"] == "ok"])):
-        print_rows(scaled.caption, scaled.columns, scaled.rows)
+    print_scaling(curves(records_of(table[table["status"] == "ok"]), table.attrs["swept"]))
     failed, waiting = (table[table["status"] == status].drop_duplicates("job") for status in ("failed", "waiting"))
     jobs = table["run"].nunique()
     result = {
@@ -74,23 +67,14 @@ def print_sweep(title: str, table: pd.DataFrame) -> None:
     """A row for each job and engine: what tells it from the others, and of a few figures as many as there is room for. Below
     them, what contaminated any row."""
     told = ["job", "engine", *(name for name in table.attrs["swept"] if name != "engine"), "status"]
-    headings = {name: name.rpartition(".")[2] for name in told}
-    headings |= {name: textwrap.fill(HEADINGS[name], HEADING) for name in SHOWN if name in table}
+    headings = {name: name.rpartition(".")[2] for name in told} | {name: HEADINGS[name] for name in SHOWN if name in table}
     records = table.to_dict("records")
     rows = [
         {name: cell(row[name]) if name in told else swept_figure(name, row) for name in headings} | {"status": status(row)}
         for row in records
     ]
-    console, used = wide_console(), 1
-    view = Table(title=escape(title), title_justify="left")
-    for name, heading in headings.items():
-        width = max(map(len, (*heading.splitlines(), *(row[name] for row in rows))))
-        used += width + BORDER
-        if name in told or used <= console.width:
-            view.add_column(heading, justify="left" if name in told else "right")
-    for row in rows:
-        view.add_row(*map(escape, list(row.values())[: len(view.columns)]))
-    console.print(view)
+    print_rows(title, list(headings.values()), [list(row.values()) for row in rows], len(told))
+    console = wide_console()
     if any(few(row) & headings.keys() for row in records):
         console.print(BRACKETS, style="dim", highlight=False)
     for row in records:

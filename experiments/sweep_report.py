@@ -21,7 +21,7 @@ from experiments.remarks import BRACKETS
 from experiments.results import open_run, records_of, sweep_table
 from experiments.run_sections import scaling_section, some
 from experiments.run_tables import environment_table
-from experiments.scaling import scaling_tables
+from experiments.scaling import curves, scaling_table
 from experiments.sweep import few, status, swept_figure
 from experiments.sweep_figures import last, over_axis, value
 from experiments.words import number, plural
@@ -54,7 +54,7 @@ def sweep_page(folder: Path) -> Page:
     swept = [str(name) for name in table.attrs["swept"]]
     done = table[table["status"] == "ok"] if len(table) else table
     engines = [str(label) for label in dict.fromkeys(done["engine"])] if len(done) else []
-    cells = cells_table(table, swept)
+    cells, scaled = cells_table(table, swept), curves(records_of(done), swept)
     bracketed = {key for row in table.to_dict("records") for key in few(row)}
     brackets = f"; {BRACKETS}" if bracketed & {key for key, _ in COLUMNS} else ""
     whole = [run for run in dict.fromkeys(table["run"]) if (folder / run / "results.json").exists()] if len(table) else []
@@ -68,7 +68,7 @@ def sweep_page(folder: Path) -> Page:
             "Up and to the left is worse: the same work, later.",
             some(clouds(done, engines, swept)),
         ),
-        scaling_section(records_of(done)),
+        scaling_section(scaled),
         Section("Environment", "Of the first job that ended well.", tables=[environment_table(environment)]),
     ]
     return Page(
@@ -77,7 +77,7 @@ def sweep_page(folder: Path) -> Page:
         facts=facts(table, environments),
         verdicts=list(verdicts(table, swept)),
         notices=list(notices(folder, table, jobs)),
-        summary=[cells, *scaling_tables(records_of(done))],
+        summary=[cells, *map(scaling_table, scaled)],
         sections=[section for section in sections if section.drawings or any(table.rows for table in section.tables)],
         glossary=GLOSSARY,
         command=sweep_command(list(jobs.values()), str(environment.get("command") or "")),
