@@ -158,17 +158,14 @@ class Disaggregated(ServingEngine):
         """As `Replicas.stats`, of all. Of the requests that were passed on, `prompts_handed_over` are those whose pages came,
         and `prompts_recomputed` those whose prompt was computed again."""
         parts = self._prefill.stats(), self._decode.stats()
-        replicas = [
-            {**told, "role": state.role}
-            for told, state in zip((told for part in parts for told in part.pop("replicas")), self.replicas, strict=True)
-        ]
-        usage = totals(replicas).get("kv_cache_usage", 0.0)  # a mean over all of them alike
+        told = [each for part in parts for each in part.pop("replicas")]
+        usage = totals(told).get("kv_cache_usage", 0.0)  # a mean over all of them alike
         return totals(parts) | {
             "prompt_tokens": parts[0]["prompt_tokens"],
             "prompts_handed_over": parts[1].get("num_taken_over", 0),
             "prompts_recomputed": parts[1].get("num_computed_anew", 0),
             "kv_cache_usage": usage,
-            "replicas": replicas,
+            "replicas": [{**each, "role": state.role} for each, state in zip(told, self.replicas, strict=True)],
         }
 
     def hidden_states(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:

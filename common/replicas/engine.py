@@ -441,7 +441,7 @@ class Replicas(ServingEngine):
             "num_waiting": self.num_waiting,
             "others_rss_bytes": held,
             "others_peak_rss_bytes": most,
-            "replicas": [{"serves": replica.link is not None, "role": "both", **replica.stats} for replica in self._replicas],
+            "replicas": [{"serves": replica.link is not None, **replica.stats} for replica in self._replicas],
         }
 
     @property

@@ -177,14 +177,14 @@ class _Stats(Collector):
         names, values = [*self._labels, "replica", "role"], list(self._labels.values())
         serves = GaugeMetricFamily("tandem:replica_serves", "Whether a replica serves.", labels=names)
         for index, stats in enumerate(replicas):
-            serves.add_metric([*values, str(index), stats["role"]], stats["serves"])
+            serves.add_metric([*values, str(index), stats.get("role", "both")], stats["serves"])
         yield serves
         for metric, (key, text) in OF_A_REPLICA.items():
             kind = GaugeMetricFamily if metric in GAUGES else CounterMetricFamily
             family = kind(f"tandem:replica_{metric}", text, labels=names)
             for index, stats in enumerate(replicas):
                 if key in stats:
-                    family.add_metric([*values, str(index), stats["role"]], stats[key])
+                    family.add_metric([*values, str(index), stats.get("role", "both")], stats[key])
             yield family
         lost = CounterMetricFamily(
             "tandem:replicas_lost", "Replicas that have ended and were started anew.", labels=list(self._labels)
