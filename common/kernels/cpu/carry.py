@@ -89,7 +89,7 @@ def sums(arrays: Sequence[np.ndarray]) -> list[int]:
     """The checksum of each x[i] of one array after the other."""
     held = [x if x[:1].flags.c_contiguous else np.ascontiguousarray(x) for x in arrays]
     if any(map(_is_short, held)) or not can_carry():
-        return [sum_of(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data) for x in held for piece in x]
+        return [sum_of(piece.reshape(-1).view(np.uint8).data) for x in held for piece in x]
     starts = np.concatenate([x.ctypes.data + x.strides[0] * np.arange(len(x)) for x in held])
     sizes = np.repeat([x[0].nbytes for x in held], [len(x) for x in held])
     found = np.empty(len(starts), np.uint64)
