@@ -30,7 +30,7 @@ from common.launch import Launched, gather, launched
 from common.replicas.engine import Replicas
 from common.replicas.open import open_engine
 from common.request import Request, SamplingParams, TokenEvent
-from tests.backends import checkpoint, engine_config
+from tests.backends import checkpoint
 from tests.history_backend import ROOT
 from tests.test_lost_ranks import CLOCK, ENDS, ENGINE, MODEL, NOTICED_S, PROMPTS, STAGES, alive, others
 
@@ -267,7 +267,7 @@ def test_ranks_that_processes_of_jax_cannot_share_out_are_refused(two: Agents) -
 
 def test_more_ranks_than_were_launched_are_refused(two: Agents) -> None:
     with pytest.raises(BackendError, match="of 3 ranks needs as many processes, and 2 were launched"):
-        build_engine("torch", checkpoint(MODEL), replace(STAGES, pipeline_parallel_size=3))
+        build_engine("torch", checkpoint("tiny-qwen3"), replace(STAGES, pipeline_parallel_size=3))
 
 
 def test_stages_may_be_on_several_machines_and_ranks_may_not(two: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,7 +282,7 @@ def test_stages_may_be_on_several_machines_and_ranks_may_not(two: Agents, monkey
 
 
 def test_who_launches_more_than_an_engine_needs_is_told(two: Agents, caplog: pytest.LogCaptureFixture) -> None:
-    open_engine("history", checkpoint(MODEL), engine_config(max_num_seqs=2)).close()
+    open_engine("torch", checkpoint(MODEL), replace(ENGINE, tensor_parallel_size=1)).close()
     assert "Of the 2 processes of this launch 1 have nothing to do for an engine of 1 rank: see tensor_p" in caplog.text
 
 
