@@ -228,6 +228,12 @@ class ModelRunner(ABC):
     After any exception out of `submit` or `Pending.result` the pages and rows are undefined: call `reset()` and start over.
     """
 
+    @classmethod
+    def needs_keeper(cls, config: EngineConfig) -> bool:
+        """Whether a runner of these ranks ends its process when it loses one of them, because none can go on without another:
+        then it is to have a process of its own, which somebody starts again."""
+        return False
+
     @property
     @abstractmethod
     def caps(self) -> Caps: ...
@@ -386,7 +392,15 @@ class ServingEngine(InferenceEngine):
 
 
 def load_backend(name: str, config: EngineConfig) -> ModelRunner:
-    """The `ModelRunner` of the backend `name`: `jax` is the package `jaxinfer`, `torch` is `torchinfer`, and so on."""
+    """A `ModelRunner` of the backend `name`."""
+    make: Any = find_backend(name, config)
+    runner: ModelRunner = make(config)
+    return runner
+
+
+def find_backend(name: str, config: EngineConfig) -> type[ModelRunner]:
+    """The `ModelRunner` of the backend `name`: `jax` is the package `jaxinfer`, `torch` is `torchinfer`, and so on. Raises
+    `BackendError` for an unknown one, `ConfigError` for what it does not take."""
     package = f"{name}infer"
     if not isinstance(name, str) or not name.isidentifier() or util.find_spec(package) is None:
         raise BackendError(
@@ -394,4 +408,5 @@ def load_backend(name: str, config: EngineConfig) -> ModelRunner:
             "Known here: jax, torch."
         )
     config.check_backend(name)
-    return import_module(package).ModelRunner(config)
+    runner: type[ModelRunner] = import_module(package).ModelRunner
+    return runner

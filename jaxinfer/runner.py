@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from common import interface
+from common.agents import agents
 from common.config import EngineConfig, ModelConfig
 from common.errors import BackendError
 from common.interface import Caps, KVGroup, Progress
@@ -39,6 +40,10 @@ class ModelRunner(interface.ModelRunner):
         self._step: Any = None  # a step.Step or a kernels.Step once loaded
         self._caps: Any = None
         _compilations()  # from now on
+
+    @classmethod
+    def needs_keeper(cls, config: EngineConfig) -> bool:
+        return config.ranks > 1 and agents() is not None  # JAX cannot go on without one of several processes
 
     @property
     def caps(self) -> Caps:

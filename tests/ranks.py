@@ -220,7 +220,7 @@ def said(backend: str, ranks: int, model: str, kernels: str, asked: Sequence[Ask
     heard: list[list[Any]] = []
 
     run(backend, ranks, model, kernels, [(asked[0][0], asked[0][1] | {"max_tokens": 1})])
-    group, exchange = runner.group, runner.group._exchange
+    group, exchange = runner.group, runner.group._line.exchange
     all_reduce, gather, exchange_in = group.all_reduce, group.gather, group._exchange_in
 
     def listening_all_reduce(x: Any) -> Any:

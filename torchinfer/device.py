@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 
+from common.errors import BackendError
 from common.platform import choose, cores, expect_not_forked
 
 PLATFORMS = {"cuda": "cuda", "rocm": "cuda", "xpu": "xpu", "cpu": "cpu"}
@@ -19,8 +20,27 @@ def open_device(requested: str, threads: int | None, ranks: int = 1) -> torch.de
     if threads > 1:
         expect_not_forked("PyTorch")
     torch.set_num_threads(threads)
+    return _choose_device(requested)
+
+
+def _choose_device(requested: str) -> torch.device:
+    """As `open_device`, which sets threads too."""
     choice = choose(requested, {name: partial(probe, name) for name in PLATFORMS})
     return torch.device(PLATFORMS[choice.platform])
+
+
+def _own_device(device: torch.device, before: int, neighbours: int) -> torch.device:
+    """The device of a process that is one of so many `neighbours` on its machine, each with one of this kind, and comes behind
+    `before` others. From now on it is the current one here. Raises `BackendError` if the machine has too few."""
+    if device.type == "cpu":
+        return device
+    if (count := torch.accelerator.device_count()) < neighbours:
+        raise BackendError(
+            f"This engine needs {neighbours} devices of {device.type} on this machine, one for each of its ranks here, and "
+            f"PyTorch sees {count}. Change tensor_parallel_size and pipeline_parallel_size, or set device=cpu."
+        )
+    torch.accelerator.set_device_index(before)
+    return torch.device(device.type, before)
 
 
 def probe(platform: str) -> str | None:

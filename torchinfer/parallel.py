@@ -4,9 +4,13 @@ layers: each passes the residual stream on to the next.
 
 PyTorch has one process a rank. The caller's is the first of the last stage, where tokens are chosen: its runner starts the
 others, and whatever it is told it tells them, down to the bytes of each batch. All run the same step, each on its part, and
-only the caller's reads what came of it. Inside it the ranks of a stage tell each other what they do through memory that all
-have mapped. From each of them a pipe leads to that of the next stage which has its number. Where agents start the others
-(`common.launch`), stages may be on several machines, and it is a connection.
+only the caller's reads what came of it. Agents may start the others (`common.launch`), on one machine or several.
+
+On CPUs the ranks of a stage tell each other what they do through memory that all have mapped, and from each of them a pipe
+leads to that of the next stage which has its number; a connection, where agents start them. One that ends is started again, and
+all meet anew. On other devices, of which each process has one, all goes by `torch.distributed` (NCCL on NVIDIA's) from device
+to device. There who is gone is waited for without an end: so this process ends too, and it is for whoever keeps it
+(`common.replicas`) to start it again.
 
 Letters: R logit rows · V vocabulary, of which each rank has n · k candidates.
 """
@@ -21,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
+from datetime import timedelta
 from functools import partial
 from io import FileIO, RawIOBase
 from itertools import product
@@ -29,12 +34,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from common.agents import Agent, Agents, There, agents, machine
 from common.config import EngineConfig
 from common.errors import BackendError
+from common.exits import FAILURE
 from common.followers import Ended, Follower, Here, Process, follow
 from common.kernels.cpu.sums import Exchange, Left, Place, expect_told, meeting_place, open_library, open_place, place_of
 from common.lines import let_in, raw, reach
@@ -42,6 +49,7 @@ from common.platform import family_memory
 from common.schedule.batch import Batch, Mask, masked
 from common.weights.checkpoint import open_checkpoint
 from torchinfer.arrays import to_device, to_host
+from torchinfer.device import _choose_device, _own_device
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +61,12 @@ _PIPE_BYTES = 1 << 20
 """What may lie between two stages: a stage need not wait for the next, which is at an earlier step."""
 _UNREAD_S = 30
 """That what is passed on over a network may wait for a stage that is at a long step."""
+_PATIENCE_S = 60
+"""Until a process has found the store of `torch.distributed`."""
+_HUNG_S = 600
+"""After which `torch.distributed` gives up one that neither ends nor does what all do."""
+_HEARD_S = 1.0
+"""In which it is heard that a process has ended: who fails for its sake waits for that, which says more."""
 
 
 class Group:
@@ -122,6 +136,10 @@ class Group:
         """Call a kernel that exchanges something itself: with the memory that ranks share, rank and ranks."""
         kernel(torch.empty(0, dtype=torch.uint8), 0, 1)
 
+    def _claim(self, device: torch.device) -> torch.device:
+        """Of the devices of this kind that which this rank computes on. Raises `BackendError` if there are not enough."""
+        return device
+
     def _enter(self, begin: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """What `begin` gives in the first stage; in any other what the one before has passed on."""
         return begin()
@@ -148,7 +166,7 @@ class Group:
 
     def _meet(self) -> None:
         """Connect all ranks, anew if they were: who is still in a step leaves it with an error, and in the place of one that
-        has ended another is started. Raises `RuntimeError` if they cannot come together."""
+        has ended another is started. Raises `RuntimeError` if they cannot come together, or not anew."""
 
     def _stats(self) -> dict[str, float]:
         """As `ModelRunner.stats`."""
@@ -171,6 +189,8 @@ class _Ways(NamedTuple):
     behind: Place | None = None
     network: _Network | None = None
     """Instead of pipes."""
+    store: tuple[str, int] | None = None
+    """Instead of all these: where that of `torch.distributed` is, host and port."""
 
 
 class _Network(NamedTuple):
@@ -182,19 +202,215 @@ class _Network(NamedTuple):
     """Where the one of the stage behind waits for this one: host and port."""
 
 
-class _Ranks(Group):
-    """Processes that share out a model."""
+class _Seat(NamedTuple):
+    """Where a rank computes: what JSON can hold."""
 
-    def __init__(self, stage: int, rank: int, config: EngineConfig) -> None:
-        self._stage, self._stages = stage, config.pipeline_parallel_size
-        self._rank, self._ranks = rank, config.tensor_parallel_size
-        self._exchange: Any = None  # an Exchange once they have met
+    backend: str | None
+    """Of `torch.distributed`, by which it tells others what it does; None on CPUs, where that is by memory and pipes."""
+    neighbours: int
+    """How many ranks are on its machine, and of those come before it."""
+    before: int
+
+
+class _Memory:
+    """By which a rank on a CPU tells others what it does: those of its stage through memory, other stages through pipes or over
+    a network."""
+
+    bound = False
+    """Whether the ranks have come together for good."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self._rank, self._ranks = rank, ranks
+        self.exchange: Any = None  # an Exchange once they have met
         self._before: RawIOBase | None = None
         self._behind: RawIOBase | None = None
         self._door: socket.socket | None = None
         """Where it waits for the stage before, until that is there."""
         self._seconds, self._bytes = 0.0, 0
         """Told in earlier meetings, and through pipes."""
+
+    def add(self, x: Tensor) -> None:
+        """Have x be the sum of every rank's."""
+        self.exchange.add(x.data_ptr(), x.numel(), _SUMS[x.dtype])
+
+    def gather(self, x: Tensor, every: Tensor) -> None:
+        """Have `every` [ranks, ...] be every rank's x."""
+        self.exchange.gather(x.data_ptr(), x.nbytes, every.data_ptr())
+
+    def receive(self, x: Tensor) -> None:
+        """Have x be what the stage before sends."""
+        self._move(x, self._before.readinto if self._before else None)
+
+    def send(self, x: Tensor) -> None:
+        """To the stage behind."""
+        self._move(x, self._behind.write if self._behind else None)
+
+    def _move(self, x: Tensor, move: Callable[[memoryview], int | None] | None) -> None:
+        """All bytes of x to or from another stage, of which each `move` takes as many as it tells. Raises `Left` if its other
+        end is closed."""
+        start, left = time.perf_counter(), x.reshape(-1).view(torch.uint8).numpy().data
+        while left:
+            try:
+                moved = move(left) if move else None
+            except OSError:
+                moved = None
+            if not moved:
+                raise Left("A stage of this engine has left the step; its log says more.")
+            left = left[moved:]
+        self._seconds += time.perf_counter() - start
+        self._bytes += x.nbytes
+
+    def join(self, ways: _Ways, device: torch.device) -> None:
+        """Meet the others, all of whom do so at once, after they have parted. Raises `RuntimeError` if that is over."""
+        if ways.place:
+            exchange = Exchange(ways.place, self._rank, self._ranks)
+            told, self.exchange = self.told(), exchange
+            self._seconds, self._bytes = told["communication_seconds"], int(told["communication_bytes"])
+        if ways.before:
+            self._before = FileIO(open_place(ways.before, os.O_RDONLY), "r")
+        if ways.behind:
+            self._behind = FileIO(open_place(ways.behind, os.O_WRONLY), "w")
+        if ways.network:
+            self._join_over(ways.network)
+
+    def _join_over(self, network: _Network) -> None:
+        try:
+            if network.behind:
+                self._behind = raw(reach(*network.behind, {"secret": network.secret}, _UNREAD_S)[0])
+            if self._door:
+                with self._door as door:
+                    self._before = raw(let_in(door, network.secret))
+        except OSError as error:
+            raise Left(f"The stages of this engine did not meet: {error}") from error
+
+    def open_door(self, host: str) -> int:
+        """The port at which it waits for the stage before."""
+        self._door = socket.create_server((host, 0))
+        port: int = self._door.getsockname()[1]
+        return port
+
+    def part(self) -> None:
+        """What the others wait for here fails there, in other stages too: of a pipe whose one end is closed the other ends."""
+        if self.exchange is not None:
+            self.exchange.leave()
+        ways: list[Any] = [self._before, self._behind, self._door]
+        for way in filter(None, ways):
+            way.close()
+        self._before = self._behind = self._door = None
+
+    def fail(self) -> None:
+        """What all do has raised here: nobody is to wait for this rank."""
+        self.part()
+
+    def told(self) -> dict[str, float]:
+        """As `ModelRunner.stats`."""
+        seconds, size = self._seconds, self._bytes
+        if self.exchange is not None:
+            told = self.exchange.told
+            seconds, size = seconds + told.seconds, size + told.bytes
+        return {"communication_seconds": seconds, "communication_bytes": size}
+
+
+class _Collectives:
+    """By which ranks on devices of their own do: as `_Memory`, but by `torch.distributed`, and once they have met they cannot
+    part to meet anew."""
+
+    def __init__(self, backend: str, stage: int, rank: int, config: EngineConfig) -> None:
+        self._backend, self._stage, self._stages = backend, stage, config.pipeline_parallel_size
+        self._ranks, self._number = config.tensor_parallel_size, stage * config.tensor_parallel_size + rank
+        self._group: Any = None
+        """Of this stage; None for that of all."""
+        self._store: Any = None
+        self._sent: Any = None
+        """What was passed on last, and whether it has been received."""
+        self._bytes = 0
+        self.bound = False
+
+    def add(self, x: Tensor) -> None:
+        dist.all_reduce(x, group=self._group)
+        self._bytes += x.nbytes
+
+    def gather(self, x: Tensor, every: Tensor) -> None:
+        dist.all_gather(list(every), x, group=self._group)
+        self._bytes += x.nbytes
+
+    def receive(self, x: Tensor) -> None:
+        dist.recv(x, self._number - self._ranks)
+        self._bytes += x.nbytes
+
+    def send(self, x: Tensor) -> None:
+        if self._sent:
+            self._sent[1].wait()
+        # Not waited for here: this stage goes on to its next step while the one behind is at an earlier one.
+        self._sent = x, dist.isend(x, self._number + self._ranks)
+        self._bytes += x.nbytes
+
+    def open_store(self, host: str) -> tuple[str, int]:
+        """Where all come together."""
+        listener = socket.create_server((host, 0))
+        host, port = listener.getsockname()
+        self._store = _store(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+        return host, port
+
+    def join(self, ways: _Ways, device: torch.device) -> None:
+        assert ways.store
+        self.bound = True
+        self._store = self._store or _store(*ways.store)
+        dist.init_process_group(
+            self._backend,
+            store=self._store,
+            rank=self._number,
+            world_size=self._stages * self._ranks,
+            timeout=timedelta(seconds=_HUNG_S),
+            device_id=None if device.type == "cpu" else device,
+        )
+        if self._stages > 1 and self._ranks > 1:  # else all are of one stage, or each has one to itself
+            starts = range(0, self._stages * self._ranks, self._ranks)
+            self._group = [dist.new_group(list(range(start, start + self._ranks))) for start in starts][self._stage]
+
+    def part(self) -> None:
+        self.bound = False
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self._group = self._store = self._sent = None
+
+    def fail(self) -> None:
+        if self.bound:
+            time.sleep(_HEARD_S)
+            os._exit(FAILURE)  # or the others would wait for it
+
+    def told(self) -> dict[str, float]:
+        return {"communication_bytes": self._bytes}
+
+
+def _store(host: str, port: int, **options: Any) -> Any:
+    """That of `torch.distributed` in which processes find each other."""
+    return dist.TCPStore(host, port, timeout=timedelta(seconds=_PATIENCE_S), **options)  # type: ignore[attr-defined]
+
+
+def _collective(device: torch.device) -> str | None:
+    """The backend of `torch.distributed` by which ranks on such devices tell each other what they do; None for CPUs, which need
+    none. Raises `BackendError` if PyTorch was built without it."""
+    if device.type == "cpu":
+        return None
+    name = dist.get_default_backend_for_device(device) if dist.is_available() else "torch.distributed"
+    if not (dist.is_available() and dist.is_backend_available(name)):
+        raise BackendError(
+            f"Several ranks on {device.type} need {name}, which this build of PyTorch lacks. Install one that has it, or set "
+            "tensor_parallel_size and pipeline_parallel_size to 1."
+        )
+    return name
+
+
+class _Ranks(Group):
+    """Processes that share out a model."""
+
+    def __init__(self, stage: int, rank: int, config: EngineConfig, seat: _Seat) -> None:
+        self._stage, self._stages = stage, config.pipeline_parallel_size
+        self._rank, self._ranks = rank, config.tensor_parallel_size
+        self._seat = seat
+        self._line: Any = _Collectives(seat.backend, stage, rank, config) if seat.backend else _Memory(rank, self._ranks)
+        self._device = torch.device("cpu")
 
     @property
     def ranks(self) -> int:
@@ -216,14 +432,14 @@ class _Ranks(Group):
         if self._ranks == 1:
             return x
         x = x.contiguous()
-        self._exchange.add(x.data_ptr(), x.numel(), _SUMS[x.dtype])
+        self._line.add(x)
         return x
 
     def gather(self, x: Tensor) -> Tensor:
         if self._ranks == 1:
             return super().gather(x)
         x, every = x.contiguous(), x.new_empty((self._ranks, *x.shape))
-        self._exchange.gather(x.data_ptr(), x.nbytes, every.data_ptr())
+        self._line.gather(x, every)
         return every
 
     def fold(self, reduce: Callable[..., Tensor], x: Tensor) -> Tensor:
@@ -261,37 +477,26 @@ class _Ranks(Group):
         return top[:, :k], self.join(self._rank * n + ids).gather(1, at[:, :k])
 
     def _exchange_in(self, kernel: Callable[[Tensor, int, int], int]) -> None:
-        expect_told(kernel(torch.from_numpy(self._exchange.memory), self._rank, self._ranks))
+        expect_told(kernel(torch.from_numpy(self._line.exchange.memory), self._rank, self._ranks))
+
+    def _claim(self, device: torch.device) -> torch.device:
+        self._device = _own_device(device, self._seat.before, self._seat.neighbours)
+        return self._device
 
     def _enter(self, begin: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         if self._stage == 0:
             return begin()
-        x = torch.empty(tuple(shape), dtype=dtype)
-        self._move(x, self._before.readinto if self._before else None)
+        x = torch.empty(tuple(shape), dtype=dtype, device=self._device)
+        self._line.receive(x)
         return x
 
     def _pass_on(self, x: Tensor) -> None:
-        self._move(x.contiguous(), self._behind.write if self._behind else None)
-
-    def _move(self, x: Tensor, move: Callable[[memoryview], int | None] | None) -> None:
-        """All bytes of x to or from another stage, of which each `move` takes as many as it tells. Raises `Left` if its other
-        end is closed."""
-        start, left = time.perf_counter(), x.reshape(-1).view(torch.uint8).numpy().data
-        while left:
-            try:
-                moved = move(left) if move else None
-            except OSError:
-                moved = None
-            if not moved:
-                raise Left("A stage of this engine has left the step; its log says more.")
-            left = left[moved:]
-        self._seconds += time.perf_counter() - start
-        self._bytes += x.nbytes
+        self._line.send(x.contiguous())
 
     def _stack(self, x: np.ndarray, first: int) -> np.ndarray:
         if self._stages == 1:
             return x
-        mine: Tensor = to_device(x, torch.device("cpu"))
+        mine: Tensor = to_device(x, self._device)
         every = torch.cat([self._enter(lambda: mine[:0], (first, *mine.shape[1:]), mine.dtype), mine])
         if self._stage < self._stages - 1:
             self._pass_on(every)
@@ -299,60 +504,34 @@ class _Ranks(Group):
         return whole
 
     def _join(self, ways: _Ways) -> None:
-        """Meet the others, all of whom do so at once, after they have parted. Raises `Left` if that is over."""
-        if ways.place:
-            exchange = Exchange(ways.place, self._rank, self._ranks)
-            if self._exchange is not None:
-                told = self._exchange.told
-                self._seconds, self._bytes = self._seconds + told.seconds, self._bytes + told.bytes
-            self._exchange = exchange
-        if ways.before:
-            self._before = FileIO(open_place(ways.before, os.O_RDONLY), "r")
-        if ways.behind:
-            self._behind = FileIO(open_place(ways.behind, os.O_WRONLY), "w")
-        if ways.network:
-            self._join_over(ways.network)
-
-    def _join_over(self, network: _Network) -> None:
-        try:
-            if network.behind:
-                self._behind = raw(reach(*network.behind, {"secret": network.secret}, _UNREAD_S)[0])
-            if self._door:
-                with self._door as door:
-                    self._before = raw(let_in(door, network.secret))
-        except OSError as error:
-            raise Left(f"The stages of this engine did not meet: {error}") from error
-
-    def _open_door(self, host: str) -> int:
-        """The port at which it waits for the stage before."""
-        self._door = socket.create_server((host, 0))
-        port: int = self._door.getsockname()[1]
-        return port
-
-    def _leave(self) -> None:
-        """What the others of this stage wait for here fails there. Any thread may."""
-        if self._exchange is not None:
-            self._exchange.leave()
+        """Meet the others, all of whom do so at once, after they have parted. Raises `RuntimeError` if that is over."""
+        self._line.join(ways, self._device)
 
     def _part(self) -> None:
-        """What the others wait for here fails there, in other stages too: of a pipe whose one end is closed the other ends."""
-        self._leave()
-        ways: list[Any] = [self._before, self._behind, self._door]
-        for way in filter(None, ways):
-            way.close()
-        self._before = self._behind = self._door = None
+        """What the others wait for here fails there."""
+        self._line.part()
 
 
 class _First(_Ranks):
     """The rank that has started the others, and leads them."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        super().__init__(config.pipeline_parallel_size - 1, 0, config)
-        self._config = config
+    def __init__(
+        self, config: EngineConfig, device: torch.device, host: str = "127.0.0.1", machines: Sequence[str] | None = None
+    ) -> None:
+        """`host`: by which the others reach this process. `machines`: that of each rank, this one's first, where they may be
+        several. Raises `BackendError` where the ranks cannot be started."""
+        machines = machines or [""] * config.ranks
+        first, *others = (
+            _Seat(_collective(device), machines.count(each), machines[:at].count(each)) for at, each in enumerate(machines)
+        )
+        super().__init__(config.pipeline_parallel_size - 1, 0, config, first)
+        self._claim(device)
+        self._config, self._host = config, host
         self._meetings: list[Exchange] = []
         """Of all stages."""
         _, *self._places = product(reversed(range(self._stages)), range(self._ranks))
         """Stage and rank of each of the others."""
+        self._seats = dict(zip(self._places, others, strict=True))
         self._others: list[Follower] = []
         self._checkpoint: str | None = None
         try:
@@ -363,7 +542,8 @@ class _First(_Ranks):
             raise
 
     def _start(self, place: tuple[int, int]) -> Follower:
-        return Follower("torchinfer.parallel:_follow", *place, asdict(self._config), ended=self._lose, start=self._where(place))
+        arguments = (*place, asdict(self._config), self._seats[place])
+        return Follower("torchinfer.parallel:_follow", *arguments, ended=self._lose, start=self._where(place))
 
     def _where(self, place: tuple[int, int]) -> Callable[..., Process]:
         """What starts the rank of a place."""
@@ -371,12 +551,21 @@ class _First(_Ranks):
 
     def _lose(self, other: Follower) -> None:
         """A rank has ended: nobody is to wait for it."""
-        if other in self._others:  # else another has taken its place
-            self._leave()
+        if other not in self._others:  # another has taken its place
+            return
+        self._leave()
+        if self._line.bound:
+            _log.error("%s The ranks of this engine cannot go on without it, so this process ends too.", other.how_it_ended())
+            os._exit(FAILURE)
 
     def _leave(self) -> None:
+        """What ranks of any stage wait for in memory fails there. Any thread may."""
         for meeting in self._meetings:
             meeting.leave()
+
+    def _part(self) -> None:
+        self._leave()
+        super()._part()
 
     def _tell(self, call: str, *arguments: Any, data: Sequence[np.ndarray] = ()) -> None:
         for other in self._others:
@@ -396,6 +585,11 @@ class _First(_Ranks):
             other.settle()
 
     def _meet(self) -> None:
+        if self._line.bound:
+            time.sleep(_HEARD_S)  # if one of them is gone, this process ends here
+            raise BackendError(
+                f"The ranks of this engine compute together by {self._seat.backend}, and cannot start over. Make a new engine."
+            )
         for attempts_left in reversed(range(_ATTEMPTS)):
             self._part()
             for other in self._others:
@@ -418,6 +612,10 @@ class _First(_Ranks):
     def _lay(self) -> Iterator[dict[tuple[int, int], _Ways]]:
         """The ways of each rank, by its stage and its number. At the end ours are closed: then a pipe has no ends but those of
         its two ranks, and is at an end when one of them is."""
+        if self._seat.backend:
+            store = self._line.open_store(self._host)
+            yield dict.fromkeys([(self._stage, self._rank), *self._places], _Ways(None, store=store))
+            return
         with ExitStack() as ours:
             places = [ours.enter_context(meeting_place(self._ranks)) if self._ranks > 1 else None for _ in range(self._stages)]
             self._meetings = [Exchange(place, 0, self._ranks) for place in places if place]
@@ -459,12 +657,8 @@ class _First(_Ranks):
 
     def _stats(self) -> dict[str, float]:
         held, most = family_memory(other.pid for other in self._others if other.here)
-        memory = {"others_rss_bytes": held, "others_peak_rss_bytes": most}
-        seconds, size = self._seconds, self._bytes
-        if self._exchange is not None:
-            told = self._exchange.told
-            seconds, size = seconds + told.seconds, size + told.bytes
-        return memory | {"communication_seconds": seconds, "communication_bytes": size}
+        told: dict[str, float] = self._line.told()
+        return {"others_rss_bytes": held, "others_peak_rss_bytes": most} | told
 
     def _close(self) -> None:
         self._part()
@@ -475,7 +669,7 @@ class _First(_Ranks):
 class _FirstOfLaunch(_First):
     """The rank that leads others which agents start."""
 
-    def __init__(self, config: EngineConfig, launch: Agents) -> None:
+    def __init__(self, config: EngineConfig, device: torch.device, launch: Agents) -> None:
         """Raises `BackendError` where the agents do not suffice."""
         needed = launch.all[: config.ranks - 1]
         if len(needed) < config.ranks - 1:
@@ -483,14 +677,15 @@ class _FirstOfLaunch(_First):
                 f"An engine of {config.ranks} ranks needs as many processes, and {1 + len(needed)} were launched. Launch "
                 f"{config.ranks}, or change tensor_parallel_size and pipeline_parallel_size."
             )
-        if config.tensor_parallel_size > 1 and {agent.machine for agent in needed} != {machine()}:
+        machines = [machine(), *(agent.machine for agent in needed)]
+        if config.tensor_parallel_size > 1 and not _collective(device) and len(set(machines)) > 1:
             raise BackendError(
                 f"tensor_parallel_size={config.tensor_parallel_size} has ranks that add up in memory which they share, and the "
                 f"first {config.ranks} processes of this launch are on several machines. Launch as many on one, or share out "
                 "the layers alone (pipeline_parallel_size)."
             )
         self._launch = launch
-        super().__init__(config)
+        super().__init__(config, device, launch.host, machines)
 
     def _agent(self, place: tuple[int, int]) -> Agent:
         return self._launch.all[self._places.index(place)]
@@ -500,8 +695,8 @@ class _FirstOfLaunch(_First):
 
     def _link(self, ways: dict[tuple[int, int], _Ways], before: tuple[int, int], at: tuple[int, int], ours: ExitStack) -> None:
         if at == (self._stage, self._rank):
-            host = self._launch.host
-            port = self._open_door(host)
+            host = self._host
+            port = self._line.open_door(host)
         else:
             host, other = self._agent(at).host, self._others[self._places.index(at)]
             other.tell("open_door", host)
@@ -512,30 +707,37 @@ class _FirstOfLaunch(_First):
 
 def start(config: EngineConfig, device: torch.device) -> Group:
     """The ranks of an engine, of which this process is the first. Raises `BackendError` where they cannot be."""
-    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
-        size = getattr(config, name)
-        if size > 1 and device.type != "cpu":
-            raise BackendError(f"{name}={size} has processes that compute on cpu, not on {device.type}.")
-    if config.tensor_parallel_size > 1:
-        open_library()
     if config.ranks == 1:
         return ALONE
+    if not _collective(device):
+        if config.tensor_parallel_size > 1:
+            open_library()
+    elif dist.is_initialized():
+        raise BackendError(
+            "The ranks of this engine compute together by torch.distributed, of which a process can have one group, and this "
+            "one has it already, of another engine or its own. Close that, or make this engine in another process."
+        )
     launch = agents()
-    return _FirstOfLaunch(config, launch) if launch else _First(config)
+    return _FirstOfLaunch(config, device, launch) if launch else _First(config, device)
 
 
-def _follow(stage: int, rank: int, config: dict[str, Any]) -> None:
+def _needs_keeper(config: EngineConfig) -> bool:
+    """As `ModelRunner.needs_keeper`."""
+    return config.ranks > 1 and _collective(_choose_device(config.device)) is not None
+
+
+def _follow(stage: int, rank: int, config: dict[str, Any], seat: Sequence[Any]) -> None:
     """The life of every other rank."""
     from torchinfer.runner import ModelRunner  # which imports this file
 
     engine_config = EngineConfig(**config)
-    group = _Ranks(stage, rank, engine_config)
+    group = _Ranks(stage, rank, engine_config, _Seat(*seat))
     runner = ModelRunner(engine_config, group)
 
     def join(ways: Sequence[Any]) -> None:
-        *places, network = ways
+        *places, network, store = ways
         place, before, behind = (way and Place(*way) for way in places)
-        group._join(_Ways(place, before, behind, network and _Network(*network)))
+        group._join(_Ways(place, before, behind, network and _Network(*network), store))
 
     def submit(data: bytes) -> None:
         runner.submit(Batch.from_bytes(data))
@@ -550,7 +752,7 @@ def _follow(stage: int, rank: int, config: dict[str, Any]) -> None:
 
     calls: dict[str, Callable[..., object]] = {
         "load": lambda path: runner.load(open_checkpoint(path)),
-        "open_door": group._open_door,
+        "open_door": lambda host: group._line.open_door(host),
         "join": join,
         "part": group._part,
         "allocate": runner.allocate,
@@ -559,4 +761,4 @@ def _follow(stage: int, rank: int, config: dict[str, Any]) -> None:
         "read_pages": read_pages,
         "write_pages": write_pages,
     }
-    follow(calls, group._part)
+    follow(calls, failed=group._line.fail)

@@ -22,7 +22,7 @@ from torchinfer.arrays import to_device
 from torchinfer.cache import copy_pages, page_memory
 from torchinfer.device import describe, open_device
 from torchinfer.observe import observe
-from torchinfer.parallel import Group, start
+from torchinfer.parallel import Group, _needs_keeper, start
 from torchinfer.step import Step
 
 
@@ -50,12 +50,17 @@ class ModelRunner(interface.ModelRunner):
     def __init__(self, config: EngineConfig, group: Group | None = None) -> None:
         """`group`: where this is not the first of its ranks; else they are started."""
         self.config = config
-        self.device = open_device(config.device, config.threads, config.ranks)
-        self.group = group or start(config, self.device)
+        device = open_device(config.device, config.threads, config.ranks)
+        self.group = group or start(config, device)
+        self.device = self.group._claim(device)
         self.state: Any = None  # a State once allocated
         self._step: Any = None  # a step.Step or a kernels.Step once loaded
         self._caps: Any = None
         self._waiting: deque[_Waiting] = deque()
+
+    @classmethod
+    def needs_keeper(cls, config: EngineConfig) -> bool:
+        return _needs_keeper(config)
 
     @property
     def caps(self) -> Caps:

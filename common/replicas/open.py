@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from common.agents import agents, warn_of_idle
+from common.agents import warn_of_idle
 from common.config import EngineConfig
 from common.engine import build_engine
-from common.interface import Progress, ServingEngine
+from common.interface import Progress, ServingEngine, find_backend
 from common.replicas.disaggregated import Disaggregated
 from common.replicas.engine import Replicas
 from common.weights.checkpoint import Checkpoint
@@ -16,7 +16,7 @@ def open_engine(backend: str, checkpoint: Checkpoint, config: EngineConfig, prog
     warn_of_idle(config.ranks)
     if config.prefill_parallel_size:
         return Disaggregated(backend, checkpoint, config, progress)
-    if config.data_parallel_size > 1 or (config.ranks > 1 and agents()):
-        # One whose ranks somebody else has launched may not be able to go on without one of them: then it is started again.
+    # One that ends its process with a rank is a replica too, though the only one: whoever keeps it starts it again.
+    if config.data_parallel_size > 1 or find_backend(backend, config).needs_keeper(config):
         return Replicas(backend, checkpoint, config, progress)
     return build_engine(backend, checkpoint, config, progress)
