@@ -120,7 +120,8 @@ def computed(config: EngineConfig, model: Path | str, kinds: tuple[dict[str, Any
 @pytest.mark.parametrize(
     ("family", "size"),
     [
-        *((None, size) for size in SIZES),
+        (None, "both"),
+        *(pytest.param(None, size, marks=WIDER) for size in ("ranks", "stages")),
         ("gemma3", "ranks"),  # whose one KV head each of them has
         *(pytest.param("gemma3", size, marks=WIDER) for size in ("stages", "both")),
     ],
@@ -140,7 +141,11 @@ def test_ranks_that_meet_by_collectives_compute_what_one_does(
 
 @pytest.mark.parametrize(
     ("size", "state"),
-    [("ranks", "idle"), ("ranks", "computing"), ("ranks", "failing"), pytest.param("both", "idle", marks=WIDER)],
+    [
+        ("ranks", "computing"),
+        ("ranks", "failing"),
+        *(pytest.param(size, "idle", marks=WIDER) for size in ("ranks", "both")),
+    ],
 )
 def test_a_rank_that_is_lost_ends_the_first_process_with_one_line(size: str, state: str, package: None) -> None:
     command = [sys.executable, "-c", ALONE, size, state]

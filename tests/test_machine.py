@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from common.agents import Agents, There
+from common.followers import Follower
 from experiments import machine
 from experiments.machine import (
     Watch,
@@ -54,13 +56,14 @@ def test_a_childs_work_is_our_own_while_it_lives_and_when_it_has_ended() -> None
 def test_the_processes_of_a_launch_that_are_on_this_machine_are_our_own_with_what_they_start() -> None:
     with launch_of(2) as (found, (started,)):
         (agent,) = found.all
-        rank = There(agent, found.secret, "common.followers:follow", {}, None)
+        start = partial(There, agent, found.secret)
+        rank = Follower("common.followers:follow", {}, None, ended=lambda _: None, start=start)
         try:
             assert {started.pid, rank.pid} <= counted_as_own(found)
             elsewhere = found._replace(all=[agent._replace(machine="another")])
             assert not {started.pid, rank.pid} & counted_as_own(elsewhere)
         finally:
-            rank.end()
+            rank.close()
 
 
 def counted_as_own(launch: Agents) -> set[int]:
