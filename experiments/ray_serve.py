@@ -85,7 +85,7 @@ def make_application(serve: Any, options: argparse.Namespace, given: Sequence[st
     class Replica:
         def check_health(self) -> None:
             worker = app_of(tuple(given), key).state.serving.worker
-            if worker.dead or worker.stalled > options.stall_s:
+            if worker.hopeless or worker.stalled > options.stall_s:
                 raise RuntimeError("The step loop has ended, or hangs.")
 
     scaling: dict[str, Any] = {"num_replicas": options.replicas}

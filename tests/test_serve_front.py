@@ -187,6 +187,16 @@ def test_a_backend_that_died_takes_only_its_own_requests_with_it_and_is_started_
     assert 'tandem:backend_serves{engine="two"} 1.0' in mortal.client.get("/metrics").text
 
 
+def test_a_server_all_of_whose_backends_are_given_up_ends(mortal: Served, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / "packages" / f"{name}infer" / "__init__.py").write_text("raise SystemExit(9)")
+        backend_of(mortal, f"tiny-llama@{name}").send_signal(signal.SIGKILL)
+    assert mortal.process.wait(PATIENCE_S) == 1
+    log = mortal.log.read_text()
+    assert log.count("ended with exit code 9 once more before it served, and is given up.") == 2
+    assert "No engine is left, so the server ends" in log
+
+
 def test_a_backend_that_is_stopped_is_ended_and_started_again(mortal: Served) -> None:
     stopped = backend_of(mortal, "tiny-llama@two")
     stopped.send_signal(signal.SIGSTOP)

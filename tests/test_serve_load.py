@@ -26,7 +26,7 @@ from experiments.baselines import openai_http
 from experiments.drive import drive
 from experiments.workload import Item, Lengths, WorkloadConfig, draw
 from tests.backends import checkpoint
-from tests.http_server import PATIENCE_S, SMALL, Served, history, raw_request, serving, until
+from tests.http_server import PATIENCE_S, SMALL, Served, raw_request, serving, until
 
 pytestmark = pytest.mark.accept
 MODEL = "tiny-llama"
@@ -152,18 +152,6 @@ def read_all(connection: socket.socket) -> str:
     """What comes until the other side closes it."""
     with connection, connection.makefile("rb") as file:
         return file.read().decode()
-
-
-def test_a_killed_step_loop_is_told_within_three_seconds(tmp_path: Path) -> None:
-    packages, control = history(tmp_path)
-    with serving(tmp_path, "--backend", "history", "--max-model-len", "512", packages=[packages]) as served:
-        (control / "slow").touch()
-        with raw_request(served, prompt="a long one", max_tokens=400, ignore_eos=True) as _:
-            until(lambda: served.metric("generation_tokens_total") > 3)
-            (control / "die").touch()
-            began = time.perf_counter()
-            until(lambda: served.client.get("/health").status_code == 503)
-            assert time.perf_counter() - began < 3.0
 
 
 class Cost(NamedTuple):

@@ -62,8 +62,8 @@ async def health(http: HttpRequest) -> Response:
     """200 while the step loop lives and moves, of an engine with replicas that of one of them; the answer tells of each. What
     may get well by itself, for a replica loads, brings a `Retry-After`; nothing else does."""
     serving = Serving.of(http)
-    if serving.worker.dead:
-        raise ApiError(503, "The step loop has ended.")
+    if serving.worker.hopeless:
+        raise ApiError(503, "No engine is left.")
     if serving.worker.stalled > serving.stall_s:
         raise ApiError(503, "The step loop hangs.")
     replicas = serving.worker.replicas

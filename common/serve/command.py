@@ -19,7 +19,7 @@ from common.child import die_with_parent
 from common.config import EngineConfig
 from common.config import expect as expect_config
 from common.errors import ConfigError, TandemError
-from common.exits import INTERRUPTED, USER_ERROR, exit_code, heeding_sigterm
+from common.exits import FAILURE, INTERRUPTED, USER_ERROR, exit_code, heeding_sigterm
 from common.options import add_engine_options, add_model_options, engine_options, parse, without
 from common.replicas.open import open_engine
 from common.serve.app import create_app
@@ -75,7 +75,8 @@ def make_parser(prog: str = "python -m common.serve") -> argparse.ArgumentParser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until told to end. Returns the exit code: 0 after a drain, 2 for a mistake of the caller."""
+    """Serve until told to end. Returns the exit code: 0 after a drain, 1 where no engine is left, 2 for a mistake of the
+    caller."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         options = parse(make_parser(), given)
@@ -85,18 +86,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 die_with_parent()  # where that is killed, even while this process is stopped or hangs
                 threading.Thread(target=end_with_parent, daemon=True).start()  # where that ends in order
             with listen(options) as listener:
-                serve(options, given, listener)
+                return serve(options, given, listener)
     except TandemError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt as end:
         # It loads: Python would wait for the threads that compile. Replicas and ranks end as their input does.
         os._exit(exit_code(end))
-    return 0
 
 
-def serve(options: argparse.Namespace, given: Sequence[str], listener: socket.socket) -> None:
-    """Get ready and serve, at the command line `given`, until told to end."""
+def serve(options: argparse.Namespace, given: Sequence[str], listener: socket.socket) -> int:
+    """Get ready and serve, at the command line `given`, until told to end or no engine is left; the exit code."""
     names = options.backend.split(",")
     backends = start_backends(options, names, given) if len(names) > 1 else None
     try:
@@ -113,7 +113,8 @@ def serve(options: argparse.Namespace, given: Sequence[str], listener: socket.so
             server_header=False,
             timeout_graceful_shutdown=options.drain_s,
         )
-        server = Server(config, backends)
+        engines = app.state.serving.worker if backends is None else backends
+        server = Server(config, engines)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, server.told_to_end)
         if not options.uds:
@@ -125,14 +126,25 @@ def serve(options: argparse.Namespace, given: Sequence[str], listener: socket.so
         if backends is not None:
             backends.stop()
     log.info("Ended.")
+    return FAILURE if server.failed else 0
 
 
 class Server(uvicorn.Server):
-    """Says that it ends when it begins to; told by a second Ctrl-C, it is gone at once."""
+    """Says that it ends when it begins to; told by a second Ctrl-C, it is gone at once. Where nothing that computes is left it
+    ends too: whoever has started it may start it again."""
 
-    def __init__(self, config: uvicorn.Config, backends: Backends | None) -> None:
+    def __init__(self, config: uvicorn.Config, engines: Worker | Backends) -> None:
         super().__init__(config)
-        self._backends = backends
+        self._engines = engines
+        self._backends = engines if isinstance(engines, Backends) else None
+        self.failed = False
+        """Whether it ends for that."""
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether it is to end."""
+        told = await super().on_tick(counter)
+        self.failed = not told and self._engines.hopeless
+        return told or self.failed
 
     def told_to_end(self, *_: object) -> None:
         """For signals before uvicorn listens to them, and those that it raises again once it has drained."""
@@ -141,7 +153,8 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         left, most = len(self.server_state.tasks), self.config.timeout_graceful_shutdown
         unfinished = f"{left} HTTP request{'s are' if left != 1 else ' is'} unfinished, with {most} s left"
-        log.info("Told to end: takes nothing new; %s. A second Ctrl-C ends it at once.", unfinished)
+        why = "No engine is left, so the server ends" if self.failed else "Told to end"
+        log.info("%s: takes nothing new; %s. A second Ctrl-C ends it at once.", why, unfinished)
         if self._backends is not None:
             self._backends.restart_no_more()
         await super().shutdown(sockets)

@@ -54,7 +54,7 @@ def public(message: str) -> str:
 
 
 def engine_gone() -> ApiError:
-    told = "The engine has stopped, and the server's log says why; the server must be started again."
+    told = "The engine has stopped, and this server ends; its log says why."
     return ApiError(503, told, headers={"Retry-After": "30"})
 
 

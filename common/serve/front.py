@@ -63,6 +63,7 @@ class Backend:
     client: httpx.AsyncClient
     process: subprocess.Popen[bytes] = field(init=False)
     keeping: Sequence[asyncio.Task[None]] = ()
+    given_up: bool = False
 
     def __post_init__(self) -> None:
         self.start()
@@ -80,16 +81,17 @@ class Backend:
         """Start it again whenever it has ended, and give it up when it has so often in a row before it served: as replicas
         are kept (`common.replicas.keeper`)."""
         failures, served = 0, True
-        while failures < ATTEMPTS:
+        while not self.given_up:
             while self.process.poll() is None:
                 await asyncio.sleep(POLL_S)
                 if not served and self.accepts:
                     served = True
                     log.info("The %s engine serves again.", self.name)
             failures, served = 0 if served else failures + 1, False
-            then = "once more before it served, and is given up" if failures == ATTEMPTS else "and is started again"
+            self.given_up = failures == ATTEMPTS
+            then = "once more before it served, and is given up" if self.given_up else "and is started again"
             log.warning("The server of the %s engine %s %s.", self.name, how_it_ended(self.process.returncode), then)
-            if failures < ATTEMPTS:
+            if not self.given_up:
                 await asyncio.sleep(failures * RETRY_S)
                 self.start()
 
@@ -176,6 +178,11 @@ class Backends:
         """Watch over all, on the running event loop, until `restart_no_more`."""
         for backend in self.each:
             backend.keeping = [asyncio.create_task(backend.keep()), asyncio.create_task(backend.watch())]
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether all are given up."""
+        return all(backend.given_up for backend in self.each)
 
     def restart_no_more(self) -> None:
         for backend in self.each:

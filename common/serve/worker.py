@@ -107,8 +107,9 @@ class Worker:
         self._loop, self._observe = asyncio.get_running_loop(), observe
 
     @property
-    def dead(self) -> bool:
-        return self._dead
+    def hopeless(self) -> bool:
+        """Whether nothing will ever be answered again: its thread steps no more, or all replicas are given up."""
+        return self._dead or (bool(self.replicas) and all(each.given_up for each in self.replicas))
 
     @property
     def stalled(self) -> float:
