@@ -55,7 +55,7 @@ _PATIENCE_S = 60
 """Until all processes have come together."""
 _NEVER_S = 7 * 24 * 3600
 _LEAVE_S = 5
-"""For one that has said that it leaves, until all have."""
+"""For the first, once it leaves, until all have."""
 
 _AXIS = "tensor"
 _WHOLE, _HEADS, _COLUMNS = PartitionSpec(), PartitionSpec(_AXIS), PartitionSpec(None, _AXIS)
@@ -444,6 +444,7 @@ def _sit_down(seat: _Seat, config: EngineConfig) -> tuple[EngineConfig, jax.Devi
     own = config.ranks // seat.processes
     config = replace(config, threads=max(1, (config.threads or cores()) // seat.neighbours))
     jax.config.update("jax_enable_preemption_service", False)  # which keeps SIGTERM from ending a process
+    jax.config.update("jax_enable_recoverability", True)  # or who leaves while others are at a call dies of it
     try:
         jax.distributed.initialize(
             seat.address,
@@ -460,7 +461,20 @@ def _sit_down(seat: _Seat, config: EngineConfig) -> tuple[EngineConfig, jax.Devi
         raise BackendError(f"JAX's processes did not come together at {seat.address}: {error}") from error
     device = open_device(config.device, config.threads, own)
     every = jax.devices(device.platform)
-    return config, device, _share([[each for each in every if each.process_index == i] for i in range(seat.processes)], config)
+    group = _share([[each for each in every if each.process_index == i] for i in range(seat.processes)], config)
+    _greet(group)
+    return config, device, group
+
+
+def _greet(group: Group) -> None:
+    """Have the processes of each mesh connect, as long as all are here: XLA does so when it first adds up there, and gives the
+    others half a minute for it, in which they may have to compile for minutes. Raises `BackendError` where they cannot."""
+    for stage in group.groups if isinstance(group, _Stages) else (group,):
+        ones = stage._put([np.ones(1, np.float32)] * len(stage._here), 0, jax.local_devices()[0])
+        try:
+            jax.jit(stage._spread(stage.all_reduce, _HEADS, _WHOLE))(ones).block_until_ready()
+        except RuntimeError as error:
+            raise BackendError(f"JAX's processes could not connect with each other: {error}") from error
 
 
 def _leave() -> None:

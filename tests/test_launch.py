@@ -48,6 +48,22 @@ sys.stdin.read()
 engine.close()
 """
 """A module that computes on two ranks, tells what, and ends at the end of its input."""
+LATE = """
+import time
+from common import followers
+
+class Late:
+    def __init__(self, calls):
+        self.calls = calls
+
+    def __getitem__(self, name):
+        time.sleep({seconds} if name == "{call}" else 0)
+        return self.calls[name]
+
+follow = followers.follow
+followers.follow = lambda calls, failed: follow(Late(calls), failed)
+"""
+"""Of a process that comes late to a call."""
 SHARED = {"jax": ENGINE, "torch": STAGES}
 """How a model is shared out there."""
 
@@ -76,10 +92,10 @@ def place(rank: int, size: int, port: int) -> dict[str, str]:
 
 
 @contextmanager
-def launch_of(size: int) -> Iterator[tuple[Agents, list[subprocess.Popen[str]]]]:
+def launch_of(size: int, where: Path = ROOT) -> Iterator[tuple[Agents, list[subprocess.Popen[str]]]]:
     """This process is the first of so many; the others, which all end with it."""
     port = free_port()
-    started = [start("common.launch", "nothing", environment=place(rank, size, port)) for rank in range(1, size)]
+    started = [start("common.launch", "no", environment=place(rank, size, port), where=where) for rank in range(1, size)]
     with gather(launched(place(0, size, port))) as found:
         yield found, started
     assert [process.wait(30) for process in started if process.returncode is None] == [0] * len(started)
@@ -124,6 +140,11 @@ def run(engine: ServingEngine) -> dict[str, list[Any]]:
     """Tokens of each prompt, and how likely they were."""
     engine.reset_prefix_cache()
     return {name: [token_of(event) for event in each] for name, each in engine.run(ASKED).items()}
+
+
+def tokens(told: dict[str, list[Any]]) -> dict[str, list[int]]:
+    """Of what `run` tells, that alone."""
+    return {name: [token for token, _ in each] for name, each in told.items()}
 
 
 def token_of(event: TokenEvent) -> list[Any]:
@@ -260,6 +281,29 @@ def test_a_process_of_jax_that_is_lost_costs_nobody_a_token(who: str, end: str, 
         assert all_end(last)
 
 
+@pytest.mark.accept
+def test_a_process_of_jax_may_be_late_by_more_than_xla_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text(LATE.format(call="warmup", seconds=35))
+    with closing(build_engine("jax", checkpoint(MODEL), replace(ENGINE, tensor_parallel_size=1))) as alone:
+        right = tokens(run(alone))
+    with launch_of(2, tmp_path) as (found, _):
+        adopt(found, monkeypatch)
+        with opened(ENGINE) as engine:
+            assert tokens(run(engine)) == right
+
+
+@pytest.mark.accept
+def test_why_an_engine_of_jax_cannot_be_is_told_while_another_process_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(LATE.format(call="load", seconds=60))
+    with launch_of(2, tmp_path) as (found, (agent,)):
+        adopt(found, monkeypatch)
+        with pytest.raises(ConfigError, match="num_blocks=1000000000 pages"), opened(replace(ENGINE, num_blocks=10**9)):
+            pass
+        assert not started_by(agent)
+
+
 def test_ranks_that_processes_of_jax_cannot_share_out_are_refused(two: Agents) -> None:
     with pytest.raises(BackendError, match=r"tensor_parallel_size=1 cannot .* Set a multiple of 2, or launch another"):
         build_engine("jax", checkpoint(MODEL), STAGES)
@@ -393,7 +437,6 @@ def test_two_launched_processes_compute_what_one_engine_does(launcher: str, back
     printed = [process.communicate(timeout=300)[0] for process in started]
     assert [process.returncode for process in started] == [0] * len(started)
     told, has_others = json.loads("".join(printed).splitlines()[-1])  # of whom the first alone speaks
-    tokens = lambda each: {name: [token for token, _ in tokens] for name, tokens in each.items()}  # noqa: E731
     assert has_others and tokens(told) == tokens(right) and (backend == "jax" or told == right)
 
 
