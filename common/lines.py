@@ -40,7 +40,8 @@ def heed(line: socket.socket, secret: str | None = None) -> Message:
     """What somebody who has connected says first; of who does not know the `secret`, nothing. Raises `OSError`."""
     line.settimeout(_HELLO_S)
     hello = _hear(line)
-    if secret is not None and not hmac.compare_digest(str(hello.get("secret")).encode(), secret.encode()):
+    told = str(hello.get("secret")).encode(errors="replace")
+    if secret is not None and not hmac.compare_digest(told, secret.encode()):
         raise ConnectionError("the secret of this launch was not said")
     _keep_alive(line)
     return hello

@@ -177,11 +177,15 @@ def test_who_says_nothing_is_hung_up_on(drips: bool, shares: bool, monkeypatch: 
 
 def test_there_is_room_for_so_many_and_no_more(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(handover, "MAX_CONNECTIONS", 3)
+    monkeypatch.setattr(handover, "COMPLAINT_S", 60.0)
     with holding() as holder:
         others = [connected(holder) for _ in range(3)]
         with pytest.raises((TransferError, ConnectionError)):
             fetched(holder)
-        assert "refused: there are 3" in caplog.text
+        for _ in range(8):
+            with connected(holder) as refused:
+                assert refused.recv(1) == b""
+        assert caplog.text.count("refused: there are 3") == 1
         for other in others:
             other.close()
         holder.until(lambda: holder.door._room._value == 3)

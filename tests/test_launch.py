@@ -332,7 +332,7 @@ def test_who_launches_more_than_an_engine_needs_is_told(two: Agents, caplog: pyt
 
 def test_an_agent_starts_nothing_for_who_does_not_know_the_secret(two: Agents, tmp_path: Path) -> None:
     begun = tmp_path / "begun"
-    for secret in ("", "wrong", two.secret[:-1]):
+    for secret in ("", "wrong", "\ud800", two.secret[:-1]):
         with pytest.raises(BackendError, match="No rank can be started at"):
             There(two.all[0], secret, "os:mkdir", str(begun))
     assert not begun.exists()
@@ -344,7 +344,7 @@ def test_a_stage_lets_in_who_knows_the_secret() -> None:
 
         def come() -> None:
             socket.create_connection(("127.0.0.1", port)).close()
-            for secret in ("wrong", "right"):
+            for secret in ("wrong", "\ud800", "right"):
                 try:
                     said, _ = lines.reach("127.0.0.1", port, {"secret": secret})
                 except OSError:

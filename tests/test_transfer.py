@@ -220,6 +220,8 @@ def test_a_message_in_which_anything_was_changed_is_refused(said: Said) -> None:
             unseal(frame._replace(message=frame.message | {"transfer": changed}), SECRET)
     with pytest.raises(TransferError, match="not signed with the secret"):
         unseal(frame, b"another launch's")
+    with pytest.raises(TransferError, match="not signed with the secret"):
+        unseal(frame._replace(message=frame.message | {"signature": "\ud800"}), SECRET)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 SECRET = "TANDEM_SECRET"
 """The environment variable in which a process finds the secret of this launch. Arguments anyone could see."""
 HOST = "127.0.0.1"
+COMPLAINT_S = 1.0
+"""Between two lines in the log about who has connected: anybody on this machine can, as often as they like."""
 HELLO_S = 2.0
 """In which whoever connects must have said what for."""
 MAX_CONNECTIONS = 64
@@ -74,6 +76,7 @@ class Door:
 
     def __init__(self, secret: bytes, heard: Callable[[Heard], object], shares: bool = SHARES) -> None:
         self._secret, self._heard = secret, heard
+        self._complained = -COMPLAINT_S
         self.address: Address
         if shares:
             self.address = f"tandem-{os.getpid()}-{secrets.token_hex(8)}"
@@ -99,7 +102,7 @@ class Door:
                 if self._room.acquire(blocking=False):
                     threading.Thread(target=self._serve, args=[connection], daemon=True).start()
                 else:
-                    log.warning("A connection for pages was refused: there are %d.", MAX_CONNECTIONS)
+                    self._complain(f"refused: there are {MAX_CONNECTIONS}")
                     connection.close()
 
     def _serve(self, connection: socket.socket) -> None:
@@ -115,11 +118,17 @@ class Door:
                     while (answer := answers.get()) is not None:
                         line.say(answer)
         except (OSError, NoFrame, TransferError) as trouble:
-            log.warning("A connection for pages was closed: %s", trouble)
+            self._complain(f"closed: {trouble}")
         finally:
             self._room.release()
             if tag is not None:  # in vain where all has gone well
                 self._heard(Heard(Abort(tag, "the connection has ended"), None, lambda answer: None))
+
+    def _complain(self, what: str) -> None:
+        now = monotonic()
+        if now - self._complained >= COMPLAINT_S:
+            self._complained = now
+            log.warning("A connection for pages was %s", what)
 
 
 def fetch(address: Address, offer: Offer, layouts: Sequence[Layout], secret: bytes, room: Room, kv: Future[KV]) -> None:

@@ -152,7 +152,7 @@ def unseal(frame: Frame, secret: bytes) -> Said:
     body, signature = frame.message.get("transfer"), frame.message.get("signature")
     if not isinstance(body, list) or not isinstance(signature, str):
         raise TransferError(f"Expected a message about a transfer, got {shown(frame.message)}.")
-    if not hmac.compare_digest(signature.encode(), _sign(body, secret).encode()):
+    if not hmac.compare_digest(signature.encode(errors="replace"), _sign(body, secret).encode()):
         raise TransferError("Got a message that is not signed with the secret of this launch.")
     version, kind, name, generation, *values = [*body, None, None, None, None][: max(len(body), 4)]
     if version != VERSION:
