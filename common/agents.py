@@ -14,6 +14,7 @@ import platform
 import select
 import socket
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,13 @@ log = logging.getLogger(__name__)
 
 _AGENTS = "TANDEM_AGENTS"
 """The environment variable in which a process finds the agents of its launch."""
+_MAX_STRANGERS = 64
+"""Who have connected and not yet said what for."""
+_AGAIN_S = 0.1
+
+
+class AgentLost(BackendError):
+    """An agent is no more, and so nobody can start anything where it was."""
 
 
 class Agent(NamedTuple):
@@ -83,13 +91,16 @@ class There:
     """A process that an agent has started: a `common.followers.Process`."""
 
     def __init__(self, agent: Agent, secret: str, main: str, *arguments: Any) -> None:
-        """Raises `BackendError` if the agent is gone, or starts nothing."""
+        """Raises `AgentLost` if it does not answer."""
         self._where = f"{agent.host}:{agent.port}"
         try:
             hello = {"secret": secret, "main": main, "arguments": arguments}
             self._line, started = reach(agent.host, agent.port, hello)
         except OSError as error:
-            raise BackendError(f"No rank can be started at {self._where}: {error}. Its log says more.") from error
+            raise AgentLost(
+                f"No rank can be started at {self._where}, where a process of this launch was: {error}. Its log says more. "
+                "Launch all anew."
+            ) from error
         self.pid, self.here = int(started["pid"]), agent.machine == machine()
         self.input: IO[bytes] = self._line.makefile("wb")
         self.output: IO[bytes] = self._line.makefile("rb")
@@ -116,20 +127,30 @@ class There:
 
 def serve(listener: socket.socket, secret: str) -> None:
     """Start what is asked for by those who connect and know the secret, for ever."""
+    room = threading.BoundedSemaphore(_MAX_STRANGERS)
     while True:
-        line, _ = listener.accept()
+        room.acquire()
+        try:
+            line, _ = listener.accept()
+        except OSError as trouble:  # as where the process has no descriptors left
+            log.warning("Nobody could connect: %s.", trouble)
+            room.release()
+            time.sleep(_AGAIN_S)
+            continue
         # The process ends with the thread that has started it.
-        threading.Thread(target=_serve, args=(line, secret), daemon=True).start()
+        threading.Thread(target=_serve, args=(line, secret, room), daemon=True).start()
 
 
-def _serve(line: socket.socket, secret: str) -> None:
-    """One process, to its end."""
+def _serve(line: socket.socket, secret: str, room: threading.Semaphore) -> None:
+    """One process, to its end. There is `room` again once it is known who has connected."""
     with line:
         try:
             hello = heed(line, secret)
         except OSError as trouble:
             log.warning("Nothing was started for a connection: %s.", trouble)
             return
+        finally:
+            room.release()
         process = child.start(hello["main"], *hello["arguments"], line=line)
         with suppress(OSError):  # who asked is gone, which the process hears too
             say(line, {"pid": process.pid})

@@ -36,6 +36,8 @@ STOPPED_S = 0.5
 """That it is stopped (SIGSTOP), after which it counts as dead: whoever stops a whole group goes on with it one by one."""
 TURN_S = 0.25
 """Between two looks at a process. They cost what is beside a step."""
+PARENTS = (signal.SIGINT, signal.SIGTERM)
+"""The parent's to handle, though Ctrl-C, systemd and SLURM tell all processes: it finishes what it has and closes our input."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -45,9 +47,9 @@ def start(
     """Start the function `main`, as `module:name`, with `arguments` that JSON can hold; it is to call `listen`. `environment`
     is added to ours. With a `line` it hears and answers who is at the other end of that, not this process."""
     module, name = main.split(":")
-    # Ctrl-C is the parent's to handle, from before what takes long to import.
-    alone = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
-    code = f"{alone}; import json, sys; from {module} import {name}; {name}(*json.loads(sys.argv[1]))"
+    # From before what takes long to import.
+    deaf = "; ".join(f"signal.signal({int(each)}, signal.SIG_IGN)" for each in PARENTS)
+    code = f"import signal; {deaf}; import json, sys; from {module} import {name}; {name}(*json.loads(sys.argv[1]))"
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     way = line.fileno() if line else subprocess.PIPE
     return subprocess.Popen(
@@ -98,7 +100,8 @@ def watch(process: subprocess.Popen[bytes]) -> None:
 
 def listen() -> tuple[IO[bytes], queue.SimpleQueue[Any]]:
     """In the child: where its answers go, and the frames that it is told, as they come. It may put there what else it hears."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes our input
+    for each in PARENTS:
+        signal.signal(each, signal.SIG_IGN)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is a log, not an answer
     source = os.fdopen(os.dup(0), "rb")  # not sys.stdin, whose lock a thread that reads would hold as Python ends

@@ -7,10 +7,12 @@ gone, and who waits for it elsewhere is told.
 
 from __future__ import annotations
 
+import os
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from typing import IO, Any, Protocol
 
@@ -82,6 +84,7 @@ class Follower:
     ) -> None:
         """Start the function `main`, as `module:name`, with `arguments` that JSON can hold; it is to call `follow`. `ended` is
         called on a thread, soon after it has ended. `start`: where."""
+        self._caller = os.getpid()
         started: Future[Process] = Future()
         # The thread that watches it is the one that starts it: it ends with that thread, and any other may be short-lived.
         keep = (started, lambda: ended(self), partial(start, main, *arguments))
@@ -99,7 +102,9 @@ class Follower:
 
     def tell(self, name: str, *arguments: Any, data: Sequence[np.ndarray] = ()) -> None:
         """Have it make a call, with the bytes of `data` as its last argument if there are any. Does not wait. Raises `Ended` if
-        it is no more."""
+        it is no more, `BackendError` in a fork of the process that has started it."""
+        if os.getpid() != self._caller:
+            raise BackendError("This engine was made in another process, of which this one is a fork. Make one here.")
         parts = [np.ascontiguousarray(x).reshape(-1).view(np.uint8).data for x in data]
         try:
             write_frame(self._process.input, {"call": name, "arguments": arguments}, parts)
@@ -117,7 +122,11 @@ class Follower:
         return answer.message["returned"]
 
     def close(self) -> None:
-        """End it. Idempotent."""
+        """End it, unless a fork of the process that has started it calls this. Idempotent."""
+        if os.getpid() != self._caller:
+            return
+        with suppress(Ended):
+            self.tell("end")  # a fork may hold its input open
         self._process.end()
 
     def _hear(self) -> Frame | None:
@@ -155,6 +164,8 @@ def follow(calls: Calls, failed: Callable[[], object]) -> None:
     returned: object = None
     while True:
         message, data = told.get()
+        if message["call"] == "end":
+            os._exit(0)
         if message["call"] == "settle":
             write_frame(answers, {"error": error, "returned": returned})
             error = returned = None

@@ -26,10 +26,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
 from common.agents import Agent, Agents, machine, serve
+from common.child import PARENTS
 from common.config import expect
 from common.errors import BackendError, TandemError
 from common.exits import FAILURE, USER_ERROR, fail
 from common.lines import heed, own_address, reach, say
+
+log = logging.getLogger(__name__)
 
 PATIENCE_S = 120.0
 """Until all have come together. A scheduler starts them one by one."""
@@ -50,7 +53,7 @@ def launched(environment: Mapping[str, str]) -> Launched:
     """What who launched this process told it. Raises `ConfigError` if that is not enough."""
     ours = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "MASTER_ADDR": "MASTER_ADDR", "MASTER_PORT": "MASTER_PORT"}
     told = {name: environment.get(name) or environment.get(other) for name, other in ours.items()}
-    missing = [name for name, value in told.items() if not value]
+    missing = [name if name == ours[name] else f"{name} or {ours[name]}" for name, value in told.items() if not value]
     expect(
         not missing,
         f"A launched process finds its place in environment variables, and {', '.join(missing)} cannot be found. Launch it "
@@ -60,6 +63,7 @@ def launched(environment: Mapping[str, str]) -> Launched:
     for name, value in numbers.items():
         expect(value.isdecimal(), f"{name} must be a number, got {value!r}.")
     rank, size, port = map(int, numbers.values())
+    expect(port < 65535, f"MASTER_PORT must be less than 65535, for the port after it is used, got {port}.")
     expect(rank < size, f"RANK must be less than WORLD_SIZE={size}, got {rank}.")
     return Launched(rank, size, str(told["MASTER_ADDR"]), port + 1)
 
@@ -87,7 +91,11 @@ def gather(told: Launched) -> Iterator[Agents]:
             with ExitStack() as stranger, suppress(OSError, KeyError, TypeError):  # as what is none of ours
                 stranger.enter_context(line)
                 hello = heed(line)
-                if hello["rank"] in missing:
+                if hello["size"] != told.size:
+                    refuse(line, f"WORLD_SIZE is {told.size} in the first process of this launch, and {hello['size']} here.")
+                elif hello["rank"] in found:
+                    refuse(line, f"Another process of this launch has come with RANK={hello['rank']}.")
+                elif hello["rank"] in missing:
                     say(line, {"secret": secret})
                     found[hello["rank"]] = Agent(host, hello["port"], hello["machine"], hello["pid"])
                     lines.enter_context(stranger.pop_all())
@@ -95,15 +103,26 @@ def gather(told: Launched) -> Iterator[Agents]:
         yield Agents(told.host, secret, [found[rank] for rank in sorted(found)])
 
 
+def refuse(line: socket.socket, why: str) -> None:
+    """Turn away who comes together with us, and say so here too."""
+    log.error("A process was turned away: %s", why)
+    say(line, {"refused": why})
+
+
 def follow(told: Launched) -> None:
-    """In any other process: start ranks until the first process ends. Raises `BackendError` if that is not there."""
+    """In any other process: start ranks until the first process ends. Raises `BackendError` if that is not there, or turns this
+    one away."""
     begin = time.monotonic()
     while True:
         try:
             with socket.create_server((own_address(told.host), 0)) as listener:
                 port = listener.getsockname()[1]
-                hello = {"rank": told.rank, "port": port, "machine": machine(), "pid": os.getpid()}
+                hello = {"rank": told.rank, "size": told.size, "port": port, "machine": machine(), "pid": os.getpid()}
                 line, said = reach(told.host, told.port, hello)
+                if "refused" in said:
+                    raise BackendError(said["refused"])
+                for each in PARENTS:
+                    signal.signal(each, signal.SIG_IGN)  # the first's to handle, whose end is ours
                 threading.Thread(target=serve, args=(listener, said["secret"]), daemon=True).start()
                 with line, suppress(OSError):
                     line.recv(1)  # nothing ever comes but the end
@@ -122,7 +141,6 @@ def main(arguments: Sequence[str]) -> None:
         told = launched(os.environ)
         if told.rank:
             logging.basicConfig(format=f"rank {told.rank}: %(message)s")
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first's to handle
             follow(told)
             return
         with gather(told) as found:

@@ -29,6 +29,7 @@ from common.serve.command import api_key, make_app, make_parser
 from common.weights.zoo import resolve
 
 NAME = "tandem"
+LOGS = "/tmp/ray/session_latest/logs/serve"
 
 
 def ray_parser() -> argparse.ArgumentParser:
@@ -60,15 +61,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ray.init(address=options.address, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": options.host, "port": options.port})
+        print(f"Loading {options.replicas} replicas; their logs are in {LOGS}.", flush=True)
         try:
             serve.run(application, name=NAME, route_prefix="/")
         except RuntimeError as error:  # with what a replica has raised
-            fail(f"Ray could not start the replicas: {error} Their logs are in /tmp/ray/session_latest/logs/serve.", FAILURE)
+            fail(f"Ray could not start the replicas: {error} Their logs are in {LOGS}.", FAILURE)
         print(f"Serving {options.model} ({options.backend}) at http://{options.host}:{options.port}", flush=True)
         told.wait()
     finally:
         serve.shutdown()
         ray.shutdown()
+    print("Ended.", flush=True)
     return 0
 
 

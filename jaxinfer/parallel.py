@@ -281,8 +281,8 @@ class _Pipeline:
         return told
 
     def load(self, checkpoint: Checkpoint, positions: int, progress: Progress | None = None) -> None:
-        for stage in self._stages:
-            stage.load(checkpoint, positions, progress)
+        for at, stage in enumerate(self._stages):
+            stage.load(checkpoint, positions, self._told_of(at, progress))
 
     def make_state(self, num_pages: int) -> tuple[_Advanced, ...]:
         make = lambda stage: (stage.make_state(num_pages), None)  # noqa: E731
@@ -297,7 +297,7 @@ class _Pipeline:
         return size
 
     def warmup(self, state: tuple[_Advanced, ...], progress: Progress | None = None) -> tuple[_Advanced, ...]:
-        return self._each(state, lambda at, stage, before: (stage.warmup(before, progress), None), wait=True)
+        return self._each(state, lambda at, stage, before: (stage.warmup(before, self._told_of(at, progress)), None), wait=True)
 
     def run(
         self, state: tuple[_Advanced, ...], batch: Batch, mask: Mask = None
@@ -329,6 +329,10 @@ class _Pipeline:
 
     def _copy_pages(self, state: tuple[_Advanced, ...], pairs: np.ndarray) -> tuple[_Advanced, ...]:
         return self._each(state, lambda at, stage, before: (stage._copy_pages(before, pairs), None))
+
+    def _told_of(self, at: int, progress: Progress | None) -> Progress | None:
+        """Of one stage."""
+        return progress and (lambda done, total, what: progress(done, total, f"{what}, stage {at + 1} of {len(self._stages)}"))
 
     def _each(self, state: tuple[_Advanced, ...], change: Callable[..., Any], wait: bool = False) -> tuple[_Advanced, ...]:
         done: list[_Advanced] = []

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -338,6 +339,35 @@ def test_an_agent_starts_nothing_for_who_does_not_know_the_secret(two: Agents, t
     assert not begun.exists()
 
 
+def test_an_agent_that_had_no_descriptors_left_starts_ranks_afterwards() -> None:
+    few = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40)); "
+        "sys.argv = ['launch', 'nothing']; runpy.run_module('common.launch', run_name='__main__')"
+    )
+    environment, command = place(1, 2, free_port()), [sys.executable, "-c", few]
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stderr=subprocess.PIPE)
+    with process, gather(launched(environment | {"RANK": "0"})) as found:
+        (agent,) = found.all
+        strangers = [socket.create_connection((agent.host, agent.port)) for _ in range(60)]
+        assert process.stderr and b"Too many open files" in process.stderr.readline()
+        for stranger in strangers:
+            stranger.close()
+        expect_starts(found)
+
+
+def test_an_agent_leaves_what_all_are_told_to_the_first(two: Agents) -> None:
+    expect_starts(two)
+    os.kill(two.all[0].pid, signal.SIGTERM)
+    expect_starts(two)
+
+
+def expect_starts(found: Agents) -> None:
+    """A process that has ended with its first line."""
+    there = There(found.all[0], found.secret, "builtins:print")
+    there.watch()
+    there.end()
+
+
 def test_a_stage_lets_in_who_knows_the_secret() -> None:
     with socket.create_server(("127.0.0.1", 0)) as door:
         port = door.getsockname()[1]
@@ -362,7 +392,7 @@ def test_who_is_none_of_a_launch_does_not_keep_it_from_coming_together() -> None
 
     def come() -> None:
         hellos: list[Any] = [b"GET / HTTP/1.1\r\n\r\n", {}, {"rank": [1]}, {"rank": 2, "port": 1, "machine": "", "pid": 8}]
-        hellos += [{"rank": 1, "port": 7, "machine": "ours", "pid": 8}]
+        hellos += [{"rank": 1, "size": 2, "port": 7, "machine": "ours", "pid": 8}]
         for hello in hellos:
             while True:
                 try:
@@ -394,12 +424,41 @@ def test_a_launch_that_does_not_come_together_names_who_is_missing(monkeypatch: 
         launch.follow(Launched(1, 2, "127.0.0.1", port))
 
 
+def test_a_process_that_was_told_something_else_is_turned_away() -> None:
+    told = Launched(0, 3, "127.0.0.1", free_port())
+    hello, said = {"size": 3, "port": 1, "machine": "ours", "pid": 8}, list[str]()
+
+    def come() -> None:
+        end = time.monotonic() + 60
+        while time.monotonic() < end:  # until the first listens
+            with suppress(OSError):
+                one, _ = lines.reach(*told[2:], hello | {"rank": 1})
+                break
+        for other in (told._replace(rank=2, size=4), told._replace(rank=1)):
+            with pytest.raises(BackendError) as caught:
+                launch.follow(other)
+            said.append(str(caught.value))
+        two, _ = lines.reach(*told[2:], hello | {"rank": 2})
+        one.close()
+        two.close()
+
+    visitor = threading.Thread(target=come)
+    visitor.start()
+    with gather(told):
+        visitor.join()
+    assert said == [
+        "WORLD_SIZE is 3 in the first process of this launch, and 4 here.",
+        "Another process of this launch has come with RANK=1.",
+    ]
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"RANK": ""}, "RANK cannot be found"),
+        ({"RANK": ""}, "RANK or SLURM_PROCID cannot be found"),
         ({"RANK": "2"}, "RANK must be less than WORLD_SIZE=2, got 2"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE must be a number, got 'two'"),
+        ({"MASTER_PORT": "65535"}, "MASTER_PORT must be less than 65535, for the port after it is used, got 65535"),
         ({"MASTER_ADDR": "", "MASTER_PORT": ""}, "MASTER_ADDR, MASTER_PORT cannot be found"),
     ],
 )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ import numpy as np
 import psutil
 import pytest
 
+from common import child
 from common.config import EngineConfig
 from common.engine import Engine, build_engine
 from common.errors import BackendError
@@ -43,7 +45,7 @@ LOADS: list[float] = []
 ENDS: dict[str, Callable[[psutil.Process], object]] = {
     "killed": lambda process: process.kill(),
     "stopped": lambda process: process.suspend(),
-    "exited": lambda process: process.terminate(),
+    "exited": lambda process: process.send_signal(signal.SIGUSR1),  # which it does not handle
 }
 
 
@@ -245,7 +247,7 @@ def test_a_rank_that_is_lost_before_its_engine_is_ready_is_one_clear_error(
             runner.warmup()
         assert CLOCK.seconds - begin < NOTICED_S
         if state != "warming up":
-            assert re.search(rf"pid {other.pid}\) was killed by SIG(KILL|TERM)", str(caught.value))
+            assert re.search(rf"pid {other.pid}\) was killed by SIG(KILL|USR1)", str(caught.value))
     finally:
         runner.close()
     assert not alive([other])
@@ -261,6 +263,24 @@ def test_an_engine_whose_ranks_cannot_be_started_again_ends_with_one_error(monke
             run(engine)
     finally:
         engine.close()
+
+
+def test_a_rank_ends_when_told_to_though_a_fork_of_the_caller_holds_its_input_open() -> None:
+    code = (
+        "import os, time\n"
+        "from common.errors import BackendError\nfrom common.followers import Follower\n"
+        "rank = Follower('common.followers:follow', {}, None, ended=lambda rank: None)\n"
+        "if not (fork := os.fork()):\n"
+        "    rank.close()\n"
+        "    try:\n"
+        "        rank.settle()\n"
+        "    except BackendError as error:\n"
+        "        assert 'is a fork' in str(error)\n"
+        "        time.sleep(600)\n"
+        "rank.settle()\nbegin = time.monotonic()\nrank.close()\nprint(time.monotonic() - begin)\nos.kill(fork, 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < child.PATIENCE_S / 2
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])

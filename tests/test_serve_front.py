@@ -188,9 +188,10 @@ def test_a_backend_that_died_takes_only_its_own_requests_with_it_and_is_started_
 
 
 def test_a_server_all_of_whose_backends_are_given_up_ends(mortal: Served, tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        (tmp_path / "packages" / f"{name}infer" / "__init__.py").write_text("raise SystemExit(9)")
-        backend_of(mortal, f"tiny-llama@{name}").send_signal(signal.SIGKILL)
+    for backend in [backend_of(mortal, f"tiny-llama@{name}") for name in ("one", "two")]:
+        backend.send_signal(signal.SIGKILL)
+    for package in (tmp_path / "packages").iterdir():
+        (package / "__init__.py").write_text("raise SystemExit(9)")
     assert mortal.process.wait(PATIENCE_S) == 1
     log = mortal.log.read_text()
     assert log.count("ended with exit code 9 once more before it served, and is given up.") == 2

@@ -38,7 +38,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.agents import Agent, Agents, There, agents, machine
+from common.agents import Agent, AgentLost, Agents, There, agents, machine
 from common.config import EngineConfig
 from common.errors import BackendError
 from common.exits import FAILURE
@@ -551,12 +551,13 @@ class _First(_Ranks):
 
     def _lose(self, other: Follower) -> None:
         """A rank has ended: nobody is to wait for it."""
-        if other not in self._others:  # another has taken its place
+        if other not in self._others:  # another has taken its place, or all are to end
             return
         self._leave()
         if self._line.bound:
             _log.error("%s The ranks of this engine cannot go on without it, so this process ends too.", other.how_it_ended())
             os._exit(FAILURE)
+        _log.warning("%s", other.how_it_ended())
 
     def _leave(self) -> None:
         """What ranks of any stage wait for in memory fails there. Any thread may."""
@@ -591,10 +592,10 @@ class _First(_Ranks):
                 f"The ranks of this engine compute together by {self._seat.backend}, and cannot start over. Make a new engine."
             )
         for attempts_left in reversed(range(_ATTEMPTS)):
-            self._part()
             for other in self._others:
                 with suppress(Ended):
                     other.tell("part")  # who was not told of a step would be waited for there
+            self._part()
             try:
                 self._replace()
                 with self._lay() as ways:
@@ -603,10 +604,10 @@ class _First(_Ranks):
                     self._join(ways[self._stage, self._rank])
                     self._settle()
                 return
-            except RuntimeError:
-                if not attempts_left:
+            except RuntimeError as error:
+                if not attempts_left or isinstance(error, AgentLost):
                     raise
-                _log.warning("The ranks of this engine could not meet; trying again.", exc_info=True)
+                _log.warning("The ranks of this engine could not meet; trying again: %s", error)
 
     @contextmanager
     def _lay(self) -> Iterator[dict[tuple[int, int], _Ways]]:
@@ -641,7 +642,7 @@ class _First(_Ranks):
             try:
                 other.settle()
             except Ended as ended:
-                _log.warning("%s It is started again.", ended)
+                _log.warning("One is started again. %s", ended)
                 other.close()
                 fresh.append(self._start(self._places[at]))
                 self._others[at] = fresh[-1]
@@ -662,7 +663,8 @@ class _First(_Ranks):
 
     def _close(self) -> None:
         self._part()
-        for other in self._others:
+        others, self._others = self._others, []
+        for other in others:
             other.close()
 
 

@@ -331,6 +331,8 @@ class Replicas(ServingEngine):
         match news:
             case Ready(index, told, link):
                 self._admit(index, replica, told, link)
+                if self._counters["num_replicas_lost"]:
+                    log.info("Replica %d serves again.", index)
             case Said(_, Frame({"answer": int(ask)}) as frame):
                 self._answers[ask] = frame
             case Said(_, Frame({"events": events, "records": records, "stats": stats, "taken": taken, "offers": offers})):

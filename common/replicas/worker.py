@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import signal
 import sys
 import threading
 import time
@@ -20,6 +19,7 @@ import numpy as np
 from common import child
 from common.config import EngineConfig
 from common.engine import Engine, build_engine
+from common.errors import TandemError
 from common.frames import Frame, Message, write_frame
 from common.replicas.handover import SECRET, Door, Heard, fetch
 from common.replicas.keeper import BEAT_S
@@ -46,13 +46,13 @@ def main(backend: str, path: str, options: dict[str, Any]) -> None:
     secret = os.environ.pop(SECRET, "").encode()
     answers, told = child.listen()
     child.die_with_parent()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # who ends a whole group of processes lets our parent finish what it has
     voice = Voice(answers)
     try:
         checkpoint = open_checkpoint(path)
         engine = build_engine(backend, checkpoint, EngineConfig(**options), voice.progress)
     except Exception as error:
-        traceback.print_exc()
+        if not isinstance(error, TandemError):
+            traceback.print_exc()
         voice.say({"failed_to_start": failure(error)})
         sys.exit(1)
     caps, limits = asdict(engine.caps), asdict(engine.scheduler.limits)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from common.errors import QueueFullError, RequestError
+from common.errors import QueueFullError, RequestError, TandemError
 from common.interface import ReplicaState, ServingEngine
 from common.request import Request, TokenEvent
 from common.schedule.steplog import StepRecord
@@ -197,8 +197,9 @@ class Worker:
         self._ready.set_result(engine)
         try:
             self._work(engine)
-        except BaseException:
-            log.critical("The step loop has died; every request fails from now on.", exc_info=True)
+        except BaseException as error:
+            trace = None if isinstance(error, TandemError) else error  # whose message says enough
+            log.critical("The step loop has died, and every request fails from now on: %s", error, exc_info=trace)
         finally:
             self._end(engine)
 
