@@ -123,6 +123,24 @@ def test_requests_wait_where_no_replica_is_left_until_one_has_started_again(two:
     judge(asked, drive(two, asked, 30, kill))
 
 
+def test_replicas_that_end_at_once_are_one_death_to_a_request(two: Replicas, history: Path) -> None:
+    (history / "slow").touch()
+    asked, lost = requests(8), two.stats()["num_replicas_lost"]
+    for request in asked:
+        two.add(request)
+    events = two.step(1.0)
+    ended = [psutil.Process(state.pid) for state in two.replicas]
+    for process in ended:
+        process.kill()
+    until(lambda: not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in ended))
+    while two.stats()["num_replicas_lost"] < lost + 2:
+        events += two.step(0.01)
+    assert {live.deaths for live in two._live.values()} == {1}
+    while two.has_work:
+        events += two.step(0.1)
+    judge(asked, {asked_for.request_id: [e for e in events if e.request_id == asked_for.request_id] for asked_for in asked})
+
+
 def test_one_that_stops_is_noticed_within_two_seconds_though_nobody_asks_and_serves_again_within_ten(two: Replicas) -> None:
     stopped = two.replicas[1].pid
     os.kill(stopped, signal.SIGSTOP)

@@ -100,6 +100,11 @@ class _Replica:
     given_up: bool = False
 
     @property
+    def able(self) -> bool:
+        """Whether it serves. One that has ended, of which we have yet to hear, would count as a death to what it is sent."""
+        return self.link is not None and self.link.leads_on
+
+    @property
     def load(self) -> int:
         """Tokens that it computes for its requests, as far as they have come."""
         return sum(live.cost + len(live.output) for live in self.live.values())
@@ -213,13 +218,13 @@ class Replicas(ServingEngine):
         it, it waits. One that is suspect waits until no other is tried, and then has a replica to itself."""
         self._tell_whether_to_log()
         court = self._tried.replica if self._tried else None
-        loads = {i: replica.load for i, replica in enumerate(self._replicas) if replica.link and replica is not court}
+        loads = {i: replica.load for i, replica in enumerate(self._replicas) if replica.able and replica is not court}
         if not loads or (live.suspect and self._tried):
             return
         request, tokens = live.request, live.tokens
         live.keys = self._router.keys(tokens, request.cache_salt, live.keys)
         parent = None if live.output or live.suspect else self._parent(request)
-        beside = parent.replica if parent is not None and parent.replica is not court else None
+        beside = parent.replica if parent and parent.replica and parent.replica.able and parent.replica is not court else None
         if beside is None:
             index, cached = self._router.choose(live.keys, loads)
         else:
