@@ -21,11 +21,13 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from common.config import expect
+from common.config import EngineConfig, expect
 from common.errors import BackendError, TandemError
 from common.exits import FAILURE, USER_ERROR, fail
-from common.options import parse
-from common.serve.command import api_key, make_app, make_parser
+from common.options import engine_options, parse
+from common.parallel import expect_shareable
+from common.serve.command import api_key, listen, make_app, make_parser
+from common.weights.checkpoint import open_checkpoint
 from common.weights.zoo import resolve
 
 NAME = "tandem"
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse(ray_parser(), given)
         ray, serve = import_ray()
-        resolve(options.model)  # or else each replica would say so where nobody looks
+        expect_able(options)
         application = make_application(serve, options, given, api_key(options))
     except TandemError as error:
         fail(str(error), USER_ERROR)
@@ -60,9 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: told.set())
     ray.init(address=options.address, include_dashboard=False, log_to_driver=False)
     try:
-        serve.start(http_options={"host": options.host, "port": options.port})
         print(f"Loading {options.replicas} replicas; their logs are in {LOGS}.", flush=True)
         try:
+            serve.start(http_options={"host": options.host, "port": options.port})
             serve.run(application, name=NAME, route_prefix="/")
         except RuntimeError as error:  # with what a replica has raised
             fail(f"Ray could not start the replicas: {error} Their logs are in {LOGS}.", FAILURE)
@@ -73,6 +75,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ray.shutdown()
     print("Ended.", flush=True)
     return 0
+
+
+def expect_able(options: argparse.Namespace) -> None:
+    """Raise now what each replica would raise where nobody looks."""
+    config, model = EngineConfig.of(**engine_options(options)), open_checkpoint(resolve(options.model)).config
+    config.model_len(model)
+    expect_shareable(model, config.tensor_parallel_size, config.pipeline_parallel_size)
+    if options.address is None:  # else others listen
+        listen(options).close()
 
 
 def make_application(serve: Any, options: argparse.Namespace, given: Sequence[str], key: str | None) -> Any:

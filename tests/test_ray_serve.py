@@ -35,11 +35,25 @@ def test_without_ray_the_server_says_how_to_get_it() -> None:
     assert done.returncode == 2 and "make ray" in done.stderr
 
 
-def test_a_model_that_is_not_there_is_told_before_ray_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model", "smolm2-135m"], "Did you mean 'smollm2-135m'?"),
+        (["--model", "tiny-llama", "--tensor-parallel-size", "3"], "tensor_parallel_size=3"),
+        (["--model", "tiny-llama", "--max-model-len", "1000000"], "max_model_len"),
+        (["--model", "tiny-llama", "--port", "{taken}"], "Cannot listen at 127.0.0.1:{taken}"),
+    ],
+)
+def test_what_cannot_be_is_told_before_ray_starts(
+    options: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(ray_serve, "import_ray", lambda: (None, None))
-    with pytest.raises(SystemExit) as ended:
-        ray_serve.main(["--model", "smolm2-135m"])
-    assert ended.value.code == 2
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = str(other.getsockname()[1])
+        free = [] if "--port" in options else ["--port", "0"]
+        with pytest.raises(SystemExit) as ended:
+            ray_serve.main([option.format(taken=taken) for option in [*options, *free]])
+    assert ended.value.code == 2 and said.format(taken=taken) in capsys.readouterr().err
 
 
 @contextmanager

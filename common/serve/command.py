@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from types import FrameType
 
@@ -20,6 +21,7 @@ from common.config import EngineConfig
 from common.config import expect as expect_config
 from common.errors import ConfigError, TandemError
 from common.exits import FAILURE, INTERRUPTED, USER_ERROR, exit_code, heeding_sigterm
+from common.interface import Progress
 from common.options import add_engine_options, add_model_options, engine_options, parse, without
 from common.replicas.open import open_engine
 from common.serve.app import create_app
@@ -37,6 +39,8 @@ from common.weights.checkpoint import open_checkpoint
 from common.weights.zoo import resolve
 
 log = logging.getLogger("common.serve.main")
+TELL_S = 5.0
+"""Between two lines that say how far loading has come."""
 TOLD_BY_THE_FRONT = (log.name, "common.serve.guard")
 """Loggers that say what concerns all backends: of each HTTP request that it was answered, and of the server that it ends."""
 
@@ -183,7 +187,8 @@ def make_app(options: argparse.Namespace) -> FastAPI:
     )
     profiler = Profiler.of(options.backend, options.profile_dir) if options.profile_dir else None
     spans = Spans.to(options.otlp_endpoint) if options.otlp_endpoint else None
-    worker = Worker(lambda: open_engine(options.backend, checkpoint, config), tokenizer)
+    log.info("Loading %s (%s).", options.model, options.backend)
+    worker = Worker(lambda: open_engine(options.backend, checkpoint, config, telling_now_and_then()), tokenizer)
     engine = worker.wait_ready()
     served = options.served_model_name or [model_name(options), f"{model_name(options)}@{options.backend}"]
     serving = Serving(
@@ -195,6 +200,19 @@ def make_app(options: argparse.Namespace) -> FastAPI:
         spans=spans,
     )
     return create_app(serving, api_key=key, with_admin=options.admin, profiler=profiler)
+
+
+def telling_now_and_then() -> Progress:
+    """For the log: how far loading has come, every few seconds."""
+    told = time.monotonic()
+
+    def progress(done: int, total: int, what: str) -> None:
+        nonlocal told
+        if (now := time.monotonic()) - told >= TELL_S:
+            told = now
+            log.info("Loading: %s (%d/%d).", what, done, total)
+
+    return progress
 
 
 def start_backends(options: argparse.Namespace, backends: Sequence[str], given: Sequence[str]) -> Backends:
