@@ -142,7 +142,7 @@ def test_ranks_that_meet_by_collectives_compute_what_one_does(
 @pytest.mark.parametrize(
     ("size", "state"),
     [
-        ("ranks", "computing"),
+        pytest.param("ranks", "computing", marks=WIDER),
         ("ranks", "failing"),
         *(pytest.param(size, "idle", marks=WIDER) for size in ("ranks", "both")),
     ],

@@ -164,9 +164,9 @@ def engine_of(config: EngineConfig, model: str = MODEL) -> Iterator[Engine]:
 @pytest.mark.parametrize(
     ("config", "model"),
     [
-        pytest.param(ENGINE, MODEL, id="ranks"),
+        pytest.param(ENGINE, MODEL, id="ranks", marks=pytest.mark.accept),
         pytest.param(replace(ENGINE, kernels="native", dtype="bfloat16"), MODEL, id="ranks of native kernels"),
-        pytest.param(STAGES, MODEL, id="stages"),
+        pytest.param(STAGES, MODEL, id="stages", marks=pytest.mark.accept),
         pytest.param(replace(STAGES, kernels="native"), MODEL, id="stages of native kernels"),
         pytest.param(BOTH, MODEL, id="both", marks=pytest.mark.accept),
         pytest.param(replace(STAGES, pipeline_parallel_size=3), "tiny-qwen3", id="three stages", marks=pytest.mark.accept),
