@@ -82,7 +82,9 @@ def over_axis(
 
     def paint(axes: Axes) -> None:
         for n, (one, middle) in enumerate(lines):
-            line = axes.plot(middle.index, middle.to_numpy(), marker(one.engine), markersize=5, gid=mark(one.engine))[0]
+            line = axes.plot(
+                middle.index, middle.to_numpy(), shape_of(n, one, bool(numbers)), markersize=5, gid=mark(one.engine)
+            )[0]
             line.set_color(colour(one.engine))
             line.set_linestyle(dash(n) if numbers else "none")
         axes.set_ylim(0, 1.1 * max(middle.max() for _, middle in lines) or 1.0)
@@ -107,7 +109,7 @@ def over_axis(
     return draw(
         f"{figure.replace('_', '-')}-over-{axis.replace('.', '-')}",
         f"{title} over {last(axis)}",
-        f"{title} in {unit}, one line for each engine and setting. "
+        f"{title} in {unit}, one {'line' if numbers else 'kind of mark'} for each engine and setting. "
         f"The most is {best[2]}, of {best[0]} at {last(axis)}={best[1]}.",
         paint,
         x=axis,
@@ -121,6 +123,11 @@ def named(one: Series, engines: Sequence[str]) -> str:
     return f"{engines[one.engine]} {one.setting}".strip()
 
 
+def shape_of(n: int, one: Series, line: bool) -> str:
+    """An engine's marker; without lines, whose dashes tell settings apart, one of the series."""
+    return marker(one.engine if line else n)
+
+
 def key_of(n: int, one: Series, engines: Sequence[str], line: bool) -> Line2D:
     style: LineStyleType = dash(n) if line else "none"
     return Line2D(
@@ -128,7 +135,7 @@ def key_of(n: int, one: Series, engines: Sequence[str], line: bool) -> Line2D:
         [],
         color=colour(one.engine),
         linestyle=style,
-        marker=marker(one.engine),
+        marker=shape_of(n, one, line),
         markersize=5,
         label=shorten(named(one, engines)),
     )

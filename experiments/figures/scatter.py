@@ -12,6 +12,9 @@ from experiments.canvas import BARS, PAPER, clean, colour, draw, key, logarithmi
 from experiments.page import Drawing, Table
 from experiments.words import number
 
+NAMED = 12
+"""Marks that may have their names beside them; more would lie over each other."""
+
 
 def scatter(
     name: str,
@@ -33,6 +36,13 @@ def scatter(
     def paint(axes: Axes) -> None:
         for i, (xs, ys) in enumerate(shown.values()):
             axes.plot(xs, ys, marker(i), color=colour(i), markersize=6, markeredgecolor=PAPER, gid=mark(i), linestyle="none")
+        if names and len(rows) <= NAMED:
+            for i, (label, pair) in enumerate(points.items()):
+                for one, a, b in zip(names[label], *pair, strict=True):
+                    if math.isfinite(a) and math.isfinite(b):
+                        axes.annotate(
+                            one, (a, b), (0, 6), textcoords="offset points", ha="center", fontsize="small", gid=mark(i)
+                        )
         axes.grid(visible=True, axis="x")
         axes.margins(0.12)
         for which, side in (("x", 0), ("y", 1)):
