@@ -25,7 +25,7 @@ from experiments import compare, lab
 from tests import history_backend
 from tests.backends import BACKENDS, engine_config, make_engine
 from tests.history_backend import ROOT, command, last_line
-from tests.http_server import Awake, serving, until
+from tests.http_server import PATIENCE_S, Awake, serving, until
 from tests.http_server import history as history_package
 from tests.processes import VOCAB, history, judge, requests, right, running, told
 from tests.replica_mains import MODEL, PAIR
@@ -312,7 +312,7 @@ def test_the_library_answers_as_with_one_engine(history: Path, monkeypatch: pyte
     assert texts[0] == texts[1]
 
 
-def test_a_server_answers_the_same_when_one_is_killed_and_has_its_pages_back(tmp_path: Path) -> None:
+def test_a_server_answers_the_same_when_one_is_killed_and_ends_when_it_cannot_be_started_again(tmp_path: Path) -> None:
     packages, _ = history_package(tmp_path)
     options = ("--backend", "history", "--max-model-len", "512", "--prefill-parallel-size", "1")
     with serving(tmp_path, *options, packages=[packages]) as server:
@@ -325,9 +325,12 @@ def test_a_server_answers_the_same_when_one_is_killed_and_has_its_pages_back(tmp
         os.kill(states[0]["pid"], signal.SIGKILL)
         (again,) = server.complete(**body)["choices"]
         assert again["text"] == whole["text"]
-        until(lambda: all(state["serves"] for state in server.client.get("/health").json()["replicas"]))
+        until(lambda: server.client.get("/health").status_code == 200)
         server.wait_idle()
-        assert server.stop() == 0
+        (packages / "historyinfer" / "__init__.py").write_text("raise SystemExit(9)")
+        os.kill(server.client.get("/health").json()["replicas"][0]["pid"], signal.SIGKILL)
+        until(lambda: server.client.get("/health").headers.get("retry-after"))  # while it is started
+        assert server.process.wait(PATIENCE_S) == 1
     time.sleep(0.1)
     assert not any(psutil.pid_exists(state["pid"]) for state in states)
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -59,20 +60,20 @@ def card(model: ServedModel, name: str) -> dict[str, Any]:
 
 @router.get("/health")
 async def health(http: HttpRequest) -> Response:
-    """200 while the step loop lives and moves, of an engine with replicas that of one of them; the answer tells of each. What
-    may get well by itself, for a replica loads, brings a `Retry-After`; nothing else does."""
+    """200 while the step loop lives and moves, of an engine with replicas that of one of each kind; the answer tells of each.
+    What may get well by itself, for a replica loads, brings a `Retry-After`; nothing else does."""
     serving = Serving.of(http)
     if serving.worker.hopeless:
         raise ApiError(503, "No engine is left.")
     if serving.worker.stalled > serving.stall_s:
         raise ApiError(503, "The step loop hangs.")
-    replicas = serving.worker.replicas
-    if not replicas:
-        return Response()
-    if not any(each.serves and each.step_seconds <= serving.stall_s for each in replicas):
-        loads = any(not each.serves and not each.given_up for each in replicas)
-        raise ApiError(503, "No replica serves, or each of them hangs.", headers={"Retry-After": "30"} if loads else None)
-    return json_response({"replicas": [each._asdict() for each in replicas]})
+    parts = serving.worker.parts
+    for part in parts:
+        if not any(each.serves and each.step_seconds <= serving.stall_s for each in part):
+            loads = any(not each.serves and not each.given_up for each in part)
+            told = "No replica serves, or each of them hangs."
+            raise ApiError(503, told, headers={"Retry-After": "30"} if loads else None)
+    return json_response({"replicas": [each._asdict() for each in chain(*parts)]}) if parts else Response()
 
 
 @router.get("/version")

@@ -107,9 +107,17 @@ class Worker:
         self._loop, self._observe = asyncio.get_running_loop(), observe
 
     @property
+    def parts(self) -> list[list[ReplicaState]]:
+        """Its replicas by what they compute: of each part one must serve."""
+        parts: dict[str, list[ReplicaState]] = {}
+        for each in self.replicas:
+            parts.setdefault(each.role, []).append(each)
+        return list(parts.values())
+
+    @property
     def hopeless(self) -> bool:
-        """Whether nothing will ever be answered again: its thread steps no more, or all replicas are given up."""
-        return self._dead or (bool(self.replicas) and all(each.given_up for each in self.replicas))
+        """Whether nothing will ever be answered again: its thread steps no more, or all replicas of a part are given up."""
+        return self._dead or any(all(each.given_up for each in part) for part in self.parts)
 
     @property
     def stalled(self) -> float:

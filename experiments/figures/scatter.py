@@ -12,8 +12,8 @@ from experiments.canvas import BARS, PAPER, clean, colour, draw, key, logarithmi
 from experiments.page import Drawing, Table
 from experiments.words import number
 
-NAMED = 12
-"""Marks that may have their names beside them; more would lie over each other."""
+APART = (0.15, 0.07)
+"""Shares of width and height by which marks are apart of which each has its name above it."""
 
 
 def scatter(
@@ -36,18 +36,14 @@ def scatter(
     def paint(axes: Axes) -> None:
         for i, (xs, ys) in enumerate(shown.values()):
             axes.plot(xs, ys, marker(i), color=colour(i), markersize=6, markeredgecolor=PAPER, gid=mark(i), linestyle="none")
-        if names and len(rows) <= NAMED:
-            for i, (label, pair) in enumerate(points.items()):
-                for one, a, b in zip(names[label], *pair, strict=True):
-                    if math.isfinite(a) and math.isfinite(b):
-                        axes.annotate(
-                            one, (a, b), (0, 6), textcoords="offset points", ha="center", fontsize="small", gid=mark(i)
-                        )
         axes.grid(visible=True, axis="x")
         axes.margins(0.12)
         for which, side in (("x", 0), ("y", 1)):
             if stretch(np.concatenate([pair[side] for pair in shown.values()])):
                 logarithmic(axes, which)
+        if names and len(shown) == 1:
+            (label,) = shown
+            name_marks(axes, points[label], names[label])
 
     rows = [
         (label, names[label][n] if names else str(n + 1), number(float(a)), number(float(b)))
@@ -71,3 +67,17 @@ def scatter(
         keys=[key(i, label, line=False) for i, label in enumerate(shown)],
         table=Table(("engine", each, x, y), rows[: 4 * BARS], title),
     )
+
+
+def name_marks(axes: Axes, pair: tuple[Sequence[float], Sequence[float]], names: Sequence[str]) -> None:
+    """Write names above marks, unless one is written near by."""
+    axes.autoscale_view()
+    where = axes.transData + axes.transAxes.inverted()
+    written: list[np.ndarray] = []
+    for name, x, y in zip(names, *pair, strict=True):
+        if not (math.isfinite(x) and math.isfinite(y)):
+            continue
+        at = where.transform((x, y))
+        if all((abs(at - other) > APART).any() for other in written):
+            axes.annotate(name, (x, y), (0, 6), textcoords="offset points", ha="center", fontsize="small", gid=mark(0))
+            written.append(at)
