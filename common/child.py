@@ -25,6 +25,7 @@ from typing import IO, Any
 
 import psutil
 
+from common.errors import BackendError
 from common.frames import read_frame
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,12 @@ def start(
         stdout=way,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | dict(environment or {}),
     )
+
+
+def expect_no_fork(caller: int) -> None:
+    """Raise `BackendError` unless this process is the `caller` of others: what they answer is for that alone."""
+    if os.getpid() != caller:
+        raise BackendError("This engine was made in another process, of which this one is a fork. Make one here.")
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

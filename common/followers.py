@@ -103,8 +103,7 @@ class Follower:
     def tell(self, name: str, *arguments: Any, data: Sequence[np.ndarray] = ()) -> None:
         """Have it make a call, with the bytes of `data` as its last argument if there are any. Does not wait. Raises `Ended` if
         it is no more, `BackendError` in a fork of the process that has started it."""
-        if os.getpid() != self._caller:
-            raise BackendError("This engine was made in another process, of which this one is a fork. Make one here.")
+        child.expect_no_fork(self._caller)
         parts = [np.ascontiguousarray(x).reshape(-1).view(np.uint8).data for x in data]
         try:
             write_frame(self._process.input, {"call": name, "arguments": arguments}, parts)

@@ -363,6 +363,7 @@ class ReplicaState(NamedTuple):
     """It has ended, and is not started again."""
     role: str = "both"
     """Or `prefill` or `decode`: what it computes of a request."""
+    backend: str = ""
 
 
 class ServingEngine(InferenceEngine):

@@ -4,6 +4,7 @@ either, in whatever state."""
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -319,8 +320,10 @@ def test_a_server_answers_the_same_when_one_is_killed_and_ends_when_it_cannot_be
         body = {"prompt": "the and of ", "max_tokens": 60, "ignore_eos": True, "seed": 3, "temperature": 0.8}
         (whole,) = server.complete(**body)["choices"]
         states = server.client.get("/health").json()["replicas"]
-        assert [state["role"] for state in states] == ["prefill", "decode"]
+        assert [(state["role"], state["backend"]) for state in states] == [("prefill", "history"), ("decode", "history")]
         raw = server.client.get("/metrics").text
+        assert re.search(r"^tandem:prompts_handed_over_total{.*} 1.0$", raw, re.MULTILINE)
+        assert re.search(r"^tandem:prompts_recomputed_total{.*} 0.0$", raw, re.MULTILINE)
         assert all(f'replica="{i}",role="{state["role"]}"}} 1.0' in raw for i, state in enumerate(states))
         os.kill(states[0]["pid"], signal.SIGKILL)
         (again,) = server.complete(**body)["choices"]

@@ -135,7 +135,7 @@ def test_replicas_that_end_at_once_are_one_death_to_a_request(two: Replicas, his
     until(lambda: not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in ended))
     while two.stats()["num_replicas_lost"] < lost + 2:
         events += two.step(0.01)
-    assert {live.deaths for live in two._live.values()} == {1}
+    assert max(live.deaths for live in two._live.values()) == 1
     while two.has_work:
         events += two.step(0.1)
     judge(asked, {asked_for.request_id: [e for e in events if e.request_id == asked_for.request_id] for asked_for in asked})

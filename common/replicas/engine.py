@@ -67,6 +67,8 @@ class _Live:
     """Tokens that its replica computes before it can give the first that is new."""
     number: int = -1
     """By which the replica knows it."""
+    place_there: int = 0
+    """Its place among all that were sent to that process, from 1."""
     replica: _Replica | None = None
     """None while it waits for one to serve."""
     offer: Sequence[Any] | None = None
@@ -96,13 +98,10 @@ class _Replica:
     sent: int = 0
     taken: int = 0
     """Requests that were sent to this process, and of which it knew when it told its `stats`."""
+    known: int = 0
+    """Of which it has begun to take notice."""
     logs: bool = False
     given_up: bool = False
-
-    @property
-    def able(self) -> bool:
-        """Whether it serves. One that has ended, of which we have yet to hear, would count as a death to what it is sent."""
-        return self.link is not None and self.link.leads_on
 
     @property
     def load(self) -> int:
@@ -128,7 +127,7 @@ class Replicas(ServingEngine):
         size = config.data_parallel_size
         threads = max(1, (config.threads or cores()) // size)
         options = asdict(replace(config, threads=threads, max_waiting=None))
-        self._config = config
+        self._backend, self._config = backend, config
         self._news: queue.SimpleQueue[News] = queue.SimpleQueue()
         self.offers: dict[str, Sequence[Any]] = {}
         """By the id of a request that has ended and keeps its pages: where they are to be had, for `add`."""
@@ -218,13 +217,13 @@ class Replicas(ServingEngine):
         it, it waits. One that is suspect waits until no other is tried, and then has a replica to itself."""
         self._tell_whether_to_log()
         court = self._tried.replica if self._tried else None
-        loads = {i: replica.load for i, replica in enumerate(self._replicas) if replica.able and replica is not court}
+        loads = {i: replica.load for i, replica in enumerate(self._replicas) if replica.link and replica is not court}
         if not loads or (live.suspect and self._tried):
             return
         request, tokens = live.request, live.tokens
         live.keys = self._router.keys(tokens, request.cache_salt, live.keys)
         parent = None if live.output or live.suspect else self._parent(request)
-        beside = parent.replica if parent and parent.replica and parent.replica.able and parent.replica is not court else None
+        beside = parent.replica if parent is not None and parent.replica is not court else None
         if beside is None:
             index, cached = self._router.choose(live.keys, loads)
         else:
@@ -238,6 +237,7 @@ class Replicas(ServingEngine):
         live.number = next(self._numbers)
         replica.live[live.number] = live
         replica.sent += 1
+        live.place_there = replica.sent
         self._router.sent(index, live.keys, replica.num_pages)
         number = parent.number if parent is not None and beside is not None else None
         message, data = pack_request(live.number, number, replace(request, output_token_ids=tuple(live.output)))
@@ -340,6 +340,8 @@ class Replicas(ServingEngine):
                     log.info("Replica %d serves again.", index)
             case Said(_, Frame({"answer": int(ask)}) as frame):
                 self._answers[ask] = frame
+            case Said(_, Frame({"known": int(known)})):
+                replica.known = known
             case Said(_, Frame({"events": events, "records": records, "stats": stats, "taken": taken, "offers": offers})):
                 replica.stats, replica.taken = stats, taken
                 for offer in offers:
@@ -360,7 +362,7 @@ class Replicas(ServingEngine):
             f"data_parallel_size={len(self._replicas)} has replicas that compute on cpu, not {caps.device}.",
         )
         replica.link, replica.stats, replica.num_pages = link, told["stats"], limits.num_pages
-        replica.sent = replica.taken = 0
+        replica.sent = replica.taken = replica.known = 0
         replica.logs = False
         # What only an engine in this process has, its runner, nobody sees here.
         self._caps = replace(caps, max_seqs=caps.max_seqs * len(self._replicas), observes=False)
@@ -402,7 +404,8 @@ class Replicas(ServingEngine):
             news.replica, news.how, " once more, and is given up" if news.given_up else "", len(left),
         )  # fmt: skip
         for live in left:
-            live.deaths, live.place, live.replica = live.deaths + 1, len(live.output), None
+            live.deaths += live.place_there <= replica.known  # of what it never heard of it has not died
+            live.place, live.replica = len(live.output), None
         self._tried = None if self._tried in left else self._tried
         for live in left:
             if live.deaths >= MOST_DEATHS:
@@ -430,7 +433,7 @@ class Replicas(ServingEngine):
 
     @property
     def replicas(self) -> tuple[ReplicaState, ...]:
-        return tuple(replica.keeper.state for replica in self._replicas)
+        return tuple(replica.keeper.state._replace(backend=self._backend) for replica in self._replicas)
 
     def stats(self) -> dict[str, Any]:
         """`totals` of what `Engine.stats` tells over the replicas, those that have ended included.

@@ -14,7 +14,7 @@ import select
 import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from common import child
 from common.frames import Frame, Message, NoFrame, read_frame, write_frame
@@ -37,18 +37,14 @@ RETRY_S = 1.0
 class Link:
     """The way to a process. To send on it takes no time, whatever the process does, and is in vain once it has ended."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        assert process.stdin
-        self._process, self._stream = process, process.stdin
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._caller = stream, os.getpid()
         self._orders: queue.SimpleQueue[tuple[Message, bytes] | None] = queue.SimpleQueue()
         threading.Thread(target=self._write, daemon=True).start()
 
-    @property
-    def leads_on(self) -> bool:
-        """Whether it has not ended, as far as is known now."""
-        return self._process.poll() is None
-
     def send(self, message: Message, data: bytes = b"") -> None:
+        """Raises `BackendError` in a fork of the process that has started it."""
+        child.expect_no_fork(self._caller)
         self._orders.put((message, data))
 
     def close(self) -> None:
@@ -152,7 +148,8 @@ class Keeper:
             if self._closing.is_set():
                 return None
             process = child.start(self._main, *self._arguments, environment=self._environment)
-            self._process, self._link = process, Link(process)
+            assert process.stdin
+            self._process, self._link = process, Link(process.stdin)
         self._state = ReplicaState(process.pid, False, 0.0)
         return process
 

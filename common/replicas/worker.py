@@ -185,6 +185,7 @@ class Replica:
 
     def _add(self, message: Message, data: bytes) -> None:
         self._taken += 1
+        self._voice.say({"known": self._taken})  # first: if we end of it, it is known of what
         try:
             offer = message.get("offer")
             kv = self._handover.fetch(offer) if self._handover and offer else None

@@ -80,7 +80,7 @@ def make_parser(prog: str = "python -m common.serve") -> argparse.ArgumentParser
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until told to end. Returns the exit code: 0 after a drain, 1 where no engine is left, 2 for a mistake of the
-    caller."""
+    caller, and where no engine can be had."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         options = parse(make_parser(), given)

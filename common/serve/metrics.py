@@ -34,6 +34,12 @@ COUNTERS = {
     "prefix_cache_hits": ("prefix_cache_hits", "Prompt tokens found in the prefix cache."),
 }
 """Metric → the entry of `InferenceEngine.stats` that it tells, and what that is."""
+OF_REPLICAS = {
+    "replicas_lost": ("num_replicas_lost", "Replicas that have ended and were started anew."),
+    "prompts_handed_over": ("prompts_handed_over", "Requests whose pages came from the engine that had computed the prompt."),
+    "prompts_recomputed": ("prompts_recomputed", "Requests whose prompt was computed again where they went on."),
+}
+"""Of those that there are."""
 OF_A_REPLICA = GAUGES | COUNTERS | {"prompt_tokens": ("prompt_tokens", "Prompt tokens of the requests that it was given.")}
 
 
@@ -186,8 +192,8 @@ class _Stats(Collector):
                 if key in stats:
                     family.add_metric([*values, str(index), stats.get("role", "both")], stats[key])
             yield family
-        lost = CounterMetricFamily(
-            "tandem:replicas_lost", "Replicas that have ended and were started anew.", labels=list(self._labels)
-        )
-        lost.add_metric(values, self._stats["num_replicas_lost"])
-        yield lost
+        for metric, (key, text) in OF_REPLICAS.items():
+            if key in self._stats:
+                counter = CounterMetricFamily(f"tandem:{metric}", text, labels=list(self._labels))
+                counter.add_metric(values, self._stats[key])
+                yield counter
