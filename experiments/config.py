@@ -132,14 +132,14 @@ def checked_label(label: Any, name: str) -> str:
         f"{{name:{name},label:whole}}; got {label!r}.",
     )
     others = [known for known in GlobalHydra.instance().config_loader().get_group_options("engine") if known != name]
-    expect(label not in others, f"label must not be the name of another engine: {label!r}, of an entry of {name}. Take another.")
+    expect(label not in others, f"label must not be the name of another engine: {label!r} for {name}. Take another.")
     return str(label)
 
 
 def expect_unique(labels: Sequence[str]) -> None:
     """Raises `ConfigError` where a given label is also another's, given or not."""
     twice = next((label for i, label in enumerate(labels) if label in labels[:i]), None)
-    expect(twice is None, f"Two engines are called {twice!r}, and results go by what engines are called. Give one another label.")
+    expect(twice is None, f"Two engines are called {twice!r}, by which results tell them apart. Give one another label.")
 
 
 def told_apart(options: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
