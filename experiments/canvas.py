@@ -10,7 +10,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -25,6 +25,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from matplotlib.typing import LineStyleType
 
 from experiments.page import Drawing, Table
+from experiments.words import shortened
 
 INK, MUTED, GRID, PAPER = "#1f2430", "#5c6575", "#dfe3ea", "#fefefe"
 ENGINES = ("#1f6fb4", "#d4700f", "#16896a", "#5a2bd0", "#7d1128", "#545006", "#888c96")
@@ -97,11 +98,11 @@ def mark(number: int) -> str:
     return f"engine-{number}"
 
 
-def key(number: int, label: str, line: bool = True) -> Line2D:
-    """An engine in a legend."""
-    if line:
-        return Line2D([], [], color=colour(number), label=shorten(label), linestyle=dash(number))
-    return Line2D([], [], color=colour(number), label=shorten(label), linestyle="none", marker=marker(number))
+def legend(engines: Mapping[int, str], line: bool = True) -> list[Line2D]:
+    """The keys of engines, number → label, in a legend."""
+    style = lambda i: {"linestyle": dash(i)} if line else {"linestyle": "none", "marker": marker(i)}  # noqa: E731
+    names = shortened(list(engines.values()))
+    return [Line2D([], [], color=colour(i), label=name, **style(i)) for i, name in zip(engines, names, strict=True)]
 
 
 def draw(
@@ -207,7 +208,3 @@ def tick(value: float, _: object = None) -> str:
             unit = 1e3 if letter == "k" else limit
             return f"{value / unit:.4g}{letter}"
     return "0" if size < 1e-300 else f"{value:.4g}" if size >= 1e-3 else f"{value:.0e}"
-
-
-def shorten(label: str, limit: int = 24) -> str:
-    return label if len(label) <= limit else label[: limit - 1] + "…"

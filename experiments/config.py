@@ -26,6 +26,8 @@ from experiments.workload import known_options
 ADAPTIVE_BLOCKS = 6
 """Fewer are too few for an interval to stop by: they run as they are."""
 LABEL_LENGTH = 80
+CHOSEN_LENGTH = 24
+"""Of a label that a user gives: a legend has room for all of it."""
 READABLE = 40
 """A longer label leaves out what all engines of its name have alike."""
 
@@ -35,8 +37,8 @@ class EngineSpec:
     """One engine of a run."""
 
     label: str
-    """What it is called in results and files: its name, then the options that differ from the defaults of that name, and a
-    number if it is not the first so called."""
+    """What it is called in results and files: what its entry says, else its name, then the options that differ from the
+    defaults of that name, and a number if it is not the first so called."""
     name: str
     config: EngineConfig
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -83,41 +85,61 @@ def declared_options(name: str) -> Any:
 
 def engine_specs(config: DictConfig) -> list[EngineSpec]:
     """Expand `engines`, then `peers`: lists of names or of mappings with a name. Each takes its group's defaults, then its own
-    options."""
+    options, and is called by its `label` if it has one."""
     values = resolved(config)
     engines, peers = values["engines"], values["peers"]
     expect(isinstance(engines, list) and len(engines) >= 1, f"engines must be a list such as [jax,torch], got {engines!r}.")
     expect(isinstance(peers, list), f"peers must be a list such as [vllm,llamacpp], or [] for none, got {peers!r}.")
-    entries = [checked_entry(entry) for entry in engines + peers]
+    chosen, entries = zip(*map(checked_entry, engines + peers), strict=True)
     specs: list[EngineSpec] = []
     labels: list[str] = []
-    for options in entries:
+    for own_label, options in zip(chosen, entries, strict=True):
         name = options["name"]
         composed = compose_group(config, "engine", name)
-        known = [str(key) for key in composed]
+        known = [*map(str, composed), "label"]
         for key in options:
             hint = nearest_hint(str(key), known)
             expect(key in known, f"Unknown option {key!r} of engine {name}.{hint} Known: {', '.join(known)}.")
         defaults = resolved(composed)
-        label = engine_label(options, defaults)
+        label = own_label or engine_label(options, defaults)
         if len(label) > READABLE:
             label = engine_label(told_apart(options, entries), defaults)
         with open_dict(composed):  # its own options are checked: this is for those that are mappings of anything
             composed.merge_with(options)
         count = 1 + labels.count(label)
         labels.append(label)
-        specs.append(engine_spec(composed, f"{label}-{count}" if count > 1 else label))
+        specs.append(engine_spec(composed, f"{label}-{count}" if count > 1 and not own_label else label))
+    expect_unique([spec.label for spec in specs])
     return specs
 
 
-def checked_entry(entry: Any) -> Mapping[str, Any]:
-    """An entry of `engines` as a mapping with a name."""
+def checked_entry(entry: Any) -> tuple[str | None, Mapping[str, Any]]:
+    """The label that an entry of `engines` gives, if any, and the rest of it as a mapping with a name."""
     options = {"name": entry} if isinstance(entry, str) else entry
     expect(
         isinstance(options, Mapping) and isinstance(options.get("name"), str),
         f"An entry of engines is a name, or a mapping with a name such as {{name:torch,compile:true}}; got {entry!r}.",
     )
-    return options
+    rest = {key: value for key, value in options.items() if key != "label"}
+    return checked_label(options["label"], rest["name"]) if "label" in options else None, rest
+
+
+def checked_label(label: Any, name: str) -> str:
+    """The label of an entry of engine `name`, if it may be one. Log files are called after it."""
+    expect(
+        isinstance(label, str) and len(label) <= CHOSEN_LENGTH and bool(re.fullmatch(r"[A-Za-z][A-Za-z0-9_.+-]*", label)),
+        f"label must be a word of at most {CHOSEN_LENGTH} letters, digits and _ . + -, a letter first, as in "
+        f"{{name:{name},label:whole}}; got {label!r}.",
+    )
+    others = [known for known in GlobalHydra.instance().config_loader().get_group_options("engine") if known != name]
+    expect(label not in others, f"label must not be the name of another engine: {label!r} for {name}. Take another.")
+    return str(label)
+
+
+def expect_unique(labels: Sequence[str]) -> None:
+    """Raises `ConfigError` where a given label is also another's, given or not."""
+    twice = next((label for i, label in enumerate(labels) if label in labels[:i]), None)
+    expect(twice is None, f"Two engines are called {twice!r}, by which results tell them apart. Give one another label.")
 
 
 def told_apart(options: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

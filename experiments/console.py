@@ -14,13 +14,15 @@ from rich.table import Table
 
 from experiments.cells import GROUPS, figure, tells, times
 from experiments.remarks import between_ranks, contaminated, explanations, fallback, left_out, spoilt_cells
-from experiments.scaling import NAMES, Curve, remarks, scaling_table
+from experiments.scaling import LAST_RATIO, NAMES, Curve, remarks, scaling_table
 from experiments.words import number, share_alike
 
 COLOURS = {"faster": "bold cyan", "slower": "bold magenta", "equivalent": "bold green", "undecided": "bold yellow"}
 NARROW = 10
 """Columns of a line of a table that has several, but for longer words."""
 BORDER = 3
+NAME = 10
+"""Letters of a line that a column of names keeps, where figures want its room."""
 
 
 def print_comparison(title: str, result: Mapping[str, Any]) -> None:
@@ -42,9 +44,9 @@ def print_table(
     if not engines:
         return
     table = Table()
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for label in engines:
-        table.add_column(escape(label), justify="right")
+        table.add_column(escape(label), justify="right", overflow="fold")
     for group in GROUPS:
         table.add_section()
         for key, name in group:
@@ -68,21 +70,28 @@ def print_table(
 def print_scaling(drawn: Sequence[Curve]) -> None:
     """A table of each curve, and below them what must be known of all."""
     for table in map(scaling_table, drawn):
-        print_rows(table.caption, table.columns, table.rows, NAMES)
+        print_rows(table.caption, table.columns, table.rows, NAMES, ahead=table.columns.index(LAST_RATIO) + 1 - NAMES)
     if said := remarks(drawn):
         wide_console().print("; ".join(said), style="dim", highlight=False, markup=False)
 
 
-def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], names: int) -> None:
+def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], names: int, ahead: int = 0) -> None:
     """A table of text. The first `names` columns tell the rows apart: where they find no room they go on in the next line, and
-    nothing of them is cut. Of the others, narrow ones of several lines, there are as many as there is room for."""
-    console, table, used, shown = wide_console(), Table(), 1, []
+    nothing of them is cut. Of the others, narrow ones of several lines, there are as many as there is room for; the first
+    `ahead` of them take it from the names."""
+    console, table, used, least, shown = wide_console(), Table(), 1, 1, []
     for i, (name, *cells) in enumerate(zip(columns, *rows, strict=True)):
         heading, texts = narrow(name), cells if i < names else list(map(narrow, cells))
-        used += max(len(line) for text in (heading, *texts) for line in text.splitlines()) + BORDER
-        if i < names or used <= console.width:
-            table.add_column(escape(heading), justify="left" if i < names else "right", overflow="fold")
-            shown.append(texts)
+        width = max(len(line) for text in (heading, *texts) for line in text.splitlines())
+        used += width + BORDER
+        least += (min(width, NAME) if i < names else width) + BORDER
+        if i < names:
+            table.add_column(escape(heading), overflow="fold")
+        elif used <= console.width or (i < names + ahead and least <= console.width):
+            table.add_column(escape(heading), justify="right", no_wrap=True)
+        else:
+            break
+        shown.append(texts)
     for row in zip(*shown, strict=True):
         table.add_row(*map(escape, row))
     console.print(title, style="bold", highlight=False, markup=False)

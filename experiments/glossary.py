@@ -104,7 +104,8 @@ GLOSSARY: tuple[tuple[str, str, str], ...] = (
     (
         "Between ranks a step",
         "What a rank tells the others in a step, of the residual stream and of candidates for the next token; the time is that "
-        "of the first rank, waiting for the others included. JAX does not tell it: it is inside a compiled program.",
+        "of the first rank, waiting for the others included. JAX, where it is inside a compiled program, has it from its "
+        "profiler, in a window behind the timed ones; of its stages it is not told.",
         "",
     ),
     (
@@ -123,6 +124,25 @@ GLOSSARY: tuple[tuple[str, str, str], ...] = (
         "Of the time of all processors, what neither engine nor harness used. Above 5 % the run is contaminated.",
         "foreign CPU time / (time · processors)",
     ),
+    (
+        "Weights and pages of a rank",
+        "What one rank holds of the weights and of the KV pages: of an engine that does not share out its model all weights, "
+        "and all pages or, of several engines, one's part of them.",
+        "",
+    ),
+    (
+        "Memory after warm-up",
+        "What the engine's processes have in memory when it has loaded and compiled, before its first request.",
+        "",
+    ),
+    (
+        "Peak memory",
+        "The most that they had at once: until then, while weights are read and steps compiled; without those words, until the "
+        "last timed window ended.",
+        "",
+    ),
+    ("Load", "From the engine's start in its process until its weights are there.", ""),
+    ("Warm-up", "What follows until it is timed: what it compiles, and requests that are not counted.", ""),
     ("MiB", "2^20 bytes, here and in the keys of results.json that end in _mib; GB/s are 10^9 bytes a second.", ""),
     (
         "KL",

@@ -19,7 +19,7 @@ from common.config import ITEMSIZES, Dtype
 from common.errors import BackendError
 from common.platform import cores, thread_settings
 from experiments.console import wide_console
-from experiments.metrics import BUSY
+from experiments.metrics import BUSY, LIMITED
 from experiments.words import number
 
 READ = "read"
@@ -108,7 +108,8 @@ def limits_said(limits: Mapping[str, Mapping[str, Any]]) -> str:
 def told_limits(engines: Mapping[str, Mapping[str, Any]]) -> str:
     """The same of a run with these figures, and which of them its shares are of; empty where nobody measured."""
     said = next((limits_said(figures["limits"]) for figures in engines.values() if figures.get("limits")), "")
-    beside = [value for mine in engines.values() for value in mine.get("block_read_bytes_per_s") or () if value]
+    shares = [mine for mine in engines.values() if any(mine.get(name) is not None for name in LIMITED)]
+    beside = [value for mine in shares for value in mine.get("block_read_bytes_per_s") or () if value]
     if not said or not beside:
         return said
     span = " to ".join(dict.fromkeys(number(value / 1e9) for value in (min(beside), max(beside))))

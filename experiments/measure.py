@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from common.config import expect
+from common.config import EngineConfig, expect
 from common.errors import TandemError
 from common.parallel import expect_shareable
 from common.weights import zoo
@@ -393,6 +393,8 @@ def prepare(engine: IsolatedEngine, plan: Plan, narrator: Narrator) -> dict[str,
     warmup = loaded["warmup_s"] + time.perf_counter() - start
     memory = {name: loaded[name] for name in LOADED}
     memory["weights_mib"] = weights_bytes(plan.checkpoint.config, engine.spec.config.dtype) / 2**20
+    if memory["rank_mib"] is None and memory["kv_pool_mib"] is not None and engine.spec.config.ranks == 1:
+        memory["rank_mib"] = whole_rank_mib(memory, engine.spec.config)
     caps = loaded["caps"]
     ours = util.find_spec(f"{engine.spec.name}infer")  # what outside engines compute by is their own
     kernels = ", ".join(caps["kernels"]) if ours else None
@@ -402,6 +404,11 @@ def prepare(engine: IsolatedEngine, plan: Plan, narrator: Narrator) -> dict[str,
         narrator.say(f"{engine.spec.label}: kernels=auto took the framework's kernels, not the native ones: {why}")
     what["auto_took_framework"] = why
     return scale(engine.spec) | what | {"load_s": loaded["load_s"], "warmup_s": warmup} | memory
+
+
+def whole_rank_mib(memory: Mapping[str, float], config: EngineConfig) -> float:
+    """Of an engine that does not share out its model: all weights, and its part of the pages of all replicas."""
+    return memory["weights_mib"] + memory["kv_pool_mib"] / (config.data_parallel_size + config.prefill_parallel_size)
 
 
 def setting(config: DictConfig, plan: Plan) -> dict[str, Any]:

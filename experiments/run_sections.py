@@ -24,6 +24,7 @@ from experiments.run_rows import block_points, window_of
 from experiments.run_tables import agreement_tables, environment_table, figures_table, kernels_tables, profile_tables
 from experiments.scaling import STRONG, WEAK, Curve, curves, points_of, remarks, scaling_table
 from experiments.statistics import Criteria
+from experiments.words import shortened
 
 LATENCIES = (
     ("ttft", "Time to first token"),
@@ -132,10 +133,11 @@ def blocks_section(rows: pd.DataFrame, engines: Sequence[str]) -> Section:
 def window_sections(rows: pd.DataFrame, steps: pd.DataFrame, engines: Sequence[str]) -> list[Section]:
     """The first window of each engine: its batch, then its pages."""
     until = max((times[-1] for times in window_of(rows, None)["times"] if len(times)), default=1.0)
-    windows = [(i, label, window_of(rows, label), window_of(steps, label)) for i, label in enumerate(engines)]
+    named = list(zip(engines, shortened(engines), strict=True))
+    windows = [(i, name, window_of(rows, label), window_of(steps, label)) for i, (label, name) in enumerate(named)]
     batches: list[Drawing | None] = []
-    for i, label, mine, its in windows:
-        batches += [timeline.timeline(mine, i, label, until), timeline.batch(its, mine, i, label, until)]
+    for i, name, mine, its in windows:
+        batches += [timeline.timeline(mine, i, name, until), timeline.batch(its, mine, i, name, until)]
     return [
         Section(
             "Continuous batch",
@@ -145,7 +147,7 @@ def window_sections(rows: pd.DataFrame, steps: pd.DataFrame, engines: Sequence[s
         Section(
             "Pages",
             "The KV cache in the same window.",
-            some(*(timeline.occupancy(its, mine, i, label, until) for i, label, mine, its in windows)),
+            some(*(timeline.occupancy(its, mine, i, name, until) for i, name, mine, its in windows)),
         ),
     ]
 

@@ -31,6 +31,8 @@ SHARED_OUT = (
 """Options of an engine by which its ranks may differ on one curve."""
 NAMES = 3
 """Columns of a table, the first, that tell its rows apart."""
+LAST_RATIO = "efficiency"
+"""The last of the columns that a table is for: those behind it only explain them."""
 STRONG, WEAK = "strong", "weak"
 LARGER = (
     "with as many requests for each rank (weak scaling) batches grow with the ranks, and a larger batch gives more tokens/s by "
@@ -173,6 +175,7 @@ def remarks(drawn: Iterable[Curve]) -> list[str]:
 
 
 def scaling_table(curve: Curve) -> Table:
+    """A row for each point; of the columns those that tell something of any."""
     points = curve.points
     whole = lambda name: [str(int(point[name])) for point in points]  # noqa: E731
     columns = {
@@ -185,13 +188,14 @@ def scaling_table(curve: Curve) -> Table:
     columns |= {
         "output tokens/s": [number(point["output_throughput"]) for point in points],
         "× the first": [number(curve.speed_up(point)) for point in points],
-        "efficiency": [f"{curve.speed_up(point) / curve.ideal(point):.0%}" for point in points],
+        LAST_RATIO: [f"{curve.speed_up(point) / curve.ideal(point):.0%}" for point in points],
         "requests": whole("num_prompts"),
         "between ranks a step, ms": [figure("communication_ms_per_step", point) for point in points],
         "of the time": [share_of_time(point) for point in points],
         "MiB a step": [number(point.get("communication_mib_per_step")) for point in points],
-        "a rank's weights and pages, MiB": [number(rank_mib(point)) for point in points],
+        "a rank's weights and pages, MiB": [number(point.get("rank_mib")) for point in points],
     }
+    columns = {name: cells for name, cells in columns.items() if set(cells) != {number(None)}}
     return Table(tuple(columns), list(zip(*columns.values(), strict=True)), curve.title)
 
 
@@ -201,11 +205,3 @@ def share_of_time(point: Mapping[str, Any]) -> str:
     if share is None and told is not None and point.get("num_steps") and point.get("duration"):
         share = told * point["num_steps"] / (1e3 * point["duration"])
     return "–" if share is None else f"{share:.0%}"
-
-
-def rank_mib(point: Mapping[str, Any]) -> float | None:
-    """Weights and pages of a rank; of an engine that has but one those of the engine."""
-    told, whole = point.get("rank_mib"), (point.get("weights_mib"), point.get("kv_pool_mib"))
-    if told is None and point["ranks"] == 1 and None not in whole:
-        return float(sum(whole))  # type: ignore[arg-type]
-    return told

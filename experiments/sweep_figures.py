@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.typing import LineStyleType
 
-from experiments.canvas import colour, dash, draw, logarithmic, mark, marker, shorten, stretch
+from experiments.canvas import colour, dash, draw, logarithmic, mark, marker, stretch
 from experiments.page import Drawing, Table
-from experiments.words import number
+from experiments.words import number, shortened
 
 SERIES = 8
 """Lines in a figure at most; more settings are drawn as their median, one line for each engine."""
@@ -89,7 +89,7 @@ def over_axis(
             line.set_linestyle(dash(n) if numbers else "none")
         axes.set_ylim(0, 1.1 * max(middle.max() for _, middle in lines) or 1.0)
         if not numbers:
-            axes.set_xticks(range(len(words)), [shorten(word, max(3, 48 // len(words))) for word in words])
+            axes.set_xticks(range(len(words)), shortened(words, max(3, 48 // len(words))))
             axes.margins(x=0.2)
             return
         scaled = np.array(numbers)
@@ -105,6 +105,7 @@ def over_axis(
         for one, middle in lines
         for x, y in middle.items()
     ]
+    names = shortened([named(one, engines) for one, _ in lines])
     best = max(rows, key=lambda row: float(row[2].replace(",", "")))
     return draw(
         f"{figure.replace('_', '-')}-over-{axis.replace('.', '-')}",
@@ -114,7 +115,7 @@ def over_axis(
         paint,
         x=axis,
         y=unit,
-        keys=[key_of(n, one, engines, bool(numbers)) for n, (one, _) in enumerate(lines)],
+        keys=[key_of(n, one, name, bool(numbers)) for n, ((one, _), name) in enumerate(zip(lines, names, strict=True))],
         table=Table(("engine", last(axis), unit), rows, f"{title} over {axis}"),
     )
 
@@ -128,7 +129,7 @@ def shape_of(n: int, one: Series, line: bool) -> str:
     return marker(one.engine if line else n)
 
 
-def key_of(n: int, one: Series, engines: Sequence[str], line: bool) -> Line2D:
+def key_of(n: int, one: Series, name: str, line: bool) -> Line2D:
     style: LineStyleType = dash(n) if line else "none"
     return Line2D(
         [],
@@ -137,5 +138,5 @@ def key_of(n: int, one: Series, engines: Sequence[str], line: bool) -> Line2D:
         linestyle=style,
         marker=shape_of(n, one, line),
         markersize=5,
-        label=shorten(named(one, engines)),
+        label=name,
     )

@@ -9,7 +9,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from experiments.canvas import BARS, MUTED, POINTS, colour, draw, shorten
+from experiments.canvas import BARS, MUTED, POINTS, colour, draw
 from experiments.page import Drawing, Table
 from experiments.words import number
 
@@ -51,7 +51,7 @@ def timeline(rows: pd.DataFrame, i: int, label: str, until: float) -> Drawing | 
     handles = [Line2D([], [], color=colour(i), alpha=strength, linewidth=6, label=name) for name, strength, *_ in spans]
     return draw(
         f"timeline-{i}",
-        f"Requests over time: {shorten(label)}",
+        f"Requests over time: {label}",
         f"{len(rows)} requests, up to {most} at once; mean " + ", ".join(f"{name} {mean} s" for name, mean, _ in totals) + ".",
         paint,
         x="s from the start of the window",
@@ -93,7 +93,7 @@ def batch(steps: pd.DataFrame, rows: pd.DataFrame, i: int, label: str, until: fl
     table = [(name, number(means[name]), number(most[name])) for name in means]
     return draw(
         f"batch-{i}",
-        f"Batch: {shorten(label)}",
+        f"Batch: {label}",
         f"{len(steps)} steps of {number(float(steps['tokens'].mean()))} tokens on average; over the window, its pauses too, "
         + ", ".join(f"{mean} requests {name} on average, {top} at most" for name, mean, top in table)
         + ".",
@@ -131,7 +131,7 @@ def occupancy(steps: pd.DataFrame, rows: pd.DataFrame, i: int, label: str, until
     ]
     return draw(
         f"pages-{i}",
-        f"Pages in use: {shorten(label)}",
+        f"Pages in use: {label}",
         f"Of {pages:,} pages {table[0][1]} are in use on average over the window, its pauses too, and {table[0][2]} at most; "
         f"{table[1][1]} are held and still empty.",
         paint,

@@ -242,7 +242,14 @@ def test_bench_reports_memory_and_what_it_is_needed_for(
     assert result["kv_pool_mib"] == 100 * 16 * 16 / 2**20  # 16 bytes for each of a page's 16 tokens
     weights = sum(np.prod(entry.shape) for entry in open_checkpoint(tiny()).entries.values())
     assert result["weights_mib"] == weights * 4 / 2**20
-    for name in ("weights in this dtype, MiB", "KV pages, MiB", "memory after warm-up, MiB", "peak memory until then, MiB"):
+    assert result["rank_mib"] == result["weights_mib"] + result["kv_pool_mib"]
+    for name in (
+        "weights in this dtype, MiB",
+        "KV pages, MiB",
+        "weights and pages of a rank, MiB",
+        "memory after warm-up, MiB",
+        "peak memory until then, MiB",
+    ):
         assert name in out
 
 

@@ -1,5 +1,6 @@
 """Every configuration file composes, and says what the code behind it says."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import configs
 from common.config import EngineConfig
+from common.errors import ConfigError
 from common.weights import zoo
 from experiments.cli import group_options, set_not_added, spell_out_model
 from experiments.config import CorrectnessConfig, MeasureConfig, engine_label, engine_spec, engine_specs, resolved
@@ -190,6 +192,42 @@ def test_labels_say_what_differs(engines: str, labels: list[str]) -> None:
     config = composed("compare", f"engines={engines}")
     with hydra_initialized():
         assert [spec.label for spec in engine_specs(config)] == labels
+
+
+def test_an_entry_with_a_label_goes_by_it() -> None:
+    config = composed("compare", "engines=[{name:torch,label:whole,max_num_seqs:8},{name:torch,max_num_seqs:8},torch]")
+    with hydra_initialized():
+        specs = engine_specs(config)
+    assert [spec.label for spec in specs] == ["whole", "torch-max_num_seqs=8", "torch"]
+    assert [spec.config.max_num_seqs for spec in specs] == [8, 8, 64] and {spec.name for spec in specs} == {"torch"}
+
+
+@pytest.mark.parametrize(
+    ("engines", "told"),
+    [
+        *(
+            (f"[jax,{{name:torch,label:{label}}}]", "label must be a word")
+            for label in ("''", "a/b", "..", "7", "null", "x" * 25)
+        ),
+        ("[torch,{name:torch,label:jax}]", "name of another engine"),
+        ("[{name:torch,label:a},{name:jax,label:a}]", "Two engines are called 'a'"),
+        ("[torch,torch,{name:torch,label:torch-2}]", "Two engines are called 'torch-2'"),
+        ("[jax,{name:torch,labl:a}]", "Did you mean 'label'"),
+    ],
+)
+def test_a_label_that_cannot_be_is_refused(engines: str, told: str) -> None:
+    config = composed("compare", f"engines={engines}")
+    with hydra_initialized(), pytest.raises(ConfigError, match=re.escape(told)):
+        engine_specs(config)
+
+
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_the_engines_of_disaggregation_have_names_to_be_read(backend: str) -> None:
+    config = composed("compare", "experiment=disaggregation", f"pair.backend={backend}")
+    with hydra_initialized():
+        assert [(spec.label, spec.name) for spec in engine_specs(config)] == [
+            *(("whole", backend), ("chunked", backend), ("apart", backend))
+        ]
 
 
 def test_options_that_are_mappings_or_lists_have_labels_too() -> None:

@@ -20,6 +20,7 @@ from experiments.console import print_comparison, print_table
 from experiments.narrator import Narrator
 from experiments.statistics import Criteria, compare_all
 from experiments.sweep import print_sweep
+from experiments.words import shortened
 
 HOSTILE = "a template with [INST] but no [/INST]"
 ROOT = Path(__file__).parents[1]
@@ -35,6 +36,44 @@ def test_a_failure_is_told_word_by_word(capsys: pytest.CaptureFixture[str]) -> N
 def test_a_title_is_printed_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
     print_table(f"/models/{HOSTILE}", {"jax": {"completed": 1, "contaminated": [HOSTILE]}})
     assert capsys.readouterr().out.count(HOSTILE) == 2
+
+
+LONG = [f"torch-max_num_batched_tokens={most}-enable_chunked_prefill=False" for most in (64, 1024, 2048)]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_the_heads_of_a_table_are_not_cut(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal
+    compared = compare_all({label: [1.0] * 6 for label in LONG}, Criteria(), seed=0)
+    figures = {"output_throughput": 1.0, "contaminated": []}
+    print_table("title", dict.fromkeys(LONG, figures), {label: asdict(comparison) for label, comparison in compared.items()})
+    lines = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
+    heads = [[cell.strip() for cell in line[1:-1].split("┃")] for line in lines if line.startswith("┃")]
+    first = "".join(line[1:].split("│")[0].strip() for line in lines if line.startswith("│"))
+    assert ["".join(parts) for parts in zip(*heads, strict=True)] == ["", *LONG] and f"×{LONG[0]}" in first.replace(" ", "")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["jax", "torch-compile"],
+        LONG,
+        [f"torch-block_size={size}-enable_chunked_prefill=False" for size in (8, 16)],
+        ["torch" + "-x=1" * 10, "torch" + "-x=1" * 11],
+        [f"torch-{'a' * 20}{i}{'a' * 40}" for i in range(12)],
+        ["x" * 30],
+    ],
+)
+@pytest.mark.parametrize("limit", [3, 24])
+def test_names_that_are_cut_stay_different(names: list[str], limit: int) -> None:
+    short = shortened(names, limit)
+    assert len(set(short)) == len(names)
+    assert all(len(cut) <= max(limit, 3) for cut in short) and all(
+        cut == name for cut, name in zip(short, names, strict=True) if len(name) <= limit
+    )
 
 
 def test_an_override_that_is_a_list_shows_in_the_table_of_a_sweep(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from common.errors import BackendError, ConfigError
 from experiments import bench, compare
 from experiments.config import EngineSpec
 from experiments.limits import READ, Limits
-from experiments.measure import PROBED, expect_fits, sparing
+from experiments.measure import PROBED, expect_fits, sparing, whole_rank_mib
 from experiments.records import read_rows
 from experiments.workload import WorkloadConfig, draw
 from tests.backends import checkpoint
@@ -57,6 +57,13 @@ def test_a_request_that_is_too_long_is_met_with_advice_that_can_help(beyond: int
         expect_fits(workload, spec, model)
     assert bool(re.search("raise max_model_len, to", str(refused.value))) == raising
     assert "serves 128" in str(refused.value) and f"{model.config.max_position}" in str(refused.value)
+
+
+def test_a_replica_holds_all_weights_and_its_part_of_the_pages() -> None:
+    memory = {"weights_mib": 6.0, "kv_pool_mib": 3.0}  # the pages of all
+    told = [whole_rank_mib(memory, EngineConfig(**options)) for options in ({}, {"data_parallel_size": 3})]
+    assert told == [9.0, 7.0]
+    assert whole_rank_mib(memory, EngineConfig(data_parallel_size=2, prefill_parallel_size=1)) == 7.0
 
 
 def test_limits_that_can_be_measured_but_once_cost_a_run_their_shares_and_nothing_else(

@@ -246,11 +246,18 @@ def test_why_nothing_is_held_against_the_limits_is_told_where_something_could_be
 
 def test_the_limits_that_shares_are_of_are_said_with_the_bandwidths_beside_the_windows() -> None:
     both = {"before": limits().summary(), "after": limits().summary()}
-    said = told_limits({"hf": {}, "jax": {"limits": both, "block_read_bytes_per_s": [3e10, None]}, "torch": {"limits": both}})
+    jax = {"limits": both, "mbu": 0.5}
+    said = told_limits({"hf": {}, "jax": jax | {"block_read_bytes_per_s": [3e10, None]}, "torch": {"limits": both}})
     assert said.startswith("Limits before and after: memory read ") and said.endswith("beside each window: 30.00 GB/s.")
-    said = told_limits({"jax": {"limits": both, "block_read_bytes_per_s": [3e10, 3.5e10]}})
+    said = told_limits({"jax": jax | {"block_read_bytes_per_s": [3e10, 3.5e10]}})
     assert said.endswith("beside each window: 30.00 to 35.00 GB/s.")
     assert told_limits({"jax": {"limits": both}}) == limits_said(both) and told_limits({"jax": {"limits": None}}) == ""
+
+
+def test_what_shares_are_of_is_not_said_where_no_engine_has_one() -> None:
+    both = {"before": limits().summary(), "after": limits().summary()}
+    replicas = {"limits": both, "block_read_bytes_per_s": [3e10], "mbu": None, "no_roofline_because": "not measured"}
+    assert told_limits({"torch": replicas}) == limits_said(both)
 
 
 def test_a_run_above_a_limit_is_invalid_and_says_so() -> None:

@@ -24,7 +24,7 @@ ONE: dict[str, Any] = {
     "engine": "torch", "scales_as": "torch-1", "model": "tiny-llama", "dtype": "float32", "workload": "ragged",
     "workload_hash": "a", "num_prompts": 8, "shared_by": "", "ranks": 1, "compute_threads": 2, "device": "cpu",
     "output_throughput": 100.0,
-    "num_steps": 10, "duration": 0.1, "weights_mib": 6.0, "kv_pool_mib": 2.0,
+    "num_steps": 10, "duration": 0.1, "weights_mib": 6.0, "kv_pool_mib": 2.0, "rank_mib": 8.0,
 }  # fmt: skip
 TWO = ONE | {
     "engine": "torch-tp2", "shared_by": "tensor", "ranks": 2, "output_throughput": 80.0, "communication_ms_per_step": 4.0,
@@ -122,7 +122,7 @@ def test_the_table_tells_what_ranks_say_and_hold() -> None:
     assert column("MiB a step", ONE, TWO) == ["–", "0.5000"]
     assert column("a rank's weights and pages, MiB", ONE, TWO) == ["8.000", "4.100"]
     silent = TWO | {"communication_ms_per_step": None}
-    assert (column(told, ONE, silent)[1], column(share, ONE, silent)[1]) == ("not told", "–")
+    assert column(told, ONE, silent)[1] == "not told" and column(share, ONE, silent, TWO) == ["–", "–", "40%"]
     profiled = TWO | {"communication_share": 0.25}
     assert (column(told, ONE, profiled)[1], column(share, ONE, profiled)[1]) == ("4.000", "25%")  # of the profiled steps
 
@@ -199,6 +199,31 @@ def test_a_terminal_cuts_nothing_of_what_names_a_row(
     assert "".join(row[0] for row in shown) == "torch" + label and "…" not in "".join(lines)
     assert all(name in heading for name in ("ranks", "threads")) and max(map(len, lines)) <= columns
     assert bool(spoilt) <= ("contaminated" in heading) or "first" not in heading
+
+
+def test_a_column_that_tells_nothing_is_left_out_of_a_curve() -> None:
+    replicas = TWO | {"communication_ms_per_step": None, "communication_mib_per_step": None}
+    columns = scaling_table(Curve(STRONG, "data", [ONE, replicas])).columns
+    assert {"between ranks a step, ms", "of the time", "MiB a step"}.isdisjoint(columns) and "efficiency" in columns
+    assert {"between ranks a step, ms", "of the time", "MiB a step"} <= {
+        *scaling_table(Curve(STRONG, "data", [ONE, TWO])).columns
+    }
+
+
+@pytest.mark.parametrize("spoilt", [[], ["swapped"]])
+def test_tokens_ratio_and_efficiency_take_their_room_from_long_names(
+    spoilt: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal
+    label = "torch-data_parallel_size=2-max_num_batched_tokens=1024-enable_chunked_prefill=False"
+    print_scaling(curves([ONE, TWO | {"engine": label, "contaminated": spoilt}]))
+    lines = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
+    heading = " ".join(line for line in lines if line.startswith("┃"))
+    shown = [[cell.strip() for cell in line[1:-1].split("│")] for line in lines if line.startswith("│")]
+    assert all(name in heading for name in ("tokens/s", "first", "efficiency")) and max(map(len, lines)) <= 80
+    assert "".join(row[0] for row in shown) == "torch" + label
+    assert all(any(cell in row for row in shown) for cell in ("100.0", "80.00", "0.8000", "80%"))
 
 
 def test_a_time_that_an_engine_cannot_tell_is_called_so_in_the_table_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:

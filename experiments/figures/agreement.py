@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments.canvas import POINTS, clean, colour, dash, draw, key, logarithmic, mark, stretch
+from experiments.canvas import POINTS, clean, colour, dash, draw, legend, logarithmic, mark, stretch
 from experiments.page import Drawing, Table
 
 
@@ -43,7 +43,7 @@ def by_position(
         paint,
         x="position in the output",
         y=y,
-        keys=[key(engines.index(label), label) for label in lines],
+        keys=legend({engines.index(label): label for label in lines}),
         table=Table(("engine", "positions", "mean", "least", "most"), rows, title),
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from experiments.canvas import POINTS, colour, dash, draw, key, logarithmic, mark, stretch
+from experiments.canvas import POINTS, colour, dash, draw, legend, logarithmic, mark, stretch
 from experiments.metrics import latencies
 from experiments.page import Drawing, Table
 from experiments.words import number
@@ -47,7 +47,7 @@ def distribution(name: str, title: str, samples: Samples) -> Drawing | None:
         lambda axes: curves(axes, samples),
         x="ms",
         y="share of samples at or below",
-        keys=[key(i, label) for i, label in enumerate(samples)],
+        keys=legend(dict(enumerate(samples))),
         table=Table(("engine", "samples", "p50, ms", "p90, ms", "p99, ms"), rows, title),
     )
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments.canvas import GRID, MUTED, PAPER, colour, draw, key, mark, marker, shorten
+from experiments.canvas import GRID, MUTED, PAPER, colour, draw, legend, mark, marker
 from experiments.page import Drawing, Table
 from experiments.statistics import band
-from experiments.words import number
+from experiments.words import middle_out, number
 
 
 def ratio(comparisons: Mapping[str, Mapping[str, Any]], engines: Sequence[str], equivalence: float) -> Drawing | None:
@@ -57,12 +57,12 @@ def ratio(comparisons: Mapping[str, Mapping[str, Any]], engines: Sequence[str], 
     against = next(iter(shown.values())).get("against", engines[0])
     return draw(
         "ratio",
-        f"Output throughput over {shorten(str(against))}'s",
+        f"Output throughput over {middle_out(str(against))}'s",
         f"One mark for each block{', and at the right the ratio of all' if bounded else ''}: {said}.",
         paint,
         x="block",
         y=f"ratio; the band is within a factor of {1 + equivalence:g}",
-        keys=[key(engines.index(label), label, line=False) for label in shown],
+        keys=legend({engines.index(label): label for label in shown}, line=False),
         table=Table(("engine", "ratio", "low", "high", "p", "verdict", "blocks"), rows, f"Ratio to {against}"),
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.typing import FillStyleType
 
-from experiments.canvas import GRID, INK, MUTED, PAPER, colour, draw, key, logarithmic, mark, marker
+from experiments.canvas import GRID, INK, MUTED, PAPER, colour, draw, legend, logarithmic, mark, marker
 from experiments.cells import figure
 from experiments.page import Drawing, Table
 from experiments.words import number
@@ -71,6 +71,6 @@ def roofline(figures: Mapping[str, Mapping[str, Any]], dtype: str) -> Drawing | 
         paint,
         x="FLOP a byte (full: all, hollow: decode steps, half: prompts)",
         y=f"FLOP/s; the slope is {number(bandwidth / 1e9)} GB/s",
-        keys=[key(i, label, line=False) for i, label in dict.fromkeys(point[:2] for point in found)],
+        keys=legend(dict(point[:2] for point in found), line=False),
         table=Table(("engine", "phase", "FLOP a byte", "GFLOP/s", "roofline"), rows, "Under the roofline"),
     )

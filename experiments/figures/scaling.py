@@ -9,10 +9,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from experiments.canvas import LETTERS, MUTED, PAPER, colour, dash, draw, marker, shorten
+from experiments.canvas import LETTERS, MUTED, PAPER, colour, dash, draw, marker
 from experiments.page import Drawing
 from experiments.scaling import STRONG, WEAK, Curve, resource
-from experiments.words import number
+from experiments.words import middle_out, number
 
 TITLES = {
     STRONG: "Throughput over ranks, the same requests",
@@ -54,7 +54,7 @@ def scaling(curves: Sequence[Curve], kind: str) -> Drawing | None:
         f"elsewhere{bound}.",
         paint,
         x="ranks",
-        y=f"{shorten(common, LETTERS - len(FIRST) - 2)}: {FIRST}" if common else FIRST,
+        y=f"{middle_out(common, LETTERS - len(FIRST) - 2)}: {FIRST}" if common else FIRST,
         keys=[*(key(i, name) for i, name in enumerate(names)), *others(curves, spoilt)],
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments.canvas import BARS, PAPER, clean, colour, draw, key, logarithmic, mark, marker, stretch
+from experiments.canvas import BARS, PAPER, clean, colour, draw, legend, logarithmic, mark, marker, stretch
 from experiments.page import Drawing, Table
 from experiments.words import number
 
@@ -64,7 +64,7 @@ def scatter(
         paint,
         x=x,
         y=y,
-        keys=[key(i, label, line=False) for i, label in enumerate(shown)],
+        keys=legend(dict(enumerate(shown)), line=False),
         table=Table(("engine", each, x, y), rows[: 4 * BARS], title),
     )
 
