@@ -97,6 +97,7 @@ def gather(told: Launched) -> Iterator[Agents]:
                     refuse(line, f"Another process of this launch has come with RANK={hello['rank']}.")
                 elif hello["rank"] in missing:
                     say(line, {"secret": secret})
+                    heed(line)  # or else it has given up, and comes anew
                     found[hello["rank"]] = Agent(host, hello["port"], hello["machine"], hello["pid"])
                     lines.enter_context(stranger.pop_all())
         listener.close()
@@ -121,6 +122,7 @@ def follow(told: Launched) -> None:
                 line, said = reach(told.host, told.port, hello)
                 if "refused" in said:
                     raise BackendError(said["refused"])
+                say(line, {})
                 for each in PARENTS:
                     signal.signal(each, signal.SIG_IGN)  # the first's to handle, whose end is ours
                 threading.Thread(target=serve, args=(listener, said["secret"]), daemon=True).start()

@@ -392,7 +392,8 @@ def test_who_is_none_of_a_launch_does_not_keep_it_from_coming_together() -> None
 
     def come() -> None:
         hellos: list[Any] = [b"GET / HTTP/1.1\r\n\r\n", {}, {"rank": [1]}, {"rank": 2, "port": 1, "machine": "", "pid": 8}]
-        hellos += [{"rank": 1, "size": 2, "port": 7, "machine": "ours", "pid": 8}]
+        ours = {"rank": 1, "size": 2, "port": 7, "machine": "ours", "pid": 8}
+        hellos += [ours | {"port": 6}]  # of whom who comes has given up, before an answer came
         for hello in hellos:
             while True:
                 try:
@@ -408,6 +409,9 @@ def test_who_is_none_of_a_launch_does_not_keep_it_from_coming_together() -> None
                     write_frame(stream, hello)
                 line.shutdown(socket.SHUT_WR)
                 stream.read()
+        line, _ = lines.reach(*told[2:], ours)
+        with line:
+            lines.say(line, {})
 
     threading.Thread(target=come, daemon=True).start()
     with gather(told) as found:
@@ -433,12 +437,14 @@ def test_a_process_that_was_told_something_else_is_turned_away() -> None:
         while time.monotonic() < end:  # until the first listens
             with suppress(OSError):
                 one, _ = lines.reach(*told[2:], hello | {"rank": 1})
+                lines.say(one, {})
                 break
         for other in (told._replace(rank=2, size=4), told._replace(rank=1)):
             with pytest.raises(BackendError) as caught:
                 launch.follow(other)
             said.append(str(caught.value))
         two, _ = lines.reach(*told[2:], hello | {"rank": 2})
+        lines.say(two, {})
         one.close()
         two.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from starlette.datastructures import Headers
@@ -91,10 +93,13 @@ def test_a_server_whose_step_loop_died_tells_its_requests_and_ends(mortal: Serve
     reader = threading.Thread(target=lambda: seen.extend(served.events(**{**LONG, "max_tokens": 450})))
     reader.start()
     until(lambda: served.metric("generation_tokens_total") > 3)
-    (control / "die").touch()
-    reader.join(3.0)
-    assert seen[-1]["error"]["code"] == 503 and "choices" in seen[-2]
-    assert served.process.wait(3.0) == 1
+    where = urlsplit(served.url)
+    with socket.create_connection((where.hostname or "", where.port or 0)) as half:
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 500\r\n\r\n{")
+        (control / "die").touch()
+        reader.join(3.0)
+        assert seen[-1]["error"]["code"] == 503 and "choices" in seen[-2]
+        assert served.process.wait(6.0) == 1
     log = served.log.read_text()
     assert log.index("The step loop has died") < log.index("No engine is left, so the server ends") < log.index("Ended.")
 

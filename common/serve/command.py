@@ -39,6 +39,8 @@ from common.weights.checkpoint import open_checkpoint
 from common.weights.zoo import resolve
 
 log = logging.getLogger("common.serve.main")
+FAILED_DRAIN_S = 2
+"""In which requests can be told that there is no engine left."""
 TELL_S = 5.0
 """Between two lines that say how far loading has come."""
 TOLD_BY_THE_FRONT = (log.name, "common.serve.guard")
@@ -148,6 +150,8 @@ class Server(uvicorn.Server):
         """Ten times a second: whether it is to end."""
         told = await super().on_tick(counter)
         self.failed = not told and self._engines.hopeless
+        if self.failed:  # nothing that is unfinished can still be answered otherwise than with an error
+            self.config.timeout_graceful_shutdown = min(self.config.timeout_graceful_shutdown or 0, FAILED_DRAIN_S)
         return told or self.failed
 
     def told_to_end(self, *_: object) -> None:
