@@ -364,6 +364,7 @@ class ReplicaState(NamedTuple):
     role: str = "both"
     """Or `prefill` or `decode`: what it computes of a request."""
     backend: str = ""
+    """Of its engine."""
 
 
 class ServingEngine(InferenceEngine):
