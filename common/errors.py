@@ -58,6 +58,11 @@ def shown(value: object, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[:most]}…"
 
 
+def name_of(error: BaseException) -> str:
+    """By which `by_name` makes it, or what it is a kind of, in another process."""
+    return next((kind.__name__ for kind in type(error).__mro__ if globals().get(kind.__name__) is kind), type(error).__name__)
+
+
 def by_name(kind: str, message: str) -> TandemError | None:
     """The error that was raised in another process, which told its class and message; None if it is none of these."""
     known = globals().get(kind)

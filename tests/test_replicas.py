@@ -19,14 +19,16 @@ import psutil
 import pytest
 
 from common import child
+from common.agents import AgentLost
 from common.engine import Engine
-from common.errors import BackendError, ConfigError, RequestError
+from common.errors import BackendError, ConfigError, RequestError, by_name
 from common.llm import LLM
 from common.platform import thread_settings
 from common.replicas.engine import Replicas
 from common.replicas.keeper import Gone, Keeper, News, Ready
 from common.replicas.open import open_engine
 from common.replicas.totals import totals
+from common.replicas.worker import failure
 from common.request import Request, SamplingParams, Status, StructuredOutputsParams, TokenEvent, fan_out
 from common.text.grammar import Grammars
 from common.text.tokenizer import open_tokenizer
@@ -319,6 +321,9 @@ def test_what_keeps_a_replica_from_starting_is_told_as_it_was_raised() -> None:
         running(Replicas, replace(SMALL, max_model_len=1 << 20), "torch"),
     ):
         pass
+    # Of a kind that only who raises it knows, it is what that is a kind of.
+    told = failure(AgentLost("No rank can be started."))
+    assert str(by_name(**told)) == "No rank can be started." and type(by_name(**told)) is BackendError
 
 
 def test_one_that_cannot_start_again_is_given_up_and_the_last_takes_all_requests_with_it(

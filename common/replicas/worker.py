@@ -19,7 +19,7 @@ import numpy as np
 from common import child
 from common.config import EngineConfig
 from common.engine import Engine, build_engine
-from common.errors import TandemError
+from common.errors import TandemError, name_of
 from common.frames import Frame, Message, write_frame
 from common.replicas.handover import SECRET, Door, Heard, fetch
 from common.replicas.keeper import BEAT_S
@@ -214,4 +214,4 @@ class Replica:
 
 def failure(error: Exception) -> dict[str, str]:
     """What was raised, for the other end to raise it there."""
-    return {"kind": type(error).__name__, "message": str(error)}
+    return {"kind": name_of(error), "message": str(error)}
