@@ -163,7 +163,10 @@ def expect_told_that_it_ends(served: Served) -> None:
 def interrupt_twice(served: Served) -> None:
     """It ends at the second Ctrl-C, whatever runs."""
     served.process.send_signal(signal.SIGINT)
+    served.process.send_signal(signal.SIGINT)  # the same, as one that a launcher has passed on
     until(lambda: "Told to end: " in served.log.read_text())
+    time.sleep(0.2)
+    assert served.process.poll() is None
     served.process.send_signal(signal.SIGINT)
     assert served.process.wait(10) == 130
     assert "Traceback" not in served.log.read_text()

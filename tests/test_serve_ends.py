@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -22,7 +23,16 @@ from common.options import parse
 from common.serve.command import make_app, make_parser
 from common.serve.errors import ApiError
 from common.serve.guard import Guard
-from tests.http_server import Served, expect_told_that_it_ends, history, interrupt_twice, raw_request, serving, until
+from tests.http_server import (
+    PATIENCE_S,
+    Served,
+    expect_told_that_it_ends,
+    history,
+    interrupt_twice,
+    raw_request,
+    serving,
+    until,
+)
 
 
 @contextmanager
@@ -58,14 +68,17 @@ Server = tuple[Served, Path]
 LONG: dict[str, Any] = {"prompt": "a long one", "max_tokens": 60, "ignore_eos": True}
 
 
-def test_told_to_end_it_finishes_what_runs_and_takes_nothing_new(mortal: Server) -> None:
+@pytest.mark.parametrize("told", [[signal.SIGTERM], [signal.SIGINT] * 2], ids=["once", "twice, as a launcher passes it on"])
+def test_told_to_end_it_finishes_what_runs_and_takes_nothing_new(mortal: Server, told: list[signal.Signals]) -> None:
     served, control = mortal
     (control / "slow").touch()
     whole: list[Any] = []
     reader = threading.Thread(target=lambda: whole.extend(served.events(**LONG, return_token_ids=True)))
     reader.start()
     until(lambda: served.metric("generation_tokens_total") > 3)
-    assert served.stop() == 0
+    for number in told:
+        served.process.send_signal(number)
+    assert served.process.wait(PATIENCE_S) == 0
     reader.join()
     assert sum(len(chunk["choices"][0]["token_ids"]) for chunk in whole) == 60
     assert whole[-1]["choices"][0]["finish_reason"] == "length"

@@ -39,6 +39,8 @@ from common.weights.checkpoint import open_checkpoint
 from common.weights.zoo import resolve
 
 log = logging.getLogger("common.serve.main")
+SAME_S = 0.1
+"""In which a second Ctrl-C is the first: a launcher that hears it too passes it on."""
 FAILED_DRAIN_S = 2
 """In which requests can be told that there is no engine left."""
 TELL_S = 5.0
@@ -145,6 +147,7 @@ class Server(uvicorn.Server):
         self._backends = engines if isinstance(engines, Backends) else None
         self.failed = False
         """Whether it ends for that."""
+        self._told = -SAME_S
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether it is to end."""
@@ -168,7 +171,10 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        before, self._told = self._told, time.monotonic()
         if self.should_exit and sig == signal.SIGINT:
+            if self._told - before < SAME_S:
+                return
             log.warning("Told to end once more: at once, and what is unfinished is lost.")
             if self._backends is not None:
                 self._backends.kill()
