@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -131,7 +132,8 @@ def test_ctrl_c_while_a_server_loads_ends_it_whatever_its_threads_compute(tmp_pa
     (tmp_path / "loadinginfer" / "__init__.py").write_text(LOADS_IN_A_POOL.format(begun=str(begun)))
     process = command("-m", "common.serve", "--model=tiny-llama", "--port=0", "--backend=loading", first=tmp_path)
     until(begun.exists)
-    assert interrupt(process) == (130, "")
+    code, told = interrupt(process)
+    assert code == 130 and re.fullmatch(r".* INFO common\.serve\.main: Loading tiny-llama \(loading\)\.\n", told), told
 
 
 @pytest.mark.accept
