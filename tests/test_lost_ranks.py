@@ -270,13 +270,15 @@ def test_a_rank_ends_when_told_to_though_a_fork_of_the_caller_holds_its_input_op
         "import os, time\n"
         "from common.errors import BackendError\nfrom common.followers import Follower\n"
         "rank = Follower('common.followers:follow', {}, None, ended=lambda rank: None)\n"
+        "told, tell = os.pipe()\n"
         "if not (fork := os.fork()):\n"
         "    rank.close()\n"
         "    try:\n"
         "        rank.settle()\n"
         "    except BackendError as error:\n"
-        "        assert 'is a fork' in str(error)\n"
+        "        os.write(tell, str(error).encode())\n"
         "        time.sleep(600)\n"
+        "os.close(tell)\nassert b'is a fork' in os.read(told, 200)\n"
         "rank.settle()\nbegin = time.monotonic()\nrank.close()\nprint(time.monotonic() - begin)\nos.kill(fork, 9)\n"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
