@@ -194,7 +194,7 @@ class EngineConfig:
     num_blocks: int | None = None
     """Pages the scheduler may use, the null page included; None sizes it from max_num_seqs and memory."""
     max_model_len: int | None = None
-    """Longest prompt + output; None takes the model's own limit, capped at 4,096."""
+    """Longest prompt plus output, in tokens. None takes the model's limit, or what the KV pool holds where that is less."""
     max_num_seqs: int = 64
     """Requests that run at once."""
     max_num_batched_tokens: int = 512
@@ -304,13 +304,16 @@ class EngineConfig:
         )
 
     def model_len(self, model: ModelConfig) -> int:
-        """The longest prompt + output this engine serves of `model`. Raises `ConfigError` if more is asked than it has."""
+        """Return the most tokens of prompt plus output that the engine may serve of `model`.
+
+        The KV pool may hold fewer (`common.engine.served_len`). Raises `ConfigError` where `max_model_len` exceeds the model.
+        """
         asked = self.max_model_len
         expect(
             asked is None or asked <= model.max_position,
             f"max_model_len must not exceed the model's {model.max_position} positions, got {asked}.",
         )
-        return asked or min(model.max_position, 4096)
+        return asked or model.max_position
 
     def check_backend(self, name: str) -> None:
         """Raise `ConfigError` for an option that the backend `name` does not have; it need not be imported for that."""

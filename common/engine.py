@@ -286,19 +286,36 @@ class Engine(ServingEngine):
 
 
 def pool_size(config: EngineConfig, max_model_len: int, page_bytes: int) -> int:
-    """Pages to allocate, the null page included: `num_blocks`, or enough for `max_num_seqs` full contexts within bounds, which
-    replicas share."""
+    """Return the number of pages to allocate, the null page included.
+
+    It is `num_blocks` where set. Else the pool has room for `max_num_seqs` full contexts, within `MAX_POOL_BYTES` or one full
+    context, whichever is larger, and within a quarter of the free memory, which replicas share.
+    """
     if config.num_blocks is not None:
         return config.num_blocks
-    wanted = 1 + config.max_num_seqs * -(-max_model_len // config.block_size)
+    context = -(-max_model_len // config.block_size)
     share = memory_available() // (4 * config.data_parallel_size)
-    affordable = min(share, MAX_POOL_BYTES) // page_bytes
+    affordable = min(share, max(MAX_POOL_BYTES, (1 + context) * page_bytes)) // page_bytes
     expect_config(
         affordable >= 2,
         f"One KV page of {config.block_size} tokens takes {page_bytes} bytes, and there is no memory for two; "
         "lower block_size, or set num_blocks to insist.",
     )
-    return min(wanted, affordable)
+    return min(1 + config.max_num_seqs * context, affordable)
+
+
+def served_len(config: EngineConfig, positions: int, num_pages: int) -> int:
+    """Return the most tokens of prompt plus output that an engine with `num_pages` pages serves.
+
+    An explicit `max_model_len` stays as it is: the scheduler refuses a request that the pool cannot hold. Without one the
+    limit is the model's `positions`, or the tokens of the pool where these are fewer.
+    """
+    if config.max_model_len is not None:
+        return config.max_model_len
+    room = (num_pages - 1) * config.block_size
+    if room < positions:
+        log.warning("The model has %d positions and the KV pool holds %d tokens: max_model_len=%d.", positions, room, room)
+    return min(positions, room)
 
 
 def build_engine(
@@ -308,8 +325,7 @@ def build_engine(
     progress: Progress | None = None,
 ) -> Engine:
     """An engine of `backend` (`jax`, `torch`), loaded, allocated and warmed up; of several replicas, one."""
-    max_model_len = config.model_len(checkpoint.config)
-    config = replace(config, max_model_len=max_model_len)
+    positions = config.model_len(checkpoint.config)
     # Before processes start, each of which would say so.
     expect_shareable(checkpoint.config, config.tensor_parallel_size, config.pipeline_parallel_size)
     runner = load_backend(backend, config)
@@ -317,7 +333,7 @@ def build_engine(
         runner.load(checkpoint, progress)
         groups = runner.kv_groups()
         page_bytes = sum(group.page_bytes for group in groups)
-        num_pages = pool_size(config, max_model_len, page_bytes)
+        num_pages = pool_size(config, positions, page_bytes)
         free = memory_available()
         expect_config(
             runner.caps.device != "cpu" or num_pages * page_bytes <= free,
@@ -326,7 +342,7 @@ def build_engine(
         )
         runner.allocate([num_pages] * len(groups))
         runner.warmup(progress)
-        return Engine(runner, config, num_pages=num_pages)
+        return Engine(runner, replace(config, max_model_len=served_len(config, positions, num_pages)), num_pages=num_pages)
     except BaseException:
         runner.close()
         raise

@@ -680,7 +680,7 @@ def test_an_engine_is_loaded_allocated_warmed_up_and_closed(monkeypatch: pytest.
     package = Package(monkeypatch)
     engine = build_engine("history", checkpoint(), EngineConfig(max_num_seqs=2, max_num_batched_tokens=8, block_size=8))
     assert package.calls == ["load", "allocate", "warmup"]
-    assert package.made[0].config.max_model_len == 128 == engine.caps.max_model_len
+    assert engine.caps.max_model_len == 128
     assert package.made[0].num_pages == 1 + 2 * 16  # two full contexts and the null page
     assert tokens(engine.run([request("r")])["r"]) == right(request("r")).tokens
     engine.close()
@@ -712,7 +712,20 @@ def test_the_pool_holds_full_contexts_as_far_as_memory_allows(monkeypatch: pytes
     assert pool_size(config, 100, page_bytes=1000) == 1 + 4 * 7
     assert pool_size(config, 100, page_bytes=100_000) == 10  # a quarter of what is available
     monkeypatch.setattr("common.engine.memory_available", lambda: 1 << 40)
-    assert pool_size(config, 1 << 30, page_bytes=1 << 20) == 2048  # 2 GiB
+    assert pool_size(config, 1 << 14, page_bytes=1 << 20) == 2048  # 2 GiB
+    assert pool_size(config, 1 << 16, page_bytes=1 << 20) == 1 + 4096  # one full context, where that is more
+    monkeypatch.setattr("common.engine.memory_available", lambda: 1 << 33)
     with pytest.raises(ConfigError, match="no memory for two"):
         pool_size(config, 100, page_bytes=1 << 31)
     assert pool_size(EngineConfig(num_blocks=77), 100, page_bytes=1 << 40) == 77
+
+
+def test_the_context_is_that_of_the_model_as_far_as_the_pool_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    Package(monkeypatch)
+    small = {"max_num_seqs": 2, "max_num_batched_tokens": 8, "block_size": 8}
+    served = lambda **options: build_engine("history", checkpoint(), EngineConfig(**small, **options)).caps.max_model_len  # noqa: E731
+    assert served() == 128
+    assert served(max_model_len=100) == 100
+    assert served(num_blocks=11) == 80
+    assert served(num_blocks=11, max_model_len=100) == 100  # as asked; a request that cannot fit is refused at admission
+    assert EngineConfig().model_len(SimpleNamespace(max_position=131_072)) == 131_072

@@ -38,7 +38,8 @@ def build_engine(checkpoint: Checkpoint, config: EngineConfig, progress: Progres
     torch.nn.Module.to(model, device)
     if progress:
         progress(1, 1, "load")
-    limit = min(config.max_model_len or 4096, model.config.get_text_config().max_position_embeddings)
+    positions = model.config.get_text_config().max_position_embeddings
+    limit = min(config.max_model_len or positions, positions)
     return HuggingFaceEngine(model, batch_size=config.max_num_seqs, max_model_len=limit)
 
 
