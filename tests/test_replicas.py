@@ -287,6 +287,24 @@ def test_conversations_go_back_to_where_their_history_lies(history: Path) -> Non
     assert prefix >= 2 * round_robin > 0, (prefix, round_robin)
 
 
+def test_short_requests_are_spread_while_a_long_prompt_decodes(two: Replicas, history: Path) -> None:
+    (history / "slow").touch()
+    greedy = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    long = Request(request_id="long", prompt_token_ids=range(3, 303), params=replace(greedy, max_tokens=100))
+    two.add(long)
+    while not any(event.token_id is not None for event in two.step()):
+        pass
+    short = [Request(request_id=f"short{i}", prompt_token_ids=(i % VOCAB, 5, 6), params=greedy) for i in range(40)]
+    places = []
+    for request in short:
+        two.add(request)
+        places.append(two._live[request.request_id].replica)
+    counts = [places.count(replica) for replica in two._replicas]
+    two.abort("long")
+    two.run([])
+    assert sum(counts) == 40 and min(counts) >= 15, counts
+
+
 # ── processes ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

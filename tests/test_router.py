@@ -9,7 +9,7 @@ import pytest
 
 from common.config import Routing
 from common.schedule.pages import PagePool, next_key
-from common.schedule.router import Choice, Router
+from common.schedule.router import DECODE_TOKENS, Choice, Router, remaining_tokens
 
 B = 4
 LONG = list(range(100, 141))
@@ -44,6 +44,26 @@ def test_a_prefix_draws_a_request_until_its_engine_has_so_much_more_to_do() -> N
     assert choose(one, LONG, "", {0: 0, 1: 41}).engine == 0
     assert choose(one, [*LONG[:20], *range(20)], "", {0: 0, 1: 19}).engine == 1
     assert choose(one, [*LONG[:20], *range(20)], "", {0: 0, 1: 21}).engine == 0
+
+
+def test_the_load_of_a_request_is_the_work_that_is_left() -> None:
+    assert remaining_tokens(5000, 0, 16) == 5016
+    assert remaining_tokens(0, 1, 16) == 15  # its prompt is computed
+    assert remaining_tokens(0, 1, 4000) == DECODE_TOKENS  # most outputs end before max_tokens
+    assert [remaining_tokens(0, output, 16) for output in (14, 15, 16)] == [2, 1, 0]
+
+
+def test_short_requests_are_spread_while_a_long_prompt_decodes_and_a_common_prefix_does_not_hold_them_together() -> None:
+    for common in (0, 20):  # tokens
+        one, work, count = router(), {0: remaining_tokens(0, 1, 1000), 1: 0}, {0: 0, 1: 0}
+        sent(one, 0, range(5000), "", pages=10_000)
+        for i in range(40):
+            tokens = [*range(common), *range(6000 + 10 * i, 6010 + 10 * i)]
+            engine, cached = choose(one, tokens, "", work)
+            sent(one, engine, tokens, "", pages=10_000)
+            work[engine] += remaining_tokens(len(tokens) - cached, 0, 16)
+            count[engine] += 1
+        assert min(count.values()) >= 15, (common, count)
 
 
 def test_a_prefix_is_one_of_whole_pages_from_the_start_and_of_one_salt() -> None:

@@ -39,7 +39,7 @@ from common.request import ENGINE_GONE, Request, Status, TokenEvent, expect
 from common.schedule.edits import Edits
 from common.schedule.limits import Limits, check_request, expect_new, expect_room
 from common.schedule.pages import PageKey
-from common.schedule.router import Router
+from common.schedule.router import Router, remaining_tokens
 from common.schedule.seeds import mix64
 from common.schedule.steplog import StepRecord
 from common.weights.checkpoint import Checkpoint
@@ -63,8 +63,10 @@ class _Live:
     """Output tokens that it had when the last of those replicas ended."""
     keys: list[PageKey] = field(default_factory=list)
     """As the router has them, of the tokens that it had when they were last asked for."""
-    cost: int = 0
-    """Tokens that its replica computes before it can give the first that is new."""
+    most: int = 0
+    """Output tokens that it can come to have."""
+    prefill: int = 0
+    """Tokens of its context that its replica has still to compute, as far as known: 0 once a new token has come."""
     number: int = -1
     """By which the replica knows it."""
     place_there: int = 0
@@ -77,6 +79,11 @@ class _Live:
     @property
     def tokens(self) -> tuple[int, ...]:
         return (*self.request.prompt_token_ids, *self.output)
+
+    @property
+    def load(self) -> int:
+        """Tokens that its replica has still to compute for it."""
+        return remaining_tokens(self.prefill, len(self.output), self.most)
 
     @property
     def suspect(self) -> bool:
@@ -105,8 +112,8 @@ class _Replica:
 
     @property
     def load(self) -> int:
-        """Tokens that it computes for its requests, as far as they have come."""
-        return sum(live.cost + len(live.output) for live in self.live.values())
+        """Tokens that it has still to compute for its requests."""
+        return sum(live.load for live in self.live.values())
 
 
 class Replicas(ServingEngine):
@@ -180,13 +187,13 @@ class Replicas(ServingEngine):
 
     def add(self, request: Request, offer: Sequence[Any] | None = None) -> None:
         """`offer`: where pages of its prompt are to be had."""
-        self.check(request)
+        most = self.check(request)
         if request.params.seed is None:
             seed = mix64(self._config.seed, self._num_requests)
             request = replace(request, params=replace(request.params, seed=seed))
         self._num_requests += 1
         self._counters["prompt_tokens"] += len(request.prompt_token_ids)
-        self._live[request.request_id] = live = _Live(request, list(request.output_token_ids), offer=offer)
+        self._live[request.request_id] = live = _Live(request, list(request.output_token_ids), most=most, offer=offer)
         self._send(live)
 
     def has(self, request_id: str) -> bool:
@@ -231,7 +238,7 @@ class Replicas(ServingEngine):
         others = []
         if live.suspect:
             self._tried, others = live, [self._recall(other) for other in list(self._replicas[index].live.values())]
-        live.cost = 1 if live.offer else len(tokens) - cached
+        live.prefill = 1 if live.offer else len(tokens) - cached
         replica = live.replica = self._replicas[index]
         assert replica.link
         live.number = next(self._numbers)
@@ -377,6 +384,7 @@ class Replicas(ServingEngine):
         event = replace(event, request_id=live.request.request_id)
         if event.token_id is not None:
             live.output.append(event.token_id)
+            live.prefill = 0
             self._counters["generation_tokens"] += 1
         if event.finish is not None:
             self._leave(live, event)

@@ -1,7 +1,7 @@
 """Which of several engines gets a request. Bookkeeping only: an engine is a number here, and its load is told.
 
-`prefix` sends a request where least is to compute: for the requests that an engine has, and of its own tokens those that are
-not cached there. So a conversation goes back to where its history lies, until that engine has so much more to do than another
+`prefix` sends a request where least is to compute: for the requests that an engine has (`remaining_tokens`), and of its own
+tokens those that are not cached there. So a conversation goes back to where its history lies, until that engine has so much more to do than another
 that computing the history anew is the shorter way. `round_robin` knows neither; it is what `prefix` is held against.
 
 What is cached where, nobody tells the router: it remembers the keys of the pages that it has sent to each engine, as many as
@@ -23,6 +23,15 @@ from common.schedule.pages import PageKey, next_key
 
 _SECRET = b"router"
 """Keys of pages are compared within this process alone."""
+
+DECODE_TOKENS = 64
+"""Output tokens that a request is assumed to compute from now on, if `max_tokens` allows as many. Most requests end early."""
+
+
+def remaining_tokens(prefill: int, output: int, most: int) -> int:
+    """Estimate the tokens that an engine has still to compute for a request: its load. `prefill`: tokens of the prompt that are
+    not computed. `output`: output tokens so far. `most`: output tokens at most."""
+    return prefill + min(most - output, DECODE_TOKENS)
 
 
 class Choice(NamedTuple):
@@ -51,8 +60,8 @@ class Router:
         return keys
 
     def choose(self, keys: Sequence[PageKey], loads: Mapping[int, int]) -> Choice:
-        """For a request whose pages have these keys: one of the engines in `loads`, which says how many tokens each computes
-        for the requests that it has."""
+        """For a request whose pages have these keys: one of the engines in `loads`, which says how many tokens each has
+        still to compute for its requests."""
         cached = {engine: self._cached(engine, keys) for engine in loads}
         turns = {engine: (engine - self._last - 1) % self._count for engine in loads}
         weights = {engine: loads[engine] - cached[engine] if self._routing == "prefix" else 0 for engine in loads}
