@@ -324,20 +324,28 @@ def test_a_grammar_that_cannot_go_on_ends_only_its_request(grammars: Grammars) -
 
 
 @pytest.mark.parametrize("kernels", ["framework", "native"])
-@pytest.mark.parametrize("how", [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    "how", [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5, "top_p": 0.9, "logprobs": 2}]
+)
 def test_where_nothing_is_left_it_ends_with_an_error_though_the_token_of_an_empty_row_fits(
     grammars: Grammars, tokenizer: Tokenizer, backend: str, kernels: str, how: dict[str, Any]
 ) -> None:
     """That token is 0, "!" here."""
-    (a,), (zero,) = (tokenizer.encode(text, add_special_tokens=False) for text in ("a", "!"))
+    (a,), (b,), (zero,) = (tokenizer.encode(text, add_special_tokens=False) for text in "ab!")
     assert zero == 0
     free = request(grammars, "free", None, max_tokens=6, **how)
     held = replace(request(grammars, "held", {"regex": "a!"}, **how), bad_words=((a, zero),))
     masked = replace(request(grammars, "masked", None, allowed_token_ids=[a], **how), bad_words=((a, a),))
+    # Each of the three leaves a token, and any two of them leave one.
+    joint = request(grammars, "joint", {"regex": "a[bc!]"}, allowed_token_ids=[a, b, zero], **how)
+    joint = replace(joint, bad_words=((a, b), (a, zero)))
+    zero_is_allowed = request(grammars, "zero is allowed", {"regex": "ab"}, allowed_token_ids=[a, zero], **how)
+    early = replace(request(grammars, "early", {"regex": "a!?"}, min_tokens=2, **how), bad_words=((a, zero),))
+    stuck = [held, masked, joint, zero_is_allowed, early]
     engine = make_engine(backend, MODEL, engine_config(kernels=kernels))
     right = engine.run([free])
-    events = engine.run([held, free, masked])
-    for name in ("held", "masked"):
+    events = engine.run([*stuck[:3], free, *stuck[3:]])
+    for name in (each.request_id for each in stuck):
         assert tokens_of(events)[name] == [a, None]
         assert events[name][-1].finish is Status.FINISHED_ERROR and events[name][-1].error == STUCK
     assert tokens_of(events)["free"] == tokens_of(right)["free"]

@@ -1,8 +1,9 @@
 """Which of several engines gets a request. Bookkeeping only: an engine is a number here, and its load is told.
 
-`prefix` sends a request where least is to compute: for the requests that an engine has (`remaining_tokens`), and of its own
-tokens those that are not cached there. So a conversation goes back to where its history lies, until that engine has so much more to do than another
-that computing the history anew is the shorter way. `round_robin` knows neither; it is what `prefix` is held against.
+`prefix` sends a request to the engine with the least work: the tokens that are left of its requests (`remaining_tokens`), and
+the tokens of the new request that it has not cached. So a conversation returns to the engine that has its history, unless that
+engine has so much more work than another that computing the history anew takes less time. `round_robin` ignores both. It is the
+baseline of `prefix`.
 
 What is cached where, nobody tells the router: it remembers the keys of the pages that it has sent to each engine, as many as
 that has pages, and forgets those first that were not asked for longest, of one request its tail first, as the engine's pool
