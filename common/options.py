@@ -14,6 +14,36 @@ from common.config import EngineConfig
 from common.errors import ConfigError, nearest_hint
 from common.weights.zoo import names
 
+SWITCH = "true|false"
+"""The metavar of an option that is true or false."""
+SPELLINGS = {
+    "-tp": "--tensor-parallel-size",
+    "-pp": "--pipeline-parallel-size",
+    "-dp": "--data-parallel-size",
+    "--enforce-eager": "--no-compile",
+    "--num-gpu-blocks-override": "--num-blocks",
+}
+"""Options of vLLM under another name → the option here."""
+LEFT_OUT = {
+    "--gpu-memory-utilization": "The KV pool takes a quarter of the free memory, 2 GiB at most; --num-blocks sets its pages.",
+    "--kv-cache-memory-bytes": "--num-blocks sets the number of KV pages.",
+    "--swap-space": "A preempted request keeps its tokens and is recomputed; there is no swap space.",
+    "--cpu-offload-gb": "Weights stay on the device of the engine.",
+    "--trust-remote-code": "The code of a checkpoint never runs.",
+    "--quantization": "A GGUF file brings its encoding; weights are expanded to --dtype at load.",
+    "--load-format": "The files of a checkpoint decide: safetensors or GGUF.",
+    "--revision": "A hub id loads the default revision; download another one and give its path.",
+    "--distributed-executor-backend": "JAX drives the devices of one process; PyTorch starts one process per rank.",
+    "--disable-log-requests": "The log has no prompts unless --log-prompts is set; leave this out.",
+    "--disable-log-stats": "The log has no statistics; /metrics has them. Leave this out.",
+    "--enable-log-requests": "Use --log-prompts.",
+    "--enable-lora": "Adapters are not supported yet.",
+    "--speculative-config": "Speculative decoding is not supported yet.",
+    "--limit-mm-per-prompt": "The models read text only.",
+}
+"""Options of vLLM that have no counterpart → the reason, or the option to use."""
+_SUFFIXES = {"k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20, "g": 10**9, "G": 2**30}
+
 
 def add_model_options(parser: argparse.ArgumentParser, backends: str) -> None:
     """Which model, on which backend."""
@@ -51,17 +81,35 @@ def flag(name: str) -> str:
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
-    """Underscores are as good as hyphens. Raises `ConfigError` for an unknown option, with the nearest known one."""
-    known = [name for action in parser._actions for name in action.option_strings]
+    """Parse a command line in the spellings that vLLM accepts.
+
+    An option may have underscores for hyphens. A switch may stand alone (`--compile`), with a value (`--compile true`), or
+    negated (`--no-compile`). A parser without positional arguments takes a first argument that is no option as `--model`.
+    Raises `ConfigError` for an unknown option, with the nearest known option or the reason why Tandem has no such option.
+    """
+    switches = {name for action in parser._actions if action.metavar == SWITCH for name in action.option_strings}
+    known = [name for action in parser._actions for name in action.option_strings] + ["--no-" + name[2:] for name in switches]
     end = arguments.index("--") if "--" in arguments else len(arguments)
     spelt = list(arguments)
     for i, argument in enumerate(arguments[:end]):
-        if argument.startswith("--"):
-            option, equals, value = argument.partition("=")
-            option = flag(option[2:])
-            if option not in known:
-                raise ConfigError(f"Unknown option {option}.{nearest_hint(option, known)} See --help.")
-            spelt[i] = option + equals + value
+        if i == 0 and not argument.startswith("-") and all(action.option_strings for action in parser._actions):
+            spelt[i] = "--model=" + argument
+        if not argument.startswith("-") or argument == "-":
+            continue
+        option, equals, value = argument.partition("=")
+        option = flag(option[2:]) if option.startswith("--") else option
+        option = SPELLINGS.get(option, option)
+        if option.startswith("--") and option not in known:
+            reason = LEFT_OUT.get(option) or f"{nearest_hint(option, known)} See --help."
+            raise ConfigError(f"Unknown option {option}. {reason.strip()}")
+        negated = "--" + option.removeprefix("--no-")
+        if negated in switches and option not in switches:
+            if equals:
+                raise ConfigError(f"{option} takes no value, got {value!r}. Write {negated}={value} or {option}.")
+            option, equals, value = negated, "=", "false"
+        elif option in switches and not equals and arguments[i + 1 : i + 2] not in (["true"], ["false"]):
+            equals, value = "=", "true"
+        spelt[i] = option + equals + value
     return parser.parse_args(spelt)
 
 
@@ -83,9 +131,9 @@ def without(option: str, arguments: Sequence[str]) -> list[str]:
 def _reading(hint: Any) -> dict[str, Any]:
     """How argparse turns the text of an option into a value of the type `hint`."""
     if hint is bool:
-        return {"type": _boolean, "metavar": "true|false"}
+        return {"type": _boolean, "metavar": SWITCH}
     if int in (hint, *get_args(hint)):
-        return {"type": int, "metavar": "N"}
+        return {"type": _count_or_none if type(None) in get_args(hint) else _count, "metavar": "N"}
     return {"metavar": "|".join(arg for arg in get_args(hint) if isinstance(arg, str)) or "NAME"}
 
 
@@ -93,3 +141,17 @@ def _boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
     return text.lower() == "true"
+
+
+def _count(text: str) -> int:
+    """Read an integer with an optional suffix: 8k is 8,000 and 8K is 8,192, as in vLLM."""
+    digits, suffix = (text[:-1], text[-1:]) if text[-1:] in _SUFFIXES else (text, "")
+    try:
+        return int(digits) * _SUFFIXES.get(suffix, 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected an integer such as 4096, 8k or 8K, got {text!r}") from None
+
+
+def _count_or_none(text: str) -> int | None:
+    """Read an integer, or `auto` for the default."""
+    return None if text == "auto" else _count(text)

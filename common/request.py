@@ -259,6 +259,10 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature < GREEDY_EPSILON
 
+    def clone(self, **changes: Any) -> Self:
+        """Return a copy with these fields changed, checked like any other. The original is immutable."""
+        return replace(self, **changes)
+
 
 class Status(Enum):
     """`WAITING → RUNNING ⇄ PREEMPTED`, and from any of them to one terminal state (`leads_to`)."""

@@ -211,8 +211,15 @@ def test_a_key_that_clients_send_in_different_ways_is_known_in_each(key: str) ->
             guard._check_key("/v1/models", Headers(raw=[(b"authorization", b"Bearer " + wrong.encode())]))
 
 
-def test_a_key_is_asked_for(tmp_path: Path) -> None:
-    with started(tmp_path, "--api-key", "secret") as (served, _):
+def test_a_key_is_required_and_pages_of_allowed_origins_may_call(tmp_path: Path) -> None:
+    page = "https://page.example"
+    with started(tmp_path, "--api-key", "secret", "--allowed-origins", json.dumps([page])) as (served, _):
+        asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization, content-type"}
+        for origin, code, allowed in ((page, 200, page), ("https://other.example", 400, None)):
+            preflight = served.client.options("/v1/completions", headers={"origin": origin} | asks)  # which brings no key
+            assert (preflight.status_code, preflight.headers.get("access-control-allow-origin")) == (code, allowed)
+            refused = served.client.get("/v1/models", headers={"origin": origin})
+            assert (refused.status_code, refused.headers.get("access-control-allow-origin")) == (401, allowed)
         for given, told in (
             ({}, "A key is needed"),
             ({"authorization": "Bearer wrong"}, "not the one"),

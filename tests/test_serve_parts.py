@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from common.config import EngineConfig
-from common.errors import RequestError
+from common.errors import ConfigError, RequestError
 from common.options import field_docs, without
+from common.options import parse as parse_options
 from common.serve import protocol
+from common.serve.command import make_parser
 from common.serve.errors import ApiError, api_error, public
 from common.serve.model import ServedModel
 from common.serve.protocol import ChatRequest, CompletionRequest, parse
@@ -175,3 +177,39 @@ def test_every_option_of_the_engine_is_explained() -> None:
 def test_an_option_is_left_out_however_it_is_spelt() -> None:
     for key in (["--api-key", "--secret"], ["--api-key=secret"], ["--api_key", "secret"], ["--api_key=a b"]):
         assert without("--api-key", ["--port", "1", *key, "--admin"]) == ["--port", "1", "--admin"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["tiny-qwen3", "--port", "9"], {"model": "tiny-qwen3", "port": 9}),
+        (["--compile"], {"compile": True}),
+        (["--compile", "--port=9"], {"compile": True, "port": 9}),
+        (["--compile", "false"], {"compile": False}),
+        (["--enforce-eager"], {"compile": False}),
+        (["--no-enable-prefix-caching", "--no_enable_chunked_prefill"], {"enable_prefix_caching": False}),
+        (["--no-enable_chunked_prefill"], {"enable_chunked_prefill": False}),
+        (["-tp", "2", "-pp=3", "-dp", "4"], {"tensor_parallel_size": 2, "pipeline_parallel_size": 3, "data_parallel_size": 4}),
+        (["--max-model-len", "8k", "--max-num-batched-tokens=1K"], {"max_model_len": 8000, "max_num_batched_tokens": 1024}),
+        (["--max-model-len", "auto"], {"max_model_len": None}),
+        (["--num-gpu-blocks-override", "77"], {"num_blocks": 77}),
+    ],
+)
+def test_a_command_line_of_vllm_means_the_same(given: list[str], expected: dict[str, object]) -> None:
+    found = vars(parse_options(make_parser(), given))
+    assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--gpu-memory-utilization", "0.9"], "--num-blocks sets its pages"),
+        (["--trust-remote-code"], "never runs"),
+        (["--no-compile=true"], "takes no value"),
+        (["--no-port"], "Unknown option --no-port"),
+        (["--max-num-seq", "8"], "Did you mean '--max-num-seqs'"),
+    ],
+)
+def test_an_option_that_is_not_there_says_what_to_do(given: list[str], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        parse_options(make_parser(), given)

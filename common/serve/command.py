@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import signal
@@ -12,9 +13,11 @@ import threading
 import time
 from collections.abc import Sequence
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from common.child import die_with_parent
 from common.config import EngineConfig
@@ -45,6 +48,8 @@ FAILED_DRAIN_S = 2
 """In which requests can be told that there is no engine left."""
 TELL_S = 5.0
 """Between two lines that say how far loading has come."""
+ANY_REQUEST: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": ["x-request-id"]}
+"""What a page of an allowed origin may send and read."""
 TOLD_BY_THE_FRONT = (log.name, "common.serve.guard")
 """Loggers that say what concerns all backends: of each HTTP request that it was answered, and of the server that it ends."""
 
@@ -52,6 +57,7 @@ TOLD_BY_THE_FRONT = (log.name, "common.serve.guard")
 def make_parser(prog: str = "python -m common.serve") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
+        usage=f"{prog} [MODEL] [options]",
         description="Serve a model to OpenAI's clients, and to people at /.",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -62,6 +68,13 @@ def make_parser(prog: str = "python -m common.serve") -> argparse.ArgumentParser
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     parser.add_argument("--uds", help=argparse.SUPPRESS)  # a socket in the file system; ends when standard input does
     parser.add_argument("--api-key", help="ask for it; None takes $TANDEM_API_KEY")
+    parser.add_argument(
+        "--allowed-origins",
+        type=origins,
+        default=[],
+        metavar="JSON",
+        help="""origins whose pages may call this server from a browser, such as '["http://localhost:3000"]', or '["*"]'""",
+    )
     parser.add_argument("--admin", action="store_true", help="offer /reset_prefix_cache")
     parser.add_argument(
         "--profile-dir", help="with --admin: offer /start_profile and /stop_profile, which writes a trace there"
@@ -80,6 +93,17 @@ def make_parser(prog: str = "python -m common.serve") -> argparse.ArgumentParser
     parser.add_argument("--log-prompts", action="store_true", help="log what is asked; never done otherwise")
     add_engine_options(parser)
     return parser
+
+
+def origins(text: str) -> list[str]:
+    """Read a JSON list of origins. vLLM writes them so."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(each, str) for each in found):
+        raise argparse.ArgumentTypeError(f"""expected a JSON list of strings such as '["*"]', got {text!r}""")
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,6 +133,8 @@ def serve(options: argparse.Namespace, given: Sequence[str], listener: socket.so
     backends = start_backends(options, names, given) if len(names) > 1 else None
     try:
         app = make_app(options) if backends is None else create_front(backends, api_key=api_key(options))
+        if options.allowed_origins and not options.uds:  # outside of the guard: a preflight request has no key
+            app.add_middleware(CORSMiddleware, allow_origins=options.allowed_origins, **ANY_REQUEST)
         config = uvicorn.Config(
             app,
             log_config=None,
