@@ -43,6 +43,10 @@ class EngineGoneError(BackendError):
     """An engine is no more, and another has to be made. A server answers 503."""
 
 
+class UnavailableError(BackendError):
+    """The machine is too busy at the moment, and the same request may succeed later. A server answers 503."""
+
+
 def nearest_hint(given: str, known: Iterable[str]) -> str:
     """A sentence ` Did you mean 'x'?` for a misspelt name, or the empty string when nothing known is close."""
     close = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
@@ -53,7 +57,7 @@ def shown(value: object, most: int = 80) -> str:
     """The repr of a value for a message, cut after so many characters."""
     try:
         text = repr(value)
-    except ValueError:  # Python prints no integer of more than 4300 digits
+    except (ValueError, RecursionError):  # an integer of more than 4300 digits, or lists nested thousands deep
         return f"a value too large to print ({type(value).__name__})"
     return text if len(text) <= most else f"{text[:most]}…"
 

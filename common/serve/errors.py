@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from common.errors import DrainingError, EngineGoneError, QueueFullError, RequestError, TandemError
+from common.errors import DrainingError, EngineGoneError, QueueFullError, RequestError, TandemError, UnavailableError
 
 NAMES = {
     400: "BadRequestError",
@@ -71,6 +71,8 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error), error.param)
         case EngineGoneError():
             return engine_gone()
+        case UnavailableError():
+            return ApiError(503, str(error), headers={"Retry-After": "1"})
         case TandemError():
             return ApiError(500, str(error))
     return ApiError(500, "The server failed on this request; its log says why.")

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import json
-import secrets
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from common.errors import BackendError, CheckpointError, RequestError, nearest_hint
+from common.errors import CheckpointError, RequestError, nearest_hint, shown
 from common.request import expect
+from common.text.disguise import Disguise, SpecialText
+from common.text.renderer import Renderer
 from common.text.tokenizer import Tokenizer
 
-MAX_SECONDS = 1.0
-"""For one conversation; an honest template needs a thousandth of it."""
-MAX_START_SECONDS = 60.0
 MAX_TEMPLATE = 1 << 18
 """Characters of a template."""
 MAX_MESSAGES = 1 << 24
@@ -40,8 +33,8 @@ class ChatTemplate:
         if len(template) > MAX_TEMPLATE:
             raise CheckpointError(f"The chat template has {len(template)} characters; at most {MAX_TEMPLATE} are accepted.")
         self._tokenizer, self._template = tokenizer, template
-        self._worker: subprocess.Popen[str] | None = None
-        self._lock = threading.Lock()
+        self._special = SpecialText(tokenizer)
+        self._renderer = Renderer()
 
     def render(
         self,
@@ -50,39 +43,14 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
-        """The conversation as text, special tokens spelt out.
+        """Return the conversation as text, special tokens spelt out.
 
-        Raises `RequestError` for messages that are malformed or that the template refuses, and for a template that takes more
-        than a second or its share of memory; `CheckpointError` for one that is not valid Jinja; `BackendError` if the worker
-        does not start.
+        Raises `RequestError` for messages that are malformed or that the template refuses, and for a template that takes too
+        much CPU time or memory. Raises `CheckpointError` for a template that is not valid Jinja, and `UnavailableError` if the
+        machine is too busy to render it.
         """
-        _check(messages)
-        special = {"bos_token": self._tokenizer.bos_token_id, "eos_token": next(iter(self._tokenizer.eos_token_ids), None)}
-        special["pad_token"] = self._tokenizer.pad_token_id
-        variables = {
-            "messages": messages,
-            "tools": tools,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-            **{name: self._tokenizer.id_to_token(i) for name, i in special.items() if i is not None},
-        }
-        try:
-            line = json.dumps({"template": self._template, "variables": variables})
-        except (TypeError, ValueError, RecursionError) as error:
-            told = f"Messages and tools must be made of strings, numbers, lists and mappings: {error}."
-            raise RequestError(told, "messages") from error
-        told = f"A conversation may take {MAX_MESSAGES} characters as JSON, got {len(line)}."
-        expect(len(line) <= MAX_MESSAGES, told, "messages")
-        answer = self._ask(line)
-        match answer.get("kind"):
-            case None:
-                return answer["text"]
-            case "syntax":
-                raise CheckpointError(f"The chat template is not valid Jinja, {answer['error']}.")
-            case "refused":
-                raise RequestError(f"The chat template refuses this conversation: {answer['error']}", "messages")
-            case _:
-                raise RequestError(f"The chat template fails on this conversation: {answer['error']}", "messages")
+        disguise = Disguise(self._special)
+        return disguise.show(self._rendered(disguise, messages, tools, add_generation_prompt))
 
     def encode(
         self,
@@ -91,89 +59,67 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
     ) -> tuple[str, list[int]]:
-        """`render` and its token ids. Only the template makes special tokens: one that a message spells stays plain text."""
-        # Names for special tokens in messages, unguessable and made of letters, so that no filter of a template changes them.
-        nonce = "".join(chr(ord("a") + byte % 16) for byte in secrets.token_bytes(16))
-        names: dict[str, str] = {}
-
-        def disguise(value: Any) -> Any:
-            if isinstance(value, str):
-                return "".join(
-                    names.setdefault(part, f"{nonce}{'x' * len(names)}z") if special else part
-                    for part, special in self._parts(value)
-                )
-            if isinstance(value, Mapping):
-                return {key: disguise(item) for key, item in value.items()}
-            return [disguise(item) for item in value] if isinstance(value, list | tuple) else value
-
-        def reveal(text: str) -> str:
-            for token, name in names.items():
-                text = text.replace(name, token)
-            return text
-
-        try:
-            plain_messages, plain_tools = disguise(messages), disguise(tools)
-        except RecursionError:
-            raise RequestError("Messages and tools are nested too deeply.", "messages") from None
-        text = self.render(plain_messages, tools=plain_tools, add_generation_prompt=add_generation_prompt)
-        if not names:
+        """Return the text of `render` and its token ids. Only the template makes special tokens: the text of one in a message
+        or a tool, in a key or a value, stays plain text."""
+        disguise = Disguise(self._special)
+        text = self._rendered(disguise, messages, tools, add_generation_prompt)
+        if not disguise:
             return text, self._tokenizer.encode(text, add_special_tokens=False)
         token_ids: list[int] = []
-        for part, special in self._parts(text):
+        for part, special in self._special.parts(text):
             if special:
                 token_ids.append(self._tokenizer.special_tokens[part])
             else:
-                token_ids += self._tokenizer.encode(reveal(part), add_special_tokens=False, parse_special=False)
-        return reveal(text), token_ids
+                token_ids += self._tokenizer.encode(disguise.show(part), add_special_tokens=False, parse_special=False)
+        return disguise.show(text), token_ids
 
-    def _parts(self, text: str) -> Iterator[tuple[str, bool]]:
-        """`text` cut into special tokens (True) and what lies between (False)."""
-        end = 0
-        for start, stop in self._tokenizer.find_special(text):
-            yield text[end:start], False
-            yield text[start:stop], True
-            end = stop
-        yield text[end:], False
-
-    def _ask(self, line: str) -> dict[str, str]:
-        with self._lock:
-            try:
-                if self._worker is None or self._worker.poll() is not None:
-                    self._start()
-                assert self._worker is not None
-                answer = _exchange(self._worker, line + "\n", MAX_SECONDS)
-                if not answer:
-                    told = f"The chat template was stopped: it took more than {MAX_SECONDS:g} s, or too much memory."
-                    raise RequestError(told, "messages")
-                return json.loads(answer)
-            except BaseException:  # Ctrl-C above all: whoever asks next would read the answer that is still to come
-                self._stop()
+    def _rendered(
+        self,
+        disguise: Disguise,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+    ) -> str:
+        """Return the conversation as text, with the special tokens of messages and tools disguised."""
+        try:
+            _check(messages)
+            given = {"messages": [_normalized(i, message) for i, message in enumerate(messages)], "tools": tools}
+            variables = {
+                **disguise.hide(given),
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+                **self._special_tokens(),
+            }
+            line = json.dumps({"template": self._template, "variables": variables})
+        except RecursionError:
+            raise RequestError("Messages and tools are nested too deeply.", "messages") from None
+        except (TypeError, ValueError) as error:
+            if isinstance(error, RequestError):
                 raise
+            told = f"Messages and tools must be made of strings, numbers, lists and mappings: {error}."
+            raise RequestError(told, "messages") from error
+        told = f"A conversation may take {MAX_MESSAGES} characters as JSON, got {len(line)}."
+        expect(len(line) <= MAX_MESSAGES, told, "messages")
+        answer = self._renderer.ask(line)
+        error = disguise.show(answer.get("error", ""))
+        match answer.get("kind"):
+            case None:
+                return answer["text"]
+            case "syntax":
+                raise CheckpointError(f"The chat template is not valid Jinja, {error}.")
+            case "refused":
+                raise RequestError(f"The chat template refuses this conversation: {error}", "messages")
+            case _:
+                raise RequestError(f"The chat template fails on this conversation: {error}", "messages")
 
-    def _start(self) -> None:
-        self._stop()
-        program = Path(__file__).with_name("render.py")
-        # -P: the worker's own folder holds no modules for it.
-        self._worker = subprocess.Popen(
-            [sys.executable, "-P", str(program)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            encoding="utf-8",
-        )
-        if not _exchange(self._worker, "", MAX_START_SECONDS):
-            raise BackendError(f"The process that renders chat templates does not start ({sys.executable} {program}).")
-
-    def _stop(self) -> None:
-        if self._worker is not None:
-            self._worker.kill()
-            self._worker.communicate()
-            self._worker = None
+    def _special_tokens(self) -> dict[str, str | None]:
+        special = {"bos_token": self._tokenizer.bos_token_id, "eos_token": next(iter(self._tokenizer.eos_token_ids), None)}
+        special["pad_token"] = self._tokenizer.pad_token_id
+        return {name: self._tokenizer.id_to_token(i) for name, i in special.items() if i is not None}
 
     def close(self) -> None:
         """End the worker. Idempotent; another `render` starts a new one."""
-        with self._lock:
-            self._stop()
+        self._renderer.close()
 
     def __enter__(self) -> Self:
         return self
@@ -182,33 +128,50 @@ class ChatTemplate:
         self.close()
 
 
-def _exchange(worker: subprocess.Popen[str], line: str, seconds: float) -> str:
-    """Write `line`, read one line; empty if the worker ended or was ended because it took longer."""
-    assert worker.stdin is not None and worker.stdout is not None
-    timer = threading.Timer(seconds, worker.kill)
-    timer.start()
-    try:
-        worker.stdin.write(line)
-        worker.stdin.flush()
-        return worker.stdout.readline()
-    except BrokenPipeError:
-        return ""
-    finally:
-        timer.cancel()
-
-
 def _check(messages: Any) -> None:
-    must = partial(expect, param="messages")
-    must(
-        isinstance(messages, Sequence) and not isinstance(messages, str | bytes) and len(messages) > 0,
-        f"messages must be a list with at least one message, got {messages!r:.80}.",
-    )
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
+        raise RequestError(f"messages must be a list with at least one message, got {shown(messages)}.", "messages")
     for i, message in enumerate(messages):
-        must(isinstance(message, Mapping), f"messages[{i}] must be a mapping with role and content, got {message!r:.80}.")
-        role, content = message.get("role"), message.get("content")
-        must("role" in message, f"messages[{i}] has no role; expected one of {', '.join(ROLES)}.")
-        must(role in ROLES, f"messages[{i}] has the role {role!r}.{nearest_hint(str(role), ROLES)} Known: {', '.join(ROLES)}.")
-        must(
-            isinstance(content, str | list) or (content is None and bool(message.get("tool_calls"))),
-            f"messages[{i}] needs a content that is a string (or a list of parts), got {content!r:.80}.",
-        )
+        if (fault := _fault(message)) is not None:
+            raise RequestError(f"messages[{i}] {fault}", "messages")
+
+
+def _fault(message: Any) -> str | None:
+    """Return the reason why this is not a message, or None if it is one."""
+    if not isinstance(message, Mapping):
+        return f"must be a mapping with role and content, got {shown(message)}."
+    if "role" not in message:
+        return f"has no role; expected one of {', '.join(ROLES)}."
+    role, content = message["role"], message.get("content")
+    if role not in ROLES:
+        return f"has the role {shown(role)}.{nearest_hint(shown(role), ROLES)} Known: {', '.join(ROLES)}."
+    if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
+        return f"needs a content that is a string (or a list of parts), got {shown(content)}."
+    return None
+
+
+def _normalized(i: int, message: Message) -> Message:
+    """Return a message as templates expect it: the arguments of its tool calls are objects.
+
+    Chat APIs send arguments as JSON text, and templates apply `tojson` to them. As in vLLM, the text must be JSON, no text
+    means no arguments, and an empty list of calls is left out."""
+    calls = message.get("tool_calls")
+    if message["role"] != "assistant" or not isinstance(calls, list | tuple):
+        return message
+    if not calls:
+        return {key: value for key, value in message.items() if key != "tool_calls"}
+    return {**message, "tool_calls": [_parsed(i, k, call) for k, call in enumerate(calls)]}
+
+
+def _parsed(i: int, k: int, call: Any) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        return call
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError as error:
+            told = f"messages[{i}].tool_calls[{k}].function.arguments must be JSON, got {shown(arguments)} ({error})."
+            raise RequestError(told, "messages") from None
+    return {**call, "function": {**function, "arguments": arguments}}

@@ -1,14 +1,18 @@
 """The program that renders chat templates, in a process of its own: a template is code that came with the weights.
 
 A sandbox keeps it from reaching Python, but not from computing for ever or filling the memory; only ending its process does.
-Run by path, needs jinja2 alone. After a first line that says it is ready: one JSON request a line in, one answer a line out.
+Run by path with the CPU seconds of one request as its argument; needs jinja2 alone. The first line of output says that it is
+ready. Then it reads one JSON request a line and writes one answer a line.
 """
 
 from __future__ import annotations
 
 import json
+import resource
+import signal
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -89,15 +93,18 @@ def answer(line: str) -> dict[str, str]:
 
 
 def main() -> None:
-    try:
-        import resource  # not on Windows
-
+    seconds = float(sys.argv[1])
+    with suppress(ValueError, OSError):  # a lower limit holds already
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
-    except (ImportError, ValueError, OSError):
-        pass  # the limit on time still holds
+    # The kernel ends the process when the timer of its CPU time expires, also within one long operation.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     print("{}", flush=True)
     for line in sys.stdin:
-        print(json.dumps(answer(line)), flush=True)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        reply = json.dumps(answer(line))
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(reply, flush=True)
 
 
 if __name__ == "__main__":
