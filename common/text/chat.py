@@ -101,16 +101,16 @@ class ChatTemplate:
         told = f"A conversation may take {MAX_MESSAGES} characters as JSON, got {len(line)}."
         expect(len(line) <= MAX_MESSAGES, told, "messages")
         answer = self._renderer.ask(line)
-        error = disguise.show(answer.get("error", ""))
+        reason = disguise.show(answer.get("error", ""))
         match answer.get("kind"):
             case None:
                 return answer["text"]
             case "syntax":
-                raise CheckpointError(f"The chat template is not valid Jinja, {error}.")
+                raise CheckpointError(f"The chat template is not valid Jinja, {reason}.")
             case "refused":
-                raise RequestError(f"The chat template refuses this conversation: {error}", "messages")
+                raise RequestError(f"The chat template refuses this conversation: {reason}", "messages")
             case _:
-                raise RequestError(f"The chat template fails on this conversation: {error}", "messages")
+                raise RequestError(f"The chat template fails on this conversation: {reason}", "messages")
 
     def _special_tokens(self) -> dict[str, str | None]:
         special = {"bos_token": self._tokenizer.bos_token_id, "eos_token": next(iter(self._tokenizer.eos_token_ids), None)}
