@@ -76,9 +76,14 @@ def _real(value: Any, low: float, high: float) -> bool:
     return isinstance(value, (float, int, Real)) and not isinstance(value, bool) and bool(low <= value <= high)  # type: ignore[operator]
 
 
+def _unicode(value: Any) -> bool:
+    """Whether the value is a string that UTF-8 can encode: no lone surrogates."""
+    return isinstance(value, str) and not _SURROGATE.search(value)
+
+
 def _text(value: Any) -> bool:
-    """A string that is not empty, and that UTF-8 can hold: no lone surrogates."""
-    return isinstance(value, str) and value != "" and not _SURROGATE.search(value)
+    """Whether the value is a string that is not empty and that UTF-8 can encode."""
+    return _unicode(value) and value != ""
 
 
 def _token_ids(name: str, given: Sequence[Any]) -> tuple[int, ...]:
@@ -325,7 +330,9 @@ class Request:
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
         object.__setattr__(self, "bad_words", tuple(map(tuple, self.bad_words)))
         object.__setattr__(self, "output_token_ids", tuple(self.output_token_ids))
-        expect(bool(self.request_id), "request_id must not be empty.")
+        _must(_text(self.request_id), "request_id", "be Unicode text that is not empty", self.request_id)
+        _must(_unicode(self.cache_salt), "cache_salt", "be Unicode text", self.cache_salt)
+        _must(self.parent is None or _text(self.parent), "parent", "be the id of a request or None", self.parent)
         expect(len(self.prompt_token_ids) > 0, f"Request {self.request_id!r}: the prompt is empty; give at least one token.")
         expect(all(self.bad_words), f"Request {self.request_id!r}: a bad word has no tokens.")
         expect(

@@ -113,3 +113,12 @@ def test_an_empty_prompt_or_name_is_refused() -> None:
         Request(request_id="a", prompt_token_ids=())
     with pytest.raises(RequestError, match="request_id"):
         Request(request_id="", prompt_token_ids=(1,))
+
+
+@pytest.mark.parametrize("name", ["request_id", "cache_salt", "parent"])
+@pytest.mark.parametrize("value", ["\ud800", "a\udfff", 5, b"a"])
+def test_a_string_of_a_request_that_utf_8_cannot_encode_is_refused(name: str, value: Any) -> None:
+    """The engine encodes these strings within a step, where an error would be that of all requests."""
+    with pytest.raises(RequestError, match=f"{name} must be") as caught:
+        Request(**{"request_id": "a", "prompt_token_ids": (1,), name: value})
+    assert caught.value.param == name
