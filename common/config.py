@@ -14,8 +14,8 @@ from typing import Any, Literal, Self, get_args
 
 from common.errors import ConfigError, nearest_hint, shown
 
-Dtype = Literal["float32", "bfloat16"]
-ITEMSIZES: Mapping[Dtype, int] = {"float32": 4, "bfloat16": 2}
+Dtype = Literal["float32", "bfloat16", "float16"]
+ITEMSIZES: Mapping[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of an element."""
 Kernels = Literal["auto", "native", "framework"]
 Schedule = Literal["continuous", "static"]
@@ -179,7 +179,7 @@ class EngineConfig:
     """How a model is served. The names are the ones vLLM users know, where vLLM has one."""
 
     dtype: Dtype = "bfloat16"
-    """Of weights, activations and KV."""
+    """Of weights, activations and KV. `float16` has no native kernels."""
     kernels: Kernels = "auto"
     """`native`: our own, one source for both engines. `framework`: what a framework makes of the definitions. `auto`: native
     where it can be, else framework, and the log says why."""

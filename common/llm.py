@@ -25,7 +25,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as ProgressBar
 
 from common.beam import Beam, BeamSearchParams, beam_search
-from common.config import EngineConfig
 from common.errors import BackendError, RequestError, TandemError, shown
 from common.exits import FAILURE, INTERRUPTED, USER_ERROR, printing, replace_unprintable
 from common.interface import Progress
@@ -113,12 +112,12 @@ class LLM:
     def __init__(
         self, model: str | os.PathLike[str] = "smollm2-135m", *, backend: str = "jax", use_tqdm: bool = True, **options: Any
     ) -> None:
-        """`model` is a name, a path or a hub id (`common.weights.zoo`); `options` are those of `EngineConfig`.
+        """Load `model`, a name, a path or a hub id (`common.weights.zoo`). `options` are those of `Checkpoint.engine_config`.
 
         `use_tqdm` allows progress bars; they show on terminals only. Raises a `TandemError` for whatever cannot work.
         """
-        config = EngineConfig.of(**options)
         checkpoint = open_checkpoint(resolve(os.fspath(model) if isinstance(model, os.PathLike) else model))
+        config = checkpoint.engine_config(**options)
         self.tokenizer: Tokenizer = open_tokenizer(checkpoint.path)
         self.tokenizer.check_fits(checkpoint.config.vocab_size)
         self._pooler = Pooler.of(checkpoint)
@@ -190,6 +189,10 @@ class LLM:
         self._chat = self._chat or ChatTemplate(self.tokenizer)
         text, token_ids = self._chat.encode(messages, tools=tools, add_generation_prompt=add_generation_prompt)
         return {"prompt": text, "prompt_token_ids": token_ids}
+
+    def get_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer of the model."""
+        return self.tokenizer
 
     def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[RequestOutput]:
         """The continuations of every prompt that a beam search finds, best first; see `common.beam`.

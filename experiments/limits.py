@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.table import Table
 
-from common.config import ITEMSIZES, Dtype
+from common.config import Dtype
 from common.errors import BackendError
 from common.platform import cores, thread_settings
 from experiments.console import wide_console
@@ -23,7 +23,8 @@ from experiments.metrics import BUSY, LIMITED
 from experiments.words import number
 
 READ = "read"
-DTYPES = tuple(ITEMSIZES)
+DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
+"""Dtypes whose matrix product is timed. float16 is judged by them too: see `Limits.best`."""
 SAID = (
     (f"{READ}_bytes_per_s", "memory read", "GB/s"),
     *((f"{dtype}_flops_per_s", f"matmul {dtype}", "GFLOP/s") for dtype in DTYPES),
@@ -48,9 +49,12 @@ class Limits:
     """What could not be tried, and why."""
 
     def best(self, limit: str) -> tuple[str, float]:
-        """The way that came furthest, and how far. bfloat16 may be widened without loss, so float32 counts for it too."""
-        ways = dict(self.ways[limit])
-        if limit == "bfloat16":
+        """Return the fastest way and its rate.
+
+        Numbers of 16 bits may be widened without loss, so float32 counts for them too.
+        """
+        ways = dict(self.ways.get(limit, {}))
+        if limit in ("bfloat16", "float16"):
             ways |= {f"{way}, float32": value for way, value in self.ways["float32"].items()}
         return max(ways.items(), key=lambda item: item[1])
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from common.config import EngineConfig, expect
+from common.config import expect
 from common.errors import BackendError, TandemError
 from common.exits import FAILURE, USER_ERROR, fail
 from common.options import engine_options, parse
@@ -79,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def expect_able(options: argparse.Namespace) -> None:
     """Raise now what each replica would raise where nobody looks."""
-    config, model = EngineConfig.of(**engine_options(options)), open_checkpoint(resolve(options.model)).config
+    checkpoint = open_checkpoint(resolve(options.model))
+    config, model = checkpoint.engine_config(**engine_options(options)), checkpoint.config
     config.model_len(model)
     expect_shareable(model, config.tensor_parallel_size, config.pipeline_parallel_size)
     if options.address is None:  # else others listen

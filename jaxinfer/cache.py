@@ -17,6 +17,8 @@ from jaxinfer.arrays import _whole
 
 _PAGES = 16
 """Pages of one call."""
+_STORED = {"bfloat16": np.uint16, "float16": np.int16}
+"""dtype → the integers that a pool holds in its place."""
 _COPIES = 16
 """Page copies of one call."""
 
@@ -25,8 +27,8 @@ class KVCache(NamedTuple):
     """One pool a layer, [K, pages, B, H]. Heads come first, so that a gather of pages is a matmul operand as it is, and the
     head axis can be shared out over devices. Page 0 is the null page.
 
-    bfloat16 is kept as uint16: XLA:CPU computes bfloat16 in float32 even where it only moves it, and would convert the whole
-    pool there and back around every scatter.
+    Numbers of 16 bits are stored as integers (`_STORED`): XLA:CPU computes with them in float32 even where it only moves them,
+    and would convert the whole pool there and back around every scatter.
     """
 
     k: tuple[Array, ...]
@@ -38,9 +40,14 @@ def make_cache(
 ) -> KVCache:
     """Zeroed pools of `pages` pages, the null page included."""
     shape = (config.num_kv_heads, pages, page_size, config.head_dim)
-    stored = jnp.uint16 if dtype == "bfloat16" else dtype
+    stored = _STORED.get(dtype, dtype)
     pool = lambda: tuple(jnp.zeros(shape, stored, device=device) for _ in range(config.num_layers))  # noqa: E731
     return KVCache(pool(), pool())
+
+
+def _meant(stored: Any) -> Any:
+    """Return the dtype of the numbers that a pool of `stored` holds."""
+    return {np.dtype(kept): jnp.dtype(dtype) for dtype, kept in _STORED.items()}.get(stored, stored)
 
 
 def write(cache: KVCache, layer: int, k_TKH: Array, v_TKH: Array, slots: Array) -> KVCache:
@@ -60,7 +67,7 @@ def gather(pool: Array, pages: Array) -> Array:
     K, P, B, H = pool.shape
     rows = jnp.arange(K, dtype=jnp.int32)[:, None] * P + pages.reshape(1, -1)
     flat = jnp.take(pool.reshape(K * P, B * H), rows.reshape(-1), axis=0, mode="clip")
-    flat = lax.bitcast_convert_type(flat, jnp.bfloat16) if pool.dtype == jnp.uint16 else flat
+    flat = lax.bitcast_convert_type(flat, _meant(pool.dtype))
     return flat.reshape(K, pages.shape[0], -1, H)
 
 
@@ -85,7 +92,7 @@ def read_pages(cache: KVCache, pages: Sequence[int]) -> dict[str, np.ndarray]:
 
     def join(pools: Sequence[tuple[np.ndarray, ...]]) -> np.ndarray:
         x_LKPBH = np.concatenate([np.stack(layers) for layers in pools], axis=2)[:, :, : len(pages)]
-        return np.moveaxis(x_LKPBH.view(jnp.bfloat16) if x_LKPBH.dtype == np.uint16 else x_LKPBH, 1, 3)
+        return np.moveaxis(x_LKPBH.view(_meant(x_LKPBH.dtype)), 1, 3)
 
     return {"k": join([part.k for part in parts]), "v": join([part.v for part in parts])}
 

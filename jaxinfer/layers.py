@@ -58,11 +58,11 @@ class Embedding(nnx.Module):
 
 
 def _take_rows(table: Array, rows: Array) -> Array:
-    """table[rows]. bfloat16 travels as integers: XLA:CPU would convert the whole table to float32 around the gather."""
-    if table.dtype != jnp.bfloat16:
+    """Return table[rows]. Numbers of 16 bits travel as integers: XLA:CPU would convert the whole table to float32 first."""
+    if table.dtype.itemsize != 2:
         return jnp.take(table, rows, axis=0, mode="clip")
     bits = jnp.take(jax.lax.bitcast_convert_type(table, jnp.uint16), rows, axis=0, mode="clip")
-    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
+    return jax.lax.bitcast_convert_type(bits, table.dtype)
 
 
 class Rotary(nnx.Module):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
 
 from common import interface
 from common.agents import agents
-from common.config import EngineConfig, ModelConfig
+from common.config import Dtype, EngineConfig, ModelConfig
 from common.errors import BackendError
 from common.interface import Caps, KVGroup, Progress
 from common.kernels.cpu.build import arithmetic
@@ -62,7 +62,7 @@ class ModelRunner(interface.ModelRunner):
         self._caps = Caps(
             backend="jax",
             device=describe(self.device),
-            dtypes=("float32", "bfloat16"),
+            dtypes=get_args(Dtype),
             kernels=(step.kernels,),
             kernel_library=kernels.built_library().name if native else None,
             kernel_arithmetic=arithmetic(kernels.built_library(), self.config.dtype) if native else None,

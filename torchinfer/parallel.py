@@ -231,6 +231,11 @@ class _Memory:
 
     def add(self, x: Tensor) -> None:
         """Have x be the sum of every rank's."""
+        if x.dtype not in _SUMS:  # float16: summed in float32
+            wide = x.float()
+            self.add(wide)
+            x.copy_(wide)
+            return
         self.exchange.add(x.data_ptr(), x.numel(), _SUMS[x.dtype])
 
     def gather(self, x: Tensor, every: Tensor) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch._dynamo.utils import counters
 
 from common import interface
-from common.config import EngineConfig, ModelConfig
+from common.config import Dtype, EngineConfig, ModelConfig
 from common.errors import BackendError
 from common.interface import Caps, KVGroup, Progress
 from common.kernels.cpu.build import arithmetic
@@ -79,7 +79,7 @@ class ModelRunner(interface.ModelRunner):
         self._caps = Caps(
             backend="torch",
             device=describe(self.device),
-            dtypes=("float32", "bfloat16"),
+            dtypes=get_args(Dtype),
             kernels=(step.kernels,),
             kernel_library=kernels.built_library().name if native else None,
             kernel_arithmetic=arithmetic(kernels.built_library(), self.config.dtype) if native else None,

@@ -243,7 +243,8 @@ def _pack(model: Decoder) -> None:
     head gets a packed copy of the embedding, whose rows are still looked up."""
     dtype = model.layers[0].mlp.down_proj.weight.dtype
     ops = torch.ops.mkldnn
-    if not torch.backends.mkldnn.is_available() or (dtype == torch.bfloat16 and not ops._is_mkldnn_bf16_supported()):
+    fast = {torch.bfloat16: ops._is_mkldnn_bf16_supported, torch.float16: ops._is_mkldnn_fp16_supported}
+    if not torch.backends.mkldnn.is_available() or (dtype in fast and not fast[dtype]()):
         return
     if model.config.predicts and model.lm_head is None:
         vocab, size = model.embed_tokens.weight.shape

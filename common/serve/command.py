@@ -20,7 +20,6 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from common.child import die_with_parent
-from common.config import EngineConfig
 from common.config import expect as expect_config
 from common.errors import ConfigError, TandemError
 from common.exits import FAILURE, INTERRUPTED, USER_ERROR, exit_code, heeding_sigterm
@@ -211,8 +210,8 @@ class Server(uvicorn.Server):
 def make_app(options: argparse.Namespace) -> FastAPI:
     """The application over one engine, which is ready."""
     key = api_key(options)
-    config = EngineConfig.of(**engine_options(options))
     checkpoint = open_checkpoint(resolve(options.model))
+    config = checkpoint.engine_config(**engine_options(options))
     tokenizer = open_tokenizer(checkpoint.path)
     tokenizer.check_fits(checkpoint.config.vocab_size)
     expect_config(options.admin or not options.profile_dir, "--profile-dir is for /start_profile, which needs --admin.")

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from common.config import ModelConfig
+from common.config import EngineConfig, ModelConfig
 from common.errors import CheckpointError, nearest_hint
 from common.weights.entry import Entry
 from common.weights.gguf import load_gguf
@@ -32,6 +34,22 @@ class Checkpoint:
 
     def names(self) -> tuple[str, ...]:
         return tuple(self.entries)
+
+    def engine_config(self, **options: Any) -> EngineConfig:
+        """Return the `EngineConfig` of loose options, with the dtype in any of vLLM's spellings.
+
+        `auto` is float16 where most weights are stored in it, else bfloat16. `half` and `float` are float16 and float32.
+        """
+        match options.get("dtype"):
+            case "auto":
+                halves = sum(math.prod(entry.shape) for entry in self.entries.values() if entry.encoding == "F16")
+                total = sum(math.prod(entry.shape) for entry in self.entries.values())
+                options["dtype"] = "float16" if 2 * halves > total else "bfloat16"
+            case "half":
+                options["dtype"] = "float16"
+            case "float":
+                options["dtype"] = "float32"
+        return EngineConfig.of(**options)
 
     def __getitem__(self, name: str) -> Entry:
         if name not in self.entries:

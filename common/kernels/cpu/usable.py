@@ -40,6 +40,8 @@ def against(config: EngineConfig, model: ModelConfig, device: str) -> str | None
     """What in the settings or the model the kernels do not serve; None if nothing."""
     if device != "cpu":
         return f"there are native kernels for cpu, not for {device}"
+    if config.dtype == "float16":
+        return "native kernels compute in float32 and bfloat16, not in float16"
     if config.compile:
         return "compile=true has nothing to compile there"
     if config.block_size % LANES:
