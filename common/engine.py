@@ -20,7 +20,7 @@ from common.parallel import expect_shareable
 from common.platform import memory_available
 from common.request import Request, Status, TokenEvent, expect
 from common.schedule.kv import KV, Carrier
-from common.schedule.limits import check_request, check_tokens
+from common.schedule.limits import check_tokens
 from common.schedule.scheduler import Scheduler
 from common.schedule.sequence import Sequence
 from common.schedule.step import Step
@@ -76,7 +76,6 @@ class Engine(ServingEngine):
         return self._caps
 
     def add(self, request: Request) -> None:
-        check_request(request, self.caps.vocab_size)
         self.scheduler.add(request)
         self._counters["prompt_tokens"] += len(request.prompt_token_ids)
 

@@ -16,6 +16,7 @@ from common.errors import RequestError, nearest_hint, shown
 
 if TYPE_CHECKING:
     from common.schedule.kv import KV
+    from common.schedule.prepare import Prepared
     from common.text.grammar import Grammar
 
 MAX_LOGPROBS = 20
@@ -300,6 +301,13 @@ class Request:
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
+    """The choices of one prompt share this object."""
+    choice: int | None = None
+    """The index of this request among the `params.n` continuations of its prompt; None if there is one continuation."""
+    seed: int | None = None
+    """Replaces the seed of `params`. A router sets it."""
+    max_tokens: int | None = None
+    """Replaces `params.max_tokens`. A router sets it where another engine continues the request."""
     eos_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
     """`params.bad_words` as token ids, from whoever has the tokenizer (`Tokenizer.bad_words`)."""
@@ -321,6 +329,9 @@ class Request:
     kv: Future[KV] | None = None
     """Keys and values of its first tokens, from an engine that has computed them. Until they are there the request waits, and
     holds up nobody; if that fails, they are computed. When it ends before, this is cancelled."""
+    prepared: Prepared | None = None
+    """The prepared form of the fields above (`common.schedule.prepare`), which choices share. The engine prepares a request
+    that has none. It must be left out of a copy whose prompt, params or bad words differ."""
     keep_pages: bool = False
     """Where its output comes to `max_tokens`, its pages stay as they are, to be read (`Engine.read_kept`) and given back
     (`Engine.drop_kept`), unless the engine must start over."""
@@ -355,6 +366,13 @@ class Request:
         )
 
     @property
+    def own_seed(self) -> int | None:
+        """The seed of this request: its own, or that of its params plus its index among the choices."""
+        if self.seed is not None or self.params.seed is None:
+            return self.seed
+        return (self.params.seed + (self.choice or 0)) % 2**64
+
+    @property
     def stops(self) -> dict[int, int | None]:
         """Tokens that end it → the reason to report: None for EOS."""
         eos = () if self.params.ignore_eos else self.eos_token_ids
@@ -362,20 +380,21 @@ class Request:
 
 
 def fan_out(request: Request) -> list[Request]:
-    """The requests for `n` continuations of one prompt: `<id>-<i>`, with seed + i where there is one, the first the parent of
-    the others, which alone has the prompt scored. An engine takes these; one continuation is the request itself."""
+    """The requests for `n` continuations of one prompt: `<id>-<i>`. The first is the parent of the others, and only its prompt
+    is scored. All share their params, which are validated once. An engine takes these requests."""
     name, params = request.request_id, request.params
-    if params.n == 1:
+    if params.n == 1 or request.choice is not None:
         return [request]
-    seeds = [None if params.seed is None else (params.seed + i) % 2**64 for i in range(params.n)]
+    others = params if params.prompt_logprobs is None else replace(params, prompt_logprobs=None)
     return [
         replace(
             request,
             request_id=f"{name}-{i}",
-            params=replace(params, n=1, seed=seed, prompt_logprobs=None if i else params.prompt_logprobs),
+            params=others if i else params,
+            choice=i,
             parent=f"{name}-0" if i else request.parent,
         )
-        for i, seed in enumerate(seeds)
+        for i in range(params.n)
     ]
 
 

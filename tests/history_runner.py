@@ -332,7 +332,7 @@ def expected(request: Request, *, vocab_size: int, max_tokens: int, seed: int = 
     params, code = request.params, 0
     if not params.greedy:
         temperature, top_p, min_p = (float(np.float32(x)) for x in (params.temperature, params.top_p, params.min_p))
-        code = sampling_code(temperature, params.top_k, top_p, min_p, seed if params.seed is None else params.seed)
+        code = sampling_code(temperature, params.top_k, top_p, min_p, seed if (own := request.own_seed) is None else own)
     ids = range(vocab_size) if params.allowed_token_ids is None else sorted({*params.allowed_token_ids})
     changes = bool(request.bad_words or params.min_tokens or params.logit_bias or params.allowed_token_ids)
     changes |= (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) != (0, 0, 1)

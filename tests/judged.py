@@ -112,7 +112,7 @@ def filters_of(params: SamplingParams) -> Filters:
 
 def uniform_of(request: Request, number: int, place: int, engine_seed: int) -> float:
     """The number that chooses a place of the output of an engine's `number`-th request."""
-    seed = mix64(engine_seed, number) if request.params.seed is None else request.params.seed
+    seed = mix64(engine_seed, number) if (own := request.own_seed) is None else own
     return uniform((seed & 0xFFFF_FFFF, seed >> 32), len(request.prompt_token_ids) + place)
 
 

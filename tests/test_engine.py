@@ -362,7 +362,7 @@ def test_n_continuations_are_the_oracles_and_compute_their_prompt_once(depth: in
     fan = fan_out(asked)
     events = engine.run(fan)
     got = [tokens(events[r.request_id]) for r in fan]
-    assert got == [right(replace(r, params=replace(r.params, seed=9 + i))).tokens for i, r in enumerate(fan)]
+    assert got == [right(replace(r, seed=9 + i)).tokens for i, r in enumerate(fan)]
     assert len(set(map(tuple, got))) == 6 and not runner.violations and engine.reset_prefix_cache()
     stats = engine.stats()
     if num_pages == 100:

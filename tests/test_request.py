@@ -78,7 +78,7 @@ def test_n_continuations_are_n_requests_with_a_seed_each_and_the_first_as_parent
     asked = Request(request_id="a", prompt_token_ids=(1, 2), params=SamplingParams(n=3, seed=seed), cache_salt="s", priority=4)
     fan = fan_out(asked)
     assert [r.request_id for r in fan] == ["a-0", "a-1", "a-2"] and [r.parent for r in fan] == [None, "a-0", "a-0"]
-    assert [r.params for r in fan] == [SamplingParams(seed=s) for s in seeds]
+    assert [r.own_seed for r in fan] == seeds and all(r.params is asked.params for r in fan)
     assert {(r.prompt_token_ids, r.cache_salt, r.priority) for r in fan} == {((1, 2), "s", 4)}
     assert fan_out(fan[0]) == [fan[0]]
 

@@ -15,6 +15,7 @@ from common.platform import cxx_compiler
 from common.request import MAX_LOGPROBS, Request, SamplingParams
 from common.schedule.batch import Batch
 from common.schedule.edits import Edits
+from common.schedule.prepare import prepare
 from tests.backends import call, device, part
 from tests.numpy_sampler import Filters, adjusted, choices, probabilities, threefry, uniform
 
@@ -178,8 +179,9 @@ def draw(backend: str, kernels: str, request: Request) -> np.ndarray:
     views |= {"page_table": np.zeros((1, DRAWS, 1)), "slots": np.zeros((1, DRAWS)), "copies": np.zeros((1, 0, 2))}
     views |= {"fill_at": [], "fill_row": [], "seeds": np.stack((each, 77 * ones), 1)}
     views |= {name: getattr(params, name) * ones for name in ("temperature", "top_k", "top_p", "min_p")}
-    edits = Edits.of(request, params.stop_token_ids, WORDS)
-    if edits is not None:
+    plan = prepare(request, WORDS).plan
+    if plan is not None:
+        edits = Edits(plan)
         for token in OUTPUT:
             edits.append(token)
         ids, values = edits.at(OUTPUT, len(OUTPUT))

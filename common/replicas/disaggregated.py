@@ -75,14 +75,12 @@ class Disaggregated(ServingEngine):
         free = min(self._prefill.num_free_rows, self._decode.num_free_rows - self._prefill.num_running)
         forks = request.parent in self._live
         expect_room(request, waiting, max(free, 0), self._config.max_waiting, draining=self._draining, forks=forks)
-        if request.params.seed is None:
-            seed = mix64(self._config.seed, self._num_requests)
-            request = replace(request, params=replace(request.params, seed=seed))
+        if request.own_seed is None:
+            request = replace(request, seed=mix64(self._config.seed, self._num_requests))
         if most == cap:
             self._prefill.add(request)  # which is all of it
         else:
-            params = replace(request.params, max_tokens=cap, min_tokens=min(request.params.min_tokens, cap))
-            self._prefill.add(replace(request, params=params, keep_pages=True))
+            self._prefill.add(replace(request, max_tokens=cap, keep_pages=True))
             self._first.add(request.request_id)
         self._live[request.request_id] = request
         self._num_requests += 1

@@ -36,9 +36,9 @@ from common.replicas.keeper import Gone, Keeper, Link, News, Ready, Said
 from common.replicas.totals import GAUGES, totals
 from common.replicas.wire import pack_request, unpack_caps, unpack_event
 from common.request import ENGINE_GONE, Request, Status, TokenEvent, expect
-from common.schedule.edits import Edits
-from common.schedule.limits import Limits, check_request, expect_new, expect_room
+from common.schedule.limits import Limits, expect_new, expect_room
 from common.schedule.pages import PageKey
+from common.schedule.prepare import prepared
 from common.schedule.router import Router, remaining_tokens
 from common.schedule.seeds import mix64
 from common.schedule.steplog import StepRecord
@@ -188,9 +188,8 @@ class Replicas(ServingEngine):
     def add(self, request: Request, offer: Sequence[Any] | None = None) -> None:
         """`offer`: where pages of its prompt are to be had."""
         most = self.check(request)
-        if request.params.seed is None:
-            seed = mix64(self._config.seed, self._num_requests)
-            request = replace(request, params=replace(request.params, seed=seed))
+        if request.own_seed is None:
+            request = replace(request, seed=mix64(self._config.seed, self._num_requests))
         self._num_requests += 1
         self._counters["prompt_tokens"] += len(request.prompt_token_ids)
         self._live[request.request_id] = live = _Live(request, list(request.output_token_ids), most=most, offer=offer)
@@ -205,11 +204,10 @@ class Replicas(ServingEngine):
         assert self._limits
         self._hear(0)
         self._expect_able()
-        check_request(request, self.caps.vocab_size)
+        prepared(request, self.caps.vocab_size)  # refuses ids that are no tokens, and masks that leave none
         twin, parent = self._live.get(request.request_id), self._parent(request)
         expect_new(request, twin.request if twin else None, parent.request if parent else None)
         most = self._limits.max_tokens(request)
-        Edits.of(request, request.stops, self.caps.vocab_size)  # refuses what leaves no token to choose
         room = self.num_waiting, self.num_free_rows, self._config.max_waiting
         expect_room(request, *room, draining=self._draining, forks=request.parent in self._live)
         return most

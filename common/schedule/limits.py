@@ -46,7 +46,8 @@ class Limits:
             "prompt_token_ids",
         )
         limit = min(self.max_model_len, room + 1) - prompt_len
-        max_tokens = limit if params.max_tokens is None else params.max_tokens
+        asked = params.max_tokens if request.max_tokens is None else request.max_tokens
+        max_tokens = limit if asked is None else asked
         expect(
             prompt_len + max_tokens <= self.max_model_len,
             f"Request {name!r}: {prompt_len} prompt tokens and max_tokens={max_tokens} exceed the context of "
@@ -93,13 +94,10 @@ def expect_room(
         )
 
 
-def check_request(request: Request, vocab_size: int) -> None:
-    """Raise `RequestError` for a request with n > 1, or with anything that is no token of the model."""
-    n, name = request.params.n, request.request_id
-    expect(n == 1, f"Request {name!r}: an engine continues a prompt once, got n={n}; add what fan_out makes of the request.")
+def check_sampling(request: Request, vocab_size: int) -> None:
+    """Raise `RequestError` if a field that choices share holds an id that is no token of the model."""
+    name = request.request_id
     listed: list[tuple[str, Any]] = [
-        ("prompt_token_ids", request.prompt_token_ids),
-        ("output_token_ids", request.output_token_ids),
         ("stop_token_ids", request.params.stop_token_ids),
         ("eos_token_ids", request.eos_token_ids),
         ("allowed_token_ids", request.params.allowed_token_ids or ()),
@@ -107,7 +105,7 @@ def check_request(request: Request, vocab_size: int) -> None:
     ]
     for what, ids in listed:
         check_tokens(f"Request {name!r}: {what}", ids, vocab_size, what)
-    beyond = [token for token in dict(request.params.logit_bias or ()) if token >= vocab_size]
+    beyond = [token for token, _ in request.params.logit_bias or () if token >= vocab_size]  # type: ignore[misc]
     told = f"Request {name!r}: logit_bias must map token ids in [0, {vocab_size}) to numbers, got the ids {shown(beyond)}."
     expect(not beyond, told, "logit_bias")
 
@@ -115,6 +113,8 @@ def check_request(request: Request, vocab_size: int) -> None:
 def check_tokens(what: str, ids: Sequence[Any], vocab_size: int, param: str | None = None) -> None:
     """Raise `RequestError` for the first of `ids` that is no token id: an integer in [0, vocab_size), which True and 1.0 are
     not."""
+    if len(ids) == 0 or (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size):
+        return  # the fast path: no Python code per token
     for i, token in enumerate(ids):
         if not (isinstance(token, (int, Integral)) and not isinstance(token, bool) and 0 <= int(token) < vocab_size):
             raise RequestError(f"{what}[{i}] must be an integer in [0, {vocab_size}), got {shown(token)}.", param)

@@ -49,6 +49,7 @@ from common.schedule.edits import Edits
 from common.schedule.kv import KV
 from common.schedule.limits import Limits, expect_new, expect_room
 from common.schedule.pages import PagePool, next_key
+from common.schedule.prepare import prepared
 from common.schedule.rows import Change, Rows, Score, masks_of
 from common.schedule.seeds import mix64
 from common.schedule.sequence import Sequence
@@ -139,6 +140,7 @@ class Scheduler:
         """Queue a request. Raises `RequestError`, and changes nothing, if it can never be served; `QueueFullError` or
         `DrainingError` if it could be, but not here and now."""
         name, params, output = request.request_id, request.params, list(request.output_token_ids)
+        ready = prepared(request, self.caps.vocab_size)
         expect(
             not (request.keep_pages and name in self.kept),
             f"Request {name!r}: pages of a request of this id are kept still; give it another.",
@@ -148,7 +150,7 @@ class Scheduler:
         max_tokens = self.limits.max_tokens(request)
         room = len(self.waiting), self.num_free_rows, self.max_waiting
         expect_room(request, *room, draining=self.draining, forks=request.parent in self.live)
-        edits = Edits.of(request, request.stops, self.caps.vocab_size)
+        edits = None if ready.plan is None else Edits(ready.plan)
         if edits is not None:
             for token in output:
                 edits.append(token)
@@ -156,9 +158,9 @@ class Scheduler:
             request=request if request.kv is None else replace(request, kv=None),  # it goes as soon as pages have it
             number=self.num_requests,
             max_tokens=max_tokens,
-            seed=mix64(self.seed, self.num_requests) if params.seed is None else params.seed,
+            seed=mix64(self.seed, self.num_requests) if (seed := request.own_seed) is None else seed,
             known=len(request.prompt_token_ids) + len(output),
-            stops=request.stops,
+            stops=ready.stops,
             edits=edits,
             scores=None if params.prompt_logprobs is None or output else [None],
             parent=None if params.prompt_logprobs is not None or output else parent,  # which computes the prompt

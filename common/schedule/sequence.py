@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -30,7 +31,7 @@ class Sequence:
     seed: int
     known: int
     """Tokens the host knows."""
-    stops: dict[int, int | None]
+    stops: Mapping[int, int | None]
     """Tokens that end it -> the reason to report: None for EOS."""
     edits: Edits | None = None
     """What it asks of its logits; None if nothing."""
