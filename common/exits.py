@@ -16,6 +16,8 @@ FAILURE = 1
 USER_ERROR = 2
 GATE = 3
 """A run is whole, and a condition of `fail_if` holds."""
+DEFECT = 4
+"""A comparison is whole, and the engines do not compute the same thing."""
 INTERRUPTED = 128 + signal.SIGINT
 TERMINATED = 128 + signal.SIGTERM
 READER_GONE = 128 + signal.SIGPIPE

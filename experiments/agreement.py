@@ -215,7 +215,7 @@ def coarse_kld(p: Mapping[int, float], q: Mapping[int, float]) -> float:
 def compare(done: Mapping[str, Passed], share: Workload, plan: Plan, config: CorrectnessConfig) -> dict[str, Any]:
     """All rungs of all engines against the first."""
     first, base = next(iter(done.items()), (None, None))
-    agreements, figures = {}, {}
+    agreements, figures, above = {}, {}, {}
     reference = float64_reference(plan.checkpoint)
     for label, other in done.items():
         if base is None or label == first:
@@ -226,11 +226,12 @@ def compare(done: Mapping[str, Passed], share: Workload, plan: Plan, config: Cor
         ]
         positions = other.positions
         coarse = positions is None
+        above[label] = sum(not position.logprob_diff <= config.tolerance for position in positions or ())
         if positions is None:
             positions = [position for a, b in zip(base.rows, other.rows, strict=True) for position in reported(a, b)]
         figures[label] = summarise(positions) | {"kld_from": f"top {TOP_LOGPROBS} and rest" if coarse else "logits"}
     values = {label: passed.perplexity for label, passed in done.items() if passed.perplexity is not None}
-    return verdict(agreements) | {"agreement": figures, "perplexity": values}
+    return verdict(agreements, above) | {"tolerance": config.tolerance, "agreement": figures, "perplexity": values}
 
 
 def summarise(positions: Sequence[Position]) -> dict[str, Any]:
@@ -265,10 +266,16 @@ def summarise(positions: Sequence[Position]) -> dict[str, Any]:
     }
 
 
-def verdict(agreements: Mapping[str, Sequence[Agreement]]) -> dict[str, Any]:
-    """The tokens of the float32 pass in a few figures; None where it was left out."""
+NAMES = ("unjustified_divergences", "errors_above_tolerance", "tokens_equal", "max_abs_logprob_diff", "first_divergence")
+"""Keys of `results.json` that are None without a pass."""
+
+
+def verdict(agreements: Mapping[str, Sequence[Agreement]], above: Mapping[str, int] = {}) -> dict[str, Any]:
+    """Summarize the float32 pass in a few figures; all are None where it was left out.
+
+    `above` counts, by engine, the compared rows of logits with an error above the tolerance."""
     if not agreements:
-        return dict.fromkeys(("unjustified_divergences", "tokens_equal", "max_abs_logprob_diff", "first_divergence"))
+        return dict.fromkeys(NAMES)
     divergences = [
         {"engine": label, "request": number} | asdict(agreement.divergence)
         for label, results in agreements.items()
@@ -279,6 +286,9 @@ def verdict(agreements: Mapping[str, Sequence[Agreement]]) -> dict[str, Any]:
     worst = float(np.max([agreement.max_abs_logprob_diff for agreement in every]))
     return {
         "unjustified_divergences": sum(not divergence["justified"] for divergence in divergences),
+        "errors_above_tolerance": sum(
+            max(above.get(label, 0), sum(agreement.num_above for agreement in results)) for label, results in agreements.items()
+        ),
         "tokens_equal": not divergences,
         "max_abs_logprob_diff": worst if np.isfinite(worst) else None,
         "first_divergence": min(divergences, key=lambda d: (d["justified"], d["request"], d["position"]), default=None),
@@ -286,7 +296,7 @@ def verdict(agreements: Mapping[str, Sequence[Agreement]]) -> dict[str, Any]:
     }
 
 
-LEFT_OUT: Mapping[str, Any] = verdict({}) | {"agreement": {}, "perplexity": {}}
+LEFT_OUT: Mapping[str, Any] = verdict({}) | {"tolerance": None, "agreement": {}, "perplexity": {}}
 """What `agree` finds where there is no pass."""
 
 

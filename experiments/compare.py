@@ -2,7 +2,8 @@
 
 `python -m experiments.compare engines=[jax,torch]`. Piped or in a file, the last line of its output is one JSON object; at a
 terminal it names the file that has it.
-The exit code is 1 if an engine or the machine failed, 2 for a mistake in what was asked, 3 if a condition of `fail_if` holds.
+The exit code is 1 if an engine or the machine failed, 2 for a mistake in what was asked, 3 if a condition of `fail_if` holds,
+4 if the float32 pass found a defect: an unjustified divergence, or a log-probability off by more than `correctness.tolerance`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from experiments.statistics import Comparison
 from experiments.words import plural
 
 RESULTS = ("run", "engines", "ratios", "comparisons", "failures", "order", "stopped", "stopped_by", "advice", "unmeasured")
-AGREEMENT = ("tokens_equal_share", *verdict({}), "compared_tokens", "agreement", "perplexity")
+AGREEMENT = ("tokens_equal_share", *verdict({}), "compared_tokens", "tolerance", "agreement", "perplexity")
 NAME_LENGTH = 100
 """Of the labels in the name of a run directory."""
 

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments.cells import GROUPS, figure, tells, times
+from experiments.defects import headline
 from experiments.remarks import between_ranks, contaminated, explanations, fallback, left_out, spoilt_cells
 from experiments.scaling import LAST_RATIO, NAMES, Curve, remarks, scaling_table
 from experiments.words import number, share_alike
@@ -141,17 +142,11 @@ def print_json(result: Mapping[str, Any]) -> None:
 
 def print_verdict(result: Mapping[str, Any]) -> None:
     """Whether the engines of a comparison compute the same thing, in words."""
-    unjustified, worst = result["unjustified_divergences"], result["max_abs_logprob_diff"]
-    if unjustified is None:
-        said = "pass left out."
-    elif result["tokens_equal"]:
-        said = "[bold green]every token is the same[/]"
-    elif unjustified == 0:
-        said = "[bold green]tokens differ only where rounding decides[/]"
-    else:
-        said = f"[bold red]{unjustified} divergences are not explained by rounding[/]"
-    lines = [f"float32: {said}"]
-    if unjustified is not None:
+    tone, said = headline(result)
+    colour = {"good": "green", "warn": "yellow", "bad": "red"}.get(tone)
+    lines = [f"float32: [bold {colour}]{said}[/]" if colour else f"float32: {said}."]
+    worst = result["max_abs_logprob_diff"]
+    if result["unjustified_divergences"] is not None:
         apart = "not all finite" if worst is None else f"within {worst:.1e}"
         lines[0] += f"; {result['compared_tokens']} tokens alike, log-probabilities {apart}."
     for label, found in (result.get("agreement") or {}).items():

@@ -49,6 +49,8 @@ class Agreement:
     max_abs_logprob_diff: float
     """Over the tokens reported by both, up to and at the first divergence: until there they read the same history."""
     divergence: Divergence | None
+    num_above: int = 0
+    """Positions at which such a difference exceeds the tolerance. NaN exceeds it."""
 
 
 def judge(
@@ -67,7 +69,7 @@ def judge(
     """
     num_equal = common_prefix(tokens_a, tokens_b)
     tables = [(table(a), table(b)) for a, b in zip(logprobs_a, logprobs_b, strict=False)][: num_equal + 1]
-    diffs = [a[token] - b[token] for a, b in tables for token in a.keys() & b.keys()]
+    diffs = [max_diff(a, b) for a, b in tables]
     divergence = None
     if (broken := next((i for i, pair in enumerate(tables) if not finite(pair)), None)) is not None:
         divergence = unjust(broken, tokens_a, tokens_b)
@@ -79,8 +81,9 @@ def judge(
         divergence = unjust(num_equal, tokens_a, tokens_b)  # ended early: no rounding does that
     return Agreement(
         num_equal=num_equal,
-        max_abs_logprob_diff=float(np.max(np.abs(diffs))) if diffs else 0.0,
+        max_abs_logprob_diff=float(np.max(diffs)) if diffs else 0.0,
         divergence=divergence,
+        num_above=sum(not diff <= tolerance for diff in diffs),
     )
 
 
@@ -100,6 +103,11 @@ def weigh(
         error=error,
         justified=bool(margin < 2 * error and error <= tolerance),
     )
+
+
+def max_diff(a: Mapping[int, float], b: Mapping[int, float]) -> float:
+    """Return the largest difference of two log-probabilities of one token: 0 without common tokens, NaN if not finite."""
+    return float(np.max([abs(a[token] - b[token]) for token in a.keys() & b.keys()], initial=0.0))
 
 
 def finite(tables: Sequence[Mapping[int, float]]) -> bool:

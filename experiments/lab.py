@@ -30,6 +30,7 @@ from common.weights.checkpoint import Checkpoint, open_checkpoint
 from experiments.cells import FIGURES, figure, tells
 from experiments.cli import explain, spell_out_model
 from experiments.config import engine_spec, resolved
+from experiments.defects import headline
 from experiments.isolate import EngineFailure
 from experiments.records import read_rows, read_steps
 from experiments.remarks import contaminated
@@ -235,10 +236,5 @@ class Comparison(Run):
 
     def _agreement(self) -> list[str]:
         """Whether the engines compute the same thing."""
-        unjustified = self.results.get("unjustified_divergences")
-        if unjustified is None:
-            return []
-        if unjustified:
-            return [f"float32: {unjustified} divergences are not explained by rounding."]
-        same = self.results.get("tokens_equal")
-        return ["float32: " + ("every token is the same." if same else "tokens differ only where rounding decides.")]
+        tone, said = headline(self.results)
+        return [] if tone == "calm" else [f"float32: {said}."]

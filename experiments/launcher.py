@@ -28,7 +28,7 @@ from omegaconf import DictConfig
 
 from common.config import expect, real
 from common.errors import ConfigError
-from common.exits import GATE
+from common.exits import DEFECT, GATE
 from experiments.job import JOBS, Job, digest, is_done, is_whole, merged, read_jobs, write_jobs
 from experiments.progress import Board, told_apart
 from experiments.rundir import config_folders
@@ -98,7 +98,9 @@ class ProcessLauncher(Launcher):
         code = run_process(self._command(directory, job), log, self._timeout_s, lambda: board.working(log))
         seconds = time.monotonic() - start
         whole = is_whole(directory)
-        failure = None if code == 0 and whole else describe(code, self._timeout_s, log) | {"final": code == GATE and whole}
+        failure = (
+            None if code == 0 and whole else describe(code, self._timeout_s, log) | {"final": code in (GATE, DEFECT) and whole}
+        )
         return replace(job, seconds=seconds, failure=failure)
 
     def _command(self, directory: Path, job: Job) -> list[str]:

@@ -154,7 +154,8 @@ def compared(rng: np.random.Generator, found: Mapping[str, Mapping[str, Any]]) -
     return {
         "ratios": {first: 1.0} | {label: comparison["ratio"] for label, comparison in comparisons.items()},
         "comparisons": comparisons, "failures": {}, "unjustified_divergences": 0, "tokens_equal": True,
-        "max_abs_logprob_diff": 1.9e-5, "first_divergence": None, "compared_tokens": 512, "tokens_equal_share": 1.0,
+        "errors_above_tolerance": 0, "max_abs_logprob_diff": 1.9e-5, "tolerance": 1e-3,
+        "first_divergence": None, "compared_tokens": 512, "tokens_equal_share": 1.0,
         "agreement": agreement, "perplexity": {first: 31.27, others[0]: 31.27},
     }  # fmt: skip
 

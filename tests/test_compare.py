@@ -185,10 +185,36 @@ def test_an_engine_that_samples_wrongly_is_found_out(
         "        return replace(result, tokens=(result.tokens + 1) % 320)\n"
     )
     (history / "configs" / "engine" / "liar.yaml").write_text("defaults: [history, _self_]\nname: liar\n")
-    command(monkeypatch, compare.main, *SMALL, "engines=[history,liar]", "measure=quick")
-    result = last_line(capsys.readouterr().out)
+    with pytest.raises(SystemExit) as exit:
+        command(monkeypatch, compare.main, *SMALL, "engines=[history,liar]", "measure=quick")
+    out, err = capsys.readouterr()
+    assert exit.value.code == 4 and "error: float32 pass: 3 divergences that rounding does not explain." in err
+    result = last_line(out)
     assert result["unjustified_divergences"] == 3 and result["tokens_equal"] is False
     assert result["first_divergence"]["position"] == 0 and result["tokens_equal_share"] == 0.0
+
+
+def test_an_error_of_log_probabilities_is_a_defect_where_every_token_agrees(
+    history: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = history / "packages" / "offinfer"
+    package.mkdir()
+    package.joinpath("__init__.py").write_text(
+        "import historyinfer\n"
+        "class ModelRunner(historyinfer.ModelRunner):\n"
+        "    def _logprobs(self, *arguments):\n"
+        "        found = super()._logprobs(*arguments)\n"
+        "        return found if found[0] is None else (*found[:-1], found[-1] - 0.029)\n"
+    )
+    (history / "configs" / "engine" / "off.yaml").write_text("defaults: [history, _self_]\nname: off\n")
+    with pytest.raises(SystemExit) as exit:
+        command(monkeypatch, compare.main, *SMALL, "engines=[history,off]", "measure=quick")
+    out, err = capsys.readouterr()
+    result = last_line(out)
+    assert result["tokens_equal"] is True and result["unjustified_divergences"] == 0
+    assert result["errors_above_tolerance"] == 12 == result["compared_tokens"]
+    assert exit.value.code == 4 and "12 positions with an error of log-probabilities above" in err
+    assert "defect: 12 positions" in " ".join(out.split()) and "every token is the same" not in out.partition("{")[0]
 
 
 @pytest.mark.parametrize(

@@ -113,3 +113,10 @@ def test_equal_tokens_from_logits_that_are_not_finite_do_not_agree(value: float)
     agreement = verdict([0, 0], [0, 0], [near(0), near(value)], [near(0), near(value)])
     assert agreement.divergence is not None and not agreement.divergence.justified
     assert agreement.divergence.position == 1
+
+
+def test_an_error_above_the_tolerance_counts_where_every_token_agrees() -> None:
+    rows = [near(0), near(5e-4), near(0.029), near(math.nan)]
+    agreement = verdict([0] * 4, [0] * 4, [near(0)] * 4, rows)
+    assert agreement.num_equal == 4 and agreement.num_above == 2
+    assert verdict([0, 0], [0, 0], [near(0)] * 2, rows[:2]).num_above == 0

@@ -230,7 +230,7 @@ def test_a_comparison_shows_its_verdict_before_its_figures_in_each_form(tmp_path
 @pytest.mark.parametrize(
     ("results", "said"),
     [
-        ({"unjustified_divergences": 2}, "2 divergences are not explained by rounding"),
+        ({"unjustified_divergences": 2}, "2 divergences that rounding does not explain"),
         ({"unjustified_divergences": 0, "tokens_equal": True}, "every token is the same"),
         ({"failures": {"vllm": {"kind": "Died", "message": "no memory", "log": "vllm.log"}}}, "vllm failed: Died: no memory"),
     ],

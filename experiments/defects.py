@@ -1,0 +1,42 @@
+"""Sentences on the float32 pass of a comparison: defects, which end the command with `DEFECT`, and the headline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from experiments.words import plural
+
+
+class Headline(NamedTuple):
+    """The outcome of the float32 pass in a few words."""
+
+    tone: str
+    """`good`, `warn`, `bad`, or `calm` without a pass."""
+    said: str
+
+
+def defects(result: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each kind of defect that the float32 pass found."""
+    said = []
+    if unjustified := result.get("unjustified_divergences"):
+        said.append(f"{plural(unjustified, 'divergence')} that rounding does not explain")
+    if above := result.get("errors_above_tolerance"):
+        worst = result.get("max_abs_logprob_diff")
+        most = "a value that is not finite" if worst is None else f"{worst:.1e}"
+        said.append(
+            f"{plural(above, 'position')} with an error of log-probabilities above correctness.tolerance="
+            f"{result.get('tolerance', 0):g}, at most {most}"
+        )
+    return said
+
+
+def headline(result: Mapping[str, Any]) -> Headline:
+    """Return the most severe outcome of the float32 pass."""
+    if result.get("unjustified_divergences") is None:
+        return Headline("calm", "pass left out")
+    if found := defects(result):
+        return Headline("bad", "defect: " + "; ".join(found))
+    if result.get("tokens_equal"):
+        return Headline("good", "every token is the same")
+    return Headline("good", "tokens differ only where rounding decides")
