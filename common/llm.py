@@ -15,8 +15,7 @@ import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import count
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -25,84 +24,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as ProgressBar
 
 from common.beam import Beam, BeamSearchParams, beam_search
-from common.errors import BackendError, RequestError, TandemError, shown
+from common.errors import BackendError, RequestError, TandemError
 from common.exits import FAILURE, INTERRUPTED, USER_ERROR, printing, replace_unprintable
 from common.interface import Progress
 from common.interrupt import uninterrupted
 from common.options import add_engine_options, add_model_options, engine_options, flag, parse
+from common.outputs import (
+    CompletionOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    RequestOutput,
+    completion_output,
+    request_output,
+)
+from common.prompts import Prompt, RequestBuilder, check_grammar, is_one, params_of_each
 from common.replicas.open import open_engine
-from common.request import Logprobs, Request, SamplingParams, Status, TokenEvent, expect, fan_out
+from common.request import Request, SamplingParams, Status, TokenEvent, expect, fan_out
 from common.states import Pooler, Pooling, check_pooling
 from common.text.chat import ChatTemplate, Message
-from common.text.grammar import Grammars
 from common.text.output import Delta, OutputText
 from common.text.tokenizer import Tokenizer, open_tokenizer
 from common.weights.checkpoint import open_checkpoint
 from common.weights.zoo import resolve
-
-Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, or a mapping with `prompt` or `prompt_token_ids`."""
-
-
-@dataclass(frozen=True)
-class Logprob:
-    """Of one token at one place, from the raw logits."""
-
-    logprob: float
-    rank: int
-    """1 is the likeliest."""
-    decoded_token: str
-
-
-@dataclass(frozen=True)
-class CompletionOutput:
-    """What a model wrote."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    cumulative_logprob: float | None
-    logprobs: list[dict[int, Logprob]] | None
-    """For each token: itself and the likeliest others, by id; None unless asked for."""
-    finish_reason: str | None
-    """`stop`, `length`, `abort`, `timeout` or `error`."""
-    stop_reason: int | str | None
-    """The stop id or stop string that ended it; None for EOS."""
-    error: str | None = None
-    """What went wrong, where finish_reason is `error`."""
-
-
-@dataclass(frozen=True)
-class RequestOutput:
-    """One prompt and its continuation."""
-
-    request_id: str
-    prompt: str | None
-    """None where the prompt came as token ids."""
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    """`SamplingParams.n` of them, by index."""
-    finished: bool
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-    """For each token of the prompt: itself and the likeliest others, by id; None for the first, and unless asked for."""
-
-
-@dataclass(frozen=True)
-class EmbeddingOutput:
-    """Of length 1."""
-
-    embedding: list[float]
-    """D numbers."""
-
-
-@dataclass(frozen=True)
-class EmbeddingRequestOutput:
-    """One prompt and where it lies."""
-
-    request_id: str
-    prompt_token_ids: list[int]
-    outputs: EmbeddingOutput
-    finished: bool = True
 
 
 class LLM:
@@ -121,12 +64,10 @@ class LLM:
         self.tokenizer: Tokenizer = open_tokenizer(checkpoint.path)
         self.tokenizer.check_fits(checkpoint.config.vocab_size)
         self._pooler = Pooler.of(checkpoint)
-        self._eos = self.tokenizer.all_eos(checkpoint.config.eos_token_ids)
-        self._grammars = Grammars(self.tokenizer, self._eos, checkpoint.config.vocab_size)
+        self._builder = RequestBuilder(checkpoint.config, self.tokenizer)
         with _progress(use_tqdm) as progress:
             self.engine = open_engine(backend, checkpoint, config, progress)
         self._chat: ChatTemplate | None = None
-        self._numbers = count()
         self._lock = threading.RLock()  # over the engine and the two tables of requests
         self._live: dict[str, OutputText] = {}
         self._deltas: dict[str, list[Delta]] = {}
@@ -147,18 +88,13 @@ class LLM:
         Where a text spells special tokens, it means them. If a prompt is refused (`RequestError`), none is run. A request that
         fails on the way ends with the finish_reason `error`, and the others go on.
         """
-        many = [prompts] if _is_one(prompts) else list(prompts)
+        many = [prompts] if is_one(prompts) else list(prompts)
         texts, requests = self._requests(many, sampling_params)
         fans = [fan_out(request) for request in requests]
         found = self._run([each for fan in fans for each in fan], use_tqdm)
         deltas = [[found[each.request_id] for each in fan] for fan in fans]
         return [
-            _answer(
-                text,
-                request,
-                [self._output(i, request, each) for i, each in enumerate(mine)],
-                self._prompt_logprobs(request, mine[0]),
-            )
+            request_output(self.tokenizer, text, request, mine)
             for text, request, mine in zip(texts, requests, deltas, strict=True)
         ]
 
@@ -200,19 +136,26 @@ class LLM:
         If a prompt is refused (`RequestError`), none is run. Raises `BackendError` where the model gives no logprobs.
         """
         expect(isinstance(params, BeamSearchParams), f"params must be BeamSearchParams, got {type(params).__name__}.")
-        many = [prompts] if _is_one(prompts) else list(prompts)
+        many = [prompts] if is_one(prompts) else list(prompts)
         texts, requests = self._requests(many, SamplingParams(max_tokens=params.max_tokens, ignore_eos=params.ignore_eos))
         with self._admitted(requests):  # refuses here what could not be followed to its end
             pass
-        found = beam_search([request.prompt_token_ids for request in requests], params, self._eos, self._likeliest)
+        token_ids = [request.prompt_token_ids for request in requests]
+        found = beam_search(token_ids, params, self._builder.eos_token_ids, self._likeliest)
         return [
-            _answer(text, request, [self._beam(i, request, beam) for i, beam in enumerate(beams)])
+            RequestOutput(
+                request.request_id,
+                text,
+                list(request.prompt_token_ids),
+                [self._beam(i, request, beam) for i, beam in enumerate(beams)],
+                finished=True,
+            )
             for text, request, beams in zip(texts, requests, found, strict=True)
         ]
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[Delta, None, None]:
         """Continue one prompt token by token. Several streams may be read in turn; leaving one early aborts its request."""
-        expect(_is_one(prompt), f"A stream continues one prompt, got {type(prompt).__name__}; use generate, or a stream each.")
+        expect(is_one(prompt), f"A stream continues one prompt, got {type(prompt).__name__}; use generate, or a stream each.")
         _, (request,) = self._requests([prompt], sampling_params)
         expect(request.params.n == 1, f"A stream has one continuation, got n={request.params.n}; use generate, or n streams.")
         return self._stream(request)
@@ -224,8 +167,8 @@ class LLM:
         """
         self._expect_open()
         check_pooling(pooling)
-        many = [prompts] if _is_one(prompts) else list(prompts)
-        tokens = [list(self._tokens(i, prompt)[1]) for i, prompt in enumerate(many)]
+        many = [prompts] if is_one(prompts) else list(prompts)
+        tokens = [list(self._builder.tokens(i, prompt)[1]) for i, prompt in enumerate(many)]
         pooled: list[np.ndarray] = []
         while len(pooled) < len(tokens):
             with self._lock, uninterrupted():
@@ -233,7 +176,7 @@ class LLM:
                 states = self.engine.hidden_states(tokens[len(pooled) :])
             pooled += [self._pooler.pool(x_TD, pooling) for x_TD in states]
         return [
-            EmbeddingRequestOutput(str(next(self._numbers)), ids, EmbeddingOutput(x_D.tolist()))
+            EmbeddingRequestOutput(self._builder.next_id(), ids, EmbeddingOutput(x_D.tolist()))
             for ids, x_D in zip(tokens, pooled, strict=True)
         ]
 
@@ -242,7 +185,7 @@ class LLM:
         if not self._closed:
             self._closed = True  # before the lock: whoever else steps leaves off
             with self._lock:
-                self._grammars.close()
+                self._builder.close()
                 self._end()
                 if self._chat is not None:
                     self._chat.close()
@@ -260,63 +203,18 @@ class LLM:
         self, prompts: Sequence[Any], sampling_params: SamplingParams | Sequence[SamplingParams] | None
     ) -> tuple[list[str | None], list[Request]]:
         self._expect_open()
-        if isinstance(sampling_params, Sequence):
-            each = list(sampling_params)
-            expect(
-                len(each) == len(prompts), f"Expected one sampling_params for each of {len(prompts)} prompts, got {len(each)}."
-            )
-        else:
-            each = [SamplingParams() if sampling_params is None else sampling_params] * len(prompts)
-        for given in each:
-            expect(isinstance(given, SamplingParams), f"sampling_params must be SamplingParams, got {type(given).__name__}.")
-        pairs = [self._tokens(i, prompt) for i, prompt in enumerate(prompts)]
-        with self._lock:  # nobody closes the grammars meanwhile
+        each = params_of_each(prompts, sampling_params)
+        pairs = [self._builder.tokens(i, prompt) for i, prompt in enumerate(prompts)]
+        with self._lock:  # `close` ends the grammars' threads
             self._expect_open()
-            requests = [
-                Request(
-                    request_id=str(next(self._numbers)),
-                    prompt_token_ids=tuple(ids),
-                    params=params,
-                    eos_token_ids=self._eos,
-                    bad_words=self.tokenizer.bad_words(params.bad_words),
-                    grammar=self._grammars.compile(params.structured_outputs),
-                )
-                for (_, ids), params in zip(pairs, each, strict=True)
-            ]
+            requests = [self._builder.request(ids, params) for (_, ids), params in zip(pairs, each, strict=True)]
         for request in requests:
-            self._check_grammar(request)
+            try:
+                check_grammar(request)
+            except CancelledError:
+                self._expect_open()  # `close` was called meanwhile
+                raise
         return [text for text, _ in pairs], requests
-
-    def _check_grammar(self, request: Request) -> None:
-        """Refuse what cannot be compiled, or cannot begin. It takes time: not to be called under the lock."""
-        if request.grammar is None:
-            return
-        try:
-            request.grammar.result().check_begin(request)
-        except CancelledError:
-            self._expect_open()  # closed meanwhile
-            raise
-
-    def _tokens(self, i: int, prompt: Any) -> tuple[str | None, Sequence[int]]:
-        match prompt:
-            case str():
-                return prompt, self.tokenizer.encode(prompt)
-            case {"prompt_token_ids": list() | tuple() as ids} if prompt.keys() <= {"prompt_token_ids", "prompt"}:
-                text = prompt.get("prompt")
-                expect(
-                    text is None or isinstance(text, str), f"Prompt {i}: prompt must be a string, got {shown(text)}.", "prompt"
-                )
-                return text, ids
-            case {"prompt": str(text)} if len(prompt) == 1:
-                return text, self.tokenizer.encode(text)
-            case list() | tuple():
-                return None, prompt
-            case np.ndarray(ndim=1):
-                return None, prompt.tolist()
-        raise RequestError(
-            f"Prompt {i} must be a string, a list of token ids, or a mapping with prompt or prompt_token_ids, "
-            f"got {type(prompt).__name__} {shown(prompt)}."
-        )
 
     @contextmanager
     def _admitted(self, requests: Iterable[Request]) -> Iterator[None]:
@@ -384,25 +282,9 @@ class LLM:
                     ready, self._deltas[name] = self._deltas[name], []
                 yield from ready
 
-    def _output(self, index: int, request: Request, deltas: Sequence[Delta]) -> CompletionOutput:
-        last = deltas[-1]
-        token_ids = [token for delta in deltas for token in delta.token_ids]
-        asked = request.params.logprobs is not None
-        scored = [(token, delta.logprobs) for delta in deltas for token in delta.token_ids if delta.logprobs is not None]
-        return CompletionOutput(
-            index=index,
-            text="".join(delta.text for delta in deltas),
-            token_ids=token_ids,
-            cumulative_logprob=sum(found.logprob for _, found in scored) if asked else None,
-            logprobs=[self._logprobs(token, found) for token, found in scored] if asked else None,
-            finish_reason=last.finish_reason,
-            stop_reason=last.stop_reason,
-            error=last.error,
-        )
-
     def _likeliest(self, sequences: Sequence[tuple[int, ...]], k: int) -> list[list[tuple[int, float]]]:
         params = SamplingParams(max_tokens=1, temperature=0.0, logprobs=k, detokenize=False)
-        requests = [Request(request_id=str(next(self._numbers)), prompt_token_ids=ids, params=params) for ids in sequences]
+        requests = [Request(request_id=self._builder.next_id(), prompt_token_ids=ids, params=params) for ids in sequences]
         found = self._run(requests, use_tqdm=False)
         answers = []
         for (delta,) in [found[request.request_id] for request in requests]:
@@ -415,36 +297,8 @@ class LLM:
         *before, last = [TokenEvent(request.request_id, token, 0.0) for token in beam.token_ids]
         text = OutputText(self.tokenizer, request)
         last = replace(last, finish=Status.FINISHED_STOP if beam.ended else Status.FINISHED_LENGTH)
-        output = self._output(index, request, [text.push(event) for event in (*before, last)])
+        output = completion_output(self.tokenizer, index, request, [text.push(event) for event in (*before, last)])
         return replace(output, cumulative_logprob=beam.logprob)
-
-    def _prompt_logprobs(self, request: Request, deltas: Sequence[Delta]) -> list[dict[int, Logprob] | None] | None:
-        scored = deltas[0].prompt_logprobs
-        if scored is None:
-            return None
-        pairs = zip(request.prompt_token_ids, scored, strict=True)
-        return [None if found is None else self._logprobs(token, found) for token, found in pairs]
-
-    def _logprobs(self, token: int, found: Logprobs) -> dict[int, Logprob]:
-        ranked = [(token, found.logprob, found.rank)]
-        ranked += [
-            (i, p, rank) for rank, (i, p) in enumerate(zip(found.top_ids, found.top_logprobs, strict=True), 1) if i != token
-        ]
-        return {i: Logprob(p, rank, self.tokenizer.decode([i], skip_special_tokens=False)) for i, p, rank in ranked}
-
-
-def _answer(
-    text: str | None, request: Request, outputs: list[CompletionOutput], scored: list[dict[int, Logprob] | None] | None = None
-) -> RequestOutput:
-    return RequestOutput(request.request_id, text, list(request.prompt_token_ids), outputs, True, scored)
-
-
-def _is_one(prompts: Any) -> bool:
-    """Whether this is one prompt rather than a list of them."""
-    if isinstance(prompts, str | Mapping | np.ndarray):
-        return True
-    expect(isinstance(prompts, Sequence), f"prompts must be a prompt or a list of prompts, got {type(prompts).__name__}.")
-    return len(prompts) > 0 and isinstance(prompts[0], int | np.integer)
 
 
 @contextmanager

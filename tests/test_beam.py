@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, GgufConfig
 
 from common.beam import Beam, BeamSearchParams, beam_search
 from common.errors import BackendError, RequestError
-from common.llm import LLM, RequestOutput
+from common.llm import LLM
+from common.outputs import RequestOutput
 from common.request import SamplingParams
 from common.weights.zoo import resolve
 

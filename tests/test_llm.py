@@ -25,7 +25,8 @@ from common.engine import Engine
 from common.errors import BackendError, CheckpointError, ConfigError, RequestError, TandemError
 from common.exits import FAILURE, READER_GONE
 from common.interrupt import uninterrupted
-from common.llm import LLM, RequestOutput
+from common.llm import LLM
+from common.outputs import CompletionOutput, RequestOutput
 from common.request import Logprobs, Request, SamplingParams, Status, TokenEvent
 from common.text.output import Delta, OutputText
 from common.text.tokenizer import Tokenizer, open_tokenizer
@@ -67,7 +68,7 @@ def assert_idle(llm: LLM) -> None:
     assert not llm.engine.has_work
 
 
-def only(outputs: Sequence[RequestOutput]) -> common.llm.CompletionOutput:
+def only(outputs: Sequence[RequestOutput]) -> CompletionOutput:
     assert len(outputs) == len(outputs[0].outputs) == 1
     return outputs[0].outputs[0]
 

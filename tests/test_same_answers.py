@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from common.llm import LLM, RequestOutput
+from common.llm import LLM
+from common.outputs import RequestOutput
 from common.platform import cxx_compiler
 from common.request import Request, SamplingParams, TokenEvent
 from experiments.correctness import common_prefix
