@@ -155,7 +155,7 @@ def test_beams_of_real_weights_are_those_of_transformers(backend: str) -> None:
     params = BeamSearchParams(beam_width=4, max_tokens=16)
     with LLM("smollm2-135m", backend=backend, **(SMALL | {"threads": 2})) as llm:
         for output in llm.beam_search(["The capital of France is", "Once upon a time there was a"], params):
-            right = by_transformers(resolve("smollm2-135m"), output.prompt_token_ids, params, llm._eos)
+            right = by_transformers(resolve("smollm2-135m"), output.prompt_token_ids, params, llm._builder.eos_token_ids)
             assert [one.token_ids for one in output.outputs] == right
 
 
@@ -183,12 +183,12 @@ def test_an_eos_token_ends_a_beam_unless_ignored(llm: LLM) -> None:
     free = BeamSearchParams(beam_width=2, max_tokens=5, ignore_eos=True)
     (output,) = llm.beam_search("the", free)
     first = output.outputs[0].token_ids[0]
-    eos, llm._eos = llm._eos, (first,)
+    eos, llm._builder.eos_token_ids = llm._eos, (first,)
     try:
         assert found(llm.beam_search("the", free)[0]) == found(output)
         (ending,) = llm.beam_search("the", BeamSearchParams(beam_width=2, max_tokens=5, length_penalty=0.0))
     finally:
-        llm._eos = eos
+        llm._builder.eos_token_ids = eos
     assert ([first], "stop") in found(ending)
     assert next(one.text for one in ending.outputs if one.finish_reason == "stop") == ""
 
