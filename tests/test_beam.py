@@ -183,7 +183,7 @@ def test_an_eos_token_ends_a_beam_unless_ignored(llm: LLM) -> None:
     free = BeamSearchParams(beam_width=2, max_tokens=5, ignore_eos=True)
     (output,) = llm.beam_search("the", free)
     first = output.outputs[0].token_ids[0]
-    eos, llm._builder.eos_token_ids = llm._eos, (first,)
+    eos, llm._builder.eos_token_ids = llm._builder.eos_token_ids, (first,)
     try:
         assert found(llm.beam_search("the", free)[0]) == found(output)
         (ending,) = llm.beam_search("the", BeamSearchParams(beam_width=2, max_tokens=5, length_penalty=0.0))
