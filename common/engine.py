@@ -6,7 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Listed
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -15,17 +15,17 @@ import numpy as np
 
 from common.config import EngineConfig
 from common.config import expect as expect_config
+from common.errors import EngineGoneError
 from common.interface import Caps, ModelRunner, Pending, Progress, ReplicaState, ServingEngine, load_backend
 from common.parallel import expect_shareable
 from common.platform import memory_available
 from common.request import Request, Status, TokenEvent, expect
 from common.schedule.kv import KV, Carrier
-from common.schedule.limits import check_tokens
 from common.schedule.scheduler import Scheduler
 from common.schedule.sequence import Sequence
 from common.schedule.step import Step
 from common.schedule.steplog import StepRecord, record_step
-from common.states import hidden_states, num_fitting
+from common.states import StatesJob, fail, take_prompts
 from common.weights.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class Engine(ServingEngine):
         self._masking = ThreadPoolExecutor(1, "masks")  # whose thread starts with the first mask
         self._carrier = Carrier(runner, config.block_size)
         self._in_flight: deque[tuple[Step, Pending, StepRecord | None]] = deque()
+        self._jobs: deque[StatesJob] = deque()  # only the first has pages
         self._events: list[TokenEvent] = []  # ends that no step brought: they go out with the next one
         self._counters = dict.fromkeys(
             ("steps", "num_resets", "prompt_tokens", "generation_tokens", "scheduled_tokens", "padded_tokens"), 0
@@ -82,6 +83,8 @@ class Engine(ServingEngine):
     def step(self, timeout: float | None = None) -> list[TokenEvent]:
         """One step: up to `caps.depth` others stay in flight. `timeout` is for engines that wait; this one computes."""
         begin, before = perf_counter(), self._device_seconds + self._log_seconds
+        if self._jobs:
+            self._run_job()  # first, so that no token waits for it
         for name in self.scheduler.expire(self._clock()):
             self._events.append(TokenEvent(name, None, begin, finish=Status.FINISHED_TIMEOUT))
         for name, error in self.scheduler.take_grammars():
@@ -93,6 +96,8 @@ class Engine(ServingEngine):
             raise
         if step is not None:
             self.submit(step)
+        elif self._jobs:
+            pass  # their pages may be those that requests wait for
         elif self.scheduler.live and not self._in_flight and not self.scheduler.await_others(_PATIENCE_S):
             raise RuntimeError("The scheduler has requests, but neither runs nor awaits any; this is a bug.")
         if step is None or len(self._in_flight) > self.caps.depth:
@@ -171,6 +176,8 @@ class Engine(ServingEngine):
     def _start_over(self, suspects: list[Sequence]) -> list[str]:
         """Everyone waits again and keeps the emitted tokens; returns the ids of suspects that end instead, as the guilty."""
         self._in_flight.clear()
+        for job in self._jobs:
+            job.start_over()
         self._counters["num_resets"] += 1
         failed = self.scheduler.recover(suspects)
         self.runner.reset()
@@ -187,33 +194,41 @@ class Engine(ServingEngine):
             raise error
         log.warning("A step of %d requests raised; starting over with all of them.", len(step.seqs), exc_info=error)
 
-    def hidden_states(self, prompts: Listed[Listed[int]]) -> list[np.ndarray]:
-        """On pages that are given back."""
-        scheduler, size = self.scheduler, self.config.block_size
-        room = scheduler.pool.num_pages - 1
-        most = min(self.caps.max_model_len, room * size)
+    def hidden_states(self, prompts: Listed[Listed[int]]) -> Future[list[np.ndarray]]:
         expect(self.caps.observes, f"The {self.caps.backend} engine does not show its states, so it has no embeddings.")
-        lengths = [len(prompt) for prompt in prompts[: scheduler.max_num_seqs]]
-        for i, length in enumerate(lengths):
-            expect(0 < length <= most, f"Prompt {i} has {length} tokens; expected 1 to {most}.")
-        some = prompts[: num_fitting(lengths, scheduler.budget, room, size)]
-        for i, prompt in enumerate(some):
-            check_tokens(f"Prompt {i}", prompt, self.caps.vocab_size)
+        some = take_prompts(prompts, self.scheduler.limits, self.scheduler.max_num_seqs, self.caps.vocab_size)
+        self._jobs.append(StatesJob(some, self.config.block_size))
+        return self._jobs[-1].states
+
+    def _run_job(self) -> None:
+        """Run one piece of the first job, on pages that are given back at its end."""
+        while self._jobs and self._jobs[0].states.cancelled():
+            self.scheduler.pool.release(self._jobs.popleft().pages)
+        if not self._jobs:
+            return
+        job = self._jobs[0]
         while self._in_flight:
             self._events += self.land()
-        begin, counts = perf_counter(), [-(-len(prompt) // size) for prompt in some]
-        pages = scheduler.lend(sum(counts))
-        ends = np.cumsum(counts).tolist()
-        held = [pages[end - count : end] for count, end in zip(counts, ends, strict=True)]
+        begin = perf_counter()
         try:
-            states = hidden_states(self.runner, some, held, size, scheduler.budget)
-        except BaseException:
+            if not job.pages:
+                job.begin(self.runner, self.scheduler.lend(job.num_pages))
+            states = job.run_piece(self.runner, self.scheduler.budget)
+        except BaseException as error:
+            self._jobs.popleft()
             self._start_over([])
-            raise
-        scheduler.pool.release(pages)
-        self._counters["prompt_tokens"] += sum(map(len, some))
+            fail(job.states, error)
+            if not isinstance(error, Exception):
+                raise
+            log.warning("The hidden states of %d prompts raised.", len(job.prompts), exc_info=error)
+        else:
+            if states is not None:
+                self._jobs.popleft()
+                self.scheduler.pool.release(job.pages)
+                self._counters["prompt_tokens"] += job.num_tokens
+                if job.states.set_running_or_notify_cancel():
+                    job.states.set_result(states)
         self._device_seconds += perf_counter() - begin
-        return states
 
     def read_kept(self, request_id: str, start: int, kv: KV) -> list[int]:
         """As `Carrier.read`, of a request that keeps its pages. Raises `LookupError` if they are gone."""
@@ -247,7 +262,7 @@ class Engine(ServingEngine):
 
     @property
     def has_work(self) -> bool:
-        return bool(self.scheduler.live or self._in_flight or self._events)
+        return bool(self.scheduler.live or self._in_flight or self._events or self._jobs)
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start: `scheduled_tokens` went through the model, `padded_tokens` came on top to fill buckets;
@@ -280,6 +295,8 @@ class Engine(ServingEngine):
         return self.scheduler.pool.forget()
 
     def close(self) -> None:
+        while self._jobs:
+            fail(self._jobs.popleft().states, EngineGoneError("This engine was closed before these states were computed."))
         self._masking.shutdown()
         self.runner.close()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib import import_module, util
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -82,6 +83,11 @@ class KVGroup:
 def one_group(model: ModelConfig, page_bytes: int) -> tuple[KVGroup]:
     """All layers of a model on one page table."""
     return (KVGroup(layers=tuple(range(model.num_layers)), window=0, page_bytes=page_bytes),)
+
+
+def last_residual(num_layers: int) -> str:
+    """Return the name by which `ModelRunner.observe` knows the residual stream behind the last layer."""
+    return f"layers.{num_layers - 1}.residual"
 
 
 def page_bytes(model: ModelConfig, config: EngineConfig) -> int:
@@ -278,7 +284,8 @@ class ModelRunner(ABC):
         `embedding` [T, D]; of layer l, with `layers.l.` before it, `attn_norm` [T, D], `q` [T, N, H], `k` and `v` [T, K, H],
         `attention` [T, N, H], `attn_residual` [T, D], `mlp` [T, D] as it is added, `residual` [T, D]; then `final_norm` [T, D],
         `logits` [R, V] and `tokens` int32[R]. What lies inside one kernel does not show. `names` limits what is brought to the
-        host. Programs are compiled at the first call. Raises `BackendError` where `caps.observes` is False.
+        host. Programs are compiled at the first call, except for `last_residual` alone of a step without logit rows: the
+        programs of `submit` give that, so embeddings compile nothing. Raises `BackendError` where `caps.observes` is False.
         """
         raise BackendError(f"The {self.caps.backend} engine does not show what is inside its steps.")
 
@@ -382,10 +389,14 @@ class ServingEngine(InferenceEngine):
         """From now on `add` raises `DrainingError`; what was added before goes on to its end. Idempotent."""
 
     @abstractmethod
-    def hidden_states(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """The residual stream behind the last layer, float32[T, D], of as many `prompts`, from the first on, as one step takes;
-        computed at once, between two steps. A prompt that no step takes is computed in several. Raises `RequestError`, before
-        it computes any, for a prompt that can never be computed."""
+    def hidden_states(self, prompts: Sequence[Sequence[int]]) -> Future[list[np.ndarray]]:
+        """Compute the residual stream behind the last layer, float32[T, D], of as many `prompts`, from the first on, as one
+        step takes. A prompt that no step takes is computed in several.
+
+        Each `step` of the engine computes one piece of it, of at most `max_num_batched_tokens` tokens, so that requests that
+        run wait no longer than for a chunk of another prompt. The future resolves within `step`; cancel it to drop the work.
+        Raises `RequestError` for a prompt that can never be computed.
+        """
 
     @property
     @abstractmethod

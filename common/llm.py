@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import replace
@@ -171,10 +171,7 @@ class LLM:
         tokens = [list(self._builder.tokens(i, prompt)[1]) for i, prompt in enumerate(many)]
         pooled: list[np.ndarray] = []
         while len(pooled) < len(tokens):
-            with self._lock, uninterrupted():
-                self._expect_open()
-                states = self.engine.hidden_states(tokens[len(pooled) :])
-            pooled += [self._pooler.pool(x_TD, pooling) for x_TD in states]
+            pooled += [self._pooler.pool(x_TD, pooling) for x_TD in self._states(tokens[len(pooled) :])]
         return [
             EmbeddingRequestOutput(self._builder.next_id(), ids, EmbeddingOutput(x_D.tolist()))
             for ids, x_D in zip(tokens, pooled, strict=True)
@@ -235,12 +232,9 @@ class LLM:
                     if self._live.pop(name, None) is not None:
                         self.engine.abort(name)
 
-    def _step(self, wanted: Set[str]) -> list[tuple[str, Delta]]:
-        """One step of the engine, if any of these requests is unfinished still; another thread may have taken their last one.
-        What became visible, by request, is appended to `_deltas` and returned."""
+    def _step(self) -> list[tuple[str, Delta]]:
+        """One step of the engine. What became visible, by request, is appended to `_deltas` and returned."""
         fresh: list[tuple[str, Delta]] = []
-        if wanted.isdisjoint(self._live):
-            return fresh
         for event in self.engine.step():
             name = event.request_id
             if name not in self._live:
@@ -263,13 +257,28 @@ class LLM:
             while unfinished:
                 with self._lock:
                     self._expect_open()
-                    fresh = self._step(unfinished)
+                    fresh = [] if unfinished.isdisjoint(self._live) else self._step()  # or another thread took their last one
                     unfinished &= self._live.keys()
                 tokens += sum(len(delta.token_ids) for name, delta in fresh if name in mine)
                 speed = tokens / (time.perf_counter() - begin)
                 progress(len(requests) - len(unfinished), len(requests), f"{speed:.0f} tokens/s")
                 let_in()
             return {name: self._deltas[name] for name in mine}
+
+    def _states(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """The states of as many prompts as the engine takes at once. Others' requests go on meanwhile."""
+        with self._lock, uninterrupted():
+            self._expect_open()
+            states = self.engine.hidden_states(prompts)
+        try:
+            while not states.done():
+                with self._lock, uninterrupted():
+                    if not states.done():  # another thread may have stepped
+                        self._expect_open()
+                        self._step()
+            return states.result()
+        finally:
+            states.cancel()
 
     def _stream(self, request: Request) -> Generator[Delta, None, None]:
         name = request.request_id
@@ -278,7 +287,8 @@ class LLM:
                 with self._lock, uninterrupted():
                     if not self._deltas[name]:
                         self._expect_open()
-                        self._step({name})
+                        if name in self._live:  # another thread may have taken its last step
+                            self._step()
                     ready, self._deltas[name] = self._deltas[name], []
                 yield from ready
 

@@ -1,6 +1,6 @@
 """What a decoder makes of prompts that nobody continues: states of whole prompts, and embeddings of them.
 
-A step that shows its insides (`ModelRunner.observe`) runs them, on pages that are held for it alone. It shows the residual
+A step that shows its insides (`ModelRunner.observe`) runs them, on pages that are held for them alone. It shows the residual
 stream under all kernels, equal in bits under native ones; what follows is done here, so embeddings of two engines differ as
 their layers do.
 """
@@ -8,14 +8,17 @@ their layers do.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, Self, get_args
 
 import numpy as np
 
 from common.errors import shown
-from common.interface import ModelRunner
+from common.interface import ModelRunner, last_residual
 from common.request import SamplingParams, expect
+from common.schedule.limits import Limits, check_tokens
 from common.schedule.rows import Rows
 from common.weights.checkpoint import Checkpoint
 
@@ -49,28 +52,76 @@ class Pooler:
         return (pooled_D / max(np.linalg.norm(pooled_D), 1e-12)).astype(np.float32)
 
 
+def take_prompts(prompts: Sequence[Sequence[int]], limits: Limits, max_seqs: int, vocab_size: int) -> Sequence[Sequence[int]]:
+    """Return as many prompts, from the first on, as one step of an engine takes. Raise `RequestError` for one that can never be
+    computed."""
+    some, most = prompts[:max_seqs], min(limits.max_model_len, limits.num_pages * limits.block_size)
+    expect(len(some) > 0, "Expected at least one prompt, got none.")
+    for i, prompt in enumerate(some):
+        expect(0 < len(prompt) <= most, f"Prompt {i} has {len(prompt)} tokens; expected 1 to {most}.")
+    some = some[: num_fitting(list(map(len, some)), limits.budget, limits.num_pages, limits.block_size)]
+    for i, prompt in enumerate(some):
+        check_tokens(f"Prompt {i}", prompt, vocab_size)
+    return some
+
+
 def num_fitting(lengths: Sequence[int], tokens: int, pages: int, page_size: int) -> int:
-    """How many prompts of these lengths, from the first on, one step takes; a prompt by itself may take several."""
+    """Return how many prompts of these lengths, from the first on, one step takes; a prompt by itself may take several."""
     counts = np.array(lengths)
     fit = (counts.cumsum() <= tokens) & ((-(-counts // page_size)).cumsum() <= pages)
     return max(int(fit.sum()), 1)
 
 
-def hidden_states(
-    runner: ModelRunner, prompts: Sequence[Sequence[int]], pages: Sequence[Sequence[int]], page_size: int, tokens: int
-) -> list[np.ndarray]:
-    """The residual stream behind the last layer, float32[T, D] of each prompt, in steps of at most `tokens` tokens: several
-    prompts that fit one, or a single prompt. `pages` are held for each; afterwards nobody needs what is in them."""
-    name = f"layers.{max(layer for group in runner.kv_groups() for layer in group.layers)}.residual"
-    rows = Rows(len(prompts), max(map(len, prompts)), page_size, len(runner.kv_groups()))
-    for prompt, held in zip(prompts, pages, strict=True):
-        rows.take(np.array(prompt, np.int32), held, SamplingParams(temperature=0.0), 0)
-    parts: list[list[np.ndarray]] = [[] for _ in prompts]
-    for start in range(0, max(map(len, prompts)), tokens):
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) - start > 1)  # those with one token first
-        counts = [min(len(prompts[i]) - start, tokens) for i in order]
-        batch = rows.build(order, [start] * len(order), counts, samples=[], fills=[])
+class StatesJob:
+    """Prompts whose hidden states an engine computes, several that fit one step or a single one, in pieces between its steps.
+
+    `states` resolves to the residual stream behind the last layer, float32[T, D] of each prompt. Cancel it to drop the job.
+    """
+
+    def __init__(self, prompts: Sequence[Sequence[int]], page_size: int) -> None:
+        self.prompts, self._page_size = prompts, page_size
+        self.states: Future[list[np.ndarray]] = Future()
+        self.start_over()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.prompts))
+
+    @property
+    def num_pages(self) -> int:
+        return sum(-(-len(prompt) // self._page_size) for prompt in self.prompts)
+
+    def start_over(self) -> None:
+        """Forget the pages and what was computed."""
+        self.pages: list[int] = []
+        self._rows: Rows | None = None
+        self._start = 0
+        self._parts: list[list[np.ndarray]] = [[] for _ in self.prompts]
+
+    def begin(self, runner: ModelRunner, pages: list[int]) -> None:
+        """Take `num_pages` pages, whose contents nothing needs afterwards."""
+        self.pages, free = pages, iter(pages)
+        self._rows = Rows(len(self.prompts), max(map(len, self.prompts)), self._page_size, len(runner.kv_groups()))
+        for prompt in self.prompts:
+            held = list(islice(free, -(-len(prompt) // self._page_size)))
+            self._rows.take(np.array(prompt, np.int32), held, SamplingParams(temperature=0.0), 0)
+
+    def run_piece(self, runner: ModelRunner, tokens: int) -> list[np.ndarray] | None:
+        """Run one step of at most `tokens` tokens of each prompt. Return the states if it was the last."""
+        assert self._rows
+        lengths, start = [len(prompt) for prompt in self.prompts], self._start
+        name = last_residual(1 + max(layer for group in runner.kv_groups() for layer in group.layers))
+        order = sorted(range(len(lengths)), key=lambda i: lengths[i] - start > 1)  # sequences of one token come first
+        counts = [min(lengths[i] - start, tokens) for i in order]
+        batch = self._rows.build(order, [start] * len(order), counts, samples=[], fills=[])
         states_TD = runner.observe(batch, (name,))[name]
         for i, states in zip(order, np.split(states_TD, batch.query_starts[1:-1]), strict=True):
-            parts[i].append(states)
-    return [np.concatenate(each) for each in parts]
+            self._parts[i].append(states)
+        self._start += tokens
+        return [np.concatenate(each) for each in self._parts] if self._start >= max(lengths) else None
+
+
+def fail(states: Future[list[np.ndarray]], error: BaseException) -> None:
+    """Set the exception of a future that may have been cancelled."""
+    if states.set_running_or_notify_cancel():
+        states.set_exception(error)

@@ -275,7 +275,7 @@ class Step(Native):
         """Compile what later steps need."""
         for done, tokens in enumerate(self._sizes):
             # No tokens: the program runs through its operators and changes nothing.
-            state, *_ = self._run(tokens, state, None, before=self._before(tokens))
+            state, *_ = self._run(tokens, state, None, self._shown, before=self._before(tokens))
             if progress:
                 progress(done + 1, len(self._sizes), f"compiled steps of up to {tokens} tokens")
         return self.write_pages(state, [0], _null_page(self.model_config, self.config))
@@ -287,6 +287,9 @@ class Step(Native):
     def observe(self, state: State, batch: Batch, names: Names) -> tuple[State, dict[str, Array]]:
         """One step, and what it computes on the way, padded and on the device: those of `names`, or all."""
         tokens = self._tokens(batch)
+        if not len(batch.logit_rows):
+            state, _, taps = self._run(tokens, state, batch, names)
+            return state, taps
         shape = tokens, self.model_config.vocab_size  # every token may ask for logits
         wide = state._replace(logits=jnp.zeros(shape, jnp.float32, device=self.device))
         wide, _, taps = self._run(tokens, wide, batch, names)
@@ -295,7 +298,7 @@ class Step(Native):
     def _advance(self, state: State, batch: Batch, mask: Mask, *before: Array) -> tuple[State, Any]:
         """As `run`, but that a stage that is not the last gives its residual stream, and one that is not the first takes that
         of the stage before it."""
-        state, out, _ = self._run(self._tokens(batch), state, batch, mask=mask, before=before)
+        state, out, _ = self._run(self._tokens(batch), state, batch, self._shown, mask, before)
         self._told += sum(x.nbytes for x in before)
         if not self.model_config.predicts:
             return state, out
@@ -317,7 +320,7 @@ class Step(Native):
         tokens: int,
         state: State,
         batch: Batch | None,
-        names: Names = frozenset(),
+        names: Names,
         mask: Mask = None,
         before: Sequence[Array] = (),
     ) -> Any:
@@ -361,8 +364,10 @@ class Step(Native):
     ) -> tuple[State, Array, dict[str, Array]]:
         """The pure function that is compiled."""
         taps, keep = keeper(names)
-        whole = names == frozenset()
+        whole = names == self._shown
         state, x_TD = forward(self.model_config, weights, state, step, tokens, None if whole else keep, *before)
+        if whole:
+            keep(self.model_config.num_layers - 1, residual=x_TD)
         if not self.model_config.predicts:
             return state, x_TD, taps
         sampled, state = sample(state, step)

@@ -21,7 +21,7 @@ from flax import nnx
 from jax import Array, lax
 
 from common.config import EngineConfig, ModelConfig
-from common.interface import Progress, page_bytes
+from common.interface import Progress, last_residual, page_bytes
 from common.parallel import join_heads, local_config, pool_config, split_heads, stage_layers
 from common.schedule.batch import Batch, Mask, Want, masked
 from common.weights.checkpoint import Checkpoint
@@ -101,6 +101,9 @@ class Part:
         self.model_config: ModelConfig = checkpoint.config
         self._local = local_config(checkpoint.config, self.group.ranks)
         self._positions = positions
+        # What the programs that serve give besides: it is there, so embeddings need no programs of their own.
+        alone = self.group.ranks * self.group.stages == 1
+        self._shown = frozenset({last_residual(checkpoint.config.num_layers)} if alone else ())
         return checkpoint
 
 
@@ -152,10 +155,10 @@ class Step(Part):
         buckets += [self._bucket(size, True) for size in self.token_buckets]
         # XLA holds no lock while it compiles: a second thread fills what one leaves idle between its parallel phases.
         with ThreadPoolExecutor(2) as pool:
-            compiled = pool.map(lambda bucket: self._compile(bucket, state), buckets)
+            compiled = pool.map(lambda bucket: self._compile(bucket, state, self._shown), buckets)
             choosers = pool.map(self._chooser, {bucket.seqs for bucket in buckets if self._local.predicts})
             for done, (bucket, step) in enumerate(zip(buckets, compiled, strict=True)):
-                self._compiled[bucket, frozenset()] = step
+                self._compiled[bucket, self._shown] = step
                 if progress:
                     kind = "chunks and decodes" if bucket.chunked else "decodes"
                     progress(done + 1, len(buckets), f"compiled steps of {bucket.tokens} tokens, {kind}")
@@ -198,7 +201,7 @@ class Step(Part):
         of the stage before it."""
         sizes, chunked = self._sizes(batch)
         bucket = self._bucket(next(size for size in sizes if size >= batch.num_tokens), chunked)
-        state, out, _ = self._run(bucket, state, batch, mask=mask, before=before)
+        state, out, _ = self._run(bucket, state, batch, self._shown, mask, before)
         return state, (lambda: to_host(out)) if self._local.predicts else out
 
     def _copy_pages(self, state: State, pairs: np.ndarray) -> State:
@@ -218,7 +221,7 @@ class Step(Part):
         bucket: _Bucket,
         state: State,
         batch: Batch,
-        names: Names = frozenset(),
+        names: Names,
         mask: Mask = None,
         before: Sequence[Array] = (),
     ) -> Any:
@@ -276,7 +279,7 @@ class Step(Part):
         sampled = self._choose(logits_RV, changed_RV, change.choice)
         return last_tokens.at[change.choice.rows].set(sampled.tokens), changed_RV, sampled
 
-    def _compile(self, bucket: _Bucket, state: State, names: Names = frozenset()) -> Any:
+    def _compile(self, bucket: _Bucket, state: State, names: Names) -> Any:
         before = self._before(bucket)
         takes, gives = (self.weights, state, _WHOLE, *[_WHOLE] * len(before)), (state, _WHOLE, _WHOLE, _COLUMNS)
         step = self.group._spread(lambda *args: self._step(bucket, names, *args), takes, gives)

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from common.config import EngineConfig, ModelConfig
 from common.engine import Engine
-from common.interface import ModelRunner, load_backend
+from common.interface import ModelRunner, ServingEngine, load_backend
 from common.kernels.cpu.step import pack_step
 from common.request import SamplingParams
 from common.schedule.batch import VIEWS, Batch
@@ -118,6 +118,14 @@ class Packer:
         rows, starts, counts = ([part[i] for part in plan] for i in range(3))
         batch = self.rows.build(rows, starts, counts, list(range(len(rows)) if samples is None else samples), list(fills))
         return Batch.pack(**({name: getattr(batch, name) for name in VIEWS} | views))
+
+
+def hidden_states(engine: ServingEngine, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """Step the engine until it has them."""
+    states = engine.hidden_states(prompts)
+    while not states.done():
+        engine.step()
+    return states.result()
 
 
 def device_plan(backend: str, batch: Batch, config: ModelConfig, page_size: int, *, tokens: int, seqs: int, pages: int) -> Any:

@@ -24,7 +24,7 @@ from common.replicas.segment import SHARES
 from common.request import Request, SamplingParams, Status, TokenEvent, fan_out
 from experiments import compare, lab
 from tests import history_backend
-from tests.backends import BACKENDS, engine_config, make_engine
+from tests.backends import BACKENDS, engine_config, hidden_states, make_engine
 from tests.history_backend import ROOT, command, last_line
 from tests.http_server import PATIENCE_S, Awake, serving, until
 from tests.http_server import history as history_package
@@ -290,11 +290,11 @@ def test_one_backend_goes_on_with_the_prompts_of_the_other_as_one_engine_would(f
         events = engine.run(asked)
         prompts = sum(len(request.prompt_token_ids) for request in asked)
         assert engine.stats()["external_prefix_cache_hits"] == prompts
-        states = engine.hidden_states([[5, 6, 7, 8]])
+        states = hidden_states(engine, [[5, 6, 7, 8]])
     one = make_engine(then, MODEL, REAL, pages=128)
     wanted = one.run(asked)
     assert {name: told(mine) for name, mine in events.items()} == {name: told(mine) for name, mine in wanted.items()}
-    assert np.array_equal(states[0], one.hidden_states([[5, 6, 7, 8]])[0])
+    assert np.array_equal(states[0], hidden_states(one, [[5, 6, 7, 8]])[0])
 
 
 # ── what is built on engines ─────────────────────────────────────────────────────────────────────────────────────────────

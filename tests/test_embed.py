@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModel
 
 from common.engine import Engine
-from common.errors import RequestError
+from common.errors import EngineGoneError, RequestError
 from common.llm import LLM
 from common.request import Request, SamplingParams
 from common.states import Pooler, Pooling, num_fitting
-from tests.backends import BACKENDS, checkpoint, engine_config, make_engine
+from tests.backends import BACKENDS, checkpoint, engine_config, hidden_states, make_engine, shared_runner
 from tests.history_runner import HistoryRunner
 
 MODEL, PAGES, SIZE = "tiny-llama", 40, 16
@@ -43,7 +43,7 @@ def expected(model: str, tokens: list[int], pooling: Pooling) -> np.ndarray:
 def embed(engine: Engine, model: str, pooling: Pooling) -> list[np.ndarray]:
     pooler, pooled = Pooler.of(checkpoint(model)), list[np.ndarray]()
     while len(pooled) < len(PROMPTS):
-        pooled += [pooler.pool(x_TD, pooling) for x_TD in engine.hidden_states(PROMPTS[len(pooled) :])]
+        pooled += [pooler.pool(x_TD, pooling) for x_TD in hidden_states(engine, PROMPTS[len(pooled) :])]
     return pooled
 
 
@@ -80,17 +80,61 @@ def test_who_runs_meanwhile_says_the_same_and_every_page_comes_back(backend: str
     tokens: dict[str, list[int | None]] = {request.request_id: [] for request in requests}
     for request in requests:
         engine.add(request)
-    while engine.has_work:
-        for event in engine.step():
-            tokens[event.request_id].append(event.token_id)
-        np.testing.assert_allclose(
-            Pooler.of(checkpoint(MODEL)).pool(engine.hidden_states([PROMPTS[4]])[0], "last"),
-            expected(MODEL, PROMPTS[4], "last"),
-            atol=2e-6,
-        )
+    while engine.scheduler.live:
+        states = engine.hidden_states([PROMPTS[4]])
+        while not states.done():
+            for event in engine.step():
+                tokens[event.request_id].append(event.token_id)
+        pooled = Pooler.of(checkpoint(MODEL)).pool(states.result()[0], "last")
+        np.testing.assert_allclose(pooled, expected(MODEL, PROMPTS[4], "last"), atol=2e-6)
     assert tokens == {name: [event.token_id for event in events] for name, events in alone.items()}
     assert engine.stats()["num_preemptions"] > 0 and engine.scheduler.pool.num_free == 20
     assert engine.reset_prefix_cache()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_stream_gets_a_token_between_any_two_pieces_of_an_embedding(backend: str) -> None:
+    """A piece has at most the tokens of a step."""
+    engine = make_engine(backend, MODEL, engine_config(kernels="native"), pages=PAGES)
+    pieces: list[int] = []
+    observe = engine.runner.observe
+    engine.add(Request(request_id="a", prompt_token_ids=(5, 6, 7), params=SamplingParams(temperature=0.0, max_tokens=40)))
+    engine.step()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.runner, "observe", lambda batch, names: pieces.append(batch.num_tokens) or observe(batch, names))
+        asked = [engine.hidden_states([prompt]) for prompt in (PROMPTS[4], PROMPTS[1], PROMPTS[5])]
+        dropped = engine.hidden_states([PROMPTS[4]])
+        counts = []
+        while not all(states.done() for states in asked):
+            before = len(pieces)
+            events = engine.step()
+            counts.append((len(pieces) - before, len(events)))
+            dropped.cancel()
+    assert counts == [(1, 1)] * 7 and pieces == [64, 64, 64, 8, 50, 64, 1]
+    assert engine.abort("a") and engine.step() and not engine.has_work
+    assert engine.scheduler.pool.num_free == PAGES - 1
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_compiled_for_an_embedding_of_any_size(case: tuple[str, str]) -> None:
+    engine = make_engine(case[0], MODEL, engine_config(kernels=case[1]), pages=PAGES)
+    before = engine.stats()["compilations"]
+    embed(engine, MODEL, "mean")
+    for size in (1, 2, 31, 33, 63, 64, 65, 130):
+        hidden_states(engine, [[7] * size])
+    assert engine.stats()["compilations"] == before
+
+
+def test_states_that_are_still_to_come_when_an_engine_closes_never_do() -> None:
+    engine = Engine(shared_runner("torch", MODEL, PAGES, engine_config(kernels="native")), engine_config(), num_pages=PAGES)
+    states, dropped = engine.hidden_states([PROMPTS[4]]), engine.hidden_states([[1]])
+    engine.step()
+    dropped.cancel()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.runner, "close", lambda: None)  # others use it
+        engine.close()
+    with pytest.raises(EngineGoneError, match="was closed"):
+        states.result(0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -119,12 +163,14 @@ def test_a_step_that_raises_costs_the_embedding_and_nobody_else(monkeypatch: pyt
 
     with monkeypatch.context() as patch:
         patch.setattr(engine.runner, "observe", fail)
-        with pytest.raises(RuntimeError, match="planted"):
-            engine.hidden_states([[1, 2]])
+        states, later = engine.hidden_states([[1, 2]]), engine.hidden_states([[3, 4]])
+        events += engine.step()
+    with pytest.raises(RuntimeError, match="planted"):
+        states.result(0)
     while engine.has_work:
         events += engine.step()
     assert [event.token_id for event in events] == right
-    assert engine.scheduler.pool.num_free == PAGES - 1 and len(engine.hidden_states([[1, 2]])) == 1
+    assert engine.scheduler.pool.num_free == PAGES - 1 and len(later.result(0)) == 1
 
 
 def test_an_engine_that_does_not_show_its_states_says_so() -> None:

@@ -34,7 +34,7 @@ from common.text.grammar import Grammars
 from common.text.tokenizer import open_tokenizer
 from experiments import compare, lab
 from tests import history_backend
-from tests.backends import checkpoint, engine_config, make_engine
+from tests.backends import checkpoint, engine_config, hidden_states, make_engine
 from tests.history_backend import ROOT, command, last_line
 from tests.http_server import PATIENCE_S, Awake, Served, serving, until
 from tests.http_server import history as history_package
@@ -446,11 +446,51 @@ def test_both_backends_go_on_with_the_same_tokens_when_a_replica_is_killed(pair:
 
 def test_both_backends_show_the_states_of_one_engine(pair: Replicas, backend: str) -> None:
     prompts = [[5, 6, 7, 8], list(range(3, 60)), [9]]
-    got = pair.hidden_states(prompts)
-    for mine, wanted in zip(got, one(backend).hidden_states(prompts), strict=True):
+    got = hidden_states(pair, prompts)
+    for mine, wanted in zip(got, hidden_states(one(backend), prompts), strict=True):
         assert mine.dtype == np.float32 and np.array_equal(mine, wanted)
-    with pytest.raises(RequestError, match="Prompt 0 has 2100 tokens"):
-        pair.hidden_states([[5] * 2100])
+    for wrong, says in (([5] * 2100, "Prompt 0 has 2100 tokens"), ([5.5], r"Prompt 0\[0\] must be an integer")):
+        with pytest.raises(RequestError, match=says):
+            pair.hidden_states([wrong])
+
+
+def test_states_on_one_replica_stop_no_request_on_another(pair: Replicas, backend: str) -> None:
+    """The replica that computes them is stopped, so they cannot come before the tokens of the other."""
+    Awake().wait(lambda: all_serve(pair))
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    stream = Request(request_id="stream", prompt_token_ids=(5, 6, 7), params=params)
+    pair.add(stream)
+    process = psutil.Process(next(r.keeper.state.pid for r in pair._replicas if not r.live))
+    process.suspend()
+    try:
+        states, dropped = pair.hidden_states([[5, 6, 7, 8]]), pair.hidden_states([[9, 10]])
+        tokens: list[int | None] = []
+        while any(name == "stream" for name in pair._live):
+            tokens += [event.token_id for event in pair.step()]
+        tokens += [event.token_id for event in pair.step(0)]
+        assert len(tokens) == 20 and not states.done() and pair.has_work
+        assert dropped.cancel() and not pair.reset_prefix_cache()
+    finally:
+        process.resume()
+    while not states.done():
+        pair.step()
+    (wanted,) = hidden_states(one(backend), [[5, 6, 7, 8]])
+    assert np.array_equal(states.result()[0], wanted)
+    pair.step()
+    assert not pair.has_work and pair.reset_prefix_cache()
+
+
+def test_states_are_computed_again_where_their_replica_has_ended(pair: Replicas, backend: str) -> None:
+    Awake().wait(lambda: all_serve(pair))
+    before = pair.stats()["num_replicas_lost"]
+    asked = [pair.hidden_states([[5, 6, 7, i]]) for i in range(4)]
+    for state in pair.replicas:
+        os.kill(state.pid, signal.SIGKILL)
+    while not all(states.done() for states in asked):
+        pair.step()
+    for i, states in enumerate(asked):
+        assert np.array_equal(states.result()[0], hidden_states(one(backend), [[5, 6, 7, i]])[0])
+    assert pair.stats()["num_replicas_lost"] == before + 2
 
 
 # ── what is built on engines ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -11,6 +11,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -166,7 +167,7 @@ class Disaggregated(ServingEngine):
             "replicas": [{**each, "role": state.role} for each, state in zip(told, self.replicas, strict=True)],
         }
 
-    def hidden_states(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    def hidden_states(self, prompts: Sequence[Sequence[int]]) -> Future[list[np.ndarray]]:
         return self._decode.hidden_states(prompts)
 
     def reset_prefix_cache(self) -> bool:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import queue
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from time import perf_counter
@@ -35,13 +36,14 @@ from common.replicas.handover import SECRET
 from common.replicas.keeper import Gone, Keeper, Link, News, Ready, Said
 from common.replicas.totals import GAUGES, totals
 from common.replicas.wire import pack_request, unpack_caps, unpack_event
-from common.request import ENGINE_GONE, Request, Status, TokenEvent, expect
+from common.request import ENGINE_GONE, Request, Status, TokenEvent
 from common.schedule.limits import Limits, expect_new, expect_room
 from common.schedule.pages import PageKey
 from common.schedule.prepare import prepared
 from common.schedule.router import Router, remaining_tokens
 from common.schedule.seeds import mix64
 from common.schedule.steplog import StepRecord
+from common.states import fail, take_prompts
 from common.weights.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -92,6 +94,19 @@ class _Live:
 
 
 @dataclass(eq=False)
+class _Ask:
+    """Prompts whose hidden states a replica computes."""
+
+    prompts: Sequence[Sequence[int]]
+    states: Future[list[np.ndarray]] = field(default_factory=Future)
+    deaths: int = 0
+
+    @property
+    def load(self) -> int:
+        return sum(map(len, self.prompts))
+
+
+@dataclass(eq=False)
 class _Replica:
     """What is known of one."""
 
@@ -100,6 +115,7 @@ class _Replica:
     """None while it does not serve."""
     num_pages: int = 0
     live: dict[int, _Live] = field(default_factory=dict)
+    asks: dict[int, _Ask] = field(default_factory=dict)
     stats: dict[str, Any] = field(default_factory=dict)
     """As it last told them."""
     sent: int = 0
@@ -112,8 +128,8 @@ class _Replica:
 
     @property
     def load(self) -> int:
-        """Tokens that it has still to compute for its requests."""
-        return sum(live.load for live in self.live.values())
+        """Tokens that it has still to compute."""
+        return sum(live.load for live in self.live.values()) + sum(ask.load for ask in self.asks.values())
 
 
 class Replicas(ServingEngine):
@@ -154,6 +170,7 @@ class Replicas(ServingEngine):
         self._num_requests = 0
         self._draining = False
         self._events: list[TokenEvent] = []
+        self._unsent: list[_Ask] = []
         self._answers: dict[int, Frame] = {}
         self._lost: dict[str, float] = {}  # what replicas that have ended had counted
         self._counters = dict.fromkeys(("prompt_tokens", "generation_tokens", "num_replicas_lost", "num_recomputed"), 0)
@@ -236,6 +253,7 @@ class Replicas(ServingEngine):
         others = []
         if live.suspect:
             self._tried, others = live, [self._recall(other) for other in list(self._replicas[index].live.values())]
+            self._recall_asks(self._replicas[index])
         live.prefill = 1 if live.offer else len(tokens) - cached
         replica = live.replica = self._replicas[index]
         assert replica.link
@@ -249,6 +267,7 @@ class Replicas(ServingEngine):
         replica.link.send({"order": "add", "offer": live.offer} | message, data)
         for other in others:
             self._send(other)
+        self._send_asks()
 
     def _recall(self, live: _Live) -> _Live:
         """Take it from the replica that has it, to be sent anew."""
@@ -265,6 +284,7 @@ class Replicas(ServingEngine):
         waiting = [live for live in self._live.values() if live.replica is None]
         for live in sorted(waiting, key=lambda live: not live.suspect):
             self._send(live)
+        self._send_asks()
 
     def _acquit(self, live: _Live) -> None:
         """It is on trial, and has come past the place where it stood when replicas ended. If another is to be tried, it goes
@@ -306,14 +326,16 @@ class Replicas(ServingEngine):
 
     @property
     def has_work(self) -> bool:
-        return bool(self._live or self._events)
+        return bool(self._live or self._events or self._has_asks)
 
     def step(self, timeout: float | None = None) -> list[TokenEvent]:
         """What the replicas have brought. Where that is nothing yet, waits for `timeout`, or a moment."""
         self._tell_whether_to_log()
         self._hear(0)
         self._expire(perf_counter())
-        if not self._events and self._live:
+        if self._has_asks:
+            self._drop_cancelled()
+        if not self._events and (self._live or self._has_asks):
             self._hear(PATIENCE_S if timeout is None else timeout)
         events, self._events = self._events, []
         return events
@@ -343,6 +365,8 @@ class Replicas(ServingEngine):
                 self._admit(index, replica, told, link)
                 if self._counters["num_replicas_lost"]:
                     log.info("Replica %d serves again.", index)
+            case Said(_, Frame({"answer": int(ask)}) as frame) if ask in replica.asks:
+                self._resolve(replica.asks.pop(ask), frame)
             case Said(_, Frame({"answer": int(ask)}) as frame):
                 self._answers[ask] = frame
             case Said(_, Frame({"known": int(known)})):
@@ -409,6 +433,10 @@ class Replicas(ServingEngine):
             "Replica %d %s%s; its %d requests go on elsewhere.",
             news.replica, news.how, " once more, and is given up" if news.given_up else "", len(left),
         )  # fmt: skip
+        asks, replica.asks = list(replica.asks.values()), {}
+        for ask in asks:
+            ask.deaths += 1
+        self._unsent += asks
         for live in left:
             live.deaths += live.place_there <= replica.known  # of what it never heard of it has not died
             live.place, live.replica = len(live.output), None
@@ -422,6 +450,8 @@ class Replicas(ServingEngine):
         if self._hopeless:
             for live in list(self._live.values()):
                 self._fail(live, f"{ENGINE_GONE}; the last {news.how}.")
+            while self._unsent:
+                fail(self._unsent.pop().states, EngineGoneError(f"{ENGINE_GONE}; the last {news.how}."))
 
     def _fail(self, live: _Live, error: str) -> None:
         name, now = live.request.request_id, perf_counter()
@@ -486,45 +516,78 @@ class Replicas(ServingEngine):
                 replica.logs = on
                 replica.link.send({"order": "log", "on": on})
 
-    def hidden_states(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """Of one replica, the one with the least to do."""
-        expect(len(prompts) > 0 and all(len(prompt) > 0 for prompt in prompts), "Every prompt must hold at least one token.")
-        data = np.concatenate([np.array(prompt, np.int32) for prompt in prompts]).tobytes()
-        lengths = [len(prompt) for prompt in prompts]
-        for _ in range(MOST_DEATHS):
-            replica = self._await_one()
-            frame = self._ask(replica, {"order": "states", "lengths": lengths}, data)
-            if frame is not None:
-                break
-        else:
-            raise BackendError(f"{MOST_DEATHS} replicas have ended while they computed these states; their log says more.")
+    def hidden_states(self, prompts: Sequence[Sequence[int]]) -> Future[list[np.ndarray]]:
+        """Have the replica with the least to do compute them."""
+        assert self._limits
+        self._hear(0)
+        self._expect_able()
+        some = take_prompts(prompts, self._limits, self.caps.max_seqs // len(self._replicas), self.caps.vocab_size)
+        ask = _Ask(some)
+        self._unsent.append(ask)
+        self._send_asks()
+        return ask.states
+
+    @property
+    def _has_asks(self) -> bool:
+        return bool(self._unsent) or any(replica.asks for replica in self._replicas)
+
+    def _send_asks(self) -> None:
+        """Send those that wait for a replica, if one serves that is not on trial."""
+        court = self._tried.replica if self._tried else None
+        serving = [replica for replica in self._replicas if replica.link and replica is not court]
+        unsent, self._unsent = (self._unsent, []) if serving else ([], self._unsent)
+        for ask in unsent:
+            if ask.deaths >= MOST_DEATHS:
+                why = f"{ask.deaths} replicas have ended while they computed these states; their log says more."
+                fail(ask.states, BackendError(why))
+                continue
+            replica, number = min(serving, key=lambda replica: replica.load), next(self._numbers)
+            assert replica.link
+            replica.asks[number] = ask
+            data = np.concatenate([np.array(prompt, np.int32) for prompt in ask.prompts]).tobytes()
+            replica.link.send({"order": "states", "ask": number, "lengths": list(map(len, ask.prompts))}, data)
+
+    def _recall_asks(self, replica: _Replica) -> None:
+        """Take from a replica the states that it computes, to be sent anew."""
+        assert replica.link
+        for number in replica.asks:
+            replica.link.send({"order": "cancel states", "ask": number})
+        self._unsent += replica.asks.values()
+        replica.asks.clear()
+
+    def _drop_cancelled(self) -> None:
+        """Forget the states whose futures were cancelled."""
+        self._unsent = [ask for ask in self._unsent if not ask.states.cancelled()]
+        for replica in self._replicas:
+            for number in [number for number, ask in replica.asks.items() if ask.states.cancelled()]:
+                del replica.asks[number]
+                if replica.link:
+                    replica.link.send({"order": "cancel states", "ask": number})
+
+    def _resolve(self, ask: _Ask, frame: Frame) -> None:
+        """Give its future what a replica has answered."""
         if error := frame.message.get("failed"):
-            raise by_name(**error) or BackendError(error["message"])
+            fail(ask.states, by_name(**error) or BackendError(error["message"]))
+            return
         shapes = frame.message["shapes"]
         ends = np.cumsum([rows * columns for rows, columns in shapes])[:-1]
         parts = np.split(np.frombuffer(frame.data, np.float32), ends)
-        self._counters["prompt_tokens"] += sum(lengths[: len(shapes)])
-        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+        self._counters["prompt_tokens"] += ask.load
+        if ask.states.set_running_or_notify_cancel():
+            ask.states.set_result([part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)])
 
-    def _await_one(self) -> _Replica:
-        while True:
-            self._expect_able()
-            if serving := [replica for replica in self._replicas if replica.link]:
-                return min(serving, key=lambda replica: replica.load)
-            self._hear(PATIENCE_S)
-
-    def _ask(self, replica: _Replica, message: Message, data: bytes = b"") -> Frame | None:
+    def _ask(self, replica: _Replica, message: Message) -> Frame | None:
         """Its answer, while events are kept for the next step; None if it ends before."""
         link, ask = replica.link, next(self._numbers)
         assert link
-        link.send(message | {"ask": ask}, data)
+        link.send(message | {"ask": ask})
         while ask not in self._answers and replica.link is link:
             self._hear(PATIENCE_S)
         return self._answers.pop(ask, None)
 
     def reset_prefix_cache(self) -> bool:
         self._hear(0)
-        if self._live:
+        if self._live or self._has_asks:
             return False
         for index, replica in enumerate(self._replicas):
             frame = self._ask(replica, {"order": "forget"}) if replica.link else None
@@ -534,6 +597,9 @@ class Replicas(ServingEngine):
         return True
 
     def close(self) -> None:
+        for ask in [*self._unsent, *(ask for replica in self._replicas for ask in replica.asks.values())]:
+            if not ask.states.done():
+                fail(ask.states, EngineGoneError("This engine was closed before these states were computed."))
         for end in (Keeper.close, Keeper.join):
             for replica in self._replicas:
                 end(replica.keeper)

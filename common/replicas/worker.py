@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from typing import IO, Any, NoReturn
 
 import numpy as np
@@ -125,6 +126,7 @@ class Replica:
         self._grammars: Grammars | None = None
         self._taken = 0
         self._refused: list[TokenEvent] = []
+        self._states: dict[int, Future[list[np.ndarray]]] = {}
 
     def run(self, told: queue.SimpleQueue[Frame | Heard]) -> NoReturn:
         """An engine that cannot go on raises."""
@@ -181,7 +183,10 @@ class Replica:
                 self._engine.close()
                 os._exit(0)  # no thread is waited for
             case {"order": "states", "ask": ask, "lengths": lengths}:
-                self._show(ask, np.split(np.frombuffer(data, np.int32), np.cumsum(lengths)[:-1]))
+                self._compute_states(ask, np.split(np.frombuffer(data, np.int32), np.cumsum(lengths)[:-1]))
+            case {"order": "cancel states", "ask": ask}:
+                if ask in self._states:
+                    self._states.pop(ask).cancel()
 
     def _add(self, message: Message, data: bytes) -> None:
         self._taken += 1
@@ -202,16 +207,26 @@ class Replica:
             self._grammars = Grammars(tokenizer, tokenizer.all_eos(config.eos_token_ids), config.vocab_size)
         return self._grammars.compile(wanted)
 
-    def _show(self, ask: int, prompts: list[np.ndarray]) -> None:
+    def _compute_states(self, ask: int, prompts: list[np.ndarray]) -> None:
         try:
             states = self._engine.hidden_states([prompt.tolist() for prompt in prompts])
         except Exception as error:
             self._voice.say({"answer": ask, "failed": failure(error)})
+        else:
+            self._states[ask] = states
+            states.add_done_callback(partial(self._send_states, ask))
+
+    def _send_states(self, ask: int, states: Future[list[np.ndarray]]) -> None:
+        """Send the result of a future that has resolved, within a step."""
+        if self._states.pop(ask, None) is None:
+            return  # it was cancelled
+        if error := states.exception():
+            self._voice.say({"answer": ask, "failed": failure(error)})
             return
-        parts = [np.ascontiguousarray(x_TD, np.float32) for x_TD in states]
+        parts = [np.ascontiguousarray(x_TD, np.float32) for x_TD in states.result()]
         self._voice.say({"answer": ask, "shapes": [x_TD.shape for x_TD in parts]}, [x_TD.data.cast("B") for x_TD in parts])
 
 
-def failure(error: Exception) -> dict[str, str]:
+def failure(error: BaseException) -> dict[str, str]:
     """What was raised, for the other end to raise it there."""
     return {"kind": name_of(error), "message": str(error)}

@@ -60,11 +60,12 @@ def note(
 
 
 async def embed(serving: Serving, tokens: Sequence[Sequence[int]], pooling: Any) -> list[np.ndarray]:
-    """float32[D] of each prompt, computed between steps, as many at once as one step takes."""
+    """Return float32[D] of each prompt. The engine computes as many at once as one step takes, in pieces between its steps."""
     pooler, pooled = serving.model.pooler, list[np.ndarray]()
     while len(pooled) < len(tokens):
         rest = tokens[len(pooled) :]
-        states = await serving.worker.ask(lambda engine, rest=rest: engine.hidden_states(rest))  # type: ignore[misc]
+        coming = await serving.worker.ask(lambda engine, rest=rest: engine.hidden_states(rest))  # type: ignore[misc]
+        states = await asyncio.wrap_future(coming)  # which is cancelled with this task
         pooled += await asyncio.to_thread(lambda states=states: [pooler.pool(x_TD, pooling) for x_TD in states])  # type: ignore[misc]
     return pooled
 
