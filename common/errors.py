@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MAX_HINTED = 256
+"""Characters of a name for which the nearest is searched. The time of the search is quadratic in them."""
+
 
 class TandemError(Exception):
     """Root of every error that is the caller's to mend; the command line prints it without a traceback and exits with 2."""
@@ -49,6 +52,8 @@ class UnavailableError(BackendError):
 
 def nearest_hint(given: str, known: Iterable[str]) -> str:
     """A sentence ` Did you mean 'x'?` for a misspelt name, or the empty string when nothing known is close."""
+    if len(given) > MAX_HINTED:
+        return ""
     close = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""
 

@@ -457,3 +457,68 @@ def test_code_named_by_a_checkpoint_is_never_run(tmp_path: Path) -> None:
     (directory / "evil.py").write_text(f"open({str(canary)!r}, 'w')\n")
     open_checkpoint(directory)["model.norm.weight"].dense()
     assert not canary.exists()
+
+
+# ---- files that are no files
+
+
+def replaced(path: Path, kind: str) -> str:
+    """Put something else in the place of a file. Returns the description that an error message has to give."""
+    path.unlink(missing_ok=True)
+    match kind:
+        case "FIFO":
+            os.mkfifo(path)
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "directory":
+            path.mkdir()
+        case "1 GB":
+            path.touch()
+            os.truncate(path, 1 << 30)
+            return "has 1073741824 bytes; at most"
+    return f"expected a regular file, and it is a {kind}"
+
+
+JSON_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, kind) for name in JSON_FILES for kind in ("FIFO", "device", "directory", "1 GB")),
+        *(("model.safetensors", kind) for kind in ("FIFO", "device", "directory")),
+        *(("a.gguf", kind) for kind in ("FIFO", "device")),
+    ],
+)
+def test_what_is_no_regular_file_or_too_large_is_refused_before_it_is_read(name: str, kind: str, tmp_path: Path) -> None:
+    directory = save(tmp_path / "model")
+    message = replaced(directory / name, kind)
+    tracemalloc.start()
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(directory / name if name == "a.gguf" else directory)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert name in str(caught.value) and message in str(caught.value) and peak < 2**22
+
+
+def test_an_index_that_names_very_many_shards_is_refused(tmp_path: Path) -> None:
+    directory = save(tmp_path / "model")
+    weight_map = {f"tensor{i}": f"{i}.safetensors" for i in range(100_000)}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=r"index\.json names 100000 shards; at most 4096"):
+        open_checkpoint(directory)
+    few = dict(list(weight_map.items())[:4096])
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": few}))
+    with pytest.raises(CheckpointError, match=r"4096 of 4096 shards are missing: 0\.safetensors, .* and 4086 more"):
+        open_checkpoint(directory)
+
+
+@pytest.mark.parametrize(
+    "name", ["architectures", "layer_types", "hidden_act", "rope_scaling", "quantization_config", "eos_token_id"]
+)
+def test_a_value_of_megabytes_is_refused_at_once_and_in_short(name: str) -> None:
+    gemma = ["Gemma3ForCausalLM"] if name == "layer_types" else CONFIG["architectures"]
+    long: Any = "x" * (1 << 20)
+    with pytest.raises(ConfigError) as caught:
+        model_config_from_json(CONFIG | {"architectures": gemma} | {name: [long] if name == "architectures" else long})
+    assert len(str(caught.value)) < 1000

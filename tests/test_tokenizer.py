@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -338,6 +339,48 @@ def test_a_directory_without_a_readable_tokenizer_is_refused(tmp_path: Path) -> 
     words("a b").save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(CheckpointError, match="not readable as JSON"):
+        open_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("kind", ["FIFO", "device", "1 GB"])
+def test_a_tokenizer_s_file_that_is_no_regular_file_or_too_large_is_refused(tmp_path: Path, name: str, kind: str) -> None:
+    words("a b").save(str(tmp_path / "tokenizer.json"))
+    file = tmp_path / name
+    file.unlink(missing_ok=True)
+    if kind == "FIFO":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    else:
+        file.touch()
+        os.truncate(file, 1 << 30)
+    message = "has 1073741824 bytes; at most" if kind == "1 GB" else f"expected a regular file, and it is a {kind}"
+    with pytest.raises(CheckpointError, match=message) as caught:
+        open_tokenizer(tmp_path)
+    assert name in str(caught.value)
+
+
+def test_a_panic_of_the_library_ends_one_request_with_a_typed_error(tmp_path: Path) -> None:
+    inner = words("a b x")
+    inner.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("(x+x+)+y"), "isolated")
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = open_tokenizer(tmp_path)
+    for call in (tokenizer.encode, tokenizer.starts):
+        with pytest.raises(RequestError, match=r"tokenizer of this model fails on this text.*retry-limit"):
+            call("x" * 3000)
+    assert tokenizer.encode("ab") == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [models.Unigram([], None, False), models.WordLevel({"b": 0}, unk_token="?"), models.BPE({"b": 0}, [], unk_token="?")],
+)
+def test_a_tokenizer_that_fails_on_every_text_is_refused_when_it_is_loaded(tmp_path: Path, model: Any) -> None:
+    inner = tokenizers.Tokenizer(model)
+    inner.decoder = decoders.Fuse()
+    inner.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(CheckpointError, match="tokenizer fails on the text 'a 1'"):
         open_tokenizer(tmp_path)
 
 

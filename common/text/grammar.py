@@ -22,6 +22,7 @@ import numpy as np
 
 from common.errors import RequestError
 from common.request import CANNOT_GO_ON, STUCK, Request, StructuredOutputsParams, expect
+from common.text.library import library_errors
 from common.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -164,6 +165,7 @@ def _read(tokenizer: Tokenizer, eos_token_ids: tuple[int, ...], vocab_size: int)
     return LLTokenizer(TokenizerWrapper(Described()), eos_token=list(eos_token_ids))
 
 
+@library_errors(RequestError, "structured_outputs cannot be compiled")
 def _compile(vocabulary: Future[LLTokenizer], wanted: StructuredOutputsParams) -> Grammar:
     """Raises `RequestError`."""
     from llguidance import LLMatcher, LLParserLimits

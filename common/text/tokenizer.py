@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,18 +20,22 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from common.errors import CheckpointError, RequestError, nearest_hint
+from common.text.library import library_errors
+from common.weights.files import MAX_TEMPLATE, MAX_TOKENIZER, read_file, read_json
 from common.weights.gguf_header import read_metadata
-from common.weights.hf import read_json
 
-MAX_FILE_BYTES = 1 << 28
-"""Of a tokenizer.json; the largest vocabularies in use need about 2**25."""
 MAX_TOKEN_LENGTH = 1024
 """Characters; the ways to cut a token in two are all tried."""
+PROBE = "a 1"
+"""A tokenizer that fails on this text fails on nearly all texts."""
 
 
 def open_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a Hugging Face directory (`tokenizer.json`) or of a `.gguf` file. Raises `CheckpointError`."""
-    return _from_gguf(path) if path.suffix == ".gguf" else _from_directory(path)
+    tokenizer = _from_gguf(path) if path.suffix == ".gguf" else _from_directory(path)
+    with library_errors(CheckpointError, f"{path}: its tokenizer fails on the text {PROBE!r}"):
+        tokenizer._inner.encode(PROBE)
+    return tokenizer
 
 
 class Tokenizer:
@@ -67,21 +72,19 @@ class Tokenizer:
         """The ids of `text`. `add_special_tokens` adds what the model expects around a text (BOS for most).
 
         Where the text spells a special token, it becomes that token if `parse_special` holds, and plain text otherwise.
-        Raises `RequestError` for text that is not Unicode (lone surrogates).
+        Raises `RequestError` for text that is not Unicode (lone surrogates), and for text on which this tokenizer fails.
         """
-        try:
-            with self._lock:  # the switch belongs to the library's object, which other threads may use
-                self._inner.encode_special_tokens = not parse_special
-                return self._inner.encode(text, add_special_tokens=add_special_tokens).ids
-        except (TypeError, UnicodeEncodeError) as error:
-            raise _not_unicode(text, error) from error
+        return self._encoding(text, add_special_tokens, parse_special).ids
+
+    def _encoding(self, text: str, add_special_tokens: bool, parse_special: bool) -> tokenizers.Encoding:
+        with _typed(text), self._lock:  # the switch belongs to the library's object, which other threads may use
+            self._inner.encode_special_tokens = not parse_special
+            return self._inner.encode(text, add_special_tokens=add_special_tokens)
 
     def starts(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Where in `text` each token of `encode` begins, in characters. One that is added around the text has no place in it,
         and begins where the one before it ends; one that goes on with a character begins where that does."""
-        with self._lock:
-            self._inner.encode_special_tokens = False
-            encoding = self._inner.encode(text, add_special_tokens=add_special_tokens)
+        encoding = self._encoding(text, add_special_tokens, parse_special=True)
         starts, end = list[int](), 0
         for (first, last), added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
             trimmed = text[end:first].isspace()  # some vocabularies leave out a token's own space
@@ -96,10 +99,8 @@ class Tokenizer:
 
     def find_special(self, text: str) -> list[tuple[int, int]]:
         """Where `text` spells special tokens, as (start, end) in order. Raises `RequestError` as `encode` does."""
-        try:
+        with _typed(text):
             return self._finder.encode(text).offsets
-        except (TypeError, UnicodeEncodeError) as error:
-            raise _not_unicode(text, error) from error
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`. Bytes that are not UTF-8 become U+FFFD, one for each longest broken sequence."""
@@ -134,8 +135,14 @@ class Tokenizer:
             )
 
 
-def _not_unicode(text: object, error: Exception) -> RequestError:
-    return RequestError(f"A prompt must be Unicode text, got {type(text).__name__}: {error}.")
+@contextmanager
+def _typed(text: object) -> Iterator[None]:
+    """Raise the errors of the library for a text as `RequestError`."""
+    with library_errors(RequestError, "The tokenizer of this model fails on this text"):
+        try:
+            yield
+        except (TypeError, UnicodeEncodeError) as error:
+            raise RequestError(f"A prompt must be Unicode text, got {type(text).__name__}: {error}.") from error
 
 
 _BYTE_LEVEL = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -198,18 +205,15 @@ class _Decoding:
 
 def _from_directory(folder: Path) -> Tokenizer:
     file = folder / "tokenizer.json"
-    if not file.is_file():
+    if not file.exists():
         raise CheckpointError(
             f"No tokenizer in {folder}: expected a file tokenizer.json. A SentencePiece model must be converted."
         )
-    if file.stat().st_size > MAX_FILE_BYTES:
-        raise CheckpointError(f"{file} has {file.stat().st_size} bytes; at most {MAX_FILE_BYTES} are read.")
-    try:
-        inner = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing narrower
-        raise CheckpointError(f"{file} is not a tokenizer that this library reads: {error}.") from error
+    content = read_file(file, MAX_TOKENIZER)
+    with library_errors(CheckpointError, f"{file} is not a tokenizer that this library reads"):
+        inner = tokenizers.Tokenizer.from_buffer(content)
     file = folder / "tokenizer_config.json"
-    config = read_json(file) if file.is_file() else {}
+    config = read_json(file) if file.exists() else {}
 
     def id_of(name: str) -> int | None:
         token = config.get(name)
@@ -229,8 +233,8 @@ def _from_directory(folder: Path) -> Tokenizer:
 def _directory_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """A file of its own wins over the entry in the configuration; of several named ones, `default` is taken."""
     file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8", errors="replace")
+    if file.exists():
+        return read_file(file, MAX_TEMPLATE).decode("utf-8", errors="replace")
     entry = config.get("chat_template")
     for choice in entry if isinstance(entry, list) else [{"name": "default", "template": entry}]:
         match choice:
@@ -285,15 +289,11 @@ def _from_gguf(path: Path) -> Tokenizer:
         if i is not None and not (isinstance(i, int) and 0 <= i < len(tokens)):
             raise CheckpointError(f"{path}: tokenizer.ggml.{name}_token_id is {i!r}, but there are {len(tokens)} tokens.")
     pre = get("pre", "default")
-    try:
+    with library_errors(CheckpointError, f"{path}: its tokens and merges do not make a tokenizer"):
         if kind == "gpt2":
             inner = _byte_level(tokens, get("merges"), pre)
         else:
             inner = _sentencepiece(tokens, types, get("scores"), named["unknown"], bool(get("add_space_prefix", True)))
-    except CheckpointError:
-        raise
-    except Exception as error:  # the library raises nothing narrower
-        raise CheckpointError(f"{path}: its tokens and merges do not make a tokenizer: {error}.") from error
 
     marked = [
         (t, k)

@@ -108,15 +108,6 @@ def map_tensor(file: mmap.mmap, offset: int, shape: tuple[int, ...], encoding: s
     return np.ndarray(shape, dtype, buffer=file, offset=offset)
 
 
-def map_file(path: Path) -> mmap.mmap:
-    """The whole file as read-only memory; the views made from it keep it alive."""
-    try:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-        raise CheckpointError(f"{path}: cannot be read ({error}). Check the path and its permissions.") from error
-
-
 def _decoded(stored: np.ndarray, encoding: str) -> np.ndarray:
     """The values of a stored tensor, or of a part of it that is whole in blocks: a fresh float32 array."""
     if encoding in PLAIN:

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from common.config import ModelConfig, Rope
-from common.errors import ConfigError, nearest_hint
+from common.errors import ConfigError, nearest_hint, shown
 from common.rope import inverse_frequencies
 from common.weights.config_json import MAX_LAYERS
-from common.weights.entry import Entry, map_file, map_tensor
+from common.weights.entry import Entry, map_tensor
+from common.weights.files import map_file
 from common.weights.gguf_header import read_header, read_metadata
 
 __all__ = ["load_gguf", "model_config_from_metadata", "read_metadata"]
@@ -94,7 +95,9 @@ def model_config_from_metadata(
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         hint = nearest_hint(str(architecture), ARCHITECTURES)
-        raise ConfigError(f"GGUF architecture {architecture!r} is not supported.{hint} Supported: {', '.join(ARCHITECTURES)}.")
+        raise ConfigError(
+            f"GGUF architecture {shown(architecture)} is not supported.{hint} Supported: {', '.join(ARCHITECTURES)}."
+        )
     get = _Metadata(metadata, architecture)
     heads, hidden = get.whole("attention.head_count"), get.whole("embedding_length")
     layers = get.whole("block_count", most=MAX_LAYERS)
@@ -159,14 +162,14 @@ class _Metadata:
     def _whole(self, key: str, default: int | None, most: int) -> int:
         value = self.metadata.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
-            raise ConfigError(f"GGUF metadata {key!r} must be a whole number in [0, {most}], got {value!r:.200}.")
+            raise ConfigError(f"GGUF metadata {key!r} must be a whole number in [0, {most}], got {shown(value)}.")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """Files hold float32: 1e-05 comes out as 9.999999747378752e-06, and is given back as the 1e-05 that was meant."""
         value = self.metadata.get(self.name(key), default)
         if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ConfigError(f"GGUF metadata {self.name(key)!r} must be a number, got {value!r:.200}.")
+            raise ConfigError(f"GGUF metadata {self.name(key)!r} must be a number, got {shown(value)}.")
         return float(str(np.float32(value)))
 
     def text(self, key: str, default: str) -> str:
@@ -191,7 +194,7 @@ def _rope(get: _Metadata) -> Rope:
             beta_slow=get.number("rope.scaling.yarn_beta_slow", 1.0),
         )
     raise ConfigError(
-        f"GGUF RoPE scaling {kind!r} with these settings is not supported. Supported: none, linear, yarn, llama3."
+        f"GGUF RoPE scaling {shown(kind)} with these settings is not supported. Supported: none, linear, yarn, llama3."
     )
 
 

@@ -17,7 +17,8 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
 from common.errors import CheckpointError
-from common.weights.entry import BLOCKS, PLAIN, block_layout, map_file
+from common.weights.entry import BLOCKS, PLAIN, block_layout
+from common.weights.files import map_file
 
 _SCALARS = {
     GGUFValueType.UINT8: "u1", GGUFValueType.INT8: "i1", GGUFValueType.UINT16: "<u2", GGUFValueType.INT16: "<i2",

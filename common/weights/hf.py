@@ -8,16 +8,20 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from common.config import ModelConfig
-from common.errors import CheckpointError, ConfigError
+from common.errors import CheckpointError, ConfigError, shown
 from common.weights.config_json import model_config_from_json, token_ids
-from common.weights.entry import PLAIN, Entry, map_file, map_tensor
+from common.weights.entry import PLAIN, Entry, map_tensor
+from common.weights.files import MAX_INDEX, map_file, read_json, unique
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_SHARDS = 4096
+"""Files that an index may name. The largest checkpoints in use have some hundreds."""
+MOST_SHOWN = 10
+"""Names that one message lists."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
@@ -49,36 +53,18 @@ def load_directory(path: Path) -> tuple[ModelConfig, dict[str, Entry]]:
     raise CheckpointError(f"{path} has no weights: expected {_SINGLE}, or {_INDEX} and the shards that it names.")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; a key given twice is refused, since readers differ in which one they take."""
-    try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=_once)
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}.")
-    return value
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        raise ValueError("a key occurs twice")
-    return value
-
-
 def read_safetensors(path: Path) -> dict[str, Entry]:
     """Lazy entries of one file. The `safetensors` library checks its header: lengths, offsets without overlap or hole, and
     shape × dtype against bytes; the tensors are then mapped from the offsets that it names."""
+    file = map_file(path)
     try:
         with safe_open(path, framework="numpy"):
             pass
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error}). Download it again.") from error
-    file = map_file(path)
     start = 8 + int.from_bytes(file[:8], "little")
     try:
-        header = json.loads(file[8:start], object_pairs_hook=_once)
+        header = json.loads(file[8:start], object_pairs_hook=unique)
     except ValueError as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error}). Download it again.") from error
     entries = {}
@@ -95,31 +81,38 @@ def read_safetensors(path: Path) -> dict[str, Entry]:
 
 def _read_shards(path: Path) -> dict[str, Entry]:
     index_path = path / _INDEX
-    weight_map = read_json(index_path).get("weight_map")
+    weight_map = read_json(index_path, MAX_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{index_path}: expected an object weight_map of tensor names to file names.")
     shards = sorted(set(weight_map.values()))
-    for shard in shards:
-        _expect_inside(path, index_path, shard)
+    if len(shards) > MAX_SHARDS:
+        raise CheckpointError(f"{index_path} names {len(shards)} shards; at most {MAX_SHARDS} are accepted.")
+    _expect_inside(path, index_path, shards)
     missing = [shard for shard in shards if not (path / shard).exists()]
     if missing:
-        raise CheckpointError(f"{path}: {len(missing)} of {len(shards)} shards are missing: {', '.join(missing)}.")
+        raise CheckpointError(f"{path}: {len(missing)} of {len(shards)} shards are missing: {_listed(missing)}.")
     files = {shard: read_safetensors(path / shard) for shard in shards}
     astray = [f"{name} (in {shard})" for name, shard in weight_map.items() if name not in files[shard]]
     if astray:
-        raise CheckpointError(f"{index_path} names tensors that the shards do not hold: {', '.join(astray)}.")
+        raise CheckpointError(f"{index_path} names tensors that the shards do not hold: {_listed(astray)}.")
     return {name: files[shard][name] for name, shard in weight_map.items()}
 
 
-def _expect_inside(path: Path, index_path: Path, shard: str) -> None:
+def _listed(names: list[str]) -> str:
+    more = len(names) - MOST_SHOWN
+    return ", ".join(names[:MOST_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _expect_inside(path: Path, index_path: Path, shards: list[str]) -> None:
     """A shard is a plain file name, and if it is a link it stays in the directory or in the hub cache around it."""
     root = path.resolve()
     homes = [root] + ([root.parent.parent] if root.parent.name == "snapshots" else [])
-    try:
-        target = (path / shard).resolve()
-        inside = shard and Path(shard).name == shard and any(target.is_relative_to(home) for home in homes)
-        target.exists()  # raises for a name that no file system takes
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{index_path} names a shard that is no file name: {shard[:80]!r} ({error}).") from error
-    if not inside:
-        raise CheckpointError(f"{index_path} points outside its directory: {shard!r}. Do not trust this checkpoint.")
+    for shard in shards:
+        try:
+            target = (root / shard).resolve()
+            inside = shard and Path(shard).name == shard and any(target.is_relative_to(home) for home in homes)
+            target.exists()  # raises for a name that no file system takes
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{index_path} names a shard that is no file name: {shown(shard)} ({error}).") from error
+        if not inside:
+            raise CheckpointError(f"{index_path} points outside its directory: {shown(shard)}. Do not trust this checkpoint.")
