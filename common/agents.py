@@ -1,8 +1,8 @@
 """Processes that an agent starts for this one, on this machine or another: what `common.child` does here.
 
-An agent listens. Who connects tells it the secret of the launch and what to start. From then on the connection is standard
-input and output of that process, and no longer the agent's: so the process ends when the connection does, and who is at our
-end of it hears at once that it has ended.
+An agent listens. An authenticated connection (`common.lines`) names an entry of `common.followers.ENTRY_POINTS`, and the agent
+starts it. The agent imports nothing by a name that came over the network. The connection is then standard input and output of
+that process: it ends when the connection does, and this end is closed when the process ends.
 """
 
 from __future__ import annotations
@@ -14,23 +14,21 @@ import platform
 import select
 import socket
 import threading
-import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from common import child
-from common.errors import BackendError
-from common.lines import heed, reach, say
+from common import child, lines
+from common.errors import BackendError, shown
+from common.followers import ENTRY_POINTS
+from common.secret import SECRET
 
 log = logging.getLogger(__name__)
 
 _AGENTS = "TANDEM_AGENTS"
 """The environment variable in which a process finds the agents of its launch."""
-_MAX_STRANGERS = 64
-"""Who have connected and not yet said what for."""
-_AGAIN_S = 0.1
 
 
 class AgentLost(BackendError):
@@ -55,8 +53,8 @@ class Agents(NamedTuple):
     all: Sequence[Agent]
 
     def environment(self) -> dict[str, str]:
-        """In which a process has them as its own."""
-        return {_AGENTS: json.dumps(self)}
+        """Return the environment variables from which `agents` reads them."""
+        return {_AGENTS: json.dumps([self.host, self.all]), SECRET: self.secret}
 
 
 def agents() -> Agents | None:
@@ -64,8 +62,8 @@ def agents() -> Agents | None:
     given = os.environ.get(_AGENTS)
     if not given:
         return None
-    host, secret, every = json.loads(given)
-    return Agents(host, secret, [Agent(*each) for each in every])
+    host, every = json.loads(given)
+    return Agents(host, os.environ[SECRET], [Agent(*each) for each in every])
 
 
 def warn_of_idle(ranks: int) -> None:
@@ -90,12 +88,12 @@ def machine() -> str:
 class There:
     """A process that an agent has started: a `common.followers.Process`."""
 
-    def __init__(self, agent: Agent, secret: str, main: str, *arguments: Any) -> None:
-        """Raises `AgentLost` if it does not answer."""
+    def __init__(self, agent: Agent, secret: str, entry: str, *arguments: Any) -> None:
+        """Start an entry of `ENTRY_POINTS` with `arguments` that JSON can hold. Raises `AgentLost` if the agent does not."""
         self._where = f"{agent.host}:{agent.port}"
         try:
-            hello = {"secret": secret, "main": main, "arguments": arguments}
-            self._line, started = reach(agent.host, agent.port, hello)
+            hello = {"entry": entry, "arguments": arguments}
+            self._line, started = lines.connect(agent.host, agent.port, secret, hello)
         except OSError as error:
             raise AgentLost(
                 f"No rank can be started at {self._where}, where a process of this launch was: {error}. Its log says more. "
@@ -126,34 +124,22 @@ class There:
 
 
 def serve(listener: socket.socket, secret: str) -> None:
-    """Start what is asked for by those who connect and know the secret, for ever."""
-    room = threading.BoundedSemaphore(_MAX_STRANGERS)
-    while True:
-        room.acquire()
-        try:
-            line, _ = listener.accept()
-        except OSError as trouble:  # as where the process has no descriptors left
-            log.warning("Nobody could connect: %s.", trouble)
-            room.release()
-            time.sleep(_AGAIN_S)
-            continue
-        # The process ends with the thread that has started it.
-        threading.Thread(target=_serve, args=(line, secret, room), daemon=True).start()
+    """Start processes for authenticated connections until the listener is closed."""
+    lines.serve(listener, secret, partial(_start, secret))
 
 
-def _serve(line: socket.socket, secret: str, room: threading.Semaphore) -> None:
-    """One process, to its end. There is `room` again once it is known who has connected."""
-    with line:
-        try:
-            hello = heed(line, secret)
-        except OSError as trouble:
-            log.warning("Nothing was started for a connection: %s.", trouble)
+def _start(secret: str, connection: lines.Connection) -> None:
+    """Start one process and wait until it has ended: it ends with the thread that has started it."""
+    with connection.socket as line:
+        entry = connection.hello.get("entry")
+        if not isinstance(entry, str) or entry not in ENTRY_POINTS:
+            with suppress(OSError):
+                connection.refuse(f"An agent starts {' or '.join(ENTRY_POINTS)}, and was asked for {shown(entry)}.")
             return
-        finally:
-            room.release()
-        process = child.start(hello["main"], *hello["arguments"], line=line)
-        with suppress(OSError):  # who asked is gone, which the process hears too
-            say(line, {"pid": process.pid})
+        arguments = connection.hello.get("arguments", [])
+        process = child.start(ENTRY_POINTS[entry], *arguments, environment={SECRET: secret}, line=line)
+        with suppress(OSError):  # the process sees too that the connector is gone
+            connection.answer({"pid": process.pid})
     child.watch(process)
     if process.returncode:
         log.warning("A rank of this launch (pid %d) %s.", process.pid, child.how_it_ended(process.returncode))

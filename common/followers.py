@@ -24,6 +24,8 @@ from common.frames import Frame, read_frame, write_frame
 
 Calls = Mapping[str, Callable[..., object]]
 """What a follower can be told to do. What came in bytes is the last argument, where any did; what one returns JSON can hold."""
+ENTRY_POINTS = {"jax": "jaxinfer.parallel:_follow", "torch": "torchinfer.parallel:_follow"}
+"""The functions that a follower can run, by name. Each is to call `follow`. An agent starts these and nothing else."""
 
 
 class Ended(BackendError):
@@ -57,8 +59,8 @@ class Here:
 
     here = True
 
-    def __init__(self, main: str, *arguments: Any) -> None:
-        self._process = child.start(main, *arguments)
+    def __init__(self, entry: str, *arguments: Any) -> None:
+        self._process = child.start(ENTRY_POINTS[entry], *arguments)
         assert self._process.stdin and self._process.stdout
         self.pid, self.input, self.output = self._process.pid, self._process.stdin, self._process.stdout
 
@@ -77,17 +79,17 @@ class Follower:
 
     def __init__(
         self,
-        main: str,
+        entry: str,
         *arguments: Any,
         ended: Callable[[Follower], object],
         start: Callable[..., Process] = Here,
     ) -> None:
-        """Start the function `main`, as `module:name`, with `arguments` that JSON can hold; it is to call `follow`. `ended` is
-        called on a thread, soon after it has ended. `start`: where."""
+        """Start an entry of `ENTRY_POINTS` with `arguments` that JSON can hold. `ended` is called on a thread, soon after the
+        process has ended. `start`: where."""
         self._caller = os.getpid()
         started: Future[Process] = Future()
         # The thread that watches it is the one that starts it: it ends with that thread, and any other may be short-lived.
-        keep = (started, lambda: ended(self), partial(start, main, *arguments))
+        keep = (started, lambda: ended(self), partial(start, entry, *arguments))
         threading.Thread(target=_keep, args=keep, name="follower", daemon=True).start()
         self._process = started.result()
 

@@ -8,14 +8,15 @@ ranks than processes. So nothing in the engine, and nothing in who uses it, know
 
 Who launches tells each process its number, how many there are, and where the first is: `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and
 `MASTER_PORT`, or SLURM's own for the first two. They come together at the port after that, for `torchrun` itself listens there.
+All prove to each other that they know the secret of the launch (`common.secret`, `common.lines`).
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import queue
 import runpy
-import secrets
 import signal
 import socket
 import sys
@@ -25,12 +26,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
-from common.agents import Agent, Agents, machine, serve
+from common import agents, lines
+from common.agents import Agent, Agents, machine
 from common.child import PARENTS
 from common.config import expect
 from common.errors import BackendError, TandemError
 from common.exits import FAILURE, USER_ERROR, fail
-from common.lines import heed, own_address, reach, say
+from common.lines import Connection
+from common.secret import launch_secret
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +50,8 @@ class Launched(NamedTuple):
     host: str
     port: int
     """Where the first is to listen."""
+    secret: str
+    """Of all processes of this launch."""
 
 
 def launched(environment: Mapping[str, str]) -> Launched:
@@ -65,70 +70,75 @@ def launched(environment: Mapping[str, str]) -> Launched:
     rank, size, port = map(int, numbers.values())
     expect(port < 65535, f"MASTER_PORT must be less than 65535, for the port after it is used, got {port}.")
     expect(rank < size, f"RANK must be less than WORLD_SIZE={size}, got {rank}.")
-    return Launched(rank, size, str(told["MASTER_ADDR"]), port + 1)
+    host = str(told["MASTER_ADDR"])
+    return Launched(rank, size, host, port + 1, launch_secret(environment, host))
 
 
 @contextmanager
 def gather(told: Launched) -> Iterator[Agents]:
-    """In the first process: the agents, who stay until the end. Raises `BackendError` if they do not come."""
-    secret, found, begin = secrets.token_hex(16), dict[int, Agent](), time.monotonic()
-    with ExitStack() as lines:
+    """In the first process: the agents, which run until the end of the block. Raises `BackendError` if they do not connect."""
+    found, deadline = dict[int, Agent](), time.monotonic() + PATIENCE_S
+    arrivals: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+    with ExitStack() as held:
         try:
-            listener = lines.enter_context(socket.create_server((told.host, told.port)))
+            listener = socket.create_server((told.host, told.port))
         except OSError as error:
             raise BackendError(
                 f"Ranks cannot come together at {told.host}:{told.port}: {error}. Set another MASTER_PORT."
             ) from error
-        while missing := set(range(1, told.size)) - set(found):
-            listener.settimeout(max(1e-3, begin + PATIENCE_S - time.monotonic()))
-            try:
-                line, (host, *_) = listener.accept()
-            except TimeoutError:
-                raise BackendError(
-                    f"Of the {told.size} processes of this launch {sorted(missing)} did not come to {told.host}:{told.port} "
-                    f"within {PATIENCE_S:.0f} s. Their logs may say why."
-                ) from None
-            with ExitStack() as stranger, suppress(OSError, KeyError, TypeError):  # as what is none of ours
-                stranger.enter_context(line)
-                hello = heed(line)
-                if hello["size"] != told.size:
-                    refuse(line, f"WORLD_SIZE is {told.size} in the first process of this launch, and {hello['size']} here.")
-                elif hello["rank"] in found:
-                    refuse(line, f"Another process of this launch has come with RANK={hello['rank']}.")
-                elif hello["rank"] in missing:
-                    say(line, {"secret": secret})
-                    heed(line)  # or else it has given up, and comes anew
-                    found[hello["rank"]] = Agent(host, hello["port"], hello["machine"], hello["pid"])
-                    lines.enter_context(stranger.pop_all())
-        listener.close()
-        yield Agents(told.host, secret, [found[rank] for rank in sorted(found)])
+        with ExitStack() as until_complete:
+            until_complete.callback(lines.close_listener, listener)
+            threading.Thread(target=lines.serve, args=(listener, told.secret, arrivals.put), daemon=True).start()
+            while missing := set(range(1, told.size)) - set(found):
+                try:
+                    connection = arrivals.get(timeout=max(1e-3, deadline - time.monotonic()))
+                except queue.Empty:
+                    raise BackendError(
+                        f"Of the {told.size} processes of this launch {sorted(missing)} did not come to "
+                        f"{told.host}:{told.port} within {PATIENCE_S:.0f} s. Their logs may say why."
+                    ) from None
+                with ExitStack() as refused, suppress(OSError, KeyError, TypeError):  # it has gone, or is of another version
+                    refused.enter_context(connection.socket)
+                    rank = connection.hello["rank"]
+                    if _admits(connection, told, found):
+                        found[rank] = Agent(connection.host, *(connection.hello[name] for name in ("port", "machine", "pid")))
+                        held.enter_context(refused.pop_all())
+        yield Agents(told.host, told.secret, [found[rank] for rank in sorted(found)])
 
 
-def refuse(line: socket.socket, why: str) -> None:
-    """Turn away who comes together with us, and say so here too."""
-    log.error("A process was turned away: %s", why)
-    say(line, {"refused": why})
+def _admits(connection: Connection, told: Launched, found: Mapping[int, Agent]) -> bool:
+    """Return whether a connection is from a missing process of this launch. Any other one is refused. Raises `OSError`."""
+    rank, size = connection.hello["rank"], connection.hello["size"]
+    if size != told.size:
+        connection.refuse(f"WORLD_SIZE is {told.size} in the first process of this launch, and {size} here.")
+    elif rank in found:
+        connection.refuse(f"Another process of this launch has come with RANK={rank}.")
+    elif rank in range(1, told.size):
+        connection.answer({})
+        lines.receive(connection.socket)  # fails if the process has given up on this connection and connects again
+        return True
+    return False
 
 
 def follow(told: Launched) -> None:
-    """In any other process: start ranks until the first process ends. Raises `BackendError` if that is not there, or turns this
-    one away."""
+    """In any other process: start ranks until the first process ends. Raises `BackendError` if that is not there, or refuses
+    this one."""
     begin = time.monotonic()
     while True:
         try:
-            with socket.create_server((own_address(told.host), 0)) as listener:
+            with socket.create_server((lines.own_address(told.host), 0)) as listener:
                 port = listener.getsockname()[1]
                 hello = {"rank": told.rank, "size": told.size, "port": port, "machine": machine(), "pid": os.getpid()}
-                line, said = reach(told.host, told.port, hello)
-                if "refused" in said:
-                    raise BackendError(said["refused"])
-                say(line, {})
+                line, _ = lines.connect(told.host, told.port, told.secret, hello)
+                lines.send(line, {})
                 for each in PARENTS:
                     signal.signal(each, signal.SIG_IGN)  # the first's to handle, whose end is ours
-                threading.Thread(target=serve, args=(listener, said["secret"]), daemon=True).start()
+                threading.Thread(target=agents.serve, args=(listener, told.secret), daemon=True).start()
                 with line, suppress(OSError):
                     line.recv(1)  # nothing ever comes but the end
                 return
+        except lines.Refused as refused:
+            raise BackendError(str(refused)) from refused
         except OSError as error:
             if time.monotonic() - begin > PATIENCE_S:
                 raise BackendError(f"The first process of this launch is not at {told.host}:{told.port}: {error}.") from error

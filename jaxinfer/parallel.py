@@ -387,7 +387,7 @@ class _Others:
         try:
             for agent in launch.all:
                 start = partial(There, agent, launch.secret)
-                self._followers.append(Follower("jaxinfer.parallel:_follow", asdict(config), ended=self._lose, start=start))
+                self._followers.append(Follower("jax", asdict(config), ended=self._lose, start=start))
             for other, its in zip(self._followers, seats, strict=True):
                 other.tell("sit_down", *its)
             self.config, self.device, self.group = _sit_down(seat, config)

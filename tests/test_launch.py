@@ -11,9 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from common.launch import Launched, gather, launched
 from common.replicas.engine import Replicas
 from common.replicas.open import open_engine
 from common.request import Request, SamplingParams, TokenEvent
+from common.secret import SECRET
 from tests.backends import checkpoint
 from tests.history_backend import ROOT
 from tests.test_lost_ranks import CLOCK, ENDS, ENGINE, MODEL, NOTICED_S, PROMPTS, STAGES, alive, others
@@ -67,6 +70,7 @@ followers.follow = lambda calls, failed: follow(Late(calls), failed)
 """Of a process that comes late to a call."""
 SHARED = {"jax": ENGINE, "torch": STAGES}
 """How a model is shared out there."""
+TOLD = Launched(0, 2, "127.0.0.1", 0, "right, and long enough")
 
 
 def free_port() -> int:
@@ -331,12 +335,18 @@ def test_who_launches_more_than_an_engine_needs_is_told(two: Agents, caplog: pyt
     assert "Of the 2 processes of this launch 1 have nothing to do for an engine of 1 rank: see tensor_p" in caplog.text
 
 
-def test_an_agent_starts_nothing_for_who_does_not_know_the_secret(two: Agents, tmp_path: Path) -> None:
-    begun = tmp_path / "begun"
-    for secret in ("", "wrong", "\ud800", two.secret[:-1]):
-        with pytest.raises(BackendError, match="No rank can be started at"):
-            There(two.all[0], secret, "os:mkdir", str(begun))
-    assert not begun.exists()
+def test_an_agent_starts_nothing_without_the_secret(two: Agents) -> None:
+    for wrong in ("", "wrong", "\ud800", two.secret[:-1]):
+        with pytest.raises(BackendError, match=r"No rank can be started at .* Set TANDEM_LAUNCH_SECRET to the same text"):
+            There(two.all[0], wrong, "torch")
+    assert not psutil.Process(two.all[0].pid).children()
+
+
+def test_an_agent_starts_no_entry_point_that_is_not_listed(two: Agents) -> None:
+    for entry in ("os:mkdir", "builtins:print", "torchinfer.parallel:_follow", "", None, ["torch"], {}):
+        with pytest.raises(BackendError, match="An agent starts jax or torch, and was asked for"):
+            There(two.all[0], two.secret, entry, "/nowhere")  # type: ignore[arg-type]
+    assert not psutil.Process(two.all[0].pid).children()
 
 
 def test_an_agent_that_had_no_descriptors_left_starts_ranks_afterwards() -> None:
@@ -362,96 +372,216 @@ def test_an_agent_leaves_what_all_are_told_to_the_first(two: Agents) -> None:
 
 
 def expect_starts(found: Agents) -> None:
-    """A process that has ended with its first line."""
-    there = There(found.all[0], found.secret, "builtins:print")
+    """Expect a process, which is ended at once."""
+    there = There(found.all[0], found.secret, "torch")
+    psutil.Process(there.pid).kill()
     there.watch()
     there.end()
 
 
-def test_a_stage_lets_in_who_knows_the_secret() -> None:
+def test_a_stage_accepts_a_connection_with_the_secret() -> None:
+    silent = []
     with socket.create_server(("127.0.0.1", 0)) as door:
         port = door.getsockname()[1]
 
         def come() -> None:
-            socket.create_connection(("127.0.0.1", port)).close()
-            for secret in ("wrong", "\ud800", "right"):
-                try:
-                    said, _ = lines.reach("127.0.0.1", port, {"secret": secret})
-                except OSError:
-                    continue
-                with said:
-                    said.sendall(secret.encode())
+            silent.append(socket.create_connection(("127.0.0.1", port)))  # delays nobody
+            for secret in ("wrong", "\ud800", TOLD.secret):
+                with suppress(OSError), lines.connect("127.0.0.1", port, secret, {})[0] as line:
+                    line.sendall(secret[:5].encode())
 
         threading.Thread(target=come).start()
-        with lines.let_in(door, "right") as line:
+        with lines.accept_one(door, TOLD.secret) as line:
             assert line.recv(16) == b"right"
+    silent[0].close()
 
 
-def test_who_is_none_of_a_launch_does_not_keep_it_from_coming_together() -> None:
-    told = Launched(0, 2, "127.0.0.1", free_port())
+def hello_of(rank: Any, size: int = 2) -> dict[str, Any]:
+    """Of a process of a launch."""
+    return {"rank": rank, "size": size, "port": 7, "machine": "ours", "pid": 8}
+
+
+def come_as(hello: dict[str, Any], told: Launched) -> socket.socket:
+    """Connect to the first process, as `launch.follow` does, once it listens."""
+    while True:
+        try:
+            line, _ = lines.connect(told.host, told.port, told.secret, hello)
+        except lines.Refused:
+            raise
+        except OSError:
+            time.sleep(0.01)
+            continue
+        lines.send(line, {})
+        return line
+
+
+@contextmanager
+def gathering(told: Launched, come: Callable[[], object]) -> Iterator[Agents]:
+    """The first process, while `come` runs on a thread."""
+    with ThreadPoolExecutor(1) as pool:
+        came = pool.submit(come)
+        with gather(told) as found:
+            yield found
+            came.result(30)
+
+
+def read_until_closed(line: socket.socket) -> bytes:
+    line.settimeout(30)
+    parts = [b""]
+    with suppress(ConnectionResetError):  # closed with bytes that were not read
+        parts += iter(partial(line.recv, 4096), b"")
+    return b"".join(parts)
+
+
+def test_a_stranger_that_comes_first_learns_nothing_and_does_not_disturb(caplog: pytest.LogCaptureFixture) -> None:
+    told, heard, strangers = TOLD._replace(port=free_port()), list[bytes](), list[socket.socket]()
 
     def come() -> None:
-        hellos: list[Any] = [b"GET / HTTP/1.1\r\n\r\n", {}, {"rank": [1]}, {"rank": 2, "port": 1, "machine": "", "pid": 8}]
-        ours = {"rank": 1, "size": 2, "port": 7, "machine": "ours", "pid": 8}
-        hellos += [ours | {"port": 6}]  # of whom who comes has given up, before an answer came
-        for hello in hellos:
-            while True:
-                try:
-                    line = socket.create_connection(told[2:])
-                    break
-                except OSError:
-                    time.sleep(0.01)
-            with line, line.makefile("rwb") as stream:
-                if isinstance(hello, bytes):
-                    stream.write(hello)
+        while not strangers:
+            with suppress(OSError):
+                strangers.append(socket.create_connection((told.host, told.port)))  # says nothing, and stays
+        plain = {"rank": 1, "size": 2, "port": 6, "machine": "ours", "pid": 8}
+        for said in (b"GET / HTTP/1.1\r\n\r\n", b"", plain, {"hello": plain}, {"hello": plain, "nonce": [], "proof": "é"}):
+            with socket.create_connection((told.host, told.port)) as line:
+                strangers.append(line)
+                with line.makefile("wb") as stream:
+                    stream.write(said) if isinstance(said, bytes) else write_frame(stream, said)
                     stream.flush()
-                else:
-                    write_frame(stream, hello)
                 line.shutdown(socket.SHUT_WR)
-                stream.read()
-        line, _ = lines.reach(*told[2:], ours)
-        with line:
-            lines.say(line, {})
+                heard.append(read_until_closed(line))
+        for lost in (hello_of([1]), hello_of(2) | {"port": 6}, {}):  # of another version, or of another launch
+            with suppress(OSError):
+                lines.connect(told.host, told.port, told.secret, lost)[0].close()
+        come_as(hello_of(1), told).close()
 
-    threading.Thread(target=come, daemon=True).start()
-    with gather(told) as found:
+    begin = time.monotonic()
+    with gathering(told, come) as found:
         assert found.all == [("127.0.0.1", 7, "ours", 8)]
+    assert time.monotonic() - begin < lines.HANDSHAKE_S / 2
+    assert all(told.secret.encode() not in each for each in heard) and "A connection from 127.0.0.1 was closed" in caplog.text
+    strangers[0].close()
+
+
+def test_a_replayed_handshake_is_refused() -> None:
+    told, recorded = TOLD._replace(port=free_port()), list[bytes]()
+
+    def come() -> None:
+        with suppress(ConnectionError), socket.create_server(("127.0.0.1", 0)) as tap:
+            listen = threading.Thread(target=relay, args=(tap, told, recorded))
+            listen.start()
+            with come_as(hello_of(1, size=3), told._replace(port=tap.getsockname()[1])):
+                listen.join()
+        with socket.create_connection((told.host, told.port)) as line:
+            line.sendall(recorded[0])
+            assert b"The secrets differ" in read_until_closed(line)
+        come_as(hello_of(1), told).close()
+
+    with gathering(told, come) as found:
+        assert [agent.pid for agent in found.all] == [8]
+    assert told.secret.encode() not in recorded[0] and b'"proof"' in recorded[0]
+
+
+def relay(tap: socket.socket, told: Launched, recorded: list[bytes]) -> None:
+    """Pass one handshake on to the first process, and record what its connector sends."""
+    near, _ = tap.accept()
+    while True:
+        with suppress(OSError):
+            far = socket.create_connection((told.host, told.port))
+            break
+    with near, far:
+        near.sendall(far.recv(4096))
+        recorded.append(near.recv(4096))
+        far.sendall(recorded[0])
+        near.sendall(far.recv(4096))
+
+
+def test_a_wrong_secret_is_refused_and_both_sides_say_so(caplog: pytest.LogCaptureFixture) -> None:
+    told = TOLD._replace(port=free_port())
+
+    def come() -> None:
+        with pytest.raises(BackendError, match=r"The secrets differ\. Set TANDEM_LAUNCH_SECRET to the same text for all"):
+            launch.follow(told._replace(rank=1, secret="another secret of 16"))
+        come_as(hello_of(1), told).close()
+
+    with gathering(told, come):
+        pass
+    assert (
+        "127.0.0.1 was closed: it did not prove that it knows the secret of this launch (TANDEM_LAUNCH_SECRET)" in caplog.text
+    )
+
+
+def test_a_first_process_that_does_not_know_the_secret_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "PATIENCE_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as fake:
+        told = Launched(1, 2, "127.0.0.1", fake.getsockname()[1], TOLD.secret)
+
+        def answer() -> None:
+            with suppress(OSError):
+                while True:
+                    line, _ = fake.accept()
+                    lines.send(line, {"nonce": "0"})
+                    lines.receive(line)
+                    lines.send(line, {"answer": {}, "proof": "0" * 64})
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(BackendError, match="does not know the secret of this launch"):
+            launch.follow(told)
+        fake.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("host", ["10.0.0.7", "::", "0.0.0.0", "no-such-host.invalid"])
+def test_a_launch_beyond_this_machine_needs_a_secret(host: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"is not a loopback address, .*export TANDEM_LAUNCH_SECRET=\$\(openssl rand -hex 32\)"
+    ):
+        launched(place(1, 2, 29500) | {"MASTER_ADDR": host})
+    with pytest.raises(ConfigError, match="must have at least 16 characters, got 5"):
+        launched(place(1, 2, 29500) | {"MASTER_ADDR": host, SECRET: "short"})
+    assert launched(place(1, 2, 29500) | {"MASTER_ADDR": host, SECRET: TOLD.secret}).secret == TOLD.secret
+
+
+def test_a_launch_on_loopback_shares_a_file_of_its_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path))
+    first, second = (
+        launched(place(rank, 2, 29500) | {"MASTER_ADDR": host}) for rank, host in enumerate(["localhost", "127.0.0.2"])
+    )
+    (file,) = tmp_path.iterdir()
+    assert (
+        first.secret == second.secret == file.read_text() and len(first.secret) == 64 and file.stat().st_mode & 0o777 == 0o600
+    )
+    file.chmod(0o640)
+    with pytest.raises(ConfigError, match="must be a file that only its owner can read and write"):
+        launched(place(0, 2, 29500))
+    file.rename(tmp_path / "other")
+    file.symlink_to("other")
+    with pytest.raises(BackendError, match="cannot be read or created"):
+        launched(place(0, 2, 29500))
 
 
 def test_a_launch_that_does_not_come_together_names_who_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "PATIENCE_S", 0.2)
     port = free_port()
     missing = r"Of the 3 processes of this launch \[1, 2\] did not come to 127\.0\.0\.1"
-    with pytest.raises(BackendError, match=missing), gather(Launched(0, 3, "127.0.0.1", port)):
+    with pytest.raises(BackendError, match=missing), gather(Launched(0, 3, "127.0.0.1", port, TOLD.secret)):
         pass
     with pytest.raises(BackendError, match=rf"The first process of this launch is not at 127\.0\.0\.1:{port}"):
-        launch.follow(Launched(1, 2, "127.0.0.1", port))
+        launch.follow(Launched(1, 2, "127.0.0.1", port, TOLD.secret))
 
 
-def test_a_process_that_was_told_something_else_is_turned_away() -> None:
-    told = Launched(0, 3, "127.0.0.1", free_port())
-    hello, said = {"size": 3, "port": 1, "machine": "ours", "pid": 8}, list[str]()
+def test_a_process_that_was_told_something_else_is_refused() -> None:
+    told, said = Launched(0, 3, "127.0.0.1", free_port(), TOLD.secret), list[str]()
 
     def come() -> None:
-        end = time.monotonic() + 60
-        while time.monotonic() < end:  # until the first listens
-            with suppress(OSError):
-                one, _ = lines.reach(*told[2:], hello | {"rank": 1})
-                lines.say(one, {})
-                break
+        one = come_as(hello_of(1, 3), told)
         for other in (told._replace(rank=2, size=4), told._replace(rank=1)):
             with pytest.raises(BackendError) as caught:
                 launch.follow(other)
             said.append(str(caught.value))
-        two, _ = lines.reach(*told[2:], hello | {"rank": 2})
-        lines.say(two, {})
+        come_as(hello_of(2, 3), told).close()
         one.close()
-        two.close()
 
-    visitor = threading.Thread(target=come)
-    visitor.start()
-    with gather(told):
-        visitor.join()
+    with gathering(told, come):
+        pass
     assert said == [
         "WORLD_SIZE is 3 in the first process of this launch, and 4 here.",
         "Another process of this launch has come with RANK=1.",
@@ -474,8 +604,10 @@ def test_what_a_launch_lacks_is_named(changed: dict[str, str], said: str) -> Non
 
 
 def test_slurm_tells_a_process_its_place_under_other_names() -> None:
-    told = launched({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"})
-    assert told == (3, 4, "node0", 29501)
+    told = launched(
+        {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "MASTER_ADDR": "node0", "MASTER_PORT": "29500", SECRET: TOLD.secret}
+    )
+    assert told == (3, 4, "node0", 29501, TOLD.secret)
 
 
 @pytest.fixture

@@ -268,8 +268,9 @@ def test_an_engine_whose_ranks_cannot_be_started_again_ends_with_one_error(monke
 def test_a_rank_ends_when_told_to_though_a_fork_of_the_caller_holds_its_input_open() -> None:
     code = (
         "import os, time\n"
-        "from common.errors import BackendError\nfrom common.followers import Follower\n"
-        "rank = Follower('common.followers:follow', {}, None, ended=lambda rank: None)\n"
+        "from common.errors import BackendError\nfrom common.followers import ENTRY_POINTS, Follower\n"
+        "ENTRY_POINTS['any'] = 'common.followers:follow'\n"
+        "rank = Follower('any', {}, None, ended=lambda rank: None)\n"
         "told, tell = os.pipe()\n"
         "if not (fork := os.fork()):\n"
         "    rank.close()\n"

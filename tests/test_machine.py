@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from common.agents import Agents, There
+from common.config import EngineConfig
 from common.followers import Follower
 from experiments import machine
 from experiments.machine import (
@@ -57,7 +59,7 @@ def test_the_processes_of_a_launch_that_are_on_this_machine_are_our_own_with_wha
     with launch_of(2) as (found, (started,)):
         (agent,) = found.all
         start = partial(There, agent, found.secret)
-        rank = Follower("common.followers:follow", {}, None, ended=lambda _: None, start=start)
+        rank = Follower("torch", 0, 1, asdict(EngineConfig()), [None, 1, 0], ended=lambda _: None, start=start)
         try:
             assert {started.pid, rank.pid} <= counted_as_own(found)
             elsewhere = found._replace(all=[agent._replace(machine="another")])

@@ -44,9 +44,10 @@ from common.errors import BackendError
 from common.exits import FAILURE
 from common.followers import Ended, Follower, Here, Process, follow
 from common.kernels.cpu.sums import Exchange, Left, Place, expect_told, meeting_place, open_library, open_place, place_of
-from common.lines import let_in, raw, reach
+from common.lines import accept_one, connect, raw
 from common.platform import family_memory
 from common.schedule.batch import Batch, Mask, masked
+from common.secret import SECRET
 from common.weights.checkpoint import open_checkpoint
 from torchinfer.arrays import to_device, to_host
 from torchinfer.device import _choose_device, _own_device
@@ -196,8 +197,6 @@ class _Ways(NamedTuple):
 class _Network(NamedTuple):
     """How a rank meets those of other stages that may be on other machines: what JSON can hold."""
 
-    secret: str
-    """Which who comes from the stage before knows."""
     behind: tuple[str, int] | None = None
     """Where the one of the stage behind waits for this one: host and port."""
 
@@ -279,12 +278,12 @@ class _Memory:
             self._join_over(ways.network)
 
     def _join_over(self, network: _Network) -> None:
+        secret = os.environ[SECRET]
         try:
             if network.behind:
-                self._behind = raw(reach(*network.behind, {"secret": network.secret}, _UNREAD_S)[0])
+                self._behind = raw(connect(*network.behind, secret, {}, _UNREAD_S)[0])
             if self._door:
-                with self._door as door:
-                    self._before = raw(let_in(door, network.secret))
+                self._before = raw(accept_one(self._door, secret))
         except OSError as error:
             raise Left(f"The stages of this engine did not meet: {error}") from error
 
@@ -548,7 +547,7 @@ class _First(_Ranks):
 
     def _start(self, place: tuple[int, int]) -> Follower:
         arguments = (*place, asdict(self._config), self._seats[place])
-        return Follower("torchinfer.parallel:_follow", *arguments, ended=self._lose, start=self._where(place))
+        return Follower("torch", *arguments, ended=self._lose, start=self._where(place))
 
     def _where(self, place: tuple[int, int]) -> Callable[..., Process]:
         """What starts the rank of a place."""
@@ -708,8 +707,8 @@ class _FirstOfLaunch(_First):
             host, other = self._agent(at).host, self._others[self._places.index(at)]
             other.tell("open_door", host)
             port = other.settle()
-        ways[at] = ways[at]._replace(network=_Network(self._launch.secret))
-        ways[before] = ways[before]._replace(network=_Network(self._launch.secret, (host, port)))
+        ways[at] = ways[at]._replace(network=_Network())
+        ways[before] = ways[before]._replace(network=_Network((host, port)))
 
 
 def start(config: EngineConfig, device: torch.device) -> Group:
