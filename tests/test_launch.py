@@ -345,7 +345,7 @@ def test_an_agent_starts_nothing_without_the_secret(two: Agents) -> None:
 def test_an_agent_starts_no_entry_point_that_is_not_listed(two: Agents) -> None:
     for entry in ("os:mkdir", "builtins:print", "torchinfer.parallel:_follow", "", None, ["torch"], {}):
         with pytest.raises(BackendError, match="An agent starts jax or torch, and was asked for"):
-            There(two.all[0], two.secret, entry, "/nowhere")  # type: ignore[arg-type]
+            There(two.all[0], two.secret, entry, "/nowhere")
     assert not psutil.Process(two.all[0].pid).children()
 
 
