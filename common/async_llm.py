@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any, Self
 
 from common.errors import BackendError, RequestError
 from common.outputs import RequestOutput, request_output
 from common.prompts import Prompt, RequestBuilder, check_grammar, is_one
 from common.replicas.open import open_engine
-from common.request import SamplingParams, expect, fan_out
+from common.request import Request, SamplingParams, expect, fan_out
+from common.schedule.prepare import prepare
 from common.serve.errors import ApiError
 from common.serve.worker import Call, Worker
-from common.text.output import Delta
+from common.text.output import Delta, OutputText
 from common.text.tokenizer import Tokenizer, open_tokenizer
 from common.weights.checkpoint import open_checkpoint
 from common.weights.zoo import resolve
@@ -33,7 +35,7 @@ class AsyncLLM:
         self.tokenizer: Tokenizer = open_tokenizer(checkpoint.path)
         self.tokenizer.check_fits(checkpoint.config.vocab_size)
         self._builder = RequestBuilder(checkpoint.config, self.tokenizer)
-        self._worker = Worker(lambda: open_engine(backend, checkpoint, config), self.tokenizer)
+        self._worker = Worker(lambda: open_engine(backend, checkpoint, config))
         self.caps = self._worker.wait_ready().caps
         self._calls: dict[str, Call] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -53,7 +55,7 @@ class AsyncLLM:
         text, token_ids = await asyncio.to_thread(self._builder.tokens, 0, prompt)
         request = self._builder.request(token_ids, params, request_id)
         await asyncio.to_thread(check_grammar, request)
-        call = Call(fan_out(request))
+        call = await asyncio.to_thread(self._call, request)
         expect(request.request_id not in self._calls, f"A request with the id {request.request_id!r} is running.")
         self._calls[request.request_id] = call
         choices: list[list[Delta]] = [[] for _ in call.requests]
@@ -69,6 +71,11 @@ class AsyncLLM:
             del self._calls[request.request_id]
             if call.left:
                 self._worker.abort(call)
+
+    def _call(self, request: Request) -> Call:
+        """Return the requests of all continuations, prepared. It takes time: a thread calls it."""
+        fan = fan_out(replace(request, prepared=prepare(request, self.caps.vocab_size)))
+        return Call(fan, [OutputText(self.tokenizer, each) for each in fan])
 
     async def abort(self, request_id: str) -> bool:
         """End a request with the finish_reason `abort`. Returns whether there was one to end."""

@@ -40,6 +40,7 @@ from common.outputs import (
 from common.prompts import Prompt, RequestBuilder, check_grammar, is_one, params_of_each
 from common.replicas.open import open_engine
 from common.request import Request, SamplingParams, Status, TokenEvent, expect, fan_out
+from common.schedule.prepare import prepare
 from common.states import Pooler, Pooling, check_pooling
 from common.text.chat import ChatTemplate, Message
 from common.text.output import Delta, OutputText
@@ -90,7 +91,11 @@ class LLM:
         """
         many = [prompts] if is_one(prompts) else list(prompts)
         texts, requests = self._requests(many, sampling_params)
-        fans = [fan_out(request) for request in requests]
+        vocab_size = self.engine.caps.vocab_size
+        fans = [
+            fan_out(request if request.params.n == 1 else replace(request, prepared=prepare(request, vocab_size)))
+            for request in requests
+        ]
         found = self._run([each for fan in fans for each in fan], use_tqdm)
         deltas = [[found[each.request_id] for each in fan] for fan in fans]
         return [

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
+
+from common.serve.cost import EACH, MAX_UNITS, STOP_STRING
 
 VOCABULARY = 320
 CONTEXT = 512
@@ -195,3 +199,47 @@ FINE = [
     wrong(CHAT, 200, messages=[{"role": "user", "content": "{{ 7 * 7 }} {% raw %}"}]), wrong(CHAT, 200, user="a\r\nb: c"),
 ]  # fmt: skip
 """Odd, but to be answered."""
+
+
+def largest(name: str, units: int, n: int) -> dict[str, Any]:
+    """A field that is as long as `units` of work for each of `n` choices allow, and as the field's own limit allows."""
+    most = units // n
+    match name:
+        case "allowed_token_ids":
+            return {name: [5, 6, 7, 8] * (min(most // EACH[name], 1 << 18) // 4)}
+        case "stop_token_ids":
+            return {name: [9] * min(most // EACH[name], 1024)}
+        case "logit_bias":
+            return {name: {str(i): -1.0 for i in range(min(most // EACH[name], VOCABULARY))}}
+        case "bad_words":
+            return {name: [f"{i:04}" + "x" * 1020 for i in range(max(1, min(most // EACH[name] // 1024, 1024)))]}
+        case "stop":
+            return {name: [f"{i:02}" + "y" * 1022 for i in range(max(1, min(most // (4 * 1024 + STOP_STRING), 64)))]}
+        case "prompt":
+            return {name: ["a long prompt " * 8] * min(most // 1024 + 1, 1024)}
+        case "structured_outputs":
+            return {name: {"choice": [f"{i:03}" + "z" * 125 for i in range(max(1, min(most // 128, 256)))]}}
+        case "tools":
+            tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+            return {name: [tool] * 1024}
+        case "unknown":
+            return {f"unknown_{i}": i for i in range(min(most // 16, 50_000))}
+    raise ValueError(name)
+
+
+FIELDS = (*EACH, "prompt", "tools", "unknown")
+
+
+def together(count: int) -> Iterator[tuple[str, Bad]]:
+    """For each combination of so many fields, each as long as it may be by itself, and all as long as they may be together,
+    with one choice and with 64: a name and the request. The status is not given."""
+    for names in combinations(FIELDS, count):
+        path = CHAT if "tools" in names else COMPLETIONS
+        for n in (1, 64):
+            for share in (1, count + 1):
+                body = dict(GOOD[path]) | {"n": n, "temperature": 1.0, "max_tokens": 1}
+                for name in names:
+                    body |= largest(name, MAX_UNITS // share, n if share > 1 else 1)
+                if path == CHAT:
+                    body.pop("prompt", None)
+                yield f"{'+'.join(names)}, n={n}, {share=}", Bad(json.dumps(body).encode(), 200, path)

@@ -22,7 +22,24 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.bad_requests import BYTES, CASES, CHAT, COMPLETIONS, CONTEXT, DETOKENIZE, FINE, POST, Bad, http, wrong
+from common.errors import RequestError
+from common.request import SamplingParams
+from common.serve.cost import MAX_UNITS, body_units, expect_affordable, expect_parsable
+from tests.bad_requests import (
+    BYTES,
+    CASES,
+    CHAT,
+    COMPLETIONS,
+    CONTEXT,
+    DETOKENIZE,
+    FINE,
+    POST,
+    Bad,
+    http,
+    largest,
+    together,
+    wrong,
+)
 from tests.http_server import PATIENCE_S, ROOT, SMALL, Served, history, raw_request, serving, until
 
 LEAK = re.compile(r"0x[0-9a-f]{6,}|/usr/|/home/|/root/|/tmp/|site-packages|\.py\b|Traceback", re.IGNORECASE)
@@ -196,3 +213,102 @@ def test_nothing_is_refused_by_an_assert() -> None:
     command = [sys.executable, "-O", "-m", "pytest", "-m", "not accept", "-W", "ignore::pytest.PytestConfigWarning", *tests]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:]
+
+
+HEALTH_S = 0.5
+"""Within which /health answers, whatever is asked of the server meanwhile."""
+TWICE = 2.0
+"""By which the time of a bystander may grow."""
+REPRODUCED = [
+    wrong(COMPLETIONS, n=64, temperature=1.0, allowed_token_ids=[5, 6, 7, 8] * 65536),
+    wrong(COMPLETIONS, n=64, temperature=1.0, bad_words=[f"{i:04}" + "x" * 1020 for i in range(1024)]),
+    wrong(COMPLETIONS, **{f"k{i}": 1 for i in range(900_000)}),
+    wrong(COMPLETIONS, n=64, temperature=1.0, **largest("stop", MAX_UNITS, 1), **largest("allowed_token_ids", MAX_UNITS, 1)),
+]
+"""Each field is within its own limit; together they are too much."""
+
+
+def slowest_health(served: Served, case: Bad) -> tuple[int, float]:
+    """The status of the answer to a request, and the longest time that /health took meanwhile."""
+    slowest = 0.0
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask, served, case)
+        while not asking.done():
+            slowest = max(slowest, took(served, Bad(b"", 200, "/health", "GET")))
+            time.sleep(0.01)
+        return asking.result()[0], slowest
+
+
+def expect_health(served: Served, cases: dict[str, Bad], statuses: set[int]) -> None:
+    """In one of three attempts: the machine may have other things to do."""
+    slow = {}
+    for what, case in cases.items():
+        for _ in range(3):
+            status, seconds = slowest_health(served, case)
+            assert status in statuses, what
+            if seconds <= HEALTH_S:
+                break
+        else:
+            slow[what] = seconds
+    assert slow == {}
+
+
+def test_fields_that_are_too_much_together_are_refused_and_hold_up_nobody(served: Served) -> None:
+    with bystanders(served):
+        expect_health(served, {case.body[:80].decode(): case for case in REPRODUCED}, {400})
+    status, text = ask(served, REPRODUCED[0])
+    error = json.loads(text)["error"]
+    assert (status, error["param"]) == (400, "allowed_token_ids") and f"may have {MAX_UNITS}" in error["message"]
+
+
+def test_the_largest_fields_together_hold_up_nobody(served: Served) -> None:
+    some = {what: case for what, case in together(2) if "allowed_token_ids" in what and "n=64, share=3" in what}
+    with bystanders(served):
+        expect_health(served, dict(list(some.items())[:4]), {200, 400})
+
+
+@pytest.mark.accept
+@pytest.mark.parametrize("count", [2, 3])
+def test_no_combination_of_fields_holds_up_anybody(tmp_path: Path, count: int) -> None:
+    """Behind a front, which ends a backend that seems dead. Three times each, a bystander takes at most twice its time."""
+    packages, _ = history(tmp_path, "one", "two")
+    long = {**BYSTANDER, "max_tokens": 300}
+    with serving(tmp_path, "--backend", "one,two", "--max-model-len", "512", packages=[packages]) as front:
+        expect_health(front, dict(together(count)), {200, 400})
+        alone = sorted(took(front, wrong(COMPLETIONS, 200, **long)) for _ in range(5))[2]
+        for what, case in together(count):
+            seconds = []
+            for _ in range(3):
+                with ThreadPoolExecutor(1) as pool:
+                    asking = pool.submit(ask, front, case)
+                    seconds.append(took(front, wrong(COMPLETIONS, 200, **long)))
+                    asking.result()
+            assert min(seconds) <= TWICE * alone, what
+        assert "ended" not in front.log.read_text()
+
+
+def test_the_cost_of_a_request_counts_choices_times_fields() -> None:
+    ids = tuple(range(10_000))
+    expect_affordable(SamplingParams(n=64, allowed_token_ids=ids), [10])
+    for params, prompts, blamed in (
+        (SamplingParams(n=64, allowed_token_ids=ids * 2), [10], "allowed_token_ids"),
+        (SamplingParams(allowed_token_ids=ids), [10] * 128, "allowed_token_ids"),
+        (SamplingParams(n=64, bad_words=["x" * 1000] * 5), [10], "bad_words"),
+        (SamplingParams(n=64, stop=["x" * 1000] * 5), [10], "stop"),
+        (SamplingParams(n=64, logit_bias=dict.fromkeys(ids, 1.0)), [10], "logit_bias"),
+        (SamplingParams(n=64, repetition_penalty=1.1), [10_000], "prompt_token_ids"),
+        (SamplingParams(prompt_logprobs=20), [20_000], "prompt_token_ids"),
+        (SamplingParams(n=64), [10] * 64, "n"),
+    ):
+        with pytest.raises(RequestError, match=f"may have {MAX_UNITS}.*Ask for at most") as refused:
+            expect_affordable(params, prompts)
+        assert refused.value.param == blamed
+
+
+def test_the_parts_of_a_body_are_counted_outside_of_its_strings() -> None:
+    text = json.dumps({"prompt": ',:[{"\\' * (MAX_UNITS // 8)}).encode()
+    assert body_units(text) == 16 + 15
+    expect_parsable(json.dumps({"prompt": [1] * 1_000_000}).encode())
+    for much in ({f"k{i}": 1 for i in range(70_000)}, [[]] * 70_000, [1] * 1_100_000):
+        with pytest.raises(RequestError, match="too many parts"):
+            expect_parsable(json.dumps(much).encode())

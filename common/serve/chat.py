@@ -25,8 +25,8 @@ router = APIRouter()
 async def chat(http: HttpRequest) -> Response:
     arrival, serving, body = time.perf_counter(), Serving.of(http), await read(http, ChatRequest)
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    params = body.params(asked, (body.top_logprobs or 0) if body.logprobs else None)
-    answer = await Answer.of(serving, "chat", "chatcmpl", body, arrival, params, lambda: [chat_prompt(serving.model, body)])
+    params = lambda: body.params(asked, (body.top_logprobs or 0) if body.logprobs else None)  # noqa: E731
+    answer = await Answer.of(http, "chat", "chatcmpl", body, arrival, params, lambda: [chat_prompt(serving.model, body)])
     uses_tools = bool(body.tools) and body.tool_choice != "none"
     choices = [Choice(answer, i, ToolCalls() if uses_tools else None) for i in range(answer.num_choices)]
     return await answer.respond(http, choices, "chat.completion", "chat.completion.chunk")

@@ -223,7 +223,7 @@ def make_app(options: argparse.Namespace) -> FastAPI:
     profiler = Profiler.of(options.backend, options.profile_dir) if options.profile_dir else None
     spans = Spans.to(options.otlp_endpoint) if options.otlp_endpoint else None
     log.info("Loading %s (%s).", options.model, options.backend)
-    worker = Worker(lambda: open_engine(options.backend, checkpoint, config, telling_now_and_then()), tokenizer)
+    worker = Worker(lambda: open_engine(options.backend, checkpoint, config, telling_now_and_then()))
     engine = worker.wait_ready()
     served = options.served_model_name or [model_name(options), f"{model_name(options)}@{options.backend}"]
     serving = Serving(

@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 
 from common.errors import RequestError
 from common.request import MAX_LOGPROBS, MAX_N, Request, SamplingParams, StructuredOutputsParams, expect
+from common.serve.cost import expect_parsable
 from common.serve.errors import ApiError
 from common.serve.tools import call_grammar
 from common.states import Pooling
@@ -47,6 +48,8 @@ SAMPLING = (
 """Fields that are sampling parameters of the same name."""
 REQUEST = ("cache_salt", "priority", "deadline")
 """Fields of `Request` that a client may set."""
+MAX_IGNORED = 100
+"""Names of unknown fields that are logged. A request may bring thousands."""
 _ignored: set[str] = set()
 
 
@@ -64,7 +67,7 @@ class Body(BaseModel):
         """What takes time: called once, on a thread. Logs the fields that mean nothing here, each name once."""
         for name in self.model_extra or {}:
             shown = name[:80]  # what a client calls its fields may be as long as a body, and is kept for ever
-            if shown not in _ignored and len(_ignored) < 1000:
+            if shown not in _ignored and len(_ignored) < MAX_IGNORED:
                 _ignored.add(shown)
                 log.warning("Requests bring a field %r, which is ignored.", shown)
 
@@ -327,7 +330,8 @@ B = TypeVar("B", bound=Body)
 
 
 def parse(kind: type[B], data: bytes) -> B:
-    """Read a body. Raises `ApiError` that names the first field that is wrong."""
+    """Read a body. Raises `ApiError` that names the first field that is wrong, `RequestError` for one that is too much."""
+    expect_parsable(data)
     try:
         body = kind.model_validate_json(data)
     except ValidationError as error:

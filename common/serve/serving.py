@@ -10,7 +10,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request as HttpRequest
 from starlette.requests import ClientDisconnect
@@ -19,13 +19,15 @@ from starlette.types import Receive, Scope, Send
 
 from common.errors import RequestError
 from common.request import CANNOT_GO_ON, ENGINE_GONE, Request, SamplingParams, Status
+from common.schedule.prepare import prepare
+from common.serve.cost import expect_affordable
 from common.serve.errors import ApiError, api_error, engine_gone, error_body
 from common.serve.metrics import Metrics
 from common.serve.model import Prompt, ServedModel
 from common.serve.protocol import B, Sampled, parse
 from common.serve.spans import Spans, facts_of
 from common.serve.worker import Call, Piece, Worker
-from common.text.output import Delta
+from common.text.output import Delta, OutputText
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +107,7 @@ class Answer:
     body: Sampled
     prompts: Sequence[Prompt]
     params: SamplingParams
-    bad_words: Sequence[Sequence[int]]
+    call: Call
     arrival: float
     created: int = field(default_factory=lambda: int(time.time()))
     completion_tokens: int = 0
@@ -116,46 +118,36 @@ class Answer:
     """When the host saw it."""
     finish_reasons: dict[int, str] = field(default_factory=dict)
     """By choice."""
-    call: Call = field(init=False)
 
-    def __post_init__(self) -> None:
-        n, seed = self.body.n or 1, self.params.seed
-        grammar = self.serving.model.grammars.compile(self.params.structured_outputs)
-        requests = [
-            Request(
-                request_id=f"{self.id}-{p * n + i}",
-                prompt_token_ids=tuple(prompt.token_ids),
-                params=replace(self.params, n=1, seed=None if seed is None else (seed + i) % 2**64),
-                eos_token_ids=self.serving.model.eos_token_ids,
-                bad_words=tuple(map(tuple, self.bad_words)),
-                grammar=grammar,
-                parent=f"{self.id}-{p * n}" if i else None,
-                **self.body.request_fields(self.arrival),
-            )
-            for p, prompt in enumerate(self.prompts)
-            for i in range(n)
-        ]
-        self.call = Call(requests, self.arrival)
-
-    @classmethod
+    @staticmethod
     async def of(
-        cls,
-        serving: Serving,
+        http: HttpRequest,
         operation: str,
         prefix: str,
         body: Sampled,
         arrival: float,
-        params: SamplingParams,
+        params: Callable[[], SamplingParams],
         prompts: Callable[[], Sequence[Prompt]],
-    ) -> Self:
-        """The answer to a body that was read at `arrival`. `prompts` takes time, and so is called on a thread."""
-        words = serving.model.tokenizer.bad_words
-        made, bad_words = await asyncio.to_thread(lambda: (prompts(), words(params.bad_words)))
-        name = f"{prefix}-{uuid.uuid4().hex}"
-        return cls(
-            serving=serving, operation=operation, id=name, body=body, prompts=made, params=params, bad_words=bad_words,
-            arrival=arrival,
-        )  # fmt: skip
+    ) -> Answer:
+        """The answer to a body that was read at `arrival`. `params` and `prompts` take time, and so does all that is made of
+        them: a thread calls them. If the client leaves meanwhile, the result is dropped."""
+        serving, name = Serving.of(http), f"{prefix}-{uuid.uuid4().hex}"
+
+        def make() -> Answer:
+            asked, given = params(), prompts()
+            expect_affordable(asked, [len(prompt.token_ids) for prompt in given])
+            requests = requests_of(serving.model, name, body, arrival, asked, given)
+            call = Call(requests, [OutputText(serving.model.tokenizer, request) for request in requests], arrival)
+            return Answer(
+                serving=serving, operation=operation, id=name, body=body, prompts=given, params=asked, call=call,
+                arrival=arrival,
+            )  # fmt: skip
+
+        try:
+            return await unless_left(http.receive, asyncio.to_thread(make))
+        except RequestError as error:
+            error.param = body.field_of(error.param)
+            raise
 
     @property
     def num_choices(self) -> int:
@@ -198,10 +190,10 @@ class Answer:
     async def respond(self, http: HttpRequest, choices: Sequence[Growing], kind: str, chunk_kind: str) -> Response:
         """Admit the requests and answer: with a stream of events where asked for, each a `chunk_kind`, else with one object, a
         `kind`."""
-        await self._check_grammar(self.call.requests[0])
+        await unless_left(http.receive, self._check_grammar(self.call.requests[0]))
         self.serving.metrics.begin(self.call)
         try:
-            await self.serving.worker.run(self.call)
+            await unless_left(http.receive, self.serving.worker.run(self.call))
         except BaseException as error:
             self.serving.metrics.end(self.call)
             if isinstance(error, RequestError):
@@ -269,6 +261,34 @@ class Answer:
                 log.exception("Request %s failed.", self.id)
             yield event(api_error(error).body)
         yield DONE
+
+
+def requests_of(
+    model: ServedModel, name: str, body: Sampled, arrival: float, params: SamplingParams, prompts: Sequence[Prompt]
+) -> list[Request]:
+    """The requests of an answer, prepared: `n` for each prompt, the first of them the parent of the others. All share their
+    params, and what is made of them."""
+    n, fields = params.n, body.request_fields(arrival)
+    bad_words = model.tokenizer.bad_words(params.bad_words)
+    grammar = model.grammars.compile(params.structured_outputs)
+    requests: list[Request] = []
+    for prompt in prompts:
+        first = Request(
+            request_id=f"{name}-{len(requests)}",
+            prompt_token_ids=tuple(prompt.token_ids),
+            params=params,
+            choice=0,
+            eos_token_ids=model.eos_token_ids,
+            bad_words=bad_words,
+            grammar=grammar,
+            **fields,
+        )
+        first = replace(first, prepared=prepare(first, model.vocab_size, requests[0].prepared if requests else None))
+        others = [
+            replace(first, request_id=f"{name}-{len(requests) + i}", choice=i, parent=first.request_id) for i in range(1, n)
+        ]
+        requests += [first, *others]
+    return requests
 
 
 class EventStream(StreamingResponse):

@@ -23,7 +23,6 @@ from common.request import Request, TokenEvent
 from common.schedule.steplog import StepRecord
 from common.serve.errors import ApiError, engine_gone
 from common.text.output import Delta, OutputText
-from common.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +43,14 @@ class Call:
     """The requests of one HTTP request, on the event loop. Iterate over it for what becomes visible, a list a step."""
 
     requests: Sequence[Request]
+    texts: Sequence[OutputText]
+    """What follows the output of each."""
     arrival: float = field(default_factory=time.perf_counter)
     """When the HTTP request came."""
     left: int = field(init=False)
     """Requests that have not ended, as far as the reader has read."""
+    aborted: bool = False
+    """Whether its client has left. Once true, it stays true; any thread may read it."""
     _arrived: asyncio.Queue[list[Piece] | ApiError] = field(default_factory=asyncio.Queue)
 
     def __post_init__(self) -> None:
@@ -82,9 +85,9 @@ Observer = Callable[[list[StepRecord], list[tuple[Call, list[Piece]]]], None]
 class Worker:
     """One engine on a thread of its own. `start` it on the event loop that `run`, `abort` and `ask` are used on."""
 
-    def __init__(self, make_engine: Callable[[], ServingEngine], tokenizer: Tokenizer) -> None:
+    def __init__(self, make_engine: Callable[[], ServingEngine]) -> None:
         """`make_engine` runs on the thread."""
-        self._make_engine, self._tokenizer = make_engine, tokenizer
+        self._make_engine = make_engine
         self._orders: queue.SimpleQueue[Order | None] = queue.SimpleQueue()
         self._live: dict[str, _Live] = {}
         self._lock = threading.Lock()
@@ -139,7 +142,8 @@ class Worker:
             raise
 
     def abort(self, call: Call) -> None:
-        """End what is left of a call, before the next step."""
+        """End what is left of a call, before the next step, and in the middle of its admission."""
+        call.aborted = True
         self._order(lambda engine: self._abort(engine, call))
 
     async def ask(self, question: Callable[[ServingEngine], T]) -> T:
@@ -254,9 +258,11 @@ class Worker:
 
     def _admit(self, engine: ServingEngine, call: Call) -> None:
         try:
-            for index, request in enumerate(call.requests):
+            for index, (request, text) in enumerate(zip(call.requests, call.texts, strict=True)):
+                if call.aborted:
+                    break  # the order to abort is the next
                 engine.add(request)
-                self._live[request.request_id] = _Live(call, index, OutputText(self._tokenizer, request))
+                self._live[request.request_id] = _Live(call, index, text)
         except BaseException as error:
             alone = all(live.call is call for live in self._live.values())
             self._abort(engine, call)
