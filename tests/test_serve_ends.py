@@ -20,6 +20,7 @@ from starlette.datastructures import Headers
 
 from common.errors import ConfigError
 from common.options import parse
+from common.serve.app import STATS_PATIENCE_S
 from common.serve.command import make_app, make_parser
 from common.serve.errors import ApiError
 from common.serve.guard import Guard
@@ -117,15 +118,23 @@ def test_a_server_whose_step_loop_died_tells_its_requests_and_ends(mortal: Serve
     assert log.index("The step loop has died") < log.index("No engine is left, so the server ends") < log.index("Ended.")
 
 
+def stats_age_s(metrics: str) -> float:
+    (line,) = [line for line in metrics.splitlines() if line.startswith("tandem:stats_age_seconds{")]
+    return float(line.split()[-1])
+
+
 def test_a_step_that_hangs_is_not_healthy_until_it_goes_on(server: Server) -> None:
     served, control = server
     (control / "hang").touch()
     reader = threading.Thread(target=served.complete, kwargs=LONG)
     reader.start()
     until(lambda: served.client.get("/health").status_code == 503)
+    during = served.client.get("/metrics")  # with the last known values
     (control / "hang").unlink()
     reader.join()
     until(lambda: served.client.get("/health").status_code == 200)
+    assert during.status_code == 200 and "vllm:num_requests_running{" in during.text
+    assert stats_age_s(during.text) > STATS_PATIENCE_S > stats_age_s(served.client.get("/metrics").text)
 
 
 def test_a_request_whose_steps_raise_fails_without_telling_why(server: Server) -> None:

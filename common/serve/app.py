@@ -25,6 +25,7 @@ from common.serve.profiler import Profiler
 from common.serve.serving import Serving, error_response, json_response
 
 STATS_PATIENCE_S = 2.0
+"""For the engine's current statistics, before the last known ones are served."""
 PAGE = Path(__file__).with_name("page.html")
 VERSION = version("tandem-infer")
 UNKNOWN = {404: "There is nothing at this path; a client's base URL ends in v1.", 405: "This path does not take this method."}
@@ -83,14 +84,10 @@ async def tell_version() -> Response:
 
 @router.get("/metrics")
 async def metrics(http: HttpRequest) -> Response:
-    """What the engine knows is asked of it between two steps; one that hangs cannot tell."""
+    """The statistics of the engine, which it gives between two steps. During a long step they are the last known ones."""
     serving = Serving.of(http)
-    try:
-        async with asyncio.timeout(STATS_PATIENCE_S):
-            stats = await serving.worker.ask(lambda engine: engine.stats())
-    except TimeoutError:
-        raise ApiError(503, "The engine does not answer.") from None
-    return Response(serving.metrics.text(stats), media_type="text/plain; version=0.0.4")
+    stats, age_s = await serving.worker.stats(STATS_PATIENCE_S)
+    return Response(serving.metrics.text(stats, age_s), media_type="text/plain; version=0.0.4")
 
 
 @router.get("/")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -152,9 +152,12 @@ class Metrics:
                 self._prompt.observe(length)
                 self._e2e.observe(time.perf_counter() - arrival)
 
-    def text(self, stats: Mapping[str, Any]) -> bytes:
-        """The exposition, with what the engine's `stats` say."""
+    def text(self, stats: Mapping[str, Any], age_s: float) -> bytes:
+        """The exposition, with what the engine's `stats` say, which are `age_s` seconds old."""
         families = CollectorRegistry()
+        told = "Seconds since the engine gave the statistics of this page; they grow old during a long step."
+        age = Gauge("tandem:stats_age_seconds", told, tuple(self._labels), registry=families)
+        age.labels(**self._labels).set(age_s)
         families.register(_Stats(self._labels, stats))
         return generate_latest(self._registry) + generate_latest(families)
 

@@ -7,6 +7,7 @@ string ends its request before the next step, as in `common.llm`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -95,6 +96,8 @@ class Worker:
         self._step_began: float | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._observe: Observer | None = None
+        self._stats: tuple[float, dict[str, Any]] = (time.monotonic(), {})
+        self._asking: asyncio.Task[None] | None = None
         self._ready: Future[ServingEngine] = Future()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._thread.start()
@@ -164,6 +167,22 @@ class Worker:
             raise engine_gone()
         return await asyncio.wrap_future(answer)
 
+    async def stats(self, patience_s: float) -> tuple[dict[str, Any], float]:
+        """Return the statistics of the engine and their age in seconds. They are the last known ones if the engine does not
+        answer within `patience_s`, as in a long step."""
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._ask_stats())
+        await asyncio.wait([self._asking], timeout=patience_s)
+        read, stats = self._stats
+        return stats, time.monotonic() - read
+
+    async def _ask_stats(self) -> None:
+        with contextlib.suppress(ApiError):  # the engine has ended
+            await self.ask(self._read_stats)
+
+    def _read_stats(self, engine: ServingEngine) -> None:
+        self._stats = time.monotonic(), engine.stats()
+
     def profile(self, profile: Callable[[Callable[[], object]], T], stop: threading.Event) -> Future[T]:
         """What `profile` says of everything that the thread does from now on until `stop` is set between two steps."""
         found: Future[T] = Future()
@@ -206,6 +225,7 @@ class Worker:
             self._ready.set_exception(error)
             return
         engine.step_log = []
+        self._read_stats(engine)
         self._ready.set_result(engine)
         try:
             self._work(engine)
