@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable
 
 MAX_HINTED = 256
@@ -64,6 +65,15 @@ def shown(value: object, most: int = 80) -> str:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of more than 4300 digits, or lists nested thousands deep
         return f"a value too large to print ({type(value).__name__})"
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def quoted(value: object, most: int = 80) -> str:
+    """The JSON text of a value of a request, cut after `most` characters; the repr where JSON has no such value."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        return shown(value, most)
     return text if len(text) <= most else f"{text[:most]}…"
 
 

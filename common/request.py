@@ -12,7 +12,7 @@ from math import inf
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Self
 
-from common.errors import RequestError, nearest_hint, shown
+from common.errors import RequestError, nearest_hint, quoted
 
 if TYPE_CHECKING:
     from common.schedule.kv import KV
@@ -64,7 +64,7 @@ def expect(condition: bool, message: str, param: str | None = None) -> None:
 def _must(condition: bool, name: str, be: str, value: Any) -> None:
     """What the value of a field must be, and is not unless `condition` holds."""
     if not condition:
-        raise RequestError(f"{name} must {be}, got {shown(value)}.", name)
+        raise RequestError(f"{name} must {be}, got {quoted(value)}.", name)
 
 
 def _whole(value: Any, low: int, high: int) -> bool:
@@ -125,22 +125,23 @@ class StructuredOutputsParams:
     def __post_init__(self) -> None:
         given = [f.name for f in fields(self) if getattr(self, f.name) is not None]
         expect(
-            len(given) == 1, f"structured_outputs must hold one of json, regex, choice, grammar and json_object, got {given}."
+            len(given) == 1,
+            f"structured_outputs must hold one of json, regex, choice, grammar and json_object, got {quoted(given)}.",
         )
         if self.json is not None:
             object.__setattr__(self, "json", _schema(self.json))
         if self.choice is not None:
             expect(
                 isinstance(self.choice, (tuple, list)) and len(self.choice) > 0,
-                f"choice must be a list of texts, got {shown(self.choice)}.",
+                f"choice must be a list of texts, got {quoted(self.choice)}.",
             )
             object.__setattr__(self, "choice", tuple(self.choice))
         texts: Sequence[Any] = self.choice or [text for text in (self.json, self.regex, self.grammar) if text is not None]
         for text in texts:
-            expect(_text(text), f"{given[0]} must hold Unicode texts that are not empty, got {shown(text)}.")
+            expect(_text(text), f"{given[0]} must hold Unicode texts that are not empty, got {quoted(text)}.")
         size = sum(map(len, texts))
         expect(size <= MAX_GRAMMAR, f"{given[0]} may have {MAX_GRAMMAR} characters, got {size}.")
-        expect(self.json_object in (None, True), f"json_object must be true, or be left out, got {shown(self.json_object)}.")
+        expect(self.json_object in (None, True), f"json_object must be true, or be left out, got {quoted(self.json_object)}.")
 
 
 def _schema(given: Any) -> str:
@@ -150,7 +151,7 @@ def _schema(given: Any) -> str:
         text = json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"json must be a JSON Schema, as an object or as text: {error}.") from error
-    expect(isinstance(schema, Mapping), f"json must be a JSON Schema, which is an object, got {shown(schema)}.")
+    expect(isinstance(schema, Mapping), f"json must be a JSON Schema, which is an object, got {quoted(schema)}.")
     return text
 
 
@@ -224,8 +225,8 @@ class SamplingParams:
         for name, (least, most) in _INTEGERS.items():
             value = getattr(self, name)
             if value is not None or name not in _OPTIONAL:
-                or_none = " or None" if name in _OPTIONAL else ""
-                _must(_whole(value, least, most), name, f"be an integer in [{least}, {most}]{or_none}", value)
+                or_out = ", or be left out" if name in _OPTIONAL else ""
+                _must(_whole(value, least, most), name, f"be an integer in [{least}, {most}]{or_out}", value)
                 put(name, int(value))
         _must(_real(self.top_p, 0.0, 1.0) and self.top_p > 0, "top_p", "be a number in (0, 1]", self.top_p)
         for name, (low, high) in _NUMBERS.items():
@@ -244,7 +245,11 @@ class SamplingParams:
         put("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids or ()))
         if self.allowed_token_ids is not None:
             put("allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids))
-        expect(self.allowed_token_ids != (), "allowed_token_ids must not be empty; None allows all.", "allowed_token_ids")
+        expect(
+            self.allowed_token_ids != (),
+            "allowed_token_ids must not be empty; leave it out to allow all.",
+            "allowed_token_ids",
+        )
         put("logit_bias", _biases(self.logit_bias))
         _must(
             self.structured_outputs is None or isinstance(self.structured_outputs, StructuredOutputsParams),
@@ -356,12 +361,13 @@ class Request:
         )
         expect(
             _whole(self.priority, -(2**63), 2**63 - 1),
-            f"Request {self.request_id!r}: priority must be an integer of 64 bits, got {shown(self.priority)}.",
+            f"Request {self.request_id!r}: priority must be an integer of 64 bits, got {quoted(self.priority)}.",
             "priority",
         )
         expect(
             self.deadline is None or _real(self.deadline, -1e15, 1e15),
-            f"Request {self.request_id!r}: deadline must be a finite number of seconds or None, got {shown(self.deadline)}.",
+            f"Request {self.request_id!r}: deadline must be a finite number of seconds, or be left out, "
+            f"got {quoted(self.deadline)}.",
             "deadline",
         )
 

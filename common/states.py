@@ -15,7 +15,7 @@ from typing import Literal, Self, get_args
 
 import numpy as np
 
-from common.errors import shown
+from common.errors import quoted
 from common.interface import ModelRunner, last_residual
 from common.request import SamplingParams, expect
 from common.schedule.limits import Limits, check_tokens
@@ -28,7 +28,7 @@ Pooling = Literal["mean", "last"]
 def check_pooling(pooling: object) -> None:
     """Raise `RequestError` for anything that is no `Pooling`."""
     known = isinstance(pooling, str) and pooling in get_args(Pooling)
-    expect(known, f"pooling must be one of {', '.join(get_args(Pooling))}, got {shown(pooling)}.")
+    expect(known, f"pooling must be one of {', '.join(get_args(Pooling))}, got {quoted(pooling)}.")
 
 
 @dataclass(frozen=True, eq=False)

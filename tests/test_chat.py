@@ -278,7 +278,7 @@ def test_no_template_is_refused_with_what_to_do() -> None:
         ([], "at least one message"),
         ("hello", "at least one message"),
         (None, "at least one message"),
-        (["hello"], r"messages\[0\] must be a mapping"),
+        (["hello"], r"messages\[0\] must be an object"),
         ([{"content": "x"}], r"messages\[0\] has no role"),
         (
             [{"role": "user", "content": "x"}, {"role": "asistant", "content": "y"}],

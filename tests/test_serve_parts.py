@@ -16,7 +16,7 @@ from common.options import field_docs, without
 from common.options import parse as parse_options
 from common.serve import protocol
 from common.serve.command import make_parser
-from common.serve.errors import ApiError, api_error, public
+from common.serve.errors import PRIVATE, ApiError, api_error, public
 from common.serve.model import ServedModel
 from common.serve.protocol import ChatRequest, CompletionRequest, parse
 from common.serve.serving import encode
@@ -110,13 +110,20 @@ def test_tools_reach_a_template_that_knows_them(tmp_path: Path) -> None:
 def test_what_tells_about_the_machine_stays_inside(message: str) -> None:
     for error in (RequestError(message), ApiError(500, message)):
         assert message not in str(api_error(error).body)
-    assert "x-request-id" in public(message)
+    assert "x-request-id" in public(500, message)
+    assert not PRIVATE.search(public(400, message))
+
+
+def test_the_advice_of_a_refusal_survives_beside_facts_about_the_machine() -> None:
+    advice = "send the text so far to /v1/completions."
+    assert public(400, advice) == advice
+    assert public(400, f"'/root/models/a' is missing; {advice}") == f"'…' is missing; {advice}"
 
 
 def test_other_messages_go_out_as_they_are_unless_they_are_long() -> None:
     for message in ("temperature must be in [0, 100], got 1/2.", "The path /v1/x is unknown."[:8], "max_tokens: 5 and/or 6"):
-        assert public(message) == message
-    assert len(public("x" * 10_000)) < 600
+        assert public(400, message) == public(500, message) == message
+    assert len(public(400, "x" * 10_000)) < 600
 
 
 def test_what_asks_for_nothing_is_taken_whether_or_not_the_engine_knows_it() -> None:
@@ -137,10 +144,10 @@ def test_a_chat_fills_the_context_unless_told_otherwise() -> None:
 @pytest.mark.parametrize(
     ("stop", "told"),
     [
-        ("a" * 1025, "stop.0: String should have at most 1024 characters"),
-        (["a"] * 65, "stop: List should have at most 64 items"),
-        (["a", 5], "stop.1: Input should be a valid string"),
-        (5, "stop: Input should be a valid array"),
+        ("a" * 1025, "stop[0] may have at most 1024 characters"),
+        (["a"] * 65, "stop may hold at most 64 items"),
+        (["a", 5], "stop[1] must be a string"),
+        (5, "stop must be a list"),
     ],
 )
 def test_a_stop_that_is_none_is_refused_by_what_is_wrong_with_it(stop: object, told: str) -> None:

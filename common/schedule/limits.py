@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
-from common.errors import DrainingError, QueueFullError, RequestError, shown
+from common.errors import DrainingError, QueueFullError, RequestError, quoted
 from common.request import Request, expect
 
 
@@ -106,7 +106,7 @@ def check_sampling(request: Request, vocab_size: int) -> None:
     for what, ids in listed:
         check_tokens(f"Request {name!r}: {what}", ids, vocab_size, what)
     beyond = [token for token, _ in request.params.logit_bias or () if token >= vocab_size]  # type: ignore[misc]
-    told = f"Request {name!r}: logit_bias must map token ids in [0, {vocab_size}) to numbers, got the ids {shown(beyond)}."
+    told = f"Request {name!r}: logit_bias must map token ids in [0, {vocab_size}) to numbers, got the ids {quoted(beyond)}."
     expect(not beyond, told, "logit_bias")
 
 
@@ -117,4 +117,4 @@ def check_tokens(what: str, ids: Sequence[Any], vocab_size: int, param: str | No
         return  # the fast path: no Python code per token
     for i, token in enumerate(ids):
         if not (isinstance(token, (int, Integral)) and not isinstance(token, bool) and 0 <= int(token) < vocab_size):
-            raise RequestError(f"{what}[{i}] must be an integer in [0, {vocab_size}), got {shown(token)}.", param)
+            raise RequestError(f"{what}[{i}] must be an integer in [0, {vocab_size}), got {quoted(token)}.", param)

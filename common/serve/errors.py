@@ -24,8 +24,10 @@ NAMES = {
 }
 MAX_MESSAGE = 500
 """Characters: messages quote what came, and what came may be long."""
-PRIVATE = re.compile(r"0x[0-9a-f]{6,}|(?<![\w.:/])/[\w.-]+/[\w./-]*|Traceback|[A-Za-z]:\\", re.IGNORECASE)
-"""Addresses, absolute paths, traces."""
+PRIVATE = re.compile(
+    r"0x[0-9a-f]{6,}|(?<![\w.:/])/(?!v1/)[\w.-]+/[\w./-]*|\bTraceback\b.*|\b[A-Za-z]:\\[\w.\\-]*", re.IGNORECASE | re.DOTALL
+)
+"""Addresses, absolute paths, traces. Paths of this API are none of these."""
 
 
 class ApiError(Exception):
@@ -42,13 +44,14 @@ class ApiError(Exception):
 
 def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
     kind = NAMES.get(status, "BadRequestError" if status < 500 else "InternalServerError")
-    return {"error": {"message": public(message), "type": kind, "param": param, "code": status}}
+    return {"error": {"message": public(status, message), "type": kind, "param": param, "code": status}}
 
 
-def public(message: str) -> str:
-    """`message`, unless it tells about this machine."""
-    if PRIVATE.search(message):
+def public(status: int, message: str) -> str:
+    """`message` without facts about this machine. A message about a request keeps its other words, and so its advice."""
+    if status >= 500 and PRIVATE.search(message):
         return "The request failed; the server's log says why under its id (x-request-id)."
+    message = PRIVATE.sub("…", message)
     message = message.encode(errors="replace").decode()  # no lone surrogates
     return message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "…"
 

@@ -27,7 +27,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from common.child import STOPPED_S, how_it_ended, stopped_for
-from common.errors import BackendError
+from common.errors import BackendError, quoted
 from common.replicas.keeper import ATTEMPTS, RETRY_S, SILENCE_S
 from common.serve.app import OFFERED_WITH, new_app, page, tell_version
 from common.serve.errors import ApiError
@@ -221,7 +221,7 @@ class Backends:
             if name is None or name in backend.models:
                 return backend
         known = ", ".join(model for backend in self.each for model in backend.models)
-        raise ApiError(404, f"The model {name!r:.80} does not exist; served here: {known}.", "model")
+        raise ApiError(404, f"The model {quoted(name)} does not exist; served here: {known}.", "model")
 
     @classmethod
     def of(cls, http: HttpRequest) -> Self:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.errors import quoted
 from common.request import expect
 from common.schedule.limits import check_tokens
 from common.serve.errors import ApiError
@@ -70,7 +71,7 @@ class ServedModel:
     def check_name(self, name: str | None) -> None:
         """A request that names no model means the only one."""
         if name is not None and name not in self.names:
-            raise ApiError(404, f"The model {name!r:.80} does not exist; served here: {', '.join(self.names)}.", "model")
+            raise ApiError(404, f"The model {quoted(name)} does not exist; served here: {', '.join(self.names)}.", "model")
 
     def prompts(
         self, prompt: Any, add_special_tokens: bool = True, truncate: int | None = None, name: str = "prompt", room: int = 1
@@ -90,7 +91,7 @@ class ServedModel:
         text, token_ids, most = None, prompt, self.max_model_len - room
         if isinstance(prompt, str):
             text, token_ids = prompt, self.encode(prompt, add_special_tokens, checked=truncate is None, name=name)
-        expect(isinstance(token_ids, list), f"{name} must be a text or a list of token ids, got {type(prompt).__name__}.", name)
+        expect(isinstance(token_ids, list), f"{name} must be a text or a list of token ids, got {quoted(prompt)}.", name)
         kept = len(token_ids) if truncate is None else most if truncate == -1 else truncate
         if kept < len(token_ids):
             text, token_ids = None, token_ids[-kept:]

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, WithJsonSchema
+from pydantic_core import ErrorDetails
 
 from common.errors import RequestError
 from common.request import MAX_LOGPROBS, MAX_N, Request, SamplingParams, StructuredOutputsParams, expect
@@ -20,6 +21,22 @@ log = logging.getLogger(__name__)
 
 MAX_PROMPTS = 1024
 MAX_INPUTS = 2048
+
+
+def whole(given: Any) -> Any:
+    """An integer that is written as `5.0`, as an integer: JSON makes no difference between the two."""
+    return int(given) if isinstance(given, float) and given.is_integer() else given
+
+
+def wholes(given: Any) -> Any:
+    """The same for the items of a list, or of each of several lists."""
+    if not isinstance(given, list) or not {float, list}.intersection(map(type, given)):
+        return given
+    return [wholes(each) if isinstance(each, list) else whole(each) for each in given]
+
+
+WHOLE, WHOLES = BeforeValidator(whole), BeforeValidator(wholes)
+Whole = Annotated[int, WHOLE]
 StopText = Annotated[str, Field(max_length=1024)]
 StopTexts = Annotated[
     list[StopText], Field(max_length=64), BeforeValidator(lambda given: [given] if isinstance(given, str) else given)
@@ -82,16 +99,16 @@ class Sampled(Body):
 
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
-    max_tokens: int | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N), WHOLE] | None = None
+    max_tokens: Whole | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Whole | None = None
     min_p: float | None = None
-    seed: int | None = None
-    min_tokens: int | None = None
+    seed: Whole | None = None
+    min_tokens: Whole | None = None
     stop: StopTexts | None = None
-    stop_token_ids: Annotated[list[int], Field(max_length=1024)] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=1024), WHOLES] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
@@ -99,21 +116,21 @@ class Sampled(Body):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: Annotated[dict[TokenKey, float], Field(max_length=1 << 14)] | None = None
-    allowed_token_ids: Annotated[list[int], Field(max_length=1 << 18)] | None = None
+    allowed_token_ids: Annotated[list[int], Field(max_length=1 << 18), WHOLES] | None = None
     bad_words: Annotated[list[StopText], Field(max_length=1024)] | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
-    guided_json: dict[str, Any] | str | None = None
+    guided_json: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "object"}, {"type": "string"}, {"type": "null"}]})] = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     use_beam_search: bool | None = None
     length_penalty: float | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    priority: int | None = None
+    priority: Whole | None = None
     deadline: float | None = None
     """Seconds from the arrival of the HTTP request."""
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1), WHOLE] | None = None
     """Keep so many tokens at the end of the prompt; -1 as many as fit."""
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
@@ -201,11 +218,11 @@ def response_format(given: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 class CompletionRequest(Sampled):
-    prompt: Any = None
+    prompt: Annotated[Any, WHOLES] = None
     echo: bool | None = None
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    best_of: int | None = None
+    logprobs: Whole | None = None
+    prompt_logprobs: Whole | None = None
+    best_of: Whole | None = None
     suffix: str | None = None
     add_special_tokens: bool = True
 
@@ -231,12 +248,12 @@ class CompletionRequest(Sampled):
 
 class ChatRequest(Sampled):
     messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=10_000)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     """Wins over max_tokens; with neither the context is filled."""
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
     tools: Annotated[list[Tool], Field(max_length=1024)] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}, {"type": "null"}]})] = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool = True
     chat_template: Any = None
@@ -291,14 +308,14 @@ class Tool(Body):
 
 
 class EmbeddingRequest(Body):
-    input: Any = None
+    input: Annotated[Any, WHOLES] = None
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = None
+    dimensions: Whole | None = None
     pooling: Pooling = "last"
     """Of the final states: the last token's, or the mean of all tokens'. OpenAI has no name for it; vLLM takes the last."""
     normalize: bool | None = None
     add_special_tokens: bool = True
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1), WHOLE] | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
 
     def check(self) -> None:
@@ -321,10 +338,31 @@ class TokenizeRequest(Body):
 
 
 class DetokenizeRequest(Body):
-    tokens: list[int]
+    tokens: Annotated[list[int], WHOLES]
 
 
 ChatRequest.model_rebuild()
+
+WORDS = {
+    "missing": "is missing",
+    "model_type": "must be an object",
+    "dict_type": "must be an object",
+    "list_type": "must be a list",
+    "string_type": "must be a string",
+    "bool_type": "must be true or false",
+    "int_type": "must be an integer",
+    "int_from_float": "must be an integer",
+    "float_type": "must be a number",
+    "too_short": "must hold at least {min_length} item",
+    "too_long": "may hold at most {max_length} items",
+    "string_too_short": "must have at least {min_length} character",
+    "string_too_long": "may have at most {max_length} characters",
+    "string_pattern_mismatch": "must match the pattern {pattern}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than_equal": "must be at most {le}",
+    "literal_error": "must be {expected}",
+}
+"""Messages by pydantic's types of errors."""
 
 B = TypeVar("B", bound=Body)
 
@@ -335,12 +373,20 @@ def parse(kind: type[B], data: bytes) -> B:
     try:
         body = kind.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(part)[:80] for part in first["loc"] if part != "[key]")
-        text = f"{where}: {first['msg']}." if where else f"The body must be a JSON object: {first['msg']}."
-        raise ApiError(400, text, where.partition(".")[0] or None) from None
+        raise refusal(error.errors(include_url=False, include_input=False)[0]) from None
     body.settle()
     return body
+
+
+def refusal(error: ErrorDetails) -> ApiError:
+    """An error of pydantic in the words of JSON."""
+    if not error["loc"]:
+        why = str(error["ctx"]["error"]) if error["type"] == "json_invalid" else "it is another kind of value"
+        return ApiError(400, f"The body must be a JSON object: {why}.")
+    first, *rest = (part[:80] if isinstance(part, str) else part for part in error["loc"] if part != "[key]")
+    where = f"{first}" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
+    told = WORDS.get(error["type"], "is not valid: {msg}").format(msg=error["msg"], **error.get("ctx", {}))
+    return ApiError(400, f"{where} {told}.", str(first))
 
 
 def several(prompt: Any) -> bool:

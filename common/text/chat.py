@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from common.errors import CheckpointError, RequestError, nearest_hint, shown
+from common.errors import CheckpointError, RequestError, nearest_hint, quoted
 from common.request import expect
 from common.text.disguise import Disguise, SpecialText
 from common.text.renderer import Renderer
@@ -130,7 +130,7 @@ class ChatTemplate:
 
 def _check(messages: Any) -> None:
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
-        raise RequestError(f"messages must be a list with at least one message, got {shown(messages)}.", "messages")
+        raise RequestError(f"messages must be a list with at least one message, got {quoted(messages)}.", "messages")
     for i, message in enumerate(messages):
         if (fault := _fault(message)) is not None:
             raise RequestError(f"messages[{i}] {fault}", "messages")
@@ -139,14 +139,14 @@ def _check(messages: Any) -> None:
 def _fault(message: Any) -> str | None:
     """Return the reason why this is not a message, or None if it is one."""
     if not isinstance(message, Mapping):
-        return f"must be a mapping with role and content, got {shown(message)}."
+        return f"must be an object with role and content, got {quoted(message)}."
     if "role" not in message:
         return f"has no role; expected one of {', '.join(ROLES)}."
     role, content = message["role"], message.get("content")
     if role not in ROLES:
-        return f"has the role {shown(role)}.{nearest_hint(shown(role), ROLES)} Known: {', '.join(ROLES)}."
+        return f"has the role {quoted(role)}.{nearest_hint(str(role), ROLES)} Known: {', '.join(ROLES)}."
     if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
-        return f"needs a content that is a string (or a list of parts), got {shown(content)}."
+        return f"needs a content that is a string (or a list of parts), got {quoted(content)}."
     return None
 
 
@@ -172,6 +172,6 @@ def _parsed(i: int, k: int, call: Any) -> Any:
         try:
             arguments = json.loads(arguments)
         except ValueError as error:
-            told = f"messages[{i}].tool_calls[{k}].function.arguments must be JSON, got {shown(arguments)} ({error})."
+            told = f"messages[{i}].tool_calls[{k}].function.arguments must be JSON, got {quoted(arguments)} ({error})."
             raise RequestError(told, "messages") from None
     return {**call, "function": {**function, "arguments": arguments}}
