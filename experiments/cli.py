@@ -37,9 +37,10 @@ from experiments.defects import defects
 from experiments.fail_if import Condition, expect_quotes, violations
 from experiments.help import help_text, is_asked
 from experiments.isolate import EngineFailure
-from experiments.job import is_whole, job_directory
+from experiments.job import code_of, is_whole, job_directory, set_aside
 from experiments.launcher import ProcessLauncher, quoted
 from experiments.rundir import DiskFullError, write_json
+from experiments.source import code_digest
 from experiments.sweeper import CheckedSweeper
 
 ROOT_OPTIONS = ("engine", "engines", "peers", "model", "workload", "parallel", "kernels", "dtype", "seed", "device", "fail_if")
@@ -71,8 +72,10 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
         nonlocal composed
         composed = True
         try:
-            if (job := job_directory(config)) and is_whole(job):
-                return  # of a sweep that another launcher goes on with
+            if (job := job_directory(config)) and is_whole(job):  # of a sweep that another launcher goes on with
+                if code_of(job) == code_digest():
+                    return
+                print(f"Other code computed {job}: it runs again. Its results are now {set_aside(job)}.", file=sys.stderr)
             wanted = config.get("report", True)
             expect(isinstance(wanted, bool), f"report must be true or false, got {wanted!r}.")
             with printing():  # here as well, since Hydra would first print a message of its own

@@ -25,10 +25,14 @@ from omegaconf import DictConfig, open_dict
 
 from common.errors import ConfigError
 from experiments.config import resolved
-from experiments.rundir import PARTIAL, write_json
+from experiments.rundir import PARTIAL, numbered, write_json
 
 JOBS = "jobs"
+OTHER_CODE = "other_code"
+"""The folder of a sweep for results that other code computed (`set_aside`)."""
 MANIFEST = "jobs.json"
+UNKNOWN = "unknown"
+"""The code of a run that does not name it."""
 VOLATILE = ("runs", "sweep", "report")
 """Options that say where results go, not what they are."""
 
@@ -109,6 +113,23 @@ def is_done(folder: Path, job: Job) -> bool:
     if not is_whole(directory) or (job.failure and not job.failure.get("final")):
         return False
     return not json.loads((directory / "results.json").read_text(encoding="utf-8")).get("failures")
+
+
+def code_of(directory: Path) -> str:
+    """Return the digest of the code that computed a run (`experiments.source.code_digest`), or `UNKNOWN`."""
+    try:
+        return str(json.loads((directory / "environment.json").read_text(encoding="utf-8")).get("code") or UNKNOWN)
+    except (OSError, ValueError):
+        return UNKNOWN
+
+
+def set_aside(directory: Path) -> Path:
+    """Move the run of a job to the folder `other_code` of its sweep. Return its new path."""
+    folder = directory.parent.parent / OTHER_CODE
+    folder.mkdir(exist_ok=True)
+    names = numbered(f"{directory.name}-{code_of(directory)}")
+    target = next(folder / name for name in names if not (folder / name).exists())
+    return directory.rename(target)
 
 
 def job_directory(config: DictConfig) -> Path | None:

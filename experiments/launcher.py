@@ -29,9 +29,10 @@ from omegaconf import DictConfig
 from common.config import expect, real
 from common.errors import ConfigError
 from common.exits import DEFECT, GATE
-from experiments.job import JOBS, Job, digest, is_done, is_whole, merged, read_jobs, write_jobs
+from experiments.job import JOBS, OTHER_CODE, Job, code_of, digest, is_done, is_whole, merged, read_jobs, set_aside, write_jobs
 from experiments.progress import Board, told_apart
 from experiments.rundir import config_folders
+from experiments.source import code_digest
 
 POLL_S = 0.1
 TAIL_LINES = 15
@@ -40,13 +41,18 @@ TAIL_LINES = 15
 class ProcessLauncher(Launcher):
     """`hydra/launcher=process`."""
 
-    def __init__(self, timeout_s: float | None = None) -> None:
+    def __init__(self, timeout_s: float | None = None, keep_other_code: bool = False) -> None:
         self._timeout_s = timeout_s
+        self._keep_other_code = keep_other_code
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         expect(
             self._timeout_s is None or (real(self._timeout_s, 0, float("inf")) and self._timeout_s > 0),
             f"hydra.launcher.timeout_s must be a number of seconds > 0, or null, got {self._timeout_s!r}.",
+        )
+        expect(
+            isinstance(self._keep_other_code, bool),
+            f"hydra.launcher.keep_other_code must be true or false, got {self._keep_other_code!r}.",
         )
         self._context = hydra_context
         self._config = config
@@ -63,6 +69,8 @@ class ProcessLauncher(Launcher):
             write_jobs(folder, list(jobs.values()))
             mine = [jobs[key] for key, _ in wanted]
             with Board(told_apart([job.overrides for job in mine])) as board:
+                if said := other_code(folder, mine, self._keep_other_code):
+                    board.say(said)
                 for line in found_there(folder, known, mine):
                     board.say(line)
                 for number, job in enumerate(mine):
@@ -139,6 +147,27 @@ def found_there(folder: Path, known: Sequence[Job], wanted: Sequence[Job]) -> li
     if done := sum(is_done(folder, job) for job in wanted):
         said.append(f"{done} of {jobs_of(len(wanted))} done before, skipped.")
     return said
+
+
+def other_code(folder: Path, wanted: Sequence[Job], keep: bool) -> str:
+    """Set aside the results of `wanted` jobs that other code computed, unless `keep`.
+
+    Return a message, which is empty where there are no such results.
+    """
+    code = code_digest()
+    done = [folder / JOBS / job.name for job in wanted if is_done(folder, job)]
+    others = [directory for directory in done if code_of(directory) != code]
+    if not others:
+        return ""
+    said = f"{len(others)} of {jobs_of(len(wanted))} done before by other code (now {code})"
+    if keep:
+        return f"{said}, kept because of hydra.launcher.keep_other_code=true."
+    for directory in others:
+        set_aside(directory)
+    return (
+        f"{said}: they run again. Their results are now in {folder / OTHER_CODE}. "
+        "To keep results of other code, set hydra.launcher.keep_other_code=true."
+    )
 
 
 def jobs_of(count: int) -> str:

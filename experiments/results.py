@@ -17,7 +17,7 @@ from yaml import YAMLError
 
 from common.config import expect
 from common.errors import ConfigError
-from experiments.job import JOBS, VOLATILE, Job, is_whole, read_jobs
+from experiments.job import JOBS, UNKNOWN, VOLATILE, Job, is_whole, read_jobs
 from experiments.rundir import PARTIAL
 
 FIRST = ("job", "run", "status", "failure", "engine")
@@ -130,7 +130,8 @@ def sweep_table(folder: Path | str) -> pd.DataFrame:
     """One row for each job and engine of a sweep, in the order of the jobs.
 
     Columns: `job` (number), `run` (directory within the folder), `status` (ok, failed, or waiting: not run yet, or cut short),
-    `failure` (why), `engine`, the overrides of any job by name, and every figure that is one number or one word;
+    `failure` (why), `engine`, `code` (a digest of the sources), the overrides of any job by name, and every figure that
+    is one number or one word;
     `table.attrs["swept"]` names the overrides that not all jobs share. Raises `ConfigError` for a folder that is no sweep.
     """
     folder = Path(folder)
@@ -191,6 +192,7 @@ def rows_of_run(run: RunFiles, job: Job | None, overrides: Mapping[str, Any]) ->
         figures = shared | scalars(mine) | joined(mine) | against(run.results, label)
         figures = {name: value for name, value in figures.items() if name not in ("run", "engine")}
         status = {"status": "failed" if failure else "ok", "failure": said(failure), "engine": label}
+        status["code"] = run.environment.get("code") or UNKNOWN
         rows.append({**overrides, **status, **figures})
     return [{**{name: row[name] for name in ("status", "failure", "engine")}, **row} for row in rows]
 

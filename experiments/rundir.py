@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import math
 import os
@@ -14,7 +15,6 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,12 @@ from omegaconf import DictConfig, OmegaConf
 from common.errors import ConfigError, TandemError
 from common.exits import unwritable
 from common.platform import cores, cpu_name
-from experiments.source import compiler, lines_of, source
+from experiments.source import code_digest, compiler, lines_of, source, versions
 
 PARTIAL = ".partial"
 ROWS = "requests.jsonl"
 """Of each request of each window that has ended, as `experiments.records` writes it."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-PACKAGES = ("tandem-infer", "jax", "jaxlib", "flax", "torch", "transformers", "numpy", "ml_dtypes", "gguf", "tokenizers")
 VARIABLES = ("XLA_FLAGS", "OMP_NUM_THREADS", "PJRT_NPROC", "CXX", "TANDEM_CXXFLAGS")
 
 
@@ -41,7 +40,8 @@ class DiskFullError(Exception):
 
 @contextlib.contextmanager
 def run_directory(root: Path, what: str, directory: Path | None = None) -> Iterator[Path]:
-    """A new directory `root/<date-time>-<what>`, which ends in `.partial` until the block has ended well.
+    """A new directory `root/<date-time>-<what>`, which ends in `.partial` until the block has ended well. Runs that
+    start in the same second get a directory each.
 
     `directory` names it instead: a job's of a sweep (`experiments.job.job_directory`), which replaces what an attempt that was
     cut short has left there. A `TandemError` before the first window has ended removes it, since nothing was run; after a later
@@ -50,10 +50,11 @@ def run_directory(root: Path, what: str, directory: Path | None = None) -> Itera
     """
     try:
         if directory is None:
-            directory = new_directory(root, f"{datetime.now():%Y%m%d-%H%M%S}-{what}")
-        partial = directory.with_name(directory.name + PARTIAL)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+            partial = new_partial(root, f"{datetime.now():%Y%m%d-%H%M%S}-{what}")
+        else:
+            partial = directory.with_name(directory.name + PARTIAL)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
     except OSError as error:
         raise ConfigError(
             f"The run directory {directory or root} cannot be made: {error.strerror}. Set runs to a folder that can."
@@ -80,13 +81,36 @@ def run_directory(root: Path, what: str, directory: Path | None = None) -> Itera
         raise DiskFullError(
             f"The run could not be written: {error.strerror}. Kept in {partial}: {kept or 'nothing'}."
         ) from error
-    partial.rename(directory)
+    partial.rename(finished(partial))
 
 
-def new_directory(root: Path, stem: str) -> Path:
-    """The first of `stem`, `stem-2`, `stem-3`, … that no run in `root` has taken."""
-    names = (stem if number == 1 else f"{stem}-{number}" for number in range(1, 1000))
-    return next(root / name for name in names if not (root / name).exists() and not (root / (name + PARTIAL)).exists())
+def new_partial(root: Path, stem: str) -> Path:
+    """Create `root/NAME.partial` and return it. NAME is the first of `stem`, `stem-2`, `stem-3`, … that no run has.
+
+    The file system decides between runs that start at the same time: `mkdir` succeeds for one process only.
+    """
+    names = numbered(stem)
+    name = next(names)
+    while True:
+        root.mkdir(parents=True, exist_ok=True)
+        partial = root / (name + PARTIAL)
+        try:
+            partial.mkdir()
+        except FileNotFoundError:
+            continue  # a run that failed has just removed `root`, which was empty
+        except FileExistsError:
+            name = next(names)
+            continue
+        if not (root / name).exists():
+            return partial
+        partial.rmdir()  # the run that has this name ended before `mkdir`
+        name = next(names)
+
+
+def numbered(stem: str) -> Iterator[str]:
+    """Yield `stem`, `stem-2`, `stem-3`, … without end."""
+    yield stem
+    yield from (f"{stem}-{number}" for number in itertools.count(2))
 
 
 def finished(partial: Path) -> Path:
@@ -164,9 +188,10 @@ def environment() -> dict[str, Any]:
         "gpus": lines_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: version for name in PACKAGES if (version := installed_version(name))},
+        "versions": versions(),
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "compiler": compiler(),
+        "code": code_digest(),
         **source(),
     }
 
@@ -199,10 +224,3 @@ def text_of(file: Path) -> str:
         return file.read_text(encoding="utf-8").strip()
     except OSError:
         return ""
-
-
-def installed_version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import subprocess
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from common.platform import cxx_compiler
 
 SOURCES = ("*.py", "*.cc", "*.h", "*.yaml")
 """Files that decide what a run does. Others may lie beside them, large ones too."""
+FOLDERS = ("common", "configs", "experiments", "jaxinfer", "torchinfer")
+"""The packages of a run, in the folder that holds them all."""
+PACKAGES = ("tandem-infer", "jax", "jaxlib", "flax", "torch", "transformers", "numpy", "ml_dtypes", "gguf", "tokenizers")
 
 
 def source(folder: Path = Path(__file__).parent) -> dict[str, Any]:
@@ -42,6 +46,32 @@ def digest(root: Path, marked: Sequence[str]) -> str:
         content = file.read_bytes() if file.is_file() else b""  # it may be the change that it has gone
         total.update(f"{line}\0{len(content)}\0".encode() + content)
     return total.hexdigest()
+
+
+def code_digest(root: Path = Path(__file__).parent.parent) -> str:
+    """Return a hexadecimal digest of the `SOURCES` in `FOLDERS` of `root` and of the versions of `PACKAGES`, without git.
+
+    A commit that changes none of these files, such as one of the documentation, leaves the digest as it is.
+    """
+    total = hashlib.blake2b(digest_size=6)
+    files = (file for folder in FOLDERS for pattern in SOURCES for file in (root / folder).rglob(pattern))
+    for file in sorted(files):
+        content = file.read_bytes()
+        total.update(f"{file.relative_to(root)}\0{len(content)}\0".encode() + content)
+    total.update(repr(versions()).encode())
+    return total.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Return the version of each of `PACKAGES` that is installed."""
+    return {name: version for name in PACKAGES if (version := installed_version(name))}
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def compiler() -> dict[str, str]:

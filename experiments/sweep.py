@@ -80,6 +80,17 @@ def print_sweep(title: str, table: pd.DataFrame) -> None:
     for row in records:
         contaminated, unsure = ([row[key]] if isinstance(row.get(key), str) else [] for key in ("contaminated", "unsure"))
         print_doubts(console, f"{row['engine']} of job {cell(row['job'])}", contaminated, unsure)
+    if said := several_codes(table):
+        console.print(said, style="bold red", highlight=False)
+
+
+def several_codes(table: pd.DataFrame) -> str:
+    """Return a message where the jobs of a sweep were computed by different code, else an empty text."""
+    if "code" not in table:
+        return ""
+    jobs = {code: sorted(set(mine["job"])) for code, mine in table.groupby("code")}
+    told = "; ".join(f"{', '.join(map(str, mine))} by code {code}" for code, mine in jobs.items())
+    return f"Different code computed the jobs, so their figures do not compare: {told}." if len(jobs) > 1 else ""
 
 
 def swept_figure(key: str, row: Mapping[Any, Any]) -> str:

@@ -22,7 +22,7 @@ from experiments.results import open_run, records_of, sweep_table
 from experiments.run_sections import scaling_section, some
 from experiments.run_tables import environment_table
 from experiments.scaling import curves, scaling_table
-from experiments.sweep import few, status, swept_figure
+from experiments.sweep import few, several_codes, status, swept_figure
 from experiments.sweep_figures import last, over_axis, value
 from experiments.words import number, plural
 
@@ -134,6 +134,8 @@ def verdicts(table: pd.DataFrame, swept: Sequence[str]) -> Iterator[Verdict]:
 
 def notices(folder: Path, table: pd.DataFrame, jobs: dict[str, Job]) -> Iterator[Notice]:
     """Each failure with the end of its log, and what contaminated other cells, or may have."""
+    if several := several_codes(table):
+        yield Notice("warn", "Jobs of different code", several)
     for row in table.to_dict("records"):
         for key, title in (("contaminated", "is contaminated"), ("unsure", "may be contaminated")):
             if isinstance(why := row.get(key), str):

@@ -1,5 +1,6 @@
 """Run directories: whole or partial, and what they say of the machine."""
 
+import contextlib
 import errno
 import json
 import math
@@ -7,6 +8,10 @@ import os
 import resource
 import shlex
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 
 import hydra
@@ -29,6 +34,48 @@ def test_a_named_directory_replaces_what_an_attempt_left_there(tmp_path: Path) -
         assert not any(partial.iterdir())
         (partial / "whole").touch()
     assert [path.name for path in (tmp_path / "jobs").iterdir()] == ["000-aa"] and (named / "whole").exists()
+
+
+def test_runs_that_start_in_the_same_second_have_a_folder_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each run looks for a name while others start, fail and end, as threads here and as processes in use."""
+
+    class Now(datetime):
+        @classmethod
+        def now(cls, tz: object = None) -> datetime:
+            return datetime(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr(rundir, "datetime", Now)
+    runs, together = 12, threading.Barrier(12)
+
+    def run(number: int) -> None:
+        together.wait()
+        for attempt in range(8):
+            with contextlib.suppress(ConfigError), run_directory(tmp_path / "runs", "same") as partial:
+                (partial / "mine").write_text(f"{number} {attempt}")
+                time.sleep(0.001)
+                assert [path.name for path in partial.iterdir()] == ["mine"]
+                assert (partial / "mine").read_text() == f"{number} {attempt}"
+                if attempt % 2:
+                    raise ConfigError("no")
+
+    with ThreadPoolExecutor(runs) as threads:
+        list(threads.map(run, range(runs)))
+    kept = {path.name: (path / "mine").read_text() for path in (tmp_path / "runs").iterdir()}
+    assert sorted(kept.values()) == sorted(f"{number} {attempt}" for number in range(runs) for attempt in range(0, 8, 2))
+    assert "20260102-030405-same" in kept and not any(name.endswith(".partial") for name in kept)
+
+
+def test_a_name_is_taken_by_the_run_that_makes_its_folder_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both looked before either had made a folder: whatever `exists` says, the folder of the other is not touched."""
+    (tmp_path / "a.partial").mkdir()
+    (tmp_path / "a.partial" / "rows").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "exists", lambda _: False)
+        assert rundir.new_partial(tmp_path, "a").name == "a-2.partial"
+    assert (tmp_path / "a.partial" / "rows").exists()
+    (tmp_path / "a.partial").rename(tmp_path / "a")
+    assert rundir.new_partial(tmp_path, "a").name == "a-3.partial"  # `a` has ended, `a-2` runs
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a-2.partial", "a-3.partial"]
 
 
 def test_who_interrupts_a_run_is_told_where_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.source import compiler, source
+from experiments import source as of_source
+from experiments.source import code_digest, compiler, source
 
 
 def git(folder: Path, *words: str) -> None:
@@ -72,3 +73,25 @@ def test_the_compiler_is_the_one_that_would_be_called(tmp_path: Path, monkeypatc
     assert told == {"command": f"{fake} -m64", "version": "version 7 of -m64", "options": told["options"]}
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert compiler() == {}
+
+
+def test_the_digest_of_the_code_follows_sources_and_packages_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("common/a.py", "configs/engine/a.yaml", "jaxinfer/a.py", "common/kernels/a.cc", "tests/a.py", "common/a.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("before")
+    whole = code_digest(tmp_path)
+    for name in ("tests/a.py", "common/a.md"):
+        (tmp_path / name).write_text("after")
+        assert code_digest(tmp_path) == whole
+    for name in ("common/a.py", "configs/engine/a.yaml", "common/kernels/a.cc"):
+        (tmp_path / name).write_text("after")
+        assert code_digest(tmp_path) != whole
+        (tmp_path / name).write_text("before")
+    assert code_digest(tmp_path) == whole
+    (tmp_path / "common/a.py").rename(tmp_path / "common/b.py")
+    assert code_digest(tmp_path) != whole
+    (tmp_path / "common/b.py").rename(tmp_path / "common/a.py")
+    monkeypatch.setattr(of_source, "versions", lambda: {"jax": "0.0"})
+    assert code_digest(tmp_path) != whole

@@ -166,6 +166,30 @@ def test_the_command_that_a_report_gives_runs_the_sweep_again(
     assert result["ok"] == 2 and result["sweep"] != "runs/sweeps/s" and len(starts(folder)) == 4
 
 
+def test_results_of_other_code_are_not_taken_for_those_of_this_code(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep(monkeypatch, "sweep=s", *TWO) == 0
+    (changed,) = Path("runs/sweeps/s/jobs").glob("001-*/environment.json")
+    by_other = json.loads(changed.read_text()) | {"code": "0ther"}
+    changed.write_text(json.dumps(by_other))
+    name = changed.parent.name
+    capfd.readouterr()
+
+    assert sweep(monkeypatch, "sweep=s", "hydra.launcher.keep_other_code=true", *TWO) == 0
+    output, progress = capfd.readouterr()
+    assert len(starts(folder)) == 2 and "1 of 2 jobs done before by other code" in progress and "kept because" in progress
+    assert "Different code computed the jobs" in output and "1 by code 0ther" in output
+
+    assert sweep(monkeypatch, "sweep=s", *TWO) == 0
+    output, progress = capfd.readouterr()
+    assert len(starts(folder)) == 3 and last_line(output)["ok"] == last_line(output)["jobs"] == 2
+    assert "1 of 2 jobs done before by other code" in progress and "they run again" in progress
+    assert "1 of 2 jobs done before, skipped" in progress and "Different code" not in output
+    assert json.loads(changed.read_text())["code"] == sweep_table("runs/sweeps/s")["code"][0]
+    assert json.loads((Path("runs/sweeps/s/other_code") / f"{name}-0ther" / "environment.json").read_text()) == by_other
+
+
 # Killed.
 
 
