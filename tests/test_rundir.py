@@ -41,8 +41,8 @@ def test_runs_that_start_in_the_same_second_have_a_folder_each(tmp_path: Path, m
 
     class Now(datetime):
         @classmethod
-        def now(cls, tz: object = None) -> datetime:
-            return datetime(2026, 1, 2, 3, 4, 5)
+        def now(cls, tz: object = None) -> "Now":
+            return cls(2026, 1, 2, 3, 4, 5)
 
     monkeypatch.setattr(rundir, "datetime", Now)
     runs, together = 12, threading.Barrier(12)
