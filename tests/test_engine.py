@@ -422,7 +422,7 @@ def test_a_request_that_makes_every_step_raise_ends_and_the_engine_goes_on(depth
     engine.add(poison)
     (end,) = of(drain(engine), "poison")
     assert end.finish is Status.FINISHED_ERROR and end.error and "(63,) is poison" in end.error
-    assert engine.stats()["num_resets"] == 3  # raising by itself is no guilt, nor is raising once on trial
+    assert engine.stats()["num_resets"] == 4  # one in company, and three trials
     runner.poison_of = poisoned_by()
     assert tokens(events) == tokens(engine.run([request("after", [1, 2, 3], max_tokens=4)])["after"])
     assert engine.reset_prefix_cache()
@@ -452,7 +452,7 @@ def test_culprits_are_found_by_halving_and_the_others_finish_with_the_same_token
             assert mine[-1].error and "poison" in mine[-1].error
         else:
             assert mine[-1].finish is Status.FINISHED_LENGTH and tokens(mine) == wanted
-    assert runner.faults == engine.stats()["num_resets"] <= 9 * len(culprits) and not runner.violations
+    assert runner.faults == engine.stats()["num_resets"] <= 10 * len(culprits) and not runner.violations
     assert engine.reset_prefix_cache()
 
 
@@ -512,9 +512,9 @@ def test_a_trial_survives_an_abort_of_the_suspects_and_an_interrupt(how: str) ->
         assert got == (wanted[: len(got)] if r.request_id in gone else wanted)
 
 
-@pytest.mark.parametrize(("names", "faults"), [("a", 2), ("abcd", 3)])
+@pytest.mark.parametrize(("names", "faults"), [("a", 2), ("a", 3), ("abcd", 3), ("abcd", 4), ("abcd", 8)])
 def test_faults_in_a_row_that_come_by_chance_end_nobody(names: str, faults: int) -> None:
-    """The last comes where a suspect is alone on trial."""
+    """Some of them where a suspect is alone on trial."""
     engine, runner = make_engine()
     requests = [request(name, [i] * 5, max_tokens=6) for i, name in enumerate(names)]
     for r in requests:

@@ -160,17 +160,40 @@ def test_a_killed_one_is_noticed_at_once(two: Replicas) -> None:
     assert Awake().wait(lambda: two.replicas[0].pid != killed or not two.replicas[0].serves) < 2
 
 
-def test_who_has_met_three_dead_replicas_ends_with_one_error_and_others_go_on(two: Replicas, history: Path) -> None:
+def test_who_has_met_four_dead_replicas_ends_with_one_error_and_others_go_on(two: Replicas, history: Path) -> None:
     (history / "die").touch()
     events = two.run(requests(2))
     for mine in events.values():
         (end,) = mine
         assert end.finish is Status.FINISHED_ERROR and end.error is not None
-        assert end.error.startswith("3 replicas have ended while they had this request; the last ended with exit code")
+        assert end.error.startswith("4 replicas have ended while they had this request; the last ended with exit code")
     (history / "die").unlink()
     two._num_requests = 0
     asked = requests(4)
     judge(asked, two.run(asked))
+
+
+def test_three_accidents_in_a_row_end_no_request(two: Replicas, history: Path) -> None:
+    (history / "slow").touch()
+    asked = requests(3)
+    for request in asked:
+        two.add(request)
+    events: list[TokenEvent] = []
+    for deaths in (1, 2, 3):
+        while not (
+            at := next((live.replica for live in two._live.values() if live.deaths == deaths - 1 and live.replica), None)
+        ):
+            events += two.step(0.01)
+        while at.link and at.known < at.sent:  # until it counts as a death of its requests
+            events += two.step(0.01)
+        os.kill(at.keeper.state.pid, signal.SIGKILL)
+        while at.link:
+            events += two.step(0.01)
+    assert max(live.deaths for live in two._live.values()) == 3
+    (history / "slow").unlink()
+    while two.has_work:
+        events += two.step()
+    judge(asked, {each.request_id: [event for event in events if event.request_id == each.request_id] for each in asked})
 
 
 @pytest.mark.parametrize("length", [250, 270])
@@ -183,8 +206,8 @@ def test_who_kills_replicas_ends_alone_and_those_beside_it_go_on(two: Replicas, 
     judge(asked, events)
     *before, end = events["k"]
     assert [event.token_id for event in before] == right(killer, 6).tokens[: length - 250]
-    assert end.finish is Status.FINISHED_ERROR and end.error is not None and end.error.startswith("3 replicas have ended")
-    assert two.stats()["num_replicas_lost"] == lost + 3
+    assert end.finish is Status.FINISHED_ERROR and end.error is not None and end.error.startswith("4 replicas have ended")
+    assert two.stats()["num_replicas_lost"] == lost + 4
 
 
 def test_an_abort_reaches_the_replica_and_frees_what_it_held(two: Replicas, history: Path) -> None:

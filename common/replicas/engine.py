@@ -5,9 +5,10 @@ request that is no longer its own finds nobody. When a replica ends, its request
 have, as after a preemption; since a token depends on its request, its seed and its place alone, they are those that it would
 have had. Seeds are drawn here, so that they are those of one engine.
 
-One of the requests may be why the replica ended. Those of which two have ended are suspect, and tried one by one: each has a
-replica to itself until it has come past the place where it stood, which acquits it, or until that replica ends too, which ends
-it. So nobody ends for what another did, and most deaths, which are for no request's sake, cost nobody a trial.
+One of the requests may be why the replica ended. Those with which two replicas have ended are suspects, tried one by one: each
+has a replica to itself. A suspect that comes past the place where it stood is cleared. If the replica ends, the suspect is
+tried once more, behind the other suspects, and ends if that replica ends too. So no request ends because of another one, and
+three accidents in a row end none.
 
 All of this is on the caller's thread; what threads there are only read and write pipes (`common.replicas.keeper`).
 """
@@ -48,8 +49,10 @@ from common.weights.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
 
-MOST_DEATHS = 3
-"""Replicas that may end while they have a request, until it is taken for the reason and ends too: in the last it is alone."""
+SUSPECT_DEATHS = 2
+"""Replicas that end while they have a request, until it gets a replica to itself."""
+MOST_DEATHS = 4
+"""Replicas that end while they have a request, until it ends too."""
 PATIENCE_S = 0.005
 """How long a step waits for news where the caller does not say: others of its thread may want something meanwhile."""
 
@@ -89,8 +92,8 @@ class _Live:
 
     @property
     def suspect(self) -> bool:
-        """Whether the next replica that ends with it proves it guilty."""
-        return self.deaths == MOST_DEATHS - 1
+        """Whether it may run alone only."""
+        return self.deaths >= SUSPECT_DEATHS
 
 
 @dataclass(eq=False)
@@ -280,9 +283,9 @@ class Replicas(ServingEngine):
         return live
 
     def _send_waiting(self) -> None:
-        """What waits for a replica, those that are suspect first."""
+        """Send the requests that wait for a replica, suspects first, and of those the ones with the fewest deaths."""
         waiting = [live for live in self._live.values() if live.replica is None]
-        for live in sorted(waiting, key=lambda live: not live.suspect):
+        for live in sorted(waiting, key=lambda live: (not live.suspect, live.deaths if live.suspect else 0)):
             self._send(live)
         self._send_asks()
 

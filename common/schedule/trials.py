@@ -1,8 +1,10 @@
-"""Who is to blame for a step that raised.
+"""Find the request that makes steps raise.
 
-Those who were in it are suspects. They are tried in halves, each by itself, until every one of them has come past the place
-where it stood, which acquits it, or has raised alone in two trials in a row, which ends it: one may have raised by chance. So
-each culprit costs about log2 of a step's requests in further steps that raise, and the others their time.
+The requests of a step that raised are suspects. The scheduler tries them in halves, each half by itself. A suspect is cleared
+once a step has landed that computes past the place where the request stood. A suspect that raised alone is tried again behind
+all others, so that their steps land in between: a fault of the machine that lasts a while rarely meets the same request each
+time. A request that has raised alone in `MOST_RAISED` trials ends. So each culprit costs about log2 of a step's requests in
+further steps that raise, and the others their time.
 
 Where many steps raise and none lands between, it is hardly for what is in them, and all who are under suspicion end. So a lost
 device does not cost a step for each request; eight culprits side by side among 64, or one after another where one runs at a
@@ -12,6 +14,9 @@ time, do not come to as many.
 from __future__ import annotations
 
 from common.schedule.sequence import Sequence
+
+MOST_RAISED = 3
+"""Trials of a request alone, all of which raise, until it ends."""
 
 
 class Trials:
@@ -40,8 +45,8 @@ class Trials:
         self._faults_in_a_row = 0
 
     def arraign(self, suspects: list[Sequence], alone: bool) -> list[Sequence]:
-        """Who of those whose step raised is guilty: one that was on trial, and `alone`, without others that have ended since,
-        for the second time. Otherwise they are to be tried in halves."""
+        """Return the requests to end, after a step with `suspects` raised: one that was on trial and `alone`, without others
+        that have ended since, for the last time. Otherwise queue their trials."""
         if not suspects:
             return []
         self._faults_in_a_row += 1
@@ -53,8 +58,11 @@ class Trials:
         untried = [seq for seq in tried if seq.suspect and seq not in suspects]
         if tried and alone:
             suspects[0].raised += 1
-        guilty = [seq for seq in suspects if seq.raised == 2]
+            if suspects[0].raised == MOST_RAISED:
+                self.groups += [untried] if untried else []
+                return suspects
+            self.groups.insert(0, suspects)  # steps of the others land first
+            suspects = []
         half = len(suspects) // 2
-        halves = [] if guilty else [suspects[half:], suspects[:half]]
-        self.groups += [group for group in (untried, *halves) if group]
-        return guilty
+        self.groups += [group for group in (untried, suspects[half:], suspects[:half]) if group]
+        return []
