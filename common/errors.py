@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 MAX_HINTED = 256
 """Characters of a name for which the nearest is searched. The time of the search is quadratic in them."""
@@ -75,6 +75,12 @@ def quoted(value: object, most: int = 80) -> str:
     except (TypeError, ValueError, RecursionError):
         return shown(value, most)
     return text if len(text) <= most else f"{text[:most]}…"
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """Return the first names for a message, and the number of the others."""
+    more = len(names) - most
+    return ", ".join(shown(name)[1:-1] for name in names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def name_of(error: BaseException) -> str:

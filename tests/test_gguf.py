@@ -14,7 +14,8 @@ from common.errors import CheckpointError, ConfigError, TandemError
 from common.rope import inverse_frequencies
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from common.weights.entry import BLOCKS, PLAIN, block_layout
-from common.weights.gguf import load_gguf, model_config_from_metadata, read_metadata
+from common.weights.gguf import load_gguf, model_config_from_metadata
+from common.weights.gguf_parts import read_metadata
 from tests.families import save_family
 
 STORED_NAMES = {
@@ -115,6 +116,13 @@ def write_tensors(path: Path, *tensors: tuple[str, np.ndarray, str]) -> Path:
     return close(writer, path)
 
 
+SCALES = {
+    "Q2_K": [slice(-4, -2), slice(-2, None)], "Q3_K": [slice(-2, None)], "Q4_K": [slice(0, 2), slice(2, 4)],
+    "Q5_K": [slice(0, 2), slice(2, 4)], "Q6_K": [slice(-2, None)],
+}  # fmt: skip
+"""Where blocks have float16 scales, if not at their beginning."""
+
+
 def some_blocks(encoding: str, rows: int, columns: int) -> np.ndarray:
     """Random contents of an encoding: quantized where the library can, else random bits between sane float16 scales."""
     generator = np.random.default_rng(len(encoding) + rows)
@@ -123,10 +131,14 @@ def some_blocks(encoding: str, rows: int, columns: int) -> np.ndarray:
     except NotImplementedError:
         values, size = block_layout(encoding)
         blocks = generator.integers(0, 256, (rows, columns // values, size), dtype=np.uint8)
-        scale = generator.uniform(0.5, 2, (*blocks.shape[:2], 1)).astype(np.float16).view(np.uint8)
-        places = (slice(-2, None),) if encoding == "Q6_K" else (slice(0, 2), slice(2, 4))
-        for place in places:
-            blocks[..., place] = scale
+        if encoding == "NVFP4":
+            blocks[..., :4] = generator.integers(0x30, 0x40, (*blocks.shape[:2], 4))  # scales of 8 bits, 0.5 to 2
+        elif encoding == "IQ1_M":
+            blocks[..., -1] = 0x30 | blocks[..., -1] & 15  # the highest bits of a float16 that is spread over four words
+        else:
+            scale = generator.uniform(0.5, 2, (*blocks.shape[:2], 1)).astype(np.float16).view(np.uint8)
+            for place in SCALES.get(encoding, [slice(0, 2)]):
+                blocks[..., place] = scale
         return blocks.reshape(rows, -1)
 
 
@@ -200,7 +212,7 @@ def test_permuted_rows_are_put_back_in_slices_and_beside_raw_blocks(encoding: st
     np.testing.assert_array_equal(dequantize(entry.raw()[entry.row_order], GGMLQuantizationType[encoding]), canonical)
 
 
-@pytest.mark.parametrize("encoding", [e for e in BLOCKS if not e.endswith("K")])
+@pytest.mark.parametrize("encoding", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_quantized_values_are_near_what_was_quantized(encoding: str, tmp_path: Path) -> None:
     values = np.random.default_rng(1).uniform(-1, 1, (8, 64)).astype(np.float32)
     stored = quantize(values, GGMLQuantizationType[encoding])
@@ -211,9 +223,78 @@ def test_quantized_values_are_near_what_was_quantized(encoding: str, tmp_path: P
 
 
 def test_an_encoding_that_is_not_supported_is_refused_by_name(tmp_path: Path) -> None:
-    path = write_tensors(tmp_path / "a.gguf", ("x", np.zeros((2, 84), np.uint8), "Q2_K"))
-    with pytest.raises(CheckpointError, match=r"a\.gguf.*tensor x is encoded as Q2_K, supported are F32, F16, BF16, Q8_0"):
+    path = write_tensors(tmp_path / "a.gguf", ("x", np.zeros((2, 40), np.uint8), "Q8_1"))
+    with pytest.raises(CheckpointError, match=r"a\.gguf.*tensor x is encoded as Q8_1, supported are F32, F16, BF16, Q4_0"):
         load_gguf(path)
+
+
+def test_the_encodings_that_model_files_use_are_all_read() -> None:
+    old = {"Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
+    assert {*BLOCKS} >= old | {"IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S", "IQ2_S", "IQ4_XS", "IQ1_M"}
+
+
+# ---- files in parts
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> list[Path]:
+    """A model in three parts, as gguf-split writes it: the first has the metadata."""
+    checkpoint = open_checkpoint(save_family("smollm", tmp_path))
+    whole = GGUFReader(write_twin(checkpoint, "llama", tmp_path / "whole.gguf"))
+    paths = [tmp_path / f"m-{i:05}-of-00003.gguf" for i in (1, 2, 3)]
+    for no, path in enumerate(paths):
+        writer = GGUFWriter(path, "llama")
+        writer.add_uint16("split.no", no)
+        writer.add_uint16("split.count", 3)
+        writer.add_int32("split.tensors.count", len(whole.tensors))
+        if no == 0:
+            for key, field in whole.fields.items():
+                if not key.startswith("GGUF.") and key != "general.architecture":
+                    writer.add_key_value(key, field.contents(), field.types[0])
+        for tensor in whole.tensors[no::3]:
+            writer.add_tensor(tensor.name, tensor.data)
+        close(writer, path)
+    return paths
+
+
+def test_a_model_in_parts_is_that_of_one_file_whichever_part_is_given(parts: list[Path]) -> None:
+    whole = open_checkpoint(parts[0].parent / "whole.gguf")
+    for path in parts:
+        split = open_checkpoint(path)
+        assert split.config == whole.config and split.names() == whole.names()
+        assert {split[name].source for name in split.names()} == set(parts)
+        for name in whole.names():
+            np.testing.assert_array_equal(split[name].dense(), whole[name].dense(), strict=True)
+        assert read_metadata(path)["llama.block_count"] == whole.config.num_layers
+
+
+def test_missing_parts_and_those_of_another_set_are_refused_by_name(parts: list[Path]) -> None:
+    second = parts[1].read_bytes()
+    parts[1].unlink()
+    with pytest.raises(CheckpointError, match=r"1 of 3 parts are missing: m-00002-of-00003\.gguf"):
+        open_checkpoint(parts[2])
+    parts[1].write_bytes(parts[2].read_bytes())
+    with pytest.raises(CheckpointError, match=r"m-00002-of-00003\.gguf: expected split\.no 1, .* got 2, .* another set"):
+        open_checkpoint(parts[0])
+    firsts, seconds = ({tensor.name for tensor in GGUFReader(path).tensors} for path in (parts[0], parts[2]))
+    here, there = next((a, b) for a in sorted(firsts) for b in sorted(seconds) if len(a) == len(b))
+    third = parts[2].read_bytes()
+    parts[1].write_bytes(second)
+    parts[2].write_bytes(third.replace(there.encode(), here.encode(), 1))
+    with pytest.raises(CheckpointError, match=r"00003-of-00003\.gguf: tensor .* is in m-00001-of-00003\.gguf too"):
+        open_checkpoint(parts[0])
+    parts[1].rename(parts[1].with_name("other.gguf"))
+    with pytest.raises(CheckpointError, match=r"other\.gguf is one of 3 parts: its name must end in"):
+        open_checkpoint(parts[1].with_name("other.gguf"))
+
+
+@pytest.mark.parametrize("changes", [{"split.count": 70_000}, {"split.count": -1}, {"split.count": "3"}], ids=str)
+def test_a_number_of_parts_that_cannot_be_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "a-00001-of-00003.gguf", "llama")
+    for key, value in changes.items():
+        writer.add_string(key, value) if isinstance(value, str) else writer.add_int32(key, value)
+    with pytest.raises(CheckpointError, match=r"split\.count must be a whole number of at most 4096"):
+        read_metadata(close(writer, tmp_path / "a-00001-of-00003.gguf"))
 
 
 # ---- metadata

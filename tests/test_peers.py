@@ -26,7 +26,7 @@ from common.interface import Caps
 from common.request import Request, SamplingParams, Status
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
-from common.weights.gguf_header import read_metadata
+from common.weights.gguf_parts import read_metadata
 from common.weights.parameters import NUMPY_DTYPES
 from experiments import compare, convert, peers
 from experiments.baselines.llamacpp import LlamaCppEngine

@@ -22,7 +22,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from common.errors import CheckpointError, RequestError, nearest_hint
 from common.text.library import library_errors
 from common.weights.files import MAX_TEMPLATE, MAX_TOKENIZER, read_file, read_json
-from common.weights.gguf_header import read_metadata
+from common.weights.gguf_parts import read_metadata
 
 MAX_TOKEN_LENGTH = 1024
 """Characters; the ways to cut a token in two are all tried."""

@@ -21,8 +21,18 @@ PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dt
 """Encodings with one element per weight."""
 LARGEST = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
 """Of bfloat16, to which weights may be rounded: the greatest float32s become infinite there."""
-BLOCKS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q5_K", "Q6_K")
-"""Encodings of GGML that pack 32 or 256 neighbours of a row with their scales; the `gguf` library decodes them."""
+
+
+def _is_decoded(kind: GGMLQuantizationType) -> bool:
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+BLOCKS = tuple(kind.name for kind in GGMLQuantizationType if kind.name not in PLAIN and _is_decoded(kind))
+"""Encodings of GGML that pack 32 to 256 neighbours of a row with their scales: all that the `gguf` library decodes."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -18,6 +18,8 @@ MAX_JSON = 1 << 24
 """Bytes of a config.json, generation_config.json or tokenizer_config.json. The largest in use need about 2**21."""
 MAX_INDEX = 1 << 26
 """Bytes of the index of a checkpoint in shards. The largest in use need about 2**24."""
+MAX_SHARDS = 4096
+"""Files of one checkpoint. The largest checkpoints in use have some hundreds."""
 MAX_TOKENIZER = 1 << 28
 """Bytes of a tokenizer.json. The largest vocabularies in use need about 2**25."""
 MAX_TEMPLATE = 1 << 20

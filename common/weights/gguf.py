@@ -18,10 +18,7 @@ from common.errors import ConfigError, nearest_hint, shown
 from common.rope import inverse_frequencies
 from common.weights.config_json import MAX_LAYERS
 from common.weights.entry import Entry, map_tensor
-from common.weights.files import map_file
-from common.weights.gguf_header import read_header, read_metadata
-
-__all__ = ["load_gguf", "model_config_from_metadata", "read_metadata"]
+from common.weights.gguf_parts import open_parts
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 """`general.architecture` values understood here. Mistral is stored as llama."""
@@ -53,26 +50,32 @@ _ROPE_FACTORS = "rope_freqs.weight"
 
 
 def load_gguf(path: Path) -> tuple[ModelConfig, dict[str, Entry]]:
-    """The configuration and the lazy canonical entries of a GGUF file. Raises CheckpointError or ConfigError."""
-    file = map_file(path)
-    header = read_header(path, file)
-    stored = {t.name: (t.encoding, map_tensor(file, t.offset, t.shape, t.encoding), t.shape) for t in header.tensors}
-    factors = stored.pop(_ROPE_FACTORS, None)
+    """Return the configuration and the lazy canonical entries of a GGUF model, in one file or in parts.
+
+    Raises CheckpointError or ConfigError."""
+    parts = open_parts(path)
+    metadata = parts[0].header.metadata
+    stored = {tensor.name: (tensor, part) for part in parts for tensor in part.header.tensors}
+    data = {
+        name: map_tensor(part.file, tensor.offset, tensor.shape, tensor.encoding) for name, (tensor, part) in stored.items()
+    }
+    factors = data.pop(_ROPE_FACTORS, None)
     try:
-        config = model_config_from_metadata(header.metadata, stored, None if factors is None else factors[1])
+        config = model_config_from_metadata(metadata, data, factors)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    architecture = header.metadata["general.architecture"]
+    architecture = metadata["general.architecture"]
     entries = {}
-    for stored_name, (encoding, data, shape) in stored.items():
+    for stored_name, array in data.items():
+        tensor, part = stored[stored_name]
         name = canonical_name(stored_name, architecture)
         entries[name] = Entry(
             name=name,
-            shape=shape,
-            encoding=encoding,
-            stored=data,
-            source=path,
-            row_order=_row_order(name, shape[0], config) if architecture == "llama" else None,
+            shape=tensor.shape,
+            encoding=tensor.encoding,
+            stored=array,
+            source=part.path,
+            row_order=_row_order(name, tensor.shape[0], config) if architecture == "llama" else None,
             addend=-1.0 if architecture == "gemma3" and name.endswith("norm.weight") else 0.0,
         )
     return config, entries

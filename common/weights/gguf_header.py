@@ -18,7 +18,6 @@ from gguf import GGMLQuantizationType, GGUFValueType
 
 from common.errors import CheckpointError
 from common.weights.entry import BLOCKS, PLAIN, block_layout
-from common.weights.files import map_file
 
 _SCALARS = {
     GGUFValueType.UINT8: "u1", GGUFValueType.INT8: "i1", GGUFValueType.UINT16: "<u2", GGUFValueType.INT16: "<i2",
@@ -45,14 +44,6 @@ class StoredTensor:
 class Header:
     metadata: dict[str, Any]
     tensors: tuple[StoredTensor, ...]
-
-
-def read_metadata(path: Path | str) -> dict[str, Any]:
-    """The key-value section of a GGUF file as plain strings, numbers, booleans and lists of them.
-
-    Raises CheckpointError if the file is not GGUF, is damaged, or ends early."""
-    path = Path(path)
-    return read_header(path, map_file(path)).metadata
 
 
 def read_header(path: Path, file: mmap.mmap) -> Header:

@@ -12,16 +12,12 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from common.config import ModelConfig
-from common.errors import CheckpointError, ConfigError, shown
+from common.errors import CheckpointError, ConfigError, listed, shown
 from common.weights.config_json import model_config_from_json, token_ids
 from common.weights.entry import PLAIN, Entry, map_tensor
-from common.weights.files import MAX_INDEX, map_file, read_json, unique
+from common.weights.files import MAX_INDEX, MAX_SHARDS, map_file, read_json, unique
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-MAX_SHARDS = 4096
-"""Files that an index may name. The largest checkpoints in use have some hundreds."""
-MOST_SHOWN = 10
-"""Names that one message lists."""
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 
@@ -90,17 +86,12 @@ def _read_shards(path: Path) -> dict[str, Entry]:
     _expect_inside(path, index_path, shards)
     missing = [shard for shard in shards if not (path / shard).exists()]
     if missing:
-        raise CheckpointError(f"{path}: {len(missing)} of {len(shards)} shards are missing: {_listed(missing)}.")
+        raise CheckpointError(f"{path}: {len(missing)} of {len(shards)} shards are missing: {listed(missing)}.")
     files = {shard: read_safetensors(path / shard) for shard in shards}
     astray = [f"{name} (in {shard})" for name, shard in weight_map.items() if name not in files[shard]]
     if astray:
-        raise CheckpointError(f"{index_path} names tensors that the shards do not hold: {_listed(astray)}.")
+        raise CheckpointError(f"{index_path} names tensors that the shards do not hold: {listed(astray)}.")
     return {name: files[shard][name] for name, shard in weight_map.items()}
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - MOST_SHOWN
-    return ", ".join(names[:MOST_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _expect_inside(path: Path, index_path: Path, shards: list[str]) -> None:
