@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 
-from common.errors import CheckpointError, ConfigError
+from common.errors import CheckpointError, ConfigError, TandemError
+from common.request import SamplingParams
 from common.weights.checkpoint import expected_shapes, open_checkpoint
 from common.weights.config_json import ARCHITECTURES, model_config_from_json
+from common.weights.generation import sampling_defaults
 from tests.families import FAMILIES, save_family
 
 CONFIG = {
@@ -522,3 +525,58 @@ def test_a_value_of_megabytes_is_refused_at_once_and_in_short(name: str) -> None
     with pytest.raises(ConfigError) as caught:
         model_config_from_json(CONFIG | {"architectures": gemma} | {name: [long] if name == "architectures" else long})
     assert len(str(caught.value)) < 1000
+
+
+# ---- recommended sampling parameters
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (None, {}),
+        ({"eos_token_id": 2, "do_sample": True, "_from_model_config": True, "transformers_version": "5.0"}, {}),
+        (
+            {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0, "repetition_penalty": 1.05, "max_new_tokens": 2048},
+            {
+                "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.0, "repetition_penalty": 1.05, "max_tokens": 2048,
+            },
+        ),
+        ({"temperature": None, "top_k": 64, "top_p": 1, "penalty_alpha": "x"}, {"top_k": 64, "top_p": 1.0}),
+    ],
+)  # fmt: skip
+def test_recommended_sampling_parameters_are_read(content: Any, found: dict[str, Any], tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    assert sampling_defaults(tmp_path) == found
+    assert SamplingParams(**found)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"temperature": "hot"}, "temperature: temperature must be a number"),
+        ({"temperature": float("nan")}, "temperature: temperature must be a number"),
+        ({"top_p": 2}, "top_p: top_p must be a number"),
+        ({"top_k": 1.5}, "top_k: top_k must be an integer"),
+        ({"max_new_tokens": 0}, "max_new_tokens: max_tokens must be an integer"),
+        ({"repetition_penalty": 10**400}, "repetition_penalty: repetition_penalty must be a number"),
+        ([], "expected a JSON object"),
+    ],
+)
+def test_a_recommendation_that_cannot_be_followed_is_refused_with_file_and_field(
+    content: Any, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    with pytest.raises(TandemError, match=r"generation_config\.json") as caught:
+        sampling_defaults(tmp_path)
+    assert message in str(caught.value)
+
+
+def test_recommendations_in_a_gguf_file_are_read(tmp_path: Path) -> None:
+    writer = GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_float32("general.sampling.temp", 0.5)
+    writer.add_int32("general.sampling.top_k", 40)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert sampling_defaults(tmp_path / "a.gguf") == {"temperature": 0.5, "top_k": 40}
