@@ -19,7 +19,7 @@ from common.errors import TandemError
 from common.parallel import expect_shareable
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
-from experiments.blocks import block_order, level, reason_to_stop, time_left
+from experiments.blocks import PRECISION, block_order, level, reason_to_stop, tail, time_left
 from experiments.config import EngineSpec, MeasureConfig, resolved
 from experiments.drive import Window
 from experiments.isolate import EngineFailure, IsolatedEngine
@@ -179,7 +179,9 @@ class Outcome:
         throughputs = {label: [output_throughput(window) for window in self.windows[label]] for label in self.survivors}
         if len(throughputs) < 2:
             return {}
-        return compare_all(throughputs, plan.measure.criteria, plan.seed, level(plan.measure, len(throughputs) - 1, ended))
+        count = len(throughputs) - 1
+        missed = tail(plan.measure, count, len(self.order), self.stopped_by if ended else PRECISION)
+        return compare_all(throughputs, plan.measure.criteria, plan.seed, level(plan.measure, count, ended), missed)
 
     def conclude(self, plan: Plan) -> None:
         """Figures and comparisons, by the windows that there are."""

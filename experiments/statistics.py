@@ -1,7 +1,11 @@
-"""From the throughputs of paired blocks to a ratio with an interval, and a verdict. Pure functions; the randomness is seeded.
+"""Compute the ratio of paired blocks with an interval, and a verdict. Pure functions; the randomness is seeded.
 
-The unit of replication is the block, in which every engine ran once: its requests and tokens are no independent samples. Within
-a block the logarithm of the ratio is taken, so that it makes no difference which of two engines was named first.
+The unit of replication is the block, in which each engine runs once. Its requests and tokens are not independent samples. The
+logarithm of the ratio is taken within a block, so the result does not depend on the order of the two names.
+
+The blocks are independent because their orders are (`experiments.blocks.block_order`). A disturbance of the machine that does
+not depend on the engine enters the logarithm of a block's ratio with a random sign. The logarithms are then symmetric around
+the true one and uncorrelated, whether the disturbance is a drift, a rhythm or a burst (Fisher 1935).
 """
 
 from __future__ import annotations
@@ -18,11 +22,10 @@ from common.config import expect, real
 
 LEAST_BLOCKS = 3
 """Fewer give no interval."""
-BOOTSTRAP_BLOCKS = 8
-"""From so many on the interval is bootstrapped; fewer have too few distinct resamples."""
 EXACT_BLOCKS = 12
 """Up to so many the permutation test goes through all signs."""
 RESAMPLES = 9999
+"""Random signs of the permutation test above `EXACT_BLOCKS`."""
 
 Verdict = Literal["faster", "slower", "equivalent", "undecided"]
 
@@ -63,7 +66,7 @@ class Comparison:
     unproven: bool
     """Whether the interval shows a difference that the sign-flip test does not bear out."""
     blocks: int
-    interval: Literal["t", "bca"] | None
+    interval: Literal["t"] | None
     block_ratios: tuple[float, ...]
     said: str
     """All this in a sentence."""
@@ -76,18 +79,24 @@ class Comparison:
 
 
 def compare_all(
-    throughputs: Mapping[str, Sequence[float | None]], criteria: Criteria, seed: int, level: float | None = None
+    throughputs: Mapping[str, Sequence[float | None]],
+    criteria: Criteria,
+    seed: int,
+    level: float | None = None,
+    tail: float = 1.0,
 ) -> dict[str, Comparison]:
     """Each engine but the first against the first. `throughputs` by label and block; a block in which either has none is left
     out. With several comparisons the intervals are widened by `shared_confidence`.
 
     `level` is the greatest p value of a difference on which not all blocks agree, 1 - confidence unless given: a run that ends
-    when it likes has less to spend on it (`experiments.blocks.level`).
+    when it likes has less to spend on it (`experiments.blocks.level`). `tail` is the share of 1 - confidence that the intervals
+    leave out (`experiments.blocks.tail`).
     """
     first, *others = throughputs
     logs = {label: log_ratios(throughputs[label], throughputs[first]) for label in others}
     usable = [label for label in others if len(logs[label]) >= LEAST_BLOCKS]
-    confidence = shared_confidence([logs[label] for label in usable], criteria.confidence)
+    miss = tail * (1 - criteria.confidence)
+    inner = shared_confidence([logs[label] for label in usable], 1 - miss)
     count = max(1, len(others))
     fewest, few = fewest_blocks(count, criteria.confidence), too_few(count, criteria.confidence)
     p_values = {label: sign_flip_p(logs[label], seed) for label in usable}
@@ -96,20 +105,20 @@ def compare_all(
     for label in others:
         mine = logs[label]
         ratio = float(np.exp(mine.mean())) if len(mine) else None
-        low, high, kind = interval(mine, confidence, seed) if label in usable else (None, None, None)
+        low, high = interval(mine, inner) if label in usable else (None, None)
         called = verdict(ratio, low, high, adjusted.get(label), criteria, None if unanimous(mine) else level)
         answer[label] = Comparison(
             against=first,
             ratio=ratio,
             low=low,
             high=high,
-            confidence=confidence,
+            confidence=1 - (1 - inner) / tail,
             p_value=p_values.get(label),
             p_adjusted=adjusted.get(label),
             verdict=called,
             unproven=called == "undecided" and difference(ratio, low, high, criteria.equivalence) is not None,
             blocks=len(mine),
-            interval=kind,
+            interval="t" if label in usable else None,
             block_ratios=tuple(np.exp(mine).tolist()),
             said=sentence(
                 label, first, called, ratio, low, high, len(mine), criteria.equivalence, "" if len(mine) >= fewest else few
@@ -124,25 +133,15 @@ def log_ratios(mine: Sequence[float | None], others: Sequence[float | None]) -> 
     return np.array([math.log(a / b) for a, b in pairs])
 
 
-def interval(logs: np.ndarray, confidence: float, seed: int) -> tuple[float, float, Literal["t", "bca"]]:
-    """Of the geometric mean ratio: Student's below `BOOTSTRAP_BLOCKS`, else bootstrapped, bias-corrected and accelerated (Efron
-    1987), at tails widened as Hesterberg (2015, arXiv:1411.5279) does for small samples: a resample of n varies by (n - 1) / n
-    too little, and its quantiles are a normal's where Student's are due."""
+def interval(logs: np.ndarray, confidence: float) -> tuple[float, float]:
+    """Compute Student's interval of the geometric mean ratio.
+
+    The logarithms are symmetric around the true one, so the interval needs no correction for skewness. Heavy tails, as of
+    bursts, make it wider rather than too narrow (Efron 1969, Student's t-test under symmetry conditions).
+    """
     size, mean = len(logs), float(logs.mean())
-    reach = float(scipy.stats.t.ppf((1 + confidence) / 2, size - 1))
-    error = float(logs.std(ddof=1)) / math.sqrt(size)
-    if size < BOOTSTRAP_BLOCKS or error <= 1e-12:  # blocks that are all alike have no distribution to resample
-        return math.exp(mean - reach * error), math.exp(mean + reach * error), "t"
-    tail = float(scipy.stats.norm.cdf(-reach * math.sqrt(size / (size - 1))))
-    bounds = scipy.stats.bootstrap(
-        (logs,),
-        np.mean,
-        confidence_level=1 - 2 * tail,
-        method="BCa",
-        n_resamples=RESAMPLES,
-        random_state=np.random.default_rng(seed),
-    ).confidence_interval
-    return math.exp(bounds.low), math.exp(bounds.high), "bca"
+    reach = float(scipy.stats.t.ppf((1 + confidence) / 2, size - 1)) * float(logs.std(ddof=1)) / math.sqrt(size)
+    return math.exp(mean - reach), math.exp(mean + reach)
 
 
 def shared_confidence(samples: Sequence[np.ndarray], confidence: float) -> float:
