@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import json
 import logging
+import math
 import os
 import queue
 import signal
@@ -85,21 +86,55 @@ def how_it_ended(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
-def stopped_for(pid: int, before_s: float, turn_s: float) -> float:
-    """For how many seconds it has been stopped, to who looks at it every `turn_s` and has seen `before_s` of them."""
-    try:
-        return before_s + turn_s if psutil.Process(pid).status() == psutil.STATUS_STOPPED else 0.0
-    except psutil.NoSuchProcess:
-        return 0.0
+class Silence:
+    """The time in which a process gave no sign of life, counted in turns of its observer. Time in which the observer itself
+    does not run does not count.
+
+    A process whose CPU time advances is alive: it may be starved by others, or a library may hold up all of its threads. So it
+    is neither stopped nor idle, and it has `busy_s` instead of `idle_s`.
+    """
+
+    def __init__(self, pid: int, idle_s: float, busy_s: float) -> None:
+        """`idle_s`: how long it may be silent while it does not compute. `busy_s`: how long in any case."""
+        self._pid, self._idle_most, self._busy_most = pid, idle_s, busy_s
+        self.end()
+
+    def end(self) -> None:
+        """Note a sign of life."""
+        self.seconds = self._idle_s = self._stopped_s = 0.0
+        self._cpu_s: float | None = None
+
+    def expect(self, idle_s: float) -> None:
+        """Change the patience with a process that does not compute."""
+        self._idle_most = idle_s
+
+    def go_on(self, turn_s: float) -> str:
+        """Note a turn without a sign of life. Returns why the process counts as dead; the empty string while it does not."""
+        stopped = False
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self._pid)
+            stopped, times = process.status() == psutil.STATUS_STOPPED, process.cpu_times()
+            before, self._cpu_s = self._cpu_s, times.user + times.system
+            if before is None or self._cpu_s > before:
+                self._idle_s = self._stopped_s = -turn_s  # of this turn nothing counts
+        self.seconds += turn_s
+        self._idle_s += turn_s
+        self._stopped_s = self._stopped_s + turn_s if stopped else 0.0
+        if self._stopped_s >= STOPPED_S:
+            return "was stopped"
+        if self._idle_s >= self._idle_most:
+            return f"gave no sign of life for {self._idle_most:g} s"
+        if self.seconds >= self._busy_most:
+            return f"gave no sign of life for {self._busy_most:g} s, though it computed"
+        return ""
 
 
 def watch(process: subprocess.Popen[bytes]) -> None:
     """Wait until it has ended, and end it if it is stopped for long."""
-    stopped = 0.0
+    silence = Silence(process.pid, math.inf, math.inf)
     while process.poll() is None:
         time.sleep(TURN_S)
-        stopped = stopped_for(process.pid, stopped, TURN_S)
-        if stopped >= STOPPED_S:
+        if silence.go_on(TURN_S):
             log.error("A process of this engine (pid %d) was stopped, and is ended.", process.pid)
             process.kill()
             process.wait()

@@ -43,7 +43,15 @@ class ModelRunner(HistoryRunner):
             time.sleep(0.01)
         super().__init__(num_pages=2, block_size=config.block_size, vocab_size=320, max_seqs=config.max_num_seqs)
 
+    def stats(self):
+        while (CONTROL / "hang outside a step").exists():
+            time.sleep(0.01)
+        return super().stats()
+
     def submit(self, batch, *more):
+        if (CONTROL / "hold").exists():
+            (CONTROL / "hold").unlink()
+            sum(range(1_000_000_000))  # in C, with Python's lock
         if (CONTROL / "slow").exists():
             time.sleep(0.02)
         while (CONTROL / "hang").exists():

@@ -154,6 +154,17 @@ def test_one_that_stops_is_noticed_within_two_seconds_though_nobody_asks_and_ser
     judge(asked, two.run(asked))
 
 
+def test_a_hang_outside_a_step_shows_in_the_state_of_the_replica(two: Replicas, history: Path) -> None:
+    (history / "hang outside a step").touch()
+    (asked,) = requests(1)
+    two.add(asked)
+    Awake().wait(lambda: max(state.step_seconds for state in two.replicas) > 1.0)
+    (history / "hang outside a step").unlink()
+    while two.has_work:
+        two.step()
+    Awake().wait(lambda: max(state.step_seconds for state in two.replicas) < 1.0)
+
+
 def test_a_killed_one_is_noticed_at_once(two: Replicas) -> None:
     killed = two.replicas[0].pid
     os.kill(killed, signal.SIGKILL)

@@ -137,6 +137,17 @@ def test_a_step_that_hangs_is_not_healthy_until_it_goes_on(server: Server) -> No
     assert stats_age_s(during.text) > STATS_PATIENCE_S > stats_age_s(served.client.get("/metrics").text)
 
 
+def test_a_hang_outside_a_step_is_not_healthy_until_it_goes_on(server: Server) -> None:
+    served, control = server
+    (control / "hang outside a step").touch()
+    asking = threading.Thread(target=served.client.get, args=("/metrics",))
+    asking.start()
+    until(lambda: served.client.get("/health").status_code == 503)
+    (control / "hang outside a step").unlink()
+    asking.join()
+    until(lambda: served.client.get("/health").status_code == 200)
+
+
 def test_a_request_whose_steps_raise_fails_without_telling_why(server: Server) -> None:
     served, control = server
     right = served.complete(**LONG)["choices"][0]["text"]

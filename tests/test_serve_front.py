@@ -18,7 +18,9 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
+from common.child import Silence
 from common.exits import TERMINATED
+from common.replicas.keeper import SILENCE_S
 from common.serve.folder import PrivateFolder
 from tests.browser import Tab, browse
 from tests.http_server import (
@@ -220,6 +222,69 @@ def test_a_backend_whose_step_hangs_is_ended_and_started_again(tmp_path: Path) -
         until(lambda: server.client.get("/health").status_code == 200)
         assert server.post(**BODY, model="tiny-llama@two").status_code == 200
         assert "one engine" not in server.log.read_text()
+
+
+def test_a_backend_that_hangs_outside_a_step_is_ended_and_started_again(tmp_path: Path) -> None:
+    packages, control = history(tmp_path, "one", "two")
+    with serving(tmp_path, "--backend", "one,two", "--stall-s", "0.2", packages=[packages]) as server:
+        (control / "hang outside a step").touch()
+        hanging = backend_of(server, "tiny-llama@two")
+        with ThreadPoolExecutor(1) as pool:
+            asking = pool.submit(server.client.get, "/metrics")
+            until(lambda: "The server of the two engine is not well (The step loop hangs.), and is ended." in read(server))
+            (control / "hang outside a step").unlink()
+            asking.result()
+        until(lambda: server.client.get("/health").status_code == 200)
+        assert backend_of(server, "tiny-llama@two").pid != hanging.pid
+
+
+@pytest.mark.accept
+def test_a_backend_that_is_silent_for_long_while_it_computes_is_not_ended(tmp_path: Path) -> None:
+    """Its threads wait for Python's lock, the event loop's too, for longer than an idle process may be silent."""
+    packages, control = history(tmp_path, "one", "two")
+    with serving(tmp_path, "--backend", "one,two", "--stall-s", "300", packages=[packages]) as server:
+        (control / "hold").touch()
+        began = time.monotonic()
+        answer = server.post(**BODY, model="tiny-llama@two")
+        assert answer.status_code == 200 and time.monotonic() - began > SILENCE_S + 2
+        assert "is ended" not in read(server)
+
+
+def read(served: Served) -> str:
+    return served.log.read_text()
+
+
+SPIN = "while True: pass"
+SLEEP = "import time; time.sleep(600)"
+
+
+def turns(code: str, seconds: float, *, pause_s: float = 0.0, idle_s: float = 1.0, busy_s: float = 60.0) -> str:
+    """Why a process without any sign of life counts as dead to an observer of so many seconds, who stops it for `pause_s` of
+    each turn; the empty string if it does not."""
+    process = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        silence, why = Silence(process.pid, idle_s, busy_s), ""
+        while not why and silence.seconds < seconds:
+            if pause_s:
+                process.send_signal(signal.SIGSTOP)
+                time.sleep(pause_s)
+                why = silence.go_on(0.1)
+                process.send_signal(signal.SIGCONT)
+                time.sleep(0.05)
+            else:
+                time.sleep(0.1)
+                why = silence.go_on(0.1)
+        return why
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_process_that_computes_is_alive_and_one_that_does_not_is_dead() -> None:
+    assert turns(SLEEP, 5.0) == "gave no sign of life for 1 s"
+    assert turns(SPIN, 2.0) == ""
+    assert turns(SPIN, 2.0, pause_s=0.05) == ""  # starved, and mostly stopped where it is looked at
+    assert turns(SPIN, 5.0, busy_s=0.5) == "gave no sign of life for 0.5 s, though it computed"
 
 
 def test_a_folder_goes_with_the_process_that_made_it_or_when_the_next_is_made(

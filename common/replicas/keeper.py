@@ -23,7 +23,9 @@ from common.interface import ReplicaState
 BEAT_S = 0.25
 """Between two signs of life of a replica."""
 SILENCE_S = 10.0
-"""Without one, after which it counts as dead. A library may hold up all threads of a process, and a machine have much to do."""
+"""Without one, and without using the processor, after which it counts as dead."""
+BUSY_SILENCE_S = 60.0
+"""Likewise while it uses the processor: a library may hold up all threads of a process, and a machine have much to do."""
 LOADING_SILENCE_S = 60.0
 """Likewise before it serves."""
 TURN_S = 0.1
@@ -156,14 +158,15 @@ class Keeper:
     def _watch(self, process: subprocess.Popen[bytes]) -> tuple[str, Mapping[str, str] | None]:
         """Tell what it says until it has ended; then how, and the error that it told."""
         assert process.stdout and self._link
-        source, error, how = _Patient(process), None, ""
+        silence = child.Silence(process.pid, LOADING_SILENCE_S, BUSY_SILENCE_S)
+        source, error, how = _Patient(process, silence, self._note_silence), None, ""
         try:
             while (frame := read_frame(source)) is not None:
                 match frame.message:
                     case {"beat": seconds}:
                         self._state = self._state._replace(step_seconds=seconds)
                     case {"ready": told}:
-                        source.patience_s = SILENCE_S
+                        silence.expect(SILENCE_S)
                         self._state = self._state._replace(serves=True)
                         self._post(Ready(self._index, told, self._link))
                     case {"failed_to_start": told}:
@@ -183,30 +186,33 @@ class Keeper:
         process.stdout.close()
         return how or "closed its output", error
 
+    def _note_silence(self, turn_s: float) -> None:
+        """A process that gives no sign of life is in a unit of work, as far as its keeper knows."""
+        self._state = self._state._replace(step_seconds=self._state.step_seconds + turn_s)
+
 
 class _Patient:
     """The output of a process that must neither be silent for long nor be stopped: then to read raises `TimeoutError`."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], silence: child.Silence, note: Callable[[float], object]) -> None:
+        """`note` is called for each turn without a sign of life, behind the first few, which are between two beats."""
         assert process.stdout
-        self._pid, self._file, self._poll = process.pid, process.stdout.fileno(), select.poll()
+        self._silence, self._note = silence, note
+        self._file, self._poll = process.stdout.fileno(), select.poll()
         self._poll.register(self._file, select.POLLIN)
-        self.patience_s = LOADING_SILENCE_S
 
     def read(self, size: int, /) -> bytes:
-        parts, silence, stopped = bytearray(), 0.0, 0.0
+        parts = bytearray()
         while len(parts) < size:
             if not self._poll.poll(TURN_S * 1e3):
-                silence += TURN_S
-                stopped = child.stopped_for(self._pid, stopped, TURN_S)
-                if stopped >= child.STOPPED_S:
-                    raise TimeoutError("was stopped")
-                if silence >= self.patience_s:
-                    raise TimeoutError(f"gave no sign of life for {self.patience_s:g} s")
+                if why := self._silence.go_on(TURN_S):
+                    raise TimeoutError(why)
+                if self._silence.seconds > 2 * BEAT_S:
+                    self._note(TURN_S)
                 continue
             part = os.read(self._file, size - len(parts))
             if not part:
                 break
             parts += part
-            silence = stopped = 0.0
+            self._silence.end()
         return bytes(parts)

@@ -67,7 +67,8 @@ class Voice:
 
     def __init__(self, answers: IO[bytes]) -> None:
         self._answers, self._lock = answers, threading.Lock()
-        self.step_began: float | None = None
+        self.busy_since: float | None = None
+        """When the unit of work in progress began, be it a step or an order; None while the engine's thread waits."""
         threading.Thread(target=self._beat, daemon=True).start()
 
     def say(self, message: Message, data: Sequence[memoryview] = ()) -> None:
@@ -79,8 +80,8 @@ class Voice:
 
     def _beat(self) -> None:
         while True:
-            began = self.step_began
-            self.say({"beat": 0.0 if began is None else time.perf_counter() - began})
+            since = self.busy_since
+            self.say({"beat": 0.0 if since is None else time.perf_counter() - since})
             time.sleep(BEAT_S)
 
 
@@ -137,18 +138,21 @@ class Replica:
 
     def _listen(self, told: queue.SimpleQueue[Frame | Heard]) -> None:
         """Do what is said next; nothing, from time to time, while pages are held. What that changes is told."""
+        self._voice.busy_since = time.perf_counter()
         free = self._engine.scheduler.pool.num_free
         patience = self._handover.expire() if self._handover else None
         if self._engine.scheduler.pool.num_free == free:
+            self._voice.busy_since = None
             with contextlib.suppress(queue.Empty):
-                self._obey(told.get(timeout=patience))
+                said = told.get(timeout=patience)
+                self._voice.busy_since = time.perf_counter()
+                self._obey(said)
         if self._refused or self._engine.scheduler.pool.num_free != free:
             self._tell([])
 
     def _step(self) -> None:
-        self._voice.step_began = time.perf_counter()
+        self._voice.busy_since = time.perf_counter()
         events = self._engine.step()
-        self._voice.step_began = None
         if self._handover:
             self._handover.expire()
         self._tell(events)

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Self
 
@@ -26,9 +27,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from common.child import STOPPED_S, how_it_ended, stopped_for
+from common.child import Silence, how_it_ended
 from common.errors import BackendError, quoted
-from common.replicas.keeper import ATTEMPTS, RETRY_S, SILENCE_S
+from common.replicas.keeper import ATTEMPTS, BUSY_SILENCE_S, RETRY_S, SILENCE_S
 from common.serve.app import OFFERED_WITH, new_app, page, tell_version
 from common.serve.errors import ApiError
 from common.serve.folder import PrivateFolder
@@ -96,29 +97,33 @@ class Backend:
                 self.start()
 
     async def watch(self) -> None:
-        """End it when it is stopped, silent, or not well for good, so that it is started again. Looks that brought nothing are
-        counted, as in `common.replicas.keeper`: time in which this process did not run itself is nobody's silence."""
-        silence = stopped = 0.0
+        """End it when it is stopped, silent, or not well for good, so that it is started again.
+
+        An answer over HTTP is a sign at second hand: it may come late from a process that has much to do. So a process whose
+        CPU time advances has more patience (`common.child.Silence`), and one bad answer is none."""
+        process = None
         while True:
-            await asyncio.sleep(0 if silence else LOOK_S)
-            process, why = self.process, ""
+            if process is not self.process:
+                process, unwell = self.process, False
+                silence = Silence(process.pid, SILENCE_S, BUSY_SILENCE_S)
+                absence = Silence(process.pid, inf, inf)
+            await asyncio.sleep(0 if silence.seconds else LOOK_S)
+            why = ""
             try:
                 answer = await self.client.get("/health", timeout=LOOK_S)
-            except httpx.HTTPError as error:  # where it does not take connections, it loads, or has ended
-                silence = silence + LOOK_S if isinstance(error, httpx.TimeoutException) else 0.0
-                stopped = stopped_for(process.pid, stopped, LOOK_S)
-                if stopped > STOPPED_S:
-                    why = "was stopped"
-                elif silence >= SILENCE_S:
-                    why = f"gave no sign of life for {SILENCE_S:g} s"
+            except httpx.TimeoutException:
+                why, unwell = silence.go_on(LOOK_S), False
+            except httpx.HTTPError:  # it takes no connections: it loads, or has ended, or is stopped
+                why, unwell = absence.go_on(LOOK_S), False
+                silence.end()
             else:
-                silence = stopped = 0.0
-                if answer.status_code == 503 and "retry-after" not in answer.headers:
+                silence.end()
+                before, unwell = unwell, answer.status_code == 503 and "retry-after" not in answer.headers
+                if before and unwell:
                     why = f"is not well ({answer.json()['error']['message']})"
             if why:
                 log.error("The server of the %s engine %s, and is ended.", self.name, why)
                 process.kill()
-                silence = stopped = 0.0
 
     async def get(self, path: str) -> httpx.Response:
         """Raises `ApiError` unless it answers, and with 200."""

@@ -93,7 +93,7 @@ class Worker:
         self._live: dict[str, _Live] = {}
         self._lock = threading.Lock()
         self._dead = self._ending = False
-        self._step_began: float | None = None
+        self._busy_since: float | None = None  # the beginning of the unit of work in progress
         self._loop: asyncio.AbstractEventLoop | None = None
         self._observe: Observer | None = None
         self._stats: tuple[float, dict[str, Any]] = (time.monotonic(), {})
@@ -127,9 +127,9 @@ class Worker:
 
     @property
     def stalled(self) -> float:
-        """Seconds that the step in progress has taken so far; 0 between steps."""
-        began = self._step_began
-        return 0.0 if began is None else time.monotonic() - began
+        """Seconds that the unit of work in progress has taken so far, be it a step or an order; 0 while the thread waits."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
 
     @property
     def replicas(self) -> tuple[ReplicaState, ...]:
@@ -244,10 +244,13 @@ class Worker:
         """Do what was ordered, waiting for an order if there is nothing else to do; False from the order to end on."""
         wait = not engine.has_work
         while not self._ending:
+            if wait:
+                self._busy_since = None
             try:
                 order = self._orders.get(wait)
             except queue.Empty:
                 return True
+            self._busy_since = time.monotonic()
             if order is None:
                 self._ending = True
                 break
@@ -258,9 +261,8 @@ class Worker:
     def _step(self, engine: ServingEngine) -> None:
         if not engine.has_work:
             return
-        self._step_began = time.monotonic()
+        self._busy_since = time.monotonic()
         events = engine.step()
-        self._step_began = None
         fresh: dict[Call, list[Piece]] = {}
         for event in events:
             live = self._live.get(event.request_id)
