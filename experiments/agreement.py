@@ -1,9 +1,10 @@
-"""The correctness half of a comparison: a pass in float32 over a share of the requests, and what it says.
+"""The correctness half of a comparison: a pass in float32 over the timed schedule, and what it says.
 
 Four rungs: the same tokens; tokens that part only at ties (`experiments.correctness`); log-probabilities and KL divergence at
-each position; perplexity on a text. For the third the first engine's steps are repeated on every other one that shows its
-steps, on the first one's tokens, and whole rows of logits are compared. Of an engine that does not, the likeliest tokens it
-reports and the rest as one are compared, up to the first divergence: a lower bound of the divergence, and marked as such.
+each position; perplexity on a text. Tokens and reported log-probabilities are those of the timed schedule with shorter outputs
+(`experiments.coverage`); their differences are judged by the rounding measured in the same run (`experiments.noise`). For whole
+rows of logits, every other engine that shows its steps repeats the first engine's steps on a sample. For an engine that does
+not, the likeliest tokens it reports and the rest as one are compared, up to the first divergence: a lower bound.
 """
 
 from __future__ import annotations
@@ -18,18 +19,24 @@ import numpy as np
 
 from common.config import Dtype
 from common.errors import CheckpointError, TandemError
+from common.schedule.steplog import StepRecord
 from experiments.config import CorrectnessConfig, EngineSpec
 from experiments.correctness import Agreement, common_prefix, float64_reference, judge, table
+from experiments.coverage import Part, cover, coverage, sample
 from experiments.drive import Row, Window
 from experiments.isolate import EngineFailure, IsolatedEngine
 from experiments.measure import Plan
 from experiments.narrator import Narrator
+from experiments.noise import Scale, distances, measure_noise, over_rounding, suspicion, suspicion_alone
 from experiments.observe import Compared
 from experiments.perplexity import CONTEXT, perplexity, read_text, tokenize
-from experiments.workload import Workload
+from experiments.reference import NumpyModel
+from experiments.workload import Item, Workload
 
 TOP_LOGPROBS = 5
 """Reported by each engine at each position, so that both choices of a divergence are among them."""
+STEP = 64
+"""Sizes of steps are rounded up to a multiple of this."""
 SHAPE = ("block_size", "num_blocks", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
 """What two engines must have alike for one to repeat the other's steps."""
 
@@ -54,28 +61,38 @@ class Passed:
 
     spec: EngineSpec
     rows: tuple[Row, ...]
+    caps: Mapping[str, Any]
+    steps: tuple[StepRecord, ...] | None = None
+    """Of the pass over the timed schedule; None of an engine that does not log its steps."""
     positions: list[Position] | None = None
     """Against the first engine, from whole rows of logits; None where that was not possible."""
     perplexity: float | None = None
 
 
-def small(spec: EngineSpec, requests: int, dtype: Dtype) -> EngineSpec:
-    """The engine sized for a few requests: one that compiles a program for each size of step need not compile them all."""
+def small(spec: EngineSpec, requests: int, dtype: Dtype, most: int = 256) -> EngineSpec:
+    """Size an engine for a few requests and steps of `most` tokens, so that it need not compile a program for every size."""
     seqs = min(spec.config.max_num_seqs, requests)
     tokens = spec.config.max_num_batched_tokens
     if spec.config.enable_chunked_prefill:  # else a prompt has to fit a step
-        tokens = max(seqs, min(tokens, 256))
+        tokens = max(seqs, min(tokens, most))
     return replace(spec, config=replace(spec.config, dtype=dtype, max_num_seqs=seqs, max_num_batched_tokens=tokens))
 
 
 def agree(
-    plan: Plan, config: CorrectnessConfig, directory: Path, narrator: Narrator
+    plan: Plan,
+    config: CorrectnessConfig,
+    directory: Path,
+    narrator: Narrator,
+    windows: Mapping[str, Sequence[Window]] = {},
 ) -> tuple[Mapping[str, Any], dict[str, dict[str, str]]]:
-    """Run a share of the requests in float32 on each engine and hold all against the first. Returns what `results.json` has of
-    it, and the engines that failed on the way, which the others are compared without."""
+    """Run the timed schedule in float32 on each engine and compare all with the first.
+
+    `windows` are the timed ones, by engine. Returns what `results.json` has of the pass, and the engines that failed on the
+    way, without which the others are compared."""
     if config.num_requests == 0 or len(plan.engines) < 2:
         return LEFT_OUT, {}
-    share = plan.workload.share(config.num_requests, config.output_len)
+    part, share = cover(plan.workload, config.tokens), sample(plan.workload, config.num_requests, config.output_len).workload
+    size = sum(len(item.prompt) + item.output_len for item in part.workload.items)
     text = text_tokens(plan, config, narrator)
     done: dict[str, Passed] = {}
     failures: dict[str, dict[str, str]] = {}
@@ -83,11 +100,14 @@ def agree(
     with TemporaryDirectory(prefix="float32-", dir=directory) as scratch:
         for spec in plan.engines:
             narrator.say(f"float32 pass: {spec.label}")
-            log, exact = directory / f"{spec.label}-float32.log", small(spec, config.num_requests, "float32")
+            log, exact = (
+                directory / f"{spec.label}-float32.log",
+                small(spec, len(part.workload.items), "float32", STEP * -(-size // STEP)),
+            )
             try:
                 with IsolatedEngine(exact, log, plan.measure.timeout_s) as engine:
-                    observes = engine.load(plan.checkpoint.path, narrator.progress(spec.label))["caps"].get("observes", False)
-                    passed, own = pass_through(engine, observes, share, text, base, Path(scratch), narrator)
+                    caps = engine.load(plan.checkpoint.path, narrator.progress(spec.label))["caps"]
+                    passed, own = pass_through(engine, caps, part.workload, share, text, base, Path(scratch), narrator)
                 expect_answers(spec.label, passed.rows)
                 done[spec.label] = passed
                 base = base or own
@@ -95,7 +115,9 @@ def agree(
                 failure = EngineFailure.of(error, spec.label)
                 failures[spec.label] = failure.record()
                 narrator.alarm(failure.message)
-    return compare(done, share, plan, config), failures
+    narrator.say("float64: the rounding of this run")
+    steps = {label: kept[0].steps for label, kept in windows.items() if kept and kept[0].steps}
+    return compare(done, part, plan, config, steps), failures
 
 
 def expect_answers(label: str, rows: Sequence[Row]) -> None:
@@ -122,7 +144,8 @@ class Base:
 
 def pass_through(
     engine: IsolatedEngine,
-    observes: bool,
+    caps: Mapping[str, Any],
+    timed: Workload,
     share: Workload,
     text: Sequence[int],
     base: Base | None,
@@ -132,22 +155,21 @@ def pass_through(
     """One engine through the pass, against `base` if there is one by now; and what it would be as one itself. Its files in
     `scratch` bear its label, so that what an engine leaves that fails on the way is nobody's."""
     progress, spec = narrator.progress(engine.spec.label), engine.spec
-    own, positions = Base(spec=spec), None
+    own, positions, observes = Base(spec=spec), None, caps.get("observes", False)
+    window = engine.run(timed, logprobs=TOP_LOGPROBS)
     if base is None and observes:
         trace, logits = (str(scratch / f"{spec.label}.{what}") for what in ("trace", "logits"))
-        rows, requests = record(engine, share, trace)
+        _, requests = record(engine, share, trace)
         engine.observe("keep_logits", progress, trace=trace, file=logits)
         own = Base(spec=spec, trace=trace, logits=logits, requests=requests)
-    else:
-        rows = engine.run(share, logprobs=TOP_LOGPROBS).rows
-        if base and base.trace and observes and alike(base.spec, spec):
-            answer = engine.observe("compare_logits", progress, trace=base.trace, file=base.logits)
-            positions = at_positions([Compared.of(row) for row in answer["rows"]], base.requests, share)
+    elif base and base.trace and observes and alike(base.spec, spec):
+        answer = engine.observe("compare_logits", progress, trace=base.trace, file=base.logits)
+        positions = at_positions([Compared.of(row) for row in answer["rows"]], base.requests, share)
     value = None
     if text and observes:
         context = min(CONTEXT, spec.config.max_model_len or CONTEXT)
         value = perplexity(engine.observe("perplexity", progress, tokens=text, context=context))
-    return Passed(spec=spec, rows=rows, positions=positions, perplexity=value), own
+    return Passed(spec=spec, rows=window.rows, caps=caps, steps=window.steps, positions=positions, perplexity=value), own
 
 
 def record(engine: IsolatedEngine, share: Workload, trace: str) -> tuple[tuple[Row, ...], list[list[int]]]:
@@ -212,17 +234,24 @@ def coarse_kld(p: Mapping[int, float], q: Mapping[int, float]) -> float:
     return max(0.0, float((known * np.log(known / other)).sum()))
 
 
-def compare(done: Mapping[str, Passed], share: Workload, plan: Plan, config: CorrectnessConfig) -> dict[str, Any]:
-    """All rungs of all engines against the first."""
+def compare(
+    done: Mapping[str, Passed],
+    part: Part,
+    plan: Plan,
+    config: CorrectnessConfig,
+    windows: Mapping[str, Sequence[StepRecord]] = {},
+) -> dict[str, Any]:
+    """Compare all engines with the first on every rung. `windows` has the steps of a timed window of each engine."""
     first, base = next(iter(done.items()), (None, None))
     agreements, figures, above = {}, {}, {}
-    reference = float64_reference(plan.checkpoint)
+    model = NumpyModel(plan.checkpoint)
+    reference, items = float64_reference(model), part.workload.items
     for label, other in done.items():
         if base is None or label == first:
             continue
         agreements[label] = [
             judge(item.prompt, a.tokens, b.tokens, a.logprobs, b.logprobs, reference, config.tolerance, item.output_len)
-            for item, a, b in zip(share.items, base.rows, other.rows, strict=True)
+            for item, a, b in zip(items, base.rows, other.rows, strict=True)
         ]
         positions = other.positions
         coarse = positions is None
@@ -231,7 +260,51 @@ def compare(done: Mapping[str, Passed], share: Workload, plan: Plan, config: Cor
             positions = [position for a, b in zip(base.rows, other.rows, strict=True) for position in reported(a, b)]
         figures[label] = summarise(positions) | {"kld_from": f"top {TOP_LOGPROBS} and rest" if coarse else "logits"}
     values = {label: passed.perplexity for label, passed in done.items() if passed.perplexity is not None}
-    return verdict(agreements, above) | {"tolerance": config.tolerance, "agreement": figures, "perplexity": values}
+    found = verdict(agreements, above, part.numbers) | {
+        "tolerance": config.tolerance,
+        "agreement": figures,
+        "perplexity": values,
+    }
+    if not agreements:
+        return found | dict(NO_NOISE)
+    passed_steps = {label: passed.steps for label, passed in done.items() if passed.steps}
+    counts = {label: [agreement.num_equal for agreement in results] for label, results in agreements.items()}
+    noise = judge_noise(done, model, items)
+    for label, ratio in noise.pop("over_rounding").items():
+        figures[label] |= {"over_rounding": ratio, "suspicious": label in noise["suspicions"]}
+    return found | {"coverage": coverage(plan.workload, counts, part, passed_steps, windows)} | noise
+
+
+def judge_noise(done: Mapping[str, Passed], model: NumpyModel, items: Sequence[Item]) -> dict[str, Any]:
+    """Return the errors from float64 (`noise`), a sentence for each suspicious engine (`suspicions`), their number, and by
+    engine the median difference over rounding (`over_rounding`)."""
+    measured = measure_noise(model, items, {label: passed.rows for label, passed in done.items()})
+    (first, base), *others = done.items()
+    suspicions, ratios = {}, {}
+    for label, passed in done.items():
+        alone = suspicion_alone(label, measured) if passed.caps.get("observes") else None
+        if alone:
+            suspicions[label] = alone
+    for label, passed in others:
+        apart, equal = distances(base.rows, passed.rows), same_bits(base, passed)
+        ratios[label] = over_rounding(apart, measured, (label, first))
+        if equal:
+            apart += [position.logprob_diff for position in passed.positions or ()]
+        if told := suspicion(label, first, apart, measured, equal):
+            suspicions[label] = told
+    known: dict[str, Scale | None] = {"control": measured.control, **measured.engines}
+    noise = {label: asdict(scale) for label, scale in known.items() if scale}
+    return {"noise": noise, "suspicions": suspicions, "suspicious": len(suspicions), "over_rounding": ratios}
+
+
+def same_bits(first: Passed, other: Passed) -> bool:
+    """Whether two engines run the same native kernels in one rank each, which give equal bits."""
+    told = [
+        (passed.caps.get("kernels"), passed.caps.get("kernel_arithmetic"), passed.spec.config.threads)
+        for passed in (first, other)
+    ]
+    alone = all(passed.spec.config.ranks == 1 for passed in (first, other))
+    return alone and told[0] == told[1] and list(told[0][0] or ()) == ["native"]
 
 
 def summarise(positions: Sequence[Position]) -> dict[str, Any]:
@@ -270,16 +343,19 @@ NAMES = ("unjustified_divergences", "errors_above_tolerance", "tokens_equal", "m
 """Keys of `results.json` that are None without a pass."""
 
 
-def verdict(agreements: Mapping[str, Sequence[Agreement]], above: Mapping[str, int] = {}) -> dict[str, Any]:
+def verdict(
+    agreements: Mapping[str, Sequence[Agreement]], above: Mapping[str, int] = {}, numbers: Sequence[int] = ()
+) -> dict[str, Any]:
     """Summarize the float32 pass in a few figures; all are None where it was left out.
 
-    `above` counts, by engine, the compared rows of logits with an error above the tolerance."""
+    `above` counts, by engine, the compared rows of logits with an error above the tolerance. `numbers` has the number of each
+    request in the timed workload; without it, the place in the pass."""
     if not agreements:
         return dict.fromkeys(NAMES)
     divergences = [
-        {"engine": label, "request": number} | asdict(agreement.divergence)
+        {"engine": label, "request": numbers[place] if numbers else place} | asdict(agreement.divergence)
         for label, results in agreements.items()
-        for number, agreement in enumerate(results)
+        for place, agreement in enumerate(results)
         if agreement.divergence
     ]
     every = [agreement for results in agreements.values() for agreement in results]
@@ -296,7 +372,8 @@ def verdict(agreements: Mapping[str, Sequence[Agreement]], above: Mapping[str, i
     }
 
 
-LEFT_OUT: Mapping[str, Any] = verdict({}) | {"tolerance": None, "agreement": {}, "perplexity": {}}
+NO_NOISE: Mapping[str, Any] = {"coverage": None, "noise": {}, "suspicions": {}, "suspicious": None}
+LEFT_OUT: Mapping[str, Any] = verdict({}) | {"tolerance": None, "agreement": {}, "perplexity": {}} | dict(NO_NOISE)
 """What `agree` finds where there is no pass."""
 
 

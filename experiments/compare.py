@@ -16,7 +16,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from common.config import expect
-from experiments.agreement import LEFT_OUT, agree, summarise, tokens_equal_share, verdict
+from experiments.agreement import LEFT_OUT, NO_NOISE, agree, summarise, tokens_equal_share, verdict
 from experiments.blocks import advice
 from experiments.cli import conclude, keep_part, launch, report_on
 from experiments.config import correctness_config, engine_specs, resolved, runs_folder
@@ -33,7 +33,7 @@ from experiments.statistics import Comparison
 from experiments.words import plural
 
 RESULTS = ("run", "engines", "ratios", "comparisons", "failures", "order", "stopped", "stopped_by", "advice", "unmeasured")
-AGREEMENT = ("tokens_equal_share", *verdict({}), "compared_tokens", "tolerance", "agreement", "perplexity")
+AGREEMENT = ("tokens_equal_share", *verdict({}), "compared_tokens", "tolerance", *NO_NOISE, "agreement", "perplexity")
 NAME_LENGTH = 100
 """Of the labels in the name of a run directory."""
 
@@ -48,7 +48,7 @@ def run(config: DictConfig) -> None:
     named: dict[str, Collection[str]] = {
         "engines": figure_names(plan),
         "comparisons": [field.name for field in fields(Comparison)],
-        "agreement": [*summarise([]), "kld_from"],
+        "agreement": [*summarise([]), "kld_from", "over_rounding", "suspicious"],
     }
     check_keys(conditions, [*setting(config, plan), *RESULTS, *AGREEMENT], labels, named)
     what = f"compare-{'-'.join(labels)[:NAME_LENGTH]}-{plan.workload.name}"
@@ -60,7 +60,7 @@ def run(config: DictConfig) -> None:
                 measure(plan, outcome, directory, narrator)
                 alive = tuple(spec for spec in plan.engines if spec.label in outcome.survivors)
                 with kept_rows(directory, outcome.windows):
-                    found, failed = agree(replace(plan, engines=alive), correctness, directory, narrator)
+                    found, failed = agree(replace(plan, engines=alive), correctness, directory, narrator, outcome.windows)
         except KeyboardInterrupt:
             if blocks := outcome.cut_short(plan):  # whose rows are written by now
                 told = results(config, plan, outcome, LEFT_OUT, directory)

@@ -247,13 +247,17 @@ class CorrectnessConfig:
     """The pass in float32."""
 
     num_requests: int
+    """Whose whole rows of logits are compared; 0 leaves the pass out."""
     output_len: int
+    """Tokens of each of these at most."""
     tolerance: float
+    tokens: int = 12_288
+    """Prompt and output tokens of the timed schedule that the pass repeats, about."""
     perplexity: bool = False
     perplexity_text: str | None = None
 
     def __post_init__(self) -> None:
-        check_integers("correctness", self, num_requests=0, output_len=1)
+        check_integers("correctness", self, num_requests=0, output_len=1, tokens=1)
         expect(
             real(self.tolerance, 0, float("inf")) and self.tolerance > 0,
             f"correctness.tolerance must be a number > 0, got {self.tolerance!r}.",

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments.cells import GROUPS, figure, tells, times
-from experiments.defects import headline
+from experiments.defects import covered, headline
 from experiments.remarks import between_ranks, contaminated, explanations, fallback, left_out, spoilt_cells
 from experiments.scaling import LAST_RATIO, NAMES, Curve, remarks, scaling_table
 from experiments.words import number, share_alike
@@ -149,6 +149,8 @@ def print_verdict(result: Mapping[str, Any]) -> None:
     if result["unjustified_divergences"] is not None:
         apart = "not all finite" if worst is None else f"within {worst:.1e}"
         lines[0] += f"; {result['compared_tokens']} tokens alike, log-probabilities {apart}."
+        if share := covered(result):
+            lines.append(f"  {share}.")
     for label, found in (result.get("agreement") or {}).items():
         if found["mean_kld"] is not None:
             lines.append(

@@ -19,7 +19,7 @@ import numpy as np
 from common.request import Logprobs
 
 if TYPE_CHECKING:
-    from common.weights.checkpoint import Checkpoint
+    from experiments.reference import NumpyModel
 
 Reference = Callable[[Sequence[int]], np.ndarray]
 """From a history of token ids to the float64 log-probabilities of the next token, [V]."""
@@ -130,12 +130,9 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def float64_reference(checkpoint: Checkpoint) -> Reference:
-    """The dense float64 forward pass of a checkpoint, as a reference for `judge`. It decodes the weights once."""
-    from experiments.reference import NumpyModel
-
-    model = NumpyModel(checkpoint)
-    return lambda token_ids: log_softmax(model.logits(token_ids)[-1])
+def float64_reference(model: NumpyModel) -> Reference:
+    """Return the dense forward pass of a model as a reference for `judge`."""
+    return lambda token_ids: log_softmax(model.logits(token_ids, rows=np.array([len(token_ids) - 1]))[0])
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Sentences on the float32 pass of a comparison: defects, which end the command with `DEFECT`, and the headline."""
+"""Sentences on the float32 pass of a comparison: defects, which end the command with `DEFECT`, suspicions, and coverage."""
 
 from __future__ import annotations
 
@@ -31,12 +31,33 @@ def defects(result: Mapping[str, Any]) -> list[str]:
     return said
 
 
+def suspicions(result: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each engine whose errors are below the tolerance and more than rounding explains."""
+    return list((result.get("suspicions") or {}).values())
+
+
+def covered(result: Mapping[str, Any]) -> str:
+    """Return which share of the timed work the float32 pass compared; empty without a pass."""
+    found = result.get("coverage")
+    if not found:
+        return ""
+    said = (
+        f"{found['tokens']:,} of {found['timed_tokens']:,} timed tokens compared in {found['requests']} of "
+        f"{found['timed_requests']} requests, histories up to {found['longest']:,} of {found['timed_longest']:,} tokens"
+    )
+    if found["step_sizes"] is not None:
+        said += f", {found['step_sizes']} of {found['timed_step_sizes']} step sizes"
+    return said
+
+
 def headline(result: Mapping[str, Any]) -> Headline:
     """Return the most severe outcome of the float32 pass."""
     if result.get("unjustified_divergences") is None:
         return Headline("calm", "pass left out")
     if found := defects(result):
         return Headline("bad", "defect: " + "; ".join(found))
+    if found := suspicions(result):
+        return Headline("warn", "suspicious: " + "; ".join(found))
     if result.get("tokens_equal"):
         return Headline("good", "every token is the same")
     return Headline("good", "tokens differ only where rounding decides")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import expect
-from experiments.defects import defects
+from experiments.defects import covered, defects, suspicions
 from experiments.page import Notice, Tone, Verdict
 from experiments.remarks import SPOILT, between_ranks, contaminated, fallback, left_out
 from experiments.results import RunFiles, read_json
@@ -116,11 +116,11 @@ def correctness(run: RunFiles) -> Iterator[Verdict]:
     if run.partial:
         yield Verdict("calm", "Not checked in float32", "outputs", "The run ended before the pass in float32 did.")
     elif share is None:
-        yield in_float32(results)
+        yield in_float32(run)
     elif share >= 1:
-        yield in_float32(results, f" In {dtype}, the dtype timed, every token is the same too.")
+        yield in_float32(run, f" In {dtype}, the dtype timed, every token is the same too.")
     else:
-        yield in_float32(results)
+        yield in_float32(run)
         part = share_alike(share)
         said = f"In {dtype}, the dtype timed, {part} of tokens come before their request's first difference."
         value, word = f"{part} alike in {dtype}", "up to the first difference of each request"
@@ -131,7 +131,8 @@ def correctness(run: RunFiles) -> Iterator[Verdict]:
             yield Verdict("warn", value, word, f"{said} Where and why:", line)
 
 
-def in_float32(results: Mapping[str, Any], more: str = "") -> Verdict:
+def in_float32(run: RunFiles, more: str = "") -> Verdict:
+    results = run.results
     wrong = results["unjustified_divergences"]
     if wrong is None:
         said = "The pass in float32 was left out (correctness.num_requests=0)."
@@ -145,6 +146,8 @@ def in_float32(results: Mapping[str, Any], more: str = "") -> Verdict:
         if worst
         else ", log-probabilities to the last bit."
     )
+    if share := covered(results):
+        said += f" {share}."
     if found := results.get("first_divergence"):
         said += (
             f" First difference: {found.get('engine')}, request {number(found.get('request'))}, "
@@ -153,6 +156,10 @@ def in_float32(results: Mapping[str, Any], more: str = "") -> Verdict:
         )
     if found := defects(results):
         return Verdict("bad", "Defect in float32", "; ".join(found), said + more)
+    if found := suspicions(results):
+        line = shlex.join(["python", "-m", "experiments.diverge", str(run.directory), "inside=true"])
+        told, word = f"{'. '.join(found)}. {said}{more} Where and why:", "below the tolerance, above rounding"
+        return Verdict("warn", "Suspicious in float32", word, told, line)
     if results.get("tokens_equal"):
         return Verdict("good", "Same in float32", "every token", said + more)
     return Verdict("good", "Same in float32", "up to ties that rounding decides", said + more)

@@ -155,6 +155,12 @@ GLOSSARY: tuple[tuple[str, str, str], ...] = (
         "Two tokens differ, and the float64 margin between them is larger than rounding explains.",
         "margin > 2 · error",
     ),
+    (
+        "Suspicious",
+        "Log-probabilities differ by less than correctness.tolerance, but by several times the rounding of this run: the error "
+        "of the NumPy model in float32 from float64, or that of the nearer engine.",
+        "|log p − log q| / rounding",
+    ),
     ("Perplexity", "Of a given text: lower is better.", "exp(−mean log p(token))"),
     (
         "Contaminated",

@@ -39,9 +39,17 @@ class NumpyModel:
         other.weights = self.weights
         return other
 
-    def logits(self, token_ids: Sequence[int], keep: Keep = lambda name, x: None) -> np.ndarray:
-        """Logits after each token of one sequence that starts at position 0: [T] → [T, V]. What is computed on the way goes
-        to `keep`, for every token."""
+    def with_dtype(self, dtype: DTypeLike) -> NumpyModel:
+        """The same weights, shared, computed with in another dtype."""
+        other = NumpyModel(self.checkpoint, self.config, dtype)
+        other.weights = self.weights
+        return other
+
+    def logits(
+        self, token_ids: Sequence[int], keep: Keep = lambda name, x: None, rows: np.ndarray | slice = slice(None)
+    ) -> np.ndarray:
+        """Logits after each token of one sequence that starts at position 0, or after those at `rows`: [T] → [R, V]. Tensors
+        on the way go to `keep`, for every token."""
         c = self.config
         x_TD = self._stored("model.embed_tokens.weight")[np.asarray(token_ids)].astype(self.dtype) * c.embedding_scale
         keep("embedding", x_TD)
@@ -66,9 +74,9 @@ class NumpyModel:
         keep("final_norm", x_TD)
         head_VD = self._stored("model.embed_tokens.weight" if c.tie_embeddings else "lm_head.weight")
         blocks = [head_VD[v : v + _VOCAB_BLOCK].astype(self.dtype) for v in range(0, c.vocab_size, _VOCAB_BLOCK)]
-        logits_TV = np.concatenate([x_TD @ block.T for block in blocks], axis=1)
-        keep("logits", logits_TV)
-        return logits_TV
+        logits_RV = np.concatenate([x_TD[rows] @ block.T for block in blocks], axis=1)
+        keep("logits", logits_RV)
+        return logits_RV
 
     def _attention(self, layer: int, x_TD: np.ndarray, keep: Keep) -> np.ndarray:
         c, prefix = self.config, f"model.layers.{layer}.self_attn"

@@ -26,6 +26,7 @@ AGREEMENT = (
     ("top1_agreement", "top-1 agreement"),
     ("mean_abs_logprob_diff", "log-probability difference, mean"),
     ("max_abs_logprob_diff", "log-probability difference, most"),
+    ("over_rounding", "log-probability difference over rounding, median"),
 )
 
 

@@ -70,7 +70,12 @@ def window(config: ModelConfig) -> ModelConfig:
     return replace(config, layer_window=tuple(windows))
 
 
-CONFIGS: dict[str, Callable[[ModelConfig], ModelConfig]] = {"rope": rope, "window": window}
+def scale(config: ModelConfig) -> ModelConfig:
+    """Attention scores that are a ten-thousandth too large."""
+    return replace(config, attention_scale=config.attention_scale * 1.0001)
+
+
+CONFIGS: dict[str, Callable[[ModelConfig], ModelConfig]] = {"rope": rope, "window": window, "scale": scale}
 
 
 def other(batch: Batch, **views: Any) -> Batch:

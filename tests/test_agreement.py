@@ -33,6 +33,7 @@ from experiments.agreement import (
 from experiments.agreement import compare as compare_all
 from experiments.config import CorrectnessConfig, EngineSpec
 from experiments.correctness import Agreement, Divergence
+from experiments.coverage import Part
 from experiments.drive import Row, Window
 from experiments.narrator import Narrator
 from experiments.observe import Compared
@@ -134,7 +135,7 @@ def test_engines_pass_one_after_the_other_and_the_first_that_comes_through_leave
 
     def passed(engine: Any, observes: bool, base: Base | None) -> tuple[Passed, Base]:
         with Narrator() as narrator:
-            return pass_through(engine, observes, share, text, base, tmp_path, narrator)
+            return pass_through(engine, {"observes": observes}, share, share, text, base, tmp_path, narrator)
 
     broken = make_local("broken", "torch", "native", model)
     observe = broken.observe
@@ -158,15 +159,16 @@ def test_engines_pass_one_after_the_other_and_the_first_that_comes_through_leave
     assert [entry["position"] for entry in found["by_position"]] == [0, 1, 2, 3, 4]
     assert first.perplexity == pytest.approx(second.perplexity, rel=1e-5)
     assert blind.positions is None and blind.perplexity is None
-    plan: Any = SimpleNamespace(checkpoint=open_checkpoint(model))
+    plan: Any = SimpleNamespace(checkpoint=open_checkpoint(model), workload=share)
     config = CorrectnessConfig(num_requests=3, output_len=5, tolerance=1e-3)
-    result = compare_all({"a": first, "b": second, "c": blind}, share, plan, config)
+    part = Part(share, (0, 1, 2))
+    result = compare_all({"a": first, "b": second, "c": blind}, part, plan, config)
     assert result["unjustified_divergences"] == 0 and set(result["perplexity"]) == {"a", "b"}
     assert {label: found["kld_from"] for label, found in result["agreement"].items()} == {
         "b": "logits",
         "c": "top 5 and rest",
     }
-    assert compare_all({"b": second}, share, plan, config)["tokens_equal"] is None  # all others failed: nothing is claimed
+    assert compare_all({"b": second}, part, plan, config)["tokens_equal"] is None  # all others failed: nothing is claimed
 
 
 def window(*outputs: tuple[int, ...]) -> Window:

@@ -51,7 +51,12 @@ def test_compare_runs_both_engines_and_finds_them_equal(
     for figures in result["engines"].values():
         assert figures["completed"] == 12 and len(figures["block_output_throughput"]) == 4 and figures["contaminated"] == []
     assert (result["tokens_equal"], result["unjustified_divergences"], result["tokens_equal_share"]) == (True, 0, 1.0)
-    assert result["compared_tokens"] == 3 * 4
+    assert result["compared_tokens"] == 3 * 5 and result["suspicious"] == 0
+    assert result["coverage"] == {
+        **{"requests": 3, "timed_requests": 3, "tokens": 15, "timed_tokens": 15, "longest": 133, "timed_longest": 133},
+        **{"step_sizes": 2, "timed_step_sizes": 2},
+    }
+    assert "15 of 15 timed tokens compared in 3 of 3 requests, histories up to 133 of 133 tokens" in " ".join(out.split())
     assert [sorted(order) for order in result["order"]] == [[one, other]] * 4 and result["order"][1] == result["order"][0][::-1]
     assert (result["stopped"], result["stopped_by"]) == ("all 4 blocks were run", "measure.blocks")
 
@@ -212,9 +217,9 @@ def test_an_error_of_log_probabilities_is_a_defect_where_every_token_agrees(
     out, err = capsys.readouterr()
     result = last_line(out)
     assert result["tokens_equal"] is True and result["unjustified_divergences"] == 0
-    assert result["errors_above_tolerance"] == 12 == result["compared_tokens"]
-    assert exit.value.code == 4 and "12 positions with an error of log-probabilities above" in err
-    assert "defect: 12 positions" in " ".join(out.split()) and "every token is the same" not in out.partition("{")[0]
+    assert result["errors_above_tolerance"] == 15 == result["compared_tokens"]
+    assert exit.value.code == 4 and "15 positions with an error of log-probabilities above" in err
+    assert "defect: 15 positions" in " ".join(out.split()) and "every token is the same" not in out.partition("{")[0]
 
 
 @pytest.mark.parametrize(

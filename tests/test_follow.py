@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from common.request import Logprobs, Request, SamplingParams
 from experiments.correctness import Reference, float64_reference, judge
+from experiments.reference import NumpyModel
 from tests.backends import checkpoint, engine_config, make_engine
 
 logging.disable_progress_bar()
@@ -78,7 +79,7 @@ def by_engine(backend: str, name: str) -> list[Output]:
 
 @cache
 def reference(name: str) -> Reference:
-    return float64_reference(checkpoint(name))
+    return float64_reference(NumpyModel(checkpoint(name)))
 
 
 def compare(name: str, ours: Sequence[Output], theirs: Sequence[Output]) -> None:

@@ -16,6 +16,7 @@ import pytest
 from common.engine import Engine
 from common.request import Request, SamplingParams, TokenEvent
 from experiments.correctness import float64_reference, judge
+from experiments.reference import NumpyModel
 from tests.backends import checkpoint, engine_config, make_engine
 from tests.events import tokens
 from tests.numpy_sampler import Filters, choices, uniform
@@ -138,7 +139,7 @@ def check(request: Request, one: Sequence[TokenEvent], other: Sequence[TokenEven
     """Two schedules of one request: logprobs agree, and a divergence is no larger than rounding explains."""
     tokens_a, tokens_b = tokens(one), tokens(other)
     logprobs_a, logprobs_b = ([event.logprobs for event in events if event.logprobs] for events in (one, other))
-    reference = float64_reference(checkpoint(MODEL))
+    reference = float64_reference(NumpyModel(checkpoint(MODEL)))
     agreement = judge(request.prompt_token_ids, tokens_a, tokens_b, logprobs_a, logprobs_b, reference, TOLERANCE)
     assert agreement.max_abs_logprob_diff < TOLERANCE
     assert len(tokens_a) == len(tokens_b) and one[-1].finish == other[-1].finish
@@ -155,11 +156,11 @@ def drawn(request: Request, output: Sequence[int]) -> set[int]:
     filters = Filters(temperature=params.temperature, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p)
     seed = params.seed or 0
     u = uniform((seed & 0xFFFF_FFFF, seed >> 32), len(history))
-    return choices(float64_reference(checkpoint(MODEL))(history), filters, u, SLACK)
+    return choices(float64_reference(NumpyModel(checkpoint(MODEL)))(history), filters, u, SLACK)
 
 
 def test_the_yardstick_is_right(backend: str) -> None:
-    reference = float64_reference(checkpoint(MODEL))
+    reference = float64_reference(NumpyModel(checkpoint(MODEL)))
     for request in requests():
         output = tokens(yardstick(backend)[request.request_id])
         assert len(output) == 24
