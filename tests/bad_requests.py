@@ -166,6 +166,7 @@ BYTES: dict[str, tuple[bytes, int]] = {
     "a length that is no number": (http(POST + "Content-Length: many"), 400),
     "a length of 10**30": (http(POST + "Content-Length: 1" + "0" * 30), 400),
     "two lengths": (http(POST + "Content-Length: 2\nContent-Length: 3", b"{}}"), 400),
+    "a length and chunks": (http(POST + "Content-Length: 2\nTransfer-Encoding: chunked", b"2\r\n{}\r\n0\r\n\r\n"), 400),
     "an encoding nobody knows": (http(POST + "Transfer-Encoding: strange"), 501),
     "a chunk whose size is none": (http(POST + "Transfer-Encoding: chunked", b"zz\r\n{}\r\n0\r\n\r\n"), 400),
     "a chunk longer than it says": (http(POST + "Transfer-Encoding: chunked", b"1\r\n{}\r\n0\r\n\r\n"), 400),

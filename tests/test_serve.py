@@ -39,7 +39,7 @@ def test_it_tells_what_it_is(served: Served, backend: str, tokenizer: Tokenizer)
     assert models["object"] == "list" and models["data"][0]["object"] == "model"
     assert models["data"][0]["max_model_len"] == 512
     assert open_tokenizer(checkpoint(MODEL).path).vocab_size == tokenizer.vocab_size
-    assert models["data"][0]["root"] == str(checkpoint(MODEL).path)  # where vLLM's client looks for the tokenizer
+    assert models["data"][0]["root"] == checkpoint(MODEL).path.name  # no path of this machine
     assert "version" in served.client.get("/version").json()
     info = served.client.get("/tokenizer_info").json()
     assert (info["eos_token"], info["bos_token"]) == ("<|im_end|>", "<|endoftext|>") and info["chat_template"]

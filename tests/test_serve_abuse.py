@@ -170,6 +170,15 @@ def test_what_is_no_http_is_refused_and_hurts_nobody(served: Served) -> None:
     assert "Traceback" not in served.log.read_text()
 
 
+def test_a_request_of_two_lengths_ends_its_connection(served: Served) -> None:
+    """What one server takes for its body, another may take for the next request."""
+    head = http(POST + "Content-Length: 5\nTransfer-Encoding: chunked", b"0\r\n\r\n") + http("GET /version HTTP/1.1\nHost: x")
+    with connect(served) as connection:
+        connection.sendall(head)
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert answer.startswith(b"HTTP/1.1 400") and answer.count(b"HTTP/1.1") == 1 and b"connection: close" in answer.lower()
+
+
 def test_odd_requests_are_answered(served: Served) -> None:
     with bystanders(served):
         answers = {f"{case.path} {case.body[:80]!r}": ask(served, case) for case in FINE}

@@ -137,6 +137,19 @@ def test_a_step_that_hangs_is_not_healthy_until_it_goes_on(server: Server) -> No
     assert stats_age_s(during.text) > STATS_PATIENCE_S > stats_age_s(served.client.get("/metrics").text)
 
 
+def test_a_client_that_closes_its_side_gets_its_answer_and_one_that_closes_both_has_left(server: Server) -> None:
+    served, control = server
+    (control / "slow").touch()
+    with raw_request(served, prompt="the", max_tokens=40, ignore_eos=True) as connection:
+        connection.shutdown(socket.SHUT_WR)
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert b"HTTP/1.1 200" in answer and b"finish_reason" in answer
+    before = served.metric("request_success_total", finished_reason="abort")
+    with raw_request(served, prompt="the", max_tokens=450, ignore_eos=True):
+        until(lambda: served.metric("num_requests_running") == 1)
+    until(lambda: served.metric("request_success_total", finished_reason="abort") == before + 1)
+
+
 def test_a_hang_outside_a_step_is_not_healthy_until_it_goes_on(server: Server) -> None:
     served, control = server
     (control / "hang outside a step").touch()

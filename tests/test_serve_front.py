@@ -92,6 +92,23 @@ def test_routes_that_take_no_body_need_no_header_for_one(tmp_path: Path) -> None
         assert server.client.post("/v1/completions").status_code == 415
 
 
+def test_a_client_that_closes_its_side_gets_its_answer(served: Served) -> None:
+    for body in (BODY, {**BODY, "stream": True}):
+        with raw_request(served, **body) as connection:
+            connection.shutdown(socket.SHUT_WR)
+            answer = b"".join(iter(lambda: connection.recv(4096), b""))
+        final = answer[answer.index(b"HTTP/1.1 200") :]
+        assert b"finish_reason" in final and (b"[DONE]" in final) == ("stream" in body)
+
+
+def test_head_is_answered_where_get_is(served: Served) -> None:
+    for path in ("/", "/health", "/metrics", "/version", "/v1/models"):
+        answer = served.client.head(path)
+        assert (answer.status_code, answer.content) == (200, b""), path
+        assert answer.headers.get("content-type") == served.client.get(path).headers.get("content-type")
+    assert served.client.head("/v1/completions").status_code == 405
+
+
 def test_a_body_that_a_get_brings_is_ignored(served: Served) -> None:
     """As a server of one backend ignores it: `curl -X GET -d …` calls it a form."""
     form = {"content-type": "application/x-www-form-urlencoded"}

@@ -55,7 +55,7 @@ async def one_model(http: HttpRequest, name: str) -> Response:
 
 
 def card(model: ServedModel, name: str) -> dict[str, Any]:
-    entry = {"id": name, "object": "model", "created": STARTED, "owned_by": "tandem", "root": str(model.root)}
+    entry = {"id": name, "object": "model", "created": STARTED, "owned_by": "tandem", "root": model.root.name}
     return {**entry, "parent": None, "max_model_len": model.max_model_len}
 
 

@@ -45,6 +45,9 @@ class Guard:
         name = given if ID.fullmatch(given) else uuid.uuid4().hex
         kept = [(key, value) for key, value in scope["headers"] if key != b"x-request-id"]
         scope = {**scope, "headers": [*kept, (b"x-request-id", name.encode())]}
+        method = scope["method"]
+        if method == "HEAD":  # answered as GET; the protocol below sends the head only
+            scope["method"] = "GET"
         status, streams, complete, told = 0, False, False, "Answered."
 
         async def labelled(message: Message) -> None:
@@ -58,6 +61,7 @@ class Guard:
             await send(message)
 
         try:
+            check_framing(headers)
             self._check_key(scope["path"], headers)
             await self.app(scope, receive, labelled)
         except Exception as error:
@@ -75,7 +79,7 @@ class Guard:
                     await labelled({"type": "http.response.body", "body": event(outlasted().body) + DONE})
         finally:
             seconds = time.perf_counter() - began
-            facts = {"request_id": name, "method": scope["method"], "path": scope["path"][:200], "status": status}
+            facts = {"request_id": name, "method": method, "path": scope["path"][:200], "status": status}
             log.info(told, extra={"facts": facts | {"seconds": round(seconds, 6)}})
 
     def _check_key(self, path: str, headers: Headers) -> None:
@@ -87,6 +91,13 @@ class Guard:
         if not any(hmac.compare_digest(key.encode("latin-1"), right) for right in sent_as(self.api_key)):
             told = "The key that came is not the one that this server asks for."
             raise ApiError(401, told, headers={"WWW-Authenticate": "Bearer"})
+
+
+def check_framing(headers: Headers) -> None:
+    """Refuse a request whose end two servers may see at two places (RFC 9112, section 6.3)."""
+    if "content-length" in headers and "transfer-encoding" in headers:
+        told = "A request has a Content-Length or a Transfer-Encoding, and this one has both."
+        raise ApiError(400, told, headers={"Connection": "close"})
 
 
 def sent_as(key: str) -> Iterator[bytes]:

@@ -18,12 +18,17 @@ HEAD_PATIENCE_S = 30.0
 READ_PATIENCE_S = 60.0
 """For a client to take anything at all of an answer that is ready for it."""
 
+PROBE_S = 0.2
+"""Between two probes of a client that sends no more."""
+
 
 class Http(H11Protocol):
     """uvicorn's protocol over h11, which bounds the size of a head."""
 
     _giving_up: asyncio.TimerHandle | None = None
     _hanging_up: asyncio.TimerHandle | None = None
+    _half_closed = False
+    """Whether the client has closed its side of the connection, and its requests are being answered."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -38,6 +43,31 @@ class Http(H11Protocol):
         super().connection_lost(exc)
         self._expect_head(False)
         self._expect_reader(False)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keep the connection for the answer to a request that is complete. A client that has closed its side may still read
+        (RFC 9112, section 9.6)."""
+        cycle = self.cycle
+        waits = cycle is not None and not cycle.response_complete and not cycle.more_body
+        self._half_closed = waits and self.conn.their_http_version == b"1.1"
+        self._probe()
+        return self._half_closed
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._half_closed and self.cycle.response_complete:  # and no other request was sent behind it
+            self.transport.close()
+
+    def _probe(self) -> None:
+        """Send `100 Continue` to a client that has closed its side, until its answer begins. Clients ignore it.
+
+        The system of a client that has closed both sides resets the connection. Then the next probe fails, and the request is
+        aborted.
+        """
+        if not self._half_closed or self.transport.is_closing() or self.conn.our_state is not h11.SEND_RESPONSE:
+            return
+        self.transport.write(self.conn.send(h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")) or b"")
+        self.loop.call_later(PROBE_S, self._probe)
 
     def pause_writing(self) -> None:
         super().pause_writing()
