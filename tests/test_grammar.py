@@ -38,10 +38,10 @@ from common.schedule.batch import Batch, Mask
 from common.schedule.trace import Recorder
 from common.serve.errors import ApiError
 from common.serve.protocol import ChatRequest, parse
-from common.serve.tools import ToolCalls
 from common.text.grammar import Grammar, Grammars, Matcher
 from common.text.output import OutputText
 from common.text.tokenizer import Tokenizer, open_tokenizer
+from common.text.tool_calls import ToolCalls
 from common.weights.zoo import resolve
 from tests.backends import checkpoint, engine_config, make_engine
 from tests.history_runner import HistoryRunner

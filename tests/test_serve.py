@@ -316,3 +316,20 @@ def test_a_client_that_cancels_ends_its_request(served: Served) -> None:
         next(iter(stream))
         stream.close()
     served.wait_idle()
+
+
+def test_an_enforced_call_of_a_tool_streams_its_arguments(served: Served, tokenizer: Tokenizer) -> None:
+    parameters = {"type": "object", "properties": {"n": {"enum": ["ab"]}}, "required": ["n"], "additionalProperties": False}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        options: Any = {"model": MODEL, "messages": [{"role": "user", "content": "a"}], "temperature": 0}
+        breaks = [i for i in range(tokenizer.vocab_size) if b"\n" in tokenizer.token_bytes(i)]
+        options |= {"tools": [tool], "tool_choice": "required", "logit_bias": dict.fromkeys(map(str, breaks), -100)}
+        whole = client.chat.completions.create(**options).choices[0]
+        chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**options, stream=True)]
+    (call,) = whole.message.tool_calls or []
+    assert whole.finish_reason == chunks[-1].finish_reason == "tool_calls" and whole.message.content is None
+    parts = [part for chunk in chunks for part in chunk.delta.tool_calls or []]
+    assert parts[0].id and parts[0].function.name == call.function.name == "f"
+    assert "".join(part.function.arguments for part in parts) == call.function.arguments and len(parts) > 3
+    assert call.function.arguments.replace(" ", "") == '{"n":"ab"}'

@@ -10,13 +10,14 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
-from common.request import Logprobs
+from common.request import Logprobs, SamplingParams
 from common.serve.model import Prompt, ServedModel
 from common.serve.protocol import ChatRequest
 from common.serve.serving import Answer, Serving, finite, read
-from common.serve.tools import ToolCalls
 from common.serve.worker import Piece
 from common.text.output import Delta
+from common.text.reasoning import Reasoning
+from common.text.tool_calls import HERMES, ToolCalls
 
 router = APIRouter()
 
@@ -24,16 +25,35 @@ router = APIRouter()
 @router.post("/v1/chat/completions")
 async def chat(http: HttpRequest) -> Response:
     arrival, serving, body = time.perf_counter(), Serving.of(http), await read(http, ChatRequest)
-    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    params = lambda: body.params(asked, (body.top_logprobs or 0) if body.logprobs else None)  # noqa: E731
+    params = lambda: chat_params(serving.model, body)  # noqa: E731
     answer = await Answer.of(http, "chat", "chatcmpl", body, arrival, params, lambda: [chat_prompt(serving.model, body)])
-    uses_tools = bool(body.tools) and body.tool_choice != "none"
-    choices = [Choice(answer, i, ToolCalls() if uses_tools else None) for i in range(answer.num_choices)]
+    choices = [Choice(answer, i, tool_calls(serving.model, body), reasoning(serving.model)) for i in range(answer.num_choices)]
     return await answer.respond(http, choices, "chat.completion", "chat.completion.chunk")
 
 
+def chat_params(model: ServedModel, body: ChatRequest) -> SamplingParams:
+    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    params = body.params(max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
+    if body.uses_tools and model.tool_format.special in model.tokenizer.special_tokens:
+        return params.clone(skip_special_tokens=False)  # else the text would lack the token that begins a call
+    return params
+
+
+def tool_calls(model: ServedModel, body: ChatRequest) -> ToolCalls | None:
+    """Return the reader of calls for one choice, None where the request has no tools. An enforced call has one format."""
+    if not body.uses_tools:
+        return None
+    form = model.tool_format if body.tool_choice in (None, "auto") else HERMES
+    return ToolCalls(form, eager=bool(body.stream), most=1 if body.parallel_tool_calls is False else None)
+
+
+def reasoning(model: ServedModel) -> Reasoning | None:
+    """Return the reader of reasoning for one choice, None for a model without."""
+    return None if model.reasoning is None else Reasoning.of(model.reasoning)
+
+
 def chat_prompt(model: ServedModel, body: ChatRequest) -> Prompt:
-    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if body.tool_choice != "none" else []
+    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if body.uses_tools else []
     return model.chat_prompt(body.messages, tools or None, body.add_generation_prompt, body.truncate_prompt_tokens)
 
 
@@ -44,8 +64,10 @@ class Choice:
     answer: Answer
     index: int
     parser: ToolCalls | None
+    thoughts: Reasoning | None
     begun: bool = False
     text: str = ""
+    reasoning: str = ""
     token_ids: list[int] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
@@ -56,7 +78,9 @@ class Choice:
         """The chunks that a piece makes: the first comes with one that tells the role."""
         delta = piece.delta
         self.answer.completion_tokens += len(delta.token_ids)
-        finish, text, calls = delta.finish_reason, delta.text, list[dict[str, Any]]()
+        finish, text, thought, calls = delta.finish_reason, delta.text, "", list[dict[str, Any]]()
+        if self.thoughts is not None:
+            thought, text = self.thoughts.push(text, last=finish is not None)
         if self.parser is not None:
             text, calls = self.parser.push(text, last=finish is not None)
             if finish == "stop" and self.parser.count:
@@ -65,11 +89,19 @@ class Choice:
         role = [] if self.begun else [self._chunk({"role": "assistant", "content": ""}, None)]
         self.begun = True
         self.text += text
+        self.reasoning += thought
         self.token_ids += delta.token_ids
-        self.calls += [{key: value for key, value in call.items() if key != "index"} for call in calls]
+        for part in calls:
+            if "id" in part:
+                rest = {key: value for key, value in part.items() if key != "index"}
+                self.calls.append({**rest, "function": dict(part["function"])})
+            else:
+                self.calls[-1]["function"]["arguments"] += part["function"]["arguments"]
         self.logprobs += entries
         self.finish_reason, self.stop_reason = finish, delta.stop_reason
-        message = {"content": text} | ({"tool_calls": calls} if calls else {})
+        message: dict[str, Any] = {"content": text} | ({"tool_calls": calls} if calls else {})
+        if thought:
+            message |= {"reasoning_content": thought, "reasoning": thought}  # vLLM's former and present names
         return [*role, self._chunk(message, entries if self._scored else None, finish, delta)]
 
     @property
@@ -107,6 +139,8 @@ class Choice:
         message: dict[str, Any] = {"role": "assistant", "content": self.text if self.text or not self.calls else None}
         if self.calls:
             message["tool_calls"] = self.calls
+        if self.thoughts is not None:
+            message |= dict.fromkeys(("reasoning_content", "reasoning"), self.reasoning or None)
         choice = {
             "index": self.index,
             "message": message,

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any
+from typing import Any, get_args
 
 import uvicorn
 from fastapi import FastAPI
@@ -36,7 +36,9 @@ from common.serve.profiler import Profiler
 from common.serve.serving import Serving
 from common.serve.spans import Spans
 from common.serve.worker import Worker
+from common.text.reasoning import ReasoningParser
 from common.text.tokenizer import open_tokenizer
+from common.text.tool_calls import FORMATS
 from common.weights.checkpoint import open_checkpoint
 from common.weights.zoo import resolve
 
@@ -73,6 +75,18 @@ def make_parser(prog: str = "python -m common.serve") -> argparse.ArgumentParser
         default=[],
         metavar="JSON",
         help="""origins whose pages may call this server from a browser, such as '["http://localhost:3000"]', or '["*"]'""",
+    )
+    parser.add_argument(
+        "--tool-call-parser",
+        choices=("auto", *FORMATS),
+        default="auto",
+        help="the format in which the model writes calls of tools; auto reads it from the chat template",
+    )
+    parser.add_argument("--enable-auto-tool-choice", action="store_true", help="always so: accepted for vLLM's command lines")
+    parser.add_argument(
+        "--reasoning-parser",
+        choices=get_args(ReasoningParser),
+        help="answers have the reasoning of the model, <think>…</think>, in a field of its own",
     )
     parser.add_argument("--admin", action="store_true", help="offer /reset_prefix_cache")
     parser.add_argument(
@@ -227,7 +241,14 @@ def make_app(options: argparse.Namespace) -> FastAPI:
     engine = worker.wait_ready()
     served = options.served_model_name or [model_name(options), f"{model_name(options)}@{options.backend}"]
     serving = Serving(
-        model=ServedModel.of(served, checkpoint, tokenizer, engine.caps.max_model_len),
+        model=ServedModel.of(
+            served,
+            checkpoint,
+            tokenizer,
+            engine.caps.max_model_len,
+            tool_format=FORMATS.get(options.tool_call_parser),
+            reasoning=options.reasoning_parser,
+        ),
         worker=worker,
         metrics=Metrics(served[0], options.backend),
         stall_s=options.stall_s,

@@ -15,7 +15,10 @@ from common.serve.protocol import several
 from common.states import Pooler
 from common.text.chat import ChatTemplate
 from common.text.grammar import Grammars
+from common.text.reasoning import ReasoningParser
 from common.text.tokenizer import Tokenizer
+from common.text.tool_calls import ToolFormat, format_of_template
+from common.text.tool_prompt import with_tools
 from common.weights.checkpoint import Checkpoint
 
 NORMALIZED = 4
@@ -46,9 +49,23 @@ class ServedModel:
     vocab_size: int
     longest_token: int
     """Bytes."""
+    tool_format: ToolFormat
+    """How the model writes calls of tools."""
+    reasoning: ReasoningParser | None
+    """The format of the model's reasoning; None: all text is the answer."""
 
     @classmethod
-    def of(cls, names: Sequence[str], checkpoint: Checkpoint, tokenizer: Tokenizer, max_model_len: int) -> ServedModel:
+    def of(
+        cls,
+        names: Sequence[str],
+        checkpoint: Checkpoint,
+        tokenizer: Tokenizer,
+        max_model_len: int,
+        *,
+        tool_format: ToolFormat | None = None,
+        reasoning: ReasoningParser | None = None,
+    ) -> ServedModel:
+        """Return the model under these names. Without a `tool_format` the chat template decides."""
         eos = tokenizer.all_eos(checkpoint.config.eos_token_ids)
         return cls(
             names=tuple(names),
@@ -60,6 +77,8 @@ class ServedModel:
             eos_token_ids=eos,
             max_model_len=max_model_len,
             vocab_size=checkpoint.config.vocab_size,
+            tool_format=tool_format or format_of_template(tokenizer.chat_template),
+            reasoning=reasoning,
             longest_token=max(len(tokenizer.token_bytes(i, False)) for i in range(tokenizer.vocab_size)),
         )
 
@@ -126,9 +145,9 @@ class ServedModel:
         if self.template is None:
             told = "This model has no chat template: it continues text. Use the completions endpoint."
             raise ApiError(400, told, "messages")
-        if tools and "tools" not in (self.tokenizer.chat_template or ""):
-            raise ApiError(400, "The chat template of this model knows no tools.", "tools")
         plain = [message_of(i, message) for i, message in enumerate(messages)]
+        if "tools" not in (self.tokenizer.chat_template or ""):
+            plain, tools = with_tools(plain, tools), None
         size = sum(len(str(message["content"])) for message in plain)
         most = self.max_model_len * self.longest_token * NORMALIZED
         told = f"messages have {size} characters, which do not fit a context of {self.max_model_len} tokens."

@@ -271,6 +271,11 @@ class ChatRequest(Sampled):
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true.", "top_logprobs")
 
+    @property
+    def uses_tools(self) -> bool:
+        """Whether the answer may call tools."""
+        return bool(self.tools) and self.tool_choice != "none"
+
     def field_of(self, param: str | None) -> str | None:
         if param == "max_tokens" and self.max_completion_tokens is not None:
             return "max_completion_tokens"
