@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from common.text.grammar import SPACES
 from common.text.tool_calls import HERMES
 
 
@@ -24,7 +25,7 @@ def call_grammar(functions: Mapping[str, Any]) -> str:
         for i, (name, schema) in enumerate(functions.items())
     ]
     (begin,), end = HERMES.begin, HERMES.end
-    return f'start: "{begin}\\n" call "\\n{end}"\ncall: %json {json.dumps({"anyOf": calls})}'
+    return f'start: "{begin}\\n" call "\\n{end}"\ncall: %json {json.dumps({"x-guidance": {"whitespace_pattern": SPACES}, "anyOf": calls})}'
 
 
 def moved(schema: Any, to: str) -> Any:
