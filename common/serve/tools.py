@@ -25,7 +25,8 @@ def call_grammar(functions: Mapping[str, Any]) -> str:
         for i, (name, schema) in enumerate(functions.items())
     ]
     (begin,), end = HERMES.begin, HERMES.end
-    return f'start: "{begin}\\n" call "\\n{end}"\ncall: %json {json.dumps({"x-guidance": {"whitespace_pattern": SPACES}, "anyOf": calls})}'
+    schema = {"x-guidance": {"whitespace_pattern": SPACES}, "anyOf": calls}
+    return f'start: "{begin}\\n" call "\\n{end}"\ncall: %json {json.dumps(schema)}'
 
 
 def moved(schema: Any, to: str) -> Any:

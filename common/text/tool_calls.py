@@ -190,7 +190,7 @@ class _Region:
         return found
 
     def _progress(self, scanner: CallScanner) -> list[tuple[str | None, str]]:
-        name, arguments = self._name or scanner.name, scanner.arguments or ("{}" if scanner.done else "")
+        name, arguments = self._name or scanner.name, scanner.arguments.rstrip() or ("{}" if scanner.done else "")
         if name is None or not arguments.startswith("{") or len(arguments) == self._sent:
             return []
         part = (None, arguments[self._sent :]) if self._sent is not None else (name, arguments)
