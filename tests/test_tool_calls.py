@@ -36,8 +36,8 @@ def followed(form: ToolFormat, text: str, size: int, **options: Any) -> tuple[st
 @pytest.mark.parametrize(
     ("name", "text", "plain"),
     [
-        ("hermes", 'Let me see. <tool_call>\n{"name": "f", "arguments": %s }\n</tool_call><tool_call>{"arguments":{},"name":"g"}'
-         "</tool_call> Done.", "Let me see.  Done."),
+        ("hermes", 'I see. <tool_call>\n{"name": "f", "arguments": %s }\n</tool_call><tool_call>{"arguments":{},"name":"g"}'
+         "</tool_call> Done.", "I see.  Done."),
         ("llama3_json", ' {"name": "f", "parameters": %s}; {"name": "g", "parameters": {}}', ""),
         ("llama3_json", '<|python_tag|>{"name": "f", "parameters": %s};{"type": "x", "name": "g", "parameters": {}}', ""),
         ("mistral", 'Well.[TOOL_CALLS][{"name": "f", "arguments": %s}, {"name": "g", "arguments": {}, "id": "1"}]', "Well."),
