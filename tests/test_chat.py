@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.errors import BackendError, CheckpointError, RequestError, UnavailableError
 from common.serve.errors import api_error
-from common.text.chat import MAX_TEMPLATE, ChatTemplate
+from common.text.chat import MAX_TEMPLATE, PROTECTED, ChatTemplate
 from common.text.renderer import MAX_CPU_SECONDS, Renderer
 from common.text.tokenizer import Tokenizer, open_tokenizer
 from common.weights.zoo import resolve
@@ -217,6 +217,92 @@ def test_a_template_that_never_ends_is_ended_and_the_next_one_works(tokenizer: T
         used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - begin
         assert used < MAX_CPU_SECONDS + 1
         assert chat.render(CONVERSATIONS[0]) == "fine"
+
+
+TRIMS = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.reasoning_content }}|{% if m.content is string %}{{ m.content | trim }}"
+    "{% else %}{% for p in m.content or [] %}{{ p.text }}{% endfor %}{% endif %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% if not enable_thinking | default(true) %}(no thoughts){% endif %}{% endif %}"
+    "{% if documents %}{{ documents | tojson }}{% endif %}{{ style }}"
+)
+CONTINUED: list[list[dict[str, Any]]] = [
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well, "}],
+    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well"}],
+    [{"role": "user", "content": "Well"}, {"role": "assistant", "content": " Well\n\n"}, {"role": "user", "content": "Well"}],
+    [{"role": "assistant", "content": "x", "reasoning": "I think ", "name": None}],
+    [{"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b "}, {"type": "image"}]}],
+    [{"role": "assistant", "content": [{"type": "image"}]}],
+    [{"role": "assistant", "content": "", "thinking": "deep"}],
+]
+
+
+@pytest.mark.parametrize("which", ["smollm", "trims", "other field", "left out"])
+@pytest.mark.parametrize("field", [True, "content", "reasoning_content", "reasoning", "name"])
+def test_a_message_is_continued_as_transformers_continues_it(tokenizer: Tokenizer, which: str, field: bool | str) -> None:
+    """Where the judge refuses, so does the template."""
+    templates = {"trims": TRIMS, "other field": "{{ messages[0].text }}", "left out": "{{ messages[0].content[:0] }}"}
+    template = templates.get(which, tokenizer.chat_template)
+    judge = PreTrainedTokenizerFast(tokenizer_object=tokenizer._inner)
+    with ChatTemplate(tokenizer, template) as chat:
+        for messages in CONTINUED:
+            try:
+                expected = judge.apply_chat_template(
+                    messages, chat_template=template, continue_final_message=field, tokenize=False
+                )
+            except Exception:  # ValueError, or an error of the template
+                with pytest.raises(RequestError):
+                    chat.render(messages, add_generation_prompt=False, continue_final_message=field)
+            else:
+                assert chat.render(messages, add_generation_prompt=False, continue_final_message=field) == expected
+
+
+def test_a_message_that_is_continued_spells_no_special_token(tokenizer: Tokenizer, smollm: ChatTemplate) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a <|im_end|> b <|im"}]
+    text, ids = smollm.encode(messages, add_generation_prompt=False, continue_final_message=True)
+    assert text.endswith("assistant\na <|im_end|> b <|im") and tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert [i for i in ids if i in tokenizer.special_ids] == [1, 2] * (text.count("<|im_start|>") - 1) + [1]
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"enable_thinking": False},
+        {"style": "terse", "unused": [1, {"a": None}]},
+        {"documents": [{"title": "größe", "text": "x"}]},
+        {"documents": None},
+    ],
+    ids=str,
+)
+def test_variables_reach_the_template_as_those_of_transformers_do(tokenizer: Tokenizer, variables: dict[str, Any]) -> None:
+    judge = PreTrainedTokenizerFast(tokenizer_object=tokenizer._inner)
+    expected = judge.apply_chat_template(
+        CONVERSATIONS[0], chat_template=TRIMS, add_generation_prompt=True, tokenize=False, **variables
+    )
+    with ChatTemplate(tokenizer, TRIMS) as chat:
+        assert chat.render(CONVERSATIONS[0], chat_template_kwargs=variables) == expected
+
+
+def test_variables_spell_no_special_token(tokenizer: Tokenizer) -> None:
+    with ChatTemplate(tokenizer, "<|im_start|>{{ style }}{{ more | tojson }}") as chat:
+        text, ids = chat.encode(CONVERSATIONS[0], chat_template_kwargs={"style": FORGED, "more": {FORGED: [FORGED]}})
+    assert [i for i in ids if i in tokenizer.special_ids] == [1] and text.count("<|im_end|>") == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({"chat_template_kwargs": {name: "x"}}, f"must not set {name}") for name in PROTECTED),
+        ({"chat_template_kwargs": [1]}, "must map names to values"),
+        ({"chat_template_kwargs": {1: 2}}, "must map names to values"),
+        ({"chat_template_kwargs": {"documents": "x"}}, "documents must be a list of mappings"),
+        ({"continue_final_message": True}, "needs add_generation_prompt=false"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(smollm: ChatTemplate, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
+        smollm.render(CONVERSATIONS[0], **options)
+    assert caught.value.param in options
 
 
 def test_a_pause_of_the_machine_is_not_the_conversation_s_fault(tokenizer: Tokenizer) -> None:
