@@ -50,7 +50,9 @@ class Caps:
     max_tokens: int = 1 << 30
     """Packed tokens a step at most."""
     max_seqs: int = 1 << 30
-    """Sequences a step at most; also the number of permanent rows, and of logit rows at most."""
+    """Sequences a step at most; also the number of permanent rows."""
+    max_logits: int = 0
+    """Logit rows a step at most, where prompts are scored. `max_seqs` if that is more."""
     max_model_len: int = 1 << 30
     vocab_size: int = 1 << 30
     depth: int = 0
@@ -80,9 +82,18 @@ class KVGroup:
     """Bytes of one page over all layers of the group, K and V together, as they are stored."""
 
 
+LOGITS_BYTES = 32 << 20
+"""Of the logits of the tokens that a step scores: a step with more takes no less time for each."""
+
+
 def one_group(model: ModelConfig, page_bytes: int) -> tuple[KVGroup]:
     """All layers of a model on one page table."""
     return (KVGroup(layers=tuple(range(model.num_layers)), window=0, page_bytes=page_bytes),)
+
+
+def max_logits(model: ModelConfig, config: EngineConfig) -> int:
+    """Return the logit rows that a step takes, one for each sequence and each token of a prompt that is scored."""
+    return max(config.max_num_seqs, min(config.max_num_batched_tokens, LOGITS_BYTES // (4 * model.vocab_size)))
 
 
 def last_residual(num_layers: int) -> str:

@@ -201,7 +201,7 @@ class SamplingParams:
     """None: none. k: of the chosen token and of the k likeliest, from the raw logits."""
     prompt_logprobs: int | None = None
     """Likewise of the prompt's tokens but the first, each given those before it. Such a prompt is not looked up in the prefix
-    cache."""
+    cache: a score needs the hidden state of its position, and pages hold keys and values. Other requests find its pages."""
     stop: tuple[str, ...] | list[str] | str = ()
     stop_token_ids: tuple[int, ...] | list[int] = ()
     ignore_eos: bool = False

@@ -263,7 +263,7 @@ class Step(Native):
         """Empty pages and rows."""
         config, (device,) = self.config, self.group._devices(self.device)
         cache = _make_cache(self.model_config, num_pages, config.block_size, config.dtype, self.group)
-        shape = config.max_num_seqs, self.model_config.vocab_size
+        shape = self.max_logits, self.model_config.vocab_size
         logits_RV = _zeros(shape, jnp.float32, device) if self.model_config.predicts else None
         return State(cache, jnp.zeros((config.max_num_seqs,), jnp.int32, device=device), logits_RV)
 
@@ -325,11 +325,11 @@ class Step(Native):
         before: Sequence[Array] = (),
     ) -> Any:
         """A step in `tokens` as they are compiled, and in the rows of the state's logits; without a batch one that has none."""
-        rows = self.config.max_num_seqs if state.logits is None else len(state.logits)
+        rows = self.max_logits if state.logits is None else len(state.logits)
         program = tokens, rows, names
         open_library().tandem_threads(self._threads)  # another engine of this process may have another number
         pages = -(-self._positions // self.config.block_size)
-        size = max_step_size(self.config.max_num_batched_tokens, rows, pages)
+        size = max_step_size(self.config.max_num_batched_tokens, self.config.max_num_seqs, pages, rows)
         step = np.zeros(size, np.int32) if batch is None else _filled(size, pack_step(batch))
         first = without_modes(step) if batch is not None and batch.adjusts else step  # what it chooses is chosen anew
         if program not in self._compiled:
@@ -345,7 +345,7 @@ class Step(Native):
         """Choose the step's tokens anew, from changed logits: so a step that changes none stays one program."""
         logits_RV = state.logits
         rows, vocab = logits_RV.shape
-        size = HEADER + 5 * _EDITS + rows * (1 + -(-vocab // 32))
+        size = HEADER + 5 * _EDITS + min(rows, self.config.max_num_seqs) * (1 + -(-vocab // 32))  # only samples have masks
         if rows not in self._choosers:
             words = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (len(step), size))
             held = state.last_tokens, logits_RV
@@ -405,7 +405,7 @@ class SharedStep(Native, FrameworkStep):
         return super()._run(*arguments, **options)
 
     def _shapes(self, bucket: Any) -> _Packed:
-        return _Packed((max_step_size(bucket.tokens, bucket.seqs, bucket.pages),), _choice_shape(bucket.seqs))
+        return _Packed((max_step_size(bucket.tokens, bucket.seqs, bucket.pages, bucket.seqs),), _choice_shape(bucket.seqs))
 
     def _inputs(self, bucket: Any, batch: Batch) -> _Packed:
         return _Packed(pack_step(batch), self._first_choice(batch, bucket.seqs))

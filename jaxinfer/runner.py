@@ -71,6 +71,7 @@ class ModelRunner(interface.ModelRunner):
             decode_buckets=step.decode_buckets,
             max_tokens=self.config.max_num_batched_tokens,
             max_seqs=self.config.max_num_seqs,
+            max_logits=step.max_logits,
             max_model_len=positions,
             vocab_size=self.model_config.vocab_size,
             depth=self.group.stages - 1,

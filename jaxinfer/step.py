@@ -21,9 +21,9 @@ from flax import nnx
 from jax import Array, lax
 
 from common.config import EngineConfig, ModelConfig
-from common.interface import Progress, last_residual, page_bytes
+from common.interface import Progress, last_residual, max_logits, page_bytes
 from common.parallel import join_heads, local_config, pool_config, split_heads, stage_layers
-from common.schedule.batch import Batch, Mask, Want, masked
+from common.schedule.batch import Batch, Mask, Want, masked, without_scores
 from common.weights.checkpoint import Checkpoint
 from common.weights.shard import stage_of
 from jaxinfer import cache as pages
@@ -38,6 +38,8 @@ from jaxinfer.weights import load_model
 
 _EDITS = 1 << 16
 """Edits of one call; a step that has more takes several."""
+_SCORES = 128
+"""Tokens that one call scores, where a step scores more than it has logit rows."""
 _EDIT_BLOCK = 1 << 10
 """Edits are applied so many at a time, as far as there are any."""
 
@@ -92,7 +94,10 @@ class Inputs(NamedTuple):
 class Part:
     """What a step has of a model that a group shares out: the layers of a stage, and of those a rank's part."""
 
+    config: EngineConfig
     group: Group
+    max_logits: int
+    """Logit rows of a step at most."""
 
     def take(self, checkpoint: Checkpoint, positions: int) -> Checkpoint:
         """The stage's part of a checkpoint, for whoever loads it, with room for `positions` rotary positions."""
@@ -104,7 +109,11 @@ class Part:
         # What the programs that serve give besides: it is there, so embeddings need no programs of their own.
         alone = self.group.ranks * self.group.stages == 1
         self._shown = frozenset({last_residual(checkpoint.config.num_layers)} if alone else ())
+        self.max_logits = self._max_logits(checkpoint.config)
         return checkpoint
+
+    def _max_logits(self, model: ModelConfig) -> int:
+        return max_logits(model, self.config)
 
 
 class Step(Part):
@@ -118,6 +127,7 @@ class Step(Part):
         self.decode_buckets = _decode_buckets(config.max_num_seqs)
         self._compiled: dict[tuple[_Bucket, Names], Any] = {}
         self._choosers: dict[int, Any] = {}
+        self._scorer: Any = None
         self._layouts: dict[_Bucket, Any] = {}
         self._told, self._tells = 0, dict[_Bucket, int]()  # bytes of each rank to the others, so far and in one step
 
@@ -156,6 +166,7 @@ class Step(Part):
         # XLA holds no lock while it compiles: a second thread fills what one leaves idle between its parallel phases.
         with ThreadPoolExecutor(2) as pool:
             compiled = pool.map(lambda bucket: self._compile(bucket, state, self._shown), buckets)
+            scorer = pool.submit(self._compile_scorer) if self.max_logits > self.config.max_num_seqs else None
             choosers = pool.map(self._chooser, {bucket.seqs for bucket in buckets if self._local.predicts})
             for done, (bucket, step) in enumerate(zip(buckets, compiled, strict=True)):
                 self._compiled[bucket, self._shown] = step
@@ -163,6 +174,7 @@ class Step(Part):
                     kind = "chunks and decodes" if bucket.chunked else "decodes"
                     progress(done + 1, len(buckets), f"compiled steps of {bucket.tokens} tokens, {kind}")
             deque(choosers, 0)
+            self._scorer = scorer and scorer.result()
         for (bucket, _), step in self._compiled.items():
             before = [jnp.zeros(x.shape, x.dtype, device=x.sharding) for x in self._before(bucket)]
             state, *_ = step(self.weights, state, np.zeros(_size(self._layout(bucket)), np.int32), *before)
@@ -196,13 +208,61 @@ class Step(Part):
         arrays = {name: split_heads(x, self.model_config, self.group.ranks) for name, x in arrays.items()}
         return state._replace(cache=pages.write_pages(state.cache, pages_, arrays))
 
+    def _max_logits(self, model: ModelConfig) -> int:
+        return max_logits(model, self.config) if self._shown else self.config.max_num_seqs
+
     def _advance(self, state: State, batch: Batch, mask: Mask, *before: Array) -> tuple[State, Any]:
         """As `run`, but that a stage that is not the last gives its residual stream, and one that is not the first takes that
         of the stage before it."""
         sizes, chunked = self._sizes(batch)
         bucket = self._bucket(next(size for size in sizes if size >= batch.num_tokens), chunked)
+        if len(batch.logit_rows) > bucket.seqs:
+            return self._score(bucket, state, batch, mask)
         state, out, _ = self._run(bucket, state, batch, self._shown, mask, before)
         return state, (lambda: to_host(out)) if self._local.predicts else out
+
+    def _score(self, bucket: _Bucket, state: State, batch: Batch, mask: Mask) -> tuple[State, Any]:
+        """As `_advance`, where more tokens are scored than the program of the bucket has logit rows: another program makes
+        the logits of those, `_SCORES` at a time, from the residual stream behind the last layer."""
+        state, out, taps = self._run(bucket, state, without_scores(batch), self._shown, mask)
+        (states_TD,) = taps.values()
+        scored = (batch.want & Want.SAMPLE) == 0
+
+        def fetch() -> tuple[Any, ...]:
+            sampled, states = to_host((out, states_TD))
+            rows, ids = batch.logit_rows[scored], batch.score_ids[scored]  # type: ignore[index]
+            parts = [
+                self._scores(states[rows[at : at + _SCORES]], ids[at : at + _SCORES]) for at in range(0, len(rows), _SCORES)
+            ]
+            merged = []
+            for mine, *others in zip(sampled, *parts, strict=True):
+                x = np.empty((len(scored), *mine.shape[1:]), mine.dtype)
+                x[~scored], x[scored] = mine[: len(scored) - len(rows)], np.concatenate(others)
+                merged.append(x)
+            return tuple(merged)
+
+        return state, fetch
+
+    def _scores(self, states: np.ndarray, ids: np.ndarray) -> sampling.Sampled:
+        """What is reported on at most `_SCORES` tokens, whose residual streams are given, on the host."""
+        count = len(ids)
+        padded = np.zeros((_SCORES, states.shape[1]), states.dtype)
+        padded[:count] = states
+        found = self._scorer(self.weights, padded, np.pad(ids, (0, _SCORES - count)))
+        return sampling.Sampled(*(x[:count] for x in to_host(found)))
+
+    def _compile_scorer(self) -> Any:
+        """The program of `_scores`."""
+
+        def score(weights: Any, states_RD: Array, ids: Array) -> sampling.Sampled:
+            model: Decoder = self.model(weights)
+            logits_RV = logits(model, model.norm(states_RD))
+            finite = jnp.isfinite(logits_RV.sum(axis=-1))
+            return sampling.Sampled(ids, finite, *sampling.logprobs_of(logits_RV, ids))
+
+        states = jax.ShapeDtypeStruct((_SCORES, self.model_config.hidden_size), self._stream_dtype)
+        ids = jax.ShapeDtypeStruct((_SCORES,), jnp.int32)
+        return jax.jit(score).lower(self.weights, states, ids).compile()
 
     def _copy_pages(self, state: State, pairs: np.ndarray) -> State:
         return state._replace(cache=pages._copy_all(state.cache, pairs))

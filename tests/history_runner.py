@@ -70,6 +70,7 @@ class HistoryRunner(ModelRunner):
         block_size: int = 16,
         vocab_size: int = 64,
         max_seqs: int = 64,
+        max_logits: int = 0,
         depth: int = 0,
         pipelined: bool = False,
         buckets: tuple[int, ...] = (),
@@ -86,6 +87,7 @@ class HistoryRunner(ModelRunner):
             decode_buckets=buckets,
             max_tokens=buckets[-1] if buckets else 1 << 30,
             max_seqs=max_seqs,
+            max_logits=max_logits,
             vocab_size=vocab_size,
             depth=depth,
             pipelined=pipelined,
@@ -199,7 +201,7 @@ class HistoryRunner(ModelRunner):
         owner = batch.logit_owner
         sample = (batch.want & Want.SAMPLE) > 0
         lengths = positions[batch.logit_rows] + 1
-        if not (lengths == kv_lengths[owner])[sample].all() or len(owner) > self._caps.max_seqs:
+        if not (lengths == kv_lengths[owner])[sample].all() or len(owner) > max(self._caps.max_seqs, self._caps.max_logits):
             self.violations.append(f"a token is sampled before the end, or {len(owner)} logit rows are too many")
         width = int(lengths.max(initial=0))
         span = np.arange(width)

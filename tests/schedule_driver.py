@@ -230,6 +230,7 @@ class Episode:
             block_size=self.block_size,
             vocab_size=VOCAB,
             max_seqs=max_seqs,
+            max_logits=budget if budget % 2 else 0,
             depth=self.depth,
             pipelined=self.pipelined,
             buckets=buckets,

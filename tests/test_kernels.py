@@ -611,7 +611,7 @@ def test_the_largest_step_fits_its_size() -> None:
     packer = Packer(400, 16, num_rows=8)
     rows = [packer.add([1] * 512, temperature=1.0, top_k=3) for _ in range(8)]
     batch = packer.step([(row, 500, 1) for row in rows[:7]] + [(rows[7], 450, 57)])
-    assert len(pack_step(batch)) <= max_step_size(64, 8, 32)
+    assert len(pack_step(batch)) <= max_step_size(64, 8, 32, 8)
 
 
 ROUGH = """

@@ -14,8 +14,9 @@ from common.engine import Engine
 from common.errors import RequestError
 from common.interface import load_backend
 from common.platform import cxx_compiler
+from common.request import Request, SamplingParams
 from common.schedule.batch import Want
-from tests.backends import Packer, checkpoint, engine_config, shared_runner
+from tests.backends import Packer, checkpoint, dense_logits, engine_config, make_engine, shared_runner
 from tests.judged import MODEL, PAGES, PROMPT, VALUES, VOCAB, judged_run, pairwise, request
 
 NATIVE = pytest.param("native", marks=pytest.mark.skipif(cxx_compiler() is None, reason="there is no C++ compiler"))
@@ -151,3 +152,27 @@ def test_what_lies_outside_the_vocabulary_or_leaves_nothing_is_refused(params: d
     with pytest.raises(RequestError, match=match):
         engine.add(request("r", PROMPT[:3], **params))
     assert not engine.has_work
+
+
+@pytest.mark.parametrize("kernels", ["framework", "native"])
+def test_a_prompt_is_scored_in_as_few_steps_as_it_is_computed_in(backend: str, kernels: str) -> None:
+    """Not in as many as its tokens take with a logit row for each sequence, of which there are 8."""
+    engine = make_engine(backend, MODEL, engine_config(kernels=kernels), pages=40)
+    prompt = list(range(10, 210))
+    logits = dense_logits(backend, checkpoint(MODEL).path, prompt).astype(np.float64)
+    before = engine.stats()
+    for beside in ([], [Request(request_id="b", prompt_token_ids=[5, 6], params=SamplingParams(seed=1, max_tokens=9))]):
+        params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=1, prompt_logprobs=2)
+        scored = Request(request_id="a", prompt_token_ids=prompt, params=params)
+        engine.reset_prefix_cache()
+        (event,) = engine.run([*beside, scored])["a"]
+        if not beside:
+            assert engine.stats()["steps"] - before["steps"] == 4  # of 64 tokens
+        right = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        assert event.token_id == logits[-1].argmax() and event.prompt_logprobs is not None
+        assert event.logprobs is not None and abs(event.logprobs.logprob - right[-1].max()) < 1e-4
+        for at, found in enumerate(event.prompt_logprobs[1:]):
+            assert found is not None and abs(found.logprob - right[at, prompt[at + 1]]) < 1e-4, at
+            assert found.rank == 1 + (logits[at] > logits[at, prompt[at + 1]]).sum()
+            np.testing.assert_allclose(found.top_logprobs, np.sort(right[at])[:-3:-1], atol=1e-4)
+    assert engine.stats()["compilations"] == before["compilations"]

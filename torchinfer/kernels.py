@@ -254,7 +254,7 @@ class Step(Native):
         config = self.config
         cache = make_cache(self.model_config, num_pages, config.block_size, config.dtype)
         vocab = self.model_config.vocab_size if self.model_config.predicts else 0
-        logits_RV = torch.zeros((config.max_num_seqs, vocab), dtype=torch.float32, device="cpu")
+        logits_RV = torch.empty((self.max_logits, vocab), dtype=torch.float32, device="cpu")
         torch.ops.tandem.huge(logits_RV)
         return State(cache, torch.zeros(config.max_num_seqs, dtype=torch.int32, device="cpu"), logits_RV)
 
@@ -316,7 +316,7 @@ class SharedStep(Native, FrameworkStep):
         config = self.config
         cache = make_cache(self._local, num_pages, config.block_size, config.dtype)
         vocab = self._local.vocab_size if self._local.predicts else 0
-        logits_RV = torch.zeros((config.max_num_seqs, vocab), dtype=torch.float32, device="cpu")
+        logits_RV = torch.empty((self.max_logits, vocab), dtype=torch.float32, device="cpu")
         torch.ops.tandem.huge(logits_RV)
         return State(cache, torch.zeros(config.max_num_seqs + 1, dtype=torch.int32, device="cpu"), logits_RV)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.config import EngineConfig, ModelConfig
 from common.errors import BackendError
-from common.interface import Progress, page_bytes
+from common.interface import Progress, max_logits, page_bytes
 from common.parallel import join_heads, local_config, pool_config, split_heads, stage_layers
 from common.platform import cxx_compiler
 from common.schedule.batch import Batch, Mask, Want, masked, null_batch
@@ -65,7 +65,10 @@ class Inputs(NamedTuple):
 class Part:
     """What a step has of a model that a group shares out: the layers of a stage, and of those a rank's part."""
 
+    config: EngineConfig
     group: Group
+    max_logits: int
+    """Logit rows of a step at most."""
 
     def take(self, checkpoint: Checkpoint, positions: int) -> Checkpoint:
         """The stage's part of a checkpoint, for whoever loads it, with room for `positions` rotary positions."""
@@ -74,6 +77,7 @@ class Part:
         self.model_config: ModelConfig = checkpoint.config
         self._local = local_config(checkpoint.config, self.group.ranks)
         self._positions = positions
+        self.max_logits = max_logits(checkpoint.config, self.config)
         return checkpoint
 
 

@@ -195,6 +195,18 @@ def masked(batch: Batch, mask: Mask) -> Batch:
     return batch if mask is None else Batch.pack(**{name: getattr(batch, name) for name in VIEWS} | {"masks": mask()})
 
 
+def without_scores(batch: Batch) -> Batch:
+    """Return the batch with only the logit rows that are sampled."""
+    sampled = (batch.want & Want.SAMPLE) > 0
+    place = sampled.cumsum(dtype=np.int32) - 1
+    views = {name: getattr(batch, name) for name in VIEWS} | {"score_ids": None}
+    for name in ("logit_rows", "logit_owner", "want", "num_top"):
+        views[name] = None if views[name] is None else views[name][sampled]
+    for name in ("edit_rows", "mask_rows"):
+        views[name] = None if views[name] is None else place[views[name]]
+    return Batch.pack(**views)
+
+
 def null_batch(tokens: int, seqs: int, page_size: int) -> Batch:
     """A step of `seqs` sequences on the null page: all decodes but the last, which takes the rest of `tokens`."""
     counts = np.array([1] * (seqs - 1) + [tokens - seqs + 1], np.int32)

@@ -95,6 +95,7 @@ class Scheduler:
         self.block_size, self.prefix_caching, self.seed = block_size, prefix_caching, seed
         self.budget = min(max_num_batched_tokens, caps.max_tokens)
         self.max_num_seqs = min(max_num_seqs, caps.max_seqs, self.budget)
+        self.max_logits = max(caps.max_logits, caps.max_seqs)
         self.static, self.dense, self.chunked_prefill = schedule == "static", cache == "dense", chunked_prefill
         self.batch: set[Sequence] = set()
         """The static batch that runs, or is about to."""
@@ -268,7 +269,7 @@ class Scheduler:
         decodes, chunks = self._continue()
         admitted: list[tuple[Sequence, int]] = []
         if self.num_preemptions == preemptions:
-            logit_rows = self.caps.max_seqs - len(self.running) - sum(count - 1 for seq, count in chunks if seq.scoring)
+            logit_rows = self.max_logits - len(self.running) - sum(count - 1 for seq, count in chunks if seq.scoring)
             admitted = self._admit(self.budget - len(decodes) - sum(count for _, count in chunks), logit_rows)
         started = tuple(seq.request.request_id for seq, _ in admitted if seq.admissions == 1)
         chunks += admitted
@@ -305,7 +306,7 @@ class Scheduler:
             elif len(seq.output) + seq.pending < seq.max_tokens and self._has_page(seq):
                 decodes.append(seq)
         budget, chunks = self.budget - len(decodes), []
-        logit_rows = self.caps.max_seqs - len(self.running)  # beside one for each
+        logit_rows = self.max_logits - len(self.running)  # beside one for each
         for seq in prefills:
             count = self._chunk_of(seq, budget, 1 + logit_rows)
             if count:

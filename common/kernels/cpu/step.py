@@ -52,9 +52,9 @@ def pack_changes(batch: Batch, at: int = 0, most: int | None = None) -> np.ndarr
     return np.concatenate([counts, rows, ids, edits, mask_rows, masks.reshape(-1).view(np.int32)])
 
 
-def max_step_size(tokens: int, seqs: int, pages: int) -> int:
-    """Words of the largest step of `tokens` tokens and `seqs` sequences, of `pages` pages each."""
-    return HEADER + 5 * tokens + 2 * seqs + 1 + seqs * pages + 9 * seqs
+def max_step_size(tokens: int, seqs: int, pages: int, rows: int) -> int:
+    """Words of the largest step of `tokens` tokens, `seqs` sequences of `pages` pages each, and `rows` logit rows."""
+    return HEADER + 5 * tokens + 2 * seqs + 1 + seqs * pages + 9 * rows
 
 
 def unpack_sampled(sampled: np.ndarray, batch: Batch) -> tuple[Any, ...]:
