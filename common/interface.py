@@ -83,7 +83,7 @@ class KVGroup:
 
 
 LOGITS_BYTES = 32 << 20
-"""Of the logits of the tokens that a step scores: a step with more takes no less time for each."""
+"""Bytes of a step's logits at most, unless those of `max_num_seqs` rows take more."""
 
 
 def one_group(model: ModelConfig, page_bytes: int) -> tuple[KVGroup]:
