@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
-from common.errors import BackendError, ConfigError
+from common.errors import BackendError, ConfigError, RequestError
 from common.llm import LLM
 from common.replicas.disaggregated import Disaggregated
 from common.replicas.segment import SHARES
@@ -257,6 +258,41 @@ def test_no_process_and_no_socket_outlives_an_engine_that_is_killed(history: Pat
     parent.wait()
     _, alive = psutil.wait_procs(others, timeout=5)
     assert alive == [] and not any(listening())
+
+
+def test_where_no_replica_computes_prompts_any_more_the_others_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packages, control = history_package(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{packages}{os.pathsep}{ROOT}")
+    monkeypatch.setattr("common.replicas.keeper.RETRY_S", 0.01)
+    with running(Disaggregated, PAIR) as engine:
+        (control / "slow").touch()
+        (packages / "historyinfer" / "__init__.py").write_text("raise SystemExit(9)")
+        asked = requests(6)
+        judge(asked, drive(engine, asked, lambda count: True, lambda: os.kill(engine.replicas[0].pid, signal.SIGKILL)))
+        Awake().wait(lambda: engine.replicas[0].given_up)
+        engine._num_requests = 0
+        asked = requests(6)
+        judge(asked, engine.run(asked))
+        whole = sum(len(request.prompt_token_ids) for request in asked)
+        assert engine.stats()["prompt_tokens"] == 2 * whole
+
+
+@pytest.mark.parametrize("kind", [RequestError, BackendError])
+def test_a_request_that_the_others_do_not_take_ends_alone(
+    two: Disaggregated, kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, add = requests(6), two._decode.add
+
+    def some(request: Request, *more: Any) -> None:
+        if request.request_id == asked[2].request_id:
+            raise kind("not this one")
+        add(request, *more)
+
+    monkeypatch.setattr(two._decode, "add", some)
+    events = two.run(asked)
+    first, end = events.pop(asked[2].request_id)
+    assert first.token_id is not None and end.finish is Status.FINISHED_ERROR and end.error == "not this one"
+    assert len(events) == 5 and all(mine[-1].finish and mine[-1].error is None for mine in events.values())
 
 
 def test_what_keeps_one_from_starting_is_told_as_it_was_raised_and_the_others_end() -> None:

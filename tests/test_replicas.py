@@ -378,6 +378,26 @@ def test_what_keeps_a_replica_from_starting_is_told_as_it_was_raised() -> None:
     assert str(by_name(**told)) == "No rank can be started." and type(by_name(**told)) is BackendError
 
 
+def test_one_that_is_started_again_has_as_many_pages_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packages, _ = history_package(tmp_path)
+    free = tmp_path / "free"
+    (packages / "sitecustomize.py").write_text(
+        "import pathlib, common.platform\n"
+        f"common.platform.memory_available = lambda: int(pathlib.Path({str(free)!r}).read_text())"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{packages}{os.pathsep}{ROOT}")
+    page_bytes = 16 * SMALL.block_size
+    free.write_text(str(8 * 50 * page_bytes))  # a quarter is for both
+    with running(Replicas, replace(SMALL, num_blocks=None)) as engine:
+        first = engine.replicas[0].pid
+        assert [replica.num_pages for replica in engine._replicas] == [49, 49]  # without the null page
+        free.write_text(str(8 * 30 * page_bytes))
+        os.kill(first, signal.SIGKILL)
+        Awake().wait(lambda: engine.replicas[0].pid != first and all_serve(engine))
+        engine.step(0)
+        assert [replica.num_pages for replica in engine._replicas] == [49, 49]
+
+
 def test_one_that_cannot_start_again_is_given_up_and_the_last_takes_all_requests_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,11 +3,12 @@ one `ServingEngine`.
 
 A request goes to the one set for its first token, and its pages stay there; then to the other, which fetches them
 (`common.replicas.handover`) and goes on behind that token. What does not come is computed there: a prompt's pages are worth its
-time, never its tokens.
+time, never its tokens. Where the first set cannot take a request, or no replica of it is left, the other computes all of it.
 """
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 from collections.abc import Callable, Sequence
@@ -19,15 +20,17 @@ from typing import Any
 import numpy as np
 
 from common.config import EngineConfig
-from common.errors import BackendError
+from common.errors import TandemError
 from common.interface import Caps, Progress, ReplicaState, ServingEngine
 from common.platform import cores
 from common.replicas.engine import PATIENCE_S, Replicas
 from common.replicas.totals import totals
-from common.request import Request, Status, TokenEvent
+from common.request import ENGINE_GONE, Request, Status, TokenEvent
 from common.schedule.limits import expect_new, expect_room
 from common.schedule.seeds import mix64
 from common.weights.checkpoint import Checkpoint
+
+log = logging.getLogger(__name__)
 
 
 class Disaggregated(ServingEngine):
@@ -47,7 +50,7 @@ class Disaggregated(ServingEngine):
         """Those whose first token is to come yet, and who then go on elsewhere."""
         self._events: list[TokenEvent] = []
         self._draining = False
-        self._num_requests = 0
+        self._num_requests = self._prompt_tokens = 0
 
         def start(backend: str, size: int) -> Replicas:
             part = replace(each, data_parallel_size=size, threads=size * threads)
@@ -78,13 +81,18 @@ class Disaggregated(ServingEngine):
         expect_room(request, waiting, max(free, 0), self._config.max_waiting, draining=self._draining, forks=forks)
         if request.own_seed is None:
             request = replace(request, seed=mix64(self._config.seed, self._num_requests))
-        if most == cap:
-            self._prefill.add(request)  # which is all of it
+        whole = most == cap
+        try:
+            self._prefill.add(request if whole else replace(request, max_tokens=cap, keep_pages=True))
+        except TandemError as error:
+            log.warning("Request %s is computed by the replicas that decode: %s", request.request_id, error)
+            self._decode.add(request)
         else:
-            self._prefill.add(replace(request, max_tokens=cap, keep_pages=True))
-            self._first.add(request.request_id)
+            if not whole:
+                self._first.add(request.request_id)
         self._live[request.request_id] = request
         self._num_requests += 1
+        self._prompt_tokens += len(request.prompt_token_ids)
 
     def abort(self, request_id: str) -> bool:
         return self._end(request_id, lambda part: part.abort(request_id))
@@ -130,17 +138,20 @@ class Disaggregated(ServingEngine):
         return told
 
     def _pass_on(self, event: TokenEvent) -> list[TokenEvent]:
-        """What is to be told of an event of those that compute prompts."""
-        goes_on = event.finish is Status.FINISHED_LENGTH and event.request_id in self._first
-        self._first.discard(event.request_id)
-        if not goes_on or event.token_id is None:
-            return [event]
+        """Return the events of the caller for one of the replicas that compute prompts. The other replicas take the request if
+        it goes on, or if no replica that computes prompts is left. An error there ends this request only."""
         request = self._live[event.request_id]
-        output = (*request.output_token_ids, event.token_id)
-        told = [replace(event, finish=None)]
+        first = event.request_id in self._first
+        self._first.discard(event.request_id)
+        if first and event.finish is Status.FINISHED_LENGTH and event.token_id is not None:
+            told, output = [replace(event, finish=None)], (*request.output_token_ids, event.token_id)
+        elif event.error is not None and event.error.startswith(ENGINE_GONE):
+            told, output = [], request.output_token_ids
+        else:
+            return [event]
         try:
             self._decode.add(replace(request, output_token_ids=output), self._prefill.offers.pop(request.request_id, None))
-        except BackendError as error:  # none of them is left
+        except TandemError as error:
             name, now = request.request_id, perf_counter()
             told.append(TokenEvent(name, None, now, finish=Status.FINISHED_ERROR, error=str(error)))
         return told
@@ -160,7 +171,7 @@ class Disaggregated(ServingEngine):
         told = [each for part in parts for each in part.pop("replicas")]
         usage = totals(told).get("kv_cache_usage", 0.0)  # a mean over all of them alike
         return totals(parts) | {
-            "prompt_tokens": parts[0]["prompt_tokens"],
+            "prompt_tokens": self._prompt_tokens,
             "prompts_handed_over": parts[1].get("num_taken_over", 0),
             "prompts_recomputed": parts[1].get("num_computed_anew", 0),
             "kv_cache_usage": usage,

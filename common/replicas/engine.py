@@ -164,7 +164,11 @@ class Replicas(ServingEngine):
             self._news.put(news)
             ring()
 
-        self._replicas = [_Replica(Keeper(i, main, arguments, environment, post)) for i in range(size)]
+        def again(told: Message) -> Sequence[Any]:
+            """A replica that is started again has as many pages as before, whatever memory is free then."""
+            return backend, str(checkpoint.path), options | {"num_blocks": told["limits"]["num_pages"] + 1}
+
+        self._replicas = [_Replica(Keeper(i, main, arguments, environment, post, again)) for i in range(size)]
         self._router = Router(config.routing, size, config.block_size)
         self._live: dict[str, _Live] = {}
         self._tried: _Live | None = None

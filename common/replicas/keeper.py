@@ -92,7 +92,7 @@ News = Ready | Said | Gone
 
 class Keeper:
     """Keeps replica `index`: the function `main` with `arguments`, as `child.start` takes them. `post` is called on a
-    thread."""
+    thread. `again` returns the arguments of further starts, from the report of a process that serves."""
 
     def __init__(
         self,
@@ -101,9 +101,10 @@ class Keeper:
         arguments: Sequence[Any],
         environment: Mapping[str, str],
         post: Callable[[News], object],
+        again: Callable[[Message], Sequence[Any]] | None = None,
     ) -> None:
         self._index, self._main, self._arguments, self._environment = index, main, arguments, environment
-        self._post = post
+        self._post, self._again = post, again
         self._state = ReplicaState(0, False, 0.0)
         self._closing = threading.Event()
         self._lock = threading.Lock()  # over the start of a process and the end of them all
@@ -167,6 +168,8 @@ class Keeper:
                         self._state = self._state._replace(step_seconds=seconds)
                     case {"ready": told}:
                         silence.expect(SILENCE_S)
+                        if self._again:
+                            self._arguments = self._again(told)
                         self._state = self._state._replace(serves=True)
                         self._post(Ready(self._index, told, self._link))
                     case {"failed_to_start": told}:
