@@ -16,8 +16,9 @@ from common.request import Request, SamplingParams, expect, fan_out
 from common.schedule.prepare import prepare
 from common.serve.errors import ApiError
 from common.serve.worker import Call, Worker
+from common.text.opened import defaults_of, tokenizer_of
 from common.text.output import Delta, OutputText
-from common.text.tokenizer import Tokenizer, open_tokenizer
+from common.text.tokenizer import Tokenizer
 from common.weights.checkpoint import open_checkpoint
 from common.weights.zoo import resolve
 
@@ -28,12 +29,20 @@ class AsyncLLM:
     All calls belong to one event loop. `shutdown` ends the engine, and so does an `async with` block.
     """
 
-    def __init__(self, model: str | os.PathLike[str] = "smollm2-135m", *, backend: str = "jax", **options: Any) -> None:
-        """Load `model` and warm the engine up; this blocks. `options` are those of `Checkpoint.engine_config`."""
+    def __init__(
+        self,
+        model: str | os.PathLike[str] = "smollm2-135m",
+        *,
+        backend: str = "jax",
+        tokenizer: str | None = None,
+        generation_config: str = "auto",
+        **options: Any,
+    ) -> None:
+        """Load `model` and warm the engine up; this blocks. The parameters are those of `LLM`."""
         checkpoint = open_checkpoint(resolve(os.fspath(model) if isinstance(model, os.PathLike) else model))
         config = checkpoint.engine_config(**options)
-        self.tokenizer: Tokenizer = open_tokenizer(checkpoint.path)
-        self.tokenizer.check_fits(checkpoint.config.vocab_size)
+        self.tokenizer: Tokenizer = tokenizer_of(checkpoint, tokenizer)
+        self._defaults = SamplingParams(**defaults_of(checkpoint, generation_config))
         self._builder = RequestBuilder(checkpoint.config, self.tokenizer)
         self._worker = Worker(lambda: open_engine(backend, checkpoint, config))
         self.caps = self._worker.wait_ready().caps
@@ -48,7 +57,7 @@ class AsyncLLM:
         Leaving the iteration early aborts the request. Raises `RequestError` for a prompt or parameters that cannot be served,
         and `BackendError` if the engine is gone.
         """
-        params = SamplingParams() if sampling_params is None else sampling_params
+        params = self._defaults if sampling_params is None else sampling_params
         expect(isinstance(params, SamplingParams), f"sampling_params must be SamplingParams, got {type(params).__name__}.")
         expect(is_one(prompt), f"generate continues one prompt, got {type(prompt).__name__}; call it once for each prompt.")
         self._bind()

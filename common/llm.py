@@ -43,8 +43,9 @@ from common.request import Request, SamplingParams, Status, TokenEvent, expect, 
 from common.schedule.prepare import prepare
 from common.states import Pooler, Pooling, check_pooling
 from common.text.chat import ChatTemplate, Message
+from common.text.opened import defaults_of, tokenizer_of
 from common.text.output import Delta, OutputText
-from common.text.tokenizer import Tokenizer, open_tokenizer
+from common.text.tokenizer import Tokenizer
 from common.weights.checkpoint import open_checkpoint
 from common.weights.zoo import resolve
 
@@ -54,16 +55,25 @@ class LLM:
     memory back; so does a `with` block."""
 
     def __init__(
-        self, model: str | os.PathLike[str] = "smollm2-135m", *, backend: str = "jax", use_tqdm: bool = True, **options: Any
+        self,
+        model: str | os.PathLike[str] = "smollm2-135m",
+        *,
+        backend: str = "jax",
+        tokenizer: str | None = None,
+        chat_template: str | None = None,
+        generation_config: str = "auto",
+        use_tqdm: bool = True,
+        **options: Any,
     ) -> None:
         """Load `model`, a name, a path or a hub id (`common.weights.zoo`). `options` are those of `Checkpoint.engine_config`.
 
+        `tokenizer`, `chat_template` and `generation_config` replace those of the model (`common.text.opened`).
         `use_tqdm` allows progress bars; they show on terminals only. Raises a `TandemError` for whatever cannot work.
         """
         checkpoint = open_checkpoint(resolve(os.fspath(model) if isinstance(model, os.PathLike) else model))
         config = checkpoint.engine_config(**options)
-        self.tokenizer: Tokenizer = open_tokenizer(checkpoint.path)
-        self.tokenizer.check_fits(checkpoint.config.vocab_size)
+        self.tokenizer: Tokenizer = tokenizer_of(checkpoint, tokenizer, chat_template)
+        self._defaults = SamplingParams(**defaults_of(checkpoint, generation_config))
         self._pooler = Pooler.of(checkpoint)
         self._builder = RequestBuilder(checkpoint.config, self.tokenizer)
         with _progress(use_tqdm) as progress:
@@ -130,6 +140,10 @@ class LLM:
         self._chat = self._chat or ChatTemplate(self.tokenizer)
         text, token_ids = self._chat.encode(messages, tools=tools, add_generation_prompt=add_generation_prompt)
         return {"prompt": text, "prompt_token_ids": token_ids}
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Return the parameters of requests that give none: those that the model recommends, in its generation_config.json."""
+        return self._defaults
 
     def get_tokenizer(self) -> Tokenizer:
         """Return the tokenizer of the model."""
@@ -205,7 +219,7 @@ class LLM:
         self, prompts: Sequence[Any], sampling_params: SamplingParams | Sequence[SamplingParams] | None
     ) -> tuple[list[str | None], list[Request]]:
         self._expect_open()
-        each = params_of_each(prompts, sampling_params)
+        each = params_of_each(prompts, sampling_params, self._defaults)
         pairs = [self._builder.tokens(i, prompt) for i, prompt in enumerate(prompts)]
         with self._lock:  # `close` ends the grammars' threads
             self._expect_open()

@@ -49,6 +49,13 @@ def add_model_options(parser: argparse.ArgumentParser, backends: str) -> None:
     """Which model, on which backend."""
     parser.add_argument("--model", default="smollm2-135m", help=f"a path, a hub id, or one of {', '.join(names())}")
     parser.add_argument("--backend", default="jax", help=backends)
+    parser.add_argument("--tokenizer", help="take the tokenizer of this model instead: a name, a path or a hub id")
+    parser.add_argument("--chat-template", help="take this chat template instead: a file, or the template itself")
+    parser.add_argument(
+        "--generation-config",
+        default="auto",
+        help="sampling defaults: auto (those of the model), vllm (none), or a directory with a generation_config.json",
+    )
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:

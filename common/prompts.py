@@ -76,14 +76,14 @@ def check_grammar(request: Request) -> None:
 
 
 def params_of_each(
-    prompts: Sequence[Any], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+    prompts: Sequence[Any], sampling_params: SamplingParams | Sequence[SamplingParams] | None, defaults: SamplingParams
 ) -> list[SamplingParams]:
-    """Return the sampling parameters of every prompt, from one for all, one each, or None for the defaults."""
+    """Return the sampling parameters of every prompt, from one for all, one each, or None for the `defaults`."""
     if isinstance(sampling_params, Sequence):
         each = list(sampling_params)
         expect(len(each) == len(prompts), f"Expected one sampling_params for each of {len(prompts)} prompts, got {len(each)}.")
     else:
-        each = [SamplingParams() if sampling_params is None else sampling_params] * len(prompts)
+        each = [defaults if sampling_params is None else sampling_params] * len(prompts)
     for given in each:
         expect(isinstance(given, SamplingParams), f"sampling_params must be SamplingParams, got {type(given).__name__}.")
     return each

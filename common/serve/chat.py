@@ -33,7 +33,7 @@ async def chat(http: HttpRequest) -> Response:
 
 def chat_params(model: ServedModel, body: ChatRequest) -> SamplingParams:
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    params = body.params(max_tokens, (body.top_logprobs or 0) if body.logprobs else None)
+    params = body.params(max_tokens, (body.top_logprobs or 0) if body.logprobs else None, defaults=model.defaults)
     if body.uses_tools and model.tool_format.special in model.tokenizer.special_tokens:
         return params.clone(skip_special_tokens=False)  # else the text would lack the token that begins a call
     return params

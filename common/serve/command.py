@@ -36,8 +36,8 @@ from common.serve.profiler import Profiler
 from common.serve.serving import Serving
 from common.serve.spans import Spans
 from common.serve.worker import Worker
+from common.text.opened import defaults_of, tokenizer_of
 from common.text.reasoning import ReasoningParser
-from common.text.tokenizer import open_tokenizer
 from common.text.tool_calls import FORMATS
 from common.weights.checkpoint import open_checkpoint
 from common.weights.zoo import resolve
@@ -226,8 +226,7 @@ def make_app(options: argparse.Namespace) -> FastAPI:
     key = api_key(options)
     checkpoint = open_checkpoint(resolve(options.model))
     config = checkpoint.engine_config(**engine_options(options))
-    tokenizer = open_tokenizer(checkpoint.path)
-    tokenizer.check_fits(checkpoint.config.vocab_size)
+    tokenizer = tokenizer_of(checkpoint, options.tokenizer, options.chat_template)
     expect_config(options.admin or not options.profile_dir, "--profile-dir is for /start_profile, which needs --admin.")
     expect_config(
         (config.data_parallel_size == 1 and not config.prefill_parallel_size) or not options.profile_dir,
@@ -246,6 +245,7 @@ def make_app(options: argparse.Namespace) -> FastAPI:
             checkpoint,
             tokenizer,
             engine.caps.max_model_len,
+            defaults=defaults_of(checkpoint, options.generation_config),
             tool_format=FORMATS.get(options.tool_call_parser),
             reasoning=options.reasoning_parser,
         ),

@@ -29,7 +29,7 @@ async def completions(http: HttpRequest) -> Response:
     arrival, serving, body = time.perf_counter(), Serving.of(http), await read(http, CompletionRequest)
     most = 1 if body.prompt_only else 16 if body.max_tokens is None else body.max_tokens
     scored = body.logprobs if body.echo and body.prompt_logprobs is None else body.prompt_logprobs
-    params = lambda: body.params(most, body.logprobs, scored)  # noqa: E731
+    params = lambda: body.params(most, body.logprobs, scored, serving.model.defaults)  # noqa: E731
     prompts = lambda: serving.model.prompts(body.prompt, body.add_special_tokens, body.truncate_prompt_tokens)  # noqa: E731
     answer = await Answer.of(http, "text_completion", "cmpl", body, arrival, params, prompts)
     choices = [Choice(answer, i) for i in range(answer.num_choices)]

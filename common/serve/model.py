@@ -49,6 +49,8 @@ class ServedModel:
     vocab_size: int
     longest_token: int
     """Bytes."""
+    defaults: Mapping[str, Any]
+    """Sampling parameters of requests that give none."""
     tool_format: ToolFormat
     """How the model writes calls of tools."""
     reasoning: ReasoningParser | None
@@ -62,6 +64,7 @@ class ServedModel:
         tokenizer: Tokenizer,
         max_model_len: int,
         *,
+        defaults: Mapping[str, Any] | None = None,
         tool_format: ToolFormat | None = None,
         reasoning: ReasoningParser | None = None,
     ) -> ServedModel:
@@ -77,6 +80,7 @@ class ServedModel:
             eos_token_ids=eos,
             max_model_len=max_model_len,
             vocab_size=checkpoint.config.vocab_size,
+            defaults=defaults or {},
             tool_format=tool_format or format_of_template(tokenizer.chat_template),
             reasoning=reasoning,
             longest_token=max(len(tokenizer.token_bytes(i, False)) for i in range(tokenizer.vocab_size)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import fields
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, WithJsonSchema
@@ -171,14 +172,22 @@ class Sampled(Body):
             **{name: None if getattr(self, name) is None else {kind: getattr(self, name)} for name, kind in guided.items()},
         }
 
-    def params(self, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None = None) -> SamplingParams:
-        """As the engine takes them. What it does not know yet is refused, unless it asks for nothing."""
+    def params(
+        self,
+        max_tokens: int | None,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
+        defaults: Mapping[str, Any] = MappingProxyType({}),
+    ) -> SamplingParams:
+        """Return the parameters for the engine. `defaults` fill in fields that the request leaves out.
+
+        Raises `ApiError` for a field that the engine does not have, unless its value changes nothing."""
         asked = {name: getattr(self, name) for name in SAMPLING}
         if self.logit_bias:
             decimal = all(key.isdecimal() for key in self.logit_bias)
             expect(decimal, 'logit_bias must be a map of token ids to numbers, as {"42": -100}.', "logit_bias")
             asked["logit_bias"] = {int(key): value for key, value in self.logit_bias.items()}
-        options = supported(asked, SamplingParams)
+        options = {**defaults, **supported(asked, SamplingParams)}
         return SamplingParams(
             n=self.n or 1,
             max_tokens=max_tokens,
