@@ -67,7 +67,8 @@ def run_workload(config: DictConfig, spec: EngineSpec, conditions: Sequence[Cond
         whole |= {name: getattr(outcome, name) for name in RESULTS[1:]}
         result: dict[str, Any] = finite(whole | outcome.figures.get(spec.label, {}))
         write_run(directory, result, outcome.windows, outcome.profiles)
-    print_table(f"{plan.model} ({plan.checkpoint.path.name}), {config.dtype}, workload {plan.workload.name}", outcome.figures)
+    title = f"{plan.model} ({plan.checkpoint.path.name}), {config.dtype}, workload {plan.workload.name}"
+    print_table(title, outcome.figures, every=config.table == "all")
     say_limits(outcome.figures)
     print_failures(outcome.failures)
     return result

@@ -78,6 +78,8 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
                 print(f"Other code computed {job}: it runs again. Its results are now {set_aside(job)}.", file=sys.stderr)
             wanted = config.get("report", True)
             expect(isinstance(wanted, bool), f"report must be true or false, got {wanted!r}.")
+            table = config.get("table", "short")
+            expect(table in ("short", "all"), f"table must be short or all, got {table!r}.")
             with printing():  # here as well, since Hydra would first print a message of its own
                 task(config)
         except (TandemError, OmegaConfBaseException) as error:
@@ -172,7 +174,7 @@ def is_flag(word: str) -> bool:
 
 def no_such_flag(word: str) -> str:
     name = word.lstrip("-").partition("=")[0]
-    hint = nearest_hint(name, [*ROOT_OPTIONS, "measure", "sweep", "runs", "report"])
+    hint = nearest_hint(name, [*ROOT_OPTIONS, "measure", "sweep", "runs", "report", "table"])
     return (
         f"There is no option {word!r}.{hint} Options are written without dashes, as in model=smollm2-135m; --help lists them."
     )

@@ -26,41 +26,66 @@ NAME = 10
 """Letters of a line that a column of names keeps, where figures want its room."""
 
 
-def print_comparison(title: str, result: Mapping[str, Any]) -> None:
-    """The verdicts, then the figures, then what went wrong."""
+SHORT = (
+    "output_throughput",
+    "median_ttft_ms",
+    "median_tpot_ms",
+    "p99_itl_ms",
+    "roofline",
+    "kernels_used",
+    "peak_rss_mib",
+)
+"""Figures of the short table. The ratio, the contamination and the agreement have rows of their own."""
+
+
+def print_conclusion(result: Mapping[str, Any]) -> None:
+    """Print failed engines, the end of the timed part, the verdict on the outputs and, last, the verdict on the speeds."""
     console = wide_console()
+    print_failures(result["failures"])
+    console.print(f"[dim]Stopped: {'. '.join(filter(None, (result['stopped'], result['advice'])))}.[/]", highlight=False)
+    print_verdict(result)
     for label, comparison in result["comparisons"].items():
         doubt = "[bold red]contaminated:[/] " if contaminated(result["engines"], (comparison["against"], label)) else ""
         console.print(f"{doubt}[{COLOURS[comparison['verdict']]}]{escape(comparison['said'])}[/].", highlight=False)
-    print_verdict(result)
-    console.print(f"[dim]Stopped: {'. '.join(filter(None, (result['stopped'], result['advice'])))}.[/]", highlight=False)
-    print_table(title, result["engines"], result["comparisons"])
-    print_failures(result["failures"])
 
 
 def print_table(
-    title: str, engines: Mapping[str, Mapping[str, Any]], comparisons: Mapping[str, Mapping[str, Any]] | None = None
+    title: str,
+    engines: Mapping[str, Mapping[str, Any]],
+    comparisons: Mapping[str, Mapping[str, Any]] | None = None,
+    agreement: Mapping[str, Mapping[str, Any]] | None = None,
+    every: bool = True,
 ) -> None:
-    """One column for each engine, one row for each figure that any of them has."""
+    """Print a table with a column for each engine and a row for each figure that any of them has.
+
+    Unless `every`, the table has at most ten rows: the figures of `SHORT`, the ratio, the contamination and the agreement.
+    """
     if not engines:
         return
+    groups = [[row for row in group if tells(row[0], engines.values())] for group in GROUPS]
+    shown = [[(key, name) for key, name in group if every or key in SHORT] for group in groups]
     table = Table()
     table.add_column("", overflow="fold")
     for label in engines:
         table.add_column(escape(label), justify="right", overflow="fold")
-    for group in GROUPS:
+    for group in shown:
         table.add_section()
         for key, name in group:
-            if tells(key, engines.values()):
-                table.add_row(name, *(figure(key, figures) for figures in engines.values()))
+            table.add_row(name, *(figure(key, figures) for figures in engines.values()))
             if key == "output_throughput" and comparisons:
                 against = next(iter(comparisons.values()))["against"]
                 table.add_row(f"× {escape(against)}", *(times(comparisons.get(label)) for label in engines), style="bold")
             if key == "output_throughput" and contaminated(engines, engines):
                 table.add_row("contaminated: see below", *spoilt_cells(engines), style="bold red")
+    if agreement:
+        table.add_section()
+        apart = ((agreement.get(label) or {}).get("max_abs_logprob_diff") for label in engines)
+        table.add_row("log-probability difference, most", *("–" if worst is None else f"{worst:.1e}" for worst in apart))
     console = wide_console()
     console.print(title, style="bold", highlight=False, markup=False)
     console.print(table)
+    if left := sum(map(len, groups)) - sum(map(len, shown)):
+        console.print(f"{left} more rows: table=all, results.json, or the report", style="dim", highlight=False, markup=False)
     if notes := list(explanations(engines, comparisons or {})):
         console.print("; ".join(notes), style="dim", highlight=False, markup=False)
     for label, figures in engines.items():

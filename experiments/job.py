@@ -33,8 +33,8 @@ OTHER_CODE = "other_code"
 MANIFEST = "jobs.json"
 UNKNOWN = "unknown"
 """The code of a run that does not name it."""
-VOLATILE = ("runs", "sweep", "report")
-"""Options that say where results go, not what they are."""
+VOLATILE = ("runs", "sweep", "report", "table")
+"""Options that say where results go and how they are printed, not what they are."""
 
 
 @dataclass(frozen=True, kw_only=True)

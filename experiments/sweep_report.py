@@ -29,14 +29,15 @@ from experiments.words import number, plural
 COLUMNS = (
     ("output_throughput", "output tokens/s"),
     ("ratio", "× first"),
-    ("verdict", "verdict"),
     ("median_ttft_ms", "TTFT median, ms"),
     ("median_tpot_ms", "TPOT median, ms"),
     ("p99_e2el_ms", "end to end p99, ms"),
     ("roofline", "roofline"),
     ("peak_rss_mib", "peak memory, MiB"),
 )
-"""What the table of all cells shows, where any cell has it."""
+"""Figures in the table of all cells, where any cell has them."""
+VERDICT = ("verdict", "verdict")
+"""The column before the options: a phone has no room for it further right."""
 AXES = 4
 """Options that get figures of their own, at most."""
 OVER = (
@@ -87,18 +88,23 @@ def sweep_page(folder: Path) -> Page:
 
 def cells_table(table: pd.DataFrame, swept: Sequence[str]) -> Table:
     told = [name for name in swept if name != "engine"]
-    shown = [(key, name) for key, name in COLUMNS if key in table and table[key].notna().any()]
+    judged, shown = (
+        [(key, name) for key, name in columns if key in table and table[key].notna().any()] for columns in ([VERDICT], COLUMNS)
+    )
     rows = [
         (
             value(row["job"]),
             value(row["engine"]),
+            *(swept_figure(key, row) for key, _ in judged),
             *(value(row[name]) for name in told),
             *(swept_figure(key, row) for key, _ in shown),
             status(row),
         )
         for row in table.to_dict("records")
     ]
-    return Table(("job", "engine", *map(last, told), *(name for _, name in shown), "status"), rows)
+    return Table(
+        ("job", "engine", *(name for _, name in judged), *map(last, told), *(name for _, name in shown), "status"), rows
+    )
 
 
 def facts(table: pd.DataFrame, environments: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -65,7 +65,8 @@ def test_compare_runs_both_engines_and_finds_them_equal(
     assert comparison["block_ratios"] == pytest.approx([b / a for a, b in zip(*blocks, strict=True)])
     assert comparison["low"] < comparison["ratio"] < comparison["high"] and comparison["interval"] == "t"
     assert result["ratios"] == {one: 1.0, other: comparison["ratio"]}
-    assert " ".join(out.split()).startswith(comparison["said"]) and comparison["against"] == one
+    before = " ".join(out.rpartition("\n{")[0].split())  # the verdict is the last that is printed ahead of the JSON
+    assert before.endswith(f"{comparison['said']}.") and comparison["against"] == one
     directory = Path(result["run"])
     assert written(result) == result
     assert len((directory / "requests.jsonl").read_text().splitlines()) == 2 * 4 * 3

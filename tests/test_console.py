@@ -16,7 +16,8 @@ import pandas as pd
 import pytest
 
 from experiments import handover, roofline
-from experiments.console import print_comparison, print_table
+from experiments.cells import FIGURES
+from experiments.console import print_conclusion, print_table
 from experiments.narrator import Narrator
 from experiments.statistics import Criteria, compare_all
 from experiments.sweep import print_sweep
@@ -119,10 +120,28 @@ def test_the_line_of_a_verdict_on_contaminated_engines_says_so(spoilt: str, caps
     comparisons = {label: asdict(compared) for label, compared in compare_all(speeds, Criteria(), seed=0).items()}
     result = {"engines": engines, "comparisons": comparisons, "failures": {}, "stopped": "all 6 blocks were run", "advice": ""}
     correctness = dict.fromkeys(("unjustified_divergences", "max_abs_logprob_diff", "first_divergence", "tokens_equal_share"))
-    print_comparison("title", result | correctness)
-    told = " ".join(capsys.readouterr().out.split()).partition("float32:")[0]
+    print_conclusion(result | correctness)
+    told = " ".join(capsys.readouterr().out.split()).partition("float32:")[2]
     torch, hf = re.findall(r"(contaminated: )?(?:torch|hf) is [^()]*\([^()]*\)", told)
     assert (bool(torch), bool(hf)) == (spoilt in ("jax", "torch"), spoilt in ("jax", "hf"))
+
+
+def test_a_table_has_ten_rows_by_default_and_all_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    speeds = {"jax": [100.0] * 6, "torch": [90.0] * 6}
+    comparisons = {label: asdict(compared) for label, compared in compare_all(speeds, Criteria(), seed=0).items()}
+    engines = {label: {key: 1.0 for key, _ in FIGURES} | {"contaminated": ["swapped"]} for label in speeds}
+
+    def names(every: bool) -> list[str]:
+        print_table("title", engines, comparisons, {"torch": {"max_abs_logprob_diff": 2e-6}}, every)
+        return re.findall(r"^│ (.*?)\s+│", capsys.readouterr().out, re.MULTILINE)
+
+    assert names(every=False) == [
+        *("output tokens/s", "× jax", "contaminated: see below", "TTFT median, ms", "TPOT median, ms", "ITL p99, ms"),
+        *("roofline: least time / time", "kernels", "peak memory, MiB", "log-probability difference, most"),
+    ]
+    assert len(names(every=True)) == len(FIGURES) + 3
+    print_table("title", engines, every=False)
+    assert f"{len(FIGURES) - 7} more rows: table=all" in capsys.readouterr().out
 
 
 def test_a_table_says_beside_the_ratio_which_engines_are_contaminated(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from experiments.report import write_report
 from tests.browser import Browser, Tab, browse
 from tests.synthetic_run import HOSTILE, write_run, write_sweep
 
-PHONE, DESK = 390, 1280
+PHONE, DESK = 360, 1280
 OVERLAPS = """
 [...document.querySelectorAll("svg")].flatMap(svg => {
   const box = element => element.getBoundingClientRect(), paper = box(svg);
@@ -41,6 +41,14 @@ SCROLLED = """
 """
 """Of each table, scrolled to its end where it is wider than its box: where the box ends, how far beyond that the last column
 does, and whether the names of rows are still there."""
+JUDGED = """
+[...document.querySelectorAll(".scroll")].flatMap(box => {
+  const at = [...box.querySelectorAll("thead th")].findIndex(heading => heading.textContent === "verdict");
+  const cells = at < 0 ? [] : [...box.querySelectorAll("tr")].map(row => row.children[at]);
+  return cells.map(cell => cell.getBoundingClientRect().right - box.getBoundingClientRect().right);
+})
+"""
+"""Of each cell of a column of verdicts: how far beyond the box of its table it ends, as the page opens."""
 DIM = """
 (() => {
   const button = document.querySelector("[data-engine='1']"), mark = document.querySelector(".engine-1");
@@ -72,6 +80,8 @@ class Seen:
     injected: int
     tables: list[tuple[float, float, bool]]
     """As `SCROLLED` has them."""
+    judged: list[float]
+    """As `JUDGED` has them."""
 
 
 def look(browser: Browser, file: Path, width: int, dark: bool) -> Seen:
@@ -92,6 +102,7 @@ def look(browser: Browser, file: Path, width: int, dark: bool) -> Seen:
         dimmed=tab.evaluate(DIM),
         injected=tab.evaluate("document.querySelectorAll('img, iframe, object, link[rel=stylesheet]').length"),
         tables=tab.evaluate(SCROLLED),
+        judged=tab.evaluate(JUDGED),
         complaints=tab.complaints(),
         requests=tab.requests(),
     )
@@ -106,6 +117,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[Seen]:
         write_run(root / "run", ("jax", long, HOSTILE), blocks=3, count=12, output_len=6),
         write_sweep(root / "sweep", sizes=(1, 4, 16, 64)),
     ]
+    write_run(root / "sweep" / "jobs" / "009-of-two-engines", ("jax", "torch"), blocks=3, count=12, output_len=6)
     files = [write_report(folder) for folder in folders]
     readers = list(product(files, (PHONE, DESK), (False, True)))
     return browse(lambda browser: [look(browser, *reader) for reader in readers])
@@ -133,6 +145,11 @@ def test_a_wide_table_scrolls_in_its_own_box_and_on_a_phone_keeps_the_names_of_i
         assert len(one.tables) >= 3, one
         for right, beyond, named in one.tables:
             assert right <= one.width and abs(beyond) <= 1 and (named or one.width == DESK), (one.page, one.width, one.tables)
+
+
+def test_a_verdict_is_seen_without_scrolling_a_table(seen: list[Seen]) -> None:
+    for one in seen:
+        assert len(one.judged) >= 3 and max(one.judged) <= 0, (one.page, one.width, one.judged)
 
 
 def test_no_labels_lie_on_each_other_or_are_cut_off(seen: list[Seen]) -> None:

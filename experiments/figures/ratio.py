@@ -44,14 +44,14 @@ def ratio(comparisons: Mapping[str, Mapping[str, Any]], engines: Sequence[str], 
     rows = [
         (
             label,
-            *(number(found.get(name)) for name in ("ratio", "low", "high")),
-            *p_and_verdict(found),
+            str(found.get("verdict") or "–"),
+            *(number(found.get(name)) for name in ("ratio", "low", "high", "p_value")),
             str(len(found["block_ratios"])),
         )
         for label, found in shown.items()
     ]
     said = "; ".join(
-        f"{row[0]} {row[1]}, " + ("no interval" if found.get("low") is None else f"interval {row[2]} to {row[3]}")
+        f"{row[0]} {row[2]}, " + ("no interval" if found.get("low") is None else f"interval {row[3]} to {row[4]}")
         for row, found in zip(rows, shown.values(), strict=True)
     )
     against = next(iter(shown.values())).get("against", engines[0])
@@ -63,9 +63,5 @@ def ratio(comparisons: Mapping[str, Mapping[str, Any]], engines: Sequence[str], 
         x="block",
         y=f"ratio; the band is within a factor of {1 + equivalence:g}",
         keys=legend({engines.index(label): label for label in shown}, line=False),
-        table=Table(("engine", "ratio", "low", "high", "p", "verdict", "blocks"), rows, f"Ratio to {against}"),
+        table=Table(("engine", "verdict", "ratio", "low", "high", "p", "blocks"), rows, f"Ratio to {against}"),
     )
-
-
-def p_and_verdict(found: Mapping[str, Any]) -> tuple[str, str]:
-    return number(found.get("p_value")), str(found.get("verdict") or "–")
