@@ -31,6 +31,11 @@ class RequestError(TandemError, ValueError):
         self.param = param
 
 
+class ContextLengthError(RequestError):
+    """A prompt, alone or with the output that it asks for, is longer than the context. A server answers 400 with the code
+    `context_length_exceeded`, which clients recognize."""
+
+
 class QueueFullError(RequestError):
     """A request that could be served, but not now: too many wait before it. A server answers 429."""
 

@@ -12,7 +12,7 @@ from math import inf
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Self
 
-from common.errors import RequestError, nearest_hint, quoted
+from common.errors import ContextLengthError, RequestError, nearest_hint, quoted
 
 if TYPE_CHECKING:
     from common.schedule.kv import KV
@@ -59,6 +59,12 @@ def expect(condition: bool, message: str, param: str | None = None) -> None:
     """Raise `RequestError(message, param)` unless `condition` holds."""
     if not condition:
         raise RequestError(message, param)
+
+
+def expect_context(condition: bool, message: str, param: str | None = None) -> None:
+    """Raise `ContextLengthError(message, param)` unless `condition` holds."""
+    if not condition:
+        raise ContextLengthError(message, param)
 
 
 def _must(condition: bool, name: str, be: str, value: Any) -> None:

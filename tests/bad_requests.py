@@ -114,6 +114,7 @@ ONLY: dict[str, dict[str, list[Any]]] = {
                      [{"role": "user", "content": {"type": "text", "text": "x"}}]],
         "logprobs": [5, "yes"],
         "top_logprobs": [3],
+        "prompt_logprobs": [0, 1],
         "tools": [[{"type": "function", "function": {"name": "f"}}], [{"type": "x"}], [{"type": "function"}], 5,
                   [{"type": "function", "function": {"name": "a\nb"}}], [{"type": "function", "function": {"name": ""}}],
                   [{"type": "function", "function": {"name": "f", "parameters": 5}}],

@@ -83,6 +83,18 @@ def test_what_was_stopped_stays_in_the_talk_and_what_was_cut_says_so(tmp_path: P
         browse(look, served.url)
 
 
+def test_an_empty_limit_is_no_limit(tmp_path: Path) -> None:
+    def look(tab: Tab) -> None:
+        wait(tab, "shown().length")
+        tab.evaluate("$('prompt').value = 'Go on'; $('max').value = ''; send(); 0")
+        wait(tab, "!running")
+        tokens = int(tab.evaluate(FACTS).split()[0])
+        assert tokens > 100  # it ends by itself
+
+    with started(tmp_path) as (served, _):
+        browse(look, served.url)
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_an_error_is_red_and_is_no_statistic(tmp_path: Path, dark: bool) -> None:
     def look(tab: Tab) -> None:

@@ -773,8 +773,8 @@ def test_a_parent_with_another_prompt_or_salt_is_refused(changes: dict[str, Any]
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "numbers"),
     [
-        (100, 16, ["100 tokens", "context of 100", "at most 99"]),
-        (90, 16, ["90 prompt tokens", "max_tokens=16", "context of 100", "at most 10"]),
+        (100, 16, ["100 tokens", "context length is 100", "at most 99"]),
+        (90, 16, ["90 prompt tokens", "max_tokens=16", "context length is 100", "at most 10"]),
         (49, 1, ["49 tokens", "needs 4 pages", "has 3 of 16"]),
         (40, 10, ["40 prompt tokens", "max_tokens=10", "need 4 pages", "has 3 of 16", "at most 9"]),
     ],

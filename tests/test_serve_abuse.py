@@ -118,7 +118,11 @@ def faults(status: int, text: str, expected: int) -> str:
         return f"{status} instead of {expected}: {text[:200]}"
     try:
         error = json.loads(text)["error"]
-        sound = error.keys() == {"message", "type", "param", "code"} and error["code"] == status and bool(error["message"])
+        sound = (
+            error.keys() == {"message", "type", "param", "code"}
+            and error["code"] in (status, "context_length_exceeded")
+            and bool(error["message"])
+        )
     except (ValueError, KeyError, TypeError, AttributeError):
         sound = False
     if not sound or len(text) > 2000:
@@ -149,6 +153,20 @@ def test_a_refusal_names_the_field_that_is_to_blame(served: Served) -> None:
     answers = [ask(served, case) for case in (*cases, wrong(DETOKENIZE, tokens=[-1]))]
     told = [json.loads(text)["error"]["param"] for _, text in answers]
     assert told == [*blamed, *(name for name, _ in in_chat), "tokens"]
+
+
+def test_a_context_that_is_too_short_is_an_error_that_clients_recognize(served: Served) -> None:
+    """By the code, as langchain does, and by the words, as litellm does."""
+    long = {"role": "user", "content": "x " * CONTEXT}
+    cases = [wrong(COMPLETIONS, prompt=[1] * CONTEXT), wrong(COMPLETIONS, prompt="x " * 500_000)]
+    cases += [wrong(COMPLETIONS, max_tokens=CONTEXT), wrong(CHAT, max_tokens=CONTEXT), wrong(CHAT, messages=[long])]
+    for status, text in (ask(served, case) for case in cases):
+        error = json.loads(text)["error"]
+        assert (status, error["code"]) == (400, "context_length_exceeded"), text
+        assert f"This model's maximum context length is {CONTEXT} tokens" in error["message"]
+    counted = served.post(TOKENIZE, messages=[long]).json()  # to be shortened by the client
+    assert counted["count"] == len(counted["tokens"]) > counted["max_model_len"] == CONTEXT
+    assert served.post(TOKENIZE, prompt="x " * 5000).json()["count"] > CONTEXT
 
 
 def took(served: Served, case: Bad) -> float:

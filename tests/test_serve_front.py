@@ -81,6 +81,8 @@ def test_requests_reach_the_backend_that_they_name(served: Served) -> None:
     assert served.post(**BODY, model="tiny-llama@three").status_code == 404
     assert served.client.post("/v1/completions", content=b"{", headers={"content-type": "application/json"}).status_code == 400
     assert served.client.get("/tokenizer_info").json()["eos_token"] == "<|im_end|>"
+    long = served.post(prompt="x " * 5000)
+    assert long.json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_routes_that_take_no_body_need_no_header_for_one(tmp_path: Path) -> None:
@@ -194,16 +196,21 @@ def test_a_backend_that_died_takes_only_its_own_requests_with_it_and_is_started_
     backend_of(mortal, "tiny-llama@two").send_signal(signal.SIGKILL)
     until(lambda: mortal.client.get("/health").status_code == 503)
     assert mortal.post(**BODY, model="tiny-llama@two").status_code == 503
-    assert mortal.post(**BODY).status_code == 200
+    assert mortal.post(**BODY).status_code == mortal.post(**BODY, model="tiny-llama").status_code == 200
     names = [model["id"] for model in mortal.client.get("/v1/models").json()["data"]]
     assert sorted(names) == ["tiny-llama", "tiny-llama@one"]
     assert 'tandem:backend_serves{engine="two"} 0.0' in mortal.client.get("/metrics").text
-    assert mortal.metric("generation_tokens_total", engine="one") == 16
+    assert mortal.metric("generation_tokens_total", engine="one") == 24
     until(lambda: "The server of the two engine was killed by SIGKILL and is started again." in mortal.log.read_text())
     until(lambda: mortal.client.get("/health").status_code == 200)
     assert mortal.complete(**BODY, model="tiny-llama@two")["choices"][0]["text"] == right
     until(lambda: "The two engine serves again." in mortal.log.read_text())
     assert 'tandem:backend_serves{engine="two"} 1.0' in mortal.client.get("/metrics").text
+    backend_of(mortal, "tiny-llama@one").send_signal(signal.SIGKILL)
+    until(lambda: mortal.client.get("/health").status_code == 503)
+    answers = [mortal.complete(**BODY), mortal.complete(**BODY, model="tiny-llama")]  # the plain name means the other now
+    assert [answer["model"] for answer in answers] == ["tiny-llama@two"] * 2
+    assert mortal.post(**BODY, model="tiny-llama@one").status_code == 503
 
 
 def test_a_server_all_of_whose_backends_are_given_up_ends(mortal: Served, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from numbers import Integral
 from typing import Any
 
 from common.errors import DrainingError, QueueFullError, RequestError, quoted
-from common.request import Request, expect
+from common.request import Request, expect, expect_context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +26,10 @@ class Limits:
     def max_tokens(self, request: Request) -> int:
         """Output tokens that it can come to have. Raises `RequestError` if it can never be served."""
         name, params, prompt_len = request.request_id, request.params, len(request.prompt_token_ids)
-        expect(
+        expect_context(
             prompt_len < self.max_model_len,
-            f"Request {name!r}: a prompt of {prompt_len} tokens leaves no room for output in a context of {self.max_model_len} "
-            f"(max_model_len); shorten it to at most {self.max_model_len - 1}.",
+            f"Request {name!r}: a prompt of {prompt_len} tokens leaves no room for output. This model's maximum context length "
+            f"is {self.max_model_len} tokens (max_model_len); shorten the prompt to at most {self.max_model_len - 1}.",
             "prompt_token_ids",
         )
         expect(
@@ -39,7 +39,7 @@ class Limits:
             "prompt_token_ids",
         )
         room = self.num_pages * self.block_size  # the last output token needs no KV: nothing follows it
-        expect(
+        expect_context(
             prompt_len <= room,
             f"Request {name!r}: a prompt of {prompt_len} tokens needs {-(-prompt_len // self.block_size)} pages, but the pool "
             f"has {self.num_pages} of {self.block_size} tokens; shorten it or raise num_blocks.",
@@ -48,13 +48,13 @@ class Limits:
         limit = min(self.max_model_len, room + 1) - prompt_len
         asked = params.max_tokens if request.max_tokens is None else request.max_tokens
         max_tokens = limit if asked is None else asked
-        expect(
+        expect_context(
             prompt_len + max_tokens <= self.max_model_len,
-            f"Request {name!r}: {prompt_len} prompt tokens and max_tokens={max_tokens} exceed the context of "
-            f"{self.max_model_len} (max_model_len); ask for at most {limit}.",
+            f"Request {name!r}: {prompt_len} prompt tokens and max_tokens={max_tokens} are too many. This model's maximum context "
+            f"length is {self.max_model_len} tokens (max_model_len); ask for at most {limit}.",
             "max_tokens",
         )
-        expect(
+        expect_context(
             max_tokens <= limit,
             f"Request {name!r}: {prompt_len} prompt tokens and max_tokens={max_tokens} need "
             f"{-(-(prompt_len + max_tokens - 1) // self.block_size)} pages, but the pool has {self.num_pages} of "

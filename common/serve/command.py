@@ -277,8 +277,7 @@ def start_backends(options: argparse.Namespace, backends: Sequence[str], given: 
     api_key(options)
     expect_config(len(set(backends)) == len(backends), f"--backend names a backend twice: {options.backend}.")
     names = options.served_model_name or [model_name(options)]
-    served = {backend: [f"{name}@{backend}" for name in names] for backend in backends}
-    served[backends[0]] += names  # behind the name that answers and metrics carry
+    served = {backend: [*(f"{name}@{backend}" for name in names), *names] for backend in backends}  # answers carry the first
     return Backends.start(served, without("--api-key", given))
 
 

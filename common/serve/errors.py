@@ -6,7 +6,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from common.errors import DrainingError, EngineGoneError, QueueFullError, RequestError, TandemError, UnavailableError
+from common.errors import (
+    ContextLengthError,
+    DrainingError,
+    EngineGoneError,
+    QueueFullError,
+    RequestError,
+    TandemError,
+    UnavailableError,
+)
 
 NAMES = {
     400: "BadRequestError",
@@ -33,18 +41,26 @@ PRIVATE = re.compile(
 class ApiError(Exception):
     """An answer other than 200."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        code: str | None = None,
+    ) -> None:
+        """`code` replaces the status as the code of the body."""
         super().__init__(message)
-        self.status, self.param, self.headers = status, param, dict(headers or {})
+        self.status, self.param, self.headers, self.code = status, param, dict(headers or {}), code
 
     @property
     def body(self) -> dict[str, Any]:
-        return error_body(self.status, str(self), self.param)
+        return error_body(self.status, str(self), self.param, self.code)
 
 
-def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     kind = NAMES.get(status, "BadRequestError" if status < 500 else "InternalServerError")
-    return {"error": {"message": public(status, message), "type": kind, "param": param, "code": status}}
+    return {"error": {"message": public(status, message), "type": kind, "param": param, "code": code or status}}
 
 
 def public(status: int, message: str) -> str:
@@ -70,6 +86,8 @@ def api_error(error: Exception) -> ApiError:
             return ApiError(429, str(error), headers={"Retry-After": "1"})
         case DrainingError():
             return ApiError(503, str(error), headers={"Retry-After": "30"})
+        case ContextLengthError():
+            return ApiError(400, str(error), error.param, code="context_length_exceeded")
         case RequestError():
             return ApiError(400, str(error), error.param)
         case EngineGoneError():

@@ -65,6 +65,8 @@ class Backend:
     process: subprocess.Popen[bytes] = field(init=False)
     keeping: Sequence[asyncio.Task[None]] = ()
     given_up: bool = False
+    served: bool = True
+    """Whether the process has taken connections since its start."""
 
     def __post_init__(self) -> None:
         self.start()
@@ -78,17 +80,22 @@ class Backend:
         """Whether it lives and is ready."""
         return self.process.poll() is None and accepts(self.path)
 
+    @property
+    def lives(self) -> bool:
+        """Whether the process runs and has become ready, without a connection to it."""
+        return self.served and self.process.poll() is None
+
     async def keep(self) -> None:
         """Start it again whenever it has ended, and give it up when it has so often in a row before it served: as replicas
         are kept (`common.replicas.keeper`)."""
-        failures, served = 0, True
+        failures = 0
         while not self.given_up:
             while self.process.poll() is None:
                 await asyncio.sleep(POLL_S)
-                if not served and self.accepts:
-                    served = True
+                if not self.served and self.accepts:
+                    self.served = True
                     log.info("The %s engine serves again.", self.name)
-            failures, served = 0 if served else failures + 1, False
+            failures, self.served = 0 if self.served else failures + 1, False
             self.given_up = failures == ATTEMPTS
             then = "once more before it served, and is given up" if self.given_up else "and is started again"
             log.warning("The server of the %s engine %s %s.", self.name, how_it_ended(self.process.returncode), then)
@@ -222,10 +229,11 @@ class Backends:
         self.folder.remove()
 
     def by_model(self, name: str | None) -> Backend:
-        for backend in self.each:
-            if name is None or name in backend.models:
-                return backend
-        known = ", ".join(model for backend in self.each for model in backend.models)
+        """The backend that `model@backend` names. A plain name, or none, means the first that serves."""
+        named = [backend for backend in self.each if name is None or name in backend.models]
+        if named:
+            return next((backend for backend in named if backend.lives), named[0])
+        known = ", ".join(dict.fromkeys(model for backend in self.each for model in backend.models))
         raise ApiError(404, f"The model {quoted(name)} does not exist; served here: {known}.", "model")
 
     @classmethod
@@ -245,7 +253,9 @@ def accepts(path: Path) -> bool:
 async def models(http: HttpRequest) -> Response:
     """Those of the backends that live."""
     answers = [answer.json() for answer in await Backends.of(http).get("/v1/models")]
-    return json_response({"object": "list", "data": [model for answer in answers for model in answer["data"]]})
+    first = {model["id"]: model for answer in reversed(answers) for model in answer["data"]}
+    ids = dict.fromkeys(model["id"] for answer in answers for model in answer["data"])
+    return json_response({"object": "list", "data": [first[name] for name in ids]})
 
 
 @router.get("/v1/models/{name:path}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import quoted
-from common.request import expect
+from common.request import expect, expect_context
 from common.schedule.limits import check_tokens
 from common.serve.errors import ApiError
 from common.serve.protocol import several
@@ -119,24 +119,24 @@ class ServedModel:
         if kept < len(token_ids):
             text, token_ids = None, token_ids[-kept:]
         expect(len(token_ids) > 0, f"{name} must hold at least one token, got none.", name)
-        expect(
-            len(token_ids) <= most,
-            f"{name} may hold {most} tokens in a context of {self.max_model_len}, with room for {room} of output, got "
-            f"{len(token_ids)}; shorten it.",
-            name,
-        )
+        self._expect_fits(len(token_ids) <= most, f"{name} holds {len(token_ids)} tokens; shorten it to at most {most}.", name)
         if text is None:  # by now they are few
             check_tokens(name, token_ids, self.vocab_size, name)
         return Prompt(text, token_ids)
 
-    def encode(self, text: str, add_special_tokens: bool = True, *, checked: bool = True, name: str = "prompt") -> list[int]:
-        """`checked`: a text that cannot fit is refused before it is cut into tokens."""
+    def _expect_fits(self, fits: bool, told: str, name: str) -> None:
+        """Raise `ContextLengthError` with the words that clients look for."""
+        expect_context(fits, f"This model's maximum context length is {self.max_model_len} tokens. But {told}", name)
+
+    def _expect_may_fit(self, characters: int, name: str) -> None:
+        """Refuse a text that cannot fit, before it is cut into tokens."""
         most = self.max_model_len * self.longest_token * NORMALIZED
-        expect(
-            not checked or len(text) <= most,
-            f"{name} has {len(text)} characters, which do not fit a context of {self.max_model_len} tokens.",
-            name,
-        )
+        self._expect_fits(characters <= most, f"{name} has {characters} characters, more than can fit; shorten it.", name)
+
+    def encode(self, text: str, add_special_tokens: bool = True, *, checked: bool = True, name: str = "prompt") -> list[int]:
+        """`checked`: refuse a text that cannot fit the context, before it is cut into tokens."""
+        if checked:
+            self._expect_may_fit(len(text), name)
         return self.tokenizer.encode(text, add_special_tokens)
 
     def chat_prompt(
@@ -146,18 +146,27 @@ class ServedModel:
         add_generation_prompt: bool = True,
         truncate: int | None = None,
     ) -> Prompt:
+        prompt = self.render(messages, tools, add_generation_prompt, checked=truncate is None)
+        return self.prompt(prompt.token_ids, truncate=truncate, name="messages")._replace(text=prompt.text)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool = True,
+        *,
+        checked: bool = True,
+    ) -> Prompt:
+        """Apply the chat template. `checked`: refuse a conversation that cannot fit the context, before it is rendered."""
         if self.template is None:
             told = "This model has no chat template: it continues text. Use the completions endpoint."
             raise ApiError(400, told, "messages")
         plain = [message_of(i, message) for i, message in enumerate(messages)]
         if "tools" not in (self.tokenizer.chat_template or ""):
             plain, tools = with_tools(plain, tools), None
-        size = sum(len(str(message["content"])) for message in plain)
-        most = self.max_model_len * self.longest_token * NORMALIZED
-        told = f"messages have {size} characters, which do not fit a context of {self.max_model_len} tokens."
-        expect(size <= most, told, "messages")
-        prompt = Prompt(*self.template.encode(plain, tools=tools, add_generation_prompt=add_generation_prompt))
-        return self.prompt(prompt.token_ids, truncate=truncate, name="messages")._replace(text=prompt.text)
+        if checked:
+            self._expect_may_fit(sum(len(str(message["content"])) for message in plain), "messages")
+        return Prompt(*self.template.encode(plain, tools=tools, add_generation_prompt=add_generation_prompt))
 
     def token_text(self, token_id: int) -> str:
         """One token by itself, special ones too. A piece of a character shows its bytes, so that no two tokens look alike."""

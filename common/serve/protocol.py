@@ -268,9 +268,13 @@ class ChatRequest(Sampled):
     chat_template: Any = None
     chat_template_kwargs: Any = None
     continue_final_message: bool | None = None
+    prompt_logprobs: Any = None
 
     def check(self) -> None:
         super().check()
+        if self.prompt_logprobs is not None:
+            told = "prompt_logprobs are not for chats: send the token ids that /tokenize returns to /v1/completions."
+            raise ApiError(400, told, "prompt_logprobs")
         for name in ("chat_template", "chat_template_kwargs"):
             if getattr(self, name) is not None:
                 raise ApiError(400, f"{name} is not taken from requests: the model's own template is used as it is.", name)

@@ -21,7 +21,7 @@ from common.errors import RequestError
 from common.request import CANNOT_GO_ON, ENGINE_GONE, Request, SamplingParams, Status
 from common.schedule.prepare import prepare
 from common.serve.cost import expect_affordable
-from common.serve.errors import ApiError, api_error, engine_gone, error_body
+from common.serve.errors import ApiError, api_error, engine_gone
 from common.serve.metrics import Metrics
 from common.serve.model import Prompt, ServedModel
 from common.serve.protocol import B, Sampled, parse
@@ -365,9 +365,7 @@ def json_response(message: Any, status: int = 200) -> Response:
 
 
 def error_response(error: ApiError) -> Response:
-    return Response(
-        encode(error_body(error.status, str(error), error.param)), error.status, error.headers, media_type="application/json"
-    )
+    return Response(encode(error.body), error.status, error.headers, media_type="application/json")
 
 
 def finite(logprob: float) -> float:

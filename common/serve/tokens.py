@@ -25,11 +25,12 @@ async def tokenize(http: HttpRequest) -> Response:
 
 
 def tokens_of(model: ServedModel, body: TokenizeRequest) -> dict[str, Any]:
+    """Count tokens also of a prompt that is longer than the context: clients ask this to shorten it."""
     expect((body.prompt is None) != (body.messages is None), "Give either prompt, a text, or messages, a conversation.")
     if body.prompt is not None:
-        tokens = list(model.encode(body.prompt, body.add_special_tokens))
+        tokens = list(model.encode(body.prompt, body.add_special_tokens, checked=False))
     else:
-        tokens = list(model.chat_prompt(body.messages or [], body.tools, body.add_generation_prompt).token_ids)
+        tokens = list(model.render(body.messages or [], body.tools, body.add_generation_prompt, checked=False).token_ids)
     strings = {"token_strs": [model.tokenizer.id_to_token(token) for token in tokens]} if body.return_token_strs else {}
     return {"count": len(tokens), "max_model_len": model.max_model_len, "tokens": tokens, **strings}
 
