@@ -34,6 +34,7 @@ from tests.bad_requests import (
     DETOKENIZE,
     FINE,
     POST,
+    TOKENIZE,
     Bad,
     http,
     largest,

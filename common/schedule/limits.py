@@ -50,8 +50,8 @@ class Limits:
         max_tokens = limit if asked is None else asked
         expect_context(
             prompt_len + max_tokens <= self.max_model_len,
-            f"Request {name!r}: {prompt_len} prompt tokens and max_tokens={max_tokens} are too many. This model's maximum context "
-            f"length is {self.max_model_len} tokens (max_model_len); ask for at most {limit}.",
+            f"Request {name!r}: {prompt_len} prompt tokens and max_tokens={max_tokens} are too many. This model's maximum "
+            f"context length is {self.max_model_len} tokens (max_model_len); ask for at most {limit}.",
             "max_tokens",
         )
         expect_context(
