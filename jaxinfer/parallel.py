@@ -276,6 +276,11 @@ class _Pipeline:
         )
 
     @property
+    def max_logits(self) -> int:
+        rows: int = self._stages[-1].max_logits
+        return rows
+
+    @property
     def _told(self) -> int:
         told: int = self._stages[-1]._told
         return told

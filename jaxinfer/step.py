@@ -248,6 +248,8 @@ class Step(Part):
         count = len(ids)
         padded = np.zeros((_SCORES, states.shape[1]), states.dtype)
         padded[:count] = states
+        if self._scorer is None:
+            self._scorer = self._compile_scorer()
         found = self._scorer(self.weights, padded, np.pad(ids, (0, _SCORES - count)))
         return sampling.Sampled(*(x[:count] for x in to_host(found)))
 
