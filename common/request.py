@@ -94,6 +94,8 @@ def _text(value: Any) -> bool:
 
 
 def _token_ids(name: str, given: Sequence[Any]) -> tuple[int, ...]:
+    if given and set(map(type, given)) == {int} and min(given) >= 0 and max(given) <= MAX_INT:
+        return tuple(given)  # no Python code per token
     for token in given:
         _must(_whole(token, 0, MAX_INT), name, "hold token ids ≥ 0", token)
     return tuple(map(int, given))

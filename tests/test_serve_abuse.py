@@ -302,20 +302,22 @@ def test_the_largest_fields_together_hold_up_nobody(served: Served) -> None:
 @pytest.mark.accept
 @pytest.mark.parametrize("count", [2, 3])
 def test_no_combination_of_fields_holds_up_anybody(tmp_path: Path, count: int) -> None:
-    """Behind a front, which ends a backend that seems dead. Three times each, a bystander takes at most twice its time."""
+    """Behind a front, which ends a backend that seems dead. A bystander takes at most twice its time, in one of three attempts:
+    the machine may have other things to do."""
     packages, _ = history(tmp_path, "one", "two")
-    long = {**BYSTANDER, "max_tokens": 300}
-    with serving(tmp_path, "--backend", "one,two", "--max-model-len", "512", packages=[packages]) as front:
+    long = {**BYSTANDER, "max_tokens": 900}
+    with serving(tmp_path, "--backend", "one,two", "--max-model-len", "1024", packages=[packages]) as front:
         expect_health(front, dict(together(count)), {200, 400})
         alone = sorted(took(front, wrong(COMPLETIONS, 200, **long)) for _ in range(5))[2]
         for what, case in together(count):
-            seconds = []
-            for _ in range(3):
+            for attempt in range(3):
                 with ThreadPoolExecutor(1) as pool:
                     asking = pool.submit(ask, front, case)
-                    seconds.append(took(front, wrong(COMPLETIONS, 200, **long)))
+                    seconds = took(front, wrong(COMPLETIONS, 200, **long))
                     asking.result()
-            assert min(seconds) <= TWICE * alone, what
+                if seconds <= TWICE * alone:
+                    break
+                assert attempt < 2, (what, seconds, alone)
         assert "ended" not in front.log.read_text()
 
 
