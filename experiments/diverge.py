@@ -32,6 +32,7 @@ from experiments.cells import kernels_of
 from experiments.cli import is_value, launch, torn
 from experiments.config import EngineSpec, engine_specs, resolved
 from experiments.console import print_result, wide_console
+from experiments.coverage import sample
 from experiments.findings import findings_of
 from experiments.isolate import IsolatedEngine
 from experiments.job import JOBS, is_whole
@@ -58,10 +59,11 @@ def run(config: DictConfig) -> None:
     plan = make_plan(recorded, specs)
     asked = share_of(recorded, config)
     dtype: Dtype = config.dtype
+    expect(isinstance(config.inside, bool), f"inside must be true or false, got {config.inside!r}.")
     expect(dtype in LOGITS, f"dtype must be float32 or bfloat16, got {dtype!r}.")
     advice = windows_of(recorded, directory, dtype)
     with Narrator() as narrator, TemporaryDirectory(prefix="diverge-", dir=directory) as scratch:
-        result = search(plan, specs, asked, dtype, directory, Path(scratch), narrator)
+        result = search(plan, specs, asked, dtype, config.inside, directory, Path(scratch), narrator)
     result |= {"said": sentence(result), "advice": advice}
     number = 1 + max(findings_of(directory), default=0)
     file = directory / f"diverge-{number}.json"
@@ -136,12 +138,14 @@ def search(
     specs: Sequence[EngineSpec],
     asked: tuple[int, int],
     dtype: Dtype,
+    inside: bool,
     directory: Path,
     scratch: Path,
     narrator: Narrator,
 ) -> dict[str, Any]:
     """The whole of it: both engines in processes of their own; what is written, but for the sentence."""
-    share = plan.workload.share(*asked)
+    part = sample(plan.workload, *asked)
+    share = part.workload
     first, second = (small(spec, len(share.items), dtype) for spec in specs)
     second = replace(second, config=replace(second.config, **{name: getattr(first.config, name) for name in SHAPE}))
     with ExitStack() as stack:
@@ -154,11 +158,20 @@ def search(
             expect(shows, f"Engine {spec.label} does not show its steps; name two that do, as in engines=[jax,torch].")
             pair.append(engine)
             computed[spec.label] = {"kernels_used": ", ".join(caps["kernels"]), **{name: caps[name] for name in KERNELS}}
-        return examine(pair, share, plan, dtype, scratch, narrator) | {"computed_by": computed}
+        result = examine(pair, share, plan, dtype, scratch, narrator, inside)
+    for found in filter(None, [result["finding"], *result["choices"]]):
+        found["request"] = part.numbers[found["request"]]
+    return result | {"computed_by": computed}
 
 
 def examine(
-    pair: Sequence[IsolatedEngine], share: Workload, plan: Plan, dtype: Dtype, scratch: Path, narrator: Narrator
+    pair: Sequence[IsolatedEngine],
+    share: Workload,
+    plan: Plan,
+    dtype: Dtype,
+    scratch: Path,
+    narrator: Narrator,
+    inside: bool = False,
 ) -> dict[str, Any]:
     """Record the share on the first engine, repeat it on both, and look for where they part."""
     first, second = (engine.spec for engine in pair)
@@ -172,10 +185,12 @@ def examine(
     finder = Search(pair, trace, steps, NumpyModel(plan.checkpoint), dtype)
     found = finder.first(rows, scratch, narrator)
     choices = [] if found else finder.choices(rows, narrator)
+    small_one = finder.inside(rows, scratch, narrator) if inside and not found else None
     labels = (first.label, second.label)
     beyond = {row.step for row in rows if not row.error <= LOGITS[dtype]}
     unjust = [choice for choice in choices if not choice.divergence.justified]
     judged = "undecided" if len(beyond) > LOOKS else "tie" if choices else "equal"
+    judged = "suspicious" if small_one else judged
     return {
         "engines": list(labels),
         "model": plan.model,
@@ -189,7 +204,9 @@ def examine(
         "differing_choices": sum(row.tokens[0] != row.tokens[1] for row in rows),
         "looked_into": min(len(beyond), 1 if found else LOOKS),
         "verdict": "defect" if found or unjust else judged,
-        "finding": finding_of(found, labels),
+        "threshold": LOGITS[dtype],
+        "looked_inside": inside and not found,
+        "finding": finding_of(found or small_one, labels),
         "choices": [{"step": c.step, "request": c.request} | asdict(c.divergence) for c in choices],
     }
 
@@ -218,7 +235,16 @@ def sentence(result: Mapping[str, Any]) -> str:
 def finding_in_words(result: Mapping[str, Any]) -> str:
     first, second = result["engines"]
     alike = f"{result['num_positions']} rows of logits in {result['num_steps']} steps"
-    if found := result["finding"]:
+    if (found := result["finding"]) and result["verdict"] == "suspicious":
+        where = f"layer {found['layer']}, {found['tensor']}" if found["layer"] is not None else found["tensor"]
+        errors = ", ".join(f"{label} by {shown(error)}" for label, error in found["errors"].items())
+        missed = "the float64 result of its own inputs" if found["inside"] else "float64"
+        return (
+            f"a difference below the threshold: {alike}, {apart(result)}. Suspicious is {' and '.join(found['wrong'])}: step "
+            f"{found['step']}, request {found['request']}, position {found['position']}, {where}. There {missed} is missed by, "
+            f"in root mean squares: {errors}."
+        )
+    if found:
         where = f"layer {found['layer']}, {found['tensor']}" if found["layer"] is not None else found["tensor"]
         errors = ", ".join(f"{label} by {shown(error)}" for label, error in found["errors"].items())
         return (
@@ -232,8 +258,9 @@ def finding_in_words(result: Mapping[str, Any]) -> str:
             f"{first} took {bad['tokens'][0]} and {second} {bad['tokens'][1]}, margin {number(bad['margin'])}, error "
             f"{number(bad['error'])}; the logits agree."
         )
-    largest = result["max_logit_error"]
-    same = "the same bits" if largest == 0 else f"apart by at most {shown(largest)} standard deviations of a row's logits"
+    same = apart(result)
+    if result["looked_inside"] and result["max_logit_error"] != 0:
+        same += ", no tensor off by more than its inputs explain in the steps that differ most"
     if looked := result["looked_into"]:
         same += f", no tensor of the {looked} steps looked into farther from float64 than rounding takes it"
     if result["verdict"] == "undecided":
@@ -249,7 +276,19 @@ def finding_in_words(result: Mapping[str, Any]) -> str:
             f"{second} {tie['tokens'][1]}. No layer is to blame for a tie, so none is named: it is what rounding adds up to "
             "over them all."
         )
-    return f"no difference: {alike}, {same}, every choice alike."
+    if result["max_logit_error"] == 0:
+        return f"no difference: {alike}, {same}, every choice alike."
+    ask = "" if result["looked_inside"] else " To look into the layers, add inside=true."
+    return f"no difference above the threshold: {alike}, {same}, every choice alike.{ask}"
+
+
+def apart(result: Mapping[str, Any]) -> str:
+    """Return how far apart the rows of logits are, and the threshold if they are below it."""
+    largest, threshold = result["max_logit_error"], result["threshold"]
+    if largest == 0:
+        return "the same bits"
+    below = f", below the threshold of {threshold:g}" if largest is not None and largest <= threshold else ""
+    return f"apart by at most {shown(largest)} standard deviations of a row's logits{below}"
 
 
 def shown(value: float | None) -> str:
@@ -259,7 +298,7 @@ def shown(value: float | None) -> str:
 def print_finding(result: Mapping[str, Any], file: str) -> None:
     console = wide_console()
     console.print(head(result), style="dim", highlight=False, markup=False)
-    colour = {"defect": "red", "undecided": "yellow"}.get(result["verdict"], "green")
+    colour = {"defect": "red", "undecided": "yellow", "suspicious": "yellow"}.get(result["verdict"], "green")
     console.print(f"[bold {colour}]{result['verdict']}[/]: {result['said']}", highlight=False)
     table = Table()
     if found := result["finding"]:

@@ -201,7 +201,7 @@ def divergences(run: RunFiles) -> Iterator[Verdict]:
 
 
 def tone_of(found: Mapping[str, Any]) -> Tone:
-    tones: Mapping[str, Tone] = {"defect": "bad", "undecided": "warn"}
+    tones: Mapping[str, Tone] = {"defect": "bad", "undecided": "warn", "suspicious": "warn"}
     return tones.get(found["verdict"], "good")
 
 

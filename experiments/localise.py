@@ -26,6 +26,8 @@ CONTEXT = {"keys": "k", "values": "v"}
 """What lies in pages, and what was to be put there."""
 SURE = 8.0
 """How many times the error of the nearer engine, the largest within the tensor, no rounding makes the other's."""
+OWN_FLOOR: Mapping[Dtype, float] = {"float32": 1e-6, "bfloat16": 1e-2}
+"""Of a tensor's root mean square: the error that rounding may reach in one operation."""
 FLOOR: Mapping[Dtype, float] = {"float32": 1e-4, "bfloat16": 0.1}
 """Of a tensor's root mean square: what rounding may reach anywhere."""
 
@@ -44,6 +46,8 @@ class Finding:
     """Of the two engines, the largest within the position, in root mean squares of the tensor; inf where one is not finite."""
     errors: tuple[float, float]
     """Of each from float64, likewise."""
+    inside: bool = False
+    """Whether `errors` are those of the operation alone, from float64 on the engine's own inputs to it."""
 
     @property
     def wrong(self) -> tuple[bool, bool]:
@@ -90,6 +94,73 @@ def locate(
             found.append((place, Finding(**where, difference=difference, errors=errors)))  # type: ignore[arg-type]
             break
     return min(found, key=lambda entry: entry[0])[1] if found else None
+
+
+def locate_inside(
+    batch: Batch,
+    step: int,
+    requests: Sequence[int],
+    histories: Sequence[Sequence[int]],
+    taps: tuple[Taps, Taps],
+    model: NumpyModel,
+    dtype: Dtype,
+    suspects: Sequence[int],
+) -> Finding | None:
+    """Return the first tensor with an error that its inputs do not explain, however small, over the sequences `suspects`.
+
+    Each operation is repeated in float64 on the engine's own inputs, so that errors of earlier operations do not count. An
+    engine's error is too large if it exceeds `SURE` times that of the other engine, or `OWN_FLOOR` where that is larger.
+    """
+    found: list[tuple[int, Finding]] = []
+    for seq in suspects:
+        both = [explained(batch, seq, histories[seq], tap, model) for tap in taps]
+        for place, (layer, tensor, name) in enumerate(names(*taps, model.config.num_layers)):
+            if name not in both[0] or not len(both[0][name]):
+                continue
+            exact, rows = [own[name] for own in both], [rows_of(batch, seq, tensor, tap[name])[0] for tap in taps]
+            scale = float(np.sqrt(np.mean(exact[0] * exact[0]))) or 1.0
+            errors = [distances(mine, own, scale) for mine, own in zip(rows, exact, strict=True)]
+            limit = SURE * max(OWN_FLOOR[dtype], min(error.max() for error in errors))
+            apart = np.flatnonzero(~(np.maximum(*errors) <= limit))
+            if len(apart):
+                row = int(apart[0])
+                own_errors = float(errors[0][row]), float(errors[1][row])
+                position = int(rows_of(batch, seq, tensor)[1][row])
+                difference = float(distances(rows[0], rows[1], scale)[row])
+                where = {"step": step, "request": requests[seq], "position": position, "layer": layer, "tensor": tensor}
+                found.append((place, Finding(**where, difference=difference, errors=own_errors, inside=True)))  # type: ignore[arg-type]
+                break
+    return min(found, key=lambda entry: entry[0])[1] if found else None
+
+
+def explained(batch: Batch, seq: int, history: Sequence[int], taps: Taps, model: NumpyModel) -> dict[str, np.ndarray]:
+    """Repeat the operations of a step in float64, each on the engine's own inputs, for one sequence. Returns outputs by name.
+
+    Where the engine does not show an input, as an operation inside a fused kernel, the repeated one takes its place."""
+    rows, positions = rows_of(batch, seq, "embedding")
+    asked = np.isin(rows, batch.logit_rows)
+    exact: dict[str, np.ndarray] = {}
+
+    def done(name: str, output: np.ndarray) -> np.ndarray:
+        """Keep an operation's output; return the engine's own, the input of the next operation."""
+        exact[name] = output
+        if name not in taps:
+            return output
+        return rows_of(batch, seq, name.rpartition(".")[2], taps[name])[0].astype(np.float64)
+
+    x_TD = done("embedding", model.embed(np.asarray(history)[positions]))
+    for layer in range(model.config.num_layers):
+        prefix = f"layers.{layer}."
+        n_TD = done(prefix + "attn_norm", model.attn_norm(layer, x_TD))
+        q_TNH, *_ = (done(prefix + name, x) for name, x in zip("qkv", model.project(layer, n_TD, positions), strict=True))
+        k_CKH, v_CKH = (rows_of(batch, seq, name, taps[prefix + name])[0].astype(np.float64) for name in ("keys", "values"))
+        out_TNH = done(prefix + "attention", model.attend(layer, q_TNH, k_CKH, v_CKH, positions))
+        x_TD = done(prefix + "attn_residual", model.attn_residual(layer, x_TD, out_TNH))
+        m_TD = done(prefix + "mlp", model.mlp(layer, x_TD))
+        x_TD = done(prefix + "residual", x_TD + m_TD)
+    x_TD = done("final_norm", model.final_norm(x_TD))
+    done("logits", model.head(x_TD[asked]))
+    return exact
 
 
 def part(a: np.ndarray, b: np.ndarray, exact: np.ndarray, floor: float) -> tuple[int, float, tuple[float, float]] | None:

@@ -50,64 +50,88 @@ class NumpyModel:
     ) -> np.ndarray:
         """Logits after each token of one sequence that starts at position 0, or after those at `rows`: [T] → [R, V]. Tensors
         on the way go to `keep`, for every token."""
-        c = self.config
-        x_TD = self._stored("model.embed_tokens.weight")[np.asarray(token_ids)].astype(self.dtype) * c.embedding_scale
+        x_TD = self.embed(token_ids)
         keep("embedding", x_TD)
-        for layer in range(c.num_layers):
-            prefix = f"model.layers.{layer}"
+        positions = np.arange(len(token_ids))
+        for layer in range(self.config.num_layers):
             here: Keep = lambda name, x, layer=layer: keep(f"layers.{layer}.{name}", x)  # type: ignore[misc]  # noqa: E731
-            n_TD = self._norm(f"{prefix}.input_layernorm", x_TD)
+            n_TD = self.attn_norm(layer, x_TD)
             here("attn_norm", n_TD)
-            a_TD = self._attention(layer, n_TD, here)
-            if c.sandwich_norms:
-                x_TD = x_TD + self._norm(f"{prefix}.post_attention_layernorm", a_TD)
-                m_TD = self._mlp(prefix, self._norm(f"{prefix}.pre_feedforward_layernorm", x_TD))
-                m_TD = self._norm(f"{prefix}.post_feedforward_layernorm", m_TD)
-            else:
-                x_TD = x_TD + a_TD
-                m_TD = self._mlp(prefix, self._norm(f"{prefix}.post_attention_layernorm", x_TD))
+            q_TNH, k_TKH, v_TKH = self.project(layer, n_TD, positions)
+            for name, x in (("q", q_TNH), ("k", k_TKH), ("v", v_TKH)):
+                here(name, x)
+            out_TNH = self.attend(layer, q_TNH, k_TKH, v_TKH, positions)
+            here("attention", out_TNH)
+            x_TD = self.attn_residual(layer, x_TD, out_TNH)
             here("attn_residual", x_TD)
+            m_TD = self.mlp(layer, x_TD)
             here("mlp", m_TD)
             x_TD = x_TD + m_TD
             here("residual", x_TD)
-        x_TD = self._norm("model.norm", x_TD)
+        x_TD = self.final_norm(x_TD)
         keep("final_norm", x_TD)
-        head_VD = self._stored("model.embed_tokens.weight" if c.tie_embeddings else "lm_head.weight")
-        blocks = [head_VD[v : v + _VOCAB_BLOCK].astype(self.dtype) for v in range(0, c.vocab_size, _VOCAB_BLOCK)]
-        logits_RV = np.concatenate([x_TD[rows] @ block.T for block in blocks], axis=1)
+        logits_RV = self.head(x_TD[rows])
         keep("logits", logits_RV)
         return logits_RV
 
-    def _attention(self, layer: int, x_TD: np.ndarray, keep: Keep) -> np.ndarray:
-        c, prefix = self.config, f"model.layers.{layer}.self_attn"
-        T = len(x_TD)
-        q_TNH = self._linear(f"{prefix}.q_proj", x_TD, c.qkv_bias).reshape(T, c.num_heads, c.head_dim)
-        k_TKH = self._linear(f"{prefix}.k_proj", x_TD, c.qkv_bias).reshape(T, c.num_kv_heads, c.head_dim)
-        v_TKH = self._linear(f"{prefix}.v_proj", x_TD, c.qkv_bias).reshape(T, c.num_kv_heads, c.head_dim)
+    # Each operation by itself: from its inputs, tokens or positions first, to its output.
+
+    def embed(self, token_ids: Sequence[int]) -> np.ndarray:
+        table_VD = self._stored("model.embed_tokens.weight")
+        return table_VD[np.asarray(token_ids)].astype(self.dtype) * self.config.embedding_scale
+
+    def attn_norm(self, layer: int, x_TD: np.ndarray) -> np.ndarray:
+        return self._norm(f"model.layers.{layer}.input_layernorm", x_TD)
+
+    def project(self, layer: int, n_TD: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """q [T, N, H], k and v [T, K, H] of the tokens at `positions`, rotated."""
+        c, prefix, T = self.config, f"model.layers.{layer}.self_attn", len(n_TD)
+        q_TNH = self._linear(f"{prefix}.q_proj", n_TD, c.qkv_bias).reshape(T, c.num_heads, c.head_dim)
+        k_TKH = self._linear(f"{prefix}.k_proj", n_TD, c.qkv_bias).reshape(T, c.num_kv_heads, c.head_dim)
+        v_TKH = self._linear(f"{prefix}.v_proj", n_TD, c.qkv_bias).reshape(T, c.num_kv_heads, c.head_dim)
         if c.qk_norm:
             q_TNH, k_TKH = self._norm(f"{prefix}.q_norm", q_TNH), self._norm(f"{prefix}.k_norm", k_TKH)
-        turn_TH = rotations(c.ropes[c.layer_rope[layer]], c.head_dim, T).astype(np.result_type(self.dtype, np.complex64))
-        q_TNH, k_TKH = _rotate(q_TNH, turn_TH), _rotate(k_TKH, turn_TH)
-        for name, x in (("q", q_TNH), ("k", k_TKH), ("v", v_TKH)):
-            keep(name, x)
-        query, key = np.arange(T)[:, None], np.arange(T)[None, :]
+        turn_TH = rotations(c.ropes[c.layer_rope[layer]], c.head_dim, int(positions.max(initial=-1)) + 1)[positions]
+        turn_TH = turn_TH.astype(np.result_type(self.dtype, np.complex64))
+        return _rotate(q_TNH, turn_TH), _rotate(k_TKH, turn_TH), v_TKH
+
+    def attend(self, layer: int, q_TNH: np.ndarray, k_CKH: np.ndarray, v_CKH: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """The queries at `positions` over the keys and values of positions 0 to C - 1: [T, N, H]."""
+        c = self.config
+        query, key = positions[:, None], np.arange(len(k_CKH))[None, :]
         visible = key <= query
         if window := c.layer_window[layer]:
             visible &= query - key < window
         out_TNH = np.empty_like(q_TNH)
         for head in range(c.num_heads):
             shared = head // c.queries_per_kv
-            scores = np.where(visible, q_TNH[:, head] @ k_TKH[:, shared].T * c.attention_scale, -np.inf)
+            scores = np.where(visible, q_TNH[:, head] @ k_CKH[:, shared].T * c.attention_scale, -np.inf)
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-            out_TNH[:, head] = weights / weights.sum(axis=1, keepdims=True) @ v_TKH[:, shared]
-        keep("attention", out_TNH)
-        return self._linear(f"{prefix}.o_proj", out_TNH.reshape(T, -1), c.output_bias)
+            out_TNH[:, head] = weights / weights.sum(axis=1, keepdims=True) @ v_CKH[:, shared]
+        return out_TNH
 
-    def _mlp(self, prefix: str, x_TD: np.ndarray) -> np.ndarray:
+    def attn_residual(self, layer: int, x_TD: np.ndarray, out_TNH: np.ndarray) -> np.ndarray:
+        c, prefix = self.config, f"model.layers.{layer}"
+        a_TD = self._linear(f"{prefix}.self_attn.o_proj", out_TNH.reshape(len(out_TNH), -1), c.output_bias)
+        return x_TD + (self._norm(f"{prefix}.post_attention_layernorm", a_TD) if c.sandwich_norms else a_TD)
+
+    def mlp(self, layer: int, x_TD: np.ndarray) -> np.ndarray:
+        c, prefix = self.config, f"model.layers.{layer}"
+        before = "pre_feedforward_layernorm" if c.sandwich_norms else "post_attention_layernorm"
+        n_TD = self._norm(f"{prefix}.{before}", x_TD)
+        gate_TF = self._linear(f"{prefix}.mlp.gate_proj", n_TD, c.mlp_bias)
+        up_TF = self._linear(f"{prefix}.mlp.up_proj", n_TD, c.mlp_bias)
+        m_TD = self._linear(f"{prefix}.mlp.down_proj", _ACTIVATIONS[c.activation](gate_TF) * up_TF, c.mlp_bias)
+        return self._norm(f"{prefix}.post_feedforward_layernorm", m_TD) if c.sandwich_norms else m_TD
+
+    def final_norm(self, x_TD: np.ndarray) -> np.ndarray:
+        return self._norm("model.norm", x_TD)
+
+    def head(self, x_RD: np.ndarray) -> np.ndarray:
         c = self.config
-        gate_TF = self._linear(f"{prefix}.mlp.gate_proj", x_TD, c.mlp_bias)
-        up_TF = self._linear(f"{prefix}.mlp.up_proj", x_TD, c.mlp_bias)
-        return self._linear(f"{prefix}.mlp.down_proj", _ACTIVATIONS[c.activation](gate_TF) * up_TF, c.mlp_bias)
+        head_VD = self._stored("model.embed_tokens.weight" if c.tie_embeddings else "lm_head.weight")
+        blocks = [head_VD[v : v + _VOCAB_BLOCK].astype(self.dtype) for v in range(0, c.vocab_size, _VOCAB_BLOCK)]
+        return np.concatenate([x_RD @ block.T for block in blocks], axis=1)
 
     def _linear(self, name: str, x: np.ndarray, bias: bool) -> np.ndarray:
         y = x @ self._stored(f"{name}.weight").astype(self.dtype).T

@@ -13,7 +13,7 @@ from common.schedule.batch import Batch
 from common.schedule.trace import Kind, read_frames, unpack_arrays
 from experiments.correctness import Divergence, log_softmax, weigh
 from experiments.isolate import IsolatedEngine
-from experiments.localise import Finding, locate
+from experiments.localise import Finding, locate, locate_inside
 from experiments.narrator import Narrator
 from experiments.observe import Compared
 from experiments.reference import NumpyModel
@@ -100,8 +100,17 @@ class Search:
                 return found
         return None
 
-    def _look(self, index: int, seqs: list[int], scratch: Path, narrator: Narrator) -> Finding | None:
-        """What parts first in a step; if that is a key or value which an earlier step wrote, then in that step."""
+    def inside(self, rows: Sequence[Compared], scratch: Path, narrator: Narrator) -> Finding | None:
+        """Look into the steps whose logits differ most, below the threshold, for errors that inputs do not explain."""
+        worst: dict[int, list[int]] = {}
+        for row in sorted(rows, key=lambda row: -row.error):
+            if row.error > 0 and (row.step in worst or len(worst) < LOOKS):
+                worst.setdefault(row.step, []).append(row.seq)
+        looks = (self._look(index, seqs, scratch, narrator, inside=True) for index, seqs in sorted(worst.items()))
+        return next((found for found in looks if found), None)
+
+    def _look(self, index: int, seqs: list[int], scratch: Path, narrator: Narrator, inside: bool = False) -> Finding | None:
+        """Return the tensor that parts first in a step; if an earlier step wrote it as a key or value, then in that step."""
         number, batch, requests = self._trace.steps[index]
         taps = []
         for engine in self._pair:
@@ -114,7 +123,8 @@ class Search:
         narrator.say(f"float64: {len(seqs)} sequence{'s' * (len(seqs) > 1)} of step {index}")
         histories = self._trace.histories(index)
         tokens = [[token for token, _ in history] for history in histories]
-        found = locate(batch, index, requests, tokens, (taps[0], taps[1]), self._model, self._dtype, seqs)
+        where = (batch, index, requests, tokens, (taps[0], taps[1]), self._model, self._dtype, seqs)
+        found = (locate_inside(*where) if inside else None) or locate(*where)
         if found is None or found.tensor not in ("keys", "values"):
             return found
         seq = list(requests).index(found.request)
@@ -123,7 +133,7 @@ class Search:
             return found
         owners = self._trace.steps[writer][2]
         earlier = [i for i, owner in enumerate(owners) if owner == found.request] or list(range(len(owners)))
-        return self._look(writer, earlier, scratch, narrator) or found
+        return self._look(writer, earlier, scratch, narrator, inside) or found
 
     def choices(self, rows: Sequence[Compared], narrator: Narrator) -> list[Choice]:
         """The first differing choices, each with its float64 margin."""

@@ -41,6 +41,23 @@ def deep_model(directory: Path) -> Path:
     return directory
 
 
+class Altered:
+    """A checkpoint with one float32 tensor changed by a function."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+        self._checkpoint, self._name, self._change = checkpoint, name, change
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._checkpoint, name)
+
+    def __getitem__(self, name: str) -> Any:
+        entry = self._checkpoint[name]
+        if name != self._name:
+            return entry
+        changed = self._change(entry.dense()).astype(np.float32)
+        return replace(entry, encoding="F32", stored=changed, row_order=None, addend=0.0)
+
+
 class Reconfigured:
     """A checkpoint whose configuration says something else."""
 
@@ -75,7 +92,33 @@ def scale(config: ModelConfig) -> ModelConfig:
     return replace(config, attention_scale=config.attention_scale * 1.0001)
 
 
-CONFIGS: dict[str, Callable[[ModelConfig], ModelConfig]] = {"rope": rope, "window": window, "scale": scale}
+def turn(config: ModelConfig) -> ModelConfig:
+    """A slightly wrong base of the rotary embedding in one layer."""
+    kinds = list(config.layer_rope)
+    wrong = replace(config.ropes[kinds[LAYER]], base=config.ropes[kinds[LAYER]].base * 1.002)
+    kinds[LAYER] = len(config.ropes)
+    return replace(config, ropes=(*config.ropes, wrong), layer_rope=tuple(kinds))
+
+
+def half(weight: np.ndarray) -> np.ndarray:
+    """A norm that weighs half of its channels too much."""
+    return weight + np.where(np.arange(len(weight)) < len(weight) // 2, np.float32(0.001), np.float32(0))
+
+
+def first_row(weight: np.ndarray) -> np.ndarray:
+    """One output of a projection that is too large."""
+    changed = weight.copy()
+    changed[0] *= 1.002
+    return changed
+
+
+WEIGHTS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
+    "norm": (f"model.layers.{LAYER}.input_layernorm.weight", half),
+    "output": (f"model.layers.{LAYER}.self_attn.o_proj.weight", first_row),
+    "activation": (f"model.layers.{LAYER}.mlp.gate_proj.weight", lambda weight: weight * 1.0001),
+    "final": ("model.norm.weight", half),
+}
+CONFIGS: dict[str, Callable[[ModelConfig], ModelConfig]] = {"rope": rope, "window": window, "scale": scale, "turn": turn}
 
 
 def other(batch: Batch, **views: Any) -> Batch:
@@ -109,6 +152,8 @@ def planted(base: type[ModelRunner], defect: str) -> type[ModelRunner]:
         def load(self, checkpoint: Checkpoint, progress: Progress | None = None) -> None:
             if defect in CONFIGS:
                 checkpoint = Reconfigured(checkpoint, CONFIGS[defect](checkpoint.config))  # type: ignore[assignment]
+            if defect in WEIGHTS:
+                checkpoint = Altered(checkpoint, *WEIGHTS[defect])  # type: ignore[assignment]
             super().load(checkpoint, progress)
 
         def reset(self) -> None:
@@ -142,6 +187,9 @@ def planted(base: type[ModelRunner], defect: str) -> type[ModelRunner]:
             if defect == "mask":
                 with shifted_mask(import_module(base.__module__.partition(".")[0] + ".attention")):
                     yield batch
+            elif defect == "head":
+                with scaled_head(import_module(base.__module__.partition(".")[0] + ".step")):
+                    yield batch
             else:
                 yield BATCHES[defect](batch) if now and defect in BATCHES else batch
 
@@ -161,6 +209,17 @@ def shifted_mask(attention: Any) -> Iterator[None]:
         yield
     finally:
         attention.query_tiles = right
+
+
+@contextmanager
+def scaled_head(step: Any) -> Iterator[None]:
+    """Logits that are a ten-thousandth too large."""
+    right = step.logits
+    step.logits = lambda model, x: right(model, x) * 1.0001
+    try:
+        yield
+    finally:
+        step.logits = right
 
 
 class Sampled(Pending):

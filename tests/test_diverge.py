@@ -178,13 +178,23 @@ def result(**fields: Any) -> Mapping[str, Any]:
         "torch": {"kernels_used": "framework", "kernel_arithmetic": None},
     }
     base |= {"looked_into": 0, "dtype": "float32", "model": "any", "num_requests": 1, "num_tokens": 9, "computed_by": ran}
-    base |= {"advice": ""}
+    base |= {"advice": "", "threshold": 1e-3, "looked_inside": False}
     return base | {"choices": [], "verdict": "equal"} | fields
 
 
 def test_what_was_found_is_said_in_words() -> None:
     same = sentence(result())
-    assert same.startswith("In float32 no difference: 9 rows of logits in 4 steps, apart by at most 2.0e-06 standard dev")
+    assert same.startswith("In float32 no difference above the threshold: 9 rows of logits in 4 steps, apart by at most")
+    assert "below the threshold of 0.001, every choice alike. To look into the layers, add inside=true." in same
+    looked = sentence(result(looked_inside=True))
+    assert "no tensor off by more than its inputs explain" in looked and "inside=true" not in looked
+    found = {"step": 1, "request": 0, "position": 7, "layer": 3, "tensor": "q", "difference": 1e-4, "inside": True}
+    found |= {"errors": {"jax": 1e-7, "torch": 1e-4}, "wrong": ["torch"]}
+    small = sentence(result(verdict="suspicious", finding=found))
+    assert (
+        small.startswith("In float32 a difference below the threshold: 9 rows")
+        and "layer 3, q. There the float64 result" in small
+    )
     assert "the same bits" in sentence(result(max_logit_error=0.0))
     tie = {"verdict": "tie", "choices": [CHOICE | {"justified": True}]}
     every = sentence(result(**tie, differing_choices=1, dtype="bfloat16"))

@@ -11,6 +11,10 @@ import numpy as np
 import pytest
 
 from common.weights.checkpoint import open_checkpoint
+from experiments.agreement import Passed, compare, pass_through
+from experiments.config import CorrectnessConfig
+from experiments.coverage import Part
+from experiments.defects import defects, headline
 from experiments.diverge import examine, sentence
 from experiments.localise import part
 from experiments.narrator import Narrator
@@ -44,10 +48,61 @@ def share() -> Workload:
     return Workload("share", tuple(Item(0.0, tuple(rng.integers(0, 250, n).tolist()), 9) for n in LENGTHS))
 
 
-def search(first: Local, second: Local, path: Path, scratch: Path, dtype: str = "float32") -> dict[str, Any]:
+def search(
+    first: Local, second: Local, path: Path, scratch: Path, dtype: str = "float32", inside: bool = False
+) -> dict[str, Any]:
     plan: Any = SimpleNamespace(model="deep", checkpoint=open_checkpoint(path))
     pair: Any = (first, second)
-    return examine(pair, share(), plan, dtype, scratch, Narrator())
+    return examine(pair, share(), plan, dtype, scratch, Narrator(), inside)
+
+
+def verdict(first: Local, second: Local, path: Path, scratch: Path) -> dict[str, Any]:
+    """What `compare` finds of two engines."""
+    plan: Any = SimpleNamespace(checkpoint=open_checkpoint(path), workload=share())
+    done: dict[str, Passed] = {}
+    base = None
+    for engine in (first, second):
+        mine: Any = engine
+        caps = {"observes": True, "kernels": [engine.spec.config.kernels]}
+        with Narrator() as narrator:
+            done[engine.spec.label], own = pass_through(mine, caps, share(), share(), [], base, scratch, narrator)
+        base = base or own
+    config = CorrectnessConfig(num_requests=3, output_len=9, tolerance=1e-3)
+    return compare(done, Part(share(), (0, 1, 2)), plan, config)
+
+
+SMALL = {
+    "scale": (0, "attention"),
+    "turn": (LAYER, "q"),
+    "norm": (LAYER, "attn_norm"),
+    "output": (LAYER, "attn_residual"),
+    "activation": (LAYER, "mlp"),
+    "final": (None, "final_norm"),
+    "head": (None, "logits"),
+}
+"""Defects that flip no token, and where each is."""
+QUICK = ("scale", "head")
+
+
+@pytest.mark.parametrize(
+    "defect", [pytest.param(name, marks=() if name in QUICK else pytest.mark.accept) for name in [*SMALL, *FOUND, "sampler"]]
+)
+def test_compare_finds_a_planted_defect_and_diverge_names_it(defect: str, deep: Path, tmp_path: Path) -> None:
+    sound, wrong = make_local("sound", "torch", "framework", deep), make_local("wrong", "torch", "framework", deep, defect)
+    found = verdict(sound, wrong, deep, tmp_path)
+    assert bool(defects(found)) or found["suspicious"] == 1, found["noise"]
+    if defect in SMALL:
+        assert found["tokens_equal"]
+        result = search(sound, wrong, deep, tmp_path, inside=True)
+        assert place(result)[3:] == SMALL[defect] and result["finding"]["wrong"] == ["wrong"], sentence(result)
+        assert result["verdict"] in ("suspicious", "defect")
+
+
+def test_looking_inside_a_sound_engine_names_nothing(deep: Path, tmp_path: Path) -> None:
+    one, other = (make_local(kernels, "torch", kernels, deep) for kernels in ("framework", "native"))
+    result = search(one, other, deep, tmp_path, inside=True)
+    assert result["finding"] is None and result["looked_inside"] and "below the threshold" in sentence(result)
+    assert headline(verdict(one, other, deep, tmp_path)).tone == "good"
 
 
 def place(result: Mapping[str, Any]) -> tuple[Any, ...]:
