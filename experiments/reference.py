@@ -52,17 +52,11 @@ class NumpyModel:
         on the way go to `keep`, for every token."""
         x_TD = self.embed(token_ids)
         keep("embedding", x_TD)
-        positions = np.arange(len(token_ids))
         for layer in range(self.config.num_layers):
             here: Keep = lambda name, x, layer=layer: keep(f"layers.{layer}.{name}", x)  # type: ignore[misc]  # noqa: E731
             n_TD = self.attn_norm(layer, x_TD)
             here("attn_norm", n_TD)
-            q_TNH, k_TKH, v_TKH = self.project(layer, n_TD, positions)
-            for name, x in (("q", q_TNH), ("k", k_TKH), ("v", v_TKH)):
-                here(name, x)
-            out_TNH = self.attend(layer, q_TNH, k_TKH, v_TKH, positions)
-            here("attention", out_TNH)
-            x_TD = self.attn_residual(layer, x_TD, out_TNH)
+            x_TD = self._add_attention(layer, x_TD, self._attention(layer, n_TD, here))
             here("attn_residual", x_TD)
             m_TD = self.mlp(layer, x_TD)
             here("mlp", m_TD)
@@ -111,18 +105,14 @@ class NumpyModel:
         return out_TNH
 
     def attn_residual(self, layer: int, x_TD: np.ndarray, out_TNH: np.ndarray) -> np.ndarray:
-        c, prefix = self.config, f"model.layers.{layer}"
-        a_TD = self._linear(f"{prefix}.self_attn.o_proj", out_TNH.reshape(len(out_TNH), -1), c.output_bias)
-        return x_TD + (self._norm(f"{prefix}.post_attention_layernorm", a_TD) if c.sandwich_norms else a_TD)
+        return self._add_attention(layer, x_TD, self._combine(layer, out_TNH))
 
     def mlp(self, layer: int, x_TD: np.ndarray) -> np.ndarray:
-        c, prefix = self.config, f"model.layers.{layer}"
-        before = "pre_feedforward_layernorm" if c.sandwich_norms else "post_attention_layernorm"
-        n_TD = self._norm(f"{prefix}.{before}", x_TD)
-        gate_TF = self._linear(f"{prefix}.mlp.gate_proj", n_TD, c.mlp_bias)
-        up_TF = self._linear(f"{prefix}.mlp.up_proj", n_TD, c.mlp_bias)
-        m_TD = self._linear(f"{prefix}.mlp.down_proj", _ACTIVATIONS[c.activation](gate_TF) * up_TF, c.mlp_bias)
-        return self._norm(f"{prefix}.post_feedforward_layernorm", m_TD) if c.sandwich_norms else m_TD
+        prefix = f"model.layers.{layer}"
+        if not self.config.sandwich_norms:
+            return self._mlp(prefix, self._norm(f"{prefix}.post_attention_layernorm", x_TD))
+        m_TD = self._mlp(prefix, self._norm(f"{prefix}.pre_feedforward_layernorm", x_TD))
+        return self._norm(f"{prefix}.post_feedforward_layernorm", m_TD)
 
     def final_norm(self, x_TD: np.ndarray) -> np.ndarray:
         return self._norm("model.norm", x_TD)
@@ -132,6 +122,29 @@ class NumpyModel:
         head_VD = self._stored("model.embed_tokens.weight" if c.tie_embeddings else "lm_head.weight")
         blocks = [head_VD[v : v + _VOCAB_BLOCK].astype(self.dtype) for v in range(0, c.vocab_size, _VOCAB_BLOCK)]
         return np.concatenate([x_RD @ block.T for block in blocks], axis=1)
+
+    def _attention(self, layer: int, n_TD: np.ndarray, keep: Keep) -> np.ndarray:
+        positions = np.arange(len(n_TD))
+        q_TNH, k_TKH, v_TKH = self.project(layer, n_TD, positions)
+        for name, x in (("q", q_TNH), ("k", k_TKH), ("v", v_TKH)):
+            keep(name, x)
+        out_TNH = self.attend(layer, q_TNH, k_TKH, v_TKH, positions)
+        keep("attention", out_TNH)
+        return self._combine(layer, out_TNH)
+
+    def _combine(self, layer: int, out_TNH: np.ndarray) -> np.ndarray:
+        name = f"model.layers.{layer}.self_attn.o_proj"
+        return self._linear(name, out_TNH.reshape(len(out_TNH), -1), self.config.output_bias)
+
+    def _add_attention(self, layer: int, x_TD: np.ndarray, a_TD: np.ndarray) -> np.ndarray:
+        norm = f"model.layers.{layer}.post_attention_layernorm"
+        return x_TD + (self._norm(norm, a_TD) if self.config.sandwich_norms else a_TD)
+
+    def _mlp(self, prefix: str, n_TD: np.ndarray) -> np.ndarray:
+        c = self.config
+        gate_TF = self._linear(f"{prefix}.mlp.gate_proj", n_TD, c.mlp_bias)
+        up_TF = self._linear(f"{prefix}.mlp.up_proj", n_TD, c.mlp_bias)
+        return self._linear(f"{prefix}.mlp.down_proj", _ACTIVATIONS[c.activation](gate_TF) * up_TF, c.mlp_bias)
 
     def _linear(self, name: str, x: np.ndarray, bias: bool) -> np.ndarray:
         y = x @ self._stored(f"{name}.weight").astype(self.dtype).T
