@@ -119,13 +119,15 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
         use_tqdm: bool = True,
+        **options: Any,
     ) -> list[RequestOutput]:
-        """Answer a conversation, or each of several. Special tokens that a message spells are plain text."""
+        """Answer a conversation, or each of several. Special tokens that a message spells are plain text.
+
+        `options` are those of `ChatTemplate.encode`, such as `continue_final_message` and `chat_template_kwargs`."""
         many = isinstance(messages, Sequence) and len(messages) > 0 and isinstance(messages[0], list | tuple)
         conversations: Any = messages if many else [messages]
-        prompts = [self.chat_prompt(c, tools=tools, add_generation_prompt=add_generation_prompt) for c in conversations]
+        prompts = [self.chat_prompt(c, tools=tools, **options) for c in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def chat_prompt(
@@ -133,12 +135,12 @@ class LLM:
         messages: Sequence[Message],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
+        **options: Any,
     ) -> dict[str, Any]:
-        """The prompt that the model's chat template makes of a conversation, for `generate` and `stream`."""
+        """Return the prompt that the chat template makes of a conversation, for `generate` and `stream`."""
         self._expect_open()
         self._chat = self._chat or ChatTemplate(self.tokenizer)
-        text, token_ids = self._chat.encode(messages, tools=tools, add_generation_prompt=add_generation_prompt)
+        text, token_ids = self._chat.encode(messages, tools=tools, **options)
         return {"prompt": text, "prompt_token_ids": token_ids}
 
     def get_default_sampling_params(self) -> SamplingParams:

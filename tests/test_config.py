@@ -28,7 +28,7 @@ YARN = {"scaling": "yarn", "factor": 4.0, "original_max_position": 32}
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("dtype", "float16"),
+        ("dtype", "float8"),
         ("dtype", np.array(["a", "b"])),
         ("kernels", "nativ"),
         ("device", None),

@@ -333,3 +333,17 @@ def test_an_enforced_call_of_a_tool_streams_its_arguments(served: Served, tokeni
     assert parts[0].id and parts[0].function.name == call.function.name == "f"
     assert "".join(part.function.arguments for part in parts) == call.function.arguments and len(parts) > 3
     assert call.function.arguments.replace(" ", "") == '{"n":"ab"}'
+
+
+def test_a_chat_continues_a_message_and_hands_variables_to_the_template(served: Served) -> None:
+    chat = [*CHAT, {"role": "assistant", "content": "the and"}]
+    body: dict[str, Any] = {"messages": chat, "max_tokens": 4, "temperature": 0, "return_token_ids": True}
+    path = "/v1/chat/completions"
+    both = served.post(path, **body, continue_final_message=True)
+    assert both.status_code == 400 and "add_generation_prompt" in both.json()["error"]["message"]
+    open_end = served.post(path, **body, continue_final_message=True, add_generation_prompt=False).json()
+    closed = served.post(path, **body, add_generation_prompt=False).json()
+    assert open_end["usage"]["prompt_tokens"] < closed["usage"]["prompt_tokens"]
+    assert served.post(path, **body, chat_template_kwargs={"enable_thinking": False}).status_code == 200
+    refused = served.post(path, **body, chat_template_kwargs={"messages": []})
+    assert refused.status_code == 400 and "messages" in refused.json()["error"]["message"]

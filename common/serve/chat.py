@@ -54,7 +54,14 @@ def reasoning(model: ServedModel) -> Reasoning | None:
 
 def chat_prompt(model: ServedModel, body: ChatRequest) -> Prompt:
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if body.uses_tools else []
-    return model.chat_prompt(body.messages, tools or None, body.add_generation_prompt, body.truncate_prompt_tokens)
+    return model.chat_prompt(
+        body.messages,
+        tools or None,
+        body.truncate_prompt_tokens,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=bool(body.continue_final_message),
+        chat_template_kwargs=body.chat_template_kwargs,
+    )
 
 
 @dataclass

@@ -143,19 +143,20 @@ class ServedModel:
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None,
-        add_generation_prompt: bool = True,
         truncate: int | None = None,
+        **options: Any,
     ) -> Prompt:
-        prompt = self.render(messages, tools, add_generation_prompt, checked=truncate is None)
+        """Return the prompt of a conversation. `options` are those of `ChatTemplate.encode`."""
+        prompt = self.render(messages, tools, checked=truncate is None, **options)
         return self.prompt(prompt.token_ids, truncate=truncate, name="messages")._replace(text=prompt.text)
 
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None,
-        add_generation_prompt: bool = True,
         *,
         checked: bool = True,
+        **options: Any,
     ) -> Prompt:
         """Apply the chat template. `checked`: refuse a conversation that cannot fit the context, before it is rendered."""
         if self.template is None:
@@ -166,7 +167,7 @@ class ServedModel:
             plain, tools = with_tools(plain, tools), None
         if checked:
             self._expect_may_fit(sum(len(str(message["content"])) for message in plain), "messages")
-        return Prompt(*self.template.encode(plain, tools=tools, add_generation_prompt=add_generation_prompt))
+        return Prompt(*self.template.encode(plain, tools=tools, **options))
 
     def token_text(self, token_id: int) -> str:
         """One token by itself, special ones too. A piece of a character shows its bytes, so that no two tokens look alike."""

@@ -266,8 +266,10 @@ class ChatRequest(Sampled):
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool = True
     chat_template: Any = None
-    chat_template_kwargs: Any = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables for the template, such as `enable_thinking`."""
     continue_final_message: bool | None = None
+    """The model continues the last message; with add_generation_prompt=false."""
     prompt_logprobs: Any = None
 
     def check(self) -> None:
@@ -275,12 +277,9 @@ class ChatRequest(Sampled):
         if self.prompt_logprobs is not None:
             told = "prompt_logprobs are not for chats: send the token ids that /tokenize returns to /v1/completions."
             raise ApiError(400, told, "prompt_logprobs")
-        for name in ("chat_template", "chat_template_kwargs"):
-            if getattr(self, name) is not None:
-                raise ApiError(400, f"{name} is not taken from requests: the model's own template is used as it is.", name)
-        if self.continue_final_message:
-            text = "continue_final_message is not supported by this server; send the text so far to /v1/completions."
-            raise ApiError(400, text, "continue_final_message")
+        if self.chat_template is not None:
+            text = "chat_template is not taken from requests: the server's --chat-template sets it."
+            raise ApiError(400, text, "chat_template")
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError(400, "top_logprobs needs logprobs=true.", "top_logprobs")
 

@@ -30,7 +30,8 @@ def tokens_of(model: ServedModel, body: TokenizeRequest) -> dict[str, Any]:
     if body.prompt is not None:
         tokens = list(model.encode(body.prompt, body.add_special_tokens, checked=False))
     else:
-        tokens = list(model.render(body.messages or [], body.tools, body.add_generation_prompt, checked=False).token_ids)
+        options = {"add_generation_prompt": body.add_generation_prompt, "checked": False}
+        tokens = list(model.render(body.messages or [], body.tools, **options).token_ids)
     strings = {"token_strs": [model.tokenizer.id_to_token(token) for token in tokens]} if body.return_token_strs else {}
     return {"count": len(tokens), "max_model_len": model.max_model_len, "tokens": tokens, **strings}
 
