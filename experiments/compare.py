@@ -21,6 +21,7 @@ from experiments.blocks import advice
 from experiments.cli import conclude, keep_part, launch, report_on
 from experiments.config import correctness_config, engine_specs, resolved, runs_folder
 from experiments.console import print_conclusion, print_result, print_scaling, print_table
+from experiments.drive import Window
 from experiments.fail_if import check_keys, parse_conditions
 from experiments.job import job_directory
 from experiments.limits import say_limits
@@ -47,7 +48,7 @@ def run(config: DictConfig) -> None:
     labels = [spec.label for spec in specs]
     named: dict[str, Collection[str]] = {
         "engines": figure_names(plan),
-        "comparisons": [field.name for field in fields(Comparison)],
+        "comparisons": [*(field.name for field in fields(Comparison)), "contaminated"],
         "agreement": [*summarise([]), "kld_from", "over_rounding", "suspicious"],
     }
     check_keys(conditions, [*setting(config, plan), *RESULTS, *AGREEMENT], labels, named)
@@ -81,12 +82,20 @@ def run(config: DictConfig) -> None:
 
 def results(config: DictConfig, plan: Plan, outcome: Outcome, found: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     """What results.json has; `found` is what it has of the float32 pass, and `directory` where it is to be read."""
-    compared = {label: windows[0] for label, windows in outcome.windows.items() if label in outcome.figures}
+    compared = {
+        label: Window(tuple(row for window in windows for row in window.rows), sum(window.duration for window in windows))
+        for label, windows in outcome.windows.items()
+        if label in outcome.figures
+    }
     told: dict[str, Any] = setting(config, plan) | {
         "run": str(directory),
         "engines": outcome.figures,
         "ratios": ratios(outcome.figures, outcome.comparisons),
-        "comparisons": {label: asdict(comparison) for label, comparison in outcome.comparisons.items()},
+        "comparisons": {
+            label: asdict(found)
+            | {"contaminated": any(outcome.figures[each]["contaminated"] for each in (label, found.against))}
+            for label, found in outcome.comparisons.items()
+        },
         "failures": outcome.failures,
         "order": outcome.order,
         "stopped": outcome.stopped,

@@ -115,6 +115,8 @@ def drive(
     agenda = Agenda(items, concurrency)
     sent: dict[int, tuple[float, float]] = {}  # when it was due, and when it was sent
     events: list[TokenEvent] = []
+    last_seen = 0.0  # when the driver itself had the last event
+    strays = 0  # events stamped outside of the driver's own times
     clock = time.perf_counter
     gc.collect()  # garbage of the last window is not this one's to pay for
     before = numbers(engine.stats())
@@ -135,6 +137,9 @@ def drive(
                 seen = engine.step(wait)
                 away += clock() - begin
                 events += seen
+                if seen:
+                    last_seen = clock()
+                    strays += sum(not start + sent[int(e.request_id)][1] <= e.time <= last_seen for e in seen)
                 if agenda.listens:
                     for event in seen:
                         if event.finish:
@@ -149,6 +154,7 @@ def drive(
     after = numbers(engine.stats())
     counters = {name: value - before.get(name, 0) for name, value in after.items()} | {"driver_seconds": driver} | machine
     duration = events[-1].time - start if events else 0.0
+    counters |= {"stray_times": strays, "missing_seconds": max(0.0, last_seen - start - duration) if events else 0.0}
     steps = None if log is None else tuple(since(start, step) for step in log)
     return Window(rows(items, sent, events, start, steps or ()), duration, counters, steps, began=start)
 

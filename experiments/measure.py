@@ -24,7 +24,7 @@ from experiments.config import EngineSpec, MeasureConfig, resolved
 from experiments.drive import Window
 from experiments.isolate import EngineFailure, IsolatedEngine
 from experiments.limits import Limits, better, measure_limits
-from experiments.metrics import contaminations, output_throughput, summarize, unsure
+from experiments.metrics import block_contaminations, contaminations, output_throughput, summarize, unsure
 from experiments.narrator import Narrator
 from experiments.probes import bandwidth_probe
 from experiments.profiled import Profile
@@ -194,6 +194,10 @@ class Outcome:
                 here = limits if figures["device"] == "cpu" else None  # another device has limits of its own
                 figures |= window_figures(self.windows[spec.label], plan, spec, here) | {"limits": told}
                 figures["contaminated"] = contaminations(figures, plan.workload.shares_prefixes)
+                alone = block_contaminations(self.windows[spec.label], plan.workload.shares_prefixes)
+                figures["block_contaminated"] = alone
+                if not figures["contaminated"]:
+                    figures["contaminated"] = [f"block {i}: {each}" for i, found in enumerate(alone) for each in found]
                 figures["unsure"] = unsure(figures)
         self.comparisons = self.compared(plan, ended=True)
 
@@ -250,11 +254,12 @@ def run_blocks(outcome: Outcome, engines: Mapping[str, IsolatedEngine], plan: Pl
             break
         order = [label for label in block_order(list(engines), done, plan.seed) if label in outcome.survivors]
         outcome.order.append(order)
+        asked = plan.workload.fresh(done, plan.seed)  # of all engines in this block
         end = start + time_left(config, done, start - begin, longest)
         for label in order:
             narrator.block(done, config.blocks, label, end - time.perf_counter())
             with outcome.row_of(engines[label], narrator):
-                window, last = served(label, engines[label].run(plan.workload)), bandwidth
+                window, last = served(label, engines[label].run(asked)), bandwidth
                 bandwidth = probe()
                 beside = max(last, bandwidth) if last and bandwidth else None
                 outcome.windows[label].append(replace(window, bandwidth=beside))
@@ -365,7 +370,7 @@ def figure_names(plan: Plan) -> list[str]:
         "weights_mib",
         "peak_rss_mib",
     )
-    return [*named, *loaded, "limits", "contaminated", "unsure"]
+    return [*named, *loaded, "limits", "contaminated", "block_contaminated", "unsure"]
 
 
 def machine_limits(config: MeasureConfig, narrator: Narrator) -> Limits | None:

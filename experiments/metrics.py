@@ -36,6 +36,12 @@ BUSY = 0.05
 """Share of the processors' time above which other programs spoil a measurement: compute threads wait for each other."""
 COARSE_S = 1.0
 """Seconds below which processor time, which is counted in ticks, tells too little."""
+MISSING = 0.05
+"""Share of a window that may lie behind the time that the engine gives for its last event, ..."""
+MISSING_S = 0.02
+"""... and seconds below which that is the end of a step."""
+JUMP = 3.0
+"""Factor between two blocks of one engine above which something else than the engine's speed has changed."""
 COLD = 0.01
 """Share of prompt tokens that may come from a cache that should have been empty."""
 FAULTS = 100
@@ -163,6 +169,8 @@ def counters(stats: Sequence[Mapping[str, float]], duration: float, outputs: int
         "throttled_share": share("throttled_seconds", watched),
         "thermal_throttles": whole("thermal_throttles"),
         "clock_limit_drop_mhz": total.get("clock_limit_drop_mhz"),
+        "stray_times": whole("stray_times"),
+        "missing_share": share("missing_seconds", duration),
         "joules": total.get("joules"),
         "joules_cpu": total.get("joules_cpu"),
         "joules_gpu": total.get("joules_gpu"),
@@ -199,12 +207,34 @@ def contaminations(figures: Mapping[str, Any], shares_prefixes: bool) -> list[st
         reasons.append(f"the processors were slowed down {figures['thermal_throttles']} times because they were too hot")
     if above("clock_limit_drop_mhz", 0):
         reasons.append(f"the highest clock of the processors was lowered by {figures['clock_limit_drop_mhz']:.0f} MHz")
+    if above("stray_times", 0):
+        reasons.append(f"{figures['stray_times']} events have times outside of those between sending and receiving them")
+    if above("missing_share", MISSING) and figures["missing_share"] * figures["duration"] > MISSING_S:
+        reasons.append(f"the driver's own clock shows {figures['missing_share']:.0%} more time than the events")
+    if above("duration", COARSE_S):
+        reasons += jumps(figures)
     for name in LIMITED:
         if above(name, 1):
             reasons.append(f"invalid: {name} is {figures[name]:.2f}, above what the machine was measured to be capable of")
     if above("prefix_cache_hit_rate", COLD) and not shares_prefixes:
         reasons.append(f"{figures['prefix_cache_hit_rate']:.0%} of prompt tokens came from a cache that should be cold")
     return reasons
+
+
+def jumps(figures: Mapping[str, Any]) -> list[str]:
+    """Whether the throughput of an engine differs between its blocks by more than noise of the machine explains."""
+    rates = [rate for rate in figures.get("block_output_throughput") or () if rate]
+    if len(rates) < 2 or max(rates) <= JUMP * min(rates):
+        return []
+    return [f"its throughput jumps between blocks, from {min(rates):.3g} to {max(rates):.3g} tokens/s"]
+
+
+def block_contaminations(windows: Sequence[Window], shares_prefixes: bool) -> list[list[str]]:
+    """The reasons of `contaminations` for each window alone, so that a burst in one block is not averaged away."""
+    return [
+        contaminations({"duration": window.duration} | counters([window.stats], window.duration, 0), shares_prefixes)
+        for window in windows
+    ]
 
 
 def too_short(figures: Mapping[str, Any]) -> bool:
@@ -215,6 +245,7 @@ def too_short(figures: Mapping[str, Any]) -> bool:
 def unsure(figures: Mapping[str, Any]) -> list[str]:
     """What would contaminate figures, were the time long enough to judge by."""
     share = figures.get("foreign_cpu_share") or 0
+    said = jumps(figures) if too_short(figures) else []
     if share > BUSY and too_short(figures):
-        return [f"other programs used {share:.0%} of the processors, but that is too short a time to judge by"]
-    return []
+        said.append(f"other programs used {share:.0%} of the processors, but that is too short a time to judge by")
+    return said

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -271,6 +271,21 @@ class Workload:
         """Whether a prefix cache has something to find: two prompts with the same first tokens."""
         heads = [item.prompt[:SHARED] for item in self.items if len(item.prompt) >= SHARED]
         return len(set(heads)) < len(heads)
+
+    def fresh(self, block: int, seed: int) -> Workload:
+        """The same workload with other prompts for each block but the first: a permutation of the token ids that occur in it.
+
+        Lengths and shared prefixes stay as they are. An engine that keeps the outputs of a block gains nothing from them.
+        """
+        if block == 0:
+            return self
+        ids = np.unique(np.concatenate([np.array(item.prompt, np.int64) for item in self.items]))
+        drawn = np.random.default_rng([seed, 3, block]).permutation(ids)
+        items = (
+            replace(item, prompt=tuple(drawn[np.searchsorted(ids, np.array(item.prompt, np.int64))].tolist()))
+            for item in self.items
+        )
+        return replace(self, items=tuple(items))
 
     def share(self, num_requests: int, output_len: int) -> Workload:
         """The first requests, cut to `output_len` tokens each, none waiting for another and all arriving at once."""

@@ -9,7 +9,7 @@ import pytest
 
 from common.schedule.steplog import StepRecord
 from experiments.drive import Row, Window
-from experiments.metrics import contaminations, summarize, unsure
+from experiments.metrics import block_contaminations, contaminations, counters, summarize, unsure
 from experiments.phases import steady_part
 from experiments.workload import Slo
 
@@ -279,3 +279,22 @@ def test_other_programs_beside_a_short_time_are_a_doubt_and_beside_a_long_one_a_
         figures = {"foreign_cpu_share": 0.3, "duration": duration}
         assert (len(unsure(figures)), len(contaminations(figures, False))) == (doubts, spoils)
     assert unsure({"foreign_cpu_share": 0.01, "duration": 0.5}) == unsure({}) == []
+
+
+def test_a_burst_in_one_block_is_told_though_the_average_hides_it() -> None:
+    quiet = {"watched_seconds": 10.0, "foreign_cpu_seconds": 0.0}
+    windows = [Window((), 10.0, quiet) for _ in range(5)]
+    loud = Window((), 10.0, quiet | {"foreign_cpu_seconds": 4.0 * (os.cpu_count() or 1) / 4})
+    found = block_contaminations([*windows, loud], False)
+    assert [len(each) for each in found] == [0, 0, 0, 0, 0, 1] and "10% of the processors" in found[5][0]
+
+
+def test_cached_outputs_shrunk_times_and_stray_times_are_told() -> None:
+    cached = {"duration": 9.0, "block_output_throughput": [100.0, 9000.0, 9100.0]}
+    assert "jumps between blocks" in contaminations(cached, False)[0]
+    assert "jumps" in unsure(cached | {"duration": 0.5})[0]
+    shrunk = counters([{"missing_seconds": 3.0, "stray_times": 0}], 7.0, 10) | {"duration": 7.0}
+    assert "driver's own clock shows 43% more" in contaminations(shrunk, False)[0]
+    stray = counters([{"missing_seconds": 0.0, "stray_times": 2}], 7.0, 10) | {"duration": 7.0}
+    assert contaminations(stray, False)[0].startswith("2 events have times outside")
+    assert not contaminations({"duration": 9.0, "block_output_throughput": [100.0, 90.0, 110.0]}, False)

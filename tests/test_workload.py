@@ -254,3 +254,16 @@ def test_a_seed_that_is_none_is_refused(seed: object) -> None:
 def test_a_vocabulary_of_special_ids_alone_is_refused() -> None:
     with pytest.raises(ConfigError, match="empty"):
         draw(FIXED, 0, 3, special_ids={0, 1, 2})
+
+
+def test_each_block_has_fresh_prompts_of_the_same_lengths_and_prefixes() -> None:
+    config = WorkloadConfig(name="w", num_requests=6, prompt_len=12, output_len=4, prefix_len=16, prefix_groups=2)
+    first = draw(config, 1, 500)
+    assert first.fresh(0, 1) == first
+    later = first.fresh(3, 1)
+    assert later == first.fresh(3, 1) != first.fresh(4, 1)
+    for a, b in zip(first.items, later.items, strict=True):
+        assert len(a.prompt) == len(b.prompt) and a.prompt[:8] != b.prompt[:8]
+        assert (a.arrival, a.output_len, a.after) == (b.arrival, b.output_len, b.after)
+    heads = [[item.prompt[:16] for item in workload.items] for workload in (first, later)]
+    assert all([a == heads[0][0] for a in heads[0]] == [a == row[0] for a in row] for row in heads)
