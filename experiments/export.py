@@ -75,6 +75,8 @@ def brief(run: RunFiles, label: str, rows: Sequence[Record]) -> Record:
     """One engine of a run, whose requests are `rows`, in the order of keys that `vllm bench serve` writes; then whatever else
     is known of it."""
     figures, workload = run.engines[label], run.config["workload"]
+    # vLLM counts latencies from the time when a request was sent.
+    figures = figures | {key.replace("_from_sent", ""): value for key, value in figures.items() if "_from_sent" in key}
     model = run.results.get("model")
     setting = {
         "date": f"{datetime.fromisoformat(run.environment['date']):%Y%m%d-%H%M%S}",

@@ -1,9 +1,12 @@
-"""From rows to figures, named and defined as `vllm bench serve` has them, with inter-token times by token, not by chunk.
+"""From rows to figures, named as `vllm bench serve` names them, with inter-token times by token, not by chunk.
 
 For a request due at d, sent at s, whose first step began at b and whose tokens were seen at t[0..n-1]:
-ttft = t[0] - s · tpot = (t[n-1] - t[0]) / (n - 1), n ≥ 2 · itl = t[i] - t[i-1], pooled over requests · e2el = t[n-1] - s ·
-queue = s - d · admission = b - s · ttft_from_schedule = t[0] - d · e2el_from_schedule = t[n-1] - d.
-The last two also count what a request waited because the driver was inside a step when it was due.
+ttft = t[0] - d · tpot = (t[n-1] - t[0]) / (n - 1), n ≥ 2 · itl = t[i] - t[i-1], pooled over requests · e2el = t[n-1] - d ·
+queue = s - d · admission = b - s · ttft_from_sent = t[0] - s · e2el_from_sent = t[n-1] - s.
+
+Latencies count from the time when a request is due. The driver of an engine in its own process sends between two steps, so a
+request that is due during a step waits for the end of that step. Counted from s, as `vllm bench serve` counts, that wait would
+be missing, and engines behind a server would look slower. `ttft_from_schedule` and `e2el_from_schedule` are ttft and e2el.
 
 Throughputs are over the whole window, from its start to the last event. A figure without a sample, or of something that neither
 the engine nor the machine tells, is None. Of a run that an `Slo` was stated for, `goodput` is the requests a second that meet
@@ -89,12 +92,14 @@ def output_throughput(window: Window) -> float | None:
 def latencies(rows: Sequence[Row]) -> dict[str, np.ndarray]:
     """Samples in seconds, by metric."""
     return {
-        "ttft": np.array([row.times[0] - row.sent for row in rows]),
+        "ttft": np.array([row.times[0] - row.scheduled for row in rows]),
         "tpot": np.array([tpot(row) for row in rows if len(row.times) > 1]),
         "itl": np.concatenate([np.diff(row.times) for row in rows]) if rows else np.array([]),
-        "e2el": np.array([row.times[-1] - row.sent for row in rows]),
+        "e2el": np.array([row.times[-1] - row.scheduled for row in rows]),
         "queue": np.array([row.sent - row.scheduled for row in rows]),
         "admission": np.array([row.started - row.sent for row in rows if row.started is not None]),
+        "ttft_from_sent": np.array([row.times[0] - row.sent for row in rows]),
+        "e2el_from_sent": np.array([row.times[-1] - row.sent for row in rows]),
         "ttft_from_schedule": np.array([row.times[0] - row.scheduled for row in rows]),
         "e2el_from_schedule": np.array([row.times[-1] - row.scheduled for row in rows]),
     }

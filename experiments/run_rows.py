@@ -41,5 +41,5 @@ def block_points(rows: pd.DataFrame, engines: Sequence[str]) -> dict[str, tuple[
         ends = np.array([times[-1] for times in block["times"]])
         if label in points and ends.max() > 0:
             points[label][0].append(sum(map(len, block["tokens"])) / ends.max())
-            points[label][1].append(float(np.median(ends - block["sent"].to_numpy(float))) * 1e3)
+            points[label][1].append(float(np.median(ends - block["scheduled"].to_numpy(float))) * 1e3)
     return points

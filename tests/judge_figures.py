@@ -48,13 +48,19 @@ def figures(rows: Sequence[Mapping[str, Any]], slo: Mapping[str, float] | None =
 
 def milliseconds(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     samples: dict[str, list[float]] = {
-        name: [] for name in ("ttft", "tpot", "itl", "e2el", "queue", "admission", "ttft_from_schedule", "e2el_from_schedule")
+        name: []
+        for name in (
+            *("ttft", "tpot", "itl", "e2el", "queue", "admission", "ttft_from_sent", "e2el_from_sent"),
+            *("ttft_from_schedule", "e2el_from_schedule"),
+        )
     }
     for row in rows:
         times = [1e3 * time for time in row["times"]]
         sent, due = 1e3 * row["sent"], 1e3 * row["scheduled"]
-        samples["ttft"].append(times[0] - sent)
-        samples["e2el"].append(times[-1] - sent)
+        samples["ttft"].append(times[0] - due)
+        samples["e2el"].append(times[-1] - due)
+        samples["ttft_from_sent"].append(times[0] - sent)
+        samples["e2el_from_sent"].append(times[-1] - sent)
         samples["queue"].append(sent - due)
         samples["ttft_from_schedule"].append(times[0] - due)
         samples["e2el_from_schedule"].append(times[-1] - due)

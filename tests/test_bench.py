@@ -235,7 +235,7 @@ def test_bench_prints_one_json_line_and_keeps_the_run(
 def test_bench_reports_memory_and_what_it_is_needed_for(
     history: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command(monkeypatch, bench.main, *SMALL, "engine.num_blocks=100")
+    command(monkeypatch, bench.main, *SMALL, "engine.num_blocks=100", "table=all")
     out = capsys.readouterr().out
     result = last_line(out)
     assert 10 < result["rss_mib"] <= result["peak_load_mib"] <= result["peak_rss_mib"]

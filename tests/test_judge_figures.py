@@ -101,7 +101,7 @@ def test_the_judge_finds_the_figures_of_a_whole_run(
     mine = judge_figures.figures(rows, result["slo"])
     assert (mine["goodput"] is None) == (result["slo"] is None)
     assert {name: value for name, value in mine.items() if judge_figures.distance(value, result[name]) > 1e-9} == {}
-    assert len(mine) == 9 + 8 * 6
+    assert len(mine) == 9 + 10 * 6
     monkeypatch.setattr(sys, "argv", ["judge_figures", result["run"]])
     judge_figures.main()
     told, apart = capsys.readouterr().out.splitlines()

@@ -19,7 +19,7 @@ def row(sent: float, times: tuple[float, ...], asked: int | None = None) -> Row:
         request_id="0",
         prompt_len=10,
         output_len=asked or len(times),
-        scheduled=0.0,
+        scheduled=sent,
         sent=sent,
         times=times,
         tokens=tuple(range(len(times))),
@@ -95,13 +95,14 @@ def test_a_busy_machine_is_noticed() -> None:
 # From the schedule, and queues.
 
 
-def test_times_from_the_schedule_count_what_a_request_waited_before_it_was_sent() -> None:
+def test_latencies_count_from_the_time_when_a_request_is_due() -> None:
     late = replace(row(0.3, (0.5, 0.9)), scheduled=0.1, started=0.35)
     figures = summarize([Window((late,), 1.0)])
     assert figures["mean_queue_ms"] == pytest.approx(200)
     assert figures["mean_admission_ms"] == pytest.approx(50)
-    assert figures["mean_ttft_ms"] == pytest.approx(200) and figures["mean_ttft_from_schedule_ms"] == pytest.approx(400)
-    assert figures["mean_e2el_ms"] == pytest.approx(600) and figures["mean_e2el_from_schedule_ms"] == pytest.approx(800)
+    for name, due, sent in (("ttft", 400, 200), ("e2el", 800, 600)):
+        assert figures[f"mean_{name}_ms"] == figures[f"mean_{name}_from_schedule_ms"] == pytest.approx(due)
+        assert figures[f"mean_{name}_from_sent_ms"] == pytest.approx(sent)
 
 
 def test_when_an_engine_does_not_tell_when_it_began_there_is_no_admission_time() -> None:
