@@ -69,8 +69,9 @@ def engines() -> dict[str, Local]:
     return {kernels: make_local(kernels, "torch", kernels, model) for kernels in ("native", "framework")}
 
 
-def test_sound_engines_are_never_suspicious(engines: dict[str, Local]) -> None:
-    for seed in range(20):
+@pytest.mark.parametrize("seeds", [range(3), pytest.param(range(3, 20), marks=pytest.mark.accept)])
+def test_sound_engines_are_never_suspicious(seeds: range, engines: dict[str, Local]) -> None:
+    for seed in seeds:
         share = share_of(seed)
         native, framework = (run(engine, share) for engine in engines.values())
         for pair in ((native, framework), *([(native, native)] * (seed == 0))):
