@@ -105,7 +105,7 @@ def test_the_judge_finds_the_figures_of_a_whole_run(
     monkeypatch.setattr(sys, "argv", ["judge_figures", result["run"]])
     judge_figures.main()
     told, apart = capsys.readouterr().out.splitlines()
-    assert told.startswith(f"{result['run']} history: 57 figures, at most ") and apart.startswith("  not judged: ")
+    assert told.startswith(f"{result['run']} history: 69 figures, at most ") and apart.startswith("  not judged: ")
     assert "decode_throughput" in apart and "output_throughput," not in apart.replace("steady_output_throughput,", "")
     assert 0 < result["harness_overhead_share"] < 1 and result["decode_throughput"] > 0 and result["peak_running"] >= 1
 
