@@ -157,7 +157,7 @@ def test_a_refusal_names_the_field_that_is_to_blame(served: Served) -> None:
 
 
 def test_a_context_that_is_too_short_is_an_error_that_clients_recognize(served: Served) -> None:
-    """By the code, as langchain does, and by the words, as litellm does."""
+    """By the code within the message, as langchain does, and by the words, as litellm does."""
     long = {"role": "user", "content": "x " * CONTEXT}
     cases = [wrong(COMPLETIONS, prompt=[1] * CONTEXT), wrong(COMPLETIONS, prompt="x " * 500_000)]
     cases += [wrong(COMPLETIONS, max_tokens=CONTEXT), wrong(CHAT, max_tokens=CONTEXT), wrong(CHAT, messages=[long])]
@@ -165,6 +165,7 @@ def test_a_context_that_is_too_short_is_an_error_that_clients_recognize(served: 
         error = json.loads(text)["error"]
         assert (status, error["code"]) == (400, "context_length_exceeded"), text
         assert f"This model's maximum context length is {CONTEXT} tokens" in error["message"]
+        assert error["code"] in error["message"]
     counted = served.post(TOKENIZE, messages=[long]).json()  # to be shortened by the client
     assert counted["count"] == len(counted["tokens"]) > counted["max_model_len"] == CONTEXT
     assert served.post(TOKENIZE, prompt="x " * 5000).json()["count"] > CONTEXT

@@ -87,7 +87,8 @@ def api_error(error: Exception) -> ApiError:
         case DrainingError():
             return ApiError(503, str(error), headers={"Retry-After": "30"})
         case ContextLengthError():
-            return ApiError(400, str(error), error.param, code="context_length_exceeded")
+            code = "context_length_exceeded"  # also in the message: langchain looks there, and openai 3 shows no code
+            return ApiError(400, f"{error} ({code})", error.param, code=code)
         case RequestError():
             return ApiError(400, str(error), error.param)
         case EngineGoneError():
