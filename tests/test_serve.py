@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +13,9 @@ import openai
 import pytest
 
 from common.request import Request, SamplingParams
+from common.serve import app, chat, completions, embeddings, tokens
+from common.serve.protocol import ChatRequest
+from common.serve.schema import paths_of
 from common.text.tokenizer import Tokenizer, open_tokenizer
 from common.weights.zoo import resolve
 from experiments.baselines.openai_http import Options, build_engine
@@ -347,3 +352,19 @@ def test_a_chat_continues_a_message_and_hands_variables_to_the_template(served: 
     assert served.post(path, **body, chat_template_kwargs={"enable_thinking": False}).status_code == 200
     refused = served.post(path, **body, chat_template_kwargs={"messages": []})
     assert refused.status_code == 400 and "messages" in refused.json()["error"]["message"]
+
+
+def test_the_schema_is_made_from_the_models_that_parse_the_bodies(served: Served) -> None:
+    found = served.client.get("/openapi.json").json()
+    fields = found["components"]["schemas"]["ChatRequest"]["properties"]
+    assert fields.keys() == ChatRequest.model_fields.keys() and fields["messages"]["maxItems"] == 10_000
+    assert found["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"] == {
+        "$ref": "#/components/schemas/CompletionRequest"
+    }
+    assert "/reset_prefix_cache" in found["paths"] and "/start_profile" not in found["paths"]  # as this server was started
+    routers = [each.router for each in (app, chat, completions, embeddings, tokens)]
+    assert paths_of([*routers, app.admin]) - {"/"} == found["paths"].keys()
+    references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(found)))
+    assert references <= found["components"]["schemas"].keys()
+    page = served.client.get("/docs")
+    assert page.headers["content-type"].startswith("text/html") and "http" not in page.text.replace("HTTP", "")  # works offline

@@ -22,6 +22,7 @@ from common.serve.errors import ApiError, api_error
 from common.serve.guard import Guard
 from common.serve.model import ServedModel
 from common.serve.profiler import Profiler
+from common.serve.schema import schema_routes
 from common.serve.serving import Serving, error_response, json_response
 
 STATS_PATIENCE_S = 2.0
@@ -137,10 +138,11 @@ def create_app(
 
     app = new_app(lifespan)
     app.state.serving = serving
-    for part in (router, completions.router, chat.router, embeddings.router, tokens.router, *([admin] if with_admin else [])):
-        app.include_router(part)
+    routers = [router, completions.router, chat.router, embeddings.router, tokens.router, *([admin] if with_admin else [])]
     if profiler is not None:
-        app.include_router(profile_routes(serving, profiler))
+        routers.append(profile_routes(serving, profiler))
+    for part in (*routers, schema_routes(routers, VERSION)):
+        app.include_router(part)
     app.add_middleware(Guard, api_key=api_key)
     return app
 

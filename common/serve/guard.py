@@ -24,8 +24,8 @@ from common.serve.serving import DONE, error_response, event
 
 log = logging.getLogger(__name__)
 
-OPEN = ("/", "/health")
-"""Paths that need no key: a page for people, and a probe. What the page asks for needs it."""
+OPEN = ("/", "/health", "/docs", "/openapi.json")
+"""Paths that need no key: pages without data, and a probe. Requests of the pages need it."""
 ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
