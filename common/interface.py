@@ -247,8 +247,8 @@ class ModelRunner(ABC):
 
     @classmethod
     def needs_keeper(cls, config: EngineConfig) -> bool:
-        """Whether a runner of these ranks ends its process when it loses one of them, because none can go on without another:
-        then it is to have a process of its own, which somebody starts again."""
+        """Return whether a runner of these ranks needs a process of its own: it ends the process when it loses a rank, or this
+        process cannot have the ranks any more."""
         return False
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
@@ -61,8 +60,16 @@ def _share_cpu(ranks: int) -> None:
     """Let JAX see as many CPU devices, if it has not started yet."""
     # They share one pool, in which whoever waits for the others of a collective holds a thread: it must not run out.
     os.environ["PJRT_NPROC"] = str(max(int(os.environ["PJRT_NPROC"]), 2 * ranks))
-    with contextlib.suppress(RuntimeError):  # it has
-        jax.config.update("jax_num_cpu_devices", max(ranks, jax.config.jax_num_cpu_devices))  # type: ignore[attr-defined]
+    _make_cpus(ranks)
+
+
+def _make_cpus(count: int) -> bool:
+    """Have JAX make at least so many CPU devices as it starts. Return False if it has started without them."""
+    try:
+        jax.config.update("jax_num_cpu_devices", max(count, jax.config.jax_num_cpu_devices))  # type: ignore[attr-defined]
+    except RuntimeError:
+        return len(jax.local_devices(backend="cpu")) >= count
+    return True
 
 
 def probe(platform: str) -> str | None:

@@ -47,7 +47,7 @@ from common.platform import cores, family_memory
 from common.schedule.batch import Batch, Mask
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from jaxinfer.arrays import to_device
-from jaxinfer.device import open_device
+from jaxinfer.device import _make_cpus, open_device
 
 _log = logging.getLogger(__name__)
 
@@ -497,6 +497,16 @@ def start(config: EngineConfig, device: jax.Device) -> Group:
     return ALONE if config.ranks == 1 else _share([jax.local_devices(backend=device.platform)], config)
 
 
+def _needs_keeper(config: EngineConfig) -> bool:
+    """As `ModelRunner.needs_keeper`. JAX cannot go on without one of several processes."""
+    return config.ranks > 1 and (agents() is not None or _lacks_devices(config))
+
+
+def _lacks_devices(config: EngineConfig) -> bool:
+    """Return whether the ranks are to be CPU devices, and JAX has started in this process without so many."""
+    return not _make_cpus(config.ranks) and (jax.default_backend() if config.device == "auto" else config.device) == "cpu"
+
+
 def _share(devices: Sequence[Sequence[jax.Device]], config: EngineConfig) -> Group:
     """The ranks of an engine on the devices of each of its processes. Raises `BackendError` if those are not enough."""
     ranks, stages = config.tensor_parallel_size, config.pipeline_parallel_size
@@ -504,8 +514,8 @@ def _share(devices: Sequence[Sequence[jax.Device]], config: EngineConfig) -> Gro
     if (least := min(map(len, devices))) < own:
         raise BackendError(
             f"tensor_parallel_size={ranks} with pipeline_parallel_size={stages} needs {own} devices, and JAX has {least} of "
-            f"{devices[0][0].platform}. On a CPU it makes them as it starts: let the engine with the most ranks be the "
-            "first of its process."
+            f"{devices[0][0].platform}. On a CPU it makes them as it starts. `LLM` and the server start a process of their own "
+            "where that is too late."
         )
     # Every process has a part of every stage, for none can run a program on devices of others alone.
     meshes = np.array([each[:own] for each in devices]).reshape(len(devices), stages, -1).swapaxes(0, 1).reshape(stages, ranks)

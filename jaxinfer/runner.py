@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from common import interface
-from common.agents import agents
 from common.config import Dtype, EngineConfig, ModelConfig
 from common.errors import BackendError
 from common.interface import Caps, KVGroup, Progress
@@ -21,7 +20,7 @@ from jaxinfer import kernels
 from jaxinfer.cache import page_memory
 from jaxinfer.device import describe, open_device
 from jaxinfer.observe import observe
-from jaxinfer.parallel import Group, _lead, start
+from jaxinfer.parallel import Group, _lead, _needs_keeper, start
 from jaxinfer.step import Step
 
 
@@ -43,7 +42,7 @@ class ModelRunner(interface.ModelRunner):
 
     @classmethod
     def needs_keeper(cls, config: EngineConfig) -> bool:
-        return config.ranks > 1 and agents() is not None  # JAX cannot go on without one of several processes
+        return _needs_keeper(config)
 
     @property
     def caps(self) -> Caps:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from common.weights.checkpoint import expected_shapes
 from experiments.reference import NumpyModel
 from tests.backends import BACKENDS, checkpoint, engine_config
 from tests.families import FAMILIES
+from tests.history_backend import ROOT
 from tests.ranks import PAGES, Answer, Asked, Ranks
 from tests.test_model import text
 
@@ -287,6 +291,24 @@ def test_a_stage_holds_its_own_layers_and_hears_one_stream(ranks: Ranks, kernels
 def test_stages_compile_nothing_after_warm_up(ranks: Ranks, staged: dict[str, Any]) -> None:
     asked = [(prompt, {"max_tokens": 6, "seed": 1, "presence_penalty": 0.5}) for prompt in PROMPTS]
     assert ranks.ask("compiled", model=model(MODEL), asked=asked, **staged) == 0
+
+
+@pytest.mark.accept
+def test_ranks_of_jax_can_be_made_where_jax_has_been_used_before() -> None:
+    code = (
+        "import json, jax, jax.numpy as jnp\nfrom common.llm import LLM\nfrom common.request import SamplingParams\n"
+        "assert float(jnp.ones(3).sum()) == 3 and len(jax.devices()) == 1\n"
+        "options = dict(backend='jax', dtype='float32', device='cpu', num_blocks=32, max_model_len=128, max_num_seqs=2)\n"
+        "for ranks in (1, 2):\n"
+        "    with LLM('tiny-llama', tensor_parallel_size=ranks, **options) as llm:\n"
+        "        (answer,) = llm.generate(['the and of'], SamplingParams(temperature=0.0, max_tokens=6))\n"
+        "        print(json.dumps(list(answer.outputs[0].token_ids)), flush=True)\n"
+        "assert float(jnp.ones(4).sum()) == 4\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, two = done.stdout.splitlines()[-2:]
+    assert one == two and len(json.loads(two)) == 6
 
 
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
