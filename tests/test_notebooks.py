@@ -10,9 +10,11 @@ import base64
 import io
 import os
 import re
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,9 @@ def execute(path: Path, variables: dict[str, str]) -> Any:
             record_timing=False,
             resources={"metadata": {"path": str(path.parent)}},
         )
-        asyncio.run(_run(client, kernel, os.environ | private | modules | variables))
+        # On a thread: on the main one the client would handle SIGTERM by ending its kernel, and this process would go on.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(asyncio.run, _run(client, kernel, os.environ | private | modules | variables)).result()
     return notebook
 
 
@@ -98,8 +102,13 @@ def test_the_notebook_of_results_reads_what_the_lab_has_run(tmp_path: Path, monk
     assert "Finished runs: 1" in said and repr(comparison) in said
 
 
-def test_the_notebook_of_results_runs_where_there_are_none(tmp_path: Path) -> None:
+def test_the_notebook_of_results_runs_where_there_are_none_and_sigterm_ends_the_suite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handled, install = list[int](), signal.signal
+    monkeypatch.setattr(signal, "signal", lambda number, handler: (handled.append(number), install(number, handler))[1])
     assert "Make one" in "".join(texts(execute(RESULTS, {"TANDEM_RUNS": str(tmp_path)})))
+    assert handled == []  # while it runs, too
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
