@@ -29,8 +29,12 @@ GROUPS = (
         ("p99_ttft_ms", "TTFT p99, ms"),
         ("mean_tpot_ms", "TPOT mean, ms"),
         ("median_tpot_ms", "TPOT median, ms"),
+        ("p99_tpot_ms", "TPOT p99, ms"),
+        ("median_itl_ms", "ITL median, ms"),
         ("p99_itl_ms", "ITL p99, ms"),
         ("mean_e2el_ms", "end to end mean, ms"),
+        ("median_e2el_ms", "end to end median, ms"),
+        ("p99_e2el_ms", "end to end p99, ms"),
     ),
     (
         ("roofline", "roofline: least time / time"),
@@ -98,7 +102,34 @@ def figure(key: str, figures: Mapping[str, Any]) -> str:
         text = f"{value:.1%}" if key in LIMITED and not 0 < value < 0.01 else f"{value:.2%}"
     else:
         text = number(value)
-    return f"({text})" if key in (figures.get("unsupported") or ()) else text
+    if key in (figures.get("unsupported") or ()):
+        return f"({text})"
+    return text + bounds((figures.get("latency_intervals") or {}).get(key))
+
+
+def bounds(estimate: Mapping[str, Any] | None) -> str:
+    """Return the interval of an estimate as ` (860–905)`, an empty text without one."""
+    if not estimate or estimate["low"] is None:
+        return ""
+    return f" ({number(estimate['low'])}–{number(estimate['high'])})"
+
+
+def latency_times(
+    figures: Iterable[str], comparisons: Mapping[str, Mapping[str, Any]], labels: Iterable[str]
+) -> list[tuple[str, ...]]:
+    """Return a row for each latency of `figures` that has ratios: its name, and the ratio of each engine to the first."""
+    names, labels = dict(FIGURES), list(labels)
+    found = [(key, [(comparisons.get(label) or {}).get("latencies", {}).get(key) for label in labels]) for key in figures]
+    return [
+        (names[key].removesuffix(", ms"), *(latency_ratio(each) for each in mine))
+        for key, mine in found
+        if any(each and each["value"] is not None for each in mine)
+    ]
+
+
+def latency_ratio(estimate: Mapping[str, Any] | None) -> str:
+    """Return a ratio and its interval; 1 for the first engine."""
+    return "1" if estimate is None else times({"ratio": estimate["value"], "low": estimate["low"], "high": estimate["high"]})
 
 
 def times(comparison: Mapping[str, Any] | None) -> str:

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.cells import GROUPS, figure, tells, times
+from experiments.cells import GROUPS, figure, latency_times, tells, times
 from experiments.defects import covered, headline
+from experiments.latency import HEADLINED
 from experiments.remarks import between_ranks, contaminated, explanations, fallback, left_out, spoilt_cells
 from experiments.scaling import LAST_RATIO, NAMES, Curve, remarks, scaling_table
 from experiments.words import number, share_alike
@@ -77,6 +78,11 @@ def print_table(
                 table.add_row(f"× {escape(against)}", *(times(comparisons.get(label)) for label in engines), style="bold")
             if key == "output_throughput" and contaminated(engines, engines):
                 table.add_row("contaminated: see below", *spoilt_cells(engines), style="bold red")
+    if every and comparisons:
+        table.add_section()
+        against = next(iter(comparisons.values()))["against"]
+        for name, *cells in latency_times(HEADLINED, comparisons, engines):
+            table.add_row(f"{name} × {escape(against)}", *cells)
     if agreement:
         table.add_section()
         apart = ((agreement.get(label) or {}).get("max_abs_logprob_diff") for label in engines)

@@ -43,6 +43,13 @@ GLOSSARY: tuple[tuple[str, str, str], ...] = (
         "exp(mean of log(mine / first's))",
     ),
     (
+        "Latency interval",
+        "A percentile is taken in each block, and the interval is of the geometric mean over blocks. It is given for medians "
+        "and p99 of TTFT, TPOT, ITL and E2E, for each engine and for the ratio to the first. It needs 3 blocks, and in each as "
+        "many samples as the percentile needs. The interval of one engine alone does not cover a drift of the machine.",
+        "exp(mean of log(percentile of a block))",
+    ),
+    (
         "Verdict",
         "Equivalent: the interval lies within a factor of 1 + measure.equivalence. Faster or slower: it leaves 1 out, the "
         "ratio is beyond that, and its p value, over all comparisons of the run (Benjamini and Hochberg), is at most "

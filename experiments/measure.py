@@ -7,7 +7,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from experiments.blocks import PRECISION, block_order, level, reason_to_stop, ta
 from experiments.config import EngineSpec, MeasureConfig, resolved
 from experiments.drive import Window
 from experiments.isolate import EngineFailure, IsolatedEngine
+from experiments.latency import block_percentiles, intervals, ratios
 from experiments.limits import Limits, better, measure_limits
 from experiments.metrics import block_contaminations, contaminations, output_throughput, summarize, unsure
 from experiments.narrator import Narrator
@@ -180,8 +181,25 @@ class Outcome:
         if len(throughputs) < 2:
             return {}
         count = len(throughputs) - 1
-        missed = tail(plan.measure, count, len(self.order), self.stopped_by if ended else PRECISION)
-        return compare_all(throughputs, plan.measure.criteria, plan.seed, level(plan.measure, count, ended), missed)
+        return compare_all(
+            throughputs, plan.measure.criteria, plan.seed, level(plan.measure, count, ended), self.miss(plan, ended)
+        )
+
+    def miss(self, plan: Plan, ended: bool) -> float:
+        """Return the share of 1 - confidence that an interval leaves out after the blocks so far."""
+        count = max(1, len(self.survivors) - 1)
+        return tail(plan.measure, count, len(self.order), self.stopped_by if ended else PRECISION)
+
+    def add_latencies(self, plan: Plan) -> None:
+        """Add the intervals of latencies to the figures and to the comparisons."""
+        blocks = {label: block_percentiles(self.windows[label]) for label in self.survivors}
+        confidence, missed = plan.measure.confidence, self.miss(plan, ended=True)
+        for label, mine in blocks.items():
+            told = intervals(mine, confidence, missed)
+            self.figures[label]["latency_intervals"] = {figure: asdict(each) for figure, each in told.items()}
+        if self.comparisons:
+            found = ratios(blocks, self.survivors[0], confidence, missed)
+            self.comparisons = {label: replace(each, latencies=found[label]) for label, each in self.comparisons.items()}
 
     def conclude(self, plan: Plan) -> None:
         """Figures and comparisons, by the windows that there are."""
@@ -200,6 +218,7 @@ class Outcome:
                     figures["contaminated"] = [f"block {i}: {each}" for i, found in enumerate(alone) for each in found]
                 figures["unsure"] = unsure(figures)
         self.comparisons = self.compared(plan, ended=True)
+        self.add_latencies(plan)
 
     def cut_short(self, plan: Plan) -> int:
         """Conclude by the blocks that are whole, and forget the windows of one that is not. Returns how many are."""
@@ -370,7 +389,7 @@ def figure_names(plan: Plan) -> list[str]:
         "weights_mib",
         "peak_rss_mib",
     )
-    return [*named, *loaded, "limits", "contaminated", "block_contaminated", "unsure"]
+    return [*named, *loaded, "limits", "contaminated", "block_contaminated", "unsure", "latency_intervals"]
 
 
 def machine_limits(config: MeasureConfig, narrator: Narrator) -> Limits | None:

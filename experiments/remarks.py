@@ -19,9 +19,25 @@ def explanations(engines: Mapping[str, Mapping[str, Any]], comparisons: Mapping[
         yield f"× {comparison['against']}: geometric mean of the blocks' ratios{bounds}"
         if contaminated(engines, engines):
             yield SPOILT
+    yield from interval_notes(engines)
     few = {key for figures in engines.values() for key in figures.get("unsupported") or ()}
     if few.intersection(key for key, _ in FIGURES):
         yield BRACKETS
+
+
+def interval_notes(engines: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Explain the intervals of latencies in a table, or why there are none."""
+    told = [
+        each
+        for figures in engines.values()
+        for key, each in (figures.get("latency_intervals") or {}).items()
+        if figures.get(key) is not None and key not in (figures.get("unsupported") or ())
+    ]
+    if there := [each for each in told if each["low"] is not None]:
+        confidence = 100 * there[0]["confidence"]
+        yield f"latency (low–high): {confidence:.3g} % interval of the geometric mean of the blocks' percentiles"
+    for why in dict.fromkeys(each["why"] for each in told if each["why"]):
+        yield f"no interval: {why}" if there else f"no intervals of latencies: {why}"
 
 
 def spoilt_cells(engines: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -189,7 +189,7 @@ def rows_of_run(run: RunFiles, job: Job | None, overrides: Mapping[str, Any]) ->
     for label in dict.fromkeys((*run.engines, *failures)):
         failure = failures.get(label) or (job.failure if job else None)
         mine = run.engines.get(label, {})
-        figures = shared | scalars(mine) | joined(mine) | against(run.results, label)
+        figures = shared | scalars(mine) | bounds(mine) | joined(mine) | against(run.results, label)
         figures = {name: value for name, value in figures.items() if name not in ("run", "engine")}
         status = {"status": "failed" if failure else "ok", "failure": said(failure), "engine": label}
         status["code"] = run.environment.get("code") or UNKNOWN
@@ -202,6 +202,12 @@ def against(results: Mapping[str, Any], label: str) -> dict[str, Any]:
     comparison = (results.get("comparisons") or {}).get(label) or {}
     wanted = {"ratio": "ratio", "low": "ratio_low", "high": "ratio_high", "p_value": "p_value", "verdict": "verdict"}
     return {name: comparison[key] for key, name in wanted.items() if key in comparison}
+
+
+def bounds(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Return the ends of the intervals of latencies, as `median_ttft_ms_low` and `median_ttft_ms_high`."""
+    found = (figures.get("latency_intervals") or {}).items()
+    return {f"{key}_{end}": each[end] for key, each in found for end in ("low", "high") if each[end] is not None}
 
 
 def joined(figures: Mapping[str, Any]) -> dict[str, str]:

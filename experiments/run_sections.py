@@ -19,9 +19,17 @@ from experiments.findings import text_of
 from experiments.limits import limits_said, told_limits
 from experiments.page import Drawing, Section, known
 from experiments.records import read_kernels
+from experiments.remarks import interval_notes
 from experiments.results import RunFiles
 from experiments.run_rows import block_points, window_of
-from experiments.run_tables import agreement_tables, environment_table, figures_table, kernels_tables, profile_tables
+from experiments.run_tables import (
+    agreement_tables,
+    environment_table,
+    figures_table,
+    kernels_tables,
+    latency_table,
+    profile_tables,
+)
 from experiments.scaling import STRONG, WEAK, Curve, curves, points_of, remarks, scaling_table
 from experiments.statistics import Criteria
 from experiments.words import shortened
@@ -48,7 +56,7 @@ POSITIONS = (
 def sections(run: RunFiles, rows: pd.DataFrame, steps: pd.DataFrame, paced: bool) -> list[Section]:
     """All that have content, in their order. Where arrivals set the pace, latency comes before the ratio."""
     engines = list(run.engines)
-    compared = [ratio_section(run, engines), latency_section(rows, engines)]
+    compared = [ratio_section(run, engines), latency_section(run, rows, engines)]
     every = [
         figures_section(run),
         kernels_section(run),
@@ -99,10 +107,12 @@ def ratio_section(run: RunFiles, engines: Sequence[str]) -> Section:
     )
 
 
-def latency_section(rows: pd.DataFrame, engines: Sequence[str]) -> Section:
+def latency_section(run: RunFiles, rows: pd.DataFrame, engines: Sequence[str]) -> Section:
     samples = samples_ms(rows, engines)
     drawings = some(*(distribution(name, title, samples[name]) for name, title in LATENCIES))
-    return Section("Latency", "Of requests that went well, over all blocks.", drawings)
+    notes = "".join(f" {note[0].upper()}{note[1:]}." for note in interval_notes(run.engines))
+    intro = f"Of requests that went well, over all blocks.{notes}"
+    return Section("Latency", intro, drawings, [latency_table(run.results.get("comparisons") or {}, engines)])
 
 
 def scaling_section(drawn: Sequence[Curve]) -> Section:

@@ -9,7 +9,8 @@ import pandas as pd
 
 from common.interface import KernelEvent
 from experiments import kernels
-from experiments.cells import figure, tells
+from experiments.cells import figure, latency_times, tells
+from experiments.latency import HEADLINED
 from experiments.page import Table, known
 from experiments.profiled import own_seconds
 from experiments.remarks import contaminated, spoilt_cells
@@ -53,6 +54,11 @@ def figures_table(
     if contaminated(engines, engines):
         rows.append(("contaminated", *spoilt_cells(engines)))
     return Table(("", *engines), rows)
+
+
+def latency_table(comparisons: Mapping[str, Mapping[str, Any]], engines: Sequence[str]) -> Table:
+    """Return the ratios of the headlined latencies to those of the first engine, with their intervals."""
+    return Table(("× the first", *engines), latency_times(HEADLINED, comparisons, engines))
 
 
 def goodput(engines: Mapping[str, Mapping[str, Any]]) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -47,6 +47,22 @@ class Criteria:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A geometric mean over blocks, with its interval."""
+
+    value: float | None
+    """None without a block."""
+    low: float | None
+    high: float | None
+    """The interval; None below `LEAST_BLOCKS`."""
+    confidence: float
+    """Of the interval."""
+    blocks: int
+    why: str
+    """Why there is no interval; empty where there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """One engine against another."""
 
@@ -70,6 +86,8 @@ class Comparison:
     block_ratios: tuple[float, ...]
     said: str
     """All this in a sentence."""
+    latencies: Mapping[str, Estimate] = field(default_factory=dict)
+    """The ratio of each headlined latency to that of the other engine, below 1 if faster (see `experiments.latency`)."""
 
     @property
     def width(self) -> float:
@@ -142,6 +160,17 @@ def interval(logs: np.ndarray, confidence: float) -> tuple[float, float]:
     size, mean = len(logs), float(logs.mean())
     reach = float(scipy.stats.t.ppf((1 + confidence) / 2, size - 1)) * float(logs.std(ddof=1)) / math.sqrt(size)
     return math.exp(mean - reach), math.exp(mean + reach)
+
+
+def estimate(logs: np.ndarray, inner: float, confidence: float, why: str) -> Estimate:
+    """Compute the geometric mean of the blocks' values, given by their logarithms, and its interval.
+
+    The interval is computed with the confidence `inner` and reported with `confidence`, which a run that stops early leaves of
+    it (`experiments.blocks.tail`). It is left out where there is a reason `why`.
+    """
+    low, high = (None, None) if why else interval(logs, inner)
+    value = float(np.exp(logs.mean())) if len(logs) else None
+    return Estimate(value=value, low=low, high=high, confidence=confidence, blocks=len(logs), why=why)
 
 
 def shared_confidence(samples: Sequence[np.ndarray], confidence: float) -> float:

@@ -95,7 +95,10 @@ def several_codes(table: pd.DataFrame) -> str:
 
 def swept_figure(key: str, row: Mapping[Any, Any]) -> str:
     """A figure of a row of a sweep's table, as that of a run is shown."""
-    return figure(key, {key: None if pd.isna(row[key]) else row[key], "unsupported": few(row)})
+    low, high = (row.get(f"{key}_{end}") for end in ("low", "high"))
+    intervals = {} if pd.isna(low) or pd.isna(high) else {key: {"low": low, "high": high}}
+    shown = {key: None if pd.isna(row[key]) else row[key], "unsupported": few(row), "latency_intervals": intervals}
+    return figure(key, shown)
 
 
 def status(row: Mapping[Any, Any]) -> str:
