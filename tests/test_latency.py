@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from experiments.blocks import PRECISION, tail
 from experiments.cells import figure, latency_times
 from experiments.drive import Row, Window
 from experiments.latency import HEADLINED, block_percentiles, intervals, ratios
 from experiments.remarks import interval_notes
 from experiments.statistics import estimate
-from tests.test_statistics import AS_SHIPPED, blocks_of, ended, noise, tell
+from tests.test_statistics import AS_SHIPPED, blocks_of, many, noise
 
 
 def window(first: np.ndarray, gap: float, late: float = 0.0) -> Window:
@@ -92,25 +93,26 @@ def test_the_interval_of_a_percentile_covers_the_truth_in_94_to_96_runs_of_100(p
 @pytest.mark.parametrize("kind", ["normal", "ar 0.7", "bursts 1.5", "rhythm 4x5"])
 @pytest.mark.parametrize("shared", [0.0, 0.7, 1.0])
 def test_a_run_that_its_throughputs_end_covers_the_ratio_of_its_latencies(kind: str, shared: float) -> None:
-    """The default rule ends each run. Latencies have the share `shared` of their noise in common with throughputs."""
-    from experiments.blocks import PRECISION, tail
+    """The default rule ends each run. Latencies have the share `shared` of their noise in common with throughputs.
 
-    runs, scale = 1500, 0.025
+    A run that ends early has intervals of 97 %, because its throughputs are selected to vary little. Latencies are selected
+    only as far as they vary with throughputs. Otherwise their intervals are wider than they need be, by design.
+    """
+    runs, scale = 4000, 0.025
     rng = np.random.default_rng(4)
     speed, own = (noise(kind, scale, runs, 2 * AS_SHIPPED.max_blocks, rng) for _ in range(2))
     mixed = np.stack([speed, -shared * speed + np.sqrt(1 - shared**2) * own])
     speeds, slowness = (blocks_of(mixed[i], 0.1 * i, np.random.default_rng(5)) for i in range(2))
     found = []
-    for i in range(runs):
-        blocks = ended(tell(speeds[i]), AS_SHIPPED, 0).blocks
+    for i, blocks in enumerate(many(speeds, flips=False)[3].tolist()):
         stopped = PRECISION if blocks < AS_SHIPPED.max_blocks else "measure.max_blocks"
         inner = 1 - 0.05 * tail(AS_SHIPPED, 1, blocks, stopped)
         found.append(estimate(slowness[i, :blocks], inner, 0.95, ""))
-    hold(found, float(np.exp(0.1)), runs)
+    hold(found, float(np.exp(0.1)), runs, high=0.96 if shared == 1 else 0.97)
 
 
-def hold(found: list[Any], truth: float, runs: int) -> None:
-    """Expect that 94 to 96 % of the intervals cover the truth, within two standard errors of the simulation."""
+def hold(found: list[Any], truth: float, runs: int, high: float = 0.96) -> None:
+    """Expect that 94 % to `high` of the intervals cover the truth, within two standard errors of the simulation."""
     covered = np.mean([each.low <= truth <= each.high for each in found])
     slack = 2 * np.sqrt(0.05 * 0.95 / runs)
-    assert 0.94 - slack <= covered <= 0.96 + slack, covered
+    assert 0.94 - slack <= covered <= high + slack, covered
