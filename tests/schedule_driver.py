@@ -20,6 +20,7 @@ from common.schedule.scheduler import Scheduler
 from common.schedule.seeds import mix64
 from common.schedule.sequence import Sequence
 from common.schedule.steplog import shared_pages
+from common.schedule.trials import MOST_RAISED
 from tests.history_runner import Expected, HistoryRunner, expected
 
 VOCAB = 32
@@ -450,7 +451,7 @@ class Episode:
         self.deep += len(self.engine._in_flight) == self.depth
         self.on_trial += bool(scheduler.trials.groups)
         require(self.engine.stats()["num_resets"] == self.runner.faults, "the runner raised of itself")
-        tries = 3 + (scheduler.max_num_seqs - 1).bit_length()
+        tries = 1 + (scheduler.max_num_seqs - 1).bit_length() + MOST_RAISED  # all, halves, alone
         require(self.runner.faults <= self.injected + tries * len(self.bad), "a culprit was not found by halving")
         if scheduler.trials.groups:
             self.runner.fail_submit = self.runner.fail_result = None

@@ -441,7 +441,7 @@ def test_a_result_has_both_measurements_and_uses_the_better(
     history: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measured(monkeypatch, limits(read=2e12, bfloat16=1e15), limits(read=1e12, bfloat16=4e15))
-    command(monkeypatch, bench.main, *SMALL)
+    command(monkeypatch, bench.main, *SMALL, "table=all")
     out = capsys.readouterr().out
     result = last_line(out)
     assert [result["limits"][when]["read_bytes_per_s"] for when in ("before", "after")] == [2e12, 1e12]

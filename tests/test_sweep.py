@@ -275,7 +275,7 @@ def test_killed_at_any_moment_no_job_is_lost_or_done_twice(folder: Path) -> None
         (("model=tiny-llama,tiny-lama",), "Did you mean 'tiny-llama'?"),
         (("workload.num_requests=2,0",), "an integer ≥ 1, got 0. (Of the job workload.num_requests=0. No job was run.)"),
         (("workload.prompt_len=4,400", "workload.output_len=200"), "engine history serves 512"),
-        (("engine.dtype=float32,float16",), "dtype"),
+        (("engine.dtype=float32,float8",), "dtype"),
         (("seed=3,3",), "same run"),
         (("seed=interval(1,2)",), "A sweep needs values to choose from"),
         (("seed=1,2", "hydra.launcher.timeout_s=0"), "a number of seconds > 0"),
