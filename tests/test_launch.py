@@ -68,7 +68,9 @@ follow = followers.follow
 followers.follow = lambda calls, failed: follow(Late(calls), failed)
 """
 """Of a process that comes late to a call."""
-SHARED = {"jax": ENGINE, "torch": STAGES}
+NATIVE_STAGES = replace(STAGES, kernels="native")
+"""The bits of these kernels depend on no batch size and no memory address; those of a library's matmul may."""
+SHARED = {"jax": ENGINE, "torch": NATIVE_STAGES}
 """How a model is shared out there."""
 TOLD = Launched(0, 2, "127.0.0.1", 0, "right, and long enough")
 
@@ -171,7 +173,7 @@ def engine_of(config: EngineConfig, model: str = MODEL) -> Iterator[Engine]:
         pytest.param(ENGINE, MODEL, id="ranks", marks=pytest.mark.accept),
         pytest.param(replace(ENGINE, kernels="native", dtype="bfloat16"), MODEL, id="ranks of native kernels"),
         pytest.param(STAGES, MODEL, id="stages", marks=pytest.mark.accept),
-        pytest.param(replace(STAGES, kernels="native"), MODEL, id="stages of native kernels"),
+        pytest.param(NATIVE_STAGES, MODEL, id="stages of native kernels"),
         pytest.param(BOTH, MODEL, id="both", marks=pytest.mark.accept),
         pytest.param(replace(STAGES, pipeline_parallel_size=3), "tiny-qwen3", id="three stages", marks=pytest.mark.accept),
     ],
@@ -193,7 +195,7 @@ def test_launched_ranks_compute_the_bits_of_those_that_an_engine_starts(
         assert all_end(last)
 
 
-@pytest.mark.parametrize("config", [ENGINE, STAGES], ids=["ranks", "stages"])
+@pytest.mark.parametrize("config", [ENGINE, NATIVE_STAGES], ids=["ranks", "stages"])
 @pytest.mark.parametrize("end", ["killed", "stopped", pytest.param("exited", marks=pytest.mark.accept)])
 def test_a_launched_rank_that_is_lost_is_started_again_and_costs_nobody_a_token(
     two: Agents, config: EngineConfig, end: str, monkeypatch: pytest.MonkeyPatch
@@ -620,7 +622,7 @@ def module(tmp_path: Path) -> Path:
     ("launcher", "backend"), [("torchrun", "torch"), ("slurm", "torch"), pytest.param("slurm", "jax", marks=pytest.mark.accept)]
 )
 def test_two_launched_processes_compute_what_one_engine_does(launcher: str, backend: str, module: Path) -> None:
-    with engine_of(replace(STAGES, pipeline_parallel_size=1)) as engine:
+    with engine_of(replace(NATIVE_STAGES, pipeline_parallel_size=1)) as engine:
         right = run(engine)
     port, ours = str(free_port()), ("common.launch", "tokens", backend)
     if launcher == "torchrun":
