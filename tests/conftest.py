@@ -56,3 +56,31 @@ def no_command_line_is_left() -> Iterator[None]:
     """A command that ran in this process leaves its configuration with Hydra, which the next test should not find."""
     yield
     HydraConfig.instance().cfg = None
+
+
+def signal_handlers() -> dict[signal.Signals, tuple[object, list[bool]]]:
+    """Return how this process takes SIGINT and SIGTERM: the handler in Python, and whether the system ignores the signal or
+    calls a handler, which a library may have installed without Python."""
+    masks = [int(line.split()[1], 16) for line in status_lines() if line.startswith(("SigIgn", "SigCgt"))]
+    return {
+        number: (signal.getsignal(number), [bool(mask >> (number - 1) & 1) for mask in masks])
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+
+
+def status_lines() -> list[str]:
+    """Return the lines of /proc/self/status. Empty where it does not exist."""
+    path = Path("/proc/self/status")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture(autouse=True)
+def no_signal_handler_is_left() -> Iterator[None]:
+    """A test that leaves a handler of Ctrl-C or SIGTERM fails: with it, the suite would not end when it is told to."""
+    before = signal_handlers()
+    yield
+    left = signal_handlers()
+    for number, (handler, _) in before.items():
+        if callable(handler) or isinstance(handler, signal.Handlers):
+            signal.signal(number, handler)  # the next test is not to blame
+    assert left == before, f"Signal handlers were {before} before the test and are {left} after it."
