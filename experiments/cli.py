@@ -33,7 +33,7 @@ from common.exits import (
     printing,
     replace_unprintable,
 )
-from experiments.defects import defects
+from experiments.defects import defects, timed_defects
 from experiments.fail_if import Condition, expect_quotes, violations
 from experiments.help import help_text, is_asked
 from experiments.isolate import EngineFailure
@@ -143,12 +143,13 @@ def keep_part(config: DictConfig, directory: Path, result: Mapping[str, Any], pa
 
 def conclude(conditions: Sequence[Condition], result: Mapping[str, Any], reported: bool) -> None:
     """End the process with the exit code that a result deserves, once it is written and printed."""
-    held = [*(f"float32 pass: {found}." for found in defects(result)), *violations(conditions, result)]
+    wrong = [f"float32 pass: {found}." for found in defects(result)] + [f"timed: {found}." for found in timed_defects(result)]
+    held = [*wrong, *violations(conditions, result)]
     if failures := result["failures"]:
         told = [str(EngineFailure(failure["message"], log=failure["log"])) for failure in failures.values()]
         fail("\n".join(told + held), FAILURE)
     if held:
-        fail("\n".join(held), DEFECT if defects(result) else GATE)
+        fail("\n".join(held), DEFECT if wrong else GATE)
     if unmeasured := result.get("unmeasured"):
         fail(unmeasured, FAILURE)
     if not reported:

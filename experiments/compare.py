@@ -3,7 +3,8 @@
 `python -m experiments.compare engines=[jax,torch]`. Piped or in a file, the last line of its output is one JSON object; at a
 terminal it names the file that has it.
 The exit code is 1 if an engine or the machine failed, 2 for a mistake in what was asked, 3 if a condition of `fail_if` holds,
-4 if the float32 pass found a defect: an unjustified divergence, or a log-probability off by more than `correctness.tolerance`.
+4 if the float32 pass found a defect: an unjustified divergence, or a log-probability off by more than `correctness.tolerance`;
+also for an unjustified difference of tokens in any block timed in float32.
 """
 
 from __future__ import annotations
@@ -31,10 +32,20 @@ from experiments.records import kept_rows, write_run
 from experiments.rundir import finished, finite, run_directory, write_setup
 from experiments.scaling import curves, points_of
 from experiments.statistics import Comparison
+from experiments.timed import NOT_COMPARED, compare_timed
 from experiments.words import plural
 
 RESULTS = ("run", "engines", "ratios", "comparisons", "failures", "order", "stopped", "stopped_by", "advice", "unmeasured")
-AGREEMENT = ("tokens_equal_share", *verdict({}), "compared_tokens", "tolerance", *NO_NOISE, "agreement", "perplexity")
+AGREEMENT = (
+    "tokens_equal_share",
+    *verdict({}),
+    "compared_tokens",
+    "tolerance",
+    *NO_NOISE,
+    "agreement",
+    "perplexity",
+    *NOT_COMPARED,
+)
 NAME_LENGTH = 100
 """Of the labels in the name of a run directory."""
 
@@ -62,9 +73,11 @@ def run(config: DictConfig) -> None:
                 alive = tuple(spec for spec in plan.engines if spec.label in outcome.survivors)
                 with kept_rows(directory, outcome.windows):
                     found, failed = agree(replace(plan, engines=alive), correctness, directory, narrator, outcome.windows)
+                    sound = {spec.label: outcome.windows[spec.label] for spec in alive}
+                    found = {**found, **compare_timed(plan, correctness, sound)}
         except KeyboardInterrupt:
             if blocks := outcome.cut_short(plan):  # whose rows are written by now
-                told = results(config, plan, outcome, LEFT_OUT, directory)
+                told = results(config, plan, outcome, {**LEFT_OUT, **NOT_COMPARED}, directory)
                 keep_part(config, directory, told, plural(blocks, "whole block"))
             raise
         outcome.failures |= failed

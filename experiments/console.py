@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments.cells import GROUPS, figure, latency_times, tells, times
-from experiments.defects import covered, headline
+from experiments.defects import covered, headline, located
 from experiments.latency import HEADLINED
 from experiments.remarks import between_ranks, contaminated, explanations, fallback, left_out, spoilt_cells
 from experiments.scaling import LAST_RATIO, NAMES, Curve, remarks, scaling_table
@@ -198,4 +198,6 @@ def print_verdict(result: Mapping[str, Any]) -> None:
     if (share := result["tokens_equal_share"]) is not None:
         some = f"{share_alike(share)} of timed output tokens come before their request's first difference."
         lines.append(f"{result['dtype']}: {'every timed token is the same.' if share == 1 else some}")
+    if place := located(result):
+        lines.append(f"  {place}.")
     wide_console().print("\n".join(lines), highlight=False)

@@ -31,6 +31,26 @@ def defects(result: Mapping[str, Any]) -> list[str]:
     return said
 
 
+def timed_defects(result: Mapping[str, Any]) -> list[str]:
+    """Return a sentence on the differences of timed tokens that rounding does not explain; none where there are none."""
+    wrong = result.get("timed_unjustified")
+    if not wrong:
+        return []
+    more = f"; {plural(wrong, 'block')} with such a difference"
+    return [f"{located(result)}, which rounding does not explain{more}"]
+
+
+def located(result: Mapping[str, Any]) -> str:
+    """Return where the first difference of timed tokens is; empty without one."""
+    found = result.get("first_timed_difference")
+    if not found:
+        return ""
+    blame = f" ({' and '.join(found['wrong'])} wrong)" if found["wrong"] else ""
+    mine, other = ("no token" if token is None else f"token {token}" for token in found["tokens"])
+    place = f"block {found['block']}, request {found['request']}, output token {found['position']}"
+    return f"{found['engine']} differs in {place}: {other}, not {mine}{blame}"
+
+
 def suspicions(result: Mapping[str, Any]) -> list[str]:
     """Return a sentence for each engine whose errors are below the tolerance and more than rounding explains."""
     return list((result.get("suspicions") or {}).values())
@@ -52,6 +72,8 @@ def covered(result: Mapping[str, Any]) -> str:
 
 def headline(result: Mapping[str, Any]) -> Headline:
     """Return the most severe outcome of the float32 pass."""
+    if found := timed_defects(result):
+        return Headline("bad", "defect: " + "; ".join([*defects(result), *found]))
     if result.get("unjustified_divergences") is None:
         return Headline("calm", "pass left out")
     if found := defects(result):

@@ -65,15 +65,27 @@ def run(config: DictConfig) -> None:
     with Narrator() as narrator, TemporaryDirectory(prefix="diverge-", dir=directory) as scratch:
         result = search(plan, specs, asked, dtype, config.inside, directory, Path(scratch), narrator)
     result |= {"said": sentence(result), "advice": advice}
-    number = 1 + max(findings_of(directory), default=0)
-    file = directory / f"diverge-{number}.json"
-    write_json(file, result)
+    file = keep(result, directory)
     print_finding(result, file.name)
     if (directory / "report.html").exists():
         from experiments.report import make_report  # matplotlib, for which nobody else should wait
 
         make_report(directory)
     print_result(result, file)
+
+
+def keep(result: Mapping[str, Any], directory: Path) -> Path:
+    """Write the result as the next `diverge-N.json`, whole at once. Two processes never take the same N."""
+    with TemporaryDirectory(prefix="diverge-", dir=directory) as scratch:
+        whole_file = Path(scratch) / "result.json"
+        write_json(whole_file, result)
+        while True:
+            file = directory / f"diverge-{1 + max(findings_of(directory), default=0)}.json"
+            try:
+                file.hardlink_to(whole_file)
+            except FileExistsError:  # another process has taken this number since
+                continue
+            return file
 
 
 def newest_run() -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import expect
-from experiments.defects import covered, defects, suspicions
+from experiments.defects import covered, defects, suspicions, timed_defects
 from experiments.page import Notice, Tone, Verdict
 from experiments.remarks import SPOILT, between_ranks, contaminated, fallback, left_out
 from experiments.results import RunFiles, read_json
@@ -112,6 +112,8 @@ def correctness(run: RunFiles) -> Iterator[Verdict]:
     results = run.results
     if "unjustified_divergences" not in results:
         return
+    for found in timed_defects(results):
+        yield Verdict("bad", "Defect in a timed block", "tokens", f"{found}.")
     share, dtype = results.get("tokens_equal_share"), results.get("dtype")
     if run.partial:
         yield Verdict("calm", "Not checked in float32", "outputs", "The run ended before the pass in float32 did.")
