@@ -70,7 +70,7 @@ def run(config: DictConfig) -> None:
         try:
             with Narrator() as narrator:
                 measure(plan, outcome, directory, narrator)
-                alive = tuple(spec for spec in plan.engines if spec.label in outcome.survivors)
+                alive = tuple(spec for spec in plan.engines if spec.label in outcome.comparable)
                 with kept_rows(directory, outcome.windows):
                     found, failed = agree(replace(plan, engines=alive), correctness, directory, narrator, outcome.windows)
                     sound = {spec.label: outcome.windows[spec.label] for spec in alive}
@@ -98,7 +98,7 @@ def results(config: DictConfig, plan: Plan, outcome: Outcome, found: Mapping[str
     compared = {
         label: Window(tuple(row for window in windows for row in window.rows), sum(window.duration for window in windows))
         for label, windows in outcome.windows.items()
-        if label in outcome.figures
+        if label in outcome.comparable
     }
     told: dict[str, Any] = setting(config, plan) | {
         "run": str(directory),

@@ -13,9 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments.cells import GROUPS, figure, latency_times, tells, times
-from experiments.defects import covered, headline, located
+from experiments.defects import covered, headline, located, uncompared
 from experiments.latency import HEADLINED
-from experiments.remarks import between_ranks, contaminated, explanations, fallback, left_out, spoilt_cells
+from experiments.remarks import between_ranks, contaminated, explanations, fallback, left_out, other_weights, spoilt_cells
 from experiments.scaling import LAST_RATIO, NAMES, Curve, remarks, scaling_table
 from experiments.words import number, share_alike
 
@@ -95,7 +95,13 @@ def print_table(
     if notes := list(explanations(engines, comparisons or {})):
         console.print("; ".join(notes), style="dim", highlight=False, markup=False)
     for label, figures in engines.items():
-        remarks = [*(figures.get("unsure") or ()), *fallback(figures), *left_out(figures), *between_ranks(figures)]
+        remarks = [
+            *(figures.get("unsure") or ()),
+            *other_weights(figures),
+            *fallback(figures),
+            *left_out(figures),
+            *between_ranks(figures),
+        ]
         print_doubts(console, label, figures["contaminated"], remarks)
 
 
@@ -198,6 +204,7 @@ def print_verdict(result: Mapping[str, Any]) -> None:
     if (share := result["tokens_equal_share"]) is not None:
         some = f"{share_alike(share)} of timed output tokens come before their request's first difference."
         lines.append(f"{result['dtype']}: {'every timed token is the same.' if share == 1 else some}")
+    lines += [f"{said}." for said in uncompared(result)]
     if place := located(result):
         lines.append(f"  {place}.")
     wide_console().print("\n".join(lines), highlight=False)

@@ -70,6 +70,12 @@ def covered(result: Mapping[str, Any]) -> str:
     return said
 
 
+def uncompared(result: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each engine that computes on other weights, so that its outputs are not compared."""
+    weights = {label: mine.get("stored_weights") for label, mine in result["engines"].items()}
+    return [f"{label}: outputs not compared, other weights: {stored}" for label, stored in weights.items() if stored]
+
+
 def headline(result: Mapping[str, Any]) -> Headline:
     """Return the most severe outcome of the float32 pass."""
     if found := timed_defects(result):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import expect
-from experiments.defects import covered, defects, suspicions, timed_defects
+from experiments.defects import covered, defects, suspicions, timed_defects, uncompared
 from experiments.page import Notice, Tone, Verdict
 from experiments.remarks import SPOILT, between_ranks, contaminated, fallback, left_out
 from experiments.results import RunFiles, read_json
@@ -114,6 +114,8 @@ def correctness(run: RunFiles) -> Iterator[Verdict]:
         return
     for found in timed_defects(results):
         yield Verdict("bad", "Defect in a timed block", "tokens", f"{found}.")
+    for found in uncompared(results):
+        yield Verdict("calm", "Not compared", "other weights", f"{found}.")
     share, dtype = results.get("tokens_equal_share"), results.get("dtype")
     if run.partial:
         yield Verdict("calm", "Not checked in float32", "outputs", "The run ended before the pass in float32 did.")
@@ -137,7 +139,9 @@ def in_float32(run: RunFiles, more: str = "") -> Verdict:
     results = run.results
     wrong = results["unjustified_divergences"]
     if wrong is None:
-        said = "The pass in float32 was left out (correctness.num_requests=0)."
+        same = len(run.engines) - len(uncompared(results))
+        why = "correctness.num_requests=0" if same >= 2 else "fewer than two engines compute on the same weights"
+        said = f"The pass in float32 was left out ({why})."
         return Verdict("calm", "Not checked in float32", "outputs", said + more)
     worst = results.get("max_abs_logprob_diff")
     said = f"In float32 {number(results.get('compared_tokens'))} tokens are alike"

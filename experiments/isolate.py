@@ -82,7 +82,7 @@ class IsolatedEngine:
         most until then (`peak_load_mib`) and has for KV pages (`kv_pool_mib`, None where it does not tell). A peer's weights
         are converted here, once, so that neither its times nor its memory include that."""
         if self.spec.name in PEERS:
-            model = PEERS[self.spec.name](open_checkpoint(model), self.spec.config.dtype)
+            model = PEERS[self.spec.name].weights(open_checkpoint(model), self.spec.config.dtype)
         config, options = asdict(self.spec.config), dict(self.spec.options)
         return self._call("load", progress, name=self.spec.name, model=str(model), config=config, options=options)
 

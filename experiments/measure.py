@@ -27,6 +27,7 @@ from experiments.latency import block_percentiles, intervals, ratios
 from experiments.limits import Limits, better, measure_limits
 from experiments.metrics import block_contaminations, contaminations, output_throughput, summarize, unsure
 from experiments.narrator import Narrator
+from experiments.peers import stored_weights
 from experiments.probes import bandwidth_probe
 from experiments.profiled import Profile
 from experiments.records import kept_rows
@@ -90,6 +91,7 @@ def make_plan(config: DictConfig, engines: Sequence[EngineSpec]) -> Plan:
 
 def expect_fits(workload: Workload, spec: EngineSpec, checkpoint: Checkpoint) -> None:
     """Raises `ConfigError` if an engine would refuse the model, or a request of the workload, once it is loaded."""
+    stored_weights(spec.name, checkpoint)
     expect_shareable(checkpoint.config, spec.config.tensor_parallel_size, spec.config.pipeline_parallel_size)
     config, limit = spec.config, spec.config.model_len(checkpoint.config)
     has = f"Workload {workload.name} has a request of {workload.longest} tokens, prompt and output together"
@@ -158,6 +160,11 @@ class Outcome:
     def survivors(self) -> list[str]:
         """Engines that have not failed, in the order in which they were named."""
         return [label for label in self.windows if label not in self.failures]
+
+    @property
+    def comparable(self) -> list[str]:
+        """Engines that have not failed and compute on the weights of the run, so that their outputs can be compared."""
+        return [label for label in self.survivors if label in self.figures and not self.figures[label].get("stored_weights")]
 
     @contextlib.contextmanager
     def row_of(self, engine: IsolatedEngine, narrator: Narrator) -> Iterator[None]:
@@ -380,6 +387,7 @@ def figure_names(plan: Plan) -> list[str]:
     loaded = (
         *scale(plan.engines[0]),
         "device",
+        "stored_weights",
         "kernels_used",
         *KERNELS,
         "auto_took_framework",
@@ -418,13 +426,23 @@ def prepare(engine: IsolatedEngine, plan: Plan, narrator: Narrator) -> dict[str,
         engine.run(plan.workload.share(plan.measure.warmup_requests, plan.measure.warmup_output_len))
     warmup = loaded["warmup_s"] + time.perf_counter() - start
     memory = {name: loaded[name] for name in LOADED}
-    memory["weights_mib"] = weights_bytes(plan.checkpoint.config, engine.spec.config.dtype) / 2**20
+    stored = stored_weights(engine.spec.name, plan.checkpoint)
+    memory["weights_mib"] = (
+        sum(plan.checkpoint[name].raw().nbytes for name in plan.checkpoint.names())
+        if stored
+        else weights_bytes(plan.checkpoint.config, engine.spec.config.dtype)
+    ) / 2**20
     if memory["rank_mib"] is None and memory["kv_pool_mib"] is not None and engine.spec.config.ranks == 1:
         memory["rank_mib"] = whole_rank_mib(memory, engine.spec.config)
     caps = loaded["caps"]
     ours = util.find_spec(f"{engine.spec.name}infer")  # what outside engines compute by is their own
     kernels = ", ".join(caps["kernels"]) if ours else None
-    what = {"device": caps["device"], "kernels_used": kernels, **{name: caps[name] for name in KERNELS}}
+    what = {
+        "device": caps["device"],
+        "stored_weights": stored,
+        "kernels_used": kernels,
+        **{name: caps[name] for name in KERNELS},
+    }
     why = caps["framework_because"] if engine.spec.config.kernels == "auto" else None
     if why:
         narrator.say(f"{engine.spec.label}: kernels=auto took the framework's kernels, not the native ones: {why}")

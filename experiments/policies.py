@@ -9,16 +9,17 @@ from common.config import EngineConfig, expect
 
 ALONE = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "data_parallel_size": 1, "prefill_parallel_size": 0}
 """One engine on one rank."""
+LLAMACPP = ALONE | {
+    "schedule": "continuous",
+    "cache": "dense",
+    "enable_chunked_prefill": True,
+    "enable_prefix_caching": False,
+    "compile": False,  # it is compiled already
+}
 POLICIES: Mapping[str, Mapping[str, Any]] = {
     "hf": ALONE | {"schedule": "static", "cache": "dense", "compile": False},
-    "llamacpp": ALONE
-    | {
-        "schedule": "continuous",
-        "cache": "dense",
-        "enable_chunked_prefill": True,
-        "enable_prefix_caching": False,
-        "compile": False,  # it is compiled already
-    },
+    "llamacpp": LLAMACPP,
+    "llamacpp_gguf": LLAMACPP,
     "vllm": ALONE | {"schedule": "continuous", "cache": "paged"},
 }
 """engine → each option of which it has one value alone, with that."""

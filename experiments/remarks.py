@@ -57,6 +57,12 @@ def fallback(figures: Mapping[str, Any]) -> list[str]:
     return [f"kernels=auto took the framework's kernels, not the native ones: {why}"] if why else []
 
 
+def other_weights(figures: Mapping[str, Any]) -> list[str]:
+    """Return a sentence on the quantization of an engine that computes on the weights as stored; else nothing."""
+    stored = figures.get("stored_weights")
+    return [f"computes on the weights as stored in the file: {stored}"] if stored else []
+
+
 def between_ranks(figures: Mapping[str, Any]) -> list[str]:
     """What time between ranks is told of an engine that does not count it as it runs, or why none."""
     what = figures.get("communication_time")

@@ -34,8 +34,8 @@ def peers_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every peer has an environment, and llama.cpp its server, as far as is looked before one is started."""
     from experiments.peers import PEERS
 
-    for name in PEERS:
-        folder = tmp_path / f".venv-{name}"
+    for environment in {peer.environment for peer in PEERS.values()}:
+        folder = tmp_path / f".venv-{environment}"
         (folder / "bin").mkdir(parents=True)
         (folder / "bin" / "python").symlink_to(sys.executable)
         (folder / "done").touch()

@@ -244,7 +244,7 @@ def test_bench_reports_memory_and_what_it_is_needed_for(
     assert result["weights_mib"] == weights * 4 / 2**20
     assert result["rank_mib"] == result["weights_mib"] + result["kv_pool_mib"]
     for name in (
-        "weights in this dtype, MiB",
+        "weights, MiB",
         "KV pages, MiB",
         "weights and pages of a rank, MiB",
         "memory after warm-up, MiB",
