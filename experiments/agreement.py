@@ -27,7 +27,7 @@ from experiments.drive import Row, Window
 from experiments.isolate import EngineFailure, IsolatedEngine
 from experiments.measure import Plan
 from experiments.narrator import Narrator
-from experiments.noise import Scale, distances, measure_noise, over_rounding, suspicion, suspicion_alone
+from experiments.noise import Scale, bits_of, distances, measure_noise, over_rounding, suspicion, suspicion_alone
 from experiments.observe import Compared
 from experiments.perplexity import CONTEXT, perplexity, read_text, tokenize
 from experiments.reference import NumpyModel
@@ -298,13 +298,12 @@ def judge_noise(done: Mapping[str, Passed], model: NumpyModel, items: Sequence[I
 
 
 def same_bits(first: Passed, other: Passed) -> bool:
-    """Whether two engines run the same native kernels in one rank each, which give equal bits."""
-    told = [
-        (passed.caps.get("kernels"), passed.caps.get("kernel_arithmetic"), passed.spec.config.threads)
+    """Return whether two engines run the same native kernels in one rank each, which give equal bits."""
+    mine, others = (
+        bits_of(passed.spec.config, passed.caps.get("kernels") or (), passed.caps.get("kernel_arithmetic"))
         for passed in (first, other)
-    ]
-    alone = all(passed.spec.config.ranks == 1 for passed in (first, other))
-    return alone and told[0] == told[1] and list(told[0][0] or ()) == ["native"]
+    )
+    return mine is not None and mine == others
 
 
 def summarise(positions: Sequence[Position]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def run(config: DictConfig) -> None:
                 with kept_rows(directory, outcome.windows):
                     found, failed = agree(replace(plan, engines=alive), correctness, directory, narrator, outcome.windows)
                     sound = {spec.label: outcome.windows[spec.label] for spec in alive}
-                    found = {**found, **compare_timed(plan, correctness, sound)}
+                    found = {**found, **compare_timed(plan, correctness, sound, outcome.figures)}
         except KeyboardInterrupt:
             if blocks := outcome.cut_short(plan):  # whose rows are written by now
                 told = results(config, plan, outcome, {**LEFT_OUT, **NOT_COMPARED}, directory)

@@ -56,6 +56,11 @@ def suspicions(result: Mapping[str, Any]) -> list[str]:
     return list((result.get("suspicions") or {}).values())
 
 
+def timed_suspicions(result: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each engine whose timed tokens differ where its kernels give equal bits."""
+    return list((result.get("timed_suspicions") or {}).values())
+
+
 def covered(result: Mapping[str, Any]) -> str:
     """Return which share of the timed work the float32 pass compared; empty without a pass."""
     found = result.get("coverage")
@@ -80,12 +85,12 @@ def headline(result: Mapping[str, Any]) -> Headline:
     """Return the most severe outcome of the float32 pass."""
     if found := timed_defects(result):
         return Headline("bad", "defect: " + "; ".join([*defects(result), *found]))
-    if result.get("unjustified_divergences") is None:
-        return Headline("calm", "pass left out")
     if found := defects(result):
         return Headline("bad", "defect: " + "; ".join(found))
-    if found := suspicions(result):
+    if found := [*suspicions(result), *timed_suspicions(result)]:
         return Headline("warn", "suspicious: " + "; ".join(found))
+    if result.get("unjustified_divergences") is None:
+        return Headline("calm", "pass left out")
     if result.get("tokens_equal"):
         return Headline("good", "every token is the same")
     return Headline("good", "tokens differ only where rounding decides")

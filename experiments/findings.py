@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import expect
-from experiments.defects import covered, defects, suspicions, timed_defects, uncompared
+from experiments.defects import covered, defects, suspicions, timed_defects, timed_suspicions, uncompared
 from experiments.page import Notice, Tone, Verdict
 from experiments.remarks import SPOILT, between_ranks, contaminated, fallback, left_out
 from experiments.results import RunFiles, read_json
@@ -116,6 +116,8 @@ def correctness(run: RunFiles) -> Iterator[Verdict]:
         yield Verdict("bad", "Defect in a timed block", "tokens", f"{found}.")
     for found in uncompared(results):
         yield Verdict("calm", "Not compared", "other weights", f"{found}.")
+    for found in timed_suspicions(results):
+        yield Verdict("warn", "Suspicious in a timed block", "tokens", f"{found}.")
     share, dtype = results.get("tokens_equal_share"), results.get("dtype")
     if run.partial:
         yield Verdict("calm", "Not checked in float32", "outputs", "The run ended before the pass in float32 did.")

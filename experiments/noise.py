@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from common.config import EngineConfig
 from experiments.correctness import common_prefix, log_softmax, table
 from experiments.drive import Row
 from experiments.reference import NumpyModel
@@ -137,6 +139,14 @@ def suspicion(label: str, against: str, apart: Sequence[float], measured: Measur
         f"{label} differs from {against} by {found.median:.1e} at the median position and {found.largest:.1e} at most, "
         f"{typical:.0f} and {largest:.0f} times the rounding measured in this run{far(measured, (label, against))}"
     )
+
+
+def bits_of(config: EngineConfig, kernels: Sequence[str], arithmetic: str | None) -> tuple[Any, ...] | None:
+    """Return the properties that determine an engine's bits, to compare with another's; None where nothing promises equal bits.
+
+    Native kernels in one rank promise them.
+    """
+    return (config.dtype, arithmetic, config.threads) if config.ranks == 1 and list(kernels) == ["native"] else None
 
 
 def over_rounding(apart: Sequence[float], measured: Measured, labels: Sequence[str]) -> float | None:

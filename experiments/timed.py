@@ -2,6 +2,7 @@
 
 Blocks have fresh prompts, so an engine's blocks have no equal tokens to compare with each other. The first engine computes the
 same prompts in the same block: it is the reference for each block. A float64 pass decides which of the two engines is wrong.
+A difference is suspicious where both engines run the same native kernels, because these give equal bits.
 """
 
 from __future__ import annotations
@@ -14,8 +15,20 @@ from experiments.config import CorrectnessConfig
 from experiments.correctness import Reference, common_prefix, float64_reference
 from experiments.drive import Row, Window
 from experiments.measure import Plan
+from experiments.noise import OPERATIONS, bits_of
 from experiments.reference import NumpyModel
+from experiments.work import weights_bytes
 from experiments.workload import Workload
+
+HALF_BEHIND = 2.0
+"""Nats that a token in bfloat16 or float16 may be behind the likeliest one at most.
+
+A logit of 20 has a spacing of 0.125 in bfloat16. Rounding in the layers adds errors of the same size, so that two tokens part
+at margins of a few tenths of a nat. The limit is several times that. Most wrong tokens exceed it: a random token of a trained
+model is about 10 nats behind, and one of a model with random weights about 3.
+"""
+MOST_JUDGED = 16
+"""Differences in bfloat16 or float16 that are judged of one engine at most: rounding may cause one in each request."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +51,7 @@ class Judged:
     parted: Parted
     behind: tuple[float, float]
     limit: float
-    """Twice the tolerance: two errors within the tolerance add up to that."""
+    """In float32 twice the tolerance, because two errors within the tolerance add up to that; else `HALF_BEHIND`."""
 
     @property
     def wrong(self) -> tuple[bool, bool]:
@@ -87,7 +100,7 @@ def judge_timed(
     workload: Workload,
     seed: int,
     reference: Reference,
-    tolerance: float,
+    limit: float,
 ) -> list[Judged]:
     """Judge the differences, each engine and block only up to its first unjustified one, which bounds the work.
 
@@ -106,40 +119,89 @@ def judge_timed(
             history = windows[first][each.block].rows[each.request].tokens[: each.position]
             exact = reference([*prompt, *history])
             behind = (float(exact.max() - exact[mine]), float(exact.max() - exact[other]))
-        judged.append(Judged(parted=each, behind=behind, limit=2 * tolerance))
+        judged.append(Judged(parted=each, behind=behind, limit=limit))
         if not judged[-1].justified:
             wrong.add((each.engine, each.block))
     return judged
 
 
-NOT_COMPARED: Mapping[str, Any] = {"timed_differences": None, "timed_unjustified": None, "first_timed_difference": None}
+def spread(found: Sequence[Parted], most: int) -> list[Parted]:
+    """Return `most` differences of each engine at most, evenly spaced over its blocks, and the outputs that ended early."""
+    kept = []
+    for label in dict.fromkeys(each.engine for each in found):
+        mine = [each for each in found if each.engine == label]
+        places = {i * len(mine) // most for i in range(most)} if len(mine) > most else range(len(mine))
+        kept += [each for i, each in enumerate(mine) if i in places or None in each.tokens]
+    return kept
+
+
+def suspicions_of(found: Sequence[Parted], first: str, bits: Mapping[str, tuple[Any, ...] | None]) -> dict[str, str]:
+    """Return a sentence for each engine with a difference whose bits (`bits_of`) must be those of the first engine."""
+    told = {}
+    for label in dict.fromkeys(each.engine for each in found):
+        mine = [each for each in found if each.engine == label]
+        if bits[label] is not None and bits[label] == bits[first]:
+            told[label] = (
+                f"{label} differs from {first} in {len(mine)} timed outputs, first in block {mine[0].block}, request "
+                f"{mine[0].request}, output token {mine[0].position}, where the same native kernels give equal bits"
+            )
+    return told
+
+
+NOT_COMPARED: Mapping[str, Any] = {
+    "timed_differences": None,
+    "timed_judged": None,
+    "timed_unjustified": None,
+    "timed_suspicious": None,
+    "timed_suspicions": {},
+    "first_timed_difference": None,
+}
 """The keys of `results.json` where no two engines report their tokens."""
 
 
-def compare_timed(plan: Plan, config: CorrectnessConfig, windows: Mapping[str, Sequence[Window]]) -> dict[str, Any]:
+def compare_timed(
+    plan: Plan,
+    config: CorrectnessConfig,
+    windows: Mapping[str, Sequence[Window]],
+    figures: Mapping[str, Mapping[str, Any]] = {},
+) -> dict[str, Any]:
     """Compare every timed block of the engines in `windows` and return the keys of `NOT_COMPARED`.
 
-    Differences are judged where all engines are timed in float32. In bfloat16 and float16 rounding alone parts tokens, and no
-    tolerance for it is measured: differences are counted and located, and `timed_unjustified` is None.
+    Every difference is counted and located, and judged unless `correctness.num_requests` is 0. In bfloat16 and float16 rounding
+    alone parts tokens: a sample of the differences is judged, with the wider limit `HALF_BEHIND`. `figures` has the kernels of
+    each engine.
     """
-    if sum(bool(blocks) and reports_tokens(blocks) for blocks in windows.values()) < 2:
+    told = [label for label, blocks in windows.items() if blocks and reports_tokens(blocks)]
+    if len(told) < 2:
         return dict(NOT_COMPARED)
-    found = differences(windows)
-    judges = config.num_requests > 0 and all(spec.config.dtype == "float32" for spec in plan.engines if spec.label in windows)
+    found, first = differences(windows), told[0]
+    configs = {spec.label: spec.config for spec in plan.engines if spec.label in told}
+    single, judges = all(each.dtype == "float32" for each in configs.values()), config.num_requests > 0
     judged = []
     if found and judges:
-        reference = float64_reference(NumpyModel(plan.checkpoint))
-        judged = judge_timed(found, windows, plan.workload, plan.seed, reference, config.tolerance)
+        weights = weights_bytes(plan.checkpoint.config, "bfloat16") // 2
+        affordable = int(OPERATIONS / (2 * weights * plan.workload.longest * (len(told) - 1)))
+        chosen = found if single else spread(found, max(1, min(MOST_JUDGED, affordable)))
+        limit = 2 * config.tolerance if single else HALF_BEHIND
+        judged = judge_timed(chosen, windows, plan.workload, plan.seed, float64_reference(NumpyModel(plan.checkpoint)), limit)
     unjustified = [each for each in judged if not each.justified]
     shown = unjustified[0].parted if unjustified else found[0] if found else None
-    first = next(label for label, blocks in windows.items() if blocks and reports_tokens(blocks))
     wrong = (
         [name for name, bad in zip((first, shown.engine), unjustified[0].wrong, strict=True) if bad]
         if unjustified and shown
         else []
     )
+    bits = {
+        label: bits_of(each, str(mine.get("kernels_used") or "").split(", "), mine.get("kernel_arithmetic"))
+        for label, each in configs.items()
+        for mine in [figures.get(label, {})]
+    }
+    suspicions = suspicions_of(found, first, bits)
     return {
         "timed_differences": len(found),
+        "timed_judged": len(judged) if judges else None,
         "timed_unjustified": len(unjustified) if judges else None,
+        "timed_suspicious": len(suspicions),
+        "timed_suspicions": suspicions,
         "first_timed_difference": None if shown is None else asdict(shown) | {"wrong": wrong},
     }
