@@ -451,7 +451,7 @@ SEEN = """
 [...document.querySelectorAll("section")].map(section => ({
   model: section.dataset.model,
   question: section.querySelector(".user").textContent,
-  answer: section.querySelector(".assistant").firstChild.data,
+  answer: section.querySelector(".assistant").firstChild.textContent,
   facts: section.querySelector(".assistant small").textContent,
 }))
 """
