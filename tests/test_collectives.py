@@ -168,6 +168,7 @@ def test_a_rank_that_is_lost_ends_the_first_process_with_one_line(size: str, sta
     assert ranks and all_end(ranks)
 
 
+@pytest.mark.accept
 def test_whoever_keeps_an_engine_that_lost_a_rank_starts_it_again(package: None) -> None:
     engine = open_engine("gloo", checkpoint(MODEL), FRAMEWORK)
     try:

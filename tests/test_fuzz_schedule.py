@@ -73,8 +73,8 @@ def expect_busy(totals: Counter, episodes: int, fills: bool) -> None:
 
 @pytest.mark.parametrize(("depth", "pipelined"), WAYS)
 def test_random_work_leaves_every_invariant_standing_and_every_output_right(depth: int, pipelined: bool) -> None:
-    totals = run_episodes(range(depth * 1000, depth * 1000 + 120), depth, pipelined)
-    expect_busy(totals, 120, fills=depth > 0 and not pipelined)
+    totals = run_episodes(range(depth * 1000, depth * 1000 + 60), depth, pipelined)
+    expect_busy(totals, 60, fills=depth > 0 and not pipelined)
 
 
 def test_culprits_one_after_another_take_no_innocent_with_them() -> None:

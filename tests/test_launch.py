@@ -258,7 +258,7 @@ def test_processes_of_jax_compute_the_bits_of_ranks_in_one(config: EngineConfig,
 @pytest.mark.parametrize(
     ("who", "end"),
     [
-        ("another", "killed"),
+        pytest.param("another", "killed", marks=pytest.mark.accept),
         pytest.param("another", "stopped", marks=pytest.mark.accept),
         pytest.param("another", "exited", marks=pytest.mark.accept),
         pytest.param("the first", "killed", marks=pytest.mark.accept),
@@ -620,7 +620,8 @@ def module(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("launcher", "backend"), [("torchrun", "torch"), ("slurm", "torch"), pytest.param("slurm", "jax", marks=pytest.mark.accept)]
+    ("launcher", "backend"),
+    [("torchrun", "torch"), *(pytest.param("slurm", name, marks=pytest.mark.accept) for name in ("torch", "jax"))],
 )
 def test_two_launched_processes_compute_what_one_engine_does(launcher: str, backend: str, module: Path) -> None:
     with engine_of(replace(NATIVE_STAGES, pipeline_parallel_size=1)) as engine:

@@ -194,8 +194,9 @@ def test_ranks_that_connect_anew_write_to_no_file_of_their_process(engine: Engin
         assert [Path(file.name).stat().st_size for file in files] == [0] * 32
 
 
+@pytest.mark.accept
 @pytest.mark.parametrize("lost", [(1,), (0, 2)], ids=["one", "two at once"])
-@pytest.mark.parametrize(("ranks", "stages"), [pytest.param(4, 1, marks=pytest.mark.accept), (2, 2)])
+@pytest.mark.parametrize(("ranks", "stages"), [(4, 1), (2, 2)])
 def test_of_four_ranks_those_that_are_not_lost_go_on(ranks: int, stages: int, lost: tuple[int, ...]) -> None:
     config = replace(ENGINE, tensor_parallel_size=ranks, pipeline_parallel_size=stages)
     engine = build_engine("torch", checkpoint(MODEL), config)
@@ -253,6 +254,7 @@ def test_a_rank_that_is_lost_before_its_engine_is_ready_is_one_clear_error(
     assert not alive([other])
 
 
+@pytest.mark.accept
 def test_an_engine_whose_ranks_cannot_be_started_again_ends_with_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = build_engine("torch", checkpoint(MODEL), ENGINE)
     try:
@@ -286,7 +288,9 @@ def test_a_rank_ends_when_told_to_though_a_fork_of_the_caller_holds_its_input_op
     assert float(done.stdout) < child.PATIENCE_S / 2
 
 
-@pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
+@pytest.mark.parametrize(
+    "stopped", [pytest.param(False, id="running", marks=pytest.mark.accept), pytest.param(True, id="stopped")]
+)
 def test_nothing_outlives_an_engine_that_is_killed(stopped: bool, tmp_path: Path) -> None:
     code = (
         "import time\n"

@@ -120,7 +120,7 @@ def frail(history: Path) -> Path:
     return history
 
 
-@pytest.mark.parametrize("when", ["as it loads", "in a window"])
+@pytest.mark.parametrize("when", ["as it loads", pytest.param("in a window", marks=pytest.mark.accept)])
 def test_an_engine_whose_replicas_are_lost_for_good_loses_its_own_row(
     when: str, frail: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -193,6 +193,7 @@ def test_results_of_other_code_are_not_taken_for_those_of_this_code(
 # Killed.
 
 
+@pytest.mark.accept
 def test_a_sweep_that_is_killed_goes_on_where_it_was(folder: Path) -> None:
     (folder / "hangs").write_text("2")
     killed = launch("sweep=killed", *TWO)
