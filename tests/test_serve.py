@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from common.request import Request, SamplingParams
-from common.serve import app, chat, completions, embeddings, tokens
+from common.serve import app, chat, completions, embeddings, responses, tokens
 from common.serve.protocol import ChatRequest
 from common.serve.schema import paths_of
 from common.text.tokenizer import Tokenizer, open_tokenizer
@@ -362,9 +362,80 @@ def test_the_schema_is_made_from_the_models_that_parse_the_bodies(served: Served
         "$ref": "#/components/schemas/CompletionRequest"
     }
     assert "/reset_prefix_cache" in found["paths"] and "/start_profile" not in found["paths"]  # as this server was started
-    routers = [each.router for each in (app, chat, completions, embeddings, tokens)]
+    routers = [each.router for each in (app, chat, completions, responses, embeddings, tokens)]
     assert paths_of([*routers, app.admin]) - {"/"} == found["paths"].keys()
     references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(found)))
     assert references <= found["components"]["schemas"].keys()
     page = served.client.get("/docs")
     assert page.headers["content-type"].startswith("text/html") and "http" not in page.text.replace("HTTP", "")  # works offline
+
+
+def test_the_openai_client_gets_responses_equal_to_those_of_a_chat(served: Served) -> None:
+    options: Any = {"model": MODEL, "temperature": 0, "max_output_tokens": 6, "instructions": "Be brief."}
+    parts = [{"type": "input_text", "text": "Say it"}]
+    messages: Any = [{"role": "system", "content": "Be brief."}, *CHAT]
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        create: Any = client.responses.create
+        expected = client.chat.completions.create(model=MODEL, messages=messages, temperature=0, max_tokens=6)
+        whole = create(**options, input="Say it", metadata={"a": "b"})
+        events = list(create(**options, input=[{"role": "user", "content": parts}], stream=True))
+        with client.responses.stream(**options, input="Say it") as stream:
+            gathered = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+        with pytest.raises(openai.BadRequestError, match="send the earlier items in input") as refused:
+            create(**options, input="a", previous_response_id=whole.id)
+    assert refused.value.param == "previous_response_id"
+    assert whole.output_text == gathered == expected.choices[0].message.content
+    assert (whole.status, whole.metadata, whole.object) == ("incomplete", {"a": "b"}, "response")
+    assert whole.incomplete_details and whole.incomplete_details.reason == "max_output_tokens"
+    assert whole.usage and expected.usage and whole.usage.total_tokens == expected.usage.total_tokens
+    kinds = [event.type for event in events]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    begin = ["created", "in_progress", "output_item.added", "content_part.added"]
+    end = ["output_text.done", "content_part.done", "output_item.done", "incomplete"]
+    assert kinds[:4] == [f"response.{kind}" for kind in begin] and kinds[-4:] == [f"response.{kind}" for kind in end]
+    assert set(kinds[4:-4]) == {"response.output_text.delta"}
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == whole.output_text
+
+
+def test_responses_call_functions_and_take_their_results(served: Served) -> None:
+    parameters = {"type": "object", "properties": {"n": {"enum": ["ab"]}}, "required": ["n"], "additionalProperties": False}
+    tool = {"type": "function", "name": "f", "parameters": parameters, "strict": True}
+    options: Any = {"model": MODEL, "tools": [tool], "temperature": 0}
+    with openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+        create: Any = client.responses.create
+        for choice in ("required", {"type": "function", "name": "f"}):
+            events = list(create(**options, input="a", tool_choice=choice, stream=True, max_output_tokens=180))
+            deltas = "".join(event.delta for event in events if event.type == "response.function_call_arguments.delta")
+            (done,) = [event for event in events if event.type == "response.function_call_arguments.done"]
+            (call,) = events[-1].response.output
+            assert (call.type, call.name, call.status) == ("function_call", "f", "completed")
+            assert call.arguments == done.arguments == deltas and json.loads(deltas) == {"n": "ab"}
+        result = {"type": "function_call_output", "call_id": call.call_id, "output": "dry"}
+        history: Any = [{"role": "user", "content": "a"}, call.model_dump(exclude_none=True), result]
+        assert create(**options, input=history, max_output_tokens=2).usage
+        text: Any = {"format": {"type": "json_schema", "name": "n", "schema": parameters}}
+        shaped = create(model=MODEL, input="a", text=text, temperature=0, max_output_tokens=180)
+        assert json.loads(shaped.output_text) == {"n": "ab"} and shaped.status == "completed"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "input"),
+        ({"input": []}, "input"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input"),
+        ({"input": "the " * 5000}, "input"),
+        ({"input": "a", "conversation": "c"}, "conversation"),
+        ({"input": "a", "background": True}, "background"),
+        ({"input": "a", "max_output_tokens": 1 << 20}, "max_output_tokens"),
+        ({"input": "a", "tools": [{"type": "web_search"}]}, "tools"),
+        ({"input": "a", "tool_choice": "required"}, "tool_choice"),
+        ({"input": "a", "text": {"format": {"type": "json_schema", "name": "n"}}}, "text"),
+        ({"input": "a", "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "none"}}}}, "text"),
+        ({"input": "a", "temperature": -1}, "temperature"),
+    ],
+)
+def test_responses_name_the_field_that_they_refuse(served: Served, body: dict[str, Any], param: str) -> None:
+    refused = served.post("/v1/responses", **body)
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == param, refused.text

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, Response
 
 from common.errors import TandemError
-from common.serve import chat, completions, embeddings, tokens
+from common.serve import chat, completions, embeddings, responses, tokens
 from common.serve.errors import ApiError, api_error
 from common.serve.guard import Guard
 from common.serve.model import ServedModel
@@ -138,7 +138,8 @@ def create_app(
 
     app = new_app(lifespan)
     app.state.serving = serving
-    routers = [router, completions.router, chat.router, embeddings.router, tokens.router, *([admin] if with_admin else [])]
+    routers = [router, completions.router, chat.router, responses.router, embeddings.router, tokens.router]
+    routers += [admin] if with_admin else []
     if profiler is not None:
         routers.append(profile_routes(serving, profiler))
     for part in (*routers, schema_routes(routers, VERSION)):

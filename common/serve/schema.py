@@ -15,6 +15,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
+from common.serve.items import ResponsesRequest
 from common.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from common.serve.serving import json_response
 
@@ -48,6 +49,7 @@ class Operation(NamedTuple):
 OPERATIONS: dict[str, Operation] = {
     "/v1/chat/completions": Operation("post", "Answer a conversation. A stream has the type text/event-stream.", ChatRequest),
     "/v1/completions": Operation("post", "Continue a prompt. A stream has the type text/event-stream.", CompletionRequest),
+    "/v1/responses": Operation("post", "Answer items. A stream has the type text/event-stream.", ResponsesRequest),
     "/v1/embeddings": Operation("post", "Embed texts.", EmbeddingRequest),
     "/v1/models": Operation("get", "List the models."),
     "/v1/models/{name}": Operation("get", "Describe one model."),
@@ -125,7 +127,7 @@ def described(path: str, operation: Operation) -> dict[str, Any]:
     """Return the OpenAPI operation object."""
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     content: dict[str, Any] = {operation.media: {}}
-    if operation.body in (ChatRequest, CompletionRequest):
+    if operation.body in (ChatRequest, CompletionRequest, ResponsesRequest):
         content["text/event-stream"] = {}
     answer: dict[str, Any] = {
         "summary": operation.summary,

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -188,8 +188,16 @@ class Answer:
             self.finish_reasons[piece.number] = reason
 
     async def respond(self, http: HttpRequest, choices: Sequence[Growing], kind: str, chunk_kind: str) -> Response:
-        """Admit the requests and answer: with a stream of events where asked for, each a `chunk_kind`, else with one object, a
-        `kind`."""
+        """Admit the requests and answer with one object, a `kind`, or with a stream of events, each a `chunk_kind`."""
+        return await self.send(http, lambda: self._full(choices, kind), lambda: self._events(self._chunks(choices, chunk_kind)))
+
+    async def send(
+        self,
+        http: HttpRequest,
+        whole: Callable[[], Coroutine[Any, Any, dict[str, Any]]],
+        events: Callable[[], AsyncIterator[bytes]],
+    ) -> Response:
+        """Admit the requests and answer with the object of `whole`, or, for a stream, with `events`."""
         await unless_left(http.receive, self._check_grammar(self.call.requests[0]))
         self.serving.metrics.begin(self.call)
         try:
@@ -202,9 +210,9 @@ class Answer:
         self.serving.metrics.accepted(self.call)
         leave = partial(self._leave, http)
         if self.body.stream:
-            return EventStream(self._events(self._chunks(choices, chunk_kind)), leave)
+            return EventStream(events(), leave)
         try:
-            return json_response(await unless_left(http.receive, self._full(choices, kind)))
+            return json_response(await unless_left(http.receive, whole()))
         finally:
             leave()
 
