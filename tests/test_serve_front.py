@@ -77,6 +77,8 @@ def test_requests_reach_the_backend_that_they_name(served: Served) -> None:
         assert served.metric("generation_tokens_total", engine=engine, model_name=answer["model"]) == before + 8
         assert "".join(chunk["choices"][0]["text"] for chunk in served.events(**body)) == answer["choices"][0]["text"]
         texts.add(answer["choices"][0]["text"])
+        response = served.post("/v1/responses", input="the", max_output_tokens=2, model=name).json()
+        assert response["model"] == f"tiny-llama@{engine}" and response["object"] == "response"
     assert len(texts) == 1
     assert served.post(**BODY, model="tiny-llama@three").status_code == 404
     assert served.client.post("/v1/completions", content=b"{", headers={"content-type": "application/json"}).status_code == 400

@@ -17,8 +17,10 @@ from common.options import parse as parse_options
 from common.serve import protocol
 from common.serve.command import make_parser
 from common.serve.errors import PRIVATE, ApiError, api_error, public
+from common.serve.items import messages_of
 from common.serve.model import ServedModel
 from common.serve.protocol import ChatRequest, CompletionRequest, parse
+from common.serve.responses import Output
 from common.serve.serving import encode
 from common.text.tokenizer import open_tokenizer
 from common.text.tool_calls import ToolCalls
@@ -220,3 +222,45 @@ def test_a_command_line_of_vllm_means_the_same(given: list[str], expected: dict[
 def test_an_option_that_is_not_there_says_what_to_do(given: list[str], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         parse_options(make_parser(), given)
+
+
+def test_the_items_of_a_response_are_the_same_however_its_text_is_cut() -> None:
+    call = lambda i: {"index": i, "id": f"call_{i}", "function": {"name": "f", "arguments": ""}}  # noqa: E731
+    more = lambda i, text: {"index": i, "function": {"arguments": text}}  # noqa: E731
+    for cut in (1, 3, 1000):
+        pieces = lambda text: [text[i : i + cut] for i in range(0, len(text), cut)]  # noqa: E731,B023
+        deltas = [{"reasoning": text} for text in pieces("Hm. Rain?")]
+        deltas += [{"content": text} for text in pieces("\n\nI look it up.")]
+        for i in range(2):
+            deltas += [{"tool_calls": [call(i)]}, *({"tool_calls": [more(i, text)]} for text in pieces('{"x": 1}'))]
+        output = Output()
+        events = [event for delta in deltas for event in output.push(delta)] + output.end("completed")
+        reasoning, message, *calls = [item.as_dict() for item in output.items]
+        assert reasoning["content"] == [{"type": "reasoning_text", "text": "Hm. Rain?"}]
+        assert message["content"][0]["text"] == "I look it up."
+        assert [(each["call_id"], each["arguments"]) for each in calls] == [("call_0", '{"x": 1}'), ("call_1", '{"x": 1}')]
+        for kind in ("added", "done"):
+            found = [event["output_index"] for event in events if event["type"] == f"response.output_item.{kind}"]
+            assert found == [0, 1, 2, 3]
+        done = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+        assert done == [reasoning, message, *calls] and {item["status"] for item in done} == {"completed"}
+    empty = Output()
+    empty.end("incomplete")
+    assert [item.as_dict()["status"] for item in empty.items] == ["incomplete"] and not empty.items[0].text
+
+
+def test_the_calls_of_one_turn_join_its_message() -> None:
+    call = lambda i: {"type": "function_call", "call_id": i, "name": "f", "arguments": "{}"}  # noqa: E731
+    items = [
+        {"role": "developer", "content": "Be brief."},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I look."}]},
+        {"type": "reasoning", "summary": []},
+        call("1"),
+        call("2"),
+        {"type": "function_call_output", "call_id": "1", "output": [{"type": "input_text", "text": "dry"}]},
+        call("3"),
+    ]
+    system, said, result, asked = messages_of(items, None)
+    assert system == {"role": "system", "content": "Be brief."} and result["content"] == "dry" and result["role"] == "tool"
+    assert said["content"] == "I look." and [each["id"] for each in said["tool_calls"]] == ["1", "2"]
+    assert [each["id"] for each in asked["tool_calls"]] == ["3"]
