@@ -173,6 +173,13 @@ def test_openai_learns_of_a_wrong_key_a_full_queue_a_passed_deadline_and_a_failu
             with pytest.raises(openai.APIError, match="failed") as failed:
                 list(stream)
         assert "secret" not in str(failed.value)
+        (control / "fail").unlink(missing_ok=True)
+        with client.responses.create(model=TINY, input="the", max_output_tokens=400, stream=True) as events:
+            assert any(event.type == "response.output_text.delta" for event in events)
+            (control / "fail").touch()
+            *_, last = events
+        assert last.type == "response.failed" and last.response.status == "failed" and last.response.error
+        assert "failed" in last.response.error.message and "secret" not in last.response.error.message
 
 
 # Clients in environments of their own.
