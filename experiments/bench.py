@@ -38,7 +38,7 @@ from experiments.records import write_run
 from experiments.rundir import finished, finite, run_directory, write_json, write_setup
 from experiments.words import plural
 
-RESULTS = ("run", "failures", "stopped", "stopped_by", "unmeasured")
+RESULTS = ("run", "failures", "stopped", "stopped_by", "unmeasured", "dropped_blocks")
 
 
 def run(config: DictConfig) -> None:
@@ -64,7 +64,7 @@ def run_workload(config: DictConfig, spec: EngineSpec, conditions: Sequence[Cond
         outcome = Outcome.of(plan)
         measure(plan, outcome, directory, narrator)
         whole = {"engine": spec.label} | setting(config, plan) | {"run": str(finished(directory))}
-        whole |= {name: getattr(outcome, name) for name in RESULTS[1:]}
+        whole |= {name: getattr(outcome, name) for name in RESULTS[1:-1]} | {"dropped_blocks": outcome.dropped()}
         result: dict[str, Any] = finite(whole | outcome.figures.get(spec.label, {}))
         write_run(directory, result, outcome.windows, outcome.profiles)
     title = f"{plan.model} ({plan.checkpoint.path.name}), {config.dtype}, workload {plan.workload.name}"

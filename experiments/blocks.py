@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.config import ADAPTIVE_BLOCKS, MeasureConfig
+from experiments.spoilt import no_verdict, too_many
 from experiments.statistics import fewest_blocks
 
 PRECISION = "measure.precision"
@@ -125,15 +126,29 @@ class Stop(NamedTuple):
 
 
 def reason_to_stop(
-    config: MeasureConfig, done: int, elapsed: float, longest: float, comparisons: int, settled: Callable[[], bool]
+    config: MeasureConfig,
+    done: int,
+    elapsed: float,
+    longest: float,
+    comparisons: int,
+    settled: Callable[[], bool],
+    disturbed: int = 0,
 ) -> Stop | None:
     """Why no block follows the `done` that took `elapsed` seconds, the longest of them `longest`; None if one does.
+
+    `done` counts the clean blocks. Each of the `disturbed` blocks (`experiments.spoilt`) is repeated until too many are, or
+    `measure.max_blocks` are run in sum.
 
     `settled` tells whether every interval of the `comparisons` ratios is narrow, and none shows a difference that is yet to be
     proven. It is asked only where it decides: after an even number of blocks, from the first look on.
     """
-    if done < min(ALWAYS, config.blocks):
+    run = done + disturbed
+    if run < min(ALWAYS, config.blocks):
         return None
+    if run >= config.blocks and too_many(disturbed, run):
+        return Stop(no_verdict(disturbed, run))
+    if disturbed and run >= config.max_blocks:
+        return Stop(f"all {run} blocks were run, {disturbed} of them disturbed by other programs", "measure.max_blocks")
     extra = done >= config.blocks
     ahead = 2 if extra and done % 2 == 0 else 1
     if done >= config.most_blocks or (extra and not comparisons):

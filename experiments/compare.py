@@ -35,7 +35,10 @@ from experiments.statistics import Comparison
 from experiments.timed import NOT_COMPARED, compare_timed
 from experiments.words import plural
 
-RESULTS = ("run", "engines", "ratios", "comparisons", "failures", "order", "stopped", "stopped_by", "advice", "unmeasured")
+RESULTS = (
+    *("run", "engines", "ratios", "comparisons", "failures", "order", "stopped", "stopped_by", "advice", "unmeasured"),
+    *("dropped_blocks", "no_verdict"),
+)
 AGREEMENT = (
     "tokens_equal_share",
     *verdict({}),
@@ -115,6 +118,8 @@ def results(config: DictConfig, plan: Plan, outcome: Outcome, found: Mapping[str
         "stopped_by": outcome.stopped_by,
         "advice": advised(plan, outcome),
         "unmeasured": outcome.unmeasured,
+        "dropped_blocks": outcome.dropped(),
+        "no_verdict": outcome.no_verdict,
         "tokens_equal_share": tokens_equal_share(compared),
         **found,
     }
@@ -124,9 +129,11 @@ def results(config: DictConfig, plan: Plan, outcome: Outcome, found: Mapping[str
 def advised(plan: Plan, outcome: Outcome) -> str:
     """What to set where a ratio is undecided; empty where all are settled, or nothing can be set."""
     found = outcome.comparisons.values()
+    if outcome.no_verdict:
+        return "Run it while the machine does nothing else"
     if not any(each.verdict == "undecided" and each.ratio is not None for each in found):
         return ""
-    return advice(plan.measure, outcome.stopped_by, len(outcome.order), len(found))
+    return advice(plan.measure, outcome.stopped_by, len(outcome.order) - len(outcome.dropped_blocks), len(found))
 
 
 def ratios(labels: Iterable[str], comparisons: Mapping[str, Comparison]) -> dict[str, float | None]:

@@ -76,6 +76,8 @@ class Window:
     """Bytes of memory that the machine could read in a second beside this window; None if that was not measured."""
     began: float = 0.0
     """When it started, on the clock of `perf_counter` of the process that ran it."""
+    dropped: bool = False
+    """Whether no figure counts it (see `experiments.spoilt`)."""
 
     def record(self) -> dict[str, Any]:
         """What JSON can hold, but for the arrays in `steps`."""

@@ -35,6 +35,8 @@ BY_LABEL = ("engines", "ratios", "comparisons", "failures", "agreement", "perple
 """Parts of a result in which engines go by their labels."""
 ONE_FIGURE = ("ratios", "perplexity")
 """Those that have no more than one figure of each engine."""
+OF_BOTH = ("comparisons.", "ratios.")
+"""Starts of keys of speeds that a comparison without a verdict leaves unknown."""
 NOT_OF_THE_FIRST = ("comparisons", "agreement")
 """Those in which the first engine is what the others are compared with."""
 
@@ -140,6 +142,7 @@ def violations(conditions: Sequence[Condition], result: Mapping[str, Any]) -> li
     """A sentence for each condition that holds of `result`, and for each on something that was not measured: what is not known
     to be good does not pass."""
     said = []
+    spoilt = result.get("no_verdict")
     for condition in conditions:
         value = look_up(result, condition.key)
         if value is None or value != value:  # NaN
@@ -148,6 +151,8 @@ def violations(conditions: Sequence[Condition], result: Mapping[str, Any]) -> li
             said.append(f"fail_if {str(condition)!r}: {condition.key} is no number but {short(value)}.")
         elif OPERATORS[condition.op](comparable(value, condition.bound), condition.bound):
             said.append(f"fail_if {str(condition)!r}: {condition.key} is {short(value)}.")
+        elif spoilt and condition.key.startswith(OF_BOTH) and not condition.key.endswith(".contaminated"):
+            said.append(f"fail_if {str(condition)!r}: {condition.key} is contaminated: {spoilt}.")
     return said
 
 

@@ -178,5 +178,12 @@ GLOSSARY: tuple[tuple[str, str, str], ...] = (
         "together, are too short to judge what other programs took.",
         "",
     ),
+    (
+        "Dropped block",
+        "A block is dropped for all engines if other programs used more than 10 % of the processors in any of its windows of "
+        "more than 1 s. The run repeats it while measure.budget_s and measure.max_blocks allow. The rule reads no result. "
+        "Where more than a third of the blocks are disturbed, none is dropped and every verdict is undecided.",
+        "",
+    ),
 )
 """Term, meaning, formula."""

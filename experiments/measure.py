@@ -33,7 +33,8 @@ from experiments.profiled import Profile
 from experiments.records import kept_rows
 from experiments.roofline import efficiency, no_roofline
 from experiments.scaling import scale
-from experiments.statistics import Comparison, compare_all
+from experiments.spoilt import disturbed_blocks, dropped_blocks, no_verdict
+from experiments.statistics import Comparison, compare_all, undecided
 from experiments.work import weights_bytes
 from experiments.workload import Workload, WorkloadConfig, draw, known_options
 
@@ -148,6 +149,8 @@ class Outcome:
     """What the machine could do, before the blocks and after them."""
     unmeasured: str = ""
     """What was to be measured beside the engines and could not be; empty where all was."""
+    dropped_blocks: dict[int, str] = field(default_factory=dict)
+    """Block → why no figure counts it."""
     profiles: dict[str, Profile] = field(default_factory=dict)
     """Of each engine that was asked for one and could give it."""
 
@@ -182,24 +185,46 @@ class Outcome:
             narrator.alarm(failure.message)
             engine.close()
 
+    @property
+    def disturbed(self) -> dict[int, str]:
+        """The blocks that other programs disturbed, with the reason."""
+        return disturbed_blocks({label: self.windows[label] for label in self.survivors})
+
+    def dropped(self) -> list[dict[str, Any]]:
+        """Return the blocks that no figure counts, each with its reason."""
+        return [{"block": block, "reason": reason} for block, reason in self.dropped_blocks.items()]
+
+    @property
+    def no_verdict(self) -> str:
+        """Why the comparisons are undecided whatever they measured; empty where few enough blocks are disturbed."""
+        return no_verdict(len(self.disturbed), len(self.order))
+
+    def kept(self) -> dict[str, list[Window]]:
+        """Return the windows that figures count, of each survivor."""
+        dropped = dropped_blocks(self.disturbed, len(self.order))
+        return {label: [w for i, w in enumerate(self.windows[label]) if i not in dropped] for label in self.survivors}
+
     def compared(self, plan: Plan, ended: bool) -> dict[str, Comparison]:
         """Each survivor but the first with that one, by what has been measured so far."""
-        throughputs = {label: [output_throughput(window) for window in self.windows[label]] for label in self.survivors}
+        throughputs = {label: [output_throughput(window) for window in windows] for label, windows in self.kept().items()}
         if len(throughputs) < 2:
             return {}
         count = len(throughputs) - 1
-        return compare_all(
+        found = compare_all(
             throughputs, plan.measure.criteria, plan.seed, level(plan.measure, count, ended), self.miss(plan, ended)
         )
+        why = self.no_verdict
+        return {label: undecided(label, each, why) for label, each in found.items()} if why else found
 
     def miss(self, plan: Plan, ended: bool) -> float:
         """Return the share of 1 - confidence that an interval leaves out after the blocks so far."""
         count = max(1, len(self.survivors) - 1)
-        return tail(plan.measure, count, len(self.order), self.stopped_by if ended else PRECISION)
+        clean = len(self.order) - len(self.disturbed)
+        return tail(plan.measure, count, clean, self.stopped_by if ended else PRECISION)
 
     def add_latencies(self, plan: Plan) -> None:
         """Add the intervals of latencies to the figures and to the comparisons."""
-        blocks = {label: block_percentiles(self.windows[label]) for label in self.survivors}
+        blocks = {label: block_percentiles(windows) for label, windows in self.kept().items()}
         confidence, missed = plan.measure.confidence, self.miss(plan, ended=True)
         for label, mine in blocks.items():
             told = intervals(mine, confidence, missed)
@@ -213,16 +238,22 @@ class Outcome:
         known = [] if self.unmeasured else [limits for limits in self.limits.values() if limits]
         limits = functools.reduce(better, known) if known else None
         told = {when: found and found.summary() for when, found in self.limits.items()} if known else None
+        kept = self.kept()
+        self.dropped_blocks = dropped_blocks(self.disturbed, len(self.order))
+        for windows in self.windows.values():
+            windows[:] = [replace(window, dropped=i in self.dropped_blocks) for i, window in enumerate(windows)]
         for spec in plan.engines:
             if spec.label in self.survivors:
                 figures = self.figures[spec.label]
                 here = limits if figures["device"] == "cpu" else None  # another device has limits of its own
-                figures |= window_figures(self.windows[spec.label], plan, spec, here) | {"limits": told}
+                figures |= window_figures(kept[spec.label], plan, spec, here) | {"limits": told}
                 figures["contaminated"] = contaminations(figures, plan.workload.shares_prefixes)
                 alone = block_contaminations(self.windows[spec.label], plan.workload.shares_prefixes)
                 figures["block_contaminated"] = alone
                 if not figures["contaminated"]:
-                    figures["contaminated"] = [f"block {i}: {each}" for i, found in enumerate(alone) for each in found]
+                    figures["contaminated"] = [
+                        f"block {i}: {each}" for i, found in enumerate(alone) if i not in self.dropped_blocks for each in found
+                    ]
                 figures["unsure"] = unsure(figures)
         self.comparisons = self.compared(plan, ended=True)
         self.add_latencies(plan)
@@ -274,13 +305,14 @@ def run_blocks(outcome: Outcome, engines: Mapping[str, IsolatedEngine], plan: Pl
     bandwidth = probe()
     begin, longest = time.perf_counter(), 0.0
     while outcome.survivors:
-        done, start = len(outcome.order), time.perf_counter()
-        if stopped := reason_to_stop(config, done, start - begin, longest, len(outcome.survivors) - 1, settled):
+        number, disturbed, start = len(outcome.order), len(outcome.disturbed), time.perf_counter()
+        done, others = number - disturbed, len(outcome.survivors) - 1
+        if stopped := reason_to_stop(config, done, start - begin, longest, others, settled, disturbed):
             outcome.stopped, outcome.stopped_by = stopped
             break
-        order = [label for label in block_order(list(engines), done, plan.seed) if label in outcome.survivors]
+        order = [label for label in block_order(list(engines), number, plan.seed) if label in outcome.survivors]
         outcome.order.append(order)
-        asked = plan.workload.fresh(done, plan.seed)  # of all engines in this block
+        asked = plan.workload.fresh(number, plan.seed)  # of all engines in this block
         end = start + time_left(config, done, start - begin, longest)
         for label in order:
             narrator.block(done, config.blocks, label, end - time.perf_counter())

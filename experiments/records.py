@@ -54,11 +54,13 @@ def kept_rows(directory: Path, windows: Mapping[str, Sequence[Window]]) -> Itera
 
 
 def write_rows(directory: Path, windows: Mapping[str, Sequence[Window]]) -> None:
-    """One line for each request of each window: `requests.jsonl`. Its keys are `engine`, `block`, and the fields of `Row`."""
+    """Write one line for each request of each window: `requests.jsonl`.
+
+    Its keys are `engine`, `block`, and the fields of `Row`. The rows of a dropped block also have `"dropped": true`."""
     write_lines(
         directory / ROWS,
         (
-            {"engine": engine, "block": block} | row.record()
+            {"engine": engine, "block": block} | row.record() | ({"dropped": True} if window.dropped else {})
             for engine, blocks in windows.items()
             for block, window in enumerate(blocks)
             for row in window.rows

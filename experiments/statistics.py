@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -143,6 +143,12 @@ def compare_all(
             ),
         )
     return answer
+
+
+def undecided(label: str, found: Comparison, why: str) -> Comparison:
+    """Return the comparison of the engine `label` without a verdict, for the reason `why`. Its figures remain."""
+    said = "no block has a throughput of both" if found.ratio is None else f"{why} (ratio {found.ratio:.3f})"
+    return replace(found, verdict="undecided", unproven=False, said=f"{label} against {found.against}: undecided, {said}")
 
 
 def log_ratios(mine: Sequence[float | None], others: Sequence[float | None]) -> np.ndarray:
