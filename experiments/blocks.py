@@ -136,8 +136,8 @@ def reason_to_stop(
 ) -> Stop | None:
     """Why no block follows the `done` that took `elapsed` seconds, the longest of them `longest`; None if one does.
 
-    `done` counts the clean blocks. Each of the `disturbed` blocks (`experiments.spoilt`) is repeated until too many are, or
-    `measure.max_blocks` are run in sum.
+    `done` counts the clean blocks. Each of the `disturbed` blocks (`experiments.spoilt`) is repeated until
+    `measure.max_blocks` are run in sum, or too many of twice `measure.blocks` or more are disturbed.
 
     `settled` tells whether every interval of the `comparisons` ratios is narrow, and none shows a difference that is yet to be
     proven. It is asked only where it decides: after an even number of blocks, from the first look on.
@@ -145,7 +145,7 @@ def reason_to_stop(
     run = done + disturbed
     if run < min(ALWAYS, config.blocks):
         return None
-    if run >= config.blocks and too_many(disturbed, run):
+    if run >= 2 * config.blocks and too_many(disturbed, run):
         return Stop(no_verdict(disturbed, run))
     if disturbed and run >= config.max_blocks:
         return Stop(f"all {run} blocks were run, {disturbed} of them disturbed by other programs", "measure.max_blocks")
@@ -158,7 +158,7 @@ def reason_to_stop(
     if elapsed + ahead * longest > config.budget_s:
         said = f"the budget of {config.budget_s:g} s (measure.budget_s) was used up after {done} blocks"
         return Stop(said, "measure.budget_s")
-    if not extra or done % 2 == 1:
+    if not extra or done % 2 == 1 or too_many(disturbed, run):
         return None
     first = first_look(config, comparisons)
     if first is not None and done >= first and settled():

@@ -3,7 +3,8 @@
 A window is disturbed if it lasts more than `COARSE_S` and other programs use more than `DISTURBED` of the processors in it. A
 block is disturbed if any window in it is. A disturbed block is dropped for all engines, so the ratios stay paired. A run
 repeats it while `measure.budget_s` and `measure.max_blocks` allow. At most `MOST_DROPPED` of the blocks are dropped: beyond
-that, the machine is shared throughout. Then no block is dropped, and no verdict is given.
+that, the machine is shared throughout. Then no block is dropped, and no verdict is given. A run on such a machine ends after
+twice `measure.blocks`.
 
 The rule reads nothing else. Compilations, failures, page faults, heat and CPU quotas depend on the engine, so a rule that reads
 them would drop the slow blocks of an engine. They remain reasons for the mark "contaminated". So does a share of other programs

@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments import compare
-from experiments.blocks import reason_to_stop
+from experiments import compare, statistics
+from experiments.blocks import PRECISION, level, reason_to_stop, tail
 from experiments.drive import Window
 from experiments.fail_if import parse, violations
 from experiments.isolate import IsolatedEngine
 from experiments.measure import Outcome
 from experiments.spoilt import disturbed_blocks, dropped_blocks, no_verdict
+from experiments.statistics import Comparison, compare_all
 from tests.history_backend import command, history, last_line
-from tests.test_statistics import AS_SHIPPED, blocks_of, many, noise
+from tests.test_statistics import AS_SHIPPED, blocks_of, noise, tell
 
 __all__ = ["history"]
 
@@ -35,7 +36,7 @@ def test_a_block_is_disturbed_by_other_programs_alone_whichever_engine_they_ran_
         1: "other programs used 20% of the processors beside a",
         2: "other programs used 50% of the processors beside b",
     }
-    slow = replace(window(0.0), stats=window(0.0).stats | {"compilations": 3, "throttled_seconds": 9.0, "major_faults": 999})
+    slow = replace(window(0.0), stats={**window(0.0).stats, "compilations": 3, "throttled_seconds": 9.0, "major_faults": 999})
     assert disturbed_blocks({"a": [slow, window(0.5, duration=0.5), Window((), 10.0)]}) == {}
 
 
@@ -50,7 +51,15 @@ def test_disturbed_blocks_are_repeated_until_they_are_too_many_or_max_blocks_are
         return reason_to_stop(replace(AS_SHIPPED, max_blocks=9), done, 0.0, 0.0, 1, lambda: True, disturbed)
 
     assert stop(4, 2) is None and stop(5, 2) is None and stop(6, 2).option == "measure.precision"
-    assert "3 of 6 blocks" in stop(3, 3).said and stop(7, 2).option == "measure.max_blocks"
+    assert stop(7, 2).option == stop(5, 4).option == "measure.max_blocks"
+
+
+def test_a_run_goes_on_past_early_bursts_and_ends_where_the_machine_stays_busy() -> None:
+    def stop(done: int, disturbed: int) -> Any:
+        return reason_to_stop(AS_SHIPPED, done, 0.0, 0.0, 1, lambda: True, disturbed)
+
+    assert stop(3, 3) is None and stop(6, 4) is None and stop(8, 4).option == "measure.precision"
+    assert "5 of 12 blocks" in stop(7, 5).said and stop(7, 5).option == ""
 
 
 def test_a_condition_on_a_comparison_without_a_verdict_does_not_pass() -> None:
@@ -109,25 +118,51 @@ def test_where_every_block_is_disturbed_there_is_no_verdict_and_fail_if_does_not
         command(monkeypatch, compare.main, *WORDS, "measure.blocks=3", 'fail_if=["comparisons.other.verdict == slower"]')
     out, err = capsys.readouterr()
     result = last_line(out)
-    assert exit.value.code == 3 and "contaminated: other programs disturbed 3 of 3 blocks" in err
-    assert result["dropped_blocks"] == [] and len(result["order"]) == 3
+    assert exit.value.code == 3 and "contaminated: other programs disturbed 6 of 6 blocks" in err
+    assert result["dropped_blocks"] == [] and len(result["order"]) == 6
     comparison = result["comparisons"]["other"]
-    assert comparison["verdict"] == "undecided" and comparison["blocks"] == 3 and "disturbed" in comparison["said"]
+    assert comparison["verdict"] == "undecided" and comparison["blocks"] == 6 and "disturbed" in comparison["said"]
 
 
-def test_with_random_bursts_dropped_the_interval_covers_the_truth_in_94_to_96_runs_of_100() -> None:
+def run_to_the_end(logs: np.ndarray, loud: np.ndarray, seed: int) -> Comparison | None:
+    """Run the blocks of given logarithms under the whole rule; None if too many were disturbed for a verdict."""
+
+    def so_far(ended: bool, stopped_by: str = PRECISION) -> Comparison:
+        clean = logs[:blocks][~loud[:blocks]]
+        spent = tail(AS_SHIPPED, 1, len(clean), stopped_by)
+        return compare_all(tell(clean), AS_SHIPPED.criteria, seed, level(AS_SHIPPED, 1, ended), spent)["b"]
+
+    def settled() -> bool:
+        found = so_far(ended=False)
+        return found.width <= AS_SHIPPED.precision and not found.unproven
+
+    blocks = disturbed = 0
+    while (stop := reason_to_stop(AS_SHIPPED, blocks - disturbed, 0.0, 0.0, 1, settled, disturbed)) is None:
+        blocks += 1
+        disturbed = int(loud[:blocks].sum())
+    return None if no_verdict(disturbed, blocks) else so_far(True, stop.option)
+
+
+@pytest.mark.accept
+@pytest.mark.parametrize("scale", [0.01, 0.025, 0.07])
+def test_with_random_bursts_dropped_the_interval_covers_the_truth_in_94_to_96_runs_of_100(
+    scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 15 % of the blocks a burst takes a third or more of one engine's throughput. All of them are dropped and repeated."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 99)  # the interval does not depend on them
     runs, most = 4000, AS_SHIPPED.max_blocks
     rng = np.random.default_rng(5)
-    for scale in (0.01, 0.025, 0.07):
-        logs = blocks_of(noise("normal", scale, runs, 4 * most, rng), 0.0, rng)
-        loud = rng.random(logs.shape) < 0.15
-        logs += loud * rng.choice((-1, 1), logs.shape) * np.log(1.5)
-        clean = np.take_along_axis(logs, np.argsort(loud, axis=1, kind="stable"), axis=1)[:, :most]
-        mean, half, _, _ = many(clean, flips=False)
-        assert 0.94 - 0.007 <= np.mean(abs(mean) <= half) <= 0.96 + 0.007, scale  # two standard errors
+    logs = blocks_of(noise("normal", scale, runs, 2 * most, rng), 0.0, rng)
+    loud = rng.random(logs.shape) < 0.15
+    logs += loud * rng.choice((-1, 1), logs.shape) * np.log(1.5)
+    found = [run_to_the_end(mine, bursts, seed) for seed, (mine, bursts) in enumerate(zip(logs, loud, strict=True))]
+    judged = [each for each in found if each]
+    covered = np.mean([each.low is not None and each.high is not None and each.low <= 1 <= each.high for each in judged])
+    assert len(judged) >= 0.9 * runs and 0.94 - 0.007 <= covered <= 0.96 + 0.007, (len(judged), covered)  # two standard errors
+    assert np.mean([each.verdict in ("faster", "slower") for each in judged]) <= 0.05
 
 
-def test_figures_of_a_run_cut_short_keep_no_dropped_window() -> None:
+def test_the_figures_are_over_the_windows_of_clean_blocks() -> None:
     quiet, loud = window(0.0), window(0.5)
     outcome = Outcome({"a": [quiet, loud, quiet], "b": [quiet] * 3}, order=[["a", "b"]] * 3)
     assert outcome.kept() == {"a": [quiet, quiet], "b": [quiet, quiet]} and outcome.no_verdict == ""
