@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -18,6 +19,13 @@ from common.schedule.steplog import StepRecord
 from experiments.agenda import Agenda
 from experiments.machine import Watch
 from experiments.workload import Item
+
+LAG_S = 0.05
+"""Seconds that an event may be older than the call of `step` before the one that returned it.
+
+An event that the host saw before that call would have been returned by it. A worker process stamps an event before it sends it,
+and the machine may pause the process in between.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,14 +126,14 @@ def drive(
     sent: dict[int, tuple[float, float]] = {}  # when it was due, and when it was sent
     events: list[TokenEvent] = []
     last_seen = 0.0  # when the driver itself had the last event
-    strays = 0  # events stamped outside of the driver's own times
+    strays = 0  # events stamped before their request was sent, before the step that may have computed them, or after receipt
     clock = time.perf_counter
     gc.collect()  # garbage of the last window is not this one's to pay for
     before = numbers(engine.stats())
     watch = Watch(engine.caps.device)
     with step_log(engine) as log:
         away = 0.0  # seconds in the engine, or asleep
-        start = clock()
+        start = called = clock()
         while agenda.left or engine.has_work:
             while due := agenda.take(clock() - start):
                 number, when = due
@@ -140,8 +148,9 @@ def drive(
                 away += clock() - begin
                 events += seen
                 if seen:
-                    last_seen = clock()
-                    strays += sum(not start + sent[int(e.request_id)][1] <= e.time <= last_seen for e in seen)
+                    last_seen, oldest = clock(), called - LAG_S
+                    strays += sum(not max(oldest, start + sent[int(e.request_id)][1]) <= e.time <= last_seen for e in seen)
+                called = begin
                 if agenda.listens:
                     for event in seen:
                         if event.finish:
@@ -155,10 +164,23 @@ def drive(
     machine = watch.rise()
     after = numbers(engine.stats())
     counters = {name: value - before.get(name, 0) for name, value in after.items()} | {"driver_seconds": driver} | machine
+    if "scheduled_tokens" in counters:
+        counters["skipped_tokens"] = skipped(items, events, counters)
     duration = events[-1].time - start if events else 0.0
     counters |= {"stray_times": strays, "missing_seconds": max(0.0, last_seen - start - duration) if events else 0.0}
     steps = None if log is None else tuple(since(start, step) for step in log)
     return Window(rows(items, sent, events, start, steps or ()), duration, counters, steps, began=start)
+
+
+def skipped(items: Sequence[Item], events: Sequence[TokenEvent], counters: Mapping[str, float]) -> float:
+    """Return how many tokens fewer went through the model than the outputs need, beside those that caches had.
+
+    A request with n output tokens needs its prompt and n - 1 of them. Tokens that are computed twice hide skipped ones.
+    """
+    outputs = Counter(int(event.request_id) for event in events if event.token_id is not None)
+    needed = sum(len(items[number].prompt) + count - 1 for number, count in outputs.items())
+    cached = counters.get("prefix_cache_hits", 0) + counters.get("external_prefix_cache_hits", 0)
+    return max(0, needed - counters["scheduled_tokens"] - cached)
 
 
 def since(start: float, step: StepRecord) -> StepRecord:

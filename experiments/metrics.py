@@ -175,6 +175,7 @@ def counters(stats: Sequence[Mapping[str, float]], duration: float, outputs: int
         "thermal_throttles": whole("thermal_throttles"),
         "clock_limit_drop_mhz": total.get("clock_limit_drop_mhz"),
         "stray_times": whole("stray_times"),
+        "skipped_tokens": whole("skipped_tokens"),
         "missing_share": share("missing_seconds", duration),
         "joules": total.get("joules"),
         "joules_cpu": total.get("joules_cpu"),
@@ -214,6 +215,8 @@ def contaminations(figures: Mapping[str, Any], shares_prefixes: bool) -> list[st
         reasons.append(f"the highest clock of the processors was lowered by {figures['clock_limit_drop_mhz']:.0f} MHz")
     if above("stray_times", 0):
         reasons.append(f"{figures['stray_times']} events have times outside of those between sending and receiving them")
+    if above("skipped_tokens", 0):
+        reasons.append(f"the model computed {figures['skipped_tokens']} tokens fewer than the prompts and outputs have")
     if above("missing_share", MISSING) and figures["missing_share"] * figures["duration"] > MISSING_S:
         reasons.append(f"the driver's own clock shows {figures['missing_share']:.0%} more time than the events")
     if above("duration", COARSE_S):
