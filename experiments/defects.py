@@ -57,7 +57,7 @@ def suspicions(result: Mapping[str, Any]) -> list[str]:
 
 
 def timed_suspicions(result: Mapping[str, Any]) -> list[str]:
-    """Return a sentence for each engine whose timed tokens differ where its kernels give equal bits."""
+    """Return a sentence for each engine whose timed tokens differ although it runs the native kernels of the first engine."""
     return list((result.get("timed_suspicions") or {}).values())
 
 

@@ -3,7 +3,8 @@
 A percentile is taken within each block. The interval is of the geometric mean of these percentiles over blocks. Requests of one
 block share its queue, so they are not independent samples, and no interval is computed from them.
 
-The ratio of two engines is taken within a block, whose order is random: a drift of the machine enters it with a random sign.
+The ratio of two engines is taken within a block. The order of a block is random, so a drift of the machine changes the ratio in
+a random direction.
 The interval of one engine alone takes its blocks as independent, and so does not cover a drift.
 
 Throughputs decide when a run ends. The intervals of a run that ends early are widened for that (`experiments.blocks.tail`). The

@@ -227,8 +227,8 @@ class Outcome:
         blocks = {label: block_percentiles(windows) for label, windows in self.kept().items()}
         confidence, missed = plan.measure.confidence, self.miss(plan, ended=True)
         for label, mine in blocks.items():
-            told = intervals(mine, confidence, missed)
-            self.figures[label]["latency_intervals"] = {figure: asdict(each) for figure, each in told.items()}
+            estimates = intervals(mine, confidence, missed)
+            self.figures[label]["latency_intervals"] = {figure: asdict(each) for figure, each in estimates.items()}
         if self.comparisons:
             found = ratios(blocks, self.survivors[0], confidence, missed)
             self.comparisons = {label: replace(each, latencies=found[label]) for label, each in self.comparisons.items()}

@@ -63,8 +63,12 @@ class Judged:
         return not any(self.wrong)
 
 
+def reporting(windows: Mapping[str, Sequence[Window]]) -> dict[str, Sequence[Window]]:
+    """Return the windows of the engines that report their tokens. A server may report -1 instead."""
+    return {label: blocks for label, blocks in windows.items() if blocks and reports_tokens(blocks)}
+
+
 def reports_tokens(windows: Sequence[Window]) -> bool:
-    """Return whether an engine reports its tokens; a server may report -1 instead."""
     return all(token >= 0 for window in windows for row in window.rows for token in row.tokens)
 
 
@@ -73,13 +77,13 @@ def differences(windows: Mapping[str, Sequence[Window]]) -> list[Parted]:
 
     Requests that failed in either engine are left out: the figure `failed` counts them.
     """
-    told = {label: blocks for label, blocks in windows.items() if blocks and reports_tokens(blocks)}
-    first = next(iter(told), None)
+    compared = reporting(windows)
+    first = next(iter(compared), None)
     return [
         found
-        for label, blocks in told.items()
+        for label, blocks in compared.items()
         if first is not None and label != first
-        for block, (mine, other) in enumerate(zip(told[first], blocks, strict=False))
+        for block, (mine, other) in enumerate(zip(compared[first], blocks, strict=False))
         for request, (a, b) in enumerate(zip(mine.rows, other.rows, strict=True))
         if a.error is None and b.error is None and (found := difference(a, b, label, block, request))
     ]
@@ -108,7 +112,7 @@ def judge_timed(
     """
     judged: list[Judged] = []
     wrong: set[tuple[str, int]] = set()
-    first = next((label for label, blocks in windows.items() if blocks and reports_tokens(blocks)), "")
+    first = next(iter(reporting(windows)), "")
     for each in found:
         if (each.engine, each.block) in wrong:
             continue
@@ -137,15 +141,15 @@ def spread(found: Sequence[Parted], most: int) -> list[Parted]:
 
 def suspicions_of(found: Sequence[Parted], first: str, bits: Mapping[str, tuple[Any, ...] | None]) -> dict[str, str]:
     """Return a sentence for each engine with a difference whose bits (`bits_of`) must be those of the first engine."""
-    told = {}
+    suspicions = {}
     for label in dict.fromkeys(each.engine for each in found):
         mine = [each for each in found if each.engine == label]
         if bits[label] is not None and bits[label] == bits[first]:
-            told[label] = (
+            suspicions[label] = (
                 f"{label} differs from {first} in {len(mine)} timed outputs, first in block {mine[0].block}, request "
                 f"{mine[0].request}, output token {mine[0].position}, where the same native kernels give equal bits"
             )
-    return told
+    return suspicions
 
 
 NOT_COMPARED: Mapping[str, Any] = {
@@ -171,16 +175,16 @@ def compare_timed(
     alone parts tokens: a sample of the differences is judged, with the wider limit `HALF_BEHIND`. `figures` has the kernels of
     each engine.
     """
-    told = [label for label, blocks in windows.items() if blocks and reports_tokens(blocks)]
-    if len(told) < 2:
+    compared = list(reporting(windows))
+    if len(compared) < 2:
         return dict(NOT_COMPARED)
-    found, first = differences(windows), told[0]
-    configs = {spec.label: spec.config for spec in plan.engines if spec.label in told}
+    found, first = differences(windows), compared[0]
+    configs = {spec.label: spec.config for spec in plan.engines if spec.label in compared}
     single, judges = all(each.dtype == "float32" for each in configs.values()), config.num_requests > 0
     judged = []
     if found and judges:
         weights = weights_bytes(plan.checkpoint.config, "bfloat16") // 2
-        affordable = int(OPERATIONS / (2 * weights * plan.workload.longest * (len(told) - 1)))
+        affordable = int(OPERATIONS / (2 * weights * plan.workload.longest * (len(compared) - 1)))
         chosen = found if single else spread(found, max(1, min(MOST_JUDGED, affordable)))
         limit = 2 * config.tolerance if single else HALF_BEHIND
         judged = judge_timed(chosen, windows, plan.workload, plan.seed, float64_reference(NumpyModel(plan.checkpoint)), limit)
