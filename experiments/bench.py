@@ -18,7 +18,7 @@ from common.weights.checkpoint import open_checkpoint
 from experiments import kernels
 from experiments.cli import conclude, keep_part, launch, report_on
 from experiments.config import EngineSpec, MeasureConfig, engine_spec, resolved, runs_folder
-from experiments.console import print_failures, print_result, print_table
+from experiments.console import print_dropped, print_failures, print_result, print_table
 from experiments.fail_if import Condition, check_keys, parse_conditions
 from experiments.isolate import EngineFailure, IsolatedEngine
 from experiments.job import job_directory
@@ -69,6 +69,7 @@ def run_workload(config: DictConfig, spec: EngineSpec, conditions: Sequence[Cond
         write_run(directory, result, outcome.windows, outcome.profiles)
     title = f"{plan.model} ({plan.checkpoint.path.name}), {config.dtype}, workload {plan.workload.name}"
     print_table(title, outcome.figures, every=config.table == "all")
+    print_dropped(result["dropped_blocks"], every=config.table == "all")
     say_limits(outcome.figures)
     print_failures(outcome.failures)
     return result

@@ -21,7 +21,7 @@ from experiments.agreement import LEFT_OUT, NO_NOISE, agree, summarise, tokens_e
 from experiments.blocks import advice
 from experiments.cli import conclude, keep_part, launch, report_on
 from experiments.config import correctness_config, engine_specs, resolved, runs_folder
-from experiments.console import print_conclusion, print_result, print_scaling, print_table
+from experiments.console import print_conclusion, print_dropped, print_result, print_scaling, print_table
 from experiments.drive import Window
 from experiments.fail_if import check_keys, parse_conditions
 from experiments.job import job_directory
@@ -88,6 +88,7 @@ def run(config: DictConfig) -> None:
         write_run(directory, result, outcome.windows, outcome.profiles)
     title = f"{plan.model} ({plan.checkpoint.path.name}), {config.dtype}, workload {plan.workload.name}"
     print_table(title, result["engines"], result["comparisons"], result.get("agreement"), every=config.table == "all")
+    print_dropped(result["dropped_blocks"], every=config.table == "all")
     say_limits(result["engines"])
     print_scaling(curves(points_of(result, result["engines"])))
     reported = report_on(config, result)

@@ -15,9 +15,18 @@ from rich.table import Table
 from experiments.cells import GROUPS, figure, latency_times, tells, times
 from experiments.defects import covered, headline, located, uncompared
 from experiments.latency import HEADLINED
-from experiments.remarks import between_ranks, contaminated, explanations, fallback, left_out, other_weights, spoilt_cells
+from experiments.remarks import (
+    between_ranks,
+    contaminated,
+    dropped,
+    explanations,
+    fallback,
+    left_out,
+    other_weights,
+    spoilt_cells,
+)
 from experiments.scaling import LAST_RATIO, NAMES, Curve, remarks, scaling_table
-from experiments.words import number, share_alike
+from experiments.words import number, plural, share_alike
 
 COLOURS = {"faster": "bold cyan", "slower": "bold magenta", "equivalent": "bold green", "undecided": "bold yellow"}
 NARROW = 10
@@ -48,6 +57,15 @@ def print_conclusion(result: Mapping[str, Any]) -> None:
     for label, comparison in result["comparisons"].items():
         doubt = "[bold red]contaminated:[/] " if contaminated(result["engines"], (comparison["against"], label)) else ""
         console.print(f"{doubt}[{COLOURS[comparison['verdict']]}]{escape(comparison['said'])}[/].", highlight=False)
+
+
+def print_dropped(blocks: Sequence[Mapping[str, Any]], every: bool) -> None:
+    """Print the dropped blocks with their reasons; unless `every`, only their number."""
+    said = [f"{each[0].upper()}{each[1:]}." for each in dropped(blocks)]
+    if said and not every:
+        said = [f"{plural(len(blocks), 'block')} dropped, because of other programs (table=all gives the reasons)."]
+    for each in said:
+        wide_console().print(each, style="dim", highlight=False, markup=False)
 
 
 def print_table(

@@ -8,7 +8,6 @@ over all `vllm/summary.csv`: what `vllm bench sweep serve` leaves, and `vllm ben
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -18,10 +17,11 @@ import numpy as np
 import pandas as pd
 
 from common.config import expect
-from common.errors import ConfigError, TandemError
+from common.errors import TandemError
 from common.exits import USER_ERROR, fail, printing
 from experiments.results import RunFiles, is_sweep, open_run, sweep_table
-from experiments.rundir import write_json
+from experiments.run_rows import counted_rows
+from experiments.rundir import ROWS, write_json
 
 FOLDER = "vllm"
 
@@ -103,17 +103,14 @@ def brief(run: RunFiles, label: str, rows: Sequence[Record]) -> Record:
 
 
 def requests(run: RunFiles) -> dict[str, list[Record]]:
-    """The rows of each engine, block by block; their times are those since the start of the first block, as if no time had
-    passed between two."""
-    path = run.directory / "requests.jsonl"
-    expect(path.exists(), f"{run.directory} holds no {path.name}, of which an export tells each request. Run it again.")
+    """Return the requests of each engine, block by block, without the dropped blocks.
+
+    Times count from the start of the first block, as if no time had passed between two blocks."""
+    path = run.directory / ROWS
+    expect(path.exists(), f"{run.directory} holds no {path.name}, which an export needs. Run it again.")
     blocks: dict[str, dict[int, list[Record]]] = {label: {} for label in run.engines}
-    try:
-        with path.open(encoding="utf-8") as file:
-            for row in map(json.loads, file):
-                blocks.setdefault(row["engine"], {}).setdefault(row["block"], []).append(row)
-    except ValueError as error:
-        raise ConfigError(f"{path} is not as a run writes it: {error}. Run it again.") from error
+    for row in counted_rows(run).to_dict("records"):
+        blocks.setdefault(row["engine"], {}).setdefault(row["block"], []).append({str(key): each for key, each in row.items()})
     return {label: in_a_row([mine[block] for block in sorted(mine)]) for label, mine in blocks.items()}
 
 

@@ -214,10 +214,12 @@ def tone_of(found: Mapping[str, Any]) -> Tone:
 
 
 def notices(run: RunFiles) -> Iterator[Notice]:
-    """Failures with the end of their logs, then what contaminated the rest, or may have."""
+    """Yield the failures with the end of their logs, the dropped blocks, and the contaminations."""
     for label, failure in (run.results.get("failures") or {}).items():
         told = last_lines(str(failure.get("log") or "")) or end_of(run.directory / Path(f"{label}.log").name)
         yield Notice("bad", f"{label} failed: {failure.get('kind') or 'error'}", str(failure.get("message") or ""), told)
+    for block, reason in run.dropped.items():
+        yield Notice("calm", f"Block {block} is dropped", f"Its times are not counted: {reason}.")
     for label, mine in run.engines.items():
         for reason in mine.get("contaminated") or ():
             yield Notice("warn", f"{label} is contaminated", f"{reason}.")

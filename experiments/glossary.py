@@ -182,7 +182,8 @@ GLOSSARY: tuple[tuple[str, str, str], ...] = (
         "Dropped block",
         "A block is dropped for all engines if other programs used more than 10 % of the processors in any of its windows of "
         "more than 1 s. The run repeats it while measure.budget_s and measure.max_blocks allow. The rule reads no result. "
-        "Where more than a third of the blocks are disturbed, none is dropped and every verdict is undecided.",
+        "Where more than a third of the blocks are disturbed, none is dropped and every verdict is undecided. In results.json "
+        "the lists block_… of an engine have an entry for each counted block. Block numbers and order count all blocks.",
         "",
     ),
 )

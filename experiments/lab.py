@@ -32,9 +32,9 @@ from experiments.cli import explain, spell_out_model
 from experiments.config import engine_spec, resolved
 from experiments.defects import headline
 from experiments.isolate import EngineFailure
-from experiments.records import read_rows, read_steps
-from experiments.remarks import contaminated
+from experiments.remarks import contaminated, dropped
 from experiments.results import RunFiles, open_run
+from experiments.run_rows import counted_rows, counted_steps
 from experiments.views import Shown, plot_run
 
 Command = Literal["bench", "compare"]
@@ -146,13 +146,13 @@ class Run:
 
     @property
     def requests(self) -> pd.DataFrame:
-        """A row for each request of each timed window."""
-        return read_rows(self.directory)
+        """A row for each request of each timed window, without the dropped blocks."""
+        return counted_rows(self.files)
 
     @property
     def steps(self) -> pd.DataFrame:
-        """A row for each step of each timed window, of engines that tell."""
-        return read_steps(self.directory)
+        """A row for each step of each timed window, without the dropped blocks, of engines that log their steps."""
+        return counted_steps(self.files)
 
     def sentences(self) -> list[str]:
         """What a reader must know before the figures."""
@@ -170,7 +170,7 @@ class Run:
             for label, figures in self.files.engines.items()
             for reason in figures.get("unsure") or ()
         ]
-        return failed + spoilt + doubtful
+        return [*failed, *spoilt, *doubtful, *(f"{each}." for each in dropped(self.results.get("dropped_blocks") or ()))]
 
     def compare(self, other: Run) -> pd.DataFrame:
         """The figures of two runs of one engine each, and `ratio` = other / this. Raises `ConfigError` if the requests differ.

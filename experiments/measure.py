@@ -248,11 +248,12 @@ class Outcome:
                 here = limits if figures["device"] == "cpu" else None  # another device has limits of its own
                 figures |= window_figures(kept[spec.label], plan, spec, here) | {"limits": told}
                 figures["contaminated"] = contaminations(figures, plan.workload.shares_prefixes)
-                alone = block_contaminations(self.windows[spec.label], plan.workload.shares_prefixes)
+                alone = block_contaminations(kept[spec.label], plan.workload.shares_prefixes)
                 figures["block_contaminated"] = alone
                 if not figures["contaminated"]:
+                    numbers = [i for i in range(len(self.windows[spec.label])) if i not in self.dropped_blocks]
                     figures["contaminated"] = [
-                        f"block {i}: {each}" for i, found in enumerate(alone) if i not in self.dropped_blocks for each in found
+                        f"block {i}: {each}" for i, found in zip(numbers, alone, strict=True) for each in found
                     ]
                 figures["unsure"] = unsure(figures)
         self.comparisons = self.compared(plan, ended=True)

@@ -238,7 +238,7 @@ def jumps(figures: Mapping[str, Any]) -> list[str]:
 
 
 def block_contaminations(windows: Sequence[Window], shares_prefixes: bool) -> list[list[str]]:
-    """The reasons of `contaminations` for each window alone, so that a burst in one block is not averaged away."""
+    """Return the reasons of `contaminations` for each window alone, so that a burst in one block is not averaged away."""
     return [
         contaminations({"duration": window.duration} | counters([window.stats], window.duration, 0), shares_prefixes)
         for window in windows

@@ -69,11 +69,13 @@ def write_rows(directory: Path, windows: Mapping[str, Sequence[Window]]) -> None
 
 
 def write_steps(directory: Path, windows: Mapping[str, Sequence[Window]]) -> None:
-    """One line for each step of each window of the engines that tell their steps: `steps.jsonl`."""
+    """Write one line for each step of each window, of the engines that log their steps: `steps.jsonl`.
+
+    The steps of a dropped block also have `"dropped": true`."""
     write_lines(
         directory / STEPS,
         (
-            {"engine": engine, "block": block} | step_record(step)
+            {"engine": engine, "block": block} | step_record(step) | ({"dropped": True} if window.dropped else {})
             for engine, blocks in windows.items()
             for block, window in enumerate(blocks)
             for step in window.steps or ()
@@ -122,15 +124,16 @@ def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_rows(directory: Path) -> pd.DataFrame:
-    """`requests.jsonl` of a run: a row for each request, with lists in `times`, `tokens` and `logprobs`.
+    """Read `requests.jsonl` whole: a row for each request, with lists in `times`, `tokens` and `logprobs`.
 
+    Readers of a run call `experiments.run_rows.counted_rows`, which leaves out the dropped blocks.
     Raises `ConfigError` where the file is missing, or a line of it is cut short or no request.
     """
     return read_lines(directory / ROWS, ("engine", "block", *Row.__dataclass_fields__), NEEDED)
 
 
 def read_steps(directory: Path) -> pd.DataFrame:
-    """`steps.jsonl` of a run: a row for each step; none of an engine that does not tell. Raises as `read_rows` does."""
+    """Read `steps.jsonl` whole: a row for each step; none of an engine without a step log. Raises as `read_rows` does."""
     return read_lines(directory / STEPS, ("engine", "block", *STEP_COLUMNS, *LOAD_COLUMNS))
 
 

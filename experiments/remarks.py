@@ -51,6 +51,11 @@ def contaminated(engines: Mapping[str, Mapping[str, Any]], labels: Iterable[str]
     return [label for label in labels if engines[label].get("contaminated")]
 
 
+def dropped(blocks: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return a sentence for each dropped block of `dropped_blocks`."""
+    return [f"block {each['block']} is dropped, its times are not counted: {each['reason']}" for each in blocks]
+
+
 def fallback(figures: Mapping[str, Any]) -> list[str]:
     """That an engine runs other kernels than the fastest it has, where nobody asked for them, and why."""
     why = figures.get("auto_took_framework")

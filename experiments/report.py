@@ -22,10 +22,10 @@ from common.config import expect
 from common.errors import ConfigError, TandemError
 from common.exits import USER_ERROR, fail, printing
 from experiments import canvas, page, perfetto
-from experiments.records import PROFILED, read_kernels
-from experiments.results import is_sweep, read_run
+from experiments.records import PROFILED, read_kernels, read_rows, read_steps
+from experiments.results import RunFiles, is_sweep, read_run
 from experiments.run_report import run_page
-from experiments.run_rows import rows_of, steps_of
+from experiments.run_rows import with_ok
 from experiments.sweep_report import sweep_page
 
 HTML = "report.html"
@@ -42,7 +42,7 @@ def write_report(directory: Path) -> Path:
     else:
         run = read_run(directory)
         made, rows, steps = run_page(run)
-        rows, steps = with_profiled(directory, rows, steps)
+        rows, steps = with_profiled(run, rows, steps)
         if made.traced:
             order = run.results.get("order") or ()
             trace = perfetto.trace(rows, steps, list(run.engines), order, read_kernels(directory))
@@ -60,14 +60,12 @@ def write_report(directory: Path) -> Path:
     return directory / HTML
 
 
-def with_profiled(directory: Path, rows: pd.DataFrame, steps: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """With the windows under a profiler, if there were any, as one block more."""
-    if not (directory / PROFILED).exists():
+def with_profiled(run: RunFiles, rows: pd.DataFrame, steps: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Append the windows under a profiler, if any, as one block more."""
+    folder = run.directory / PROFILED
+    if not folder.exists():
         return rows, steps
-    last = 1 + rows["block"].max()
-    more_rows, more_steps = (
-        frame.assign(block=last) for frame in (rows_of(directory / PROFILED), steps_of(directory / PROFILED))
-    )
+    more_rows, more_steps = (frame.assign(block=run.blocks) for frame in (with_ok(read_rows(folder)), read_steps(folder)))
     return pd.concat([rows, more_rows]), pd.concat([steps, more_steps])
 
 

@@ -51,6 +51,21 @@ class RunFiles:
         """The figures of each engine, by label."""
         return self.results["engines"] if self.kind == "compare" else {self.results["engine"]: self.results}
 
+    @property
+    def dropped(self) -> dict[int, str]:
+        """The reason for each dropped block, by the number of the block (see `experiments.spoilt`)."""
+        return {each["block"]: each["reason"] for each in self.results.get("dropped_blocks") or ()}
+
+    @property
+    def counted(self) -> int:
+        """The number of blocks that the figures count."""
+        return max((len(mine.get("block_output_throughput") or ()) for mine in self.engines.values()), default=0)
+
+    @property
+    def blocks(self) -> int:
+        """The number of whole blocks, the dropped ones included."""
+        return self.counted + len(self.dropped)
+
 
 def open_run(directory: Path | str) -> RunFiles:
     """The run in `directory`. Raises `ConfigError` for a folder that holds none, or one that has not ended well."""

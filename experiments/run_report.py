@@ -37,9 +37,7 @@ SUMMARY = (
 
 def run_page(run: RunFiles) -> tuple[Page, pd.DataFrame, pd.DataFrame]:
     """The page, and the rows and steps that it was made from."""
-    rows, steps = rows_of(run.directory), steps_of(run.directory)
-    if run.partial:  # the last block may have windows of some of the engines alone
-        rows, steps = (frame[frame["block"] < blocks_of(run)] for frame in (rows, steps))
+    rows, steps = rows_of(run), steps_of(run)
     engines = list(run.engines)
     paced = open_loop(run.config.get("workload") or {}, rows["scheduled"])
     page = Page(
@@ -68,17 +66,13 @@ def title(results: Mapping[str, Any], engines: Sequence[str]) -> str:
     return " against ".join(engines) if len(engines) > 1 else str(next(iter(engines), results.get("engine", "A run")))
 
 
-def blocks_of(run: RunFiles) -> int:
-    return max((len(mine.get("block_output_throughput") or ()) for mine in run.engines.values()), default=0)
-
-
 def whole_parts(run: RunFiles) -> str:
-    return plural(len(run.results["shapes"]), "shape") if run.kind == "kernels" else plural(blocks_of(run), "block")
+    return plural(len(run.results["shapes"]), "shape") if run.kind == "kernels" else plural(run.blocks, "block")
 
 
 def facts(run: RunFiles) -> list[str]:
     results = run.results
-    blocks = blocks_of(run)
+    blocks = plural(run.counted, "block") + f" and {len(run.dropped)} dropped" * bool(run.dropped)
     told = {
         "{}": results.get("model"),
         "from {}": results.get("checkpoint"),
@@ -87,7 +81,7 @@ def facts(run: RunFiles) -> list[str]:
         "kernels by engine: {}": kernels_by_engine(run),
         "workload {}": results.get("workload"),
         "{} requests": results.get("num_prompts"),
-        "{}   ": plural(blocks, "block") if blocks else None,
+        "{}   ": blocks if run.counted else None,
         "median of {} passes": results.get("passes"),
         "seed {}": results.get("seed"),
         "{}  ": run.environment.get("date"),

@@ -19,8 +19,9 @@ STATISTICS = ("mean", "median", "std", "p50", "p90", "p99")
 
 
 def read(directory: Path) -> list[dict[str, Any]]:
+    """Return the rows of the counted blocks."""
     with (directory / "requests.jsonl").open() as file:
-        return [json.loads(line) for line in file]
+        return [row for row in map(json.loads, file) if not row.get("dropped")]
 
 
 def figures(rows: Sequence[Mapping[str, Any]], slo: Mapping[str, float] | None = None) -> dict[str, float | None]:

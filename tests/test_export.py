@@ -88,5 +88,5 @@ def test_a_run_that_lost_its_requests_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no requests\.jsonl"):
         export.export(run)
     (run / "requests.jsonl").write_text('{"engine": "jax", "bl')
-    with pytest.raises(ConfigError, match=r"requests\.jsonl is not as a run writes it"):
+    with pytest.raises(ConfigError, match=r"requests\.jsonl, line 1: expected a JSON object"):
         export.export(run)

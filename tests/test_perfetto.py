@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from experiments.perfetto import trace
+from experiments.results import read_run
 from experiments.run_rows import rows_of, steps_of
 from tests.synthetic_run import write_run
 
@@ -24,7 +25,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def events(run: Path) -> list[dict[str, Any]]:
     order = json.loads((run / "results.json").read_text())["order"]
-    made = json.loads(json.dumps(trace(rows_of(run), steps_of(run), ENGINES, order), allow_nan=False))
+    opened = read_run(run)
+    made = json.loads(json.dumps(trace(rows_of(opened), steps_of(opened), ENGINES, order), allow_nan=False))
     assert made["displayTimeUnit"] == "ms"
     found: list[dict[str, Any]] = made["traceEvents"]
     return found
@@ -50,7 +52,9 @@ def test_requests_are_nested_slices_that_end(events: list[dict[str, Any]]) -> No
 
 def test_phases_are_those_of_the_rows(run: Path, events: list[dict[str, Any]]) -> None:
     row = next(
-        row for row in rows_of(run).to_dict("records") if (row["engine"], row["block"], row["request_id"]) == ("torch", 1, "5")
+        row
+        for row in rows_of(read_run(run)).to_dict("records")
+        if (row["engine"], row["block"], row["request_id"]) == ("torch", 1, "5")
     )
     mine = {(e["ph"], e["name"]): e["ts"] for e in events if e.get("id2") == {"local": "1/5"} and e["pid"] == 2}
     spent = mine["e", "decode"] - mine["b", "decode"]

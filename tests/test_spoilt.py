@@ -12,15 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments import compare, statistics
+from experiments import compare, lab, statistics
 from experiments.blocks import PRECISION, level, reason_to_stop, tail
 from experiments.drive import Window
+from experiments.export import export
 from experiments.fail_if import parse, violations
 from experiments.isolate import IsolatedEngine
 from experiments.measure import Outcome
+from experiments.report import write_report
+from experiments.results import read_run
+from experiments.run_report import run_page
 from experiments.spoilt import disturbed_blocks, dropped_blocks, no_verdict
 from experiments.statistics import Comparison, compare_all
 from tests.history_backend import command, history, last_line
+from tests.synthetic_run import write_run
 from tests.test_statistics import AS_SHIPPED, blocks_of, noise, tell
 
 __all__ = ["history"]
@@ -97,17 +102,48 @@ WORDS = (
 def test_a_block_with_a_burst_is_dropped_for_both_engines_repeated_and_kept_in_the_rows(
     burst: Callable[[set[int]], None], history: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    burst({1})
-    command(monkeypatch, compare.main, *WORDS, "measure.blocks=3")
-    result = last_line(capsys.readouterr().out)
+    burst({0})
+    command(monkeypatch, compare.main, *WORDS, "measure.blocks=3", "table=all")
+    out = capsys.readouterr().out
+    result = last_line(out)
     (dropped,) = result["dropped_blocks"]
-    assert dropped["block"] == 1 and "50% of the processors beside other" in dropped["reason"]
+    assert dropped["block"] == 0 and "50% of the processors beside other" in dropped["reason"]
     assert len(result["order"]) == 4 and result["no_verdict"] == ""
     assert result["comparisons"]["other"]["blocks"] == 3 and not result["comparisons"]["other"]["contaminated"]
     assert all(figures["completed"] == 6 for figures in result["engines"].values())
     rows = list(map(json.loads, (Path(result["run"]) / "requests.jsonl").read_text().splitlines()))
-    assert len(rows) == 16 and {row["block"] for row in rows if row.get("dropped")} == {1}
+    assert len(rows) == 16 and {row["block"] for row in rows if row.get("dropped")} == {0}
     assert sum(row.get("dropped", False) for row in rows) == 4
+    each_reader_leaves_the_dropped_block_out(Path(result["run"]))
+    assert all(len(mine[key]) == 3 for mine in result["engines"].values() for key in mine if key.startswith("block_"))
+    assert "Block 0 is dropped, its times are not counted: other programs used 50% of" in out
+    assert "block 0 is dropped" in repr(lab.Run.open(result["run"]))
+    write_report(Path(result["run"]))
+    assert (
+        "Block 0 is dropped" in (page := (Path(result["run"]) / "report.md").read_text()) and "3 blocks and 1 dropped" in page
+    )
+
+
+def each_reader_leaves_the_dropped_block_out(run: Path) -> None:
+    opened = lab.Run.open(run)
+    assert {*opened.requests["block"]} == {*opened.steps["block"]} == {1, 2, 3}
+    page, rows, steps = run_page(opened.files)
+    assert {*rows["block"]} == {*steps["block"]} == {1, 2, 3}
+    assert "Continuous batch" in [section.title for section in page.sections]  # the window of block 1
+    for file in export(run):
+        exported = json.loads(file.read_text())
+        assert exported["num_prompts"] == len(exported["ttfts"]) == exported["completed"] == 6
+
+
+def test_of_a_run_that_was_cut_short_the_last_whole_block_counts_although_an_earlier_one_is_dropped(tmp_path: Path) -> None:
+    dropped = [{"block": 1, "reason": "busy"}]
+    directory = write_run(tmp_path / "run.partial", ("jax", "torch"), blocks=4, count=6, output_len=4, dropped_blocks=dropped)
+    results = json.loads((directory / "results.json").read_text())
+    for mine in results["engines"].values():  # blocks 0 and 2; block 3 did not end
+        mine["block_output_throughput"] = mine["block_output_throughput"][:2]
+    (directory / "results.json").write_text(json.dumps(results))
+    page, rows, steps = run_page(read_run(directory))
+    assert {*rows["block"]} == {*steps["block"]} == {0, 2} and page.title.startswith("Partial, of 3 blocks")
 
 
 def test_where_every_block_is_disturbed_there_is_no_verdict_and_fail_if_does_not_pass(
