@@ -34,7 +34,7 @@ peers: .venv-vllm/done .venv-llamacpp/done ## vLLM and llama.cpp, to compare wit
 
 llama-server: $(BIN)/llama-server ## llama.cpp's own server, to compare with: make compare ARGS="engines=[torch,llamacpp_server]"
 
-clients: .venv-vllm/done .venv-lmeval/done ## lm-eval and vLLM's load generator, with which `make accept` drives the server
+clients: .venv-vllm/done .venv-lmeval/done .venv-clients/done ## litellm, langchain, schemathesis, lm-eval and vLLM's load generator, with which `make accept` drives the server
 
 ray: .venv-ray/done ## Ray Serve, to serve from several machines: .venv-ray/bin/python -m experiments.ray_serve
 
@@ -52,7 +52,7 @@ types: $(DONE)/test ## Type annotations
 	@$(BIN)/mypy
 
 clean: ## Remove caches and the environments; keep runs
-	rm -rf $(VENV) .venv-vllm .venv-llamacpp .venv-lmeval .venv-ray .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-vllm .venv-llamacpp .venv-lmeval .venv-clients .venv-ray .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is renewed when what it installs from has changed.
@@ -137,6 +137,12 @@ $(BIN)/llama-server: | $(BIN)/python
 	@echo "installing lm-eval into .venv-lmeval (takes minutes)"
 	@$(PYTHON) -m venv .venv-lmeval
 	@.venv-lmeval/bin/python $(INSTALL) "lm_eval[api,hf]"
+	@touch $@
+
+.venv-clients/done: | $(BIN)/python
+	@echo "installing litellm, langchain and schemathesis into .venv-clients (takes minutes)"
+	@$(PYTHON) -m venv .venv-clients
+	@.venv-clients/bin/python $(INSTALL) litellm langchain-openai schemathesis
 	@touch $@
 
 # The whole project and Ray, whose many dependencies shall not decide what others get.

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import openai
 import pytest
+from pydantic import BaseModel
 
 from common.config import EngineConfig
 from common.text.tokenizer import open_tokenizer
@@ -32,6 +33,7 @@ from tests.backends import BACKENDS
 from tests.http_server import SMALL, Served, history, serving, until
 
 TINY, REAL = "tiny-llama", "smollm2-135m"
+CLIENTS = Path(__file__).parent / "clients"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -220,6 +222,59 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / file.name).symlink_to(file)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
     return folder
+
+
+# litellm, langchain and schemathesis.
+
+
+@pytest.fixture(scope="module")
+def two_contexts(backend: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """The addresses of two servers of one model: with a context of 2,048 tokens, and of 512."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("long", "short")]
+    options = ("--model", REAL, "--backend", backend, "--max-num-seqs", "4")
+    with (
+        serving(folders[0], *options, "--max-model-len", "2048") as long,
+        serving(folders[1], *options, "--max-model-len", "512") as short,
+    ):
+        yield long.url, short.url
+
+
+@pytest.mark.accept
+@pytest.mark.parametrize("name", ["litellm", "langchain"])
+def test_clients_chat_call_tools_and_recognize_a_short_context(
+    name: str, two_contexts: tuple[str, str], tmp_path: Path
+) -> None:
+    run_client(program("clients", "python"), f"calls_{name}.py", REAL, *two_contexts, folder=tmp_path, cwd=CLIENTS)
+
+
+@pytest.mark.accept
+def test_schemathesis_finds_no_answer_outside_of_the_schema(served: Served, tmp_path: Path) -> None:
+    """Requests that the schema allows and that it does not, generated from it, on every path."""
+    options = ("--checks", "all", "--phases", "examples,coverage,fuzzing", "--max-examples", "200", "--seed", "1")
+    asked = ("--config-file", CLIENTS / "schemathesis.toml", "run", f"{served.url}/openapi.json", *options)
+    run_client(program("clients", "schemathesis"), *asked, folder=tmp_path, cwd=tmp_path)
+    assert served.complete(prompt="the", max_tokens=2)["choices"]
+
+
+class Place(BaseModel):
+    city: Literal["Paris", "Rome"]
+    days: Literal[1, 2, 3]
+
+
+@pytest.mark.accept
+def test_openai_parses_structured_outputs_and_tool_calls(two_contexts: tuple[str, str]) -> None:
+    """Its own helpers, which make a schema of a class and an object of the answer."""
+    asked: Any = [{"role": "user", "content": "Where to, and for how long?"}]
+    here: Any = {"model": REAL, "temperature": 0}
+    with openai.OpenAI(base_url=f"{two_contexts[0]}/v1", api_key=KEY, max_retries=0) as client:
+        chat = client.chat.completions.parse(**here, messages=asked, response_format=Place, max_tokens=100)
+        assert isinstance(chat.choices[0].message.parsed, Place)
+        tools: Any = [openai.pydantic_function_tool(Place)]
+        called = client.chat.completions.parse(**here, messages=asked, tools=tools, tool_choice="required", max_tokens=100)
+        (call,) = called.choices[0].message.tool_calls or []
+        assert isinstance(call.function.parsed_arguments, Place)
+        response = client.responses.parse(**here, input=asked, text_format=Place, max_output_tokens=100)
+        assert isinstance(response.output_parsed, Place)
 
 
 # lm-eval.

@@ -428,6 +428,7 @@ def test_responses_call_functions_and_take_their_results(served: Served) -> None
         ({"input": "the " * 5000}, "input"),
         ({"input": "a", "conversation": "c"}, "conversation"),
         ({"input": "a", "background": True}, "background"),
+        ({"input": "a", "top_logprobs": False}, "top_logprobs"),
         ({"input": "a", "max_output_tokens": 1 << 20}, "max_output_tokens"),
         ({"input": "a", "tools": [{"type": "web_search"}]}, "tools"),
         ({"input": "a", "tool_choice": "required"}, "tool_choice"),

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, ValidationError, WithJsonSchema
+from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, WithJsonSchema
 
 from common.serve.errors import ApiError
-from common.serve.protocol import WHOLE, Body, ChatRequest, Function, Whole, refusal
+from common.serve.protocol import WHOLE, Body, ChatRequest, Function, Refused, Whole, refusal
 
 RENAMED = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text"}
 """Field of a chat request → field of this API."""
@@ -63,6 +63,8 @@ class ConvertedChat(ChatRequest):
 
 
 class ResponsesRequest(Body):
+    model_config = ConfigDict(json_schema_extra={"required": ["input"]})
+
     input: Annotated[
         Any,
         WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": {"type": "object"}}]}),
@@ -83,14 +85,14 @@ class ResponsesRequest(Body):
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     store: bool | None = None
     """Accepted with either value. The server never stores a response."""
-    previous_response_id: Any = None
-    conversation: Any = None
-    prompt: Any = None
-    background: Any = None
-    truncation: Any = None
-    include: Any = None
-    top_logprobs: Any = None
-    max_tool_calls: Any = None
+    previous_response_id: Refused = None
+    conversation: Refused = None
+    prompt: Refused = None
+    background: Annotated[Any, WithJsonSchema({"type": ["boolean", "null"], "enum": [False, None]})] = None
+    truncation: Annotated[Any, WithJsonSchema({"type": ["string", "null"], "enum": ["disabled", None]})] = None
+    include: Annotated[Any, WithJsonSchema({"type": ["array", "null"], "maxItems": 0})] = None
+    top_logprobs: Annotated[Any, WithJsonSchema({"type": ["integer", "null"], "enum": [0, None]})] = None
+    max_tool_calls: Refused = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     priority: Whole | None = None
     deadline: float | None = None
@@ -103,7 +105,8 @@ class ResponsesRequest(Body):
         """Convert the body to a chat request. Raises `ApiError` that names a field of this API."""
         super().settle()
         for name, (neutral, message) in REFUSED.items():
-            if getattr(self, name) not in neutral:
+            value = getattr(self, name)
+            if not any(type(value) is type(each) and value == each for each in neutral):  # False equals 0
                 raise ApiError(400, message, name)
         asked = {name: getattr(self, name) for name in SHARED}
         asked |= {"max_tokens": self.max_output_tokens, "messages": messages_of(self.input, self.instructions)}

@@ -39,10 +39,33 @@ def wholes(given: Any) -> Any:
 WHOLE, WHOLES = BeforeValidator(whole), BeforeValidator(wholes)
 Whole = Annotated[int, WHOLE]
 StopText = Annotated[str, Field(max_length=1024)]
+STOP_TEXT = {"type": "string", "maxLength": 1024}
 StopTexts = Annotated[
-    list[StopText], Field(max_length=64), BeforeValidator(lambda given: [given] if isinstance(given, str) else given)
+    list[StopText],
+    Field(max_length=64),
+    BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
+    WithJsonSchema({"anyOf": [STOP_TEXT, {"type": "array", "maxItems": 64, "items": STOP_TEXT}]}),
 ]
 """One text is a list of one: an error then says which text it is, and nothing of kinds."""
+TOKENS: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
+TEXTS: dict[str, Any] = {"type": "array", "minItems": 1, "items": TEXT}
+Prompts = Annotated[
+    Any,
+    WHOLES,
+    WithJsonSchema({"anyOf": [TEXT, TEXTS, TOKENS, {"type": "array", "minItems": 1, "items": TOKENS}]}),
+]
+"""A text, token ids, or a list of these."""
+MESSAGE = WithJsonSchema(
+    {
+        "type": "object",
+        "required": ["role"],
+        "properties": {"role": {"enum": ["system", "developer", "user", "assistant", "tool"]}},
+    }
+)
+Messages = Annotated[list[Annotated[dict[str, Any], MESSAGE]], Field(min_length=1, max_length=10_000)]
+Refused = Annotated[Any, WithJsonSchema({"type": "null"})]
+"""A field that is known and not served: `check` raises for any value."""
 TokenKey = Annotated[str, Field(max_length=10)]
 NEUTRAL: dict[str, Any] = {
     "presence_penalty": 0,
@@ -227,7 +250,9 @@ def response_format(given: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 class CompletionRequest(Sampled):
-    prompt: Annotated[Any, WHOLES] = None
+    model_config = ConfigDict(json_schema_extra={"required": ["prompt"]})
+
+    prompt: Prompts = None
     echo: bool | None = None
     logprobs: Whole | None = None
     prompt_logprobs: Whole | None = None
@@ -256,7 +281,7 @@ class CompletionRequest(Sampled):
 
 
 class ChatRequest(Sampled):
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=10_000)]
+    messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
     """Wins over max_tokens; with neither the context is filled."""
     logprobs: bool | None = None
@@ -265,12 +290,12 @@ class ChatRequest(Sampled):
     tool_choice: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}, {"type": "null"}]})] = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool = True
-    chat_template: Any = None
+    chat_template: Refused = None
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables for the template, such as `enable_thinking`."""
     continue_final_message: bool | None = None
     """The model continues the last message; with add_generation_prompt=false."""
-    prompt_logprobs: Any = None
+    prompt_logprobs: Refused = None
 
     def check(self) -> None:
         super().check()
@@ -325,7 +350,9 @@ class Tool(Body):
 
 
 class EmbeddingRequest(Body):
-    input: Annotated[Any, WHOLES] = None
+    model_config = ConfigDict(json_schema_extra={"required": ["input"]})
+
+    input: Prompts = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Whole | None = None
     pooling: Pooling = "last"
@@ -346,8 +373,17 @@ class EmbeddingRequest(Body):
 
 
 class TokenizeRequest(Body):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": ["prompt"], "properties": {"prompt": {"type": "string"}, "messages": {"type": "null"}}},
+                {"required": ["messages"], "properties": {"messages": {"type": "array"}, "prompt": {"type": "null"}}},
+            ]
+        }
+    )
+
     prompt: str | None = None
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=10_000)] | None = None
+    messages: Messages | None = None
     tools: list[dict[str, Any]] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
@@ -355,7 +391,7 @@ class TokenizeRequest(Body):
 
 
 class DetokenizeRequest(Body):
-    tokens: Annotated[list[int], WHOLES]
+    tokens: Annotated[list[int], WHOLES, WithJsonSchema({**TOKENS, "minItems": 0})]
 
 
 ChatRequest.model_rebuild()

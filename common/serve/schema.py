@@ -44,6 +44,7 @@ class Operation(NamedTuple):
     summary: str
     body: type[BaseModel] | None = None
     media: str = "application/json"
+    """Of the answer; empty for an answer without a body."""
 
 
 OPERATIONS: dict[str, Operation] = {
@@ -56,7 +57,7 @@ OPERATIONS: dict[str, Operation] = {
     "/tokenize": Operation("post", "Return the tokens of a text or of a conversation.", TokenizeRequest),
     "/detokenize": Operation("post", "Return the text of tokens.", DetokenizeRequest),
     "/tokenizer_info": Operation("get", "Describe the tokenizer."),
-    "/health": Operation("get", "Report whether the engine works."),
+    "/health": Operation("get", "Report whether the engine works.", media=""),
     "/metrics": Operation("get", "Return statistics for Prometheus.", media="text/plain"),
     "/version": Operation("get", "Return the version of the server."),
     "/reset_prefix_cache": Operation("post", "Forget cached prefixes (--admin)."),
@@ -126,7 +127,7 @@ ERROR: dict[str, Any] = {
 def described(path: str, operation: Operation) -> dict[str, Any]:
     """Return the OpenAPI operation object."""
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-    content: dict[str, Any] = {operation.media: {}}
+    content: dict[str, Any] = {operation.media: {}} if operation.media else {}
     if operation.body in (ChatRequest, CompletionRequest, ResponsesRequest):
         content["text/event-stream"] = {}
     answer: dict[str, Any] = {
