@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments.cells import GROUPS, figure, latency_times, tells, times
-from experiments.defects import covered, headline, located, uncompared
+from experiments.defects import covered, headline, located, not_judged, uncompared
 from experiments.latency import HEADLINED
 from experiments.remarks import (
     between_ranks,
@@ -199,13 +199,15 @@ def print_verdict(result: Mapping[str, Any]) -> None:
     """Whether the engines of a comparison compute the same thing, in words."""
     tone, said = headline(result)
     colour = {"good": "green", "warn": "yellow", "bad": "red"}.get(tone)
-    lines = [f"float32: [bold {colour}]{said}[/]" if colour else f"float32: {said}."]
+    lines = [f"float32: [bold {colour}]{said}[/]" if colour else f"float32: {said}"]
     worst = result["max_abs_logprob_diff"]
     if result["unjustified_divergences"] is not None:
         apart = "not all finite" if worst is None else f"within {worst:.1e}"
         lines[0] += f"; {result['compared_tokens']} tokens alike, log-probabilities {apart}."
         if share := covered(result):
             lines.append(f"  {share}.")
+    else:
+        lines[0] += "."
     for label, found in (result.get("agreement") or {}).items():
         if found["mean_kld"] is not None:
             lines.append(
@@ -225,4 +227,6 @@ def print_verdict(result: Mapping[str, Any]) -> None:
     lines += [f"{said}." for said in uncompared(result)]
     if place := located(result):
         lines.append(f"  {place}.")
+    if unjudged := not_judged(result):
+        lines.append(f"  {unjudged}.")
     wide_console().print("\n".join(lines), highlight=False)

@@ -61,6 +61,14 @@ def timed_suspicions(result: Mapping[str, Any]) -> list[str]:
     return list((result.get("timed_suspicions") or {}).values())
 
 
+def not_judged(result: Mapping[str, Any]) -> str:
+    """Return how many differences of timed tokens are judged and why not all; empty if all are."""
+    if not (why := result.get("timed_not_judged")):
+        return ""
+    found, judged = plural(result["timed_differences"], "difference"), result["timed_judged"]
+    return f"{judged} of {found} of timed outputs judged: {why}" if judged else f"{found} of timed outputs not judged: {why}"
+
+
 def covered(result: Mapping[str, Any]) -> str:
     """Return which share of the timed work the float32 pass compared; empty without a pass."""
     found = result.get("coverage")
@@ -89,6 +97,8 @@ def headline(result: Mapping[str, Any]) -> Headline:
         return Headline("bad", "defect: " + "; ".join(found))
     if found := [*suspicions(result), *timed_suspicions(result)]:
         return Headline("warn", "suspicious: " + "; ".join(found))
+    if (left := not_judged(result)) and not result["timed_judged"]:
+        return Headline("warn", left)
     if result.get("unjustified_divergences") is None:
         return Headline("calm", "pass left out")
     if result.get("tokens_equal"):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import expect
-from experiments.defects import covered, defects, suspicions, timed_defects, timed_suspicions, uncompared
+from experiments.defects import covered, defects, located, not_judged, suspicions, timed_defects, timed_suspicions, uncompared
 from experiments.page import Notice, Tone, Verdict
 from experiments.remarks import SPOILT, between_ranks, contaminated, fallback, left_out
 from experiments.results import RunFiles, read_json
@@ -118,6 +118,11 @@ def correctness(run: RunFiles) -> Iterator[Verdict]:
         yield Verdict("calm", "Not compared", "other weights", f"{found}.")
     for found in timed_suspicions(results):
         yield Verdict("warn", "Suspicious in a timed block", "tokens", f"{found}.")
+    if said := not_judged(results):
+        tone: Tone = "calm" if results["timed_judged"] else "warn"
+        yield Verdict(
+            tone, "Timed differences not judged", "tokens", f"{said[0].upper()}{said[1:]}. First: {located(results)}."
+        )
     share, dtype = results.get("tokens_equal_share"), results.get("dtype")
     if run.partial:
         yield Verdict("calm", "Not checked in float32", "outputs", "The run ended before the pass in float32 did.")

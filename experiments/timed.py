@@ -152,10 +152,18 @@ def suspicions_of(found: Sequence[Parted], first: str, bits: Mapping[str, tuple[
     return suspicions
 
 
+def reason_not_judged(left: int, judges: bool) -> str:
+    """Return why `left` differences are not judged; empty if there are none."""
+    if not left:
+        return ""
+    return "a sample bounds the work" if judges else "correctness.num_requests=0"
+
+
 NOT_COMPARED: Mapping[str, Any] = {
     "timed_differences": None,
     "timed_judged": None,
     "timed_unjustified": None,
+    "timed_not_judged": None,
     "timed_suspicious": None,
     "timed_suspicions": {},
     "first_timed_difference": None,
@@ -171,9 +179,10 @@ def compare_timed(
 ) -> dict[str, Any]:
     """Compare every timed block of the engines in `windows` and return the keys of `NOT_COMPARED`.
 
-    Every difference is counted and located, and judged unless `correctness.num_requests` is 0. In bfloat16 and float16 rounding
-    alone parts tokens: a sample of the differences is judged, with the wider limit `HALF_BEHIND`. `figures` has the kernels of
-    each engine.
+    Every difference is counted and located. `correctness.num_requests=0` leaves out the float64 model and with it the judgment.
+    In bfloat16 and float16 rounding alone parts tokens: a sample of the differences is judged, with the wider limit
+    `HALF_BEHIND`. `timed_not_judged` is the reason why differences are not judged, empty if all are. `figures` has the kernels
+    of each engine.
     """
     compared = list(reporting(windows))
     if len(compared) < 2:
@@ -181,7 +190,7 @@ def compare_timed(
     found, first = differences(windows), compared[0]
     configs = {spec.label: spec.config for spec in plan.engines if spec.label in compared}
     single, judges = all(each.dtype == "float32" for each in configs.values()), config.num_requests > 0
-    judged = []
+    judged, chosen = list[Judged](), list[Parted]()
     if found and judges:
         weights = weights_bytes(plan.checkpoint.config, "bfloat16") // 2
         affordable = int(OPERATIONS / (2 * weights * plan.workload.longest * (len(compared) - 1)))
@@ -205,6 +214,7 @@ def compare_timed(
         "timed_differences": len(found),
         "timed_judged": len(judged) if judges else None,
         "timed_unjustified": len(unjustified) if judges else None,
+        "timed_not_judged": reason_not_judged(len(found) - len(chosen), judges),
         "timed_suspicious": len(suspicions),
         "timed_suspicions": suspicions,
         "first_timed_difference": None if shown is None else asdict(shown) | {"wrong": wrong},

@@ -14,11 +14,15 @@ from common.config import Dtype, EngineConfig
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
 from experiments import compare, diverge
+from experiments.agreement import LEFT_OUT
 from experiments.config import CorrectnessConfig, EngineSpec
+from experiments.console import print_verdict
 from experiments.correctness import float64_reference
 from experiments.defects import headline
 from experiments.drive import Row, Window
+from experiments.findings import correctness
 from experiments.reference import NumpyModel
+from experiments.results import RunFiles
 from experiments.timed import HALF_BEHIND, compare_timed, differences, judge_timed, spread
 from experiments.workload import Item, Workload
 from tests.history_backend import command, history, last_line
@@ -123,6 +127,33 @@ def test_bfloat16_blocks_are_judged_by_float64_and_by_bits(rank: int, arithmetic
     if suspicious and rank == 1:
         assert "block 1, request 1, output token 0" in told.said
     assert compare_timed(plan, config, {"a": windows["a"], "b": windows["a"]}, figures)["timed_suspicious"] == 0
+
+
+def test_differences_that_are_not_judged_do_not_look_like_success(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_of("float32")
+    windows = {"a": [SOUND], "b": [window((1, 2, 9, 4), (5, 6, 7, 8))]}
+    found = compare_timed(plan, CorrectnessConfig(num_requests=0, output_len=1, tolerance=0.001), windows)
+    assert found["timed_not_judged"] == "correctness.num_requests=0" and found["timed_unjustified"] is None
+    shared = {"dtype": "float32", "engines": {"a": {}, "b": {}}, "tokens_equal_share": 0.75}
+    result = {**LEFT_OUT, **found, **shared}
+    said = "1 difference of timed outputs not judged: correctness.num_requests=0"
+    assert headline(result) == ("warn", said)
+    print_verdict(result)
+    assert f"float32: {said}" in capsys.readouterr().out
+    (first, *_) = correctness(RunFiles(Path("run"), {}, {}, result))
+    assert first.tone == "warn" and said in first.said and "b differs in block 0, request 0, output token 2" in first.said
+    alike = compare_timed(plan, CorrectnessConfig(num_requests=0, output_len=1, tolerance=0.001), {"a": [SOUND], "b": [SOUND]})
+    assert alike["timed_not_judged"] == "" and headline({**result, **alike}).tone == "calm"
+
+
+def test_a_sample_of_the_differences_says_that_it_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_of("bfloat16")
+    windows = {"a": [SOUND] * 20, "b": [window((1, 2, 3, 4), (6, 6, 7, 8))] * 20}
+    found = compare_timed(plan, CorrectnessConfig(num_requests=1, output_len=1, tolerance=0.001), windows)
+    assert found["timed_differences"] == 20 and found["timed_not_judged"] == "a sample bounds the work"
+    shared = {"dtype": "bfloat16", "engines": {"a": {}, "b": {}}, "tokens_equal_share": 0.75}
+    print_verdict({**LEFT_OUT, **found, **shared})
+    assert "16 of 20 differences of timed outputs judged: a sample bounds the work" in capsys.readouterr().out
 
 
 def test_the_differences_that_are_judged_are_bounded_and_spread_over_the_blocks() -> None:
