@@ -139,7 +139,7 @@ def window(speed: float) -> Window:
             prompt_len=5,
             output_len=4,
             scheduled=0.0,
-            sent=0.0,
+            sent=0.5,
             times=tuple((i + 1 + t) / speed for t in range(4)),
             tokens=(1, 2, 3, 4),
             finish="length",
@@ -250,7 +250,7 @@ def test_a_run_is_drawn_with_one_colour_an_engine(tmp_path: Path) -> None:
     legend = first.get_legend()
     assert legend and [text.get_text() for text in legend.get_texts()] == ["jax", "torch"]
     assert [np.asarray(line.get_ydata()).tolist() for line in speed.lines] == [[8 / 6] * 2, [16 / 6] * 2]
-    assert sorted(np.asarray(first.lines[0].get_xdata())[1:]) == [1000, 1000, 2000, 2000]
+    assert sorted(np.asarray(first.lines[0].get_xdata())[1:]) == [1000, 1000, 2000, 2000]  # from when they were due
     assert set(np.asarray(between.lines[1].get_xdata())[1:].round()) == {500}
 
 

@@ -47,8 +47,11 @@ def plot_batch(watched: pd.DataFrame, num_pages: int | None = None, title: str =
 
 
 def plot_run(blocks: Mapping[str, Sequence[float | None]], requests: pd.DataFrame) -> Figure:
-    """Output throughput of each engine, a dot for each block, and how its TTFT and ITL are distributed (shares of requests, and
-    of tokens, at or below x). `requests` has the columns `engine`, `sent` and `times`, in seconds."""
+    """Plot the output throughput of each engine by block, and the distributions of its TTFT and ITL.
+
+    A distribution is the share of requests or tokens at or below x. As in `experiments.metrics`, TTFT counts from the time when
+    a request is due. `requests` has the columns `engine`, `scheduled` and `times`, in seconds.
+    """
     figure, (speed, first, between) = pyplot.subplots(1, 3, figsize=(10, 2.8), dpi=DPI, layout="constrained")
     pyplot.close(figure)
     for place, (label, values) in enumerate(blocks.items()):
@@ -56,9 +59,9 @@ def plot_run(blocks: Mapping[str, Sequence[float | None]], requests: pd.DataFram
         known = [value for value in values if value is not None]
         speed.plot(np.full(len(known), place), known, "o", color=colour, alpha=0.6)
         mine = requests[requests["engine"] == label]
-        done = [(sent, np.array(times)) for sent, times in zip(mine["sent"], mine["times"], strict=True) if len(times)]
+        done = [(due, np.array(times)) for due, times in zip(mine["scheduled"], mine["times"], strict=True) if len(times)]
         between_ms = [1e3 * gap for _, times in done for gap in np.diff(times)]
-        for axes, samples in ((first, [1e3 * (times[0] - sent) for sent, times in done]), (between, between_ms)):
+        for axes, samples in ((first, [1e3 * (times[0] - due) for due, times in done]), (between, between_ms)):
             if len(samples):
                 axes.ecdf(samples, color=colour, label=label)
     speed.set(xticks=range(len(blocks)), xticklabels=blocks, xlim=(-0.6, len(blocks) - 0.4), ylim=(0, None))
