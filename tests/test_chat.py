@@ -375,7 +375,10 @@ def test_no_template_is_refused_with_what_to_do() -> None:
         ([{"role": "user", "content": None}], "needs a content"),
         ([{"role": "user", "content": 5}], "needs a content"),
         ([{"role": "user", "content": "x", "extra": object()}], "must be made of strings"),
-        ([{"role": "user", "content": "x" * (1 << 24)}], "as JSON"),
+        ([{"role": "user", "content": "x" * (1 << 22)}], "units of work"),
+        ([{"role": "user", "content": "x", "extra": [0] * (1 << 19)}], "units of work"),
+        ([{"role": "user", "content": "x", "extra": ["<"] * (1 << 16)}], "units of work"),
+        ([{"role": "user", "content": "x", "extra": "<|im_end|>" * (1 << 16)}], "units of work"),
     ],
 )
 def test_malformed_messages_are_refused(smollm: ChatTemplate, messages: Any, message: str) -> None:

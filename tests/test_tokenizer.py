@@ -6,7 +6,10 @@ import hashlib
 import json
 import os
 import random
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +60,41 @@ def differences(ours: Tokenizer, theirs: tokenizers.Tokenizer, texts: list[str])
 @pytest.fixture(scope="module")
 def smollm() -> Tokenizer:
     return open_tokenizer(resolve("smollm2-135m"))
+
+
+@pytest.mark.parametrize("method", ["encode", "find_special"])
+def test_other_threads_run_while_a_long_text_is_encoded(smollm: Tokenizer, method: str) -> None:
+    """Measured where the library, not Python, computes: the longest pause of a thread is short against the whole time."""
+    text, ends, pauses = "<|im_end|" * 20_000, threading.Event(), list[float]()
+
+    def tick() -> None:
+        last = time.perf_counter()
+        while not ends.is_set():
+            time.sleep(0.001)
+            pauses.append(-last + (last := time.perf_counter()))
+
+    def longest_share() -> float:
+        ends.clear()
+        pauses.clear()
+        with ThreadPoolExecutor(1) as pool:
+            ticking = pool.submit(tick)
+            began = time.perf_counter()
+            getattr(smollm, method)(text)
+            seconds = time.perf_counter() - began
+            ends.set()
+            ticking.result()
+        return max(pauses) / seconds
+
+    assert min(longest_share() for _ in range(3)) < 0.7
+
+
+def test_threads_encode_with_and_without_special_tokens_at_once(smollm: Tokenizer) -> None:
+    text = "<|im_end|>x" * 100
+    expected = {special: smollm.encode(text, parse_special=special) for special in (True, False)}
+    assert expected[True] != expected[False]
+    with ThreadPoolExecutor(4) as pool:
+        answers = pool.map(lambda i: (i % 2 == 0, smollm.encode(text, parse_special=i % 2 == 0)), range(100))
+    assert all(ids == expected[special] for special, ids in answers)
 
 
 @pytest.fixture(scope="module")

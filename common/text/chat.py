@@ -17,8 +17,6 @@ from common.text.tokenizer import Tokenizer
 
 MAX_TEMPLATE = 1 << 18
 """Characters of a template."""
-MAX_MESSAGES = 1 << 24
-"""Characters of a conversation, as JSON."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -64,9 +62,9 @@ class ChatTemplate:
         that the model continues it; a string names the field to continue, by default `content`. `chat_template_kwargs` are
         variables for the template, which must not replace its own (`PROTECTED`).
 
-        Raises `RequestError` for arguments that are malformed or that the template refuses, and for a template that takes too
-        much CPU time or memory. Raises `CheckpointError` for a template that is not valid Jinja, and `UnavailableError` if the
-        machine is too busy to render it.
+        Raises `RequestError` for arguments that are malformed, too large (`common.text.disguise`) or refused by the template,
+        and for a template that takes too much CPU time or memory. Raises `CheckpointError` for a template that is not valid
+        Jinja, and `UnavailableError` if the machine is too busy to render it.
         """
         disguise = Disguise(self._special)
         given = _Given(messages, tools, add_generation_prompt, continue_final_message, chat_template_kwargs)
@@ -121,8 +119,6 @@ class ChatTemplate:
                 raise
             told = f"Messages and tools must be made of strings, numbers, lists and mappings: {error}."
             raise RequestError(told, "messages") from error
-        told = f"A conversation may take {MAX_MESSAGES} characters as JSON, got {len(line)}."
-        expect(len(line) <= MAX_MESSAGES, told, "messages")
         text = self._answer(disguise, line)
         return text if last is None else last.cut(text)
 

@@ -11,10 +11,17 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from common.errors import RequestError
 from common.text.tokenizer import Tokenizer
 
 NONCE_DIGITS = 24
 INDEX_DIGITS = 8
+MAX_UNITS = 1 << 22
+"""Of one conversation. A unit is about 0.1 µs."""
+VALUE = 8
+"""Units of a key or a value. Each character takes 1 more."""
+PART = 64
+"""Units of each part of a string that is searched for special tokens."""
 
 
 class SpecialText:
@@ -37,11 +44,12 @@ class SpecialText:
         yield text[end:], False
 
     def cut(self, text: str) -> list[tuple[str, bool]]:
-        """Return `parts`, where the beginning of a special token at the end of `text` counts as special.
+        """Return `parts`, where the beginning of a special token at the end of `text` counts as special. Return no part if
+        `text` has no character that begins a special token.
 
         A template may join two strings, and together they must not spell a special token either."""
         if not self._candidate.search(text):  # nearly all strings
-            return [(text, False)]
+            return []
         *before, (last, _) = self.parts(text)
         begin = self._begun(last)
         return [*before, (last[:begin], False), *([(last[begin:], True)] if begin < len(last) else [])]
@@ -64,6 +72,7 @@ class Disguise:
         self._nonce = f"{secrets.randbelow(10**NONCE_DIGITS):0{NONCE_DIGITS}}"
         self._pattern = re.compile(f"{self._nonce}([0-9]{{{INDEX_DIGITS}}})")
         self._names: dict[str, str] = {}
+        self._units = 0
 
     def __bool__(self) -> bool:
         """Whether anything was replaced."""
@@ -72,10 +81,14 @@ class Disguise:
     def hide(self, value: Any) -> Any:
         """Return a copy of nested mappings and lists without text of special tokens, in keys as well as in values.
 
-        Raises `RequestError` for strings that are not Unicode, `RecursionError` for values that are nested too deeply."""
+        Raises `RequestError` for strings that are not Unicode, and for values that take more than `MAX_UNITS`. Raises
+        `RecursionError` for values that are nested too deeply."""
+        self._count(VALUE)
         if isinstance(value, str):
+            self._count(len(value))
             cut = self._special.cut(value)
-            if len(cut) == 1:
+            self._count(PART * len(cut))
+            if len(cut) <= 1:
                 return value
             return "".join(self._name(part) if special else part for part, special in cut)
         if isinstance(value, Mapping):
@@ -88,6 +101,15 @@ class Disguise:
             return text
         parts = list(self._names)
         return self._pattern.sub(lambda match: parts[int(match[1])] if int(match[1]) < len(parts) else match[0], text)
+
+    def _count(self, units: int) -> None:
+        self._units += units
+        if self._units > MAX_UNITS:
+            raise RequestError(
+                f"Messages, tools and chat_template_kwargs may take {MAX_UNITS} units of work: 1 for each character, {VALUE} for "
+                f"each key and value, and {PART} for each string that may spell a special token. Shorten them.",
+                "messages",
+            )
 
     def _name(self, part: str) -> str:
         return self._names.setdefault(part, f"{self._nonce}{len(self._names):0{INDEX_DIGITS}}")

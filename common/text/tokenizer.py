@@ -54,6 +54,7 @@ class Tokenizer:
         inner.no_padding()
         self._inner = inner
         self._lock = threading.Lock()
+        self._plain: tokenizers.Tokenizer | None = None
         self._decoding = _Decoding.of(inner.decoder)
         self.bos_token_id = bos_token_id
         self.eos_token_ids = tuple(dict.fromkeys(eos_token_ids))
@@ -74,17 +75,26 @@ class Tokenizer:
         Where the text spells a special token, it becomes that token if `parse_special` holds, and plain text otherwise.
         Raises `RequestError` for text that is not Unicode (lone surrogates), and for text on which this tokenizer fails.
         """
-        return self._encoding(text, add_special_tokens, parse_special).ids
+        inner = self._inner if parse_special else self._without_special()
+        with _typed(text):
+            # A batch of one: unlike `encode`, it releases Python's lock, and it computes no offsets.
+            return inner.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
-    def _encoding(self, text: str, add_special_tokens: bool, parse_special: bool) -> tokenizers.Encoding:
-        with _typed(text), self._lock:  # the switch belongs to the library's object, which other threads may use
-            self._inner.encode_special_tokens = not parse_special
-            return self._inner.encode(text, add_special_tokens=add_special_tokens)
+    def _without_special(self) -> tokenizers.Tokenizer:
+        """Return a copy, made at the first call, to which the text of a special token is plain text.
+
+        The library has a switch for this. A switch would serialize the threads that encode."""
+        with self._lock:
+            if self._plain is None:
+                self._plain = tokenizers.Tokenizer.from_str(self._inner.to_str())
+                self._plain.encode_special_tokens = True
+            return self._plain
 
     def starts(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Where in `text` each token of `encode` begins, in characters. One that is added around the text has no place in it,
         and begins where the one before it ends; one that goes on with a character begins where that does."""
-        encoding = self._encoding(text, add_special_tokens, parse_special=True)
+        with _typed(text):
+            (encoding,) = self._inner.encode_batch([text], add_special_tokens=add_special_tokens)
         starts, end = list[int](), 0
         for (first, last), added in zip(encoding.offsets, encoding.special_tokens_mask, strict=True):
             trimmed = text[end:first].isspace()  # some vocabularies leave out a token's own space
@@ -100,7 +110,7 @@ class Tokenizer:
     def find_special(self, text: str) -> list[tuple[int, int]]:
         """Where `text` spells special tokens, as (start, end) in order. Raises `RequestError` as `encode` does."""
         with _typed(text):
-            return self._finder.encode(text).offsets
+            return self._finder.encode_batch([text])[0].offsets
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`. Bytes that are not UTF-8 become U+FFFD, one for each longest broken sequence."""
