@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from common.serve.cost import EACH, MAX_UNITS, STOP_STRING
+from common.serve.cost import EACH, STOP_STRING
+from common.text.json_cost import MAX_UNITS
 
 VOCABULARY = 320
 CONTEXT = 512

@@ -172,7 +172,7 @@ def test_arguments_that_are_no_json_are_refused_and_no_calls_are_left_out(tokeni
     with ChatTemplate(tokenizer, "{{ messages[0].tool_calls is defined }}") as chat:
         for bad in ("{", "city=Bonn", "[" * 100_000):
             call = {"type": "function", "function": {"name": "weather", "arguments": bad}}
-            with pytest.raises(RequestError, match=r"tool_calls\[0\]\.function\.arguments must be JSON|nested too deeply"):
+            with pytest.raises(RequestError, match=r"tool_calls\[0\]\.function\.arguments must be JSON|too many parts"):
                 chat.render([{"role": "assistant", "content": "", "tool_calls": [call]}])
         assert chat.render([{"role": "assistant", "content": "x", "tool_calls": []}]) == "False"
 
@@ -358,6 +358,10 @@ def test_no_template_is_refused_with_what_to_do() -> None:
         ChatTemplate(bare)
 
 
+def called(arguments: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+
+
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
@@ -379,6 +383,8 @@ def test_no_template_is_refused_with_what_to_do() -> None:
         ([{"role": "user", "content": "x", "extra": [0] * (1 << 19)}], "units of work"),
         ([{"role": "user", "content": "x", "extra": ["<"] * (1 << 16)}], "units of work"),
         ([{"role": "user", "content": "x", "extra": "<|im_end|>" * (1 << 16)}], "units of work"),
+        ([called("[" + "[]," * 70_000 + "[]]")], "arguments in messages has too many parts"),
+        ([called("[" + "[]," * 7_000 + "[]]")] * 70, "arguments in messages has too many parts"),
     ],
 )
 def test_malformed_messages_are_refused(smollm: ChatTemplate, messages: Any, message: str) -> None:

@@ -24,7 +24,8 @@ import pytest
 
 from common.errors import RequestError
 from common.request import SamplingParams
-from common.serve.cost import MAX_UNITS, body_units, expect_affordable, expect_parsable
+from common.serve.cost import expect_affordable
+from common.text.json_cost import MAX_UNITS, expect_parsable, json_units
 from tests.bad_requests import (
     BYTES,
     CASES,
@@ -342,8 +343,8 @@ def test_the_cost_of_a_request_counts_choices_times_fields() -> None:
 
 def test_the_parts_of_a_body_are_counted_outside_of_its_strings() -> None:
     text = json.dumps({"prompt": ',:[{"\\' * (MAX_UNITS // 8)}).encode()
-    assert body_units(text) == 16 + 15
-    expect_parsable(json.dumps({"prompt": [1] * 1_000_000}).encode())
+    assert json_units(text) == 16 + 15
+    expect_parsable([json.dumps({"prompt": [1] * 1_000_000}).encode()])
     for much in ({f"k{i}": 1 for i in range(70_000)}, [[]] * 70_000, [1] * 1_100_000):
         with pytest.raises(RequestError, match="too many parts"):
-            expect_parsable(json.dumps(much).encode())
+            expect_parsable([json.dumps(much).encode()])

@@ -2,8 +2,7 @@
 
 A unit of work is about 0.1 µs of one core. Two sums are bounded, each by `MAX_UNITS`, which is about 0.1 s:
 
-- `body_units`, before the body is parsed, because a parser holds Python's lock for all of it:
-  values + (NODE - 1) × (keys + arrays + objects)
+- `common.text.json_cost`, before the body is parsed
 - `sampling_units`, before the engine gets the request:
   choices × (CHOICE + Σ EACH[field] × length of the field) + n × Σ over prompts of tokens × units of a token
   where choices = prompts × n, and a token takes 1 / TOKENS_A_UNIT, EDIT more if repetition_penalty is set, and SCORE × (1 + k)
@@ -14,14 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from common.errors import RequestError
 from common.request import SamplingParams
+from common.text.json_cost import MAX_UNITS
 
-MAX_UNITS = 1 << 20
-NODE = 16
-"""Of a key, an array or an object. A plain value takes 1."""
 CHOICE = 512
 """Of a choice by itself: its request, its row, its part of the answer."""
 EDIT = 4
@@ -40,28 +35,6 @@ EACH = {
 """Field → units of one entry, or of one character where the entries are texts."""
 STOP_STRING = 128
 """Of a stop string beside its characters: each is searched for in every new character of every choice."""
-
-_UNITS = np.zeros(256, np.uint8)
-_UNITS[[*b",:[{"]] = 1, NODE - 1, NODE, NODE
-
-
-def body_units(data: bytes) -> int:
-    """The units of a body as it came, whether or not it is JSON."""
-    if len(data) * NODE <= MAX_UNITS:
-        return len(data)  # no need to look: it cannot be too much
-    text = np.frombuffer(data.replace(b"\\\\", b"  ").replace(b'\\"', b"  "), np.uint8)
-    in_string = np.bitwise_xor.accumulate(text == ord('"'))
-    return int(_UNITS[text[~in_string]].sum(dtype=np.int64))
-
-
-def expect_parsable(data: bytes) -> None:
-    """Raise `RequestError` for a body that takes too long to parse."""
-    units = body_units(data)
-    if units > MAX_UNITS:
-        raise RequestError(
-            f"The body has too many parts: they come to {units} units of work, and a request may have {MAX_UNITS} "
-            f"(1 for each value, {NODE} for each key, array and object). Send it in several requests."
-        )
 
 
 def lengths_of(params: SamplingParams) -> dict[str, int]:

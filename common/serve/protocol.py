@@ -13,10 +13,10 @@ from pydantic_core import ErrorDetails
 
 from common.errors import RequestError
 from common.request import MAX_LOGPROBS, MAX_N, Request, SamplingParams, StructuredOutputsParams, expect
-from common.serve.cost import expect_parsable
 from common.serve.errors import ApiError
 from common.serve.tools import call_grammar
 from common.states import Pooling
+from common.text.json_cost import expect_parsable
 
 log = logging.getLogger(__name__)
 
@@ -422,7 +422,7 @@ B = TypeVar("B", bound=Body)
 
 def parse(kind: type[B], data: bytes) -> B:
     """Read a body. Raises `ApiError` that names the first field that is wrong, `RequestError` for one that is too much."""
-    expect_parsable(data)
+    expect_parsable([data])
     try:
         body = kind.model_validate_json(data)
     except ValidationError as error:

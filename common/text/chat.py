@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -12,6 +12,7 @@ from typing import Any, Self
 from common.errors import CheckpointError, RequestError, listed, nearest_hint, quoted
 from common.request import expect
 from common.text.disguise import Disguise, SpecialText
+from common.text.json_cost import expect_parsable
 from common.text.renderer import Renderer
 from common.text.tokenizer import Tokenizer
 
@@ -98,6 +99,7 @@ class ChatTemplate:
         """Return the conversation as text, with the special tokens of all arguments disguised."""
         try:
             _check(given)
+            expect_parsable(_arguments(given.messages), "The JSON text of arguments in messages", "messages")
             hidden = disguise.hide(
                 {
                     "documents": None,
@@ -250,6 +252,16 @@ def _normalized(i: int, message: Message) -> Message:
         if not calls:
             del kept["tool_calls"]
     return kept
+
+
+def _arguments(messages: Sequence[Message]) -> Iterator[bytes]:
+    """Yield the JSON texts of tool calls."""
+    for message in messages:
+        calls = message.get("tool_calls")
+        for call in calls if isinstance(calls, list | tuple) else ():
+            match call:
+                case {"function": {"arguments": str(text)}}:
+                    yield text.encode(errors="replace")
 
 
 def _parsed(i: int, k: int, call: Any) -> Any:

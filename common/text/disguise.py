@@ -106,8 +106,8 @@ class Disguise:
         self._units += units
         if self._units > MAX_UNITS:
             raise RequestError(
-                f"Messages, tools and chat_template_kwargs may take {MAX_UNITS} units of work: 1 for each character, {VALUE} for "
-                f"each key and value, and {PART} for each string that may spell a special token. Shorten them.",
+                f"Messages, tools and chat_template_kwargs may take {MAX_UNITS} units of work: 1 for each character, {VALUE} "
+                f"for each key and value, and {PART} for each string that may spell a special token. Shorten them.",
                 "messages",
             )
 
