@@ -13,10 +13,12 @@ from common.text.json_cost import MAX_UNITS
 
 VOCABULARY = 320
 CONTEXT = 512
-COMPLETIONS, CHAT, TOKENIZE, DETOKENIZE = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"
+COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
+TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 GOOD: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"prompt": "the", "max_tokens": 2},
     CHAT: {"messages": [{"role": "user", "content": "Say it"}], "max_tokens": 2},
+    RESPONSES: {"input": "Say it", "max_output_tokens": 2},
     TOKENIZE: {"prompt": "the"},
     DETOKENIZE: {"tokens": [1, 2]},
 }

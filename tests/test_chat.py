@@ -172,7 +172,7 @@ def test_arguments_that_are_no_json_are_refused_and_no_calls_are_left_out(tokeni
     with ChatTemplate(tokenizer, "{{ messages[0].tool_calls is defined }}") as chat:
         for bad in ("{", "city=Bonn", "[" * 100_000):
             call = {"type": "function", "function": {"name": "weather", "arguments": bad}}
-            with pytest.raises(RequestError, match=r"tool_calls\[0\]\.function\.arguments must be JSON|too many parts"):
+            with pytest.raises(RequestError, match=r'arguments of a call of "weather".* must be JSON|too many parts'):
                 chat.render([{"role": "assistant", "content": "", "tool_calls": [call]}])
         assert chat.render([{"role": "assistant", "content": "x", "tool_calls": []}]) == "False"
 

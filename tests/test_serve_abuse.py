@@ -25,6 +25,7 @@ import pytest
 from common.errors import RequestError
 from common.request import SamplingParams
 from common.serve.cost import expect_affordable
+from common.serve.protocol import reworded
 from common.text.json_cost import MAX_UNITS, expect_parsable, json_units
 from tests.bad_requests import (
     BYTES,
@@ -35,6 +36,7 @@ from tests.bad_requests import (
     DETOKENIZE,
     FINE,
     POST,
+    RESPONSES,
     TOKENIZE,
     Bad,
     http,
@@ -157,13 +159,46 @@ def test_a_refusal_names_the_field_that_is_to_blame(served: Served) -> None:
     assert told == [*blamed, *(name for name, _ in in_chat), "tokens"]
 
 
+def named(message: str) -> set[str]:
+    """Return the fields that a message names: those that differ between the APIs."""
+    return set(re.findall(r"\b(prompt_token_ids|messages|max_(?:output_|completion_)?tokens)\b", message))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"input": [{"role": "user", "content": "x"}] * 10_001},
+        {"input": [{"role": "user", "content": [{"type": "input_text", "text": "x"}] * 10_000}]},
+        {"max_output_tokens": CONTEXT},
+        {"max_output_tokens": 2**31},
+        {"input": [{"type": "function_call", "call_id": "a", "name": "f", "arguments": "[" * 200_000}]},
+    ],
+)
+def test_a_refused_response_names_the_fields_of_its_own_api(served: Served, given: dict[str, Any]) -> None:
+    status, text = ask(served, wrong(RESPONSES, **given))
+    error, (field,) = json.loads(text)["error"], given
+    assert (status, error["param"], named(error["message"]) - {field}) == (400, field, set()), text
+    assert field in error["message"]
+
+
+def test_messages_quote_a_request_as_it_came() -> None:
+    renamed = reworded('messages and max_tokens, got "a \\"messages\\" of messages", max_tokens_2', {"messages": "input"})
+    assert renamed == 'input and max_tokens, got "a \\"messages\\" of messages", max_tokens_2'
+
+
 def test_a_context_that_is_too_short_is_an_error_that_clients_recognize(served: Served) -> None:
     """By the code within the message, as langchain does, and by the words, as litellm does."""
     long = {"role": "user", "content": "x " * CONTEXT}
-    cases = [wrong(COMPLETIONS, prompt=[1] * CONTEXT), wrong(COMPLETIONS, prompt="x " * 500_000)]
-    cases += [wrong(COMPLETIONS, max_tokens=CONTEXT), wrong(CHAT, max_tokens=CONTEXT), wrong(CHAT, messages=[long])]
-    for status, text in (ask(served, case) for case in cases):
+    cases = [(COMPLETIONS, "prompt", [1] * CONTEXT), (COMPLETIONS, "prompt", "x " * 500_000)]
+    cases += [(COMPLETIONS, "max_tokens", CONTEXT), (CHAT, "max_tokens", CONTEXT), (CHAT, "max_completion_tokens", CONTEXT)]
+    cases += [(CHAT, "messages", [long]), (RESPONSES, "max_output_tokens", CONTEXT)]
+    cases += [(RESPONSES, "input", [long]), (RESPONSES, "input", "x " * 500_000), (RESPONSES, "instructions", "x " * CONTEXT)]
+    for path, name, value in cases:
+        status, text = ask(served, wrong(path, **{name: value}))
         error = json.loads(text)["error"]
+        field = "input" if name == "instructions" else name
+        assert (error["param"], named(error["message"]) - {field}) == (field, set()), text
+        assert field in error["message"]
         assert (status, error["code"]) == (400, "context_length_exceeded"), text
         assert f"This model's maximum context length is {CONTEXT} tokens" in error["message"]
         assert error["code"] in error["message"]

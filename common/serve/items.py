@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, PrivateAttr, ValidationError, WithJsonSchema
 
 from common.serve.errors import ApiError
-from common.serve.protocol import WHOLE, Body, ChatRequest, Function, Refused, Whole, refusal
+from common.serve.protocol import WHOLE, Body, ChatRequest, Function, Refused, Whole, refusal, reworded
 
 RENAMED = {"messages": "input", "max_tokens": "max_output_tokens", "response_format": "text"}
 """Field of a chat request → field of this API."""
@@ -54,8 +54,9 @@ class TextOptions(Body):
 class ConvertedChat(ChatRequest):
     """A chat request that names fields as the Responses API does."""
 
-    def field_of(self, param: str | None) -> str | None:
-        return renamed(super().field_of(param))
+    @property
+    def names(self) -> Mapping[str, str]:
+        return {"prompt_token_ids": "input", **RENAMED}
 
     @property
     def format(self) -> str | None:
@@ -116,11 +117,9 @@ class ResponsesRequest(Body):
             self._chat = ConvertedChat.model_validate(asked)
             self._chat.settle()
         except ValidationError as error:
-            refused = refusal(error.errors(include_url=False, include_input=False)[0])
-            raise ApiError(400, str(refused), renamed(refused.param)) from None
+            raise in_names_of_responses(refusal(error.errors(include_url=False, include_input=False)[0])) from None
         except ApiError as error:
-            error.param = renamed(error.param)
-            raise
+            raise in_names_of_responses(error) from None
 
     def check(self) -> None:
         self.chat.check()
@@ -141,6 +140,10 @@ class ResponsesRequest(Body):
         if form.json_schema is None:
             raise ApiError(400, "text.format.schema is missing: a JSON Schema.", "text")
         return {"type": "json_schema", "json_schema": {"name": form.name, "schema": form.json_schema}}
+
+
+def in_names_of_responses(error: ApiError) -> ApiError:
+    return ApiError(error.status, reworded(str(error), RENAMED), renamed(error.param))
 
 
 def renamed(param: str | None) -> str | None:

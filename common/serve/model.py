@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.errors import quoted
+from common.errors import RequestError, quoted
 from common.request import expect, expect_context
 from common.schedule.limits import check_tokens
 from common.serve.errors import ApiError
@@ -161,7 +161,7 @@ class ServedModel:
         """Apply the chat template. `checked`: refuse a conversation that cannot fit the context, before it is rendered."""
         if self.template is None:
             told = "This model has no chat template: it continues text. Use the completions endpoint."
-            raise ApiError(400, told, "messages")
+            raise RequestError(told, "messages")
         plain = [message_of(i, message) for i, message in enumerate(messages)]
         if "tools" not in (self.tokenizer.chat_template or ""):
             plain, tools = with_tools(plain, tools), None

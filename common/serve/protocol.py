@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from types import MappingProxyType
@@ -176,9 +177,15 @@ class Sampled(Body):
             except RequestError as error:
                 raise ApiError(400, str(error), name) from None
 
-    def field_of(self, param: str | None) -> str | None:
-        """What this body calls a field of the engine's request."""
-        return "prompt" if param == "prompt_token_ids" else param
+    @property
+    def names(self) -> Mapping[str, str]:
+        """Return field of the engine's request → field of this body, where they differ."""
+        return {"prompt_token_ids": "prompt"}
+
+    def rename(self, error: RequestError) -> None:
+        """Replace names of the engine's fields in an error by the names of this body."""
+        error.param = self.names.get(error.param or "", error.param)
+        error.args = (reworded(str(error), self.names),)
 
     @property
     def format(self) -> str | None:
@@ -313,10 +320,10 @@ class ChatRequest(Sampled):
         """Whether the answer may call tools."""
         return bool(self.tools) and self.tool_choice != "none"
 
-    def field_of(self, param: str | None) -> str | None:
-        if param == "max_tokens" and self.max_completion_tokens is not None:
-            return "max_completion_tokens"
-        return "messages" if param == "prompt_token_ids" else param
+    @property
+    def names(self) -> Mapping[str, str]:
+        longer = {} if self.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}
+        return {"prompt_token_ids": "messages", **longer}
 
     def formats(self) -> dict[str, dict[str, Any] | None]:
         return super().formats() | {"tool_choice": self.enforced_call()}
@@ -440,6 +447,12 @@ def refusal(error: ErrorDetails) -> ApiError:
     where = f"{first}" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)
     told = WORDS.get(error["type"], "is not valid: {msg}").format(msg=error["msg"], **error.get("ctx", {}))
     return ApiError(400, f"{where} {told}.", str(first))
+
+
+def reworded(message: str, names: Mapping[str, str]) -> str:
+    """Replace names of fields in a message. JSON strings in the message, which quote the request, stay as they are."""
+    field = "|".join(map(re.escape, names))
+    return re.sub(rf'"(?:[^"\\]|\\.)*"|\b({field})\b', lambda found: names.get(found[0], found[0]), message)
 
 
 def several(prompt: Any) -> bool:

@@ -146,7 +146,7 @@ class Answer:
         try:
             return await unless_left(http.receive, asyncio.to_thread(make))
         except RequestError as error:
-            error.param = body.field_of(error.param)
+            body.rename(error)
             raise
 
     @property
@@ -205,7 +205,7 @@ class Answer:
         except BaseException as error:
             self.serving.metrics.end(self.call)
             if isinstance(error, RequestError):
-                error.param = self.body.field_of(error.param)
+                self.body.rename(error)
             raise
         self.serving.metrics.accepted(self.call)
         leave = partial(self._leave, http)

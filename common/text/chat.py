@@ -104,7 +104,7 @@ class ChatTemplate:
                 {
                     "documents": None,
                     **(given.chat_template_kwargs or {}),
-                    "messages": [_normalized(i, message) for i, message in enumerate(given.messages)],
+                    "messages": [_normalized(message) for message in given.messages],
                     "tools": given.tools,
                 }
             )
@@ -236,7 +236,7 @@ def _fault(message: Any) -> str | None:
     return None
 
 
-def _normalized(i: int, message: Message) -> Message:
+def _normalized(message: Message) -> Message:
     """Return a message as templates expect it. The arguments of its tool calls are objects.
 
     Chat APIs send arguments as JSON text, and templates apply `tojson` to them. As in vLLM, the text must be JSON, no text
@@ -248,7 +248,7 @@ def _normalized(i: int, message: Message) -> Message:
         kept = {"thinking": reasoning, **kept, "reasoning_content": reasoning}
     calls = kept.get("tool_calls")
     if message["role"] == "assistant" and isinstance(calls, list | tuple):
-        kept["tool_calls"] = [_parsed(i, k, call) for k, call in enumerate(calls)]
+        kept["tool_calls"] = [_parsed(call) for call in calls]
         if not calls:
             del kept["tool_calls"]
     return kept
@@ -264,7 +264,7 @@ def _arguments(messages: Sequence[Message]) -> Iterator[bytes]:
                     yield text.encode(errors="replace")
 
 
-def _parsed(i: int, k: int, call: Any) -> Any:
+def _parsed(call: Any) -> Any:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping):
         return call
@@ -273,6 +273,7 @@ def _parsed(i: int, k: int, call: Any) -> Any:
         try:
             arguments = json.loads(arguments)
         except ValueError as error:
-            told = f"messages[{i}].tool_calls[{k}].function.arguments must be JSON, got {quoted(arguments)} ({error})."
+            name = quoted(function.get("name"))
+            told = f"The arguments of a call of {name} in messages must be JSON, got {quoted(arguments)} ({error})."
             raise RequestError(told, "messages") from None
     return {**call, "function": {**function, "arguments": arguments}}
