@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import Any
 
 from common.serve.cost import EACH, STOP_STRING
-from common.text.json_cost import MAX_UNITS
+from common.text.json_cost import MAX_UNITS, NODE
 
 VOCABULARY = 320
 CONTEXT = 512
@@ -128,6 +128,14 @@ ONLY: dict[str, dict[str, list[Any]]] = {
         "continue_final_message": [True],
         "max_completion_tokens": [0, -1],
     },
+    RESPONSES: {
+        "input": [None, 5, [], [5], [{"type": "function_call", "call_id": "a", "name": "f", "arguments": "[" * 200_000}],
+                  [{"role": "user", "content": "x"}] * 10_001],
+        "metadata": [5, {"a": 5}, {"a": "x" * 513}, {"a" * 65: "x"}, {str(i): "x" for i in range(17)}],
+        "tools": [5, [{"type": "function", "name": "f", "description": "x" * (1 << 20)}]],
+        "text": [5, {"format": {"type": "text", "unknown": "x" * (1 << 20)}}],
+        "chat_template_kwargs": [5, {"a": "x" * (1 << 22)}, {"a": ["<"] * (1 << 16)}, {"a": [1] * (1 << 19)}],
+    },
     TOKENIZE: {"prompt": [None, 5, ["a"]], "messages": [[{"role": "user", "content": "x"}], 5], "add_special_tokens": [1]},
     DETOKENIZE: {"tokens": [None, [-1], [VOCABULARY * 10], ["a"], [1.5], 5, [True]]},
 }  # fmt: skip
@@ -209,9 +217,18 @@ FINE = [
 """Odd, but to be answered."""
 
 
-def largest(name: str, units: int, n: int) -> dict[str, Any]:
+SAID = {"role": "user", "content": "x"}
+CALL = {"name": "f", "arguments": '{"a": "<"}'}
+TOOL = {"name": "f", "parameters": {"type": "object"}}
+UNITS = {"messages": 51, "parts": 51, "calls": 140, "tools": 150, "text": 34, "unknown": 17}
+"""Units of one entry of a list or a mapping, before the body is parsed (`common.text.json_cost`)."""
+
+
+def largest(name: str, units: int, n: int, path: str = COMPLETIONS) -> dict[str, Any]:
     """A field that is as long as `units` of work for each of `n` choices allow, and as the field's own limit allows."""
     most = units // n
+    entries = units // UNITS.get(name, 1)
+    texts = "messages" if path == CHAT else "input"
     match name:
         case "allowed_token_ids":
             return {name: [5, 6, 7, 8] * (min(most // EACH[name], 1 << 18) // 4)}
@@ -227,27 +244,62 @@ def largest(name: str, units: int, n: int) -> dict[str, Any]:
             return {name: ["a long prompt " * 8] * min(most // 1024 + 1, 1024)}
         case "structured_outputs":
             return {name: {"choice": [f"{i:03}" + "z" * 125 for i in range(max(1, min(most // 128, 256)))]}}
+        case "messages":
+            return {texts: [SAID] * min(entries, 5000)}
+        case "parts":
+            kind = "text" if path == CHAT else "input_text"
+            return {texts: [{"role": "user", "content": [{"type": kind, "text": "x"}] * min(entries, 20_000)}]}
+        case "calls" if path == CHAT:
+            call = {"id": "a", "type": "function", "function": CALL}
+            return {texts: [SAID, {"role": "assistant", "content": "", "tool_calls": [call] * entries}]}
+        case "calls":
+            return {texts: [SAID, *[{"type": "function_call", "call_id": "a", **CALL}] * min(entries, 5000)]}
+        case "arguments":
+            nested = json.dumps([[]] * (units // (NODE + 1)))
+            call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": nested}}
+            item = {"type": "function_call", "call_id": "a", "name": "f", "arguments": nested}
+            chat = {"role": "assistant", "content": "", "tool_calls": [call]}
+            return {texts: [SAID, chat if path == CHAT else item]}
+        case "instructions":
+            return {name: "<|" * (units // 2)}
+        case "tools" if path == CHAT:
+            return {name: [{"type": "function", "function": TOOL}] * min(entries, 1024)}
         case "tools":
-            tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
-            return {name: [tool] * 1024}
+            return {name: [{"type": "function", **TOOL}] * min(entries, 1024)}
+        case "text":
+            schema = {"type": "object", "properties": {f"k{i}": {} for i in range(min(entries, 3000))}}
+            return {name: {"format": {"type": "json_schema", "name": "a", "schema": schema}}}
+        case "metadata":
+            return {name: {f"{i:064}": "x" * 512 for i in range(16)}}
+        case "chat_template_kwargs":
+            return {name: {"a": ["<|"] * min(units, 50_000), "b": "<" * (units // 2)}}
         case "unknown":
-            return {f"unknown_{i}": i for i in range(min(most // 16, 50_000))}
+            return {f"unknown_{i}": i for i in range(min(entries, 50_000))}
     raise ValueError(name)
 
 
-FIELDS = (*EACH, "prompt", "tools", "unknown")
+FIELDS: dict[str, tuple[str, ...]] = {
+    COMPLETIONS: (*EACH, "prompt", "unknown"),
+    CHAT: (*EACH, "unknown", "messages", "parts", "calls", "arguments", "tools", "chat_template_kwargs"),
+    RESPONSES: ("unknown", "messages", "parts", "calls", "arguments", "tools", "chat_template_kwargs", "instructions", "text",
+                "metadata"),
+}  # fmt: skip
 
 
-def together(count: int) -> Iterator[tuple[str, Bad]]:
+def together(count: int, path: str) -> Iterator[tuple[str, Bad]]:
     """For each combination of so many fields, each as long as it may be by itself, and all as long as they may be together,
-    with one choice and with 64: a name and the request. The status is not given."""
-    for names in combinations(FIELDS, count):
-        path = CHAT if "tools" in names else COMPLETIONS
-        for n in (1, 64):
+    with one choice and with 64: a name and the request. The status is not given. A chat has no combination of a completion."""
+    for names in combinations(FIELDS[path], count):
+        if path == CHAT and set(names) <= set(FIELDS[COMPLETIONS]):
+            continue
+        for n in (1,) if path == RESPONSES else (1, 64):
             for share in (1, count + 1):
-                body = dict(GOOD[path]) | {"n": n, "temperature": 1.0, "max_tokens": 1}
+                body = dict(GOOD[path]) | ({} if path == RESPONSES else {"n": n, "temperature": 1.0, "max_tokens": 1})
+                conversation: list[Any] = []
                 for name in names:
-                    body |= largest(name, MAX_UNITS // share, n if share > 1 else 1)
-                if path == CHAT:
-                    body.pop("prompt", None)
+                    fields = largest(name, MAX_UNITS // share, n if share > 1 else 1, path)
+                    conversation += fields.pop("messages", None) or fields.pop("input", None) or []
+                    body |= fields
+                if conversation:
+                    body["messages" if path == CHAT else "input"] = conversation
                 yield f"{'+'.join(names)}, n={n}, {share=}", Bad(json.dumps(body).encode(), 200, path)

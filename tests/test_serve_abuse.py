@@ -331,22 +331,34 @@ def test_fields_that_are_too_much_together_are_refused_and_hold_up_nobody(served
 
 
 def test_the_largest_fields_together_hold_up_nobody(served: Served) -> None:
-    some = {what: case for what, case in together(2) if "allowed_token_ids" in what and "n=64, share=3" in what}
+    largest_of = [dict(together(2, path)) for path in (COMPLETIONS, RESPONSES)]
+    some = [what for what in largest_of[0] if "allowed_token_ids" in what and "n=64, share=3" in what][:2]
+    some += ["messages+calls, n=1, share=3", "chat_template_kwargs+instructions, n=1, share=1"]
     with bystanders(served):
-        expect_health(served, dict(list(some.items())[:4]), {200, 400})
+        expect_health(served, {what: case for cases in largest_of for what, case in cases.items() if what in some}, {200, 400})
+
+
+TEMPLATE = """{% for message in messages %}{{ message.role }}: {{ message.content }}
+{% for call in message.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}{% endfor %}{{ tools | tojson }}
+"""
+"""A chat template that knows tools, unlike the one of `tiny-llama`."""
 
 
 @pytest.mark.accept
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, RESPONSES])
 @pytest.mark.parametrize("count", [2, 3])
-def test_no_combination_of_fields_holds_up_anybody(tmp_path: Path, count: int) -> None:
+def test_no_combination_of_fields_holds_up_anybody(tmp_path: Path, count: int, path: str) -> None:
     """Behind a front, which ends a backend that seems dead. A bystander takes at most twice its time, in one of three attempts:
     the machine may have other things to do."""
     packages, _ = history(tmp_path, "one", "two")
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE)
+    options = ("--backend", "one,two", "--max-model-len", "1024", "--chat-template", str(template))
     long = {**BYSTANDER, "max_tokens": 900}
-    with serving(tmp_path, "--backend", "one,two", "--max-model-len", "1024", packages=[packages]) as front:
-        expect_health(front, dict(together(count)), {200, 400})
+    with serving(tmp_path, *options, packages=[packages]) as front:
+        expect_health(front, dict(together(count, path)), {200, 400})
         alone = sorted(took(front, wrong(COMPLETIONS, 200, **long)) for _ in range(5))[2]
-        for what, case in together(count):
+        for what, case in together(count, path):
             for attempt in range(3):
                 with ThreadPoolExecutor(1) as pool:
                     asking = pool.submit(ask, front, case)

@@ -5,6 +5,7 @@ Source: OpenAI's reference of the Responses API. The server stores nothing, so f
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -36,9 +37,18 @@ ROLES = {"user": "user", "assistant": "assistant", "system": "system", "develope
 """Role of this API → role in the chat template."""
 
 
+MAX_ECHO = 1 << 20
+"""Characters, as JSON, of the fields that a response repeats, except `instructions`, which the context bounds. A stream repeats
+them three times, on the event loop."""
+
+
 class FunctionTool(Function):
     type: Literal["function"]
     strict: bool | None = None
+
+
+MetadataKey = Annotated[str, Field(max_length=64)]
+MetadataValue = Annotated[str, Field(max_length=512)]
 
 
 class TextFormat(Body):
@@ -83,7 +93,7 @@ class ResponsesRequest(Body):
     tool_choice: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}, {"type": "null"}]})] = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
     store: bool | None = None
     """Accepted with either value. The server never stores a response."""
     previous_response_id: Refused = None
@@ -101,6 +111,7 @@ class ResponsesRequest(Body):
     user: Annotated[str, Field(max_length=512)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     _chat: ConvertedChat | None = PrivateAttr(None)
+    _echo: Mapping[str, Any] = PrivateAttr(default_factory=dict)
 
     def settle(self) -> None:
         """Convert the body to a chat request. Raises `ApiError` that names a field of this API."""
@@ -109,6 +120,7 @@ class ResponsesRequest(Body):
             value = getattr(self, name)
             if not any(type(value) is type(each) and value == each for each in neutral):  # False equals 0
                 raise ApiError(400, message, name)
+        self._echo = self._repeated()
         asked = {name: getattr(self, name) for name in SHARED}
         asked |= {"max_tokens": self.max_output_tokens, "messages": messages_of(self.input, self.instructions)}
         asked |= {"tools": chat_tools(self.tools), "tool_choice": chat_tool_choice(self.tool_choice)}
@@ -123,6 +135,26 @@ class ResponsesRequest(Body):
 
     def check(self) -> None:
         self.chat.check()
+
+    @property
+    def echo(self) -> Mapping[str, Any]:
+        """The fields that the response repeats; only after `settle`."""
+        return self._echo
+
+    def _repeated(self) -> Mapping[str, Any]:
+        form = self.text.format if self.text else None
+        fields = {
+            "instructions": self.instructions,
+            "metadata": self.metadata or {},
+            "text": {"format": {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_none=True)},
+            "tools": [tool.model_dump(include=set(FunctionTool.model_fields) - {"model"}) for tool in self.tools or ()],
+            "user": self.user,
+        }
+        lengths = {name: len(json.dumps(fields[name])) for name in ("metadata", "text", "tools", "user")}
+        if sum(lengths.values()) > MAX_ECHO:
+            told = f"{', '.join(lengths)} may have {MAX_ECHO} characters in all as JSON, got {sum(lengths.values())}."
+            raise ApiError(400, told, max(lengths, key=lengths.__getitem__))
+        return fields
 
     @property
     def chat(self) -> ConvertedChat:

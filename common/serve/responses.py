@@ -198,32 +198,24 @@ class GrowingResponse:
         return {
             "id": answer.id,
             "object": "response",
+            **body.echo,
             "created_at": answer.created,
             "status": status,
             "background": False,
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-            "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
-            "metadata": body.metadata or {},
             "model": answer.serving.model.names[0],
             "output": [item.as_dict() for item in self.output.items],
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
             "store": False,
             "temperature": params.temperature,
-            "text": {"format": self._format()},
             "tool_choice": body.tool_choice or "auto",
-            "tools": [tool.model_dump(include=set(type(tool).model_fields) - {"model"}) for tool in body.tools or ()],
             "top_p": params.top_p,
             "truncation": "disabled",
             "usage": None if status == "in_progress" else self._usage(),
-            "user": body.user,
         }
-
-    def _format(self) -> dict[str, Any]:
-        form = self.body.text.format if self.body.text else None
-        return {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_none=True)
 
     def _usage(self) -> dict[str, Any]:
         usage = self.answer.usage()
