@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -286,6 +286,19 @@ FIELDS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+def combined(names: Sequence[str], n: int, share: int, path: str) -> Bad:
+    """A request with these fields, each as long as a `share`-th of the units allows, and with `n` choices."""
+    body = dict(GOOD[path]) | ({} if path == RESPONSES else {"n": n, "temperature": 1.0, "max_tokens": 1})
+    conversation: list[Any] = []
+    for name in names:
+        fields = largest(name, MAX_UNITS // share, n if share > 1 else 1, path)
+        conversation += fields.pop("messages", None) or fields.pop("input", None) or []
+        body |= fields
+    if conversation:
+        body["messages" if path == CHAT else "input"] = conversation
+    return Bad(json.dumps(body).encode(), 200, path)
+
+
 def together(count: int, path: str) -> Iterator[tuple[str, Bad]]:
     """For each combination of so many fields, each as long as it may be by itself, and all as long as they may be together,
     with one choice and with 64: a name and the request. The status is not given. A chat has no combination of a completion."""
@@ -294,12 +307,4 @@ def together(count: int, path: str) -> Iterator[tuple[str, Bad]]:
             continue
         for n in (1,) if path == RESPONSES else (1, 64):
             for share in (1, count + 1):
-                body = dict(GOOD[path]) | ({} if path == RESPONSES else {"n": n, "temperature": 1.0, "max_tokens": 1})
-                conversation: list[Any] = []
-                for name in names:
-                    fields = largest(name, MAX_UNITS // share, n if share > 1 else 1, path)
-                    conversation += fields.pop("messages", None) or fields.pop("input", None) or []
-                    body |= fields
-                if conversation:
-                    body["messages" if path == CHAT else "input"] = conversation
-                yield f"{'+'.join(names)}, n={n}, {share=}", Bad(json.dumps(body).encode(), 200, path)
+                yield f"{'+'.join(names)}, n={n}, {share=}", combined(names, n, share, path)

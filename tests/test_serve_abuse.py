@@ -39,6 +39,7 @@ from tests.bad_requests import (
     RESPONSES,
     TOKENIZE,
     Bad,
+    combined,
     http,
     largest,
     together,
@@ -331,11 +332,10 @@ def test_fields_that_are_too_much_together_are_refused_and_hold_up_nobody(served
 
 
 def test_the_largest_fields_together_hold_up_nobody(served: Served) -> None:
-    largest_of = [dict(together(2, path)) for path in (COMPLETIONS, RESPONSES)]
-    some = [what for what in largest_of[0] if "allowed_token_ids" in what and "n=64, share=3" in what][:2]
-    some += ["messages+calls, n=1, share=3", "chat_template_kwargs+instructions, n=1, share=1"]
+    some = [(("allowed_token_ids", each), 64, 3, COMPLETIONS) for each in ("bad_words", "unknown")]
+    some += [(("messages", "calls"), 1, 3, RESPONSES), (("chat_template_kwargs", "instructions"), 1, 1, RESPONSES)]
     with bystanders(served):
-        expect_health(served, {what: case for cases in largest_of for what, case in cases.items() if what in some}, {200, 400})
+        expect_health(served, {str(each): combined(*each) for each in some}, {200, 400})
 
 
 TEMPLATE = """{% for message in messages %}{{ message.role }}: {{ message.content }}
