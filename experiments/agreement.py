@@ -1,4 +1,4 @@
-"""The correctness half of a comparison: a pass in float32 over the timed schedule, and what it says.
+"""The correctness half of a comparison: a pass in float32 over the timed schedule, and its findings.
 
 Four rungs: the same tokens; tokens that part only at ties (`experiments.correctness`); log-probabilities and KL divergence at
 each position; perplexity on a text. Tokens and reported log-probabilities are those of the timed schedule with shorter outputs
@@ -57,7 +57,7 @@ class Position:
 
 @dataclass(frozen=True, kw_only=True)
 class Passed:
-    """What the pass brought of one engine."""
+    """The results of one engine in the pass."""
 
     spec: EngineSpec
     rows: tuple[Row, ...]
@@ -123,9 +123,7 @@ def agree(
 def expect_answers(label: str, rows: Sequence[Row]) -> None:
     """Raises `EngineFailure` if every request ended in an error: then there is no output that could be right or wrong."""
     if rows and all(row.error for row in rows):
-        message = (
-            f"None of the {len(rows)} requests of the float32 pass to engine {label!r} came through; of the first it said: "
-        )
+        message = f"None of the {len(rows)} requests of the float32 pass to engine {label!r} succeeded; the first error: "
         raise EngineFailure(message + str(rows[0].error), label=label)
 
 
@@ -152,8 +150,9 @@ def pass_through(
     scratch: Path,
     narrator: Narrator,
 ) -> tuple[Passed, Base]:
-    """One engine through the pass, against `base` if there is one by now; and what it would be as one itself. Its files in
-    `scratch` bear its label, so that what an engine leaves that fails on the way is nobody's."""
+    """Run the pass on one engine and compare it with `base`, if given. Return its results, and its own `Base`.
+
+    Its files in `scratch` have its label, so that no other engine reads the files of one that failed."""
     progress, spec = narrator.progress(engine.spec.label), engine.spec
     own, positions, observes = Base(spec=spec), None, caps.get("observes", False)
     window = engine.run(timed, logprobs=TOP_LOGPROBS)
@@ -173,7 +172,7 @@ def pass_through(
 
 
 def record(engine: IsolatedEngine, share: Workload, trace: str) -> tuple[tuple[Row, ...], list[list[int]]]:
-    """Run the share and record its trace; what came out, and whose sequences each step had."""
+    """Run the share and record its trace. Return the rows, and for each step the requests of its sequences."""
     items = [asdict(item) for item in share.items]
     answer = engine.observe("record", items=items, trace=trace, logprobs=TOP_LOGPROBS)
     return tuple(map(Row.of, answer["rows"])), answer["requests"]
@@ -290,8 +289,8 @@ def judge_noise(done: Mapping[str, Passed], model: NumpyModel, items: Sequence[I
         ratios[label] = over_rounding(apart, measured, (label, first))
         if equal:
             apart += [position.logprob_diff for position in passed.positions or ()]
-        if told := suspicion(label, first, apart, measured, equal):
-            suspicions[label] = told
+        if sentence := suspicion(label, first, apart, measured, equal):
+            suspicions[label] = sentence
     known: dict[str, Scale | None] = {"control": measured.control, **measured.engines}
     noise = {label: asdict(scale) for label, scale in known.items() if scale}
     return {"noise": noise, "suspicions": suspicions, "suspicious": len(suspicions), "over_rounding": ratios}
@@ -373,16 +372,17 @@ def verdict(
 
 NO_NOISE: Mapping[str, Any] = {"coverage": None, "noise": {}, "suspicions": {}, "suspicious": None}
 LEFT_OUT: Mapping[str, Any] = verdict({}) | {"tolerance": None, "agreement": {}, "perplexity": {}} | dict(NO_NOISE)
-"""What `agree` finds where there is no pass."""
+"""The keys of `agree` without a pass."""
 
 
 def tokens_equal_share(windows: Mapping[str, Window]) -> float | None:
-    """The share of timed output tokens before their request's first difference from the first engine; the least of all that
-    tell which tokens they gave (a server may not), None if no two do."""
-    told = [window for window in windows.values() if all(token >= 0 for row in window.rows for token in row.tokens)]
-    if len(told) < 2:
+    """Return the share of timed output tokens before their request's first difference from the first engine.
+
+    This is the least of all engines that report their tokens, or None if fewer than two do. A server may not report them."""
+    reported = [window for window in windows.values() if all(token >= 0 for row in window.rows for token in row.tokens)]
+    if len(reported) < 2:
         return None
-    first, *others = told
+    first, *others = reported
     total = sum(len(row.tokens) for row in first.rows)
     equal = (sum(common_prefix(a.tokens, b.tokens) for a, b in zip(first.rows, w.rows, strict=True)) for w in others)
     return min(equal) / total if total else 1.0

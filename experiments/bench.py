@@ -2,7 +2,7 @@
 With `measure=kernels` no workload: its native kernels, one by one (`experiments.kernels`).
 
 Piped or in a file, the last line of its output is one JSON object; its keys are those of `vllm bench serve` and a few more.
-The exit code is 1 if the engine or the machine failed, 2 for a mistake in what was asked, 3 if a condition of `fail_if` holds.
+The exit code is 1 if the engine or the machine failed, 2 for an error in the options, 3 if a condition of `fail_if` holds.
 """
 
 from __future__ import annotations
@@ -96,12 +96,12 @@ def run_kernels(config: DictConfig, spec: EngineSpec, how: MeasureConfig) -> dic
                 limits["after"], unmeasured = limits_after(how, narrator)
         except (KeyboardInterrupt, EngineFailure) as end:
             if timed:
-                told = kernels.results(spec, checkpoint.config, timed, limits, "")
-                told["failures"] = {spec.label: end.record()} if isinstance(end, EngineFailure) else {}
-                keep_part(config, directory, asked | {"run": str(directory)} | told, plural(len(timed), "whole shape"))
+                part = kernels.results(spec, checkpoint.config, timed, limits, "")
+                part["failures"] = {spec.label: end.record()} if isinstance(end, EngineFailure) else {}
+                keep_part(config, directory, asked | {"run": str(directory)} | part, plural(len(timed), "whole shape"))
             raise
-        told = kernels.results(spec, checkpoint.config, timed, limits, unmeasured)
-        result: dict[str, Any] = finite(asked | {"run": str(finished(directory))} | told)
+        part = kernels.results(spec, checkpoint.config, timed, limits, unmeasured)
+        result: dict[str, Any] = finite(asked | {"run": str(finished(directory))} | part)
         write_json(directory / "results.json", result)
     kernels.print_tables(result)
     return result

@@ -16,7 +16,7 @@ PRECISION = "measure.precision"
 ALWAYS = 2
 """Blocks that run whatever the budget says."""
 PLANNED = 6
-"""Blocks whose orders are drawn together: the fewest that tell a difference."""
+"""Blocks whose orders are drawn together: the fewest that can show a difference."""
 ALLOWED = 44 / 64
 """Share of the sequences of the first `PLANNED` orders that do not repeat."""
 LATER_LOOKS = 0.6
@@ -139,8 +139,8 @@ def reason_to_stop(
     `done` counts the clean blocks. Each of the `disturbed` blocks (`experiments.spoilt`) is repeated until
     `measure.max_blocks` are run in sum, or too many of twice `measure.blocks` or more are disturbed.
 
-    `settled` tells whether every interval of the `comparisons` ratios is narrow, and none shows a difference that is yet to be
-    proven. It is asked only where it decides: after an even number of blocks, from the first look on.
+    `settled` returns whether every interval of the `comparisons` ratios is narrow and none shows an unproven difference. The
+    function calls it only where it decides: after an even number of blocks, from the first look on.
     """
     run = done + disturbed
     if run < min(ALWAYS, config.blocks):

@@ -1,4 +1,4 @@
-"""Which figures of an engine people are shown, by which names, and how each is written."""
+"""Name the figures of an engine that tables and reports show, and format each."""
 
 from __future__ import annotations
 
@@ -84,19 +84,19 @@ GROUPS = (
 """Speed, latency, efficiency, the batch and its pages, memory and start, guards: each figure with its name."""
 FIGURES = tuple(figure for group in GROUPS for figure in group)
 WHERE = {"communication_ms_per_step": "communication_mib_per_step"}
-"""A figure that there is, though nobody may tell it, where that other is told."""
+"""Figure → another figure. An engine that has the other one has this one too, even if it does not report it."""
 
 
 def tells(key: str, engines: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether any engine has a figure, or would have if it could tell."""
+    """Return whether a table has a row for the figure: an engine reports it, or has it and does not report it."""
     return any(mine.get(key) is not None or mine.get(WHERE.get(key, key)) is not None for mine in engines)
 
 
 def figure(key: str, figures: Mapping[str, Any]) -> str:
-    """A figure of an engine: a word as it is, a share in per cent, a percentile of fewer samples than it needs in brackets."""
+    """Format a figure: a word as it is, a share in percent, a percentile with too few samples in brackets."""
     value = figures.get(key)
     if value is None and figures.get(WHERE.get(key, key)) is not None:
-        return "not told"
+        return "not reported"
     if isinstance(value, str):
         return value
     if value is not None and math.isfinite(value) and (key in LIMITED or key.endswith(("_share", "_rate"))):
@@ -134,7 +134,7 @@ def latency_ratio(estimate: Mapping[str, Any] | None) -> str:
 
 
 def times(comparison: Mapping[str, Any] | None) -> str:
-    """The ratio of a comparison and its interval; 1 for the engine that the others are compared with."""
+    """Return the ratio of a comparison and its interval; 1 for the first engine."""
     if comparison is None:
         return "1"
     ratio, low, high = comparison["ratio"], comparison["low"], comparison["high"]
@@ -144,6 +144,6 @@ def times(comparison: Mapping[str, Any] | None) -> str:
 
 
 def kernels_of(figures: Mapping[str, Any]) -> str:
-    """Of an engine that tells: the kernels that it ran, and by what the native ones multiply."""
+    """Return the kernels that an engine ran, with the instructions that the native kernels multiply by."""
     kind, arithmetic = figures["kernels_used"], figures.get("kernel_arithmetic")
     return f"{kind} ({arithmetic})" if arithmetic else kind

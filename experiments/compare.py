@@ -1,8 +1,8 @@
-"""The main job: two engines or more, how fast, and whether they compute the same thing.
+"""Compare two or more engines: their speed, and whether they compute the same outputs.
 
-`python -m experiments.compare engines=[jax,torch]`. Piped or in a file, the last line of its output is one JSON object; at a
-terminal it names the file that has it.
-The exit code is 1 if an engine or the machine failed, 2 for a mistake in what was asked, 3 if a condition of `fail_if` holds,
+`python -m experiments.compare engines=[jax,torch]`. If the output is no terminal, its last line
+is one JSON object. At a terminal the last line names the file with the results.
+The exit code is 1 if an engine or the machine failed, 2 for an error in the options, 3 if a condition of `fail_if` holds,
 4 if the float32 pass found a defect: an unjustified divergence, or a log-probability off by more than `correctness.tolerance`;
 also for an unjustified difference of tokens in any block timed in float32.
 """
@@ -79,9 +79,9 @@ def run(config: DictConfig) -> None:
                     sound = {spec.label: outcome.windows[spec.label] for spec in alive}
                     found = {**found, **compare_timed(plan, correctness, sound, outcome.figures)}
         except KeyboardInterrupt:
-            if blocks := outcome.cut_short(plan):  # whose rows are written by now
-                told = results(config, plan, outcome, {**LEFT_OUT, **NOT_COMPARED}, directory)
-                keep_part(config, directory, told, plural(blocks, "whole block"))
+            if blocks := outcome.cut_short(plan):  # `measure` has written their rows
+                part = results(config, plan, outcome, {**LEFT_OUT, **NOT_COMPARED}, directory)
+                keep_part(config, directory, part, plural(blocks, "whole block"))
             raise
         outcome.failures |= failed
         result = results(config, plan, outcome, found, finished(directory))
@@ -98,13 +98,13 @@ def run(config: DictConfig) -> None:
 
 
 def results(config: DictConfig, plan: Plan, outcome: Outcome, found: Mapping[str, Any], directory: Path) -> dict[str, Any]:
-    """What results.json has; `found` is what it has of the float32 pass, and `directory` where it is to be read."""
+    """Return the content of results.json. `found` has the keys of the float32 pass; `directory` is the final run directory."""
     compared = {
         label: Window(tuple(row for window in windows for row in window.rows), sum(window.duration for window in windows))
         for label, windows in outcome.windows.items()
         if label in outcome.comparable
     }
-    told: dict[str, Any] = setting(config, plan) | {
+    content: dict[str, Any] = setting(config, plan) | {
         "run": str(directory),
         "engines": outcome.figures,
         "ratios": ratios(outcome.figures, outcome.comparisons),
@@ -124,11 +124,11 @@ def results(config: DictConfig, plan: Plan, outcome: Outcome, found: Mapping[str
         "tokens_equal_share": tokens_equal_share(compared),
         **found,
     }
-    return finite(told)
+    return finite(content)
 
 
 def advised(plan: Plan, outcome: Outcome) -> str:
-    """What to set where a ratio is undecided; empty where all are settled, or nothing can be set."""
+    """Return which option to set if a ratio is undecided; empty if none is, or if no option helps."""
     found = outcome.comparisons.values()
     if outcome.no_verdict:
         return "Run it while the machine does nothing else"
@@ -138,7 +138,7 @@ def advised(plan: Plan, outcome: Outcome) -> str:
 
 
 def ratios(labels: Iterable[str], comparisons: Mapping[str, Comparison]) -> dict[str, float | None]:
-    """Of each engine the ratio that the verdict is of, by its label alone; 1 for the one that the others are compared with."""
+    """Return the ratio of each engine by its label; 1 for the first engine."""
     return {label: comparisons[label].ratio if label in comparisons else 1.0 for label in labels}
 
 

@@ -1,4 +1,4 @@
-"""Results on standard output: tables for people, and for programs a line of JSON."""
+"""Print results to standard output: tables, and one line of JSON for programs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NARROW = 10
 """Columns of a line of a table that has several, but for longer words."""
 BORDER = 3
 NAME = 10
-"""Letters of a line that a column of names keeps, where figures want its room."""
+"""Least width of a column of names, in characters, where figures need the space."""
 
 
 SHORT = (
@@ -124,7 +124,7 @@ def print_table(
 
 
 def print_scaling(drawn: Sequence[Curve]) -> None:
-    """A table of each curve, and below them what must be known of all."""
+    """Print a table for each curve, and the remarks on all curves below."""
     for table in map(scaling_table, drawn):
         print_rows(table.caption, table.columns, table.rows, NAMES, ahead=table.columns.index(LAST_RATIO) + 1 - NAMES)
     if said := remarks(drawn):
@@ -132,9 +132,10 @@ def print_scaling(drawn: Sequence[Curve]) -> None:
 
 
 def print_rows(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], names: int, ahead: int = 0) -> None:
-    """A table of text. The first `names` columns tell the rows apart: where they find no room they go on in the next line, and
-    nothing of them is cut. Of the others, narrow ones of several lines, there are as many as there is room for; the first
-    `ahead` of them take it from the names."""
+    """Print a table of text with as many columns as fit.
+
+    The first `names` columns identify a row: they wrap and are never cut. The other columns are narrow and have headings of
+    several lines. The first `ahead` of these take space from the names."""
     console, table, used, least, shown = wide_console(), Table(), 1, 1, []
     for i, (name, *cells) in enumerate(zip(columns, *rows, strict=True)):
         heading, texts = narrow(name), cells if i < names else list(map(narrow, cells))
@@ -159,7 +160,7 @@ def narrow(text: str) -> str:
 
 
 def print_doubts(console: Console, whose: str, reasons: Iterable[str], unsure: Iterable[str]) -> None:
-    """Why figures do not stand for what they seem to, and why perhaps."""
+    """Print the reasons for which figures are contaminated, or may be."""
     for reason in reasons:
         console.print(f"[bold red]contaminated[/] {escape(whose)}: {escape(reason)}.", highlight=False)
     for reason in unsure:
@@ -167,21 +168,22 @@ def print_doubts(console: Console, whose: str, reasons: Iterable[str], unsure: I
 
 
 def print_failures(failures: Mapping[str, Mapping[str, str]]) -> None:
-    """Engines that did not come through, and where to read why."""
+    """Print the engines that failed, with the reason."""
     for label, failure in failures.items():
         console = wide_console()
         console.print(f"[bold red]failed[/] {escape(label)} ({failure['kind']}): {escape(failure['message'])}", highlight=False)
 
 
 def wide_console(least: int = 120) -> Console:
-    """Standard output, never so narrow that a table loses columns in a log."""
+    """Return standard output, wide enough that a table in a log loses no columns."""
     console = Console()
     return console if console.is_terminal else Console(width=max(least, console.width))
 
 
 def print_result(result: Mapping[str, Any], kept: object) -> None:
-    """The last line of standard output: for programs the result as JSON; at a terminal, where that would take screens, the file
-    that it is `kept` in. What is told of every position is left to that file."""
+    """Print the last line: the result as JSON, or at a terminal the file `kept` that has it.
+
+    The figures of each position are in the file alone."""
     if sys.stdout is not None and sys.stdout.isatty():
         print(f"Results: {kept}")
         return
@@ -196,7 +198,7 @@ def print_json(result: Mapping[str, Any]) -> None:
 
 
 def print_verdict(result: Mapping[str, Any]) -> None:
-    """Whether the engines of a comparison compute the same thing, in words."""
+    """Print whether the engines of a comparison compute the same outputs."""
     tone, said = headline(result)
     colour = {"good": "green", "warn": "yellow", "bad": "red"}.get(tone)
     lines = [f"float32: [bold {colour}]{said}[/]" if colour else f"float32: {said}"]

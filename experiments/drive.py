@@ -77,7 +77,7 @@ class Window:
     """Seconds from the start to the last event."""
     stats: Mapping[str, float] = field(default_factory=dict)
     """By how much each counter of the engine and of the machine rose (see `Watch`). `driver_seconds` were spent here, outside
-    of the engine and awake. What is not told is not there."""
+    of the engine and awake. A counter that is not reported is missing."""
     steps: tuple[StepRecord, ...] | None = None
     """What the engine did, step by step, with times since the start of the window; None of an engine that does not tell."""
     bandwidth: float | None = None

@@ -51,9 +51,9 @@ def export_sweep(folder: Path) -> list[Path]:
         each, mine = requests(run), list[Record]()
         for number, row in enumerate(rows.to_dict("records")):
             options = {option: None if pd.isna(row[option]) else row[option] for option in swept} | {"run_number": number}
-            told = run, row["engine"], each[row["engine"]]
-            files.append(write(directory / f"run={number}.json", whole(*told) | options))
-            mine.append(brief(*told) | options)
+            engine = run, row["engine"], each[row["engine"]]
+            files.append(write(directory / f"run={number}.json", whole(*engine) | options))
+            mine.append(brief(*engine) | options)
         files.append(write(directory / "summary.json", mine))
         summary += mine
     pd.DataFrame.from_records(summary).to_csv(folder / FOLDER / "summary.csv")
@@ -67,13 +67,14 @@ def write(path: Path, value: Any) -> Path:
 
 
 def whole(run: RunFiles, label: str, rows: Sequence[Record]) -> Record:
-    """What `--save-detailed` adds, too."""
+    """Return the figures of `brief` and the lists that `--save-detailed` adds."""
     return brief(run, label, rows) | details(rows)
 
 
 def brief(run: RunFiles, label: str, rows: Sequence[Record]) -> Record:
-    """One engine of a run, whose requests are `rows`, in the order of keys that `vllm bench serve` writes; then whatever else
-    is known of it."""
+    """Return the figures of one engine: the keys of `vllm bench serve` in its order, then all others.
+
+    `rows` are its requests."""
     figures, workload = run.engines[label], run.config["workload"]
     # vLLM counts latencies from the time when a request was sent.
     figures = figures | {key.replace("_from_sent", ""): value for key, value in figures.items() if "_from_sent" in key}
@@ -93,7 +94,7 @@ def brief(run: RunFiles, label: str, rows: Sequence[Record]) -> Record:
     theirs = {
         "request_goodput": figures.get("goodput"),
         **peaks(rows),
-        "rtfx": 0.0,  # seconds of sound by second: theirs for models that hear
+        "rtfx": 0.0,  # seconds of audio per second, of models for speech
         "latencies": [row["times"][-1] - row["sent"] if row["times"] else 0.0 for row in rows],
         "queue_times": [row["sent"] - row["scheduled"] for row in rows],
     }

@@ -1,4 +1,4 @@
-"""What a run found, in sentences: how fast, whether the same, what failed, and what spoils the rest."""
+"""The findings of a run in sentences: speed, equality of outputs, failures and contaminations."""
 
 from __future__ import annotations
 

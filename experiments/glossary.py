@@ -111,9 +111,9 @@ GLOSSARY: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "Between ranks a step",
-        "What a rank tells the others in a step, of the residual stream and of candidates for the next token; the time is that "
-        "of the first rank, waiting for the others included. JAX, where it is inside a compiled program, has it from its "
-        "profiler, in a window behind the timed ones; of its stages it is not told.",
+        "The data that a rank sends in a step: of the residual stream, and of candidates for the next token. The time is that "
+        "of the first rank and includes waiting for the others. In JAX it is inside a compiled program, so the profiler "
+        "measures it in a window after the timed ones. JAX does not report it for its stages.",
         "",
     ),
     (
@@ -150,7 +150,7 @@ GLOSSARY: tuple[tuple[str, str, str], ...] = (
         "",
     ),
     ("Load", "From the engine's start in its process until its weights are there.", ""),
-    ("Warm-up", "What follows until it is timed: what it compiles, and requests that are not counted.", ""),
+    ("Warm-up", "The time between load and the first timed block: compilation, and requests that are not counted.", ""),
     ("MiB", "2^20 bytes, here and in the keys of results.json that end in _mib; GB/s are 10^9 bytes a second.", ""),
     (
         "KL",

@@ -80,8 +80,8 @@ def compare(*overrides: str) -> Comparison:
 
 
 def _command(command: Command, overrides: tuple[str, ...]) -> Path:
-    """Run a command to its end; returns its run directory. Raises `ConfigError` for what the user can mend."""
-    compose(*overrides, command=command)  # a misspelt override is told before a process starts
+    """Run a command to its end; returns its run directory. Raises `ConfigError` for an error that the user can correct."""
+    compose(*overrides, command=command)  # refuses a misspelled override before a process starts
     arguments = [sys.executable, "-m", f"experiments.{command}", *overrides]
     said: deque[str] = deque(maxlen=TAIL_LINES)
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
@@ -100,7 +100,7 @@ def _command(command: Command, overrides: tuple[str, ...]) -> Path:
 
 def _run_directory(code: int, output: str, said: str) -> Path:
     """The run that a command names in the last line of its output. It may have ended with an exit code above 0: an engine among
-    several failed, or a condition of `fail_if` holds; the run says so itself."""
+    several failed, or a condition of `fail_if` holds; the results of the run have both."""
     _, _, last = output.rstrip("\n").rpartition("\n")
     if last.startswith("{"):
         return Path(json.loads(last)["run"])
@@ -137,7 +137,7 @@ class Run:
 
     @property
     def figures(self) -> pd.DataFrame:
-        """Every figure that is a number: a row each, a column for each engine, NaN where an engine does not tell."""
+        """Every figure that is a number: a row each, a column for each engine, NaN where an engine does not report it."""
         numbers = {
             label: {key: float(value) for key, value in figures.items() if type(value) in (int, float)}
             for label, figures in self.files.engines.items()
@@ -155,7 +155,7 @@ class Run:
         return counted_steps(self.files)
 
     def sentences(self) -> list[str]:
-        """What a reader must know before the figures."""
+        """Return the sentences that stand above the figures: failures, contaminations and dropped blocks."""
         failed = [
             f"{label} failed: {failure['kind']}: {failure['message']}"
             for label, failure in (self.results.get("failures") or {}).items()
@@ -235,6 +235,6 @@ class Comparison(Run):
         return [*verdicts, *self._agreement(), *super().sentences()]
 
     def _agreement(self) -> list[str]:
-        """Whether the engines compute the same thing."""
+        """Return the outcome of the comparison of outputs."""
         tone, said = headline(self.results)
         return [] if tone == "calm" else [f"float32: {said}."]

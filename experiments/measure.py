@@ -39,9 +39,9 @@ from experiments.work import weights_bytes
 from experiments.workload import Workload, WorkloadConfig, draw, known_options
 
 LOADED = ("rss_mib", "peak_load_mib", "kv_pool_mib", "rank_mib")
-"""Figures that an engine's process tells when it has loaded."""
+"""Figures that the process of an engine reports when it has loaded."""
 KERNELS = ("kernel_arithmetic", "kernel_library")
-"""What an engine's `Caps` tell of its native kernels."""
+"""The entries of `Caps` on native kernels."""
 PROFILED_REQUESTS, PROFILED_OUTPUT_LEN = 8, 16
 """Of the window under a profiler, at most."""
 INTERRUPTED = "it was interrupted"
@@ -52,7 +52,7 @@ PROBED = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All that a run needs to know, checked before anything is started."""
+    """The checked options of a run. No process has started yet."""
 
     model: str
     checkpoint: Checkpoint
@@ -130,7 +130,7 @@ def vocabulary(checkpoint: Checkpoint) -> tuple[int, frozenset[int]]:
 
 @dataclass
 class Outcome:
-    """What the timed part brought."""
+    """The results of the timed part."""
 
     windows: dict[str, list[Window]]
     """Of each engine, also of one that failed later, by label and block."""
@@ -146,13 +146,13 @@ class Outcome:
     stopped_by: str = ""
     """... and by which option, if it was one."""
     limits: dict[str, Limits | None] = field(default_factory=lambda: {"before": None, "after": None})
-    """What the machine could do, before the blocks and after them."""
+    """The limits of the machine, before the blocks and after them."""
     unmeasured: str = ""
-    """What was to be measured beside the engines and could not be; empty where all was."""
+    """Why a measurement beside the engines failed; empty if none did."""
     dropped_blocks: dict[int, str] = field(default_factory=dict)
-    """Block → why no figure counts it."""
+    """Block → the reason for which it is dropped."""
     profiles: dict[str, Profile] = field(default_factory=dict)
-    """Of each engine that was asked for one and could give it."""
+    """Of each engine that has a profiler, if `measure.profile` is set."""
 
     @staticmethod
     def of(plan: Plan) -> Outcome:
@@ -171,8 +171,9 @@ class Outcome:
 
     @contextlib.contextmanager
     def row_of(self, engine: IsolatedEngine, narrator: Narrator) -> Iterator[None]:
-        """An engine that fails within the block loses its own row, and the run goes on. What it refuses before it has loaded is
-        the user's to mend, and raised."""
+        """Record the failure of an engine within the block and go on with the other engines.
+
+        Raise an error that the user can correct, which an engine raises before it has loaded."""
         label = engine.spec.label
         try:
             yield
@@ -237,7 +238,7 @@ class Outcome:
         """Figures and comparisons, by the windows that there are."""
         known = [] if self.unmeasured else [limits for limits in self.limits.values() if limits]
         limits = functools.reduce(better, known) if known else None
-        told = {when: found and found.summary() for when, found in self.limits.items()} if known else None
+        summaries = {when: found and found.summary() for when, found in self.limits.items()} if known else None
         kept = self.kept()
         self.dropped_blocks = dropped_blocks(self.disturbed, len(self.order))
         for windows in self.windows.values():
@@ -246,7 +247,7 @@ class Outcome:
             if spec.label in self.survivors:
                 figures = self.figures[spec.label]
                 here = limits if figures["device"] == "cpu" else None  # another device has limits of its own
-                figures |= window_figures(kept[spec.label], plan, spec, here) | {"limits": told}
+                figures |= window_figures(kept[spec.label], plan, spec, here) | {"limits": summaries}
                 figures["contaminated"] = contaminations(figures, plan.workload.shares_prefixes)
                 alone = block_contaminations(kept[spec.label], plan.workload.shares_prefixes)
                 figures["block_contaminated"] = alone
@@ -275,8 +276,9 @@ class Outcome:
 
 
 def measure(plan: Plan, outcome: Outcome, directory: Path, narrator: Narrator) -> None:
-    """Load the plan's engines and run its blocks; what comes of it is in the outcome, an engine that fails too. Raises what is
-    the user's to mend."""
+    """Load the engines of the plan and run its blocks. Results and failures of engines go into the outcome.
+
+    Raise an error that the user can correct."""
     with kept_rows(directory, outcome.windows), contextlib.ExitStack() as stack:
         engines = {
             spec.label: stack.enter_context(IsolatedEngine(spec, directory / f"{spec.label}.log", plan.measure.timeout_s))
@@ -346,30 +348,31 @@ def sparing(probe: Probe, clock: Callable[[], float] = time.perf_counter) -> Pro
 
 
 def time_between_ranks(engine: IsolatedEngine, figures: dict[str, Any], plan: Plan, narrator: Narrator) -> None:
-    """Of an engine that counts what its ranks tell each other, and not how long they are at it: what its framework's profiler
-    sees in one more window, which counts in no other figure, or why there is no such time."""
+    """Measure the time between ranks of an engine that counts the bytes between them and not the time.
+
+    The profiler of the framework sees it in one more window, which no other figure counts."""
     if figures["communication_mib_per_step"] is None or figures["communication_ms_per_step"] is not None:
         return
-    label, config, told = engine.spec.label, engine.spec.config, None
+    label, config, seen = engine.spec.label, engine.spec.config, None
     if config.pipeline_parallel_size > 1:
-        figures["communication_time"] = "not told: the engine does not count how long its stages wait for each other"
+        figures["communication_time"] = "not reported: the engine does not count how long its stages wait for each other"
         return
-    narrator.say(f"profiling what the ranks of {label} tell each other")
+    narrator.say(f"profiling the communication between the ranks of {label}")
     workload = plan.workload.share(PROFILED_REQUESTS, PROFILED_OUTPUT_LEN)
     try:
-        told = engine.time_collectives(workload)
+        seen = engine.time_collectives(workload)
     except (EngineFailure, TandemError) as error:
         narrator.alarm(f"No time between the ranks of {label}: {EngineFailure.of(error, label).message}")
-    if told is None:
-        figures["communication_time"] = "not told: the engine does not count it, and no profiler here sees it"
+    if seen is None:
+        figures["communication_time"] = "not reported: the engine does not count it, and no profiler here sees it"
         return
     ranks = config.tensor_parallel_size
-    figures["communication_ms_per_step"] = 1e3 * told.seconds / ranks
-    figures["communication_share"] = told.seconds / ranks / told.step_seconds
+    figures["communication_ms_per_step"] = 1e3 * seen.seconds / ranks
+    figures["communication_share"] = seen.seconds / ranks / seen.step_seconds
     figures["communication_time"] = (
         "that of a rank's all-reduce and all-gather, waiting included, as the framework's profiler saw them in a window of its "
         f"own: {len(workload.items)} requests of at most {PROFILED_OUTPUT_LEN} output tokens, "
-        f"{1e3 * told.step_seconds:.3g} ms a step"
+        f"{1e3 * seen.step_seconds:.3g} ms a step"
     )
 
 
@@ -394,16 +397,16 @@ def profile_engines(outcome: Outcome, engines: Mapping[str, IsolatedEngine], pla
 
 
 def served(label: str, window: Window) -> Window:
-    """The window, if any of its requests came through; otherwise the engine has failed, whatever it says itself."""
+    """Return the window if any of its requests succeeded; otherwise raise `EngineFailure`."""
     if not any(row.ok for row in window.rows):
         error = next((row.error for row in window.rows if row.error), "it gave fewer tokens than were asked for")
-        message = f"None of the {len(window.rows)} requests to engine {label!r} came through; of the first it said: {error}"
+        message = f"None of the {len(window.rows)} requests to engine {label!r} succeeded; the first error: {error}"
         raise EngineFailure(message, label=label)
     return window
 
 
 def window_figures(windows: Sequence[Window], plan: Plan, spec: EngineSpec, limits: Limits | None) -> dict[str, Any]:
-    """What an engine's windows say."""
+    """Return the figures of the windows of an engine."""
     return {
         **summarize(windows, plan.workload.slo, plan.workload.concurrency),
         **efficiency(windows, plan.checkpoint.config, spec.config.dtype, limits),

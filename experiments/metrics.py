@@ -38,7 +38,7 @@ PERCENTILES = (50, 90, 99)
 BUSY = 0.05
 """Share of the processors' time above which other programs spoil a measurement: compute threads wait for each other."""
 COARSE_S = 1.0
-"""Seconds below which processor time, which is counted in ticks, tells too little."""
+"""Seconds below which processor time, which the system counts in ticks, is too coarse."""
 MISSING = 0.05
 """Share of a window that may lie behind the time that the engine gives for its last event, ..."""
 MISSING_S = 0.02
@@ -144,7 +144,7 @@ def unsupported(counts: Mapping[str, int]) -> list[str]:
 
 def counters(stats: Sequence[Mapping[str, float]], duration: float, outputs: int) -> dict[str, Any]:
     """What the counters of the engine, of the driver and of the machine say about windows that lasted `duration` seconds in
-    sum and gave `outputs` tokens. One that is not told of every window is not told of their sum."""
+    sum and gave `outputs` tokens. A counter that one window lacks is None."""
     names = set.intersection(*map(set, stats)) if stats else set()
     total = {name: sum(window[name] for window in stats) for name in names}
     whole = lambda name: int(total[name]) if name in total else None  # noqa: E731
@@ -188,8 +188,8 @@ def counters(stats: Sequence[Mapping[str, float]], duration: float, outputs: int
 
 
 def contaminations(figures: Mapping[str, Any], shares_prefixes: bool) -> list[str]:
-    """Why the figures of an engine do not stand for its steady state; empty if they do. `shares_prefixes` tells that hits of
-    the prefix cache are wanted."""
+    """Why the figures of an engine do not stand for its steady state; empty if they do. `shares_prefixes` is whether hits of
+    the prefix cache are expected."""
 
     def above(name: str, limit: float) -> bool:
         return (figures.get(name) or 0) > limit

@@ -167,8 +167,8 @@ def floor_of(measured: Measured, labels: Sequence[str]) -> Scale | None:
 
 def far(measured: Measured, labels: Sequence[str]) -> str:
     """The end of a sentence: how far each engine is from float64."""
-    told = [f"{label} {scale.median:.1e}" for label in labels if (scale := measured.engines.get(label))]
-    return f" (from float64: {', '.join(told)})" if told else ""
+    errors = [f"{label} {scale.median:.1e}" for label in labels if (scale := measured.engines.get(label))]
+    return f" (from float64: {', '.join(errors)})" if errors else ""
 
 
 def suspicion_alone(label: str, measured: Measured) -> str | None:

@@ -48,7 +48,7 @@ PEERS: Mapping[str, Peer] = {
     "vllm": Peer(environment="vllm", weights=hugging_face_directory),
 }
 PACKAGES: Mapping[str, str] = {"hf": "transformers"}
-"""What an engine that runs in our own environment needs there beside what all need."""
+"""The packages that an engine in our own environment needs beside those of all engines."""
 
 
 def peers_folder() -> Path:

@@ -1,4 +1,4 @@
-"""What engines cannot do otherwise than they do, so that it is told before weights are converted or anything is loaded."""
+"""Refuse options that an engine does not have, before weights are converted or loaded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ POLICIES: Mapping[str, Mapping[str, Any]] = {
 
 
 def check_policies(name: str, config: EngineConfig) -> None:
-    """Raise `ConfigError` unless `config` has what engine `name` cannot do without."""
+    """Raise `ConfigError` unless `config` has the options that engine `name` needs."""
     config.check_backend(name)
     for option, value in POLICIES.get(name, {}).items():
         given = getattr(config, option)

@@ -1,6 +1,6 @@
-"""The raw rows of a run, as files in its directory: a line of JSON for each request and for each step of each window.
+"""Write and read the raw rows of a run: one line of JSON for each request and for each step of each window.
 
-Windows under a profiler are kept apart, so that nobody counts them: in `profiled/`, and their kernels in `kernels.jsonl`."""
+Windows under a profiler are in `profiled/`, so that no figure counts them, and their kernels in `kernels.jsonl`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROFILED = "profiled"
 """The folder for requests and steps of the windows under a profiler."""
 GIVEN = ("tokens", "output_len", "times")
 NEEDED = ("engine", "block", "request_id", "prompt_len", "scheduled", "sent", "finish", "error", *GIVEN)
-"""What every request's row has."""
+"""The keys that the row of each request has."""
 STEP_COLUMNS = ("submitted", "landed", "tokens", "prompt_tokens", "num_seqs", "logit_rows", "kv_tokens")
 LOAD_COLUMNS = ("running", "waiting", "pages_used", "pages_total", "pages_empty")
 
@@ -33,7 +33,7 @@ LOAD_COLUMNS = ("running", "waiting", "pages_used", "pages_total", "pages_empty"
 def write_run(
     directory: Path, result: Mapping[str, Any], windows: Mapping[str, Sequence[Window]], profiles: Mapping[str, Profile]
 ) -> None:
-    """All that a run brought: the figures first, so that they are there where the disk is too full for the rows."""
+    """Write the results and rows of a run. The figures come first, in case the disk is too full for the rows."""
     with kept_rows(directory, windows):
         write_json(directory / "results.json", result)
         write_rows(directory, windows)
@@ -43,7 +43,7 @@ def write_run(
 
 @contextmanager
 def kept_rows(directory: Path, windows: Mapping[str, Sequence[Window]]) -> Iterator[None]:
-    """Whatever ends the block before its time, none of the `windows` that have ended by then are lost."""
+    """Write the rows of the `windows` that have ended if an exception ends the block."""
     try:
         yield
     except BaseException:
@@ -84,7 +84,7 @@ def write_steps(directory: Path, windows: Mapping[str, Sequence[Window]]) -> Non
 
 
 def write_profiles(directory: Path, profiles: Mapping[str, Profile]) -> None:
-    """The window of each engine under its profiler, and its kernels; nothing where there was none."""
+    """Write the window of each engine under its profiler, and its kernels; nothing without profiles."""
     if not profiles:
         return
     write_kernels(directory, {label: profile.kernels for label, profile in profiles.items()})
@@ -95,7 +95,7 @@ def write_profiles(directory: Path, profiles: Mapping[str, Profile]) -> None:
 
 
 def write_kernels(directory: Path, kernels: Mapping[str, Sequence[KernelEvent]]) -> None:
-    """One line for each kernel of each engine, times since its window's start, to the nanosecond: `kernels.jsonl`."""
+    """Write one line for each kernel: `kernels.jsonl`. Times count from the start of the window, to the nanosecond."""
     write_lines(
         directory / KERNELS,
         (
@@ -107,7 +107,7 @@ def write_kernels(directory: Path, kernels: Mapping[str, Sequence[KernelEvent]])
 
 
 def step_record(step: StepRecord) -> dict[str, Any]:
-    """A step in numbers: its sequences in sum."""
+    """Return a step in numbers, summed over its sequences."""
     return {
         "submitted": step.submitted,
         "landed": step.landed,
@@ -138,7 +138,7 @@ def read_steps(directory: Path) -> pd.DataFrame:
 
 
 def read_kernels(directory: Path) -> pd.DataFrame:
-    """`kernels.jsonl` of a run: a row for each kernel; none of a run without profiles. Raises as `read_rows` does."""
+    """Read `kernels.jsonl`: a row for each kernel; none of a run without profiles. Raises as `read_rows` does."""
     columns = ("engine", *KernelEvent._fields)
     return read_lines(directory / KERNELS, columns) if (directory / KERNELS).exists() else pd.DataFrame(columns=list(columns))
 

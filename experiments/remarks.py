@@ -1,4 +1,4 @@
-"""What must be said beside figures: what their signs mean, and whether they stand for what they seem to."""
+"""Remarks beside figures: the meaning of the signs in a table, and doubts about a measurement."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SPOILT = "a contaminated engine's ratio is not to be quoted: what disturbs a run
 
 
 def explanations(engines: Mapping[str, Mapping[str, Any]], comparisons: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """What the signs in a table mean, of those that it has."""
+    """Yield the meaning of each sign that the table has."""
     for comparison in list(comparisons.values())[:1]:
         bounds = f" and its {100 * comparison['confidence']:.3g} % interval" if comparison["low"] is not None else ""
         yield f"× {comparison['against']}: geometric mean of the blocks' ratios{bounds}"
@@ -27,27 +27,27 @@ def explanations(engines: Mapping[str, Mapping[str, Any]], comparisons: Mapping[
 
 def interval_notes(engines: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Explain the intervals of latencies in a table, or why there are none."""
-    told = [
+    estimates = [
         each
         for figures in engines.values()
         for key, each in (figures.get("latency_intervals") or {}).items()
         if figures.get(key) is not None and key not in (figures.get("unsupported") or ())
     ]
-    if there := [each for each in told if each["low"] is not None]:
+    if there := [each for each in estimates if each["low"] is not None]:
         confidence = 100 * there[0]["confidence"]
         yield f"latency (low–high): {confidence:.3g} % interval of the geometric mean of the blocks' percentiles"
-    for why in dict.fromkeys(each["why"] for each in told if each["why"]):
+    for why in dict.fromkeys(each["why"] for each in estimates if each["why"]):
         yield f"no interval: {why}" if there else f"no intervals of latencies: {why}"
 
 
 def spoilt_cells(engines: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Of each engine, whether its figures stand for what they seem to, or whether nobody can say that they do."""
+    """Return a cell for each engine: whether it is contaminated, or ran too short a time to judge."""
     fine = ["too short to judge" if too_short(mine) else "no" for mine in engines.values()]
     return ["contaminated" if mine.get("contaminated") else said for mine, said in zip(engines.values(), fine, strict=True)]
 
 
 def contaminated(engines: Mapping[str, Mapping[str, Any]], labels: Iterable[str]) -> list[str]:
-    """Those of the engines whose figures do not stand for what they seem to."""
+    """Return the labels of the contaminated engines."""
     return [label for label in labels if engines[label].get("contaminated")]
 
 
@@ -57,7 +57,7 @@ def dropped(blocks: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def fallback(figures: Mapping[str, Any]) -> list[str]:
-    """That an engine runs other kernels than the fastest it has, where nobody asked for them, and why."""
+    """Return why `kernels=auto` did not take the native kernels; else nothing."""
     why = figures.get("auto_took_framework")
     return [f"kernels=auto took the framework's kernels, not the native ones: {why}"] if why else []
 
@@ -69,12 +69,12 @@ def other_weights(figures: Mapping[str, Any]) -> list[str]:
 
 
 def between_ranks(figures: Mapping[str, Any]) -> list[str]:
-    """What time between ranks is told of an engine that does not count it as it runs, or why none."""
+    """Return how the time between ranks was measured if the engine does not count it, or why it was not."""
     what = figures.get("communication_time")
     return [f"the time between ranks is {what}"] if what else []
 
 
 def left_out(figures: Mapping[str, Any]) -> list[str]:
-    """That an engine has no share of the machine's limits, where these were measured, and why."""
+    """Return why an engine has no share of the limits of the machine, although these were measured; else nothing."""
     why = figures.get("no_roofline_because")
     return [f"roofline, MBU and MFU are {why}"] if why else []

@@ -1,4 +1,4 @@
-"""Read what runs and sweeps have left: `open_run`, `list_runs`, and `sweep_table`, one row for each job and engine."""
+"""Read the files of runs and sweeps: `open_run`, `list_runs`, and `sweep_table`, one row for each job and engine."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def cut_short(directory: Path) -> str:
 def read_run(directory: Path) -> RunFiles:
     """As `open_run`, and of one that was cut short what it kept: of a comparison its whole blocks, of kernels whole shapes."""
     there = (directory / "results.json").exists() or not directory.name.endswith(PARTIAL)
-    expect(there, f"{cut_short(directory)} It has no results: no part was whole, or nobody could write them.")
+    expect(there, f"{cut_short(directory)} It has no results: no part was whole, or they could not be written.")
     results, environment = (read_json(directory, name) for name in ("results.json", "environment.json"))
     config: Any = OmegaConf.to_container(read_config(directory))
     expect_figures(directory, results)
@@ -97,7 +97,7 @@ def expect_figures(directory: Path, results: Mapping[str, Any]) -> None:
 
 
 def read_config(directory: Path) -> DictConfig:
-    """What a run was asked for. Raises `ConfigError` for a folder without it, or with that of another program."""
+    """Return the configuration of a run. Raise `ConfigError` if it is missing or that of another program."""
     try:
         config = OmegaConf.load(directory / "config.yaml")
     except (OSError, ValueError, OmegaConfBaseException, YAMLError) as error:
@@ -172,7 +172,7 @@ def sweep_table(folder: Path | str) -> pd.DataFrame:
 
 
 def records_of(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows of a sweep's table, each without what nobody told."""
+    """Return the rows of a sweep's table, each without the cells that have no value."""
     return [{str(key): cell for key, cell in row.items() if not pd.isna(cell)} for row in rows.to_dict("records")]
 
 
@@ -235,7 +235,7 @@ def scalars(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def said(failure: Mapping[str, Any] | None) -> str | None:
-    """A failure in one cell: its kind and the last line of what it said."""
+    """Return a failure as one cell: its kind and the last line of its message."""
     if failure is None:
         return None
     lines = str(failure.get("message", "")).strip().splitlines()

@@ -1,4 +1,4 @@
-"""The sections of a run's report: each takes what a run has left, and has no content where that tells nothing."""
+"""The sections of the report of a run. A section without data has no content and is left out."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ POSITIONS = (
     ("kld", "KL divergence", "nats", 0.0, "the distributions are equal"),
     ("same_share", "Same token", "share of requests", 1.0, "the tokens are the same"),
 )
-"""Of the agreement by position: figure, title, unit, its value where engines are equal, and what to say then."""
+"""Of the agreement by position: figure, title, unit, its value where engines are equal, and the text for that case."""
 
 
 def sections(run: RunFiles, rows: pd.DataFrame, steps: pd.DataFrame, paced: bool) -> list[Section]:

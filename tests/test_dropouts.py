@@ -120,7 +120,7 @@ def failing(main: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
         ("killed", "killed", "killed by SIGKILL during 'run'. So Linux ends a process when memory runs out"),
         ("crashes", "killed", "killed by SIGSEGV"),
         ("garbage", "garbage", "wrote something else than an answer to 'run': expected a frame, got b'progress"),
-        ("raises", "error", "None of the 2 requests to engine 'frail' came through; of the first it said: "),
+        ("raises", "error", "None of the 2 requests to engine 'frail' succeeded; the first error: "),
     ],
 )
 def test_an_engine_that_goes_wrong_loses_its_row_and_the_others_go_on(

@@ -122,7 +122,7 @@ def test_the_table_tells_what_ranks_say_and_hold() -> None:
     assert column("MiB a step", ONE, TWO) == ["–", "0.5000"]
     assert column("a rank's weights and pages, MiB", ONE, TWO) == ["8.000", "4.100"]
     silent = TWO | {"communication_ms_per_step": None}
-    assert column(told, ONE, silent)[1] == "not told" and column(share, ONE, silent, TWO) == ["–", "–", "40%"]
+    assert column(told, ONE, silent)[1] == "not reported" and column(share, ONE, silent, TWO) == ["–", "–", "40%"]
     profiled = TWO | {"communication_share": 0.25}
     assert (column(told, ONE, profiled)[1], column(share, ONE, profiled)[1]) == ("4.000", "25%")  # of the profiled steps
 
@@ -228,9 +228,9 @@ def test_tokens_ratio_and_efficiency_take_their_room_from_long_names(
 
 def test_a_time_that_an_engine_cannot_tell_is_called_so_in_the_table_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     print_table("title", {"jax": {"communication_mib_per_step": 0.5, "contaminated": []}})
-    assert "not told" in capsys.readouterr().out
+    assert "not reported" in capsys.readouterr().out
     print_table("title", {"jax": {"contaminated": []}})
-    assert "not told" not in capsys.readouterr().out
+    assert "not reported" not in capsys.readouterr().out
 
 
 def test_a_comparison_over_ranks_shows_scaling_and_another_does_not(tmp_path: Path) -> None:
