@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -15,13 +16,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import openai
 import psutil
 import pytest
 
 from common.child import Silence
 from common.exits import TERMINATED
 from common.replicas.keeper import SILENCE_S
+from common.serve.cut_stream import Chunks, ResponseEvents
+from common.serve.errors import ApiError
 from common.serve.folder import PrivateFolder
+from common.serve.responses import response_event
 from tests.browser import Tab, browse
 from tests.http_server import (
     PATIENCE_S,
@@ -193,9 +198,39 @@ def backend_of(served: Served, model: str) -> psutil.Process:
     return found
 
 
+def two_streams_of_a_backend_that_dies(mortal: Served) -> None:
+    """OpenAI's client gets the failure of each in the form that its API has."""
+    client = openai.OpenAI(base_url=f"{mortal.url}/v1", api_key="none", max_retries=0)
+    model: Any = {"model": "tiny-llama@two", "stream": True, "extra_body": {"ignore_eos": True}}
+    create: Any = client.responses.create
+    with client, client.completions.create(prompt="the", max_tokens=400, **model) as chunks:
+        next(iter(chunks))
+        with create(input="the", max_output_tokens=400, **model) as events:
+            assert any(event.type == "response.output_text.delta" for event in events)
+            backend_of(mortal, "tiny-llama@two").send_signal(signal.SIGKILL)
+            *_, before, last = events
+        with pytest.raises(openai.APIError, match="does not answer"):
+            list(chunks)
+    assert last.type == "response.failed" and last.sequence_number == before.sequence_number + 1
+    assert last.response.status == "failed" and last.response.error.code == "server_error"
+    assert "does not answer" in last.response.error.message
+
+
+def test_a_stream_that_ends_within_an_event_passes_whole_events_only() -> None:
+    error = ApiError(503, "It does not answer.")
+    events = [response_event({"type": kind, "response": {"id": "a"}}, i) for i, kind in enumerate(("created", "in_progress"))]
+    passing, data = ResponseEvents(), b"".join(events)[:-3]
+    assert b"".join(passing.push(data[i : i + 7]) for i in range(0, len(data), 7)) == events[0]
+    failed = json.loads(passing.end(error).partition(b"data: ")[2])
+    assert (failed["sequence_number"], failed["response"]["id"], failed["response"]["status"]) == (1, "a", "failed")
+    assert json.loads(ResponseEvents().end(error).partition(b"data: ")[2])["type"] == "error"
+    chunks = Chunks()
+    assert chunks.push(b"data: {}\n\ndata: {") == b"data: {}\n\n" and chunks.end(error).startswith(b"data: {")
+
+
 def test_a_backend_that_died_takes_only_its_own_requests_with_it_and_is_started_again(mortal: Served) -> None:
     right = mortal.complete(**BODY)["choices"][0]["text"]
-    backend_of(mortal, "tiny-llama@two").send_signal(signal.SIGKILL)
+    two_streams_of_a_backend_that_dies(mortal)
     until(lambda: mortal.client.get("/health").status_code == 503)
     assert mortal.post(**BODY, model="tiny-llama@two").status_code == 503
     assert mortal.post(**BODY).status_code == mortal.post(**BODY, model="tiny-llama").status_code == 200

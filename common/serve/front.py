@@ -31,11 +31,12 @@ from common.child import Silence, how_it_ended
 from common.errors import BackendError, quoted
 from common.replicas.keeper import ATTEMPTS, BUSY_SILENCE_S, RETRY_S, SILENCE_S
 from common.serve.app import OFFERED_WITH, new_app, page, tell_version
+from common.serve.cut_stream import Chunks, Passing, ResponseEvents
 from common.serve.errors import ApiError
 from common.serve.folder import PrivateFolder
 from common.serve.guard import Guard
 from common.serve.protocol import Body, parse
-from common.serve.serving import DONE, event, json_response, read_bytes, unless_left
+from common.serve.serving import json_response, read_bytes, unless_left
 
 POLL_S = 0.1
 LOOK_S = 1.0
@@ -45,6 +46,7 @@ PATIENCE_S = 5.0
 PASSED_ON = ("content-type", "accept", "x-request-id", "traceparent")
 PASSED_BACK = ("cache-control", "retry-after", "x-should-retry")
 """Headers, beside the content type."""
+RESPONSES = "/v1/responses"
 log = logging.getLogger(__name__)
 
 router = APIRouter()
@@ -367,16 +369,18 @@ class Passed(Response):
                 raise self._backend.gone() from None
             headers = {name: answer.headers[name] for name in PASSED_BACK if name in answer.headers}
             kind = answer.headers.get("content-type", "")
-            await StreamingResponse(self._content(answer, kind), answer.status_code, headers, kind).stream_response(send)
+            content = self._events(answer) if kind.startswith("text/event-stream") else answer.aiter_raw()
+            await StreamingResponse(content, answer.status_code, headers, kind).stream_response(send)
 
-    async def _content(self, answer: httpx.Response, kind: str) -> AsyncIterator[bytes]:
+    async def _events(self, answer: httpx.Response) -> AsyncIterator[bytes]:
+        """Yield the events of a stream. If the backend dies, the last events are an error as the client of the path expects."""
+        passing: Passing = ResponseEvents() if self._request.url.path == RESPONSES else Chunks()
         try:
             async for chunk in answer.aiter_raw():
-                yield chunk
+                if events := passing.push(chunk):
+                    yield events
         except httpx.HTTPError:
-            if not kind.startswith("text/event-stream"):
-                raise
-            yield event(self._backend.gone().body) + DONE
+            yield passing.end(self._backend.gone())
 
 
 def create_front(backends: Backends, *, api_key: str | None = None) -> FastAPI:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -134,6 +134,18 @@ class Output:
         return ended + self.items[-1].begin()
 
 
+def response_event(event: Mapping[str, Any], number: int) -> bytes:
+    """Return a server-sent event of a stream; `number` counts the events of the stream."""
+    return b"event: " + event["type"].encode() + b"\ndata: " + encode({**event, "sequence_number": number}) + b"\n\n"
+
+
+def failed_response(response: Mapping[str, Any], error: ApiError) -> dict[str, Any]:
+    """Return the event that ends the stream of a response with an error."""
+    code = "server_error" if error.status >= 500 else "invalid_prompt"
+    told = {"code": code, "message": error.body["error"]["message"]}
+    return {"type": "response.failed", "response": {**response, "status": "failed", "error": told}}
+
+
 @dataclass
 class GrowingResponse:
     """A response as it grows."""
@@ -159,7 +171,7 @@ class GrowingResponse:
             nonlocal number
             data = b""
             for each in events:
-                data += b"event: " + each["type"].encode() + b"\ndata: " + encode({**each, "sequence_number": number}) + b"\n\n"
+                data += response_event(each, number)
                 number += 1
             return data
 
@@ -171,10 +183,7 @@ class GrowingResponse:
         except Exception as error:
             if not isinstance(error, ApiError):
                 log.exception("Request %s failed.", self.answer.id)
-            body = api_error(error).body["error"]
-            code = "server_error" if api_error(error).status >= 500 else "invalid_prompt"
-            failed = self._as_dict("failed") | {"error": {"code": code, "message": body["message"]}}
-            yield numbered({"type": "response.failed", "response": failed})
+            yield numbered(failed_response(self._as_dict("failed"), api_error(error)))
             return
         yield numbered({"type": f"response.{self._status}", "response": self._as_dict(self._status)})
 
