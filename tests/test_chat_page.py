@@ -139,6 +139,8 @@ def test_on_a_phone_each_answer_stands_below_the_name_of_its_engine(tmp_path: Pa
 MARKDOWN = """# Title
 Some **bold** and *soft* `a<b>` text, <script>window.hit = 1</script> <img src=x onerror="window.hit = 1">
 
+**bold with *soft* inside**, *soft with **bold** inside*, **at the *end***, ***both***, 2 * 3 * 4, **open *and `**`
+
 - one
   - inner [good](https://example.org/a)
 - [bad](javascript:window.hit=1)
@@ -176,6 +178,8 @@ def test_markdown_of_an_answer_becomes_nodes_and_its_scripts_stay_text() -> None
     for part in (
         "<h3>Title</h3>",
         "<strong>bold</strong> and <em>soft</em> <code>a&lt;b&gt;</code>",
+        "<p><strong>bold with <em>soft</em> inside</strong>, <em>soft with <strong>bold</strong> inside</em>, "
+        "<strong>at the <em>end</em></strong>, <strong><em>both</em></strong>, 2 * 3 * 4, **open *and <code>**</code></p>",
         "&lt;script&gt;window.hit = 1&lt;/script&gt;",
         "<li>one<ul><li>inner <a ",
         "<li>[bad](javascript:window.hit=1)</li></ul>",
