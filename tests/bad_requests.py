@@ -136,7 +136,8 @@ ONLY: dict[str, dict[str, list[Any]]] = {
         "text": [5, {"format": {"type": "text", "unknown": "x" * (1 << 20)}}],
         "chat_template_kwargs": [5, {"a": "x" * (1 << 22)}, {"a": ["<"] * (1 << 16)}, {"a": [1] * (1 << 19)}],
     },
-    TOKENIZE: {"prompt": [None, 5, ["a"]], "messages": [[{"role": "user", "content": "x"}], 5], "add_special_tokens": [1]},
+    TOKENIZE: {"prompt": [None, 5, ["a"], "x" * ((1 << 20) + 1)],
+               "messages": [[{"role": "user", "content": "x"}], 5], "add_special_tokens": [1]},
     DETOKENIZE: {"tokens": [None, [-1], [VOCABULARY * 10], ["a"], [1.5], 5, [True]]},
 }  # fmt: skip
 JSON = {"content-type": "application/json"}

@@ -15,6 +15,9 @@ from common.serve.model import ServedModel
 from common.serve.protocol import DetokenizeRequest, TokenizeRequest
 from common.serve.serving import Serving, json_response, read
 
+MAX_CHARACTERS = 1 << 20
+"""Of a prompt or of messages. The answer lists each token, and Python's lock is held while it becomes JSON."""
+
 router = APIRouter()
 
 
@@ -27,6 +30,10 @@ async def tokenize(http: HttpRequest) -> Response:
 def tokens_of(model: ServedModel, body: TokenizeRequest) -> dict[str, Any]:
     """Count tokens also of a prompt that is longer than the context: clients ask this to shorten it."""
     expect((body.prompt is None) != (body.messages is None), "Give either prompt, a text, or messages, a conversation.")
+    contents = [each.get("content") for each in body.messages or ()]
+    name, texts = ("messages", map(str, contents)) if body.prompt is None else ("prompt", [body.prompt])
+    characters = sum(map(len, texts))
+    expect(characters <= MAX_CHARACTERS, f"{name} may have {MAX_CHARACTERS} characters here, got {characters}.", name)
     if body.prompt is not None:
         tokens = list(model.encode(body.prompt, body.add_special_tokens, checked=False))
     else:
