@@ -30,13 +30,13 @@ STATS_PATIENCE_S = 2.0
 PAGE = Path(__file__).with_name("page.html")
 VERSION = version("tandem-infer")
 UNKNOWN = {404: "There is nothing at this path; a client's base URL ends in v1.", 405: "This path does not take this method."}
-"""What Starlette says in two words."""
+"""Status → message in place of Starlette's."""
 OFFERED_WITH = {
     "/reset_prefix_cache": "--admin",
     "/start_profile": "--admin and --profile-dir",
     "/stop_profile": "--admin and --profile-dir",
 }
-"""Paths → the options without which they are not there."""
+"""Path → the options that enable it."""
 STARTED = int(time.time())
 
 router = APIRouter()
@@ -62,8 +62,9 @@ def card(model: ServedModel, name: str) -> dict[str, Any]:
 
 @router.get("/health")
 async def health(http: HttpRequest) -> Response:
-    """200 while the step loop lives and moves, of an engine with replicas that of one of each kind; the answer tells of each.
-    What may get well by itself, for a replica loads, brings a `Retry-After`; nothing else does."""
+    """Return 200 while the step loop makes progress; with replicas, that of one replica of each kind, and list all replicas.
+
+    A failure that can end by itself, because a replica loads, has a `Retry-After` header. Other failures have none."""
     serving = Serving.of(http)
     if serving.worker.hopeless:
         raise ApiError(503, "No engine is left.")
@@ -85,7 +86,7 @@ async def tell_version() -> Response:
 
 @router.get("/metrics")
 async def metrics(http: HttpRequest) -> Response:
-    """The statistics of the engine, which it gives between two steps. During a long step they are the last known ones."""
+    """Return the statistics of the engine, which reports them between two steps; during a long step, the last known ones."""
     serving = Serving.of(http)
     stats, age_s = await serving.worker.stats(STATS_PATIENCE_S)
     return Response(serving.metrics.text(stats, age_s), media_type="text/plain; version=0.0.4")
@@ -107,7 +108,7 @@ async def reset_prefix_cache(http: HttpRequest) -> Response:
 
 
 def profile_routes(serving: Serving, profiler: Profiler) -> APIRouter:
-    """Routes of a server that was told where profiles go."""
+    """Return the routes of a server with a folder for profiles."""
     router = APIRouter()
 
     @router.post("/start_profile")

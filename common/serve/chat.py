@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions`: a conversation, answered by the model's own chat template."""
+"""`POST /v1/chat/completions`: chats, with the chat template of the model."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def chat_prompt(model: ServedModel, body: ChatRequest) -> Prompt:
 
 @dataclass
 class Choice:
-    """One answer as it grows."""
+    """One choice of an answer while its tokens arrive."""
 
     answer: Answer
     index: int
@@ -82,7 +82,7 @@ class Choice:
     stop_reason: int | str | None = None
 
     def push(self, piece: Piece) -> list[dict[str, Any]]:
-        """The chunks that a piece makes: the first comes with one that tells the role."""
+        """Return the chunks of a piece. A chunk with the role precedes the first."""
         delta = piece.delta
         self.answer.completion_tokens += len(delta.token_ids)
         finish, text, thought, calls = delta.finish_reason, delta.text, "", list[dict[str, Any]]()

@@ -1,4 +1,4 @@
-"""The server's command line: what it is told, who listens, and how it ends."""
+"""The server's command line, its socket, and its end."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ from common.weights.zoo import resolve
 
 log = logging.getLogger("common.serve.main")
 SAME_S = 0.1
-"""In which a second Ctrl-C is the first: a launcher that hears it too passes it on."""
+"""Interval within which a second SIGINT counts as the first: a launcher may pass it on."""
 FAILED_DRAIN_S = 2
-"""In which requests can be told that there is no engine left."""
+"""Time for requests to get the error that no engine is left."""
 TELL_S = 5.0
-"""Between two lines that say how far loading has come."""
+"""Interval between two log lines about the progress of loading."""
 ANY_REQUEST: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": ["x-request-id"]}
-"""What a page of an allowed origin may send and read."""
+"""Methods and headers for pages of an allowed origin."""
 TOLD_BY_THE_FRONT = (log.name, "common.serve.guard")
-"""Loggers that say what concerns all backends: of each HTTP request that it was answered, and of the server that it ends."""
+"""Loggers of each HTTP request and of the end of the server, which the front writes for all backends."""
 
 
 def make_parser(prog: str = "python -m common.serve") -> argparse.ArgumentParser:
@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse(make_parser(), given)
         configure_logging(options.log_json, options.backend if options.uds else None)
-        with heeding_sigterm():  # whoever is told to end while it loads takes its backends with it
+        with heeding_sigterm():  # SIGTERM during loading also ends the backends
             if options.uds:
                 die_with_parent()  # where that is killed, even while this process is stopped or hangs
                 threading.Thread(target=end_with_parent, daemon=True).start()  # where that ends in order
@@ -177,15 +177,15 @@ def serve(options: argparse.Namespace, given: Sequence[str], listener: socket.so
 
 
 class Server(uvicorn.Server):
-    """Says that it ends when it begins to; told by a second Ctrl-C, it is gone at once. Where nothing that computes is left it
-    ends too: whoever has started it may start it again."""
+    """Logs the beginning of its end. A second SIGINT ends the process at once. The server also ends if no engine is left, so
+    that a supervisor can restart it."""
 
     def __init__(self, config: uvicorn.Config, engines: Worker | Backends) -> None:
         super().__init__(config)
         self._engines = engines
         self._backends = engines if isinstance(engines, Backends) else None
         self.failed = False
-        """Whether it ends for that."""
+        """Whether the server ends because no engine is left."""
         self._told = -SAME_S
 
     async def on_tick(self, counter: int) -> bool:
@@ -288,7 +288,7 @@ def model_name(options: argparse.Namespace) -> str:
 
 
 def listen(options: argparse.Namespace) -> socket.socket:
-    """The socket, bound before anything takes time. Whoever connects is turned away until the server is ready."""
+    """Return the socket, bound before the model loads. Connections are refused until the server is ready."""
     family = socket.AF_UNIX if options.uds else socket.AF_INET6 if ":" in options.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -303,17 +303,17 @@ def listen(options: argparse.Namespace) -> socket.socket:
 
 
 def api_key(options: argparse.Namespace) -> str | None:
-    """None asks for none."""
+    """Return the key of the server; None: requests need no key."""
     key: str | None = os.environ.get("TANDEM_API_KEY") if options.api_key is None else options.api_key
     if options.uds:
-        return key or None  # a front asks for it, and gives its backends none
+        return key or None  # the front checks the key; its backends have none
     expect_config(key != "", "The API key is empty; give one, or leave out --api-key and $TANDEM_API_KEY to ask for none.")
     return key
 
 
 def end_with_parent() -> None:
-    """Wait until whoever started this process has closed its standard input, and end as if told to."""
-    while os.read(sys.stdin.fileno(), 4096):  # not by Python's buffer, whose lock a thread may not hold as Python ends
+    """Wait until the parent process has closed standard input, then end as after SIGTERM."""
+    while os.read(sys.stdin.fileno(), 4096):  # not `sys.stdin.read`: a thread must not hold its lock while Python ends
         pass
     os.kill(os.getpid(), signal.SIGTERM)
 

@@ -1,4 +1,4 @@
-"""The host work that one HTTP request may ask for. Limits on single fields do not bound it: fields multiply.
+"""The cost of one HTTP request in host work. Limits on single fields do not bound it, because fields multiply.
 
 A unit of work is about 0.1 µs of one core. Two sums are bounded, each by `MAX_UNITS`, which is about 0.1 s:
 
@@ -61,7 +61,7 @@ def sampling_units(params: SamplingParams, prompts: Sequence[int]) -> dict[str, 
 
 
 def expect_affordable(params: SamplingParams, prompts: Sequence[int]) -> None:
-    """Raise `RequestError`, with the numbers, for a request that asks for more than `MAX_UNITS`."""
+    """Raise `RequestError`, with the numbers, for a request that costs more than `MAX_UNITS`."""
     units = sampling_units(params, prompts)
     total, most = sum(units.values()), max(units, key=units.__getitem__)
     if total > MAX_UNITS:

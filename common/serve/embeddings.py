@@ -1,4 +1,4 @@
-"""`POST /v1/embeddings`: where texts lie, as OpenAI's clients ask it."""
+"""`POST /v1/embeddings`: OpenAI's embeddings."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def embeddings(http: HttpRequest) -> Response:
     try:
         pooled = await unless_left(http.receive, embed(serving, tokens, body.pooling))
         ended = "stop"
-    except ApiError:  # its reader has left, or the engine has
+    except ApiError:  # the client has disconnected, or the engine has ended
         ended = "abort"
         raise
     except RequestError:

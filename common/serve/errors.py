@@ -1,4 +1,4 @@
-"""What a client is told when something goes wrong: OpenAI's error body, and nothing about this machine."""
+"""Errors as clients get them: OpenAI's error body, without facts about this machine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NAMES = {
     504: "GatewayTimeoutError",
 }
 MAX_MESSAGE = 500
-"""Characters: messages quote what came, and what came may be long."""
+"""Characters. Messages quote the request, which may be long."""
 PRIVATE = re.compile(
     r"0x[0-9a-f]{6,}|(?<![\w.:/])/(?!v1/)[\w.-]+/[\w./-]*|\bTraceback\b.*|\b[A-Za-z]:\\[\w.\\-]*", re.IGNORECASE | re.DOTALL
 )
@@ -78,7 +78,7 @@ def engine_gone() -> ApiError:
 
 
 def api_error(error: Exception) -> ApiError:
-    """How an exception is answered."""
+    """Return the answer to an exception."""
     match error:
         case ApiError():
             return error

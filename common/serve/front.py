@@ -1,4 +1,4 @@
-"""Several backends behind one address: a server process for each, and a path from here to them by the name of the model."""
+"""The front: one address for several backends. It starts a server process for each and routes requests by model name."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ from common.serve.serving import json_response, read_bytes, unless_left
 
 POLL_S = 0.1
 LOOK_S = 1.0
-"""Between two looks at whether a backend is well, and what it may take to say so."""
+"""Interval between two health checks of a backend, and the timeout of one check."""
 PATIENCE_S = 5.0
-"""For an answer that takes no computing, and for a process to end after it was asked to."""
+"""Timeout of a request that needs no computation, and of the end of a process after its standard input is closed."""
 PASSED_ON = ("content-type", "accept", "x-request-id", "traceparent")
 PASSED_BACK = ("cache-control", "retry-after", "x-should-retry")
 """Headers, beside the content type."""
@@ -56,8 +56,9 @@ router.get("/version")(tell_version)
 
 @dataclass(eq=False)
 class Backend:
-    """One server process, reached by a socket in a folder that is only ours, and started again when it has ended. One that is
-    stopped, or hangs, is ended."""
+    """One server process, which listens on a socket in a private folder.
+
+    `keep` restarts a process that has ended. `watch` kills a process that is stopped or does not respond."""
 
     name: str
     models: Sequence[str]
@@ -68,7 +69,7 @@ class Backend:
     keeping: Sequence[asyncio.Task[None]] = ()
     given_up: bool = False
     served: bool = True
-    """Whether the process has taken connections since its start."""
+    """Whether the process has accepted connections since its start."""
 
     def __post_init__(self) -> None:
         self.start()
@@ -79,7 +80,7 @@ class Backend:
 
     @property
     def accepts(self) -> bool:
-        """Whether it lives and is ready."""
+        """Whether the process runs and accepts connections."""
         return self.process.poll() is None and accepts(self.path)
 
     @property
@@ -88,8 +89,8 @@ class Backend:
         return self.served and self.process.poll() is None
 
     async def keep(self) -> None:
-        """Start it again whenever it has ended, and give it up when it has so often in a row before it served: as replicas
-        are kept (`common.replicas.keeper`)."""
+        """Restart the process whenever it has ended. Stop after `ATTEMPTS` starts in a row that did not become ready, as with
+        replicas (`common.replicas.keeper`)."""
         failures = 0
         while not self.given_up:
             while self.process.poll() is None:
@@ -106,10 +107,10 @@ class Backend:
                 self.start()
 
     async def watch(self) -> None:
-        """End it when it is stopped, silent, or not well for good, so that it is started again.
+        """Kill the process if it is stopped, does not respond, or reports a failure twice in a row. `keep` restarts it.
 
-        An answer over HTTP is a sign at second hand: it may come late from a process that has much to do. So a process whose
-        CPU time advances has more patience (`common.child.Silence`), and one bad answer is none."""
+        A process under load may answer late. So the timeout is longer for a process whose CPU time advances
+        (`common.child.Silence`)."""
         process = None
         while True:
             if process is not self.process:
@@ -122,7 +123,7 @@ class Backend:
                 answer = await self.client.get("/health", timeout=LOOK_S)
             except httpx.TimeoutException:
                 why, unwell = silence.go_on(LOOK_S), False
-            except httpx.HTTPError:  # it takes no connections: it loads, or has ended, or is stopped
+            except httpx.HTTPError:  # no connection: the process loads, has ended, or is stopped
                 why, unwell = absence.go_on(LOOK_S), False
                 silence.end()
             else:
@@ -135,7 +136,7 @@ class Backend:
                 process.kill()
 
     async def get(self, path: str) -> httpx.Response:
-        """Raises `ApiError` unless it answers, and with 200."""
+        """Send a GET request. Raises `ApiError` if the backend does not answer with 200."""
         try:
             answer = await self.client.get(path, timeout=PATIENCE_S)
         except httpx.HTTPError:
@@ -145,7 +146,7 @@ class Backend:
         return answer
 
     async def post(self, path: str) -> httpx.Response:
-        """Raises `ApiError` unless it answers, however long that takes."""
+        """Send a POST request without a timeout. Raises `ApiError` if the backend does not answer."""
         try:
             return await self.client.post(path)
         except httpx.HTTPError:
@@ -157,14 +158,16 @@ class Backend:
 
 @dataclass(frozen=True)
 class Backends:
-    """All of them, the first being the one that a request means which names no model."""
+    """All backends. The first one gets the requests that name no model."""
 
     folder: PrivateFolder
     each: list[Backend]
 
     @classmethod
     def start(cls, served: Mapping[str, Sequence[str]], given: Sequence[str]) -> Self:
-        """Start `backend → model names` with the command line `given`, and wait until all answer. Raises `BackendError`."""
+        """Start a process for each item of `backend → model names` with the command line `given`, and wait until all are ready.
+
+        Raises `BackendError` if one ends before."""
         self = cls(PrivateFolder.make(), [])
         try:
             for backend, models in served.items():
@@ -189,13 +192,13 @@ class Backends:
         raise BackendError(f"The server of the {backend.name} engine ended with exit code {backend.process.returncode}.")
 
     def keep(self) -> None:
-        """Watch over all, on the running event loop, until `restart_no_more`."""
+        """Supervise all processes, on the running event loop, until `restart_no_more`."""
         for backend in self.each:
             backend.keeping = [asyncio.create_task(backend.keep()), asyncio.create_task(backend.watch())]
 
     @property
     def hopeless(self) -> bool:
-        """Whether all are given up."""
+        """Whether no backend will be restarted."""
         return all(backend.given_up for backend in self.each)
 
     def restart_no_more(self) -> None:
@@ -204,13 +207,13 @@ class Backends:
                 task.cancel()
 
     def kill(self) -> None:
-        """End all at once."""
+        """Kill all processes."""
         for backend in self.each:
             backend.process.kill()
         self.folder.remove()
 
     async def get(self, path: str) -> list[httpx.Response]:
-        """The answers of those that answer. Raises `ApiError` if none does."""
+        """Return the answers of the backends that answer. Raises `ApiError` if none does."""
         answers = await asyncio.gather(*(backend.get(path) for backend in self.each), return_exceptions=True)
         errors = [answer for answer in answers if isinstance(answer, BaseException)]
         if len(errors) == len(answers):
@@ -218,7 +221,7 @@ class Backends:
         return [answer for answer in answers if isinstance(answer, httpx.Response)]
 
     def stop(self) -> None:
-        """Ask all to end, wait, and insist."""
+        """Ask all processes to end, wait, and kill those that remain."""
         for backend in self.each:
             if backend.process.stdin is not None:
                 backend.process.stdin.close()
@@ -231,7 +234,7 @@ class Backends:
         self.folder.remove()
 
     def by_model(self, name: str | None) -> Backend:
-        """The backend that `model@backend` names. A plain name, or none, means the first that serves."""
+        """Return the backend that `model@backend` names. A plain name or None selects the first backend that is ready."""
         named = [backend for backend in self.each if name is None or name in backend.models]
         if named:
             return next((backend for backend in named if backend.lives), named[0])
@@ -245,15 +248,15 @@ class Backends:
 
 
 def accepts(path: Path) -> bool:
-    """Whether anybody takes connections at a socket of the file system."""
+    """Whether a process accepts connections at a socket of the file system."""
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.setblocking(False)  # one whose queue is full does not take them
+        connection.setblocking(False)  # a socket whose queue is full does not accept
         return connection.connect_ex(str(path)) == 0
 
 
 @router.get("/v1/models")
 async def models(http: HttpRequest) -> Response:
-    """Those of the backends that live."""
+    """List the models of the backends that run."""
     answers = [answer.json() for answer in await Backends.of(http).get("/v1/models")]
     first = {model["id"]: model for answer in reversed(answers) for model in answer["data"]}
     ids = dict.fromkeys(model["id"] for answer in answers for model in answer["data"])
@@ -267,7 +270,7 @@ async def one_model(http: HttpRequest, name: str) -> Response:
 
 @router.get("/health")
 async def health(http: HttpRequest) -> Response:
-    """200 while all are well."""
+    """Return 200 while all backends do."""
     for backend in Backends.of(http).each:
         await backend.get("/health")
     return Response()
@@ -275,7 +278,7 @@ async def health(http: HttpRequest) -> Response:
 
 @router.get("/metrics")
 async def metrics(http: HttpRequest) -> Response:
-    """Those of all that answer; the label `engine` tells them apart."""
+    """Return the metrics of all backends that answer, with the label `engine`."""
     backends = Backends.of(http)
     texts = [answer.text for answer in await backends.get("/metrics")]
     registry = CollectorRegistry()
@@ -287,7 +290,7 @@ async def metrics(http: HttpRequest) -> Response:
 
 
 async def all_backends(http: HttpRequest) -> Response:
-    """What an operator asks of every backend, or of the one that `?model=` names: what each says, by its name."""
+    """Pass an operator's request to every backend, or to the one that `?model=` names. Return the answers by backend."""
     backends, name = Backends.of(http), http.query_params.get("model")
     asked = backends.each if name is None else [backends.by_model(name)]
     answers = await asyncio.gather(*(backend.post(http.url.path) for backend in asked))
@@ -304,7 +307,7 @@ for path in OFFERED_WITH:
 
 
 class Named(Body):
-    """As much of a body as says where it belongs."""
+    """The part of a body that routes it."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -325,7 +328,7 @@ class _Merged(Collector):
 
 @router.api_route("/{path:path}", methods=["GET", "POST"])
 async def pass_on(http: HttpRequest) -> Response:
-    """Everything else goes to the backend that serves the model, as it is, but for the body of a GET, which nobody reads."""
+    """Pass any other request to the backend of its model, unchanged. The body of a GET is dropped."""
     has_body = "transfer-encoding" in http.headers or http.headers.get("content-length", "0") != "0"
     data = await read_bytes(http) if has_body and http.method == "POST" else b""
     name = (await asyncio.to_thread(parse, Named, data)).model if data else http.query_params.get("model")
@@ -339,7 +342,9 @@ async def pass_on(http: HttpRequest) -> Response:
 
 
 class Passed(Response):
-    """An answer of a backend as it comes. When its reader leaves, so do we, at which the backend stops computing it."""
+    """The answer of a backend, passed on as it arrives.
+
+    If the client disconnects, the connection to the backend is closed, and the backend aborts the request."""
 
     def __init__(self, request: httpx.Request, backend: Backend) -> None:
         super().__init__()
@@ -356,12 +361,12 @@ class Passed(Response):
         try:
             await unless_left(receive, self._pass(noted))
         except ApiError:
-            if not begun:  # else there is nobody to tell
+            if not begun:  # else the status has been sent
                 raise
 
     async def _pass(self, send: Send) -> None:
-        # On a connection of its own, which ends with it. A pool that others use, too, loses sight of one whose request is
-        # cancelled before its first byte, and keeps it open for ever.
+        # Each request has a connection of its own. A shared pool never closes a connection whose request is cancelled before
+        # its first byte.
         async with httpx.AsyncHTTPTransport(uds=str(self._backend.path), verify=False) as transport:  # no TLS, no certificates
             try:
                 answer = await transport.handle_async_request(self._request)
@@ -384,7 +389,7 @@ class Passed(Response):
 
 
 def create_front(backends: Backends, *, api_key: str | None = None) -> FastAPI:
-    """The application. It starts backends again that end before it does."""
+    """Return the application. It restarts backends that end before it does."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -1,4 +1,4 @@
-"""What happens to every HTTP request before and after its route: an id, the key, the last word on errors, one line of log."""
+"""Middleware around every HTTP request: its id, the check of the key, the handling of errors, and one line of log."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ class Guard:
             if status:
                 raise
             await error_response(api_error(error))(scope, receive, labelled)
-        except asyncio.CancelledError:  # by the server, which is told to end and has waited for this request in vain
+        except asyncio.CancelledError:  # by the server, whose drain has timed out
             told = "Ended unfinished: it outlasted --drain-s."
-            with suppress(asyncio.CancelledError):  # once more, where the client takes nothing
+            with suppress(asyncio.CancelledError):  # again, if the client reads nothing
                 if not status:
                     await error_response(outlasted())(scope, receive, labelled)
                 elif streams and not complete:

@@ -1,5 +1,4 @@
-"""HTTP below the application: what is none is answered as any other error, and nobody may take forever over a head, or never
-read an answer."""
+"""HTTP below the application: errors of the protocol get an answer, and clients have timeouts for sending and for reading."""
 
 from __future__ import annotations
 
@@ -13,13 +12,13 @@ from common.serve.errors import ApiError
 from common.serve.serving import encode
 
 HEAD_PATIENCE_S = 30.0
-"""For the lines before a body, from the first byte of the connection or of its next request."""
+"""Timeout of the head of a request, from the first byte of the connection or of its next request."""
 
 READ_PATIENCE_S = 60.0
-"""For a client to take anything at all of an answer that is ready for it."""
+"""Timeout of a client that reads nothing of an answer that is ready."""
 
 PROBE_S = 0.2
-"""Between two probes of a client that sends no more."""
+"""Interval between two probes of a client that has closed its side."""
 
 
 class Http(H11Protocol):
@@ -32,7 +31,7 @@ class Http(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=0)  # whatever waits for a reader is to be noticed
+        transport.set_write_buffer_limits(high=0)  # so that any unread byte calls `pause_writing`
         self._expect_head(True)
 
     def data_received(self, data: bytes) -> None:
@@ -78,8 +77,8 @@ class Http(H11Protocol):
         self._expect_reader(False)
 
     def _expect_reader(self, expected: bool, left: int = -1) -> None:
-        """Whether bytes wait to be taken. If as many do as before, `left`, the client is hung up on, and with that its requests
-        are aborted."""
+        """Start or stop the timeout of unread bytes. If as many bytes as before, `left`, are unread at its end, close the
+        connection, which aborts the requests of the client."""
         if self._hanging_up is not None:
             self._hanging_up.cancel()
             self._hanging_up = None
@@ -87,12 +86,12 @@ class Http(H11Protocol):
             return
         waiting = self.transport.get_write_buffer_size()
         if waiting == left:
-            self.transport.abort()  # to close it would be to wait for the reader
+            self.transport.abort()  # `close` would wait for the client to read
         else:
             self._hanging_up = self.loop.call_later(READ_PATIENCE_S, self._expect_reader, True, waiting)
 
     def _expect_head(self, expected: bool) -> None:
-        """Whether a head has begun, or is due on a new connection, and has not ended."""
+        """Start or stop the timeout of a head that has begun, or that is due on a new connection."""
         if expected and self._giving_up is None:
             late = ApiError(408, "The head of the request did not come in time.")
             self._giving_up = self.loop.call_later(HEAD_PATIENCE_S, self._refuse, late)
@@ -101,7 +100,7 @@ class Http(H11Protocol):
             self._giving_up = None
 
     def send_400_response(self, msg: str) -> None:
-        """Called where h11 has raised."""
+        """Answer an error of h11, which is the current exception."""
         error = sys.exception()
         hint = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
         self._refuse(ApiError(hint, f"This is not HTTP as this server reads it: {error or msg}."))

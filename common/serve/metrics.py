@@ -54,7 +54,7 @@ class _Clock:
 
 
 class Metrics:
-    """Fed by the worker, a step at a time."""
+    """The metrics of the server. The worker updates them once a step."""
 
     def __init__(self, model_name: str, engine: str) -> None:
         self._labels = {"model_name": model_name, "engine": engine}
@@ -101,7 +101,7 @@ class Metrics:
         request = call.requests[piece.number]
         clock = self._clocks.get(request.request_id)
         if clock is None:
-            return  # its reader has left
+            return  # its client has disconnected
         if piece.delta.token_ids:
             if clock.first is None:
                 clock.first = piece.event.time
@@ -179,7 +179,7 @@ class _Stats(Collector):
         yield from self._by_replica()
 
     def _by_replica(self) -> Iterator[Metric]:
-        """What stands behind the sums of an engine with replicas, by names of their own: who adds up a name counts once."""
+        """The metrics of each replica. Their names differ from the sums, so that a query over a name counts once."""
         replicas = self._stats.get("replicas", ())
         if not replicas:
             return

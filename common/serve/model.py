@@ -1,4 +1,4 @@
-"""The model that is served, as far as HTTP is concerned: its names, its text, its limits. Everything here may take time."""
+"""The model that is served: its names, its text and its limits. Every call here may take time."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from common.text.tool_prompt import with_tools
 from common.weights.checkpoint import Checkpoint
 
 NORMALIZED = 4
-"""A text may become this many times shorter before it is cut into tokens (NFC)."""
+"""Factor by which normalization (NFC) may shorten a text."""
 
 
 class Prompt(NamedTuple):
-    """What a model is to continue."""
+    """A prompt."""
 
     text: str | None
-    """None where it came as token ids, or only a part of it is left."""
+    """None if the request has token ids, or if the text was truncated."""
     token_ids: Sequence[int]
 
 
@@ -38,7 +38,7 @@ class ServedModel:
     """Calls that take time proportional to their input belong on a thread that is not the event loop's."""
 
     names: tuple[str, ...]
-    """The first is the one that answers carry."""
+    """Answers have the first."""
     root: Path
     tokenizer: Tokenizer
     template: ChatTemplate | None
@@ -92,7 +92,7 @@ class ServedModel:
             self.template.close()
 
     def check_name(self, name: str | None) -> None:
-        """A request that names no model means the only one."""
+        """Raise `ApiError` for another name. None selects the model."""
         if name is not None and name not in self.names:
             raise ApiError(404, f"The model {quoted(name)} does not exist; served here: {', '.join(self.names)}.", "model")
 

@@ -1,4 +1,4 @@
-"""What requests may hold, by the names that OpenAI and vLLM give it. Whatever else they hold is ignored, and logged once."""
+"""The bodies of requests, with the field names of OpenAI and vLLM. Unknown fields are ignored, and logged once."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ StopTexts = Annotated[
     BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
     WithJsonSchema({"anyOf": [STOP_TEXT, {"type": "array", "maxItems": 64, "items": STOP_TEXT}]}),
 ]
-"""One text is a list of one: an error then says which text it is, and nothing of kinds."""
+"""A single text becomes a list of one, so that an error names an item and no union of types."""
 TOKENS: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
 TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
 TEXTS: dict[str, Any] = {"type": "array", "minItems": 1, "items": TEXT}
@@ -81,7 +81,7 @@ NEUTRAL: dict[str, Any] = {
     "tool_choice": "auto",
     "parallel_tool_calls": True,
 }
-"""Values that ask for nothing: clients send them whether or not a server knows the name."""
+"""Values that change nothing. Clients also send them to servers that do not know the field."""
 SAMPLING = (
     "temperature", "top_k", "top_p", "min_p", "seed", "min_tokens", "stop", "stop_token_ids", "ignore_eos",
     "include_stop_str_in_output", "skip_special_tokens", "presence_penalty", "frequency_penalty", "repetition_penalty",
@@ -96,7 +96,7 @@ _ignored: set[str] = set()
 
 
 class Body(BaseModel):
-    """Strict: no number is made of a text, no text of a number."""
+    """A body. It is strict: texts and numbers are not converted to each other."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -106,9 +106,9 @@ class Body(BaseModel):
         """Raise for combinations that can never be served."""
 
     def settle(self) -> None:
-        """What takes time: called once, on a thread. Logs the fields that mean nothing here, each name once."""
+        """Do the part of validation that takes time; called once, on a thread. Log each unknown field once."""
         for name in self.model_extra or {}:
-            shown = name[:80]  # what a client calls its fields may be as long as a body, and is kept for ever
+            shown = name[:80]  # names may be as long as a body, and stay in memory
             if shown not in _ignored and len(_ignored) < MAX_IGNORED:
                 _ignored.add(shown)
                 log.warning("Requests bring a field %r, which is ignored.", shown)
@@ -120,7 +120,7 @@ class StreamOptions(Body):
 
 
 class Sampled(Body):
-    """What both kinds of completion share."""
+    """The fields that completions and chats share."""
 
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -189,11 +189,11 @@ class Sampled(Body):
 
     @property
     def format(self) -> str | None:
-        """The field that asks for a format, where one does."""
+        """The field that sets the format of the output, or None."""
         return self._format
 
     def formats(self) -> dict[str, dict[str, Any] | None]:
-        """What the output is to be, by the name of the field that asks for it."""
+        """Return field → the format that it sets."""
         guided = {f"guided_{kind}": kind for kind in ("json", "regex", "choice", "grammar")}
         given = {name: value for name, value in (self.structured_outputs or {}).items() if value is not None}
         return {
@@ -228,7 +228,7 @@ class Sampled(Body):
         )
 
     def request_fields(self, arrival: float) -> dict[str, Any]:
-        """Those of `Request` that this one sets."""
+        """Return the fields of `Request` that this body sets."""
         asked = {name: getattr(self, name) for name in REQUEST}
         if self.deadline is not None:
             asked["deadline"] = arrival + self.deadline
@@ -269,7 +269,7 @@ class CompletionRequest(Sampled):
 
     @property
     def prompt_only(self) -> bool:
-        """`echo` with no output asked for: one token is computed, for the engine gives at least one, and not shown."""
+        """Whether the answer is the prompt only (`echo` with max_tokens=0). The engine computes one token, which is dropped."""
         return bool(self.echo) and self.max_tokens == 0
 
     def check(self) -> None:
@@ -290,7 +290,7 @@ class CompletionRequest(Sampled):
 class ChatRequest(Sampled):
     messages: Messages
     max_completion_tokens: Annotated[int, Field(ge=1), WHOLE] | None = None
-    """Wins over max_tokens; with neither the context is filled."""
+    """Takes precedence over max_tokens. With neither, the output may fill the context."""
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS), WHOLE] | None = None
     tools: Annotated[list[Tool], Field(max_length=1024)] | None = None
@@ -329,7 +329,7 @@ class ChatRequest(Sampled):
         return super().formats() | {"tool_choice": self.enforced_call()}
 
     def enforced_call(self) -> dict[str, Any] | None:
-        """The format of a call of a tool, where there has to be one."""
+        """Return the format of a tool call if `tool_choice` requires one, or None."""
         functions = {tool.function.name: tool.function.parameters for tool in self.tools or ()}
         match self.tool_choice:
             case None | "auto" | "none":
@@ -363,7 +363,7 @@ class EmbeddingRequest(Body):
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Whole | None = None
     pooling: Pooling = "last"
-    """Of the final states: the last token's, or the mean of all tokens'. OpenAI has no name for it; vLLM takes the last."""
+    """Of the final states: that of the last token, as in vLLM, or the mean of all tokens. OpenAI has no such field."""
     normalize: bool | None = None
     add_special_tokens: bool = True
     truncate_prompt_tokens: Annotated[int, Field(ge=-1), WHOLE] | None = None
@@ -428,7 +428,7 @@ B = TypeVar("B", bound=Body)
 
 
 def parse(kind: type[B], data: bytes) -> B:
-    """Read a body. Raises `ApiError` that names the first field that is wrong, `RequestError` for one that is too much."""
+    """Parse a body. Raises `ApiError` that names the first invalid field, and `RequestError` for a body with too many parts."""
     expect_parsable([data])
     try:
         body = kind.model_validate_json(data)
@@ -461,7 +461,7 @@ def several(prompt: Any) -> bool:
 
 
 def supported(asked: Mapping[str, Any], kind: type[Any]) -> dict[str, Any]:
-    """Those fields of `asked` that `kind` has. Raises for one that it lacks, unless it asks for nothing."""
+    """Return the fields of `asked` that `kind` has. Raises `ApiError` for another field, unless its value is neutral."""
     known = {field.name for field in fields(kind)}
     for name, value in asked.items():
         if name not in known and value is not None and value != NEUTRAL.get(name):

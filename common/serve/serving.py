@@ -1,4 +1,4 @@
-"""From a parsed request to its answer: what completions and chat share."""
+"""From a parsed request to its answer: the part that completions, chat and responses share."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Serving:
     worker: Worker
     metrics: Metrics
     stall_s: float = 30.0
-    """A step that takes longer makes the server unhealthy, for which it may be ended."""
+    """Timeout of a step, after which `/health` reports a failure."""
     log_prompts: bool = False
     spans: Spans | None = None
 
@@ -59,7 +59,7 @@ class Serving:
 
 
 async def read(http: HttpRequest, kind: type[B]) -> B:
-    """The body of a request, parsed on a thread and checked, for the model that is served."""
+    """Return the body of a request, parsed on a thread, after its checks."""
     body = await asyncio.to_thread(parse, kind, await read_bytes(http))
     Serving.of(http).model.check_name(body.model)
     body.check()
@@ -67,7 +67,7 @@ async def read(http: HttpRequest, kind: type[B]) -> B:
 
 
 async def read_bytes(http: HttpRequest) -> bytes:
-    """The body of a request, bounded while it comes."""
+    """Return the body of a request. Its size is checked while it arrives."""
     if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "The body must be JSON: send Content-Type: application/json.")
     if "content-encoding" in http.headers:
@@ -111,11 +111,11 @@ class Answer:
     arrival: float
     created: int = field(default_factory=lambda: int(time.time()))
     completion_tokens: int = 0
-    """Those that were shown so far."""
+    """Tokens in the answer so far."""
     cached_tokens: int = 0
-    """Of the prompts', those that the prefix cache had, as far as it is known."""
+    """Prompt tokens that the prefix cache had, as far as known."""
     first_token: float | None = None
-    """When the host saw it."""
+    """Time at which the host got the first token."""
     finish_reasons: dict[int, str] = field(default_factory=dict)
     """By choice."""
 
@@ -171,7 +171,7 @@ class Answer:
         return {"id": self.id, "object": kind, "created": self.created, "model": name, "choices": choices, **more}
 
     async def pieces(self) -> AsyncIterator[list[Piece]]:
-        """What each step brings. Raises `ApiError` where a request fails."""
+        """Yield the pieces of each step. Raises `ApiError` if a request fails."""
         async for pieces in self.call:
             for piece in pieces:
                 self._note(piece)
@@ -217,7 +217,7 @@ class Answer:
             leave()
 
     async def _check_grammar(self, request: Request) -> None:
-        """Refuse what cannot be compiled, or cannot begin, while the answer may still say so."""
+        """Raise `ApiError` for a grammar that does not compile or allows no first token, before the status is sent."""
         if request.grammar is None:
             return
         try:
@@ -227,7 +227,7 @@ class Answer:
             raise ApiError(400, str(error), error.param or self.body.format) from None
 
     def _leave(self, http: HttpRequest) -> None:
-        """Whatever is not finished by now has lost its reader, or stood beside a choice that failed."""
+        """Abort the requests that have not finished: the client has disconnected, or another choice failed."""
         if self.call.left:
             self.serving.worker.abort(self.call)
         if self.serving.spans is not None:
@@ -300,7 +300,7 @@ def requests_of(
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events. However it ends, `leave` is called."""
+    """A stream of server-sent events. `leave` is called at its end, also after an error."""
 
     def __init__(self, events: AsyncIterator[bytes], leave: Callable[[], None]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -314,7 +314,7 @@ class EventStream(StreamingResponse):
 
 
 async def unless_left(receive: Receive, work: Awaitable[T]) -> T:
-    """`work`, given up as soon as the client closes the connection."""
+    """Return the result of `work`. If the client closes the connection first, cancel `work` and raise `ApiError`."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(left(receive))
     try:
@@ -335,18 +335,18 @@ async def left(receive: Receive) -> None:
 async def give_up(task: asyncio.Future[Any]) -> None:
     """Cancel a task unless it has ended, and wait until it has.
 
-    A timer cancels it: those run at a place in the loop's turn at which what a task awaits of a socket (anyio's, within httpx)
-    has either come or will not be told. Elsewhere it may come in between, which the loop logs as an error.
+    A timer cancels the task. Timers run at a point of the loop's iteration at which a socket read of anyio (within httpx) has
+    either completed or not begun. At another point the read may complete in between, which the loop logs as an error.
     """
     if not task.done():
-        asyncio.get_running_loop().call_later(0.001, task.cancel)  # 0 would be no timer
+        asyncio.get_running_loop().call_later(0.001, task.cancel)  # with 0 the loop makes no timer
         await asyncio.wait((task,))
     if not task.cancelled():
-        task.exception()  # taken note of: nobody else will
+        task.exception()  # else the loop logs it as never retrieved
 
 
 def check_end(delta: Delta) -> None:
-    """Raise for an end that is no answer."""
+    """Raise `ApiError` if a request ended without an answer."""
     match delta.finish:
         case Status.FINISHED_ERROR if delta.error is not None and delta.error.startswith(CANNOT_GO_ON):
             raise ApiError(400, delta.error)
@@ -355,12 +355,12 @@ def check_end(delta: Delta) -> None:
         case Status.FINISHED_ERROR:
             raise ApiError(500, delta.error or "The request failed.")
         case Status.FINISHED_TIMEOUT:
-            # OpenAI's clients would ask again what came too late, with the same deadline.
+            # Without the header OpenAI's clients retry with the same deadline.
             raise ApiError(504, "The request's deadline has passed.", headers={"x-should-retry": "false"})
 
 
 def encode(message: Any) -> bytes:
-    """As JSON. Half of a character, which JSON's escapes can spell and UTF-8 cannot, is "?"."""
+    """Return JSON. A lone surrogate, which UTF-8 cannot encode, becomes "?"."""
     return json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
 
 

@@ -1,4 +1,4 @@
-"""The thread that owns the engine. It steps, and between two steps does what others ask of it.
+"""The thread that owns the engine. It runs the steps, and executes orders between two steps.
 
 What a step brought reaches the event loop in one call, whatever the number of its tokens. Text is made here too, so that a stop
 string ends its request before the next step, as in `common.llm`.
@@ -51,7 +51,7 @@ class Call:
     left: int = field(init=False)
     """Requests that have not ended, as far as the reader has read."""
     aborted: bool = False
-    """Whether its client has left. Once true, it stays true; any thread may read it."""
+    """Whether the client has disconnected. It never becomes false again. Any thread may read it."""
     _arrived: asyncio.Queue[list[Piece] | ApiError] = field(default_factory=asyncio.Queue)
 
     def __post_init__(self) -> None:
@@ -109,7 +109,7 @@ class Worker:
         return self._ready.result()
 
     def start(self, observe: Observer | None = None) -> None:
-        """Bind it to the running event loop."""
+        """Bind the worker to the running event loop."""
         self._loop, self._observe = asyncio.get_running_loop(), observe
 
     @property
@@ -122,7 +122,7 @@ class Worker:
 
     @property
     def hopeless(self) -> bool:
-        """Whether nothing will ever be answered again: its thread steps no more, or all replicas of a part are given up."""
+        """Whether no request can be answered any more: the thread has ended, or no replica of a part will be restarted."""
         return self._dead or any(all(each.given_up for each in part) for part in self.parts)
 
     @property
@@ -150,7 +150,7 @@ class Worker:
         self._order(lambda engine: self._abort(engine, call))
 
     async def ask(self, question: Callable[[ServingEngine], T]) -> T:
-        """What `question` says of the engine between two steps."""
+        """Return the result of `question`, which is called with the engine between two steps."""
         answer: Future[T] = Future()
 
         def order(engine: ServingEngine | None) -> None:
@@ -267,7 +267,7 @@ class Worker:
         for event in events:
             live = self._live.get(event.request_id)
             if live is None:
-                continue  # ended here before, by a stop string or by its reader
+                continue  # already ended by a stop string or by the client
             delta = live.text.push(event)
             if delta.finish is not None:
                 del self._live[event.request_id]
