@@ -50,7 +50,7 @@ FLAGS = (
     *("--help", "--hydra-help", "--version", "--cfg", "--resolve", "--package", "--run", "--multirun", "--shell-completion"),
     *("--config-path", "--config-name", "--config-dir", "--experimental-rerun", "--info"),
 )
-"""What `--hydra-help` lists, which may be shortened; what --version tells is ours."""
+"""The flags of `--hydra-help`, which may be shortened. `--version` prints the version of this package."""
 WITH_VALUE = ("-c", "-p", "-i", "--c", "--p", "--i", "--e")
 """How those begin that a value follows: --cfg and --config-dir, --package, --info, --experimental-rerun."""
 
@@ -59,7 +59,8 @@ WITH_VALUE = ("-c", "-p", "-i", "--c", "--p", "--i", "--e")
 def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
     """Compose `configs/<config_name>.yaml` with the command line and run `task`.
 
-    What the user can mend ends the process with one message on stderr and exit code 2; a defect of ours with its traceback.
+    An error that the user can correct ends the process with one message on stderr and exit code 2. A defect
+    of the code prints its traceback.
     """
     replace_unprintable()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, where it would print and exit with 1
@@ -123,7 +124,7 @@ def report_on(config: DictConfig, result: Mapping[str, Any]) -> bool:
     """Write the report of a run, if it is wanted, and say where. Returns False if it is wanted and cannot be made."""
     if not config.report:
         return True
-    from experiments.report import make_report  # matplotlib, for which nobody else should wait
+    from experiments.report import make_report  # imports matplotlib, which takes long
 
     page = make_report(Path(result["run"]))
     if page:
@@ -146,8 +147,8 @@ def conclude(conditions: Sequence[Condition], result: Mapping[str, Any], reporte
     wrong = [f"float32 pass: {found}." for found in defects(result)] + [f"timed: {found}." for found in timed_defects(result)]
     held = [*wrong, *violations(conditions, result)]
     if failures := result["failures"]:
-        told = [str(EngineFailure(failure["message"], log=failure["log"])) for failure in failures.values()]
-        fail("\n".join(told + held), FAILURE)
+        failed = [str(EngineFailure(failure["message"], log=failure["log"])) for failure in failures.values()]
+        fail("\n".join(failed + held), FAILURE)
     if held:
         fail("\n".join(held), DEFECT if wrong else GATE)
     if unmeasured := result.get("unmeasured"):
@@ -217,7 +218,7 @@ def group_options(group: str) -> list[str]:
 
 
 def explain(error: BaseException) -> str:
-    """For people: what ours say, and of others one paragraph, with the nearest known name where one was misspelt."""
+    """Return the message of an error as one paragraph, with the nearest known name if a name is misspelled."""
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)

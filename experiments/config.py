@@ -139,7 +139,10 @@ def checked_label(label: Any, name: str) -> str:
 def expect_unique(labels: Sequence[str]) -> None:
     """Raises `ConfigError` where a given label is also another's, given or not."""
     twice = next((label for i, label in enumerate(labels) if label in labels[:i]), None)
-    expect(twice is None, f"Two engines are called {twice!r}, by which results tell them apart. Give one another label.")
+    expect(
+        twice is None,
+        f"Two engines are called {twice!r}, but results need one label for each engine. Give one another label.",
+    )
 
 
 def told_apart(options: Mapping[str, Any], entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -150,8 +153,9 @@ def told_apart(options: Mapping[str, Any], entries: Sequence[Mapping[str, Any]])
 
 
 def engine_label(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
-    """`torch`, `torch-compile`, `torch-kernels=framework`: what tells an entry of `engines` from the defaults of its name, in
-    characters that a file name may have."""
+    """Return the name of an entry of `engines` with the options that differ from the defaults, as in `torch-compile`.
+
+    The label has only characters that a file name may have."""
     name = options["name"]
     differing = {key: value for key, value in options.items() if key != "name" and value != defaults[key]}
     parts = [f"-{key}" if value is True else f"-{key}={value}" for key, value in flat(differing)]

@@ -2,11 +2,11 @@
 
 `python -m experiments.diverge RUN`, where RUN is the directory of a comparison. The first engine runs a share of the run's
 requests and its steps are recorded; both repeat them, on the first one's tokens, and whole rows of logits are compared. The
-first step whose logits are farther apart than rounding explains is repeated with its insides shown, and held against float64. A
-choice that differs where nothing exceeds the tolerance is a tie if the float64 margin is below twice the measured error; of
-ties the first is named, without a layer, since what rounding adds up to no layer is to blame for. Both work with the first
-one's pages and budgets. The last line of what it prints, but at a terminal, is one JSON object, kept in RUN
-as `diverge-1.json`, the next as `diverge-2.json`, and named in RUN's report.
+first step whose logits are farther apart than rounding explains is repeated with the outputs of its layers, and compared with
+float64. A choice that differs where nothing exceeds the tolerance is a tie if the float64 margin is below twice the measured
+error. Of ties the first is named, without a layer, since the sum of the rounding errors of all layers caused it. Both engines
+use the pages and budgets of the first one. Unless at a terminal, the last line of the output is one JSON object. It is kept in
+RUN as `diverge-1.json`, the next as `diverge-2.json`, and named in RUN's report.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def run(config: DictConfig) -> None:
     file = keep(result, directory)
     print_finding(result, file.name)
     if (directory / "report.html").exists():
-        from experiments.report import make_report  # matplotlib, for which nobody else should wait
+        from experiments.report import make_report  # imports matplotlib, which takes long
 
         make_report(directory)
     print_result(result, file)

@@ -41,7 +41,7 @@ class Row:
     sent: float
     """When the engine was handed it: never before, and later by what the step at hand still took."""
     started: float | None = None
-    """When its first step began; None of an engine that does not tell."""
+    """When its first step began; None of an engine that does not report it."""
     times: tuple[float, ...] = ()
     """When the host saw each output token."""
     tokens: tuple[int, ...] = ()
@@ -79,7 +79,7 @@ class Window:
     """By how much each counter of the engine and of the machine rose (see `Watch`). `driver_seconds` were spent here, outside
     of the engine and awake. A counter that is not reported is missing."""
     steps: tuple[StepRecord, ...] | None = None
-    """What the engine did, step by step, with times since the start of the window; None of an engine that does not tell."""
+    """The steps of the engine, with times since the start of the window; None of an engine without a step log."""
     bandwidth: float | None = None
     """Bytes of memory that the machine could read in a second beside this window; None if that was not measured."""
     began: float = 0.0

@@ -61,8 +61,9 @@ def how_to_write(texts: Sequence[str]) -> str:
 
 
 def expect_quotes(words: Sequence[str]) -> None:
-    """Raises `ConfigError` for `fail_if=[ratios.torch < 0.9]` without them, be it torn at its spaces: Hydra would speak of its
-    grammar."""
+    """Raise `ConfigError` for `fail_if=[ratios.torch < 0.9]` without quotes, also if the shell has split it at its spaces.
+
+    The message of Hydra would be about its grammar."""
     for start, word in enumerate(words):
         if word.startswith("fail_if="):
             end = start + 1
@@ -108,7 +109,7 @@ def check_keys(
     conditions: Sequence[Condition], known: Collection[str], labels: Sequence[str], fields: Mapping[str, Collection[str]]
 ) -> None:
     """Refuse, before anything is loaded, a condition that could never hold: on a key that is not `known` at the root of the
-    result, on an engine that is not among `labels`, or on something else than the `fields` that a part tells of an engine."""
+    result, on an engine that is not among `labels`, or on a figure that is not among the `fields` of an engine."""
     for condition in conditions:
         head, _, rest = condition.key.partition(".")
         hint = nearest_hint(head, known)

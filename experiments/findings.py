@@ -59,19 +59,19 @@ def kernels_alone(run: RunFiles) -> Iterator[Verdict]:
 
 
 def latency(engines: Mapping[str, Mapping[str, Any]]) -> Verdict:
-    """Of an open loop: what tells engines apart that all keep up."""
+    """Return the finding of an open loop: the latencies, since all engines that keep up have one throughput."""
     shown = (
         ("Time to first token, median", "median_ttft_ms"),
         ("Time per output token, median", "median_tpot_ms"),
         ("End to end, mean", "mean_e2el_ms"),
     )
-    told = [
+    lines = [
         f"{name}: " + ", ".join(f"{label} {number(mine.get(key))} ms" for label, mine in engines.items())
         for name, key in shown
         if any(mine.get(key) is not None for mine in engines.values())
     ]
     said = "Requests come when the workload says, so tokens/s is what was asked for as long as an engine keeps up. "
-    said += "".join(f"{line}. " for line in told)
+    said += "".join(f"{line}. " for line in lines)
     return Verdict("calm", "Arrivals set the pace", "so look at latency, not at throughput", said.rstrip())
 
 
@@ -89,21 +89,21 @@ def throughput(label: str, results: Mapping[str, Any], engines: Mapping[str, Map
         evidence = [f"{label} gives {ratio:.3f}× the output tokens/s of {first}", f"{found['low']:.3f}–{found['high']:.3f}"]
     if blocks:
         evidence.append(plural(blocks, "block"))
-    told = [str(found.get("said") or f"{label} gave {number(ratio)} times the output throughput of {first}").rstrip(".")]
+    sentences = [str(found.get("said") or f"{label} gave {number(ratio)} times the output throughput of {first}").rstrip(".")]
     if word == "undecided" and ratio:
         stopped = str(results.get("stopped") or "")
-        told += filter(None, [stopped[:1].upper() + stopped[1:], str(results.get("advice") or "")])
+        sentences += filter(None, [stopped[:1].upper() + stopped[1:], str(results.get("advice") or "")])
     if paced:
-        told.append("The arrivals set this ratio as long as both engines keep up")
+        sentences.append("The arrivals set this ratio as long as both engines keep up")
     if spoilt := contaminated(engines, (first, label)):
         value = f"Contaminated: {value if word in ('faster', 'slower') else value.lower()}"
-        told.append(f"Contaminated: {' and '.join(spoilt)}, see below; {SPOILT}")
+        sentences.append(f"Contaminated: {' and '.join(spoilt)}, see below; {SPOILT}")
     tone = "warn" if spoilt else "calm" if paced else TONES.get(str(word), "calm")
-    return Verdict(tone, value, ", ".join(evidence), ". ".join(told) + ".")
+    return Verdict(tone, value, ", ".join(evidence), ". ".join(sentences) + ".")
 
 
 def open_loop(workload: Mapping[str, Any], scheduled: Collection[float]) -> bool:
-    """Whether requests come at times of their own: at a rate, or as a trace that spreads them tells."""
+    """Whether requests come at times of their own: at a rate, or spread by a trace."""
     return workload.get("request_rate") is not None or (workload.get("trace") is not None and len(set(scheduled)) > 1)
 
 
@@ -171,8 +171,8 @@ def in_float32(run: RunFiles, more: str = "") -> Verdict:
         return Verdict("bad", "Defect in float32", "; ".join(found), said + more)
     if found := suspicions(results):
         line = shlex.join(["python", "-m", "experiments.diverge", str(run.directory), "inside=true"])
-        told, word = f"{'. '.join(found)}. {said}{more} Where and why:", "below the tolerance, above rounding"
-        return Verdict("warn", "Suspicious in float32", word, told, line)
+        sentence, word = f"{'. '.join(found)}. {said}{more} Where and why:", "below the tolerance, above rounding"
+        return Verdict("warn", "Suspicious in float32", word, sentence, line)
     if results.get("tokens_equal"):
         return Verdict("good", "Same in float32", "every token", said + more)
     return Verdict("good", "Same in float32", "up to ties that rounding decides", said + more)
@@ -189,8 +189,8 @@ def answers(run: RunFiles) -> list[dict[str, Any]]:
     found = []
     for file in findings_of(run.directory).values():
         answer = read_json(run.directory, file.name)
-        told = answer.keys() >= {"dtype", "engines", "verdict", "said"}
-        expect(told, f"{file} is no answer of experiments.diverge; remove it, and ask again.")
+        complete = answer.keys() >= {"dtype", "engines", "verdict", "said"}
+        expect(complete, f"{file} is no answer of experiments.diverge; remove it, and ask again.")
         found.append(answer | {"file": file.name})
     return found
 
@@ -221,8 +221,8 @@ def tone_of(found: Mapping[str, Any]) -> Tone:
 def notices(run: RunFiles) -> Iterator[Notice]:
     """Yield the failures with the end of their logs, the dropped blocks, and the contaminations."""
     for label, failure in (run.results.get("failures") or {}).items():
-        told = last_lines(str(failure.get("log") or "")) or end_of(run.directory / Path(f"{label}.log").name)
-        yield Notice("bad", f"{label} failed: {failure.get('kind') or 'error'}", str(failure.get("message") or ""), told)
+        log = last_lines(str(failure.get("log") or "")) or end_of(run.directory / Path(f"{label}.log").name)
+        yield Notice("bad", f"{label} failed: {failure.get('kind') or 'error'}", str(failure.get("message") or ""), log)
     for block, reason in run.dropped.items():
         yield Notice("calm", f"Block {block} is dropped", f"Its times are not counted: {reason}.")
     for label, mine in run.engines.items():

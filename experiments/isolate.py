@@ -1,7 +1,7 @@
 """An engine in a process of its own: `IsolatedEngine` here, `experiments.worker` there.
 
 Each process imports one framework, with its threads settled in the environment before the import, so that two engines can be
-alive at once and compute in turn. They speak in frames (`common.frames`) over the child's standard input and output. The
+alive at once and compute in turn. They communicate in frames (`common.frames`) over the child's standard input and output. The
 child sleeps on a read while it is idle, and ends when that pipe does: it cannot outlive us.
 """
 
@@ -79,7 +79,7 @@ class IsolatedEngine:
 
     def load(self, model: Path, progress: Progress | None = None) -> Message:
         """Build the engine. Returns `load_s` and `warmup_s`, what it can do, and the memory it holds then (`rss_mib`), held at
-        most until then (`peak_load_mib`) and has for KV pages (`kv_pool_mib`, None where it does not tell). A peer's weights
+        most until then (`peak_load_mib`) and has for KV pages (`kv_pool_mib`, None if it does not report it). A peer's weights
         are converted here, once, so that neither its times nor its memory include that."""
         if self.spec.name in PEERS:
             model = PEERS[self.spec.name].weights(open_checkpoint(model), self.spec.config.dtype)
@@ -97,14 +97,14 @@ class IsolatedEngine:
         return Profile.of(answer) if answer else None
 
     def time_collectives(self, workload: Workload) -> Told | None:
-        """What ranks tell each other in a window as `profile` runs it; None of an engine whose profiler does not see that."""
+        """Return the communication between ranks in a window as `profile` runs it; None if the profiler does not see it."""
         answer = self._call("time_collectives", name=self.spec.name, items=[vars(item) for item in workload.items])
         return Told(**answer) if answer else None
 
     def time_kernels(
         self, model: Path, shapes: Sequence[Sequence[Any]], passes: int, progress: Progress | None = None
     ) -> Iterator[Message]:
-        """Instead of `load`: what `experiments.pieces.time_kernels` tells of each shape, as soon as it does."""
+        """Yield the results of `experiments.pieces.time_kernels` for each shape. Replaces `load`."""
         arguments = {"name": self.spec.name, "model": str(model), "config": asdict(self.spec.config)}
         self._call("time_kernels", progress, **arguments, shapes=shapes, passes=passes)
         for _ in shapes:
@@ -158,8 +158,8 @@ class IsolatedEngine:
                 "timeout", f"did not answer {command!r} within measure.timeout_s={self._timeout_s:g}: it was ended"
             )
         hint = ". So Linux ends a process when memory runs out; smaller num_blocks, max_num_seqs and max_model_len need less"
-        told = f"{how_it_ended(code)} during {command!r}{hint if code == -signal.SIGKILL else ''}"
-        raise self._failure("died" if code >= 0 else "killed", told)
+        how = f"{how_it_ended(code)} during {command!r}{hint if code == -signal.SIGKILL else ''}"
+        raise self._failure("died" if code >= 0 else "killed", how)
 
     @contextlib.contextmanager
     def _deadline(self) -> Iterator[None]:
@@ -194,7 +194,7 @@ class IsolatedEngine:
 
     def _error(self, kind: str, message: str, trace: str) -> Exception:
         known = by_name(kind, message)
-        if isinstance(known, EngineGoneError):  # a process of its own has died, though not the one that tells of it
+        if isinstance(known, EngineGoneError):  # a process of the engine has died, though not the one that reports it
             return self._failure("died", f"has lost what it needs: {message}")
         if known:
             return known

@@ -1,4 +1,4 @@
-"""One job of a sweep: what tells it from others, the list of all, and its process, `python -m experiments.job`.
+"""One job of a sweep: its identity, the list of all jobs, and its process, `python -m experiments.job`.
 
 A job is known by the hash of its configuration and kept as `jobs/<number>-<hash>/` of the sweep's folder, a run directory. The
 list `jobs.json` says what was asked and what failed; that a job is done, its directory alone says.

@@ -237,7 +237,7 @@ def quoted(text: str) -> str:
 
 
 def resume_command(hydra: DictConfig, folder: Path) -> str:
-    """The command line of a sweep, told which one to go on with. `hydra` is Hydra's own part of its configuration."""
+    """The command line that continues a sweep. `hydra` is Hydra's own part of its configuration."""
     asked = [word for word in (*hydra.overrides.hydra, *hydra.overrides.task) if not word.startswith("hydra.mode=")]
     named = any(word.startswith(("sweep=", "hydra.sweep.dir=")) for word in asked)
     words = ["python", "-m", f"experiments.{hydra.job.config_name}", *config_folders(hydra), "-m", *asked]

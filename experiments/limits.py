@@ -1,4 +1,4 @@
-"""What this machine can do at most: how limits are told, and how two measurements of them become one.
+"""The limits of this machine: how they are printed, and how two measurements are merged.
 
 They are found in a process of its own, by every way there is (`experiments.probes`).
 """
@@ -42,7 +42,7 @@ class Limits:
     """`read` → way → bytes/s; `float32` and `bfloat16` → way → FLOP/s of a matrix product in that dtype."""
     threads: int
     cache_bytes: int
-    """Last-level cache; 0 where the system does not tell."""
+    """Last-level cache; 0 if the system does not report it."""
     buffer_bytes: int
     """What was read."""
     notes: tuple[str, ...] = ()
@@ -110,7 +110,7 @@ def limits_said(limits: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def told_limits(engines: Mapping[str, Mapping[str, Any]]) -> str:
-    """The same of a run with these figures, and which of them its shares are of; empty where nobody measured."""
+    """The same for a run with these figures, and the limits that its shares refer to; empty if they were not measured."""
     said = next((limits_said(figures["limits"]) for figures in engines.values() if figures.get("limits")), "")
     shares = [mine for mine in engines.values() if any(mine.get(name) is not None for name in LIMITED)]
     beside = [value for mine in shares for value in mine.get("block_read_bytes_per_s") or () if value]
@@ -127,8 +127,9 @@ def say_limits(engines: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def print_limits(limits: Limits, foreign_share: float | None) -> None:
-    """Every way, those that count as limits, and what may have kept them low: `foreign_share` of the processors' time went to
-    other programs; None if the machine does not tell."""
+    """Print the result of each way to measure a limit, and the greatest results.
+
+    `foreign_share` is the share of the processors' time that other programs used; None if the machine does not report it."""
     table = Table("limit", "way")
     table.add_column("10⁹ a second", justify="right")
     for limit, ways in limits.ways.items():
@@ -139,8 +140,8 @@ def print_limits(limits: Limits, foreign_share: float | None) -> None:
     console.print(table)
     for limit in limits.ways:
         (way, value), name = limits.best(limit), "bandwidth" if limit == READ else f"peak of {limit}"
-        told = f"{name}: {way}, {number(value / 1e9)} {'GB/s' if limit == READ else 'GFLOP/s'}"
-        console.print(told, style="bold", highlight=False, markup=False)
+        line = f"{name}: {way}, {number(value / 1e9)} {'GB/s' if limit == READ else 'GFLOP/s'}"
+        console.print(line, style="bold", highlight=False, markup=False)
     megabytes = f"{limits.buffer_bytes >> 20} MiB read, last-level cache {limits.cache_bytes >> 20} MiB"
     console.print(f"{limits.threads} threads; {megabytes}.", highlight=False)
     for note in limits.notes:

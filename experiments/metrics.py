@@ -8,8 +8,8 @@ Latencies count from the time when a request is due. The driver of an engine in 
 request that is due during a step waits for the end of that step. Counted from s, as `vllm bench serve` counts, that wait would
 be missing, and engines behind a server would look slower. `ttft_from_schedule` and `e2el_from_schedule` are ttft and e2el.
 
-Throughputs are over the whole window, from its start to the last event. A figure without a sample, or of something that neither
-the engine nor the machine tells, is None. Of a run that an `Slo` was stated for, `goodput` is the requests a second that meet
+Throughputs are over the whole window, from its start to the last event. A figure without a sample, or one that neither
+the engine nor the machine reports, is None. Of a run that an `Slo` was stated for, `goodput` is the requests a second that meet
 all of it, from when they were due.
 """
 
@@ -36,7 +36,7 @@ INTENSITIES = ("intensity", "decode_intensity", "prefill_intensity")
 """FLOP a byte of what the steps need."""
 PERCENTILES = (50, 90, 99)
 BUSY = 0.05
-"""Share of the processors' time above which other programs spoil a measurement: compute threads wait for each other."""
+"""Share of the processors' time above which other programs contaminate a measurement: compute threads wait for each other."""
 COARSE_S = 1.0
 """Seconds below which processor time, which the system counts in ticks, is too coarse."""
 MISSING = 0.05

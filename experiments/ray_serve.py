@@ -3,9 +3,9 @@ same OpenAI API. `make ray`, then
 
     .venv-ray/bin/python -m experiments.ray_serve --backend torch --model smollm2-135m --replicas 2 --threads 1
 
-Ray places replicas, starts anew who has ended, and with `--max-replicas` lets their number follow the load. A request goes to
-one replica. If that ends before it has answered, the client is told (a status of 500 or above, or a stream that breaks off), at
-which OpenAI's clients ask again by themselves, and another replica answers.
+Ray places replicas and restarts a replica that has ended. With `--max-replicas` their number follows the load. A request goes
+to one replica. If the replica ends before it has answered, the client gets a status of 500 or above, or a stream that breaks
+off. OpenAI's clients then send the request again, and another replica answers.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def ray_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until told to end. Returns the exit code."""
+    """Serve until a signal ends the server. Return the exit code."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         options = parse(ray_parser(), given)
@@ -57,9 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         application = make_application(serve, options, given, api_key(options))
     except TandemError as error:
         fail(str(error), USER_ERROR)
-    told = threading.Event()
+    stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: told.set())
+        signal.signal(number, lambda *_: stop.set())
     ray.init(address=options.address, include_dashboard=False, log_to_driver=False)
     try:
         print(f"Loading {options.replicas} replicas; their logs are in {LOGS}.", flush=True)
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except RuntimeError as error:  # with what a replica has raised
             fail(f"Ray could not start the replicas: {error} Their logs are in {LOGS}.", FAILURE)
         print(f"Serving {options.model} ({options.backend}) at http://{options.host}:{options.port}", flush=True)
-        told.wait()
+        stop.wait()
     finally:
         serve.shutdown()
         ray.shutdown()
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def expect_able(options: argparse.Namespace) -> None:
-    """Raise now what each replica would raise where nobody looks."""
+    """Raise now an error that each replica would raise in its own log."""
     checkpoint = open_checkpoint(resolve(options.model))
     config, model = checkpoint.engine_config(**engine_options(options)), checkpoint.config
     config.model_len(model)

@@ -73,7 +73,7 @@ def whole_parts(run: RunFiles) -> str:
 def facts(run: RunFiles) -> list[str]:
     results = run.results
     blocks = plural(run.counted, "block") + f" and {len(run.dropped)} dropped" * bool(run.dropped)
-    told = {
+    values = {
         "{}": results.get("model"),
         "from {}": results.get("checkpoint"),
         "{} ": results.get("dtype"),
@@ -87,25 +87,25 @@ def facts(run: RunFiles) -> list[str]:
         "{}  ": run.environment.get("date"),
         "on {}": run.environment.get("cpu"),
     }
-    return [form.format(value).strip() for form, value in known(told).items()]
+    return [form.format(value).strip() for form, value in known(values).items()]
 
 
 def kernels(run: RunFiles) -> str | None:
-    """Those that ran, where all engines of ours that tell had the same; what was asked for, where none tells."""
+    """Return the kernels that ran, if the same in all engines that report them; the option, if no engine does."""
     if run.kind == "kernels":
         return kernels_of(run.results | {"kernels_used": "native"})
-    ran = [kernels_of(mine) for mine in telling(run).values()]
+    ran = [kernels_of(mine) for mine in with_kernels(run).values()]
     if not ran:
         return run.results.get("kernels")
     return ran[0] if len(set(ran)) == 1 else None
 
 
 def kernels_by_engine(run: RunFiles) -> str:
-    """Those that each engine of ours ran, where they differ."""
-    ran = {label: kernels_of(mine) for label, mine in telling(run).items()}
+    """Return the kernels of each engine, if they differ."""
+    ran = {label: kernels_of(mine) for label, mine in with_kernels(run).items()}
     return ", ".join(f"{label} {kind}" for label, kind in ran.items()) if len(set(ran.values())) > 1 else ""
 
 
-def telling(run: RunFiles) -> dict[str, dict[str, Any]]:
-    """The engines that tell what their kernels were."""
+def with_kernels(run: RunFiles) -> dict[str, dict[str, Any]]:
+    """Return the engines that report their kernels."""
     return {label: mine for label, mine in run.engines.items() if mine.get("kernels_used")}

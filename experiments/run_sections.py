@@ -77,7 +77,7 @@ def sections(run: RunFiles, rows: pd.DataFrame, steps: pd.DataFrame, paced: bool
         agreement_section(run.results, engines),
         Section(
             "Environment",
-            "What the numbers depend on, as far as the machine told.",
+            "What the numbers depend on, as far as the machine reports it.",
             tables=[environment_table(run.environment | {"kernel library": libraries(run)})],
             texts=known({"config.yaml": text_of(run.directory / "config.yaml")}),
         ),

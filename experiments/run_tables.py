@@ -36,7 +36,7 @@ def figures_table(
     figures: Sequence[tuple[str, str]],
     comparisons: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Table:
-    """One column for each engine, one row for each figure that any of them told; below them the ratios, if given.
+    """One column for each engine, one row for each figure that any of them reports; the ratios below, if given.
 
     A percentile of fewer samples than it needs is put in brackets."""
     rows = [
@@ -117,10 +117,10 @@ def agreement_tables(agreement: Mapping[str, Any], perplexity: Mapping[str, Any]
         for key, name in AGREEMENT
         if any(agreement[label].get(key) is not None for label in columns)
     ]
-    if told := {label: value for label, value in perplexity.items() if value is not None}:
-        columns = [*columns, *(label for label in told if label not in columns)]
+    if values := {label: value for label, value in perplexity.items() if value is not None}:
+        columns = [*columns, *(label for label in values if label not in columns)]
         rows = [(*row, *["–"] * (len(columns) + 1 - len(row))) for row in rows]
-        rows.append(("perplexity", *(number(told.get(label)) for label in columns)))
+        rows.append(("perplexity", *(number(values.get(label)) for label in columns)))
     return [Table(("", *columns), rows)] if rows else []
 
 

@@ -35,7 +35,7 @@ VARIABLES = ("XLA_FLAGS", "OMP_NUM_THREADS", "PJRT_NPROC", "CXX", "TANDEM_CXXFLA
 
 
 class DiskFullError(Exception):
-    """A run ended for want of room to write it down: nothing that a change of the command would mend."""
+    """The disk was too full to write a run. Another command would not help."""
 
 
 @contextlib.contextmanager
@@ -170,7 +170,7 @@ def config_folders(hydra: Any) -> list[str]:
 
 
 def environment() -> dict[str, Any]:
-    """What a number measured here depends on, as far as the machine tells."""
+    """Return the environment that the figures depend on, as far as the machine reports it."""
     memory, swap = psutil.virtual_memory(), psutil.swap_memory()
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -197,13 +197,13 @@ def environment() -> dict[str, Any]:
 
 
 def governors() -> list[str]:
-    """How the processors choose their clock, each name once; empty where the machine does not tell."""
+    """How the processors choose their clock, each name once; empty if the machine does not report it."""
     files = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_governor")
     return sorted({text for file in files if (text := text_of(file))})
 
 
 def frequency() -> dict[str, float] | None:
-    """The processors' clock in MHz: its mean now, and its bounds where the machine tells them; None where it tells nothing."""
+    """The processors' clock in MHz: its mean now, and its bounds if the machine reports them; None if it reports nothing."""
     try:
         clock = psutil.cpu_freq()
     except (OSError, NotImplementedError, ValueError):
@@ -212,7 +212,7 @@ def frequency() -> dict[str, float] | None:
 
 
 def hugepages() -> dict[str, Any]:
-    """Whether memory comes in large pages: the mode of transparent ones, and how many are set aside; None: not told."""
+    """Whether memory comes in large pages: the mode of transparent ones, and how many are set aside; None: not reported."""
     mode = re.search(r"\[(\w+)\]", text_of(Path("/sys/kernel/mm/transparent_hugepage/enabled")))
     count = re.search(r"HugePages_Total:\s*(\d+)", text_of(Path("/proc/meminfo")))
     return {"transparent": mode[1] if mode else None, "reserved": int(count[1]) if count else None}

@@ -115,7 +115,7 @@ class Search:
         taps = []
         for engine in self._pair:
             file = scratch / f"{engine.spec.label}-{number}"
-            narrator.say(f"{engine.spec.label}: step {index}, its insides shown")
+            narrator.say(f"{engine.spec.label}: step {index}, with the outputs of its layers")
             if not file.exists():
                 progress = narrator.progress(engine.spec.label)
                 engine.observe("taps", progress, trace=self._path, step=number, file=str(file))

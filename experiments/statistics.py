@@ -216,12 +216,12 @@ def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
 
 
 def fewest_blocks(comparisons: int, confidence: float) -> int:
-    """So many tell a difference where all of them agree on it, if need be in one comparison alone: m · 2^(1 - n) is its p."""
+    """Return the fewest blocks n that can show a difference in one of m comparisons: if all agree, p is m · 2^(1 - n)."""
     return math.ceil(1 + math.log2(comparisons / (1 - confidence)) - 1e-9)
 
 
 def too_few(comparisons: int, confidence: float) -> str:
-    """Why fewer than `fewest_blocks` tell nothing."""
+    """Return why fewer than `fewest_blocks` cannot show a difference."""
     fewest, runs = fewest_blocks(comparisons, confidence), 1 / (1 - confidence)
     among = f" in one of {comparisons} comparisons" * (comparisons > 1)
     return (

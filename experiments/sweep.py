@@ -34,7 +34,7 @@ def finish(folder: Path) -> bool:
     """
     table = sweep_table(folder)
     write_table(folder, table)
-    from experiments.report import make_report  # matplotlib, for which nobody else should wait
+    from experiments.report import make_report  # imports matplotlib, which takes long
 
     report = make_report(folder)
     print_sweep(str(folder), table)
@@ -64,16 +64,15 @@ def write_table(folder: Path, table: pd.DataFrame) -> None:
 
 
 def print_sweep(title: str, table: pd.DataFrame) -> None:
-    """A row for each job and engine: what tells it from the others, and of a few figures as many as there is room for. Below
-    them, what contaminated any row."""
-    told = ["job", "engine", *(name for name in table.attrs["swept"] if name != "engine"), "status"]
-    headings = {name: name.rpartition(".")[2] for name in told} | {name: HEADINGS[name] for name in SHOWN if name in table}
+    """Print a row for each job and engine: its options, and as many figures as fit. Below are the contaminations."""
+    identity = ["job", "engine", *(name for name in table.attrs["swept"] if name != "engine"), "status"]
+    headings = {name: name.rpartition(".")[2] for name in identity} | {name: HEADINGS[name] for name in SHOWN if name in table}
     records = table.to_dict("records")
     rows = [
-        {name: cell(row[name]) if name in told else swept_figure(name, row) for name in headings} | {"status": status(row)}
+        {name: cell(row[name]) if name in identity else swept_figure(name, row) for name in headings} | {"status": status(row)}
         for row in records
     ]
-    print_rows(title, list(headings.values()), [list(row.values()) for row in rows], len(told))
+    print_rows(title, list(headings.values()), [list(row.values()) for row in rows], len(identity))
     console = wide_console()
     if any(few(row) & headings.keys() for row in records):
         console.print(BRACKETS, style="dim", highlight=False)
@@ -89,8 +88,8 @@ def several_codes(table: pd.DataFrame) -> str:
     if "code" not in table:
         return ""
     jobs = {code: sorted(set(mine["job"])) for code, mine in table.groupby("code")}
-    told = "; ".join(f"{', '.join(map(str, mine))} by code {code}" for code, mine in jobs.items())
-    return f"Different code computed the jobs, so their figures do not compare: {told}." if len(jobs) > 1 else ""
+    codes = "; ".join(f"{', '.join(map(str, mine))} by code {code}" for code, mine in jobs.items())
+    return f"Different code computed the jobs, so their figures do not compare: {codes}." if len(jobs) > 1 else ""
 
 
 def swept_figure(key: str, row: Mapping[Any, Any]) -> str:
@@ -108,8 +107,8 @@ def status(row: Mapping[Any, Any]) -> str:
 
 def few(row: Mapping[Any, Any]) -> set[str]:
     """The percentiles of a row that are of fewer samples than they need."""
-    told = row.get("unsupported")
-    return set(told.split("; ")) if isinstance(told, str) else set()
+    names = row.get("unsupported")
+    return set(names.split("; ")) if isinstance(names, str) else set()
 
 
 def cell(value: object) -> str:

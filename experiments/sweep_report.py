@@ -87,7 +87,7 @@ def sweep_page(folder: Path) -> Page:
 
 
 def cells_table(table: pd.DataFrame, swept: Sequence[str]) -> Table:
-    told = [name for name in swept if name != "engine"]
+    options = [name for name in swept if name != "engine"]
     judged, shown = (
         [(key, name) for key, name in columns if key in table and table[key].notna().any()] for columns in ([VERDICT], COLUMNS)
     )
@@ -96,14 +96,14 @@ def cells_table(table: pd.DataFrame, swept: Sequence[str]) -> Table:
             value(row["job"]),
             value(row["engine"]),
             *(swept_figure(key, row) for key, _ in judged),
-            *(value(row[name]) for name in told),
+            *(value(row[name]) for name in options),
             *(swept_figure(key, row) for key, _ in shown),
             status(row),
         )
         for row in table.to_dict("records")
     ]
     return Table(
-        ("job", "engine", *(name for _, name in judged), *map(last, told), *(name for _, name in shown), "status"), rows
+        ("job", "engine", *(name for _, name in judged), *map(last, options), *(name for _, name in shown), "status"), rows
     )
 
 
@@ -172,7 +172,7 @@ def clouds(done: pd.DataFrame, engines: Sequence[str], swept: Sequence[str]) -> 
     latency = next((name for name in ("median_e2el_ms", "mean_e2el_ms") if name in done), None)
     if latency is None or "output_throughput" not in done:
         return None
-    told = [name for name in swept if name != "engine"]
+    options = [name for name in swept if name != "engine"]
     mine = {label: done[done["engine"] == label] for label in engines}
     points = {
         label: (list(part["output_throughput"].fillna(math.nan)), list(part[latency].fillna(math.nan)))
@@ -184,14 +184,14 @@ def clouds(done: pd.DataFrame, engines: Sequence[str], swept: Sequence[str]) -> 
         points,
         x="output tokens/s",
         y=f"{latency.partition('_')[0]} end to end, ms",
-        each=", ".join(map(last, told)) or "job",
-        names={label: [setting(row, told) for row in part.to_dict("records")] for label, part in mine.items()},
+        each=", ".join(map(last, options)) or "job",
+        names={label: [setting(row, options) for row in part.to_dict("records")] for label, part in mine.items()},
     )
 
 
-def setting(row: Mapping[Any, Any], told: Sequence[str]) -> str:
+def setting(row: Mapping[Any, Any], options: Sequence[str]) -> str:
     """The swept values of one cell, or its job if nothing but the engine was swept."""
-    return ", ".join(value(row[name]) for name in told) or value(row["job"])
+    return ", ".join(value(row[name]) for name in options) or value(row["job"])
 
 
 def sweep_command(jobs: Sequence[Job], first: str) -> str:

@@ -1,4 +1,4 @@
-"""Workloads: what is asked of an engine, and when. Drawn from a seed, told apart by a hash, framework-free.
+"""Workloads: requests and their arrival times. Drawn from a seed, identified by a hash, framework-free.
 
 Every workload is one description, `WorkloadConfig`, of which `configs/workload/` holds the named ones.
 Engines are handed token ids, so that no tokenizer stands between two of them.

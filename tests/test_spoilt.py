@@ -114,6 +114,8 @@ def test_a_block_with_a_burst_is_dropped_for_both_engines_repeated_and_kept_in_t
     rows = list(map(json.loads, (Path(result["run"]) / "requests.jsonl").read_text().splitlines()))
     assert len(rows) == 16 and {row["block"] for row in rows if row.get("dropped")} == {0}
     assert sum(row.get("dropped", False) for row in rows) == 4
+    steps = list(map(json.loads, (Path(result["run"]) / "steps.jsonl").read_text().splitlines()))
+    assert {step["block"] for step in steps if step.get("dropped")} == {0}
     each_reader_leaves_the_dropped_block_out(Path(result["run"]))
     assert all(len(mine[key]) == 3 for mine in result["engines"].values() for key in mine if key.startswith("block_"))
     assert "Block 0 is dropped, its times are not counted: other programs used 50% of" in out

@@ -1,4 +1,4 @@
-"""`engine=hf`: Hugging Face transformers as the outside baseline, served the way people serve it without an engine.
+"""`engine=hf`: Hugging Face transformers as the outside baseline, run as it is used without an engine.
 
 Static batches in order of arrival, left-padded, sdpa attention, one forward pass a step; each batch runs to its longest
 output, and only tokens that were asked for are reported. Weights come through transformers' own loader, from the same files.
