@@ -17,11 +17,12 @@ from experiments.blocks import PRECISION, level, reason_to_stop, tail
 from experiments.drive import Window
 from experiments.export import export
 from experiments.fail_if import parse, violations
+from experiments.findings import notices
 from experiments.isolate import IsolatedEngine
 from experiments.measure import Outcome
-from experiments.report import write_report
 from experiments.results import read_run
-from experiments.run_report import run_page
+from experiments.run_report import facts, whole_parts
+from experiments.run_rows import rows_of, steps_of, window_of
 from experiments.spoilt import disturbed_blocks, dropped_blocks, no_verdict
 from experiments.statistics import Comparison, compare_all
 from tests.history_backend import command, history, last_line
@@ -120,18 +121,16 @@ def test_a_block_with_a_burst_is_dropped_for_both_engines_repeated_and_kept_in_t
     assert all(len(mine[key]) == 3 for mine in result["engines"].values() for key in mine if key.startswith("block_"))
     assert "Block 0 is dropped, its times are not counted: other programs used 50% of" in out
     assert "block 0 is dropped" in repr(lab.Run.open(result["run"]))
-    write_report(Path(result["run"]))
-    assert (
-        "Block 0 is dropped" in (page := (Path(result["run"]) / "report.md").read_text()) and "3 blocks and 1 dropped" in page
-    )
+    run = read_run(Path(result["run"]))
+    assert "Block 0 is dropped" in [notice.title for notice in notices(run)] and "3 blocks and 1 dropped" in facts(run)
 
 
 def each_reader_leaves_the_dropped_block_out(run: Path) -> None:
     opened = lab.Run.open(run)
     assert {*opened.requests["block"]} == {*opened.steps["block"]} == {1, 2, 3}
-    page, rows, steps = run_page(opened.files)
+    rows, steps = rows_of(opened.files), steps_of(opened.files)
     assert {*rows["block"]} == {*steps["block"]} == {1, 2, 3}
-    assert "Continuous batch" in [section.title for section in page.sections]  # the window of block 1
+    assert {*window_of(rows, "other")["block"]} == {*window_of(steps, None)["block"]} == {1}  # the report draws it
     for file in export(run):
         exported = json.loads(file.read_text())
         assert exported["num_prompts"] == len(exported["ttfts"]) == exported["completed"] == 6
@@ -144,8 +143,8 @@ def test_of_a_run_that_was_cut_short_the_last_whole_block_counts_although_an_ear
     for mine in results["engines"].values():  # blocks 0 and 2; block 3 did not end
         mine["block_output_throughput"] = mine["block_output_throughput"][:2]
     (directory / "results.json").write_text(json.dumps(results))
-    page, rows, steps = run_page(read_run(directory))
-    assert {*rows["block"]} == {*steps["block"]} == {0, 2} and page.title.startswith("Partial, of 3 blocks")
+    run = read_run(directory)
+    assert {*rows_of(run)["block"]} == {*steps_of(run)["block"]} == {0, 2} and whole_parts(run) == "3 blocks"
 
 
 def test_where_every_block_is_disturbed_there_is_no_verdict_and_fail_if_does_not_pass(
