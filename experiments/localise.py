@@ -26,8 +26,8 @@ CONTEXT = {"keys": "k", "values": "v"}
 """What lies in pages, and what was to be put there."""
 SURE = 8.0
 """How many times the error of the nearer engine, the largest within the tensor, no rounding makes the other's."""
-OWN_FLOOR: Mapping[Dtype, float] = {"float32": 1e-6, "bfloat16": 1e-2}
-"""Of a tensor's root mean square: the error that rounding may reach in one operation."""
+OWN_FLOOR: Mapping[Dtype, float] = {"float32": 2e-6, "bfloat16": 1e-2}
+"""The relative error that rounding may reach in one operation of any model."""
 FLOOR: Mapping[Dtype, float] = {"float32": 1e-4, "bfloat16": 0.1}
 """Of a tensor's root mean square: what rounding may reach anywhere."""
 
@@ -112,14 +112,17 @@ def locate_inside(
     engine's error is too large if it exceeds `SURE` times that of the other engine, or `OWN_FLOOR` where that is larger.
     """
     found: list[tuple[int, Finding]] = []
+    order = names(*taps, model.config.num_layers)
+    # An operation must be the same for both: one engine's fused kernel is compared with all that it fuses of the other.
+    shared = [{name: tap[name] for _, _, name in order} for tap in taps]
     for seq in suspects:
-        both = [explained(batch, seq, histories[seq], tap, model) for tap in taps]
-        for place, (layer, tensor, name) in enumerate(names(*taps, model.config.num_layers)):
+        both = [explained(batch, seq, histories[seq], tap, model) for tap in shared]
+        for place, (layer, tensor, name) in enumerate(order):
             if name not in both[0] or not len(both[0][name]):
                 continue
             exact, rows = [own[name] for own in both], [rows_of(batch, seq, tensor, tap[name])[0] for tap in taps]
             scale = float(np.sqrt(np.mean(exact[0] * exact[0]))) or 1.0
-            errors = [distances(mine, own, scale) for mine, own in zip(rows, exact, strict=True)]
+            errors = [relative_errors(mine, own, scale) for mine, own in zip(rows, exact, strict=True)]
             limit = SURE * max(OWN_FLOOR[dtype], min(error.max() for error in errors))
             apart = np.flatnonzero(~(np.maximum(*errors) <= limit))
             if len(apart):
@@ -181,6 +184,15 @@ def distances(a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         apart = np.abs(a.astype(np.float64) - b).reshape(len(a), -1).max(axis=1) / scale
     return np.where(np.isfinite(apart), apart, np.inf)
+
+
+def relative_errors(a: np.ndarray, exact: np.ndarray, scale: float) -> np.ndarray:
+    """float64[n]: the largest error of each row, relative to its element or to `scale`, whichever is larger; inf where one is
+    not finite. An element far larger than the others, as in the residuals of a trained model, is rounded at its own scale."""
+    with np.errstate(invalid="ignore"):
+        errors = np.abs(a.astype(np.float64) - exact) / np.maximum(np.abs(exact), scale)
+        largest = errors.reshape(len(a), -1).max(axis=1)
+    return np.where(np.isfinite(largest), largest, np.inf)
 
 
 def rows_of(batch: Batch, seq: int, tensor: str, tap: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:

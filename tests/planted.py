@@ -95,7 +95,7 @@ def scale(config: ModelConfig) -> ModelConfig:
 def turn(config: ModelConfig) -> ModelConfig:
     """A slightly wrong base of the rotary embedding in one layer."""
     kinds = list(config.layer_rope)
-    wrong = replace(config.ropes[kinds[LAYER]], base=config.ropes[kinds[LAYER]].base * 1.002)
+    wrong = replace(config.ropes[kinds[LAYER]], base=config.ropes[kinds[LAYER]].base * 1.02)
     kinds[LAYER] = len(config.ropes)
     return replace(config, ropes=(*config.ropes, wrong), layer_rope=tuple(kinds))
 
@@ -108,14 +108,14 @@ def half(weight: np.ndarray) -> np.ndarray:
 def first_row(weight: np.ndarray) -> np.ndarray:
     """One output of a projection that is too large."""
     changed = weight.copy()
-    changed[0] *= 1.002
+    changed[0] *= 1.05
     return changed
 
 
 WEIGHTS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
     "norm": (f"model.layers.{LAYER}.input_layernorm.weight", half),
     "output": (f"model.layers.{LAYER}.self_attn.o_proj.weight", first_row),
-    "activation": (f"model.layers.{LAYER}.mlp.gate_proj.weight", lambda weight: weight * 1.0001),
+    "activation": (f"model.layers.{LAYER}.mlp.gate_proj.weight", lambda weight: weight * 1.001),
     "final": ("model.norm.weight", half),
 }
 CONFIGS: dict[str, Callable[[ModelConfig], ModelConfig]] = {"rope": rope, "window": window, "scale": scale, "turn": turn}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from common.weights.checkpoint import open_checkpoint
+from common.weights.zoo import resolve
 from experiments.agreement import Passed, compare, pass_through
 from experiments.config import CorrectnessConfig
 from experiments.coverage import Part
@@ -96,6 +97,41 @@ def test_compare_finds_a_planted_defect_and_diverge_names_it(defect: str, deep: 
         result = search(sound, wrong, deep, tmp_path, inside=True)
         assert place(result)[3:] == SMALL[defect] and result["finding"]["wrong"] == ["wrong"], sentence(result)
         assert result["verdict"] in ("suspicious", "defect")
+
+
+IN_SMOLLM2 = {
+    "scale": (0, "attention"), "turn": (LAYER, "q"), "norm": (LAYER, "q"), "output": (LAYER, "residual"),
+    "activation": (LAYER, "residual"), "final": (None, "logits"), "head": (None, "logits"), "rope": (LAYER, "q"),
+    "mask": (0, "attention"), "slot": (0, "keys"), "token": (None, "embedding"), "page": (LAYER, "keys"),
+}  # fmt: skip
+"""Layer and tensor in a trained model, against native kernels, which show no norms and no MLPs: larger kernels contain them."""
+
+
+@pytest.mark.accept
+@pytest.mark.parametrize("defect", [*IN_SMOLLM2, "sampler"])
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_defects_in_a_trained_model_are_found_and_named(backend: str, defect: str, tmp_path: Path) -> None:
+    path = resolve("smollm2-135m")
+    sound, wrong = make_local("sound", "torch", "native", path), make_local("wrong", backend, "framework", path, defect)
+    (tmp_path / "compare").mkdir()
+    found = verdict(sound, wrong, path, tmp_path / "compare")
+    assert bool(defects(found)) or found["suspicious"] == 1, found["noise"]
+    assert found["tokens_equal"] or defect not in SMALL
+    result = search(sound, wrong, path, tmp_path, inside=True)
+    if defect == "sampler":
+        assert result["verdict"] == "defect" and "how a token is chosen: step 0, request 0" in sentence(result)
+    else:
+        assert place(result)[3:] == IN_SMOLLM2[defect] and result["finding"]["wrong"] == ["wrong"], sentence(result)
+
+
+@pytest.mark.accept
+@pytest.mark.parametrize(("backend", "kernels"), [("jax", "framework"), ("jax", "native"), ("torch", "framework")])
+def test_looking_inside_a_sound_trained_model_names_nothing(backend: str, kernels: str, tmp_path: Path) -> None:
+    path = resolve("smollm2-135m")
+    result = search(
+        make_local("a", "torch", "native", path), make_local("b", backend, kernels, path), path, tmp_path, inside=True
+    )
+    assert result["finding"] is None and result["verdict"] in ("equal", "tie"), sentence(result)
 
 
 def test_looking_inside_a_sound_engine_names_nothing(deep: Path, tmp_path: Path) -> None:
