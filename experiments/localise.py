@@ -29,7 +29,7 @@ SURE = 8.0
 OWN_FLOOR: Mapping[Dtype, float] = {"float32": 2e-6, "bfloat16": 1e-2}
 """The relative error that rounding may reach in one operation of any model."""
 FLOOR: Mapping[Dtype, float] = {"float32": 1e-4, "bfloat16": 0.1}
-"""Of a tensor's root mean square: what rounding may reach anywhere."""
+"""The relative error that rounding may reach anywhere in a model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Finding:
     layer: int | None
     tensor: str
     difference: float
-    """Of the two engines, the largest within the position, in root mean squares of the tensor; inf where one is not finite."""
+    """Of the two engines, the largest within the position, relative to `scales`; inf where one is not finite."""
     errors: tuple[float, float]
     """Of each from float64, likewise."""
     inside: bool = False
@@ -121,8 +121,8 @@ def locate_inside(
             if name not in both[0] or not len(both[0][name]):
                 continue
             exact, rows = [own[name] for own in both], [rows_of(batch, seq, tensor, tap[name])[0] for tap in taps]
-            scale = float(np.sqrt(np.mean(exact[0] * exact[0]))) or 1.0
-            errors = [relative_errors(mine, own, scale) for mine, own in zip(rows, exact, strict=True)]
+            scale = scales(exact[0])
+            errors = [distances(mine, own, scale) for mine, own in zip(rows, exact, strict=True)]
             limit = SURE * max(OWN_FLOOR[dtype], min(error.max() for error in errors))
             apart = np.flatnonzero(~(np.maximum(*errors) <= limit))
             if len(apart):
@@ -169,7 +169,7 @@ def explained(batch: Batch, seq: int, history: Sequence[int], taps: Taps, model:
 def part(a: np.ndarray, b: np.ndarray, exact: np.ndarray, floor: float) -> tuple[int, float, tuple[float, float]] | None:
     """The first row in which two engines part, of arrays [n, …] whose rows are positions: its number, their difference, and the
     error of each. None if they do not."""
-    scale = float(np.sqrt(np.mean(exact * exact))) or 1.0
+    scale = scales(exact)
     differences, *errors = (distances(*pair, scale) for pair in ((a, b), (a, exact), (b, exact)))
     limit = max(floor, SURE * min(error.max() for error in errors))
     apart = np.flatnonzero(~(differences <= (limit if np.isfinite(limit) else floor)))
@@ -179,20 +179,17 @@ def part(a: np.ndarray, b: np.ndarray, exact: np.ndarray, floor: float) -> tuple
     return row, float(differences[row]), (float(errors[0][row]), float(errors[1][row]))
 
 
-def distances(a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
+def scales(exact: np.ndarray) -> np.ndarray:
+    """float64, the shape of `exact`: the magnitude of each element, at least the root mean square of all. An element far larger
+    than the others, as in the residuals of a trained model, is rounded at its own scale."""
+    return np.maximum(np.abs(exact), float(np.sqrt(np.mean(exact * exact))) or 1.0)
+
+
+def distances(a: np.ndarray, b: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """float64[n]: how far apart two rows are at most, over `scale`; inf where one is not finite."""
     with np.errstate(invalid="ignore"):
-        apart = np.abs(a.astype(np.float64) - b).reshape(len(a), -1).max(axis=1) / scale
+        apart = (np.abs(a.astype(np.float64) - b) / scale).reshape(len(a), -1).max(axis=1)
     return np.where(np.isfinite(apart), apart, np.inf)
-
-
-def relative_errors(a: np.ndarray, exact: np.ndarray, scale: float) -> np.ndarray:
-    """float64[n]: the largest error of each row, relative to its element or to `scale`, whichever is larger; inf where one is
-    not finite. An element far larger than the others, as in the residuals of a trained model, is rounded at its own scale."""
-    with np.errstate(invalid="ignore"):
-        errors = np.abs(a.astype(np.float64) - exact) / np.maximum(np.abs(exact), scale)
-        largest = errors.reshape(len(a), -1).max(axis=1)
-    return np.where(np.isfinite(largest), largest, np.inf)
 
 
 def rows_of(batch: Batch, seq: int, tensor: str, tap: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
