@@ -425,12 +425,17 @@ def load_backend(name: str, config: EngineConfig) -> ModelRunner:
 def find_backend(name: str, config: EngineConfig) -> type[ModelRunner]:
     """The `ModelRunner` of the backend `name`: `jax` is the package `jaxinfer`, `torch` is `torchinfer`, and so on. Raises
     `BackendError` for an unknown one, `ConfigError` for what it does not take."""
+    expect_backend(name)
+    config.check_backend(name)
+    runner: type[ModelRunner] = import_module(f"{name}infer").ModelRunner
+    return runner
+
+
+def expect_backend(name: str) -> None:
+    """Raise `BackendError` for a backend that has no package. Imports nothing."""
     package = f"{name}infer"
     if not isinstance(name, str) or not name.isidentifier() or util.find_spec(package) is None:
         raise BackendError(
             f"Unknown backend {name!r}: there is no package {package!r}.{nearest_hint(str(name), ('jax', 'torch'))} "
             "Known here: jax, torch."
         )
-    config.check_backend(name)
-    runner: type[ModelRunner] = import_module(package).ModelRunner
-    return runner

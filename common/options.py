@@ -39,6 +39,11 @@ LEFT_OUT = {
     "--enable-log-requests": "Use --log-prompts.",
     "--enable-lora": "Adapters are not supported yet.",
     "--speculative-config": "Speculative decoding is not supported yet.",
+    "--ssl-keyfile": "A proxy in front of the server ends TLS.",
+    "--ssl-certfile": "A proxy in front of the server ends TLS.",
+    "--root-path": "A proxy in front of the server changes paths.",
+    "--middleware": "The server runs no code of others; put a proxy in front of it.",
+    "--uvicorn-log-level": "Every request has one line in the log; --log-json writes it as JSON.",
     "--limit-mm-per-prompt": "The models read text only.",
 }
 """Options of vLLM that have no counterpart → the reason, or the option to use."""
@@ -156,7 +161,7 @@ def _count(text: str) -> int:
     try:
         return int(digits) * _SUFFIXES.get(suffix, 1)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected an integer such as 4096, 8k or 8K, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected an integer, with an optional suffix as in 8k or 8K, got {text!r}") from None
 
 
 def _count_or_none(text: str) -> int | None:

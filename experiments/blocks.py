@@ -156,7 +156,8 @@ def reason_to_stop(
         said = f"all {done} blocks were run" if done > 1 else "its one block was run"
         return Stop(said, "measure.max_blocks" if adaptive else "measure.blocks")
     if elapsed + ahead * longest > config.budget_s:
-        said = f"the budget of {config.budget_s:g} s (measure.budget_s) was used up after {done} blocks"
+        said = f"the budget of {config.budget_s:g} s (measure.budget_s) was used up after {run} blocks"
+        said += f", {disturbed} of them disturbed by other programs" if disturbed else ""
         return Stop(said, "measure.budget_s")
     if not extra or done % 2 == 1 or too_many(disturbed, run):
         return None

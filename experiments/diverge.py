@@ -289,7 +289,8 @@ def finding_in_words(result: Mapping[str, Any]) -> str:
             "over them all."
         )
     if result["max_logit_error"] == 0:
-        return f"no difference: {alike}, {same}, every choice alike."
+        inside = " Equal bits leave nothing to look into." if result["looked_inside"] else ""
+        return f"no difference: {alike}, {same}, every choice alike.{inside}"
     ask = "" if result["looked_inside"] else " To look into the layers, add inside=true."
     return f"no difference above the threshold: {alike}, {same}, every choice alike.{ask}"
 

@@ -318,7 +318,7 @@ def run_blocks(outcome: Outcome, engines: Mapping[str, IsolatedEngine], plan: Pl
         asked = plan.workload.fresh(number, plan.seed)  # of all engines in this block
         end = start + time_left(config, done, start - begin, longest)
         for label in order:
-            narrator.block(done, config.blocks, label, end - time.perf_counter())
+            narrator.block(number, disturbed, config.blocks, label, end - time.perf_counter())
             with outcome.row_of(engines[label], narrator):
                 window, last = served(label, engines[label].run(asked)), bandwidth
                 bandwidth = probe()

@@ -46,10 +46,13 @@ class Narrator:
     def alarm(self, text: str) -> None:
         self._console.print(text, style="bold red", highlight=False, markup=False)
 
-    def block(self, done: int, planned: int, label: str, left_s: float) -> None:
-        """Say which window comes next. `left_s` is how long the blocks that are planned still take, 0 or less if not known."""
-        left = f", about {left_s:.0f} s left" if left_s > 0 else ""
-        text = f"block {done + 1}{f' of {planned}' if done < planned else ''}: {label}{left}"
+    def block(self, done: int, disturbed: int, planned: int, label: str, left_s: float) -> None:
+        """Report the next window. `disturbed` of the `done` blocks are repeated beyond the `planned` ones. `left_s` is the time
+        of the blocks that are left, 0 or less if not known."""
+        left = f", about {left_s:.0f} s of blocks left" if left_s > 0 else ""
+        repeated = f" ({disturbed} disturbed by other programs)" if disturbed else ""
+        planned += disturbed
+        text = f"block {done + 1}{f' of {planned}' if done < planned else ''}{repeated}: {label}{left}"
         if self._console.is_terminal:
             self._draw("blocks", done, max(planned, done + 1), text)
         else:

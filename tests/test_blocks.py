@@ -148,6 +148,8 @@ def test_the_interval_is_asked_for_only_where_it_decides() -> None:
 def test_no_block_starts_that_would_end_after_the_budget_and_the_first_two_always_run() -> None:
     said = "the budget of 35 s (measure.budget_s) was used up after 3 blocks"
     assert count(config(6, budget_s=35.0), block_s=10.0) == (3, said)
+    stopped = reason_to_stop(config(6, budget_s=35.0), 1, 35.0, 10.0, 1, lambda: True, disturbed=2)
+    assert stopped is not None and stopped.said == said + ", 2 of them disturbed by other programs"
     assert count(config(6, budget_s=75.0), block_s=10.0)[0] == 6  # a pair more would have ended at 80
     assert count(config(6, budget_s=85.0), block_s=10.0)[0] == 8
     assert count(config(6, budget_s=0.0), block_s=10.0)[0] == 2

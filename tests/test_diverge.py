@@ -186,6 +186,7 @@ def test_what_was_found_is_said_in_words() -> None:
     same = sentence(result())
     assert same.startswith("In float32 no difference above the threshold: 9 rows of logits in 4 steps, apart by at most")
     assert "below the threshold of 0.001, every choice alike. To look into the layers, add inside=true." in same
+    assert "Equal bits leave nothing to look into" in sentence(result(max_logit_error=0.0, looked_inside=True))
     looked = sentence(result(looked_inside=True))
     assert "no tensor off by more than its inputs explain" in looked and "inside=true" not in looked
     found = {"step": 1, "request": 0, "position": 7, "layer": 3, "tensor": "q", "difference": 1e-4, "inside": True}

@@ -429,6 +429,8 @@ def test_responses_call_functions_and_take_their_results(served: Served) -> None
         ({"input": "a", "conversation": "c"}, "conversation"),
         ({"input": "a", "background": True}, "background"),
         ({"input": "a", "top_logprobs": False}, "top_logprobs"),
+        ({"input": "a", "max_tokens": 8}, "max_tokens"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "messages"),
         ({"input": "a", "max_output_tokens": 1 << 20}, "max_output_tokens"),
         ({"input": "a", "tools": [{"type": "web_search"}]}, "tools"),
         ({"input": "a", "tool_choice": "required"}, "tool_choice"),

@@ -15,7 +15,7 @@ from common.errors import ConfigError, RequestError
 from common.options import field_docs, without
 from common.options import parse as parse_options
 from common.serve import protocol
-from common.serve.command import make_parser
+from common.serve.command import main, make_parser
 from common.serve.errors import PRIVATE, ApiError, api_error, public
 from common.serve.items import messages_of
 from common.serve.model import ServedModel
@@ -214,6 +214,7 @@ def test_a_command_line_of_vllm_means_the_same(given: list[str], expected: dict[
     [
         (["--gpu-memory-utilization", "0.9"], "--num-blocks sets its pages"),
         (["--trust-remote-code"], "never runs"),
+        (["--ssl-keyfile", "x"], "proxy"),
         (["--no-compile=true"], "takes no value"),
         (["--no-port"], "Unknown option --no-port"),
         (["--max-num-seq", "8"], "Did you mean '--max-num-seqs'"),
@@ -222,6 +223,13 @@ def test_a_command_line_of_vllm_means_the_same(given: list[str], expected: dict[
 def test_an_option_that_is_not_there_says_what_to_do(given: list[str], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         parse_options(make_parser(), given)
+
+
+@pytest.mark.parametrize("backend", ["foo", "torch,foo"])
+def test_a_wrong_backend_is_refused_before_a_process_starts(backend: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "tiny-llama", "--backend", backend, "--port", "0"]) == 2
+    captured = capsys.readouterr()
+    assert "Unknown backend 'foo'" in captured.err and "Loading" not in captured.err + captured.out
 
 
 def test_the_items_of_a_response_are_the_same_however_its_text_is_cut() -> None:

@@ -23,7 +23,7 @@ from common.child import die_with_parent
 from common.config import expect as expect_config
 from common.errors import ConfigError, TandemError
 from common.exits import FAILURE, INTERRUPTED, USER_ERROR, exit_code, heeding_sigterm
-from common.interface import Progress
+from common.interface import Progress, expect_backend
 from common.options import add_engine_options, add_model_options, engine_options, parse, without
 from common.replicas.open import open_engine
 from common.serve.app import create_app
@@ -123,8 +123,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Serve until told to end. Returns the exit code: 0 after a drain, 1 where no engine is left, 2 for a mistake of the
     caller, and where no engine can be had."""
     given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["serve"] and not os.path.exists("serve"):  # as in `vllm serve MODEL`
+        del given[0]
     try:
         options = parse(make_parser(), given)
+        for name in options.backend.split(","):
+            expect_backend(name)
         configure_logging(options.log_json, options.backend if options.uds else None)
         with heeding_sigterm():  # SIGTERM during loading also ends the backends
             if options.uds:

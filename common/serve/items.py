@@ -29,6 +29,10 @@ REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "truncation": ((None, "disabled"), "truncation must be disabled: shorten input instead."),
     "include": ((None, []), "include must be empty: /v1/chat/completions returns log-probabilities."),
     "top_logprobs": ((None, 0), "top_logprobs must be 0: /v1/chat/completions returns log-probabilities."),
+    "max_tokens": ((None,), "This API names it max_output_tokens."),
+    "max_completion_tokens": ((None,), "This API names it max_output_tokens."),
+    "messages": ((None,), "This API names it input."),
+    "response_format": ((None,), 'This API names it text, as in {"format": …}.'),
     "max_tool_calls": ((None,), "max_tool_calls must be left out: this server runs no tools."),
 }
 """Field → the values that change nothing, and the message for another value."""
@@ -104,6 +108,10 @@ class ResponsesRequest(Body):
     include: Annotated[Any, WithJsonSchema({"type": ["array", "null"], "maxItems": 0})] = None
     top_logprobs: Annotated[Any, WithJsonSchema({"type": ["integer", "null"], "enum": [0, None]})] = None
     max_tool_calls: Refused = None
+    max_tokens: Refused = None
+    max_completion_tokens: Refused = None
+    messages: Refused = None
+    response_format: Refused = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     priority: Whole | None = None
     deadline: float | None = None
@@ -124,7 +132,7 @@ class ResponsesRequest(Body):
         asked = {name: getattr(self, name) for name in SHARED}
         asked |= {"max_tokens": self.max_output_tokens, "messages": messages_of(self.input, self.instructions)}
         asked |= {"tools": chat_tools(self.tools), "tool_choice": chat_tool_choice(self.tool_choice)}
-        asked |= {"response_format": self.response_format()}
+        asked |= {"response_format": self.chat_format()}
         try:
             self._chat = ConvertedChat.model_validate(asked)
             self._chat.settle()
@@ -162,7 +170,7 @@ class ResponsesRequest(Body):
         assert self._chat is not None
         return self._chat
 
-    def response_format(self) -> dict[str, Any] | None:
+    def chat_format(self) -> dict[str, Any] | None:
         """Return `text.format` in the form of a chat request."""
         form = self.text.format if self.text else None
         if form is None:
