@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from experiments.config import CorrectnessConfig
 from experiments.correctness import Reference, common_prefix, float64_reference
 from experiments.drive import Row, Window
@@ -64,12 +66,12 @@ class Judged:
 
 
 def reporting(windows: Mapping[str, Sequence[Window]]) -> dict[str, Sequence[Window]]:
-    """Return the windows of the engines that report their tokens. A server may report -1 instead."""
+    """Return the windows of the engines that report their tokens. A server may report -1 for all of them instead."""
     return {label: blocks for label, blocks in windows.items() if blocks and reports_tokens(blocks)}
 
 
 def reports_tokens(windows: Sequence[Window]) -> bool:
-    return all(token >= 0 for window in windows for row in window.rows for token in row.tokens)
+    return any(token >= 0 for window in windows for row in window.rows for token in row.tokens)
 
 
 def differences(windows: Mapping[str, Sequence[Window]]) -> list[Parted]:
@@ -116,17 +118,28 @@ def judge_timed(
     for each in found:
         if (each.engine, each.block) in wrong:
             continue
-        mine, other = each.tokens
-        behind = (float("inf") if mine is None else 0.0, float("inf") if other is None else 0.0)
-        if mine is not None and other is not None:
+        behind = (float("inf") if missing(each.tokens[0]) else 0.0, float("inf") if missing(each.tokens[1]) else 0.0)
+        if max(behind) == 0:
             prompt = workload.fresh(each.block, seed).items[each.request].prompt
             history = windows[first][each.block].rows[each.request].tokens[: each.position]
             exact = reference([*prompt, *history])
-            behind = (float(exact.max() - exact[mine]), float(exact.max() - exact[other]))
+            behind = (behind_likeliest(exact, each.tokens[0]), behind_likeliest(exact, each.tokens[1]))
         judged.append(Judged(parted=each, behind=behind, limit=limit))
         if not judged[-1].justified:
             wrong.add((each.engine, each.block))
     return judged
+
+
+def missing(token: int | None) -> bool:
+    """Return whether an engine returned no token at a position, or a number that no vocabulary has."""
+    return token is None or token < 0
+
+
+def behind_likeliest(exact: np.ndarray, token: int | None) -> float:
+    """Return the distance of a token from the likeliest one in nats; infinite for a number beyond the vocabulary."""
+    if token is None or not 0 <= token < len(exact):
+        return float("inf")
+    return float(exact.max() - exact[token])
 
 
 def spread(found: Sequence[Parted], most: int) -> list[Parted]:
@@ -135,7 +148,7 @@ def spread(found: Sequence[Parted], most: int) -> list[Parted]:
     for label in dict.fromkeys(each.engine for each in found):
         mine = [each for each in found if each.engine == label]
         places = {i * len(mine) // most for i in range(most)} if len(mine) > most else range(len(mine))
-        kept += [each for i, each in enumerate(mine) if i in places or None in each.tokens]
+        kept += [each for i, each in enumerate(mine) if i in places or any(map(missing, each.tokens))]
     return kept
 
 

@@ -278,7 +278,7 @@ def test_a_key_is_required_and_pages_of_allowed_origins_may_call(tmp_path: Path)
         (["--model", "no-such-model"], "Unknown model"),
         (["--prot", "8000"], "--port"),
         (["--backend", "history,history"], "twice"),
-        (["--backend", "history,nothing"], "exit code 2"),
+        (["--backend", "history,nothing"], "Unknown backend 'nothing'"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_explained(

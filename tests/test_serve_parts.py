@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import shutil
+import time
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -21,7 +25,7 @@ from common.serve.items import messages_of
 from common.serve.model import ServedModel
 from common.serve.protocol import ChatRequest, CompletionRequest, parse
 from common.serve.responses import Output
-from common.serve.serving import encode
+from common.serve.serving import Answer, encode
 from common.text.tokenizer import open_tokenizer
 from common.text.tool_calls import ToolCalls
 from common.weights.checkpoint import open_checkpoint
@@ -230,6 +234,31 @@ def test_a_wrong_backend_is_refused_before_a_process_starts(backend: str, capsys
     assert main(["serve", "tiny-llama", "--backend", backend, "--port", "0"]) == 2
     captured = capsys.readouterr()
     assert "Unknown backend 'foo'" in captured.err and "Loading" not in captured.err + captured.out
+
+
+def test_a_call_that_was_admitted_as_its_client_left_is_aborted() -> None:
+    """The engine may answer in the millisecond between the end of the connection and the cancellation."""
+    aborted: list[object] = []
+
+    async def admit(call: object) -> None:
+        await asyncio.to_thread(time.sleep, 0.0003)
+
+    async def gone() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def checked(request: object) -> None:
+        pass
+
+    worker = SimpleNamespace(run=admit, abort=aborted.append)
+    serving = SimpleNamespace(worker=worker, metrics=SimpleNamespace(begin=lambda call: None, end=lambda call: None))
+    call = SimpleNamespace(requests=[None])
+    answer: Any = SimpleNamespace(call=call, serving=serving, _check_grammar=checked)
+    http: Any = SimpleNamespace(receive=gone)
+    unused: Any = None
+    for times in range(1, 9):
+        with pytest.raises(ApiError) as left:
+            asyncio.run(Answer.send(answer, http, unused, unused))
+        assert left.value.status == 499 and aborted == [call] * times
 
 
 def test_the_items_of_a_response_are_the_same_however_its_text_is_cut() -> None:

@@ -89,6 +89,15 @@ def test_float64_decides_which_engine_is_wrong(behind: tuple[float, float], wron
         assert histories == [[*workload.fresh(1, 0).items[0].prompt, 1, 2]]  # the prompt of that block, not of the first
 
 
+@pytest.mark.parametrize("token", [-1, 99])
+def test_a_number_that_is_no_token_is_unjustified_and_does_not_end_the_comparison(token: int) -> None:
+    windows = {"a": [SOUND], "b": [window((1, token, 3, 4), (5, 6, 7, 8))]}
+    (found,) = differences(windows)
+    workload = Workload("w", (Item(0.0, (1, 2), 4),) * 2)
+    (judged,) = judge_timed([found], windows, workload, 0, lambda history: np.zeros(9), HALF_BEHIND)
+    assert found.tokens == (2, token) and judged.behind == (0.0, float("inf")) and not judged.justified
+
+
 def test_an_output_that_ends_early_is_unjustified_without_float64() -> None:
     windows = {"a": [SOUND], "b": [window((1, 2, 3), (5, 6, 7, 8))]}
     workload = Workload("mine", (Item(0.0, (3, 4), 4),) * 2)
