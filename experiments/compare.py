@@ -4,7 +4,7 @@
 is one JSON object. At a terminal the last line names the file with the results.
 The exit code is 1 if an engine or the machine failed, 2 for an error in the options, 3 if a condition of `fail_if` holds,
 4 if the float32 pass found a defect: an unjustified divergence, or a log-probability off by more than `correctness.tolerance`;
-also for an unjustified difference of tokens in any block timed in float32.
+also for an unjustified difference of tokens in any timed block.
 """
 
 from __future__ import annotations

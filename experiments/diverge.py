@@ -247,22 +247,16 @@ def sentence(result: Mapping[str, Any]) -> str:
 def finding_in_words(result: Mapping[str, Any]) -> str:
     first, second = result["engines"]
     alike = f"{result['num_positions']} rows of logits in {result['num_steps']} steps"
-    if (found := result["finding"]) and result["verdict"] == "suspicious":
-        where = f"layer {found['layer']}, {found['tensor']}" if found["layer"] is not None else found["tensor"]
+    if found := result["finding"]:
+        layer = f"layer {found['layer']}, " if found["layer"] is not None else ""
+        where = f"step {found['step']}, request {found['request']}, position {found['position']}, {layer}{found['tensor']}"
         errors = ", ".join(f"{label} {shown(error)}" for label, error in found["errors"].items())
         truth = "the float64 result of its own inputs" if found["inside"] else "float64"
-        return (
-            f"a difference below the threshold: {alike}, {apart(result)}. Suspicious is {' and '.join(found['wrong'])}: step "
-            f"{found['step']}, request {found['request']}, position {found['position']}, {where}. Relative "
-            f"errors from {truth}: {errors}."
-        )
-    if found:
-        where = f"layer {found['layer']}, {found['tensor']}" if found["layer"] is not None else found["tensor"]
-        errors = ", ".join(f"{label} {shown(error)}" for label, error in found["errors"].items())
-        return (
-            f"a defect in {' and '.join(found['wrong'])}: first seen in step {found['step']}, request {found['request']}, "
-            f"position {found['position']}, {where}. Relative errors from float64: {errors}."
-        )
+        wrong = " and ".join(found["wrong"])
+        begin = f"a defect in {wrong}: first seen in "
+        if result["verdict"] == "suspicious":
+            begin = f"a difference below the threshold: {alike}, {apart(result)}. Suspicious is {wrong}: "
+        return f"{begin}{where}. Relative errors from {truth}: {errors}."
     if result["verdict"] == "defect":
         bad = next(choice for choice in result["choices"] if not choice["justified"])
         return (

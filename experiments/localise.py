@@ -26,7 +26,7 @@ CONTEXT = {"keys": "k", "values": "v"}
 """What lies in pages, and what was to be put there."""
 SURE = 8.0
 """How many times the error of the nearer engine, the largest within the tensor, no rounding makes the other's."""
-OWN_FLOOR: Mapping[Dtype, float] = {"float32": 2e-6, "bfloat16": 1e-2}
+OWN_FLOOR: Mapping[Dtype, float] = {"float32": 1e-6, "bfloat16": 1e-2}
 """The relative error that rounding may reach in one operation of any model."""
 FLOOR: Mapping[Dtype, float] = {"float32": 1e-4, "bfloat16": 0.1}
 """The relative error that rounding may reach anywhere in a model."""

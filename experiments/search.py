@@ -134,7 +134,7 @@ class Search:
             return found
         owners = self._trace.steps[writer][2]
         earlier = [i for i, owner in enumerate(owners) if owner == found.request] or list(range(len(owners)))
-        return self._look(writer, earlier, scratch, narrator, inside) or found
+        return self._look(writer, earlier, scratch, narrator) or found
 
     def choices(self, rows: Sequence[Compared], narrator: Narrator) -> list[Choice]:
         """The first differing choices, each with its float64 margin."""

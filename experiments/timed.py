@@ -118,12 +118,13 @@ def judge_timed(
     for each in found:
         if (each.engine, each.block) in wrong:
             continue
-        behind = (float("inf") if missing(each.tokens[0]) else 0.0, float("inf") if missing(each.tokens[1]) else 0.0)
-        if max(behind) == 0:
+        mine, other = each.tokens
+        behind = (float("inf") if missing(mine) else 0.0, float("inf") if missing(other) else 0.0)
+        if not (missing(mine) or missing(other)):
             prompt = workload.fresh(each.block, seed).items[each.request].prompt
             history = windows[first][each.block].rows[each.request].tokens[: each.position]
             exact = reference([*prompt, *history])
-            behind = (behind_likeliest(exact, each.tokens[0]), behind_likeliest(exact, each.tokens[1]))
+            behind = (behind_likeliest(exact, mine), behind_likeliest(exact, other))
         judged.append(Judged(parted=each, behind=behind, limit=limit))
         if not judged[-1].justified:
             wrong.add((each.engine, each.block))

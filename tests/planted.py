@@ -73,10 +73,7 @@ class Reconfigured:
 
 def rope(config: ModelConfig) -> ModelConfig:
     """A wrong base in one layer."""
-    kinds = list(config.layer_rope)
-    wrong = replace(config.ropes[kinds[LAYER]], base=config.ropes[kinds[LAYER]].base * 1.5)
-    kinds[LAYER] = len(config.ropes)
-    return replace(config, ropes=(*config.ropes, wrong), layer_rope=tuple(kinds))
+    return turned(config, 1.5)
 
 
 def window(config: ModelConfig) -> ModelConfig:
@@ -94,8 +91,12 @@ def scale(config: ModelConfig) -> ModelConfig:
 
 def turn(config: ModelConfig) -> ModelConfig:
     """A slightly wrong base of the rotary embedding in one layer."""
+    return turned(config, 1.002)
+
+
+def turned(config: ModelConfig, times: float) -> ModelConfig:
     kinds = list(config.layer_rope)
-    wrong = replace(config.ropes[kinds[LAYER]], base=config.ropes[kinds[LAYER]].base * 1.02)
+    wrong = replace(config.ropes[kinds[LAYER]], base=config.ropes[kinds[LAYER]].base * times)
     kinds[LAYER] = len(config.ropes)
     return replace(config, ropes=(*config.ropes, wrong), layer_rope=tuple(kinds))
 
@@ -105,20 +106,28 @@ def half(weight: np.ndarray) -> np.ndarray:
     return weight + np.where(np.arange(len(weight)) < len(weight) // 2, np.float32(0.001), np.float32(0))
 
 
-def first_row(weight: np.ndarray) -> np.ndarray:
+def first_row(weight: np.ndarray, times: float = 1.002) -> np.ndarray:
     """One output of a projection that is too large."""
     changed = weight.copy()
-    changed[0] *= 1.05
+    changed[0] *= times
     return changed
 
 
 WEIGHTS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
     "norm": (f"model.layers.{LAYER}.input_layernorm.weight", half),
     "output": (f"model.layers.{LAYER}.self_attn.o_proj.weight", first_row),
-    "activation": (f"model.layers.{LAYER}.mlp.gate_proj.weight", lambda weight: weight * 1.001),
+    "activation": (f"model.layers.{LAYER}.mlp.gate_proj.weight", lambda weight: weight * 1.0001),
+    "larger output": (f"model.layers.{LAYER}.self_attn.o_proj.weight", lambda weight: first_row(weight, 1.05)),
+    "larger activation": (f"model.layers.{LAYER}.mlp.gate_proj.weight", lambda weight: weight * 1.001),
     "final": ("model.norm.weight", half),
 }
-CONFIGS: dict[str, Callable[[ModelConfig], ModelConfig]] = {"rope": rope, "window": window, "scale": scale, "turn": turn}
+CONFIGS: dict[str, Callable[[ModelConfig], ModelConfig]] = {
+    "rope": rope,
+    "window": window,
+    "scale": scale,
+    "turn": turn,
+    "larger turn": lambda config: turned(config, 1.02),
+}
 
 
 def other(batch: Batch, **views: Any) -> Batch:

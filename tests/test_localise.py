@@ -100,11 +100,14 @@ def test_compare_finds_a_planted_defect_and_diverge_names_it(defect: str, deep: 
 
 
 IN_SMOLLM2 = {
-    "scale": (0, "attention"), "turn": (LAYER, "q"), "norm": (LAYER, "q"), "output": (LAYER, "residual"),
-    "activation": (LAYER, "residual"), "final": (None, "logits"), "head": (None, "logits"), "rope": (LAYER, "q"),
+    "scale": (0, "attention"), "norm": (LAYER, "q"), "final": (None, "logits"), "head": (None, "logits"), "rope": (LAYER, "q"),
     "mask": (0, "attention"), "slot": (0, "keys"), "token": (None, "embedding"), "page": (LAYER, "keys"),
+    "larger turn": (LAYER, "q"), "larger output": (LAYER, "residual"), "larger activation": (LAYER, "residual"),
+    "turn": (LAYER, "q"), "output": (LAYER, "residual"), "activation": (LAYER, "residual"),
 }  # fmt: skip
 """Layer and tensor in a trained model, against native kernels, which show no norms and no MLPs: larger kernels contain them."""
+BELOW_ROUNDING = ("turn", "output", "activation")
+"""Defects that the rounding of SmolLM2 hides in its logits: only a look inside finds them."""
 
 
 @pytest.mark.accept
@@ -115,8 +118,8 @@ def test_defects_in_a_trained_model_are_found_and_named(backend: str, defect: st
     sound, wrong = make_local("sound", "torch", "native", path), make_local("wrong", backend, "framework", path, defect)
     (tmp_path / "compare").mkdir()
     found = verdict(sound, wrong, path, tmp_path / "compare")
-    assert bool(defects(found)) or found["suspicious"] == 1, found["noise"]
-    assert found["tokens_equal"] or defect not in SMALL
+    assert bool(defects(found)) or found["suspicious"] == 1 or defect in BELOW_ROUNDING, found["noise"]
+    assert found["tokens_equal"] or defect.removeprefix("larger ") not in SMALL
     result = search(sound, wrong, path, tmp_path, inside=True)
     if defect == "sampler":
         assert result["verdict"] == "defect" and "how a token is chosen: step 0, request 0" in sentence(result)
