@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -84,3 +85,15 @@ def no_signal_handler_is_left() -> Iterator[None]:
         if callable(handler) or isinstance(handler, signal.Handlers):
             signal.signal(number, handler)  # the next test is not to blame
     assert left == before, f"Signal handlers were {before} before the test and are {left} after it."
+
+
+@pytest.fixture(autouse=True)
+def no_log_handler_is_left() -> Iterator[None]:
+    """Restore the root logger. A command that ran in this process logs to a stream that pytest closes after the test."""
+    root = logging.getLogger()
+    level, before = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    for handler in [handler for handler in root.handlers if handler not in before]:
+        if not type(handler).__module__.startswith("_pytest"):  # pytest replaces its own in each phase of a test
+            root.removeHandler(handler)
