@@ -109,8 +109,8 @@ class Backend:
     async def watch(self) -> None:
         """Kill the process if it is stopped, does not respond, or reports a failure twice in a row. `keep` restarts it.
 
-        A process under load may answer late. So the timeout is longer for a process whose CPU time advances
-        (`common.child.Silence`)."""
+        A process under load answers late. `common.child.Silence` extends the timeout while the CPU time of the process
+        advances."""
         process = None
         while True:
             if process is not self.process:
@@ -250,7 +250,7 @@ class Backends:
 def accepts(path: Path) -> bool:
     """Whether a process accepts connections at a socket of the file system."""
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.setblocking(False)  # a socket whose queue is full does not accept
+        connection.setblocking(False)  # else the call blocks if the queue of the socket is full
         return connection.connect_ex(str(path)) == 0
 
 
@@ -365,8 +365,8 @@ class Passed(Response):
                 raise
 
     async def _pass(self, send: Send) -> None:
-        # Each request has a connection of its own. A shared pool never closes a connection whose request is cancelled before
-        # its first byte.
+        # The transport serves one request. A shared pool leaks the connection of a request that is cancelled before the first
+        # byte of its answer.
         async with httpx.AsyncHTTPTransport(uds=str(self._backend.path), verify=False) as transport:  # no TLS, no certificates
             try:
                 answer = await transport.handle_async_request(self._request)

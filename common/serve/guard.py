@@ -70,7 +70,7 @@ class Guard:
             if status:
                 raise
             await error_response(api_error(error))(scope, receive, labelled)
-        except asyncio.CancelledError:  # by the server, whose drain has timed out
+        except asyncio.CancelledError:  # the server cancels the request when the drain times out
             told = "Ended unfinished: it outlasted --drain-s."
             with suppress(asyncio.CancelledError):  # again, if the client reads nothing
                 if not status:

@@ -160,8 +160,8 @@ class ResponsesRequest(Body):
         }
         lengths = {name: len(json.dumps(fields[name])) for name in ("metadata", "text", "tools", "user")}
         if sum(lengths.values()) > MAX_ECHO:
-            told = f"{', '.join(lengths)} may have {MAX_ECHO} characters in all as JSON, got {sum(lengths.values())}."
-            raise ApiError(400, told, max(lengths, key=lengths.__getitem__))
+            message = f"{', '.join(lengths)} may have {MAX_ECHO} characters in all as JSON, got {sum(lengths.values())}."
+            raise ApiError(400, message, max(lengths, key=lengths.__getitem__))
         return fields
 
     @property

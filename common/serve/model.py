@@ -160,8 +160,8 @@ class ServedModel:
     ) -> Prompt:
         """Apply the chat template. `checked`: refuse a conversation that cannot fit the context, before it is rendered."""
         if self.template is None:
-            told = "This model has no chat template: it continues text. Use the completions endpoint."
-            raise RequestError(told, "messages")
+            message = "This model has no chat template: it continues text. Use the completions endpoint."
+            raise RequestError(message, "messages")
         plain = [message_of(i, message) for i, message in enumerate(messages)]
         if "tools" not in (self.tokenizer.chat_template or ""):
             plain, tools = with_tools(plain, tools), None

@@ -17,6 +17,7 @@ from common.request import MAX_LOGPROBS, MAX_N, Request, SamplingParams, Structu
 from common.serve.errors import ApiError
 from common.serve.tools import call_grammar
 from common.states import Pooling
+from common.text.chat import ROLES
 from common.text.json_cost import expect_parsable
 
 log = logging.getLogger(__name__)
@@ -39,13 +40,16 @@ def wholes(given: Any) -> Any:
 
 WHOLE, WHOLES = BeforeValidator(whole), BeforeValidator(wholes)
 Whole = Annotated[int, WHOLE]
-StopText = Annotated[str, Field(max_length=1024)]
-STOP_TEXT = {"type": "string", "maxLength": 1024}
+MAX_STOP = 1024
+"""Characters of a stop string or bad word."""
+MAX_STOPS = 64
+StopText = Annotated[str, Field(max_length=MAX_STOP)]
+STOP_TEXT = {"type": "string", "maxLength": MAX_STOP}
 StopTexts = Annotated[
     list[StopText],
-    Field(max_length=64),
+    Field(max_length=MAX_STOPS),
     BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
-    WithJsonSchema({"anyOf": [STOP_TEXT, {"type": "array", "maxItems": 64, "items": STOP_TEXT}]}),
+    WithJsonSchema({"anyOf": [STOP_TEXT, {"type": "array", "maxItems": MAX_STOPS, "items": STOP_TEXT}]}),
 ]
 """A single text becomes a list of one, so that an error names an item and no union of types."""
 TOKENS: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
@@ -61,7 +65,7 @@ MESSAGE = WithJsonSchema(
     {
         "type": "object",
         "required": ["role"],
-        "properties": {"role": {"enum": ["system", "developer", "user", "assistant", "tool"]}},
+        "properties": {"role": {"enum": list(ROLES)}},
     }
 )
 Messages = Annotated[list[Annotated[dict[str, Any], MESSAGE]], Field(min_length=1, max_length=10_000)]

@@ -142,8 +142,8 @@ def response_event(event: Mapping[str, Any], number: int) -> bytes:
 def failed_response(response: Mapping[str, Any], error: ApiError) -> dict[str, Any]:
     """Return the event that ends the stream of a response with an error."""
     code = "server_error" if error.status >= 500 else "invalid_prompt"
-    told = {"code": code, "message": error.body["error"]["message"]}
-    return {"type": "response.failed", "response": {**response, "status": "failed", "error": told}}
+    reason = {"code": code, "message": error.body["error"]["message"]}
+    return {"type": "response.failed", "response": {**response, "status": "failed", "error": reason}}
 
 
 @dataclass

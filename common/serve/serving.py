@@ -203,7 +203,6 @@ class Answer:
         try:
             await unless_left(http.receive, self.serving.worker.run(self.call))
         except BaseException as error:
-            # `run` may have returned after the client closed the connection and before its cancellation.
             self.serving.worker.abort(self.call)
             self.serving.metrics.end(self.call)
             if isinstance(error, RequestError):

@@ -137,12 +137,8 @@ class Worker:
         return self.wait_ready().replicas
 
     async def run(self, call: Call) -> None:
-        """Admit all requests or none. The caller sees to it that `abort` is called if it leaves before all have ended."""
-        try:
-            await self.ask(lambda engine: self._admit(engine, call))
-        except asyncio.CancelledError:
-            self.abort(call)
-            raise
+        """Admit all requests or none. The caller calls `abort` if it leaves before all have ended, also before this returns."""
+        await self.ask(lambda engine: self._admit(engine, call))
 
     def abort(self, call: Call) -> None:
         """End what is left of a call, before the next step, and in the middle of its admission."""

@@ -274,6 +274,6 @@ def _parsed(call: Any) -> Any:
             arguments = json.loads(arguments)
         except ValueError as error:
             name = quoted(function.get("name"))
-            told = f"The arguments of a call of {name} in messages must be JSON, got {quoted(arguments)} ({error})."
-            raise RequestError(told, "messages") from None
+            message = f"The arguments of a call of {name} in messages must be JSON, got {quoted(arguments)} ({error})."
+            raise RequestError(message, "messages") from None
     return {**call, "function": {**function, "arguments": arguments}}
