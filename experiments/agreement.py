@@ -378,11 +378,10 @@ LEFT_OUT: Mapping[str, Any] = verdict({}) | {"tolerance": None, "agreement": {},
 def tokens_equal_share(windows: Mapping[str, Window]) -> float | None:
     """Return the share of timed output tokens before their request's first difference from the first engine.
 
-    This is the least of all engines that report their tokens, or None if fewer than two do. A server may not report them."""
-    reported = [window for window in windows.values() if all(token >= 0 for row in window.rows for token in row.tokens)]
-    if len(reported) < 2:
+    This is the least of all engines, or None for fewer than two. `windows` has the engines that report their tokens."""
+    if len(windows) < 2:
         return None
-    first, *others = reported
+    first, *others = windows.values()
     total = sum(len(row.tokens) for row in first.rows)
     equal = (sum(common_prefix(a.tokens, b.tokens) for a, b in zip(first.rows, w.rows, strict=True)) for w in others)
     return min(equal) / total if total else 1.0

@@ -32,7 +32,7 @@ from experiments.records import kept_rows, write_run
 from experiments.rundir import finished, finite, run_directory, write_setup
 from experiments.scaling import curves, points_of
 from experiments.statistics import Comparison
-from experiments.timed import NOT_COMPARED, compare_timed
+from experiments.timed import NOT_COMPARED, compare_timed, reporting
 from experiments.words import plural
 
 RESULTS = (
@@ -101,7 +101,7 @@ def results(config: DictConfig, plan: Plan, outcome: Outcome, found: Mapping[str
     """Return the content of results.json. `found` has the keys of the float32 pass; `directory` is the final run directory."""
     compared = {
         label: Window(tuple(row for window in windows for row in window.rows), sum(window.duration for window in windows))
-        for label, windows in outcome.windows.items()
+        for label, windows in reporting(outcome.windows, plan.engines).items()
         if label in outcome.comparable
     }
     content: dict[str, Any] = setting(config, plan) | {

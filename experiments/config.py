@@ -45,6 +45,11 @@ class EngineSpec:
     """What the engine has beside `EngineConfig`, as plain Python: the fields of `Options` in `experiments.baselines.<name>`,
     whose `check` is given the `EngineConfig` too."""
 
+    @property
+    def is_server(self) -> bool:
+        """Whether the engine is a server over HTTP, which need not report the ids of its tokens."""
+        return "base_url" in self.options
+
 
 def engine_spec(options: DictConfig, label: str | None = None) -> EngineSpec:
     """Check the composed group `engine`. Raises `BackendError` where what runs it is not installed."""

@@ -61,6 +61,11 @@ def timed_suspicions(result: Mapping[str, Any]) -> list[str]:
     return list((result.get("timed_suspicions") or {}).values())
 
 
+def timed_uncompared(result: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each engine whose timed outputs cannot be compared."""
+    return [f"timed outputs of {label} not judged: {why}" for label, why in (result.get("timed_not_compared") or {}).items()]
+
+
 def not_judged(result: Mapping[str, Any]) -> str:
     """Return how many differences of timed tokens are judged and why not all; empty if all are."""
     if not (why := result.get("timed_not_judged")):
@@ -99,8 +104,8 @@ def headline(result: Mapping[str, Any]) -> Headline:
         return Headline("warn", "suspicious: " + "; ".join(found))
     if (left := not_judged(result)) and not result["timed_judged"]:
         return Headline("warn", left)
+    left_out = timed_uncompared(result)
     if result.get("unjustified_divergences") is None:
-        return Headline("calm", "pass left out")
-    if result.get("tokens_equal"):
-        return Headline("good", "every token is the same")
-    return Headline("good", "tokens differ only where rounding decides")
+        return Headline("warn" if left_out else "calm", "; ".join(["pass left out", *left_out]))
+    said = "every token is the same" if result.get("tokens_equal") else "tokens differ only where rounding decides"
+    return Headline("warn" if left_out else "good", "; ".join([said, *left_out]))

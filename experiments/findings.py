@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from common.config import expect
-from experiments.defects import covered, defects, located, not_judged, suspicions, timed_defects, timed_suspicions, uncompared
+from experiments.defects import (
+    covered,
+    defects,
+    located,
+    not_judged,
+    suspicions,
+    timed_defects,
+    timed_suspicions,
+    timed_uncompared,
+    uncompared,
+)
 from experiments.page import Notice, Tone, Verdict
 from experiments.remarks import SPOILT, between_ranks, contaminated, fallback, left_out
 from experiments.results import RunFiles, read_json
@@ -116,6 +126,8 @@ def correctness(run: RunFiles) -> Iterator[Verdict]:
         yield Verdict("bad", "Defect in a timed block", "tokens", f"{found}.")
     for found in uncompared(results):
         yield Verdict("calm", "Not compared", "other weights", f"{found}.")
+    for found in timed_uncompared(results):
+        yield Verdict("warn", "Timed outputs not judged", "tokens", f"{found[0].upper()}{found[1:]}.")
     for found in timed_suspicions(results):
         yield Verdict("warn", "Suspicious in a timed block", "tokens", f"{found}.")
     if said := not_judged(results):

@@ -7,13 +7,15 @@ A difference is suspicious where both engines run the same native kernels, becau
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from experiments.config import CorrectnessConfig
+from experiments.completions import UNNAMED
+from experiments.config import CorrectnessConfig, EngineSpec
 from experiments.correctness import Reference, common_prefix, float64_reference
 from experiments.drive import Row, Window
 from experiments.measure import Plan
@@ -65,39 +67,52 @@ class Judged:
         return not any(self.wrong)
 
 
-def reporting(windows: Mapping[str, Sequence[Window]]) -> dict[str, Sequence[Window]]:
-    """Return the windows of the engines that report their tokens. A server may report -1 for all of them instead."""
-    return {label: blocks for label, blocks in windows.items() if blocks and reports_tokens(blocks)}
+def reporting(windows: Mapping[str, Sequence[Window]], engines: Sequence[EngineSpec]) -> dict[str, Sequence[Window]]:
+    """Return the windows of the engines whose tokens can be compared: all but those of servers that name none of them.
+
+    Any other engine reports its tokens, so a number that is no token is a defect of that engine.
+    """
+    servers = {spec.label for spec in engines if spec.is_server}
+    return {label: blocks for label, blocks in windows.items() if blocks and not (label in servers and unnamed(blocks))}
 
 
-def reports_tokens(windows: Sequence[Window]) -> bool:
-    return any(token >= 0 for window in windows for row in window.rows for token in row.tokens)
+def unnamed(windows: Sequence[Window]) -> bool:
+    """Return whether none of the tokens has a name."""
+    return all(token == UNNAMED for window in windows for row in window.rows for token in row.tokens)
 
 
-def differences(windows: Mapping[str, Sequence[Window]]) -> list[Parted]:
+def differences(windows: Mapping[str, Sequence[Window]], vocab_size: int = sys.maxsize) -> list[Parted]:
     """Return the first difference of each request of each block from the first engine, by engine, block and request.
 
-    Requests that failed in either engine are left out: the figure `failed` counts them.
+    A number that is no token counts as a difference, even if both engines report it. Requests that failed in either engine are
+    left out: the figure `failed` counts them.
     """
-    compared = reporting(windows)
-    first = next(iter(compared), None)
+    first = next(iter(windows), None)
     return [
         found
-        for label, blocks in compared.items()
+        for label, blocks in windows.items()
         if first is not None and label != first
-        for block, (mine, other) in enumerate(zip(compared[first], blocks, strict=False))
+        for block, (mine, other) in enumerate(zip(windows[first], blocks, strict=False))
         for request, (a, b) in enumerate(zip(mine.rows, other.rows, strict=True))
-        if a.error is None and b.error is None and (found := difference(a, b, label, block, request))
+        if a.error is None and b.error is None and (found := difference(a, b, label, block, request, vocab_size))
     ]
 
 
-def difference(a: Row, b: Row, engine: str, block: int, request: int) -> Parted | None:
-    """Return where `b` first differs from `a`; None if their tokens are equal."""
-    if a.tokens == b.tokens:
+def difference(a: Row, b: Row, engine: str, block: int, request: int, vocab_size: int) -> Parted | None:
+    """Return where `b` first differs from `a`, or either has a number that is no token; None if their tokens are equal."""
+    ends = [num_valid(row.tokens, vocab_size) for row in (a, b)]
+    if a.tokens == b.tokens and ends[0] == len(a.tokens):
         return None
-    at = common_prefix(a.tokens, b.tokens)
+    at = min(common_prefix(a.tokens, b.tokens), *ends)
     mine, other = (row.tokens[at] if at < len(row.tokens) else None for row in (a, b))
     return Parted(engine=engine, block=block, request=request, position=at, tokens=(mine, other))
+
+
+def num_valid(tokens: Sequence[int], vocab_size: int) -> int:
+    """Return how many of `tokens` come before the first number that is no token."""
+    if not tokens or (min(tokens) >= 0 and max(tokens) < vocab_size):
+        return len(tokens)
+    return next(place for place, token in enumerate(tokens) if not 0 <= token < vocab_size)
 
 
 def judge_timed(
@@ -114,7 +129,7 @@ def judge_timed(
     """
     judged: list[Judged] = []
     wrong: set[tuple[str, int]] = set()
-    first = next(iter(reporting(windows)), "")
+    first = next(iter(windows), "")
     for each in found:
         if (each.engine, each.block) in wrong:
             continue
@@ -174,6 +189,7 @@ def reason_not_judged(left: int, judges: bool) -> str:
 
 
 NOT_COMPARED: Mapping[str, Any] = {
+    "timed_not_compared": {},
     "timed_differences": None,
     "timed_judged": None,
     "timed_unjustified": None,
@@ -195,13 +211,16 @@ def compare_timed(
 
     Every difference is counted and located. `correctness.num_requests=0` leaves out the float64 model and with it the judgment.
     In bfloat16 and float16 rounding alone parts tokens: a sample of the differences is judged, with the wider limit
-    `HALF_BEHIND`. `timed_not_judged` is the reason why differences are not judged, empty if all are. `figures` has the kernels
-    of each engine.
+    `HALF_BEHIND`. `timed_not_judged` is the reason why differences are not judged, empty if all are. `timed_not_compared` has
+    the reason for each engine whose tokens cannot be compared. `figures` has the kernels of each engine.
     """
-    compared = list(reporting(windows))
+    compared = reporting(windows, plan.engines)
+    left_out = {
+        label: "the server reports no token ids" for label, blocks in windows.items() if blocks and label not in compared
+    }
     if len(compared) < 2:
-        return dict(NOT_COMPARED)
-    found, first = differences(windows), compared[0]
+        return {**NOT_COMPARED, "timed_not_compared": left_out}
+    found, first = differences(compared, plan.checkpoint.config.vocab_size), next(iter(compared))
     configs = {spec.label: spec.config for spec in plan.engines if spec.label in compared}
     single, judges = all(each.dtype == "float32" for each in configs.values()), config.num_requests > 0
     judged, chosen = list[Judged](), list[Parted]()
@@ -210,7 +229,7 @@ def compare_timed(
         affordable = int(OPERATIONS / (2 * weights * plan.workload.longest * (len(compared) - 1)))
         chosen = found if single else spread(found, max(1, min(MOST_JUDGED, affordable)))
         limit = 2 * config.tolerance if single else HALF_BEHIND
-        judged = judge_timed(chosen, windows, plan.workload, plan.seed, float64_reference(NumpyModel(plan.checkpoint)), limit)
+        judged = judge_timed(chosen, compared, plan.workload, plan.seed, float64_reference(NumpyModel(plan.checkpoint)), limit)
     unjustified = [each for each in judged if not each.justified]
     shown = unjustified[0].parted if unjustified else found[0] if found else None
     wrong = (
@@ -225,6 +244,7 @@ def compare_timed(
     }
     suspicions = suspicions_of(found, first, bits)
     return {
+        "timed_not_compared": left_out,
         "timed_differences": len(found),
         "timed_judged": len(judged) if judges else None,
         "timed_unjustified": len(unjustified) if judges else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from experiments.drive import Row, Window
 from experiments.findings import correctness
 from experiments.reference import NumpyModel
 from experiments.results import RunFiles
-from experiments.timed import HALF_BEHIND, compare_timed, differences, judge_timed, spread
+from experiments.timed import HALF_BEHIND, compare_timed, differences, judge_timed, reporting, spread
 from experiments.workload import Item, Workload
 from tests.history_backend import command, history, last_line
 
@@ -58,7 +59,6 @@ def test_differences_name_engine_block_request_and_position() -> None:
     assert (short.position, short.tokens) == (3, (4, None))
     assert differences({"a": [SOUND], "b": [SOUND]}) == []
     assert differences({"a": [SOUND], "b": [window((), (), error="refused")]}) == []
-    assert differences({"server": [window((-1,), (-1,))], "b": [SOUND]}) == []
 
 
 @pytest.mark.parametrize(
@@ -96,6 +96,42 @@ def test_a_number_that_is_no_token_is_unjustified_and_does_not_end_the_compariso
     workload = Workload("w", (Item(0.0, (1, 2), 4),) * 2)
     (judged,) = judge_timed([found], windows, workload, 0, lambda history: np.zeros(9), HALF_BEHIND)
     assert found.tokens == (2, token) and judged.behind == (0.0, float("inf")) and not judged.justified
+
+
+@pytest.mark.parametrize("token", [-1, 999])
+def test_an_engine_that_reports_no_tokens_at_all_is_a_defect(token: int) -> None:
+    """Also where both engines do so. `tokens_equal_share` counts such tokens as different."""
+    plan, config = plan_of("bfloat16"), CorrectnessConfig(num_requests=1, output_len=1, tolerance=0.001)
+    none = [window((token,) * 4, (token,) * 4)] * 2
+    for windows, wrong in (
+        ({"a": [SOUND] * 2, "b": none}, ["b"]),
+        ({"a": none, "b": [SOUND] * 2}, ["a"]),
+        ({"a": none, "b": none}, ["a", "b"]),
+    ):
+        found = compare_timed(plan, config, windows)
+        assert found["timed_differences"] == 4 and found["timed_unjustified"] == 2
+        assert set(found["first_timed_difference"]["wrong"]) >= set(wrong)
+        assert headline({"unjustified_divergences": 0, "tokens_equal": True} | found).tone == "bad"
+        assert set(reporting(windows, plan.engines)) == {"a", "b"}
+
+
+def test_a_server_that_names_no_tokens_is_not_judged_and_the_verdict_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    plan, config = plan_of("bfloat16"), CorrectnessConfig(num_requests=1, output_len=1, tolerance=0.001)
+    served = replace(plan.engines[1], options={"base_url": "http://127.0.0.1:1"})
+    plan.engines = (plan.engines[0], served)
+    found = compare_timed(plan, config, {"a": [SOUND], "b": [window((-1,) * 4, (-1,) * 4)]})
+    said = "timed outputs of b not judged: the server reports no token ids"
+    result = {**LEFT_OUT, **found, "dtype": "bfloat16", "engines": {"a": {}, "b": {}}, "tokens_equal_share": None}
+    assert headline({**result, "unjustified_divergences": 0, "tokens_equal": True}) == (
+        "warn",
+        f"every token is the same; {said}",
+    )
+    print_verdict(result)
+    assert said in capsys.readouterr().out
+    (first, *_) = correctness(RunFiles(Path("run"), {}, {}, result))
+    assert first.tone == "warn" and said in first.said[0].lower() + first.said[1:]
+    one = compare_timed(plan, config, {"a": [SOUND], "b": [window((-1, 2, 3, 4), (5, 6, 7, 8))]})
+    assert one["timed_unjustified"] == 1 and one["timed_not_compared"] == {}
 
 
 def test_an_output_that_ends_early_is_unjustified_without_float64() -> None:
