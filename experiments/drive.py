@@ -6,7 +6,7 @@ import contextlib
 import gc
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Self
@@ -77,7 +77,8 @@ class Window:
     """Seconds from the start to the last event."""
     stats: Mapping[str, float] = field(default_factory=dict)
     """By how much each counter of the engine and of the machine rose (see `Watch`). `driver_seconds` were spent here, outside
-    of the engine and awake. A counter that is not reported is missing."""
+    of the engine and awake. `window_seconds` is the time of the window, and `outer_seconds` the same by the clock of the parent
+    process. A counter that is not reported is missing."""
     steps: tuple[StepRecord, ...] | None = None
     """The steps of the engine, with times since the start of the window; None of an engine without a step log."""
     bandwidth: float | None = None
@@ -106,10 +107,15 @@ class Window:
 
 
 def drive(
-    engine: InferenceEngine, items: Sequence[Item], logprobs: int | None = None, concurrency: int | None = None
+    engine: InferenceEngine,
+    items: Sequence[Item],
+    logprobs: int | None = None,
+    concurrency: int | None = None,
+    mark: Callable[[], None] = lambda: None,
 ) -> Window:
     """Send each request when it is due (see `Agenda`), greedy and deaf to EOS, and step until all have ended.
 
+    `mark` is called just before the window and just after it, so that another process can measure the window by its own clock.
     Raises `RequestError` if the engine refuses one, after it has aborted the others.
     """
     requests = [
@@ -126,6 +132,7 @@ def drive(
     sent: dict[int, tuple[float, float]] = {}  # when it was due, and when it was sent
     events: list[TokenEvent] = []
     last_seen = 0.0  # when the driver itself had the last event
+    receipts, lag = 0, 0.0  # steps with events, and the sum of the ages of their newest events at receipt
     strays = 0  # events stamped before their request was sent, before the step that may have computed them, or after receipt
     clock = time.perf_counter
     gc.collect()  # garbage of the last window is not this one's to pay for
@@ -133,6 +140,7 @@ def drive(
     watch = Watch(engine.caps.device)
     with step_log(engine) as log:
         away = 0.0  # seconds in the engine, or asleep
+        mark()
         start = called = clock()
         while agenda.left or engine.has_work:
             while due := agenda.take(clock() - start):
@@ -149,6 +157,7 @@ def drive(
                 events += seen
                 if seen:
                     last_seen, oldest = clock(), called - LAG_S
+                    receipts, lag = receipts + 1, lag + last_seen - seen[-1].time
                     strays += sum(not max(oldest, start + sent[int(e.request_id)][1]) <= e.time <= last_seen for e in seen)
                 called = begin
                 if agenda.listens:
@@ -160,10 +169,12 @@ def drive(
             else:
                 time.sleep(wait)
                 away += clock() - begin
-        driver = clock() - start - away
+        whole = clock() - start
+        mark()
     machine = watch.rise()
     after = numbers(engine.stats())
-    counters = {name: value - before.get(name, 0) for name, value in after.items()} | {"driver_seconds": driver} | machine
+    counters = {name: value - before.get(name, 0) for name, value in after.items()} | machine
+    counters |= {"window_seconds": whole, "driver_seconds": whole - away, "receipts": receipts, "lag_seconds": lag}
     if "scheduled_tokens" in counters:
         counters["skipped_tokens"] = skipped(items, events, counters)
     duration = events[-1].time - start if events else 0.0

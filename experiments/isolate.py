@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -88,8 +89,11 @@ class IsolatedEngine:
 
     def run(self, workload: Workload, logprobs: int | None = None) -> Window:
         """One window, from an empty prefix cache."""
-        items = [vars(item) for item in workload.items]
-        return Window.of(self._call("run", items=items, logprobs=logprobs, concurrency=workload.concurrency))
+        items, marks = [vars(item) for item in workload.items], list[float]()
+        answer = self._call("run", marks=marks, items=items, logprobs=logprobs, concurrency=workload.concurrency)
+        begin, end = marks
+        answer["stats"]["outer_seconds"] = end - begin
+        return Window.of(answer)
 
     def profile(self, workload: Workload) -> Profile | None:
         """One window as `run`, under the framework's profiler; None of an engine that has none."""
@@ -105,7 +109,7 @@ class IsolatedEngine:
         self, model: Path, shapes: Sequence[Sequence[Any]], passes: int, progress: Progress | None = None
     ) -> Iterator[Message]:
         """Yield the results of `experiments.pieces.time_kernels` for each shape. Replaces `load`."""
-        arguments = {"name": self.spec.name, "model": str(model), "config": asdict(self.spec.config)}
+        arguments: dict[str, Any] = {"name": self.spec.name, "model": str(model), "config": asdict(self.spec.config)}
         self._call("time_kernels", progress, **arguments, shapes=shapes, passes=passes)
         for _ in shapes:
             yield self._call("time_next_shape", progress)
@@ -136,8 +140,12 @@ class IsolatedEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _call(self, command: str, progress: Progress | None = None, **arguments: Any) -> Message:
-        """Send a command and wait for its answer. Raises what the child raised if it is the user's, else `EngineFailure`."""
+    def _call(
+        self, command: str, progress: Progress | None = None, marks: list[float] | None = None, **arguments: Any
+    ) -> Message:
+        """Send a command and wait for its answer. The time of each mark that the child sends is added to `marks`.
+
+        Raises what the child raised if it is the user's, else `EngineFailure`."""
         assert self._process.stdin and self._process.stdout
         with self._deadline():
             try:
@@ -146,6 +154,9 @@ class IsolatedEngine:
                     if "progress" in answer:
                         if progress:
                             progress(*answer["progress"])
+                    elif "mark" in answer:
+                        if marks is not None:
+                            marks.append(time.perf_counter())
                     elif "error" in answer:
                         raise self._error(**answer["error"])
                     else:

@@ -39,10 +39,14 @@ BUSY = 0.05
 """Share of the processors' time above which other programs contaminate a measurement: compute threads wait for each other."""
 COARSE_S = 1.0
 """Seconds below which processor time, which the system counts in ticks, is too coarse."""
-MISSING = 0.05
-"""Share of a window that may lie behind the time that the engine gives for its last event, ..."""
+MISSING = 0.01
+"""Share of the windows by which two measurements of their time may differ: up to the last event by its time or its receipt, and
+by the clock of the engine's process or of the process that asked for the window, ..."""
 MISSING_S = 0.02
-"""... and seconds below which that is the end of a step."""
+"""... and seconds below which that is the end of a step, or the time until a process runs."""
+LAG_MS = 10.0
+"""Age of an event at receipt, in the mean of the steps, above which its time is not when the engine had it. Events of replicas
+on as many processors are 2 ms old, others 0.2 ms."""
 JUMP = 3.0
 """Factor between two blocks of one engine above which something else than the engine's speed has changed."""
 COLD = 0.01
@@ -177,11 +181,20 @@ def counters(stats: Sequence[Mapping[str, float]], duration: float, outputs: int
         "stray_times": whole("stray_times"),
         "skipped_tokens": whole("skipped_tokens"),
         "missing_share": share("missing_seconds", duration),
+        "mean_lag_ms": rate(1e3 * total["lag_seconds"], total["receipts"]) if "lag_seconds" in total else None,
+        "clock_gap_share": clock_gap(total),
         "joules": total.get("joules"),
         "joules_cpu": total.get("joules_cpu"),
         "joules_gpu": total.get("joules_gpu"),
         "joules_per_token": share("joules", outputs),
     }
+
+
+def clock_gap(total: Mapping[str, float]) -> float | None:
+    """Return the share of the windows' time, by the clock of the process that asked for them, that the engine's clock lacks."""
+    if not {"outer_seconds", "window_seconds"} <= total.keys():
+        return None
+    return rate(total["outer_seconds"] - total["window_seconds"], total["outer_seconds"])
 
 
 # Guards.
@@ -218,9 +231,11 @@ def contaminations(figures: Mapping[str, Any], shares_prefixes: bool) -> list[st
     if above("skipped_tokens", 0):
         reasons.append(f"the model computed {figures['skipped_tokens']} tokens fewer than the prompts and outputs have")
     if above("missing_share", MISSING) and figures["missing_share"] * figures["duration"] > MISSING_S:
-        reasons.append(f"the driver's own clock shows {figures['missing_share']:.0%} more time than the events")
+        reasons.append(f"the driver's own clock shows {figures['missing_share']:.1%} more time than the events")
+    if above("mean_lag_ms", LAG_MS):
+        reasons.append(f"events have times of {figures['mean_lag_ms']:.0f} ms before the driver received them, in the mean")
     if above("duration", COARSE_S):
-        reasons += jumps(figures)
+        reasons += [*jumps(figures), *clocks_apart(figures)]
     for name in LIMITED:
         if above(name, 1):
             reasons.append(f"invalid: {name} is {figures[name]:.2f}, above what the machine was measured to be capable of")
@@ -235,6 +250,15 @@ def jumps(figures: Mapping[str, Any]) -> list[str]:
     if len(rates) < 2 or max(rates) <= JUMP * min(rates):
         return []
     return [f"its throughput jumps between blocks, from {min(rates):.3g} to {max(rates):.3g} tokens/s"]
+
+
+def clocks_apart(figures: Mapping[str, Any]) -> list[str]:
+    """Return whether the clock of the engine's process runs slower or faster than that of the process that started it."""
+    gap = figures.get("clock_gap_share") or 0.0
+    if abs(gap) <= MISSING or abs(gap) * figures["duration"] <= MISSING_S:
+        return []
+    how = "less" if gap > 0 else "more"
+    return [f"its clock shows {abs(gap):.1%} {how} time in the windows than the clock of the process that started it"]
 
 
 def block_contaminations(windows: Sequence[Window], shares_prefixes: bool) -> list[list[str]]:
@@ -253,7 +277,7 @@ def too_short(figures: Mapping[str, Any]) -> bool:
 def unsure(figures: Mapping[str, Any]) -> list[str]:
     """What would contaminate figures, were the time long enough to judge by."""
     share = figures.get("foreign_cpu_share") or 0
-    said = jumps(figures) if too_short(figures) else []
+    said = [*jumps(figures), *clocks_apart(figures)] if too_short(figures) else []
     if share > BUSY and too_short(figures):
         said.append(f"other programs used {share:.0%} of the processors, but that is too short a time to judge by")
     return said

@@ -86,7 +86,7 @@ class Worker:
     def on_run(self, items: list[Message], logprobs: int | None, concurrency: int | None) -> Message:
         assert self._engine, "run before load"
         self._engine.reset_prefix_cache()
-        return drive(self._engine, [*map(Item.of, items)], logprobs, concurrency).record()
+        return drive(self._engine, [*map(Item.of, items)], logprobs, concurrency, self.mark).record()
 
     def on_profile(self, name: str, items: list[Message]) -> Message:
         assert self._engine, "profile before load"
@@ -122,6 +122,10 @@ class Worker:
     def on_peak_rss_mib(self) -> Message:
         others = self._engine.stats().get("others_peak_rss_bytes", 0) if self._engine else 0
         return {"value": (peak_rss() + others) / 2**20}
+
+    def mark(self) -> None:
+        """Send a mark at once. The parent measures the time between two marks by its own clock."""
+        write_frame(self._output, {"mark": True})
 
     def progress(self, done: int, total: int, what: str) -> None:
         now = time.perf_counter()

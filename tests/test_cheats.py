@@ -42,6 +42,9 @@ from common.engine import Engine
 from common.request import Status, TokenEvent
 
 WAY = os.environ["CHEAT_WAY"]
+if WAY == "slows":  # its clock, for all that looks the clock up later
+    real, zero = time.perf_counter, time.perf_counter()
+    time.perf_counter = lambda: zero + 0.7 * (real() - zero)
 ADD, STEP = Engine.add, Engine.step
 began, runs = 0.0, 0
 outputs = {{}}  # of the first run, by request
@@ -86,6 +89,10 @@ def step(engine, timeout=None):
     for event in events:
         if event.token_id is not None and runs == 1:
             outputs.setdefault(event.request_id, []).append(event.token_id)
+    if WAY == "shaves":
+        events = [replace(e, time=began + 0.956 * (e.time - began)) for e in events]
+    if WAY == "ages":  # all times by the same, in windows so long that their share is small
+        events = [replace(e, time=max(began + 0.0005, e.time - 0.045)) for e in events]
     if WAY in ("shrinks", "bends"):  # all times, or all but the last of each request
         events = [replace(e, time=e.time if WAY == "bends" and e.finish else began + 0.7 * (e.time - began)) for e in events]
     events, replayed[:] = replayed + events, []
@@ -97,6 +104,7 @@ if WAY == "caches":
     Engine.has_work = property(lambda engine, before=Engine.has_work.fget: bool(replayed) or before(engine))
 """
 FIGURES = {"caches": "jumps between blocks", "shrinks": "events have times outside", "bends": "events have times outside"}
+FIGURES |= {"shaves": "more time than the events", "ages": "ms before the driver received", "slows": "its clock shows"}
 REMARKS = FIGURES | {"stops": "requests failed", "fewer": "requests failed", "skips": "tokens fewer than the prompts"}
 """The remark on the figures of the engine that cheats in each way; none on a token alone."""
 
@@ -130,7 +138,7 @@ def test_a_cheating_engine_is_named(
     if way in REMARKS:
         assert REMARKS[way] in told, told
     assert not result["engines"]["history"]["contaminated"]
-    if way not in ("shrinks", "bends"):  # which have the right tokens
+    if way not in ("shrinks", "bends", "shaves", "ages", "slows"):  # which have the right tokens
         assert code == 4 and result["first_timed_difference"]["engine"] == "cheat"
         assert "cheat differs in block" in headline(result).said
     else:

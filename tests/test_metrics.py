@@ -295,7 +295,20 @@ def test_cached_outputs_shrunk_times_and_stray_times_are_told() -> None:
     assert "jumps between blocks" in contaminations(cached, False)[0]
     assert "jumps" in unsure(cached | {"duration": 0.5})[0]
     shrunk = counters([{"missing_seconds": 3.0, "stray_times": 0}], 7.0, 10) | {"duration": 7.0}
-    assert "driver's own clock shows 43% more" in contaminations(shrunk, False)[0]
+    assert "driver's own clock shows 42.9% more" in contaminations(shrunk, False)[0]
+    late = counters([{"lag_seconds": 4.5, "receipts": 100}], 7.0, 10) | {"duration": 7.0}
+    assert "times of 45 ms before the driver received them" in contaminations(late, False)[0]
     stray = counters([{"missing_seconds": 0.0, "stray_times": 2}], 7.0, 10) | {"duration": 7.0}
     assert contaminations(stray, False)[0].startswith("2 events have times outside")
     assert not contaminations({"duration": 9.0, "block_output_throughput": [100.0, 90.0, 110.0]}, False)
+
+
+@pytest.mark.parametrize(("own", "outer", "said"), [(7.0, 10.0, "30.0% less"), (10.0, 9.0, "11.1% more"), (9.95, 10.0, "")])
+def test_a_clock_of_another_speed_is_told(own: float, outer: float, said: str) -> None:
+    """A doubt where the windows are short in sum."""
+    figures = counters([{"window_seconds": own, "outer_seconds": outer}], own, 10)
+    assert [said in each for each in contaminations(figures | {"duration": own}, False)] == [True] * bool(said)
+    assert len(contaminations(figures | {"duration": 0.9}, False)) == 0 and len(unsure(figures | {"duration": 0.9})) == bool(
+        said
+    )
+    assert counters([{"window_seconds": own}], own, 10)["clock_gap_share"] is None
