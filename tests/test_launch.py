@@ -7,15 +7,18 @@ import json
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from common.agents import Agents, There, machine
 from common.config import EngineConfig
 from common.engine import Engine, build_engine
 from common.errors import BackendError, ConfigError
-from common.frames import write_frame
+from common.frames import MAGIC, write_frame
 from common.interface import ServingEngine
 from common.launch import Launched, gather, launched
 from common.replicas.engine import Replicas
@@ -403,14 +406,17 @@ def hello_of(rank: Any, size: int = 2) -> dict[str, Any]:
     return {"rank": rank, "size": size, "port": 7, "machine": "ours", "pid": 8}
 
 
-def come_as(hello: dict[str, Any], told: Launched) -> socket.socket:
-    """Connect to the first process, as `launch.follow` does, once it listens."""
+def come_as(hello: dict[str, Any], told: Launched, within: float = 30) -> socket.socket:
+    """Connect to the first process, as `launch.follow` does, once it listens. Raises `OSError` after so many seconds."""
+    deadline = time.monotonic() + within
     while True:
         try:
             line, _ = lines.connect(told.host, told.port, told.secret, hello)
         except lines.Refused:
             raise
         except OSError:
+            if time.monotonic() > deadline:
+                raise
             time.sleep(0.01)
             continue
         lines.send(line, {})
@@ -435,6 +441,11 @@ def read_until_closed(line: socket.socket) -> bytes:
     return b"".join(parts)
 
 
+def frame_of(text: bytes) -> bytes:
+    """A frame with a text that need not be JSON."""
+    return MAGIC + struct.pack("<IQ", len(text), 0) + text
+
+
 def test_a_stranger_that_comes_first_learns_nothing_and_does_not_disturb(caplog: pytest.LogCaptureFixture) -> None:
     told, heard, strangers = TOLD._replace(port=free_port()), list[bytes](), list[socket.socket]()
 
@@ -443,7 +454,9 @@ def test_a_stranger_that_comes_first_learns_nothing_and_does_not_disturb(caplog:
             with suppress(OSError):
                 strangers.append(socket.create_connection((told.host, told.port)))  # says nothing, and stays
         plain = {"rank": 1, "size": 2, "port": 6, "machine": "ours", "pid": 8}
-        for said in (b"GET / HTTP/1.1\r\n\r\n", b"", plain, {"hello": plain}, {"hello": plain, "nonce": [], "proof": "é"}):
+        nested = [frame_of(b'{"hello":{"":' + b"[" * depth + b"]" * depth + b"}}") for depth in range(900, 1000, 2)]
+        messages = (plain, {"hello": plain}, {"hello": plain, "nonce": [], "proof": "é"})
+        for said in (b"GET / HTTP/1.1\r\n\r\n", b"", *messages, *nested, frame_of(b"{}") * 2):
             with socket.create_connection((told.host, told.port)) as line:
                 strangers.append(line)
                 with line.makefile("wb") as stream:
@@ -463,6 +476,56 @@ def test_a_stranger_that_comes_first_learns_nothing_and_does_not_disturb(caplog:
     assert time.monotonic() - begin < lines.HANDSHAKE_S / 2
     assert all(told.secret.encode() not in each for each in heard) and "A connection from 127.0.0.1 was closed" in caplog.text
     strangers[0].close()
+
+
+@contextmanager
+def flood(told: Launched, message: bytes) -> Iterator[None]:
+    """From two threads, open connections without a pause, up to 600 at the same time. Each sends the message byte by byte, and
+    is opened again where it was closed."""
+    over = threading.Event()
+
+    def open_all() -> None:
+        held: deque[tuple[socket.socket, Iterator[int]]] = deque()
+        with ExitStack() as all_closed:
+            all_closed.callback(lambda: [line.close() for line, _ in held])
+            while not over.is_set():
+                with suppress(OSError):
+                    line = socket.create_connection((told.host, told.port), 1)
+                    held.append((line, iter(message)))
+                if len(held) > 300:
+                    held.popleft()[0].close()
+                for line, unsent in list(held)[-20:]:
+                    with suppress(OSError):
+                        line.sendall(bytes(islice(unsent, 1)))
+
+    threads = [threading.Thread(target=open_all) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+@pytest.mark.parametrize("message", [b"", b"GET / HTTP/1.1", b"TNDM\xff\0\0\0" + bytes(100)], ids=["silent", "garbage", "slow"])
+def test_a_rank_gets_through_a_flood_of_strangers(
+    message: bytes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "PATIENCE_S", 8)
+    told = TOLD._replace(port=free_port())
+
+    def come() -> None:
+        with flood(told, message):
+            time.sleep(0.5)
+            begin = time.monotonic()
+            come_as(hello_of(1), told, within=5).close()
+            assert time.monotonic() - begin < 5
+
+    with gathering(told, come) as found:
+        assert [agent.pid for agent in found.all] == [8]
+    assert len(caplog.records) < 100
 
 
 def test_a_replayed_handshake_is_refused() -> None:
