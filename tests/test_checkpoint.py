@@ -18,7 +18,9 @@ from common.errors import CheckpointError, ConfigError, TandemError
 from common.request import SamplingParams
 from common.weights.checkpoint import expected_shapes, open_checkpoint
 from common.weights.config_json import ARCHITECTURES, model_config_from_json
+from common.weights.files import MAX_HEADER, MAX_TENSORS
 from common.weights.generation import sampling_defaults
+from common.weights.hf import read_safetensors
 from tests.families import FAMILIES, save_family
 
 CONFIG = {
@@ -264,6 +266,8 @@ def described(*tensors: dict[str, Any], data: int = 8) -> bytes:
         "shape and bytes differ": described(TENSOR | {"shape": [3]}),
         "unknown dtype": described(TENSOR | {"dtype": "F7"}),
         "truncated": described(TENSOR, data=5),
+        "101 axes": described(TENSOR | {"shape": [2] + [1] * 100}),
+        "an empty shape that overflows": described(TENSOR | {"shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}, data=0),
     }.items(),
     ids=lambda item: item[0],
 )
@@ -514,6 +518,23 @@ def test_an_index_that_names_very_many_shards_is_refused(tmp_path: Path) -> None
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": few}))
     with pytest.raises(CheckpointError, match=r"4096 of 4096 shards are missing: 0\.safetensors, .* and 4086 more"):
         open_checkpoint(directory)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b'{"__metadata__":{"":"' + b" " * MAX_HEADER + b'"}}', f"at most {MAX_HEADER} are accepted"),
+        (
+            b"{%s}" % b",".join(b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % i for i in range(MAX_TENSORS + 1)),
+            f"has {MAX_TENSORS + 1} tensors; at most {MAX_TENSORS} are accepted",
+        ),
+    ],
+    ids=["bytes", "tensors"],
+)
+def test_a_safetensors_header_has_limits(header: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(raw_file(header, b""))
+    with pytest.raises(CheckpointError, match=message):
+        read_safetensors(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """GGUF files: every encoding, what is stored differently undone, and damage of any kind refused."""
 
+import struct
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -411,6 +413,56 @@ def test_what_is_no_gguf_file_is_refused(content: bytes, tmp_path: Path) -> None
     (tmp_path / "a.gguf").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"a\.gguf"):
         open_checkpoint(tmp_path / "a.gguf")
+
+
+def gguf_string(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
+def gguf_file(tensors: int, keys: int, rest: bytes) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, keys) + rest
+
+
+STRINGS, BYTES, ARRAY = 8, 0, 9
+"""Types of values in a GGUF file."""
+
+
+def key(name: bytes) -> bytes:
+    """The start of a key whose value is an array."""
+    return gguf_string(name) + struct.pack("<I", ARRAY)
+
+
+@pytest.mark.parametrize(
+    "case",
+    {
+        "keys": (
+            gguf_file(0, 200_000, b"".join(gguf_string(b"%d" % i) + struct.pack("<IB", BYTES, 1) for i in range(200_000))),
+            r"announces 200000 metadata keys, at most 4096",
+        ),
+        "tensors": (gguf_file(10**6, 0, b""), r"announces 1000000 tensors, at most 65536"),
+        "strings": (
+            gguf_file(0, 1, key(b"a") + struct.pack("<IQ", STRINGS, 5_000_000) + bytes(40_000_000)),
+            r"arrays announce 5000000 values, at most 4194304",
+        ),
+        "numbers in two arrays": (
+            gguf_file(
+                0, 2, b"".join(key(name) + struct.pack("<IQ", BYTES, 3_000_000) + bytes(3_000_000) for name in (b"a", b"b"))
+            ),
+            r"arrays announce 6000000 values",
+        ),
+        "nested arrays": (gguf_file(0, 1, key(b"a") + struct.pack("<IQ", ARRAY, 1) * 1000), "value type 9 .* is unknown"),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_a_count_beyond_its_limit_is_refused_before_anything_is_read(
+    case: tuple[str, tuple[bytes, str]], tmp_path: Path
+) -> None:
+    content, message = case[1]
+    (tmp_path / "a.gguf").write_bytes(content)
+    begin = time.process_time()
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "a.gguf")
+    assert time.process_time() - begin < 0.5
 
 
 def test_missing_and_unknown_tensors_are_listed_at_once(tmp_path: Path) -> None:

@@ -20,6 +20,10 @@ MAX_INDEX = 1 << 26
 """Bytes of the index of a checkpoint in shards. The largest in use need about 2**24."""
 MAX_SHARDS = 4096
 """Files of one checkpoint. The largest checkpoints in use have some hundreds."""
+MAX_HEADER = 1 << 23
+"""Bytes of the header of a safetensors file. The largest in use need about 2**20."""
+MAX_TENSORS = 1 << 16
+"""Tensors of one file. The largest files in use have some thousands."""
 MAX_TOKENIZER = 1 << 28
 """Bytes of a tokenizer.json. The largest vocabularies in use need about 2**25."""
 MAX_TEMPLATE = 1 << 20

@@ -18,7 +18,14 @@ from gguf import GGMLQuantizationType, GGUFValueType
 
 from common.errors import CheckpointError
 from common.weights.entry import BLOCKS, PLAIN, block_layout
+from common.weights.files import MAX_TENSORS, MAX_TOKENIZER
 
+MAX_KEYS = 1 << 12
+"""Keys of the metadata. Files in use have some dozens."""
+MAX_VALUES = 1 << 22
+"""Values in all arrays of the metadata together. The largest vocabularies in use need about 2**20."""
+MAX_BYTES = MAX_TOKENIZER
+"""Bytes of the header. Nearly all are of the vocabulary."""
 _SCALARS = {
     GGUFValueType.UINT8: "u1", GGUFValueType.INT8: "i1", GGUFValueType.UINT16: "<u2", GGUFValueType.INT16: "<i2",
     GGUFValueType.UINT32: "<u4", GGUFValueType.INT32: "<i4", GGUFValueType.UINT64: "<u8", GGUFValueType.INT64: "<i8",
@@ -47,7 +54,8 @@ class Header:
 
 
 def read_header(path: Path, file: mmap.mmap) -> Header:
-    """Everything before the tensor data, every length and offset checked against the file."""
+    """Everything before the tensor data. Every count, length and offset is checked before it is used, against the file and
+    against `MAX_KEYS`, `MAX_TENSORS`, `MAX_VALUES` and `MAX_BYTES`. Raises `CheckpointError`."""
     try:
         return _Reader(file).header()
     except (_Damaged, struct.error, UnicodeDecodeError) as error:
@@ -62,7 +70,8 @@ class _Reader:
     """A cursor over a mapped GGUF file that cannot leave it."""
 
     def __init__(self, file: mmap.mmap) -> None:
-        self.file, self.at = file, 0
+        self.file, self.at, self.values = file, 0, 0
+        self.end = min(len(file), MAX_BYTES)
 
     def header(self) -> Header:
         if self.bytes(4) != b"GGUF":
@@ -71,6 +80,9 @@ class _Reader:
         if version not in (2, 3):
             raise _Damaged(f"version {version} is not supported, only 2 and 3 (little-endian)")
         tensors, pairs = self.u64(), self.u64()
+        for count, most, noun in ((pairs, MAX_KEYS, "metadata keys"), (tensors, MAX_TENSORS, "tensors")):
+            if count > most:
+                raise _Damaged(f"it announces {count} {noun}, at most {most} are accepted")
         metadata: dict[str, Any] = {}
         for _ in range(pairs):
             key = self.string()
@@ -117,6 +129,9 @@ class _Reader:
         if kind != GGUFValueType.ARRAY:
             return self.scalars(kind, 1)[0]
         element, count = self.u32(), self.u64()
+        self.values += count
+        if self.values > MAX_VALUES:
+            raise _Damaged(f"its arrays announce {self.values} values, at most {MAX_VALUES} are accepted")
         if element == GGUFValueType.STRING:
             return self.strings(count)
         return self.scalars(element, count)
@@ -130,12 +145,12 @@ class _Reader:
 
     def strings(self, count: int) -> list[str]:
         """A vocabulary has 10^5 of them, so this loop keeps its cursor in a local variable."""
-        strings, at, file, unpack = [], self.at, self.file, struct.Struct("<Q").unpack_from
+        strings, at, file, end, unpack = [], self.at, self.file, self.end, struct.Struct("<Q").unpack_from
         for _ in range(count):
             (length,) = unpack(file, at)
             at += 8 + length
-            if at > len(file):
-                raise _Damaged(f"a string of {length} bytes runs past the end")
+            if at > end:
+                raise _Damaged(f"a string of {length} bytes runs past byte {end}, where the header must end")
             strings.append(file[at - length : at].decode())
         self.at = at
         return strings
@@ -150,7 +165,7 @@ class _Reader:
         return int.from_bytes(self.bytes(8), "little")
 
     def bytes(self, count: int) -> bytes:
-        if self.at + count > len(self.file):
-            raise _Damaged(f"it ends at byte {len(self.file)}, but {count} bytes are due at byte {self.at}")
+        if self.at + count > self.end:
+            raise _Damaged(f"its header must end by byte {self.end}, and {count} bytes are due at byte {self.at}")
         self.at += count
         return self.file[self.at - count : self.at]

@@ -15,7 +15,7 @@ from common.config import ModelConfig
 from common.errors import CheckpointError, ConfigError, listed, shown
 from common.weights.config_json import model_config_from_json, token_ids
 from common.weights.entry import PLAIN, Entry, map_tensor
-from common.weights.files import MAX_INDEX, MAX_SHARDS, map_file, read_json, unique
+from common.weights.files import MAX_HEADER, MAX_INDEX, MAX_SHARDS, MAX_TENSORS, map_file, read_json, unique
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -53,16 +53,18 @@ def read_safetensors(path: Path) -> dict[str, Entry]:
     """Lazy entries of one file. The `safetensors` library checks its header: lengths, offsets without overlap or hole, and
     shape × dtype against bytes; the tensors are then mapped from the offsets that it names."""
     file = map_file(path)
+    start = 8 + int.from_bytes(file[:8], "little")
+    if start > min(len(file), MAX_HEADER):
+        told = f"its header has {start - 8} bytes, in a file of {len(file)} bytes; at most {MAX_HEADER} are accepted"
+        raise CheckpointError(f"{path}: not a readable safetensors file ({told}). Download it again.")
     try:
         with safe_open(path, framework="numpy"):
             pass
+        header = json.loads(file[8:start], object_pairs_hook=unique)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error}). Download it again.") from error
-    start = 8 + int.from_bytes(file[:8], "little")
-    try:
-        header = json.loads(file[8:start], object_pairs_hook=unique)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({error}). Download it again.") from error
+    if len(header) > MAX_TENSORS:
+        raise CheckpointError(f"{path} has {len(header)} tensors; at most {MAX_TENSORS} are accepted.")
     entries = {}
     for name, info in header.items():
         if name == "__metadata__":
@@ -70,7 +72,10 @@ def read_safetensors(path: Path) -> dict[str, Entry]:
         encoding, shape = info["dtype"], tuple(info["shape"])
         if encoding not in PLAIN and not name.endswith("inv_freq"):
             raise CheckpointError(f"{path}: tensor {name} has dtype {encoding}, supported are {', '.join(PLAIN)}.")
-        stored = map_tensor(file, start + info["data_offsets"][0], shape, encoding)
+        try:
+            stored = map_tensor(file, start + info["data_offsets"][0], shape, encoding)
+        except ValueError as error:  # more axes than NumPy has, or sizes whose product overflows beside a 0
+            raise CheckpointError(f"{path}: tensor {shown(name)} has the shape {shown(shape)}, which no array has.") from error
         entries[name] = Entry(name=name, shape=shape, encoding=encoding, stored=stored, source=path)
     return entries
 
