@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from experiments.cells import GROUPS, figure, latency_times, tells, times
-from experiments.defects import covered, headline, located, not_judged, uncompared
+from experiments.defects import covered, located, not_judged, outcome, timed_share, uncompared
 from experiments.latency import HEADLINED
 from experiments.remarks import (
     between_ranks,
@@ -26,7 +26,7 @@ from experiments.remarks import (
     spoilt_cells,
 )
 from experiments.scaling import LAST_RATIO, NAMES, Curve, remarks, scaling_table
-from experiments.words import number, plural, share_alike
+from experiments.words import number, plural
 
 COLOURS = {"faster": "bold cyan", "slower": "bold magenta", "equivalent": "bold green", "undecided": "bold yellow"}
 NARROW = 10
@@ -199,7 +199,7 @@ def print_json(result: Mapping[str, Any]) -> None:
 
 def print_verdict(result: Mapping[str, Any]) -> None:
     """Print whether the engines of a comparison compute the same outputs."""
-    tone, said = headline(result)
+    tone, said = outcome(result)
     colour = {"good": "green", "warn": "yellow", "bad": "red"}.get(tone)
     lines = [f"float32: [bold {colour}]{said}[/]" if colour else f"float32: {said}"]
     worst = result["max_abs_logprob_diff"]
@@ -223,9 +223,8 @@ def print_verdict(result: Mapping[str, Any]) -> None:
             "  {engine}, request {request}, output token {position}: chose {tokens[1]} for {tokens[0]}, ".format(**divergence)
             + f"margin {number(divergence['margin'])}, error {number(divergence['error'])}."
         )
-    if (share := result["tokens_equal_share"]) is not None:
-        some = f"{share_alike(share)} of timed output tokens come before their request's first difference."
-        lines.append(f"{result['dtype']}: {'every timed token is the same.' if share == 1 else some}")
+    if result["tokens_equal_share"] is not None:
+        lines.append(f"{result['dtype']}: {timed_share(result) or 'every timed token is the same'}.")
     lines += [f"{said}." for said in uncompared(result)]
     if place := located(result):
         lines.append(f"  {place}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from experiments.words import plural
+from experiments.words import plural, share_alike
 
 
 class Headline(NamedTuple):
@@ -94,8 +94,23 @@ def uncompared(result: Mapping[str, Any]) -> list[str]:
     return [f"{label}: outputs not compared, other weights: {stored}" for label, stored in weights.items() if stored]
 
 
+def timed_share(result: Mapping[str, Any]) -> str:
+    """Return which share of the timed tokens is alike if not all are; else an empty text."""
+    share = result.get("tokens_equal_share")
+    if share is None or share >= 1:
+        return ""
+    return f"{share_alike(share)} of timed output tokens come before their request's first difference"
+
+
 def headline(result: Mapping[str, Any]) -> Headline:
-    """Return the most severe outcome of the float32 pass."""
+    """Return the most severe outcome, and the share of equal timed tokens where all are equal in float32 alone."""
+    found, share = outcome(result), timed_share(result)
+    contradicts = share and result.get("tokens_equal") and found.tone != "bad"
+    return found._replace(said=f"{found.said}; in {result['dtype']} {share}") if contradicts else found
+
+
+def outcome(result: Mapping[str, Any]) -> Headline:
+    """Return the most severe outcome of the float32 pass and of the timed blocks."""
     if found := timed_defects(result):
         return Headline("bad", "defect: " + "; ".join([*defects(result), *found]))
     if found := defects(result):

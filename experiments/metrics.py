@@ -253,8 +253,13 @@ def jumps(figures: Mapping[str, Any]) -> list[str]:
 
 
 def clocks_apart(figures: Mapping[str, Any]) -> list[str]:
-    """Return whether the clock of the engine's process runs slower or faster than that of the process that started it."""
+    """Return whether the clock of the engine's process runs slower or faster than that of the process that started it.
+
+    Other programs delay the process that reads the second clock by up to 100 ms, so nothing is said beside them: they are a
+    contamination by themselves."""
     gap = figures.get("clock_gap_share") or 0.0
+    if (figures.get("foreign_cpu_share") or 0.0) > BUSY:
+        return []
     if abs(gap) <= MISSING or abs(gap) * figures["duration"] <= MISSING_S:
         return []
     how = "less" if gap > 0 else "more"

@@ -2,7 +2,8 @@
 
 Blocks have fresh prompts, so an engine's blocks have no equal tokens to compare with each other. The first engine computes the
 same prompts in the same block: it is the reference for each block. A float64 pass decides which of the two engines is wrong.
-A difference is suspicious where both engines run the same native kernels, because these give equal bits.
+A difference is suspicious where both engines run the same native kernels, because these give equal bits. All differences of an
+engine together are suspicious if its tokens are farther behind the likeliest than rounding takes them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from common.config import Dtype
 from experiments.completions import UNNAMED
 from experiments.config import CorrectnessConfig, EngineSpec
 from experiments.correctness import Reference, common_prefix, float64_reference
@@ -21,6 +23,7 @@ from experiments.drive import Row, Window
 from experiments.measure import Plan
 from experiments.noise import OPERATIONS, bits_of
 from experiments.reference import NumpyModel
+from experiments.rounding import CHANCE, chance, margin_error
 from experiments.work import weights_bytes
 from experiments.workload import Workload
 
@@ -136,14 +139,18 @@ def judge_timed(
         mine, other = each.tokens
         behind = (float("inf") if missing(mine) else 0.0, float("inf") if missing(other) else 0.0)
         if not (missing(mine) or missing(other)):
-            prompt = workload.fresh(each.block, seed).items[each.request].prompt
-            history = windows[first][each.block].rows[each.request].tokens[: each.position]
-            exact = reference([*prompt, *history])
+            exact = reference(history_of(each, windows[first], workload, seed))
             behind = (behind_likeliest(exact, mine), behind_likeliest(exact, other))
         judged.append(Judged(parted=each, behind=behind, limit=limit))
         if not judged[-1].justified:
             wrong.add((each.engine, each.block))
     return judged
+
+
+def history_of(parted: Parted, windows: Sequence[Window], workload: Workload, seed: int) -> list[int]:
+    """Return the tokens before a difference: the prompt, and the output of the first engine, which has these `windows`."""
+    prompt = workload.fresh(parted.block, seed).items[parted.request].prompt
+    return [*prompt, *windows[parted.block].rows[parted.request].tokens[: parted.position]]
 
 
 def missing(token: int | None) -> bool:
@@ -181,6 +188,47 @@ def suspicions_of(found: Sequence[Parted], first: str, bits: Mapping[str, tuple[
     return suspicions
 
 
+def gaps_of(judged: Sequence[Judged], first: str) -> dict[str, list[float]]:
+    """Return by engine the distances behind the likeliest token, in nats, of the tokens that differ and are not the likeliest.
+
+    A token of the first engine that several engines differ from counts once."""
+    places: dict[str, dict[tuple[int, int, int], float]] = {}
+    for each in filter(lambda each: each.justified, judged):
+        parted = each.parted
+        for label, behind in zip((first, parted.engine), each.behind, strict=True):
+            if behind > 0:
+                places.setdefault(label, {})[parted.block, parted.request, parted.position] = behind
+    return {label: list(gaps.values()) for label, gaps in places.items()}
+
+
+def gap_figures(
+    judged: Sequence[Judged], windows: Mapping[str, Sequence[Window]], plan: Plan, model: NumpyModel, dtype: Dtype
+) -> dict[str, dict[str, Any]]:
+    """Return the gaps of each engine and the probability that rounding makes them as large (see `experiments.rounding`)."""
+    first = next(iter(windows))
+    gaps = gaps_of(judged, first)
+    if not gaps:
+        return {}
+    histories = [history_of(each.parted, windows[first], plan.workload, plan.seed) for each in judged if each.justified]
+    error = margin_error(model, sorted(histories, key=len, reverse=True), dtype)
+    return {
+        label: {"count": len(mine), "mean": float(np.mean(mine)), "rounding": error, "chance": chance(mine, error, dtype)}
+        for label, mine in gaps.items()
+    }
+
+
+def gap_suspicions(gaps: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return a sentence for each engine with gaps larger than rounding makes them."""
+    return {
+        label: (
+            f"{label} chose tokens {each['mean']:.2g} nats behind the likeliest, in the mean of {each['count']} judged "
+            f"differences of timed outputs, where rounding has an error of {each['rounding']:.1g} nats"
+        )
+        for label, each in gaps.items()
+        if each["chance"] < CHANCE
+    }
+
+
 def reason_not_judged(left: int, judges: bool) -> str:
     """Return why `left` differences are not judged; empty if there are none."""
     if not left:
@@ -194,6 +242,7 @@ NOT_COMPARED: Mapping[str, Any] = {
     "timed_judged": None,
     "timed_unjustified": None,
     "timed_not_judged": None,
+    "timed_gaps": {},
     "timed_suspicious": None,
     "timed_suspicions": {},
     "first_timed_difference": None,
@@ -224,12 +273,17 @@ def compare_timed(
     configs = {spec.label: spec.config for spec in plan.engines if spec.label in compared}
     single, judges = all(each.dtype == "float32" for each in configs.values()), config.num_requests > 0
     judged, chosen = list[Judged](), list[Parted]()
+    gaps: dict[str, dict[str, Any]] = {}
     if found and judges:
         weights = weights_bytes(plan.checkpoint.config, "bfloat16") // 2
-        affordable = int(OPERATIONS / (2 * weights * plan.workload.longest * (len(compared) - 1)))
+        length = np.mean([compared[first][each.block].rows[each.request].prompt_len + each.position for each in found])
+        affordable = int(OPERATIONS / (2 * weights * length * (len(compared) - 1)))
         chosen = found if single else spread(found, max(1, min(MOST_JUDGED, affordable)))
         limit = 2 * config.tolerance if single else HALF_BEHIND
-        judged = judge_timed(chosen, compared, plan.workload, plan.seed, float64_reference(NumpyModel(plan.checkpoint)), limit)
+        model = NumpyModel(plan.checkpoint)
+        judged = judge_timed(chosen, compared, plan.workload, plan.seed, float64_reference(model), limit)
+        dtype: Dtype = next((each.dtype for each in configs.values() if each.dtype != "float32"), "float32")
+        gaps = gap_figures(judged, compared, plan, model, dtype)
     unjustified = [each for each in judged if not each.justified]
     shown = unjustified[0].parted if unjustified else found[0] if found else None
     wrong = (
@@ -243,12 +297,15 @@ def compare_timed(
         for mine in [figures.get(label, {})]
     }
     suspicions = suspicions_of(found, first, bits)
+    for label, said in gap_suspicions(gaps).items():
+        suspicions[label] = "; ".join(filter(None, [suspicions.get(label), said]))
     return {
         "timed_not_compared": left_out,
         "timed_differences": len(found),
         "timed_judged": len(judged) if judges else None,
         "timed_unjustified": len(unjustified) if judges else None,
         "timed_not_judged": reason_not_judged(len(found) - len(chosen), judges),
+        "timed_gaps": gaps,
         "timed_suspicious": len(suspicions),
         "timed_suspicions": suspicions,
         "first_timed_difference": None if shown is None else asdict(shown) | {"wrong": wrong},

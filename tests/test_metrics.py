@@ -311,4 +311,6 @@ def test_a_clock_of_another_speed_is_told(own: float, outer: float, said: str) -
     assert len(contaminations(figures | {"duration": 0.9}, False)) == 0 and len(unsure(figures | {"duration": 0.9})) == bool(
         said
     )
+    busy = figures | {"duration": own, "foreign_cpu_share": 0.9}
+    assert len(contaminations(busy, False)) == 1 and "other programs" in contaminations(busy, False)[0]
     assert counters([{"window_seconds": own}], own, 10)["clock_gap_share"] is None
