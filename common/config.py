@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_args
 
 from common.errors import ConfigError, nearest_hint, shown
+from common.left_out import why_left_out
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 ITEMSIZES: Mapping[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -327,8 +328,10 @@ class EngineConfig:
 
     @classmethod
     def of(cls, **options: Any) -> Self:
-        """Build from loose options; an unknown name is refused with the nearest known one."""
+        """Build from loose options. Raises `ConfigError` for an unknown name, with the nearest known one, or with the reason
+        where it is an option of vLLM that is left out."""
         known = [f.name for f in fields(cls)]
         for name in options:
-            expect(name in known, f"Unknown engine option {name!r}.{nearest_hint(name, known)} Known: {', '.join(known)}.")
+            reason = why_left_out(name) or f"{nearest_hint(name, known)} Known: {', '.join(known)}."
+            expect(name in known, f"Unknown engine option {name!r}. {reason.strip()}")
         return cls(**options)

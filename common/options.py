@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 from common.config import EngineConfig
 from common.errors import ConfigError, nearest_hint
+from common.left_out import why_left_out
 from common.weights.zoo import names
 
 SWITCH = "true|false"
@@ -24,29 +25,6 @@ SPELLINGS = {
     "--num-gpu-blocks-override": "--num-blocks",
 }
 """Options of vLLM under another name → the option here."""
-LEFT_OUT = {
-    "--gpu-memory-utilization": "The KV pool takes a quarter of the free memory, 2 GiB at most; --num-blocks sets its pages.",
-    "--kv-cache-memory-bytes": "--num-blocks sets the number of KV pages.",
-    "--swap-space": "A preempted request keeps its tokens and is recomputed; there is no swap space.",
-    "--cpu-offload-gb": "Weights stay on the device of the engine.",
-    "--trust-remote-code": "The code of a checkpoint never runs.",
-    "--quantization": "A GGUF file brings its encoding; weights are expanded to --dtype at load.",
-    "--load-format": "The files of a checkpoint decide: safetensors or GGUF.",
-    "--revision": "A hub id loads the default revision; download another one and give its path.",
-    "--distributed-executor-backend": "JAX drives the devices of one process; PyTorch starts one process per rank.",
-    "--disable-log-requests": "The log has no prompts unless --log-prompts is set; leave this out.",
-    "--disable-log-stats": "The log has no statistics; /metrics has them. Leave this out.",
-    "--enable-log-requests": "Use --log-prompts.",
-    "--enable-lora": "Adapters are not supported yet.",
-    "--speculative-config": "Speculative decoding is not supported yet.",
-    "--ssl-keyfile": "A proxy in front of the server ends TLS.",
-    "--ssl-certfile": "A proxy in front of the server ends TLS.",
-    "--root-path": "A proxy in front of the server changes paths.",
-    "--middleware": "The server runs no code of others; put a proxy in front of it.",
-    "--uvicorn-log-level": "Every request has one line in the log; --log-json writes it as JSON.",
-    "--limit-mm-per-prompt": "The models read text only.",
-}
-"""Options of vLLM that have no counterpart → the reason, or the option to use."""
 _SUFFIXES = {"k": 10**3, "K": 2**10, "m": 10**6, "M": 2**20, "g": 10**9, "G": 2**30}
 
 
@@ -112,7 +90,8 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse
         option = flag(option[2:]) if option.startswith("--") else option
         option = SPELLINGS.get(option, option)
         if option.startswith("--") and option not in known:
-            reason = LEFT_OUT.get(option) or f"{nearest_hint(option, known)} See --help."
+            name = option.removeprefix("--").replace("-", "_")
+            reason = why_left_out(name, flag) or f"{nearest_hint(option, known)} See --help."
             raise ConfigError(f"Unknown option {option}. {reason.strip()}")
         negated = "--" + option.removeprefix("--no-")
         if negated in switches and option not in switches:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import io
 import os
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from threading import Event
 from types import FrameType
@@ -21,6 +22,8 @@ import psutil
 import pytest
 
 import common.llm
+from common.async_llm import AsyncLLM
+from common.config import EngineConfig
 from common.engine import Engine
 from common.errors import BackendError, CheckpointError, ConfigError, RequestError, TandemError
 from common.exits import FAILURE, READER_GONE
@@ -352,6 +355,67 @@ def test_a_model_a_backend_or_an_option_that_is_unknown_is_refused_before_anythi
         LLM("tiny-lama")
     with pytest.raises(BackendError, match=r"Unknown backend 'torhc'.*Did you mean 'torch'"):
         LLM("tiny-llama", backend="torhc")
+
+
+VLLM = [
+    "model",
+    "tokenizer",
+    "tokenizer_mode",
+    "skip_tokenizer_init",
+    "trust_remote_code",
+    "allowed_local_media_path",
+    "tensor_parallel_size",
+    "dtype",
+    "quantization",
+    "revision",
+    "tokenizer_revision",
+    "chat_template",
+    "seed",
+    "gpu_memory_utilization",
+    "swap_space",
+    "cpu_offload_gb",
+    "enforce_eager",
+    "disable_custom_all_reduce",
+    "hf_token",
+    "hf_overrides",
+    "pooler_config",
+    "mm_processor_kwargs",
+    "compilation_config",
+    "logits_processors",
+    "kv_cache_memory_bytes",
+    "runner",
+    "convert",
+    "task",
+    "structured_outputs_config",
+    "speculative_config",
+    "enable_lora",
+    "load_format",
+    "limit_mm_per_prompt",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "enable_prefix_caching",
+    "enable_chunked_prefill",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "block_size",
+    "num_gpu_blocks_override",
+    "distributed_executor_backend",
+    "generation_config",
+    "disable_log_stats",
+]
+"""Names of vLLM's constructor of `LLM`, and of its engine's arguments that it passes on."""
+
+
+def test_a_name_of_vllm_is_taken_or_refused_with_the_reason() -> None:
+    taken = {*inspect.signature(LLM).parameters, *(field.name for field in fields(EngineConfig))}
+    for kind in (LLM, AsyncLLM):
+        for name in [name for name in VLLM if name not in taken]:
+            with pytest.raises(ConfigError, match=f"Unknown engine option '{name}'") as caught:
+                kind("tiny-llama", **{name: 1})
+            assert "Known: " not in str(caught.value) and "--num" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"2 GiB at most; num_blocks sets its pages"):
+        LLM("tiny-llama", gpu_memory_utilization=0.9)
 
 
 def test_a_closed_llm_says_so() -> None:
