@@ -10,6 +10,14 @@ MAX_HINTED = 256
 """Characters of a name for which the nearest is searched. The time of the search is quadratic in them."""
 
 
+_JSON_REASONS = {
+    "Circular": "it contains itself",
+    "Out of range": "it holds NaN or an infinite number",
+    "Exceeds": "a number in it has too many digits",
+}
+"""Beginnings of errors of Python's `json` → the reason."""
+
+
 class TandemError(Exception):
     """Root of every error that is the caller's to mend; the command line prints it without a traceback and exits with 2."""
 
@@ -69,7 +77,7 @@ def shown(value: object, most: int = 80) -> str:
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an integer of more than 4300 digits, or lists nested thousands deep
-        return f"a value too large to print ({type(value).__name__})"
+        return "a value too large to print"
     return text if len(text) <= most else f"{text[:most]}…"
 
 
@@ -80,6 +88,23 @@ def quoted(value: object, most: int = 80) -> str:
     except (TypeError, ValueError, RecursionError):
         return shown(value, most)
     return text if len(text) <= most else f"{text[:most]}…"
+
+
+def json_reason(error: Exception) -> str:
+    """Return why a text is not JSON, or why a value has no JSON text, given the error of Python's `json`."""
+    match error:
+        case json.JSONDecodeError():
+            return f"{error.msg} at line {error.lineno}, column {error.colno}"
+        case UnicodeDecodeError():
+            return f"byte {error.start} is not UTF-8"
+        case RecursionError():
+            return "it is nested too deeply"
+        case TypeError():
+            return "it holds a value that is no string, number, boolean, null, array or object"
+    for begin, reason in _JSON_REASONS.items():
+        if str(error).startswith(begin):
+            return reason
+    return str(error)
 
 
 def listed(names: Sequence[str], most: int = 10) -> str:

@@ -12,7 +12,7 @@ from math import inf
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Self
 
-from common.errors import ContextLengthError, RequestError, nearest_hint, quoted
+from common.errors import ContextLengthError, RequestError, json_reason, nearest_hint, quoted
 
 if TYPE_CHECKING:
     from common.schedule.kv import KV
@@ -158,7 +158,7 @@ def _schema(given: Any) -> str:
         schema = json.loads(given) if isinstance(given, str) else given
         text = json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise RequestError(f"json must be a JSON Schema, as an object or as text: {error}.") from error
+        raise RequestError(f"json must be a JSON Schema, as an object or as text: {json_reason(error)}.") from error
     expect(isinstance(schema, Mapping), f"json must be a JSON Schema, which is an object, got {quoted(schema)}.")
     return text
 

@@ -445,6 +445,44 @@ def test_what_cannot_be_compiled_is_refused(grammars: Grammars, wanted: dict[str
     assert not re.search(r"NoExtensionBias|non-verbose|\| start|\({9}", str(caught.value))
 
 
+CYCLE: dict[str, Any] = {}
+CYCLE["items"] = CYCLE
+DEEP = "[" * 2000 + "]" * 2000
+
+
+@pytest.mark.parametrize(
+    ("wanted", "told"),
+    [
+        ({"json": {"a": {1, 2}}}, "it holds a value that is no string, number, boolean, null, array or object"),
+        ({"json": {"const": float("inf")}}, "it holds NaN or an infinite number"),
+        ({"json": {"const": 10**5000}}, "a number in it has too many digits"),
+        ({"json": CYCLE}, "it contains itself"),
+        ({"json": f'{{"const": {DEEP}}}'}, "it is nested too deeply"),
+        ({"json": "{"}, "Expecting property name enclosed in double quotes at line 1, column 2"),
+        ({"json": {"minimum": "a"}}, "Expected number for 'minimum', got \"a\""),
+        ({"json": {"type": "string", "minLength": -1}}, "Expected integer of at least 0 for 'minLength', got -1"),
+        ({"json": {"uniqueItems": True}}, 'these keywords are not supported: ["uniqueItems"]'),
+        ({"json": {"type": "number", "multipleOf": 0}}, "multipleOf must be greater than 0"),
+        ({"json": {"$ref": "http://x/y"}}, "http://x/y is not in the schema, and nothing is fetched"),
+        ({"json": {"properties": {"a": None}}}, "each schema in it must be an object, true or false"),
+        ({"json": {"enum": []}}, "type, enum or anyOf must not be an empty array"),
+        ({"json": {"required": None}}, "Expected array for 'required', got null"),
+        ({"regex": "("}, "cannot be compiled: invalid regex: unclosed group."),
+        ({"regex": r"\b"}, r"cannot be compiled: invalid regex: \b is not supported."),
+        ({"grammar": "root ::= [z-a]"}, "cannot be compiled: invalid regex: invalid character class range"),
+        ({"grammar": "root ::= " + "(" * 5000 + '"a"' + ")" * 5000}, "as GBNF, it is nested too deeply"),
+    ],
+    ids=lambda part: part[:40] if isinstance(part, str) else "".join(part),
+)
+def test_a_refusal_is_in_the_words_of_json_and_not_of_python(grammars: Grammars, wanted: dict[str, Any], told: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        compiled = grammars.compile(StructuredOutputsParams(**wanted))
+        assert compiled is not None
+        compiled.result()
+    assert told in str(caught.value)
+    assert not re.search(r"NoneType|\b(dict|list|None|f64)\b|serializ|compliant|recursion|sys\.|registry", str(caught.value))
+
+
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(a{1,1000}){1,1000}", ".*a.{1,400}b.*", "(a|aa)+" * 200])
 def test_patterns_that_ruin_other_engines_do_not_ruin_this_one(grammars: Grammars, pattern: str) -> None:
     assert allowed(started(grammars, regex=pattern))

@@ -47,6 +47,22 @@ SIGHT = 1024
 
 _QUOTED = re.compile(r'(invalid regex ".*" \(in regex\): )?regex parse error:.*\nerror: ', re.DOTALL)
 _LISTING = re.compile(r"\n +\d+ \| ")
+_WORDS = (
+    (re.compile("Expected f64 for "), "Expected number for "),
+    (re.compile("Expected positive integer for "), "Expected integer of at least 0 for "),
+    (re.compile("Unimplemented keys: "), "these keywords are not supported: "),
+    (re.compile("invalid multiple of$"), "multipleOf must be greater than 0"),
+    (re.compile("Resource '(.*)' is not present in a registry.*"), r"\1 is not in the schema, and nothing is fetched"),
+    (re.compile("schema must be an object or boolean"), "each schema in it must be an object, true or false"),
+    (re.compile("Unsatisfiable schema: anyOf is empty"), "type, enum or anyOf must not be an empty array"),
+    (
+        re.compile(r'^invalid regex ".*" \(in regex\): lookarounds not supported yet; .*'),
+        "invalid regex: \\\\b is not supported",
+    ),
+)
+"""Messages of the library → the words of JSON Schema."""
+_PLACE = re.compile(r"^at \d+\(\d+\): ")
+"""A place in the source that the library makes of a regular expression or of GBNF."""
 NOTHING = "there is no output that it allows"
 
 
@@ -174,7 +190,9 @@ def _compile(vocabulary: Future[LLTokenizer], wanted: StructuredOutputsParams) -
     if not inner.is_error():
         inner.compute_bitmask()  # which finds that nothing can begin, and warms what the copies share
     if inner.is_error():
-        raise RequestError(f"structured_outputs cannot be compiled: {_in_short(inner.get_error()) or NOTHING}")
+        told = _in_short(inner.get_error()) or NOTHING
+        told = told if wanted.grammar is not None and "::=" not in wanted.grammar else _reworded(_PLACE.sub("", told))
+        raise RequestError(f"structured_outputs cannot be compiled: {told}.")
     if (forced := len(inner.compute_ff_bytes())) > MAX_FORCED:
         told = f"an output may begin with {MAX_FORCED} bytes that have no alternative, got {forced} or more; ask for fewer"
         raise RequestError(f"structured_outputs cannot be compiled: {told}.")
@@ -193,13 +211,21 @@ def _source(wanted: StructuredOutputsParams) -> str:
     if wanted.grammar is not None:
         try:
             return LLMatcher.grammar_from_lark(any_to_lark(wanted.grammar))
-        except (Exception, RecursionError) as error:  # the library raises nothing narrower
+        except RecursionError as error:
+            raise RequestError("structured_outputs cannot be compiled: as GBNF, it is nested too deeply.") from error
+        except Exception as error:  # the library raises nothing narrower
             raise RequestError(f"structured_outputs cannot be compiled: as GBNF, {_in_short(str(error))}") from error
     schema: Any = {"type": "object"} if wanted.json is None else wanted.json
     try:
         return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": SPACES})
     except ValueError as error:
         raise RequestError(f"structured_outputs cannot be compiled: {_in_short(str(error))}") from error
+
+
+def _reworded(text: str) -> str:
+    for pattern, words in _WORDS:
+        text = pattern.sub(words, text)
+    return text
 
 
 def _in_short(text: str) -> str:

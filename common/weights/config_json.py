@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.config import ModelConfig, Rope, expect
-from common.errors import ConfigError, nearest_hint, shown
+from common.errors import ConfigError, nearest_hint, quoted
 from common.rope import yarn_magnitude
 
 Json = dict[str, Any]
@@ -58,14 +58,14 @@ def model_config_from_json(data: Json) -> ModelConfig:
     for name in _MUST_BE_UNSET:
         if data.get(name):
             raise ConfigError(
-                f"{name} is set to {shown(data[name])}, which is not supported: it must be absent, null or false."
+                f"{name} is set to {quoted(data[name])}, which is not supported: it must be absent, null or false."
             )
     hidden, heads = _whole(data, "hidden_size"), _whole(data, "num_attention_heads")
     layers = _whole(data, "num_hidden_layers", most=MAX_LAYERS)
     gemma = family.name == "gemma3"
     activation = _text(data, "hidden_activation" if gemma else "hidden_act", family.activation)
     if activation not in _ACTIVATIONS:
-        raise ConfigError(f"Activation {shown(activation)} is not supported. Supported: {', '.join(_ACTIVATIONS)}.")
+        raise ConfigError(f"Activation {quoted(activation)} is not supported. Supported: {', '.join(_ACTIVATIONS)}.")
     windows = _windows(data, family, layers)
     ropes = _ropes(data, family)
     attention_bias = _flag(data, "attention_bias", False) if family.name in ("llama", "qwen3", "gemma3") else False
@@ -112,7 +112,7 @@ def _family(data: Json) -> _Family:
     name = named[0] if isinstance(named, list) and len(named) == 1 else named
     if not isinstance(name, str) or name not in _FAMILIES:
         hint = nearest_hint(str(name), ARCHITECTURES)
-        raise ConfigError(f"Architecture {shown(name)} is not supported.{hint} Supported: {', '.join(ARCHITECTURES)}.")
+        raise ConfigError(f"Architecture {quoted(name)} is not supported.{hint} Supported: {', '.join(ARCHITECTURES)}.")
     return _FAMILIES[name]
 
 
@@ -137,10 +137,10 @@ def _windows(data: Json, family: _Family, layers: int) -> tuple[int, ...]:
     known = _kind(True), _kind(False)
     if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
         raise ConfigError(
-            f"layer_types must name {_kind(True)} or {_kind(False)} for each of {layers} layers, got {shown(kinds)}."
+            f"layer_types must name {_kind(True)} or {_kind(False)} for each of {layers} layers, got {quoted(kinds)}."
         )
     if family.name == "gemma3" and window < 1:
-        raise ConfigError(f"sliding_window must be a positive integer, got {shown(data.get('sliding_window'))}.")
+        raise ConfigError(f"sliding_window must be a positive integer, got {quoted(data.get('sliding_window'))}.")
     return tuple(window if kind == _kind(True) else 0 for kind in kinds)
 
 
@@ -153,7 +153,7 @@ def _ropes(data: Json, family: _Family) -> tuple[Rope, ...]:
     base = _number(data, "rope_theta", family.rope_base)
     parameters = data.get("rope_parameters") or data.get("rope_scaling") or {}
     if not isinstance(parameters, dict):
-        raise ConfigError(f"RoPE parameters must be an object, got {shown(parameters)}.")
+        raise ConfigError(f"RoPE parameters must be an object, got {quoted(parameters)}.")
     if family.name != "gemma3":
         nested = [parameters[kind] for kind in (_kind(False), _kind(True)) if kind in parameters]
         if any(each != nested[0] for each in nested):
@@ -169,7 +169,7 @@ def _ropes(data: Json, family: _Family) -> tuple[Rope, ...]:
 
 def _rope(data: Json, parameters: Json, base: float) -> Rope:
     if not isinstance(parameters, dict):
-        raise ConfigError(f"RoPE parameters must be an object, got {shown(parameters)}.")
+        raise ConfigError(f"RoPE parameters must be an object, got {quoted(parameters)}.")
     kind = _text(parameters, "rope_type", _text(parameters, "type", "default"))
     base = _number(parameters, "rope_theta", base)
     for source in (data, parameters):
@@ -179,7 +179,7 @@ def _rope(data: Json, parameters: Json, base: float) -> Rope:
         return Rope(base=base)
     if kind not in ("linear", "llama3", "yarn"):
         hint = nearest_hint(kind, ("linear", "llama3", "yarn"))
-        raise ConfigError(f"RoPE scaling {shown(kind)} is not supported.{hint} Supported: default, linear, llama3, yarn.")
+        raise ConfigError(f"RoPE scaling {quoted(kind)} is not supported.{hint} Supported: default, linear, llama3, yarn.")
     original = _whole(data, "original_max_position_embeddings", 0) or _whole(
         parameters, "original_max_position_embeddings", _whole(data, "max_position_embeddings")
     )
@@ -223,16 +223,16 @@ def _yarn_attention_factor(parameters: Json, factor: float) -> float | None:
 def _whole(data: Json, name: str, default: int | None = None, most: int = 2**31 - 1) -> int:
     value = default if data.get(name) is None else data[name]
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
-        raise ConfigError(f"{name} must be a whole number in [0, {most}], got {shown(value)}.")
+        raise ConfigError(f"{name} must be a whole number in [0, {most}], got {quoted(value)}.")
     return value
 
 
 def _number(data: Json, name: str, default: float | None = None) -> float:
     value = default if data.get(name) is None else data[name]
     if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ConfigError(f"{name} must be a number, got {shown(value)}.")
+        raise ConfigError(f"{name} must be a number, got {quoted(value)}.")
     if not abs(value) <= sys.float_info.max:  # before it is a float: an integer may have any number of digits
-        raise ConfigError(f"{name} must be a finite number, got {shown(value)}.")
+        raise ConfigError(f"{name} must be a finite number, got {quoted(value)}.")
     return float(value)
 
 
@@ -246,12 +246,12 @@ def _attention_scale(data: Json) -> float:
 def _flag(data: Json, name: str, default: bool) -> bool:
     value = default if data.get(name) is None else data[name]
     if not isinstance(value, bool):
-        raise ConfigError(f"{name} must be true or false, got {shown(value)}.")
+        raise ConfigError(f"{name} must be true or false, got {quoted(value)}.")
     return value
 
 
 def _text(data: Json, name: str, default: str) -> str:
     value = default if data.get(name) is None else data[name]
     if not isinstance(value, str):
-        raise ConfigError(f"{name} must be a string, got {shown(value)}.")
+        raise ConfigError(f"{name} must be a string, got {quoted(value)}.")
     return value

@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from common.errors import CheckpointError
+from common.errors import CheckpointError, json_reason, quoted
 
 MAX_JSON = 1 << 24
 """Bytes of a config.json, generation_config.json or tokenizer_config.json. The largest in use need about 2**21."""
@@ -69,9 +69,9 @@ def read_json(path: Path, most: int = MAX_JSON) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path}: not readable as JSON ({error}).") from error
+        raise CheckpointError(f"{path}: not readable as JSON ({json_reason(error)}).") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}.")
+        raise CheckpointError(f"{path}: expected a JSON object, got {quoted(value)}.")
     return value
 
 
