@@ -27,6 +27,7 @@ from common.serve.cut_stream import Chunks, ResponseEvents
 from common.serve.errors import ApiError
 from common.serve.folder import PrivateFolder
 from common.serve.responses import response_event
+from tests.bad_requests import BYTES, http
 from tests.browser import Tab, browse
 from tests.http_server import (
     PATIENCE_S,
@@ -40,6 +41,7 @@ from tests.http_server import (
     serving,
     until,
 )
+from tests.test_serve_abuse import faults, send
 
 BODY = {"prompt": "the", "max_tokens": 8, "ignore_eos": True}
 
@@ -90,6 +92,27 @@ def test_requests_reach_the_backend_that_they_name(served: Served) -> None:
     assert served.client.get("/tokenizer_info").json()["eos_token"] == "<|im_end|>"
     long = served.post(prompt="x " * 5000)
     assert long.json()["error"]["code"] == "context_length_exceeded"
+
+
+ODD = {
+    "a header that is not ASCII": (
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTraceparent: \xe9\r\n"
+        b'Accept: \xff\xe9\r\nContent-Length: 34\r\n\r\n{"prompt": "the", "max_tokens": 2}',
+        200,
+    ),
+    "a path of two slashes": (http("GET // HTTP/1.1\nHost: x"), 404),
+    "a path like a host": (http("GET //x@y:99999/health HTTP/1.1\nHost: x"), 404),
+    "a host with a path": (http("GET /nowhere HTTP/1.1\nHost: x/v1/models?"), 404),
+}
+
+
+def test_malformed_requests_get_the_answers_of_a_server_of_one_backend(served: Served) -> None:
+    wrong = {}
+    for name, (data, status) in (BYTES | ODD).items():
+        answer = send(served, data)
+        if answer[0] != status or (status != 200 and faults(*answer, status)):
+            wrong[name] = answer
+    assert wrong == {} and "Traceback" not in served.log.read_text()
 
 
 def test_routes_that_take_no_body_need_no_header_for_one(tmp_path: Path) -> None:

@@ -265,7 +265,7 @@ async def models(http: HttpRequest) -> Response:
 
 @router.get("/v1/models/{name:path}")
 async def one_model(http: HttpRequest, name: str) -> Response:
-    return json_response((await Backends.of(http).by_model(name).get(http.url.path)).json())
+    return json_response((await Backends.of(http).by_model(name).get(http.scope["path"])).json())
 
 
 @router.get("/health")
@@ -293,7 +293,7 @@ async def all_backends(http: HttpRequest) -> Response:
     """Pass an operator's request to every backend, or to the one that `?model=` names. Return the answers by backend."""
     backends, name = Backends.of(http), http.query_params.get("model")
     asked = backends.each if name is None else [backends.by_model(name)]
-    answers = await asyncio.gather(*(backend.post(http.url.path) for backend in asked))
+    answers = await asyncio.gather(*(backend.post(http.scope["path"]) for backend in asked))
     for backend, answer in zip(asked, answers, strict=True):
         if answer.status_code != 200:
             error = answer.json()["error"]
@@ -333,9 +333,10 @@ async def pass_on(http: HttpRequest) -> Response:
     data = await read_bytes(http) if has_body and http.method == "POST" else b""
     name = (await asyncio.to_thread(parse, Named, data)).model if data else http.query_params.get("model")
     backend = Backends.of(http).by_model(name)
-    headers = {name: http.headers[name] for name in PASSED_ON if name in http.headers}
+    headers = {name.encode(): http.headers[name].encode("latin-1") for name in PASSED_ON if name in http.headers}
     try:
-        request = backend.client.build_request(http.method, http.url.path, content=data, headers=headers)
+        url = backend.client.base_url.copy_with(raw_path=http.scope["raw_path"])  # a path that starts with // names no host
+        request = httpx.Request(http.method, url, content=data, headers=headers)
     except httpx.InvalidURL:  # longer than any path here is
         raise HTTPException(404) from None
     return Passed(request, backend)
