@@ -469,6 +469,7 @@ DEEP = "[" * 2000 + "]" * 2000
         ({"json": {"required": None}}, "Expected array for 'required', got null"),
         ({"regex": "("}, "cannot be compiled: invalid regex: unclosed group."),
         ({"regex": r"\b"}, r"cannot be compiled: invalid regex: \b is not supported."),
+        ({"grammar": 'start: %json {"minimum": "a"}'}, "at 1(8): failed to compile JSON schema: Expected number for 'minimum'"),
         ({"grammar": "root ::= [z-a]"}, "cannot be compiled: invalid regex: invalid character class range"),
         ({"grammar": "root ::= " + "(" * 5000 + '"a"' + ")" * 5000}, "as GBNF, it is nested too deeply"),
     ],

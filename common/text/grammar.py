@@ -191,8 +191,9 @@ def _compile(vocabulary: Future[LLTokenizer], wanted: StructuredOutputsParams) -
         inner.compute_bitmask()  # which finds that nothing can begin, and warms what the copies share
     if inner.is_error():
         told = _in_short(inner.get_error()) or NOTHING
-        told = told if wanted.grammar is not None and "::=" not in wanted.grammar else _reworded(_PLACE.sub("", told))
-        raise RequestError(f"structured_outputs cannot be compiled: {told}.")
+        if wanted.grammar is None or "::=" in wanted.grammar:
+            told = _PLACE.sub("", told)
+        raise RequestError(f"structured_outputs cannot be compiled: {_reworded(told)}.")
     if (forced := len(inner.compute_ff_bytes())) > MAX_FORCED:
         told = f"an output may begin with {MAX_FORCED} bytes that have no alternative, got {forced} or more; ask for fewer"
         raise RequestError(f"structured_outputs cannot be compiled: {told}.")
