@@ -14,12 +14,13 @@ from common.text.json_cost import MAX_UNITS, NODE
 VOCABULARY = 320
 CONTEXT = 512
 COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
-TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
+TOKENIZE, DETOKENIZE, EMBEDDINGS = "/tokenize", "/detokenize", "/v1/embeddings"
 GOOD: dict[str, dict[str, Any]] = {
     COMPLETIONS: {"prompt": "the", "max_tokens": 2},
     CHAT: {"messages": [{"role": "user", "content": "Say it"}], "max_tokens": 2},
     RESPONSES: {"input": "Say it", "max_output_tokens": 2},
     TOKENIZE: {"prompt": "the"},
+    EMBEDDINGS: {"input": "the"},
     DETOKENIZE: {"tokens": [1, 2]},
 }
 

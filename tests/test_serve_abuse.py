@@ -25,6 +25,7 @@ import pytest
 from common.errors import RequestError
 from common.request import SamplingParams
 from common.serve.cost import expect_affordable
+from common.serve.model import MAX_TEXT
 from common.serve.protocol import reworded
 from common.text.json_cost import MAX_UNITS, expect_parsable, json_units
 from tests.bad_requests import (
@@ -34,6 +35,7 @@ from tests.bad_requests import (
     COMPLETIONS,
     CONTEXT,
     DETOKENIZE,
+    EMBEDDINGS,
     FINE,
     POST,
     RESPONSES,
@@ -336,6 +338,69 @@ def test_the_largest_fields_together_hold_up_nobody(served: Served) -> None:
     some += [(("messages", "calls"), 1, 3, RESPONSES), (("chat_template_kwargs", "instructions"), 1, 1, RESPONSES)]
     with bystanders(served):
         expect_health(served, {str(each): combined(*each) for each in some}, {200, 400})
+
+
+LONGER: dict[str, Bad] = {
+    "completion": wrong(COMPLETIONS, prompt="\U0001f600" * 300_000, truncate_prompt_tokens=10),
+    "chat": wrong(CHAT, messages=[{"role": "user", "content": "\U0001f600" * 300_000}], truncate_prompt_tokens=10),
+    "count": wrong(TOKENIZE, prompt="\U0001f600" * 300_000),
+    "tools": wrong(TOKENIZE, prompt=None, messages=[{"role": "user", "content": "a"}], tools=[{"d": "\U0001f600" * 300_000}]),
+    "embedding": wrong(EMBEDDINGS, input="\U0001f600" * 300_000, truncate_prompt_tokens=10),
+}
+"""Texts that may be longer than the context, of a million bytes and few characters."""
+
+
+def test_a_text_that_is_truncated_or_counted_has_a_limit_in_bytes(served: Served) -> None:
+    for what, case in LONGER.items():
+        status, text = ask(served, case)
+        error = json.loads(text)["error"]
+        assert (status, f"at most {MAX_TEXT}" in error["message"]) == (400, True), (what, text)
+        fits = Bad(case.body.replace(b"\\ud83d\\ude00", b"", 50_000), 200, case.path)
+        assert ask(served, fits)[0] == 200, what
+
+
+LONG_ANSWERS = [
+    wrong(CHAT, n=16, max_tokens=450, logprobs=True, top_logprobs=20, ignore_eos=True),
+    wrong(COMPLETIONS, prompt=["a"] * 100, max_tokens=100, logprobs=20, ignore_eos=True),
+    wrong(COMPLETIONS, prompt=[5, 6, 7, 8] * 120, n=24, prompt_logprobs=20, logprobs=20, echo=True, temperature=1.0),
+    wrong(TOKENIZE, prompt="\U0001f600" * 250_000, return_token_strs=True),
+    wrong(COMPLETIONS, prompt="x" * 16_000_000, truncate_prompt_tokens=10),
+    wrong(CHAT, messages=[{"role": "user", "content": "\U0001f600" * 1_200_000}], truncate_prompt_tokens=10),
+]
+
+
+@pytest.mark.accept
+def test_a_long_answer_holds_up_nobody(served: Served) -> None:
+    expect_health(served, {case.body[:80].decode(): case for case in (*LONG_ANSWERS, *LONGER.values())}, {200, 400})
+
+
+def test_choices_share_the_log_probabilities_of_their_prompt(served: Served) -> None:
+    prompt = [5, 6, 7, 8] * 20
+    body: dict[str, Any] = {"prompt": prompt, "max_tokens": 3, "ignore_eos": True, "logprobs": 2, "prompt_logprobs": 2}
+    alone, *several = (choice for n in (1, 3) for choice in served.complete(**body, echo=True, n=n, temperature=1.0)["choices"])
+    of_prompt = lambda choice: {name: values[: len(prompt)] for name, values in choice["logprobs"].items()}  # noqa: E731
+    assert [choice["index"] for choice in several] == [0, 1, 2]
+    for choice in several:
+        assert choice["prompt_logprobs"] == alone["prompt_logprobs"] and of_prompt(choice) == of_prompt(alone)
+    assert len(alone["prompt_logprobs"]) == len(prompt) == len(alone["logprobs"]["tokens"]) - 3
+    begin, *_ = served.events(**{**body, "prompt_logprobs": None}, echo=True)
+    assert begin["choices"][0]["logprobs"] == of_prompt(alone)
+
+
+def test_an_answer_that_outgrows_its_limit_is_to_be_a_stream(tmp_path: Path) -> None:
+    packages, _ = history(tmp_path)
+    with (packages / "historyinfer" / "__init__.py").open("a") as file:
+        file.write("import common.serve.serving\ncommon.serve.serving.MAX_ANSWER = 10_000\n")
+    with serving(tmp_path, "--backend", "history", "--max-model-len", "512", packages=[packages]) as served:
+        for path, fields in ((COMPLETIONS, {"logprobs": 5}), (CHAT, {"logprobs": True, "top_logprobs": 5})):
+            long = {**fields, "max_tokens": 400, "ignore_eos": True}
+            status, text = ask(served, wrong(path, **long))
+            error = json.loads(text)["error"]
+            assert (status, error["param"]) == (400, "logprobs") and "Set stream to true" in error["message"]
+            assert ask(served, wrong(path, 200, **long | {"max_tokens": 4}))[0] == 200
+            status, text = ask(served, wrong(path, 200, **long, stream=True))
+            assert status == 200 and text.count("data: {") >= 400 and "error" not in text
+        served.wait_idle()
 
 
 TEMPLATE = """{% for message in messages %}{{ message.role }}: {{ message.content }}

@@ -14,7 +14,7 @@ import numpy as np
 import openai
 import pytest
 
-from common.serve.completions import LogprobList
+from common.serve.completions import LogprobLists
 from common.serve.model import ServedModel
 from common.serve.profiler import trace
 from common.text.tokenizer import open_tokenizer
@@ -157,9 +157,8 @@ def test_a_character_that_never_came_moves_what_follows_it() -> None:
             ([b"a", b"\xe2", b"b", b"c"], [0, 1, 2, 3]),
             ([b"\xe2", b"\xe2", b"b"], [0, 1, 2]),
         ):
-            listed = LogprobList(model, False)
-            listed.push([of[part] for part in parts], [None] * len(parts))
-            assert listed.whole()["text_offset"] == offsets
+            listed = LogprobLists(model, False, True)
+            assert listed.push([of[part] for part in parts], [None] * len(parts))["text_offset"] == offsets
     finally:
         model.close()
 

@@ -11,9 +11,10 @@ from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
 from common.request import Logprobs, SamplingParams
+from common.serve.encoding import JsonList, finite
 from common.serve.model import Prompt, ServedModel
 from common.serve.protocol import ChatRequest
-from common.serve.serving import Answer, Serving, finite, read
+from common.serve.serving import Answer, Serving, read
 from common.serve.worker import Piece
 from common.text.output import Delta
 from common.text.reasoning import Reasoning
@@ -77,7 +78,8 @@ class Choice:
     reasoning: str = ""
     token_ids: list[int] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)
-    logprobs: list[dict[str, Any]] = field(default_factory=list)
+    logprobs: JsonList = field(default_factory=JsonList)
+    """Of the whole answer. A stream keeps none."""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
@@ -104,7 +106,8 @@ class Choice:
                 self.calls.append({**rest, "function": dict(part["function"])})
             else:
                 self.calls[-1]["function"]["arguments"] += part["function"]["arguments"]
-        self.logprobs += entries
+        if not self.answer.body.stream:
+            self.answer.size += self.logprobs.add(entries)
         self.finish_reason, self.stop_reason = finish, delta.stop_reason
         message: dict[str, Any] = {"content": text} | ({"tool_calls": calls} if calls else {})
         if thought:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
 from common.request import Logprobs
-from common.serve.model import ServedModel
+from common.serve.encoding import JsonList, finite
+from common.serve.model import Prompt, ServedModel
 from common.serve.protocol import CompletionRequest
-from common.serve.serving import Answer, Serving, finite, read
+from common.serve.serving import Answer, Serving, read
 from common.serve.worker import Piece
 from common.text.detokenizer import IncrementalDetokenizer
 from common.text.output import Delta
@@ -32,8 +33,54 @@ async def completions(http: HttpRequest) -> Response:
     params = lambda: body.params(most, body.logprobs, scored, serving.model.defaults)  # noqa: E731
     prompts = lambda: serving.model.prompts(body.prompt, body.add_special_tokens, body.truncate_prompt_tokens)  # noqa: E731
     answer = await Answer.of(http, "text_completion", "cmpl", body, arrival, params, prompts)
-    choices = [Choice(answer, i) for i in range(answer.num_choices)]
+    prompts_shown = [ShownPrompt(answer, body, prompt) for prompt in answer.prompts]
+    choices = [Choice(answer, body, i, prompts_shown[i // answer.params.n]) for i in range(answer.num_choices)]
     return await answer.respond(http, choices, KIND, KIND)
+
+
+@dataclass
+class ShownPrompt:
+    """A prompt as its answer shows it. The choices that continue it share it: its log-probabilities are encoded once."""
+
+    answer: Answer
+    body: CompletionRequest
+    prompt: Prompt
+    text: str = ""
+    logprobs: dict[str, JsonList] | None = None
+    """With `echo` and `logprobs`."""
+    prompt_logprobs: JsonList | None = None
+    """With `prompt_logprobs`."""
+    begun: bool = False
+
+    def begin(self, scored: Sequence[Logprobs | None] | None) -> None:
+        """Make the parts at the first piece of the first choice."""
+        if self.begun:
+            return
+        self.begun = True
+        if self.body.prompt_logprobs is not None:
+            self.prompt_logprobs = JsonList.of(self._entries(scored or ()))
+        if not self.body.echo:
+            return
+        model, text, ids = self.answer.serving.model, self.prompt.text, self.prompt.token_ids
+        self.text = model.tokenizer.decode(ids, self.answer.params.skip_special_tokens) if text is None else text
+        if self.body.logprobs is not None:
+            lists, scored = LogprobLists.of(self.answer, self.body), scored or [None] * len(ids)
+            starts = None if text is None else model.tokenizer.starts(text, self.body.add_special_tokens)
+            self.logprobs = {name: JsonList.of(values) for name, values in lists.push(ids, scored, starts).items()}
+
+    def _entries(self, scored: Sequence[Logprobs | None]) -> list[dict[str, Any] | None]:
+        """As vLLM gives them: for each token of the prompt, itself and the likeliest by id; None for the first."""
+        spell = self.answer.serving.model.token_text
+        entry = lambda token, p, rank: {"logprob": finite(p), "rank": rank, "decoded_token": spell(token)}  # noqa: E731
+        entries: list[dict[str, Any] | None] = []
+        for token, each in zip(self.prompt.token_ids, scored, strict=False):
+            if each is None:
+                entries.append(None)
+                continue
+            top = enumerate(zip(each.top_ids, each.top_logprobs, strict=True), 1)
+            likeliest = {str(other): entry(other, p, rank) for rank, (other, p) in top}
+            entries.append({str(token): entry(token, each.logprob, each.rank)} | likeliest)
+        return entries
 
 
 @dataclass
@@ -41,9 +88,12 @@ class Choice:
     """One continuation as it grows."""
 
     answer: Answer
+    body: CompletionRequest
     index: int
-    logprobs: LogprobList | None = None
-    prompt_logprobs: Sequence[Logprobs | None] | None = None
+    prompt: ShownPrompt
+    lists: LogprobLists | None = None
+    logprobs: dict[str, JsonList] | None = None
+    """Of the whole answer. A stream keeps none."""
     begun: bool = False
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -51,53 +101,35 @@ class Choice:
     stop_reason: int | str | None = None
 
     def __post_init__(self) -> None:
-        body = self._body
-        if body.logprobs is not None:
-            prompt = self.answer.prompt_of(self.index)
-            before = () if body.echo and prompt.text is None else prompt.token_ids
-            model, skips = self.answer.serving.model, self.answer.params.skip_special_tokens
-            self.logprobs = LogprobList(model, bool(body.return_tokens_as_token_ids), skips, before)
-
-    @property
-    def _body(self) -> CompletionRequest:
-        assert isinstance(self.answer.body, CompletionRequest)
-        return self.answer.body
+        if self.body.logprobs is not None:
+            self.lists = LogprobLists.of(self.answer, self.body)
+            self.lists.skip(self.prompt.prompt, bool(self.body.echo))
+            if not self.body.stream:
+                self.logprobs = {name: JsonList() for name in LISTS}
 
     def push(self, piece: Piece) -> list[dict[str, Any]]:
-        """The chunks that a token or an end makes."""
+        """The chunks that a token or an end makes. With `echo` a chunk of the prompt precedes the first."""
         delta = piece.delta
-        if self._body.prompt_only:
+        if self.body.prompt_only:
             delta = Delta("", (), finish=delta.finish)
         self.answer.completion_tokens += len(delta.token_ids)
-        begin = [] if self.begun else self._begin(piece.delta.prompt_logprobs)
-        self.begun = True
-        shown = None
-        if self.logprobs is not None:
-            shown = self.logprobs.push(delta.token_ids, [delta.logprobs] * len(delta.token_ids))
-        return [*begin, self._chunk(delta.text, list(delta.token_ids), shown, delta.finish_reason, delta.stop_reason)]
+        chunks = []
+        if not self.begun:
+            self.begun = True
+            self.prompt.begin(piece.delta.prompt_logprobs)
+            if self.body.echo:
+                chunks.append(self._chunk(self.prompt.text, [], self.prompt.logprobs, None, None))
+        shown = None if self.lists is None else self.lists.push(delta.token_ids, [delta.logprobs] * len(delta.token_ids))
+        return [*chunks, self._chunk(delta.text, list(delta.token_ids), shown, delta.finish_reason, delta.stop_reason)]
 
-    def _begin(self, scored: Sequence[Logprobs | None] | None) -> list[dict[str, Any]]:
-        """With `echo`, a chunk for the prompt."""
-        self.prompt_logprobs = scored
-        if not self._body.echo:
-            return []
-        model, prompt = self.answer.serving.model, self.answer.prompt_of(self.index)
-        skips = self.answer.params.skip_special_tokens
-        text = model.tokenizer.decode(prompt.token_ids, skips) if prompt.text is None else prompt.text
-        shown = None
-        if self.logprobs is not None:
-            scored = scored or [None] * len(prompt.token_ids)
-            if prompt.text is None:
-                shown = self.logprobs.push(prompt.token_ids, scored)
-            else:
-                starts = model.tokenizer.starts(text, self._body.add_special_tokens)
-                shown = self.logprobs.push_text(text, prompt.token_ids, starts, scored)
-        return [self._chunk(text, [], shown, None, None)]
-
-    def _chunk(self, text: str, token_ids: list[int], logprobs: Any, finish: str | None, stop: Any) -> dict[str, Any]:
+    def _chunk(
+        self, text: str, token_ids: list[int], logprobs: Mapping[str, Any] | None, finish: str | None, stop: Any
+    ) -> dict[str, Any]:
         self.text += text
         self.token_ids += token_ids
         self.finish_reason, self.stop_reason = finish, stop
+        if self.logprobs is not None and logprobs is not None:
+            self.answer.size += sum(self.logprobs[name].add(values) for name, values in logprobs.items())
         return self.as_dict(text, token_ids, logprobs)
 
     def as_dict(self, text: str, token_ids: Sequence[int], logprobs: Any) -> dict[str, Any]:
@@ -108,66 +140,52 @@ class Choice:
             "finish_reason": self.finish_reason,
             "stop_reason": self.stop_reason,
         }
-        if self._body.return_token_ids:
+        if self.body.return_token_ids:
             choice["token_ids"] = token_ids
         return choice
 
     def whole(self) -> dict[str, Any]:
-        choice = self.as_dict(self.text, self.token_ids, self.logprobs.whole() if self.logprobs else None)
-        if self._body.return_token_ids:
-            choice["prompt_token_ids"] = list(self.answer.prompt_of(self.index).token_ids)
-        if self._body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = self._prompt_logprobs()
+        choice = self.as_dict(self.text, self.token_ids, self.logprobs)
+        if self.body.return_token_ids:
+            choice["prompt_token_ids"] = list(self.prompt.prompt.token_ids)
+        if self.body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = self.prompt.prompt_logprobs
         return choice
 
-    def _prompt_logprobs(self) -> list[dict[str, Any] | None]:
-        """As vLLM gives them: for each token of the prompt, itself and the likeliest by id; None for the first."""
-        model, prompt = self.answer.serving.model, self.answer.prompt_of(self.index)
-        entry = lambda token, p, rank: {"logprob": finite(p), "rank": rank, "decoded_token": model.token_text(token)}  # noqa: E731
-        entries: list[dict[str, Any] | None] = []
-        for token, scored in zip(prompt.token_ids, self.prompt_logprobs or (), strict=False):
-            if scored is None:
-                entries.append(None)
-                continue
-            top = enumerate(zip(scored.top_ids, scored.top_logprobs, strict=True), 1)
-            likeliest = {str(other): entry(other, p, rank) for rank, (other, p) in top}
-            entries.append({str(token): entry(token, scored.logprob, scored.rank)} | likeliest)
-        return entries
+
+LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
-class LogprobList:
+class LogprobLists:
     """OpenAI's older form: four lists side by side."""
 
-    def __init__(
-        self, model: ServedModel, as_ids: bool, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
-    ) -> None:
-        """`prompt_ids`: what comes before, and is not pushed, or as a text."""
+    def __init__(self, model: ServedModel, as_ids: bool, skip_special_tokens: bool) -> None:
         self._model, self._as_ids, self._skip_special = model, as_ids, skip_special_tokens
-        self._text = IncrementalDetokenizer(model.tokenizer, prompt_ids, skip_special_tokens)
+        self._text = IncrementalDetokenizer(model.tokenizer, (), skip_special_tokens)
         self._offset = 0
-        self._lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
-    def push(self, token_ids: Sequence[int], scored: Sequence[Logprobs | None]) -> dict[str, list[Any]]:
-        """The entries of these tokens; None scores the first of a prompt."""
-        return self._add(token_ids, scored, [self._place(token) for token in token_ids])
+    @classmethod
+    def of(cls, answer: Answer, body: CompletionRequest) -> Self:
+        return cls(answer.serving.model, bool(body.return_tokens_as_token_ids), answer.params.skip_special_tokens)
 
-    def push_text(
-        self, text: str, token_ids: Sequence[int], starts: Sequence[int], scored: Sequence[Logprobs | None]
+    def skip(self, prompt: Prompt, shown: bool) -> None:
+        """Go past a prompt. If it is `shown`, offsets count from its beginning."""
+        if shown and prompt.text is None:
+            for token in prompt.token_ids:
+                self._place(token)
+        else:
+            self._text = IncrementalDetokenizer(self._model.tokenizer, prompt.token_ids, self._skip_special)
+            self._offset = len(prompt.text or "") if shown else 0
+
+    def push(
+        self, token_ids: Sequence[int], scored: Sequence[Logprobs | None], starts: Sequence[int] | None = None
     ) -> dict[str, list[Any]]:
-        """Likewise of a text that shows as it came, whatever its tokens would become, and where in it they begin."""
-        self._offset += len(text)
-        return self._add(token_ids, scored, starts)
-
-    def _add(self, token_ids: Sequence[int], scored: Sequence[Logprobs | None], starts: Sequence[int]) -> dict[str, list[Any]]:
-        fresh: dict[str, list[Any]] = {name: [] for name in self._lists}
-        for token, logprobs, start in zip(token_ids, scored, starts, strict=True):
-            fresh["tokens"].append(self._name(token))
-            fresh["token_logprobs"].append(None if logprobs is None else finite(logprobs.logprob))
-            fresh["top_logprobs"].append(None if logprobs is None else self._top(token, logprobs))
-            fresh["text_offset"].append(start)
-        for name, values in fresh.items():
-            self._lists[name] += values
-        return fresh
+        """Return the entries of these tokens. None scores the first of a prompt. `starts` are the offsets of tokens of a text
+        that the answer repeats as it came."""
+        scores = [None if each is None else finite(each.logprob) for each in scored]
+        top = [None if each is None else self._top(token, each) for token, each in zip(token_ids, scored, strict=True)]
+        places = [self._place(token) for token in token_ids] if starts is None else list(starts)
+        return dict(zip(LISTS, ([self._name(token) for token in token_ids], scores, top, places), strict=True))
 
     def _place(self, token: int) -> int:
         """Where the character begins to which the token's first byte belongs. Bytes before it that became none, which come out
@@ -179,9 +197,6 @@ class LogprobList:
             return begin
         own = codecs.getincrementaldecoder("utf-8")(errors="replace").decode(raw)
         return max(self._offset - len(own), begin)
-
-    def whole(self) -> dict[str, list[Any]]:
-        return self._lists
 
     def _name(self, token: int) -> str:
         return f"token_id:{token}" if self._as_ids else self._model.token_text(token)

@@ -6,9 +6,10 @@ import json
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from common.serve.encoding import event
 from common.serve.errors import ApiError
 from common.serve.responses import failed_response, response_event
-from common.serve.serving import DONE, event
+from common.serve.serving import DONE
 
 
 class Passing(Protocol):

@@ -19,8 +19,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from common.errors import TandemError
+from common.serve.encoding import event
 from common.serve.errors import ApiError, api_error
-from common.serve.serving import DONE, error_response, event
+from common.serve.serving import DONE, error_response
 
 log = logging.getLogger(__name__)
 

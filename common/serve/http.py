@@ -8,8 +8,8 @@ import sys
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from common.serve.encoding import encode
 from common.serve.errors import ApiError
-from common.serve.serving import encode
 
 HEAD_PATIENCE_S = 30.0
 """Timeout of the head of a request, from the first byte of the connection or of its next request."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,9 @@ from common.weights.checkpoint import Checkpoint
 
 NORMALIZED = 4
 """Factor by which normalization (NFC) may shorten a text."""
+MAX_TEXT = 1 << 20
+"""Bytes of a text that may be longer than the context, because its tokens are counted or truncated. Python's lock is held while
+the list of the tokens is made."""
 
 
 class Prompt(NamedTuple):
@@ -128,15 +132,18 @@ class ServedModel:
         """Raise `ContextLengthError` with the words that clients look for."""
         expect_context(fits, f"This model's maximum context length is {self.max_model_len} tokens. But {told}", name)
 
-    def _expect_may_fit(self, characters: int, name: str) -> None:
-        """Refuse a text that cannot fit, before it is cut into tokens."""
-        most = self.max_model_len * self.longest_token * NORMALIZED
-        self._expect_fits(characters <= most, f"{name} has {characters} characters, more than can fit; shorten it.", name)
+    def expect_size(self, text: str, checked: bool, name: str) -> None:
+        """Refuse a text that cannot fit the context if `checked`, else one above `MAX_TEXT`, before it is cut into tokens."""
+        size, most = len(text.encode(errors="replace")), self.max_model_len * self.longest_token * NORMALIZED
+        told = f"The text of {name} has {size} bytes"
+        if checked:
+            self._expect_fits(size <= most, f"{told}, more than can fit; shorten it.", name)
+        most = max(most, MAX_TEXT)
+        expect(size <= most, f"{told}, and a text that may be longer than the context has at most {most}; shorten it.", name)
 
     def encode(self, text: str, add_special_tokens: bool = True, *, checked: bool = True, name: str = "prompt") -> list[int]:
-        """`checked`: refuse a text that cannot fit the context, before it is cut into tokens."""
-        if checked:
-            self._expect_may_fit(len(text), name)
+        """`checked`: as for `expect_size`."""
+        self.expect_size(text, checked, name)
         return self.tokenizer.encode(text, add_special_tokens)
 
     def chat_prompt(
@@ -158,16 +165,16 @@ class ServedModel:
         checked: bool = True,
         **options: Any,
     ) -> Prompt:
-        """Apply the chat template. `checked`: refuse a conversation that cannot fit the context, before it is rendered."""
+        """Apply the chat template. `checked`: as for `expect_size`, which is called with the content and with the result."""
         if self.template is None:
             message = "This model has no chat template: it continues text. Use the completions endpoint."
             raise RequestError(message, "messages")
         plain = [message_of(i, message) for i, message in enumerate(messages)]
         if "tools" not in (self.tokenizer.chat_template or ""):
             plain, tools = with_tools(plain, tools), None
-        if checked:
-            self._expect_may_fit(sum(len(str(message["content"])) for message in plain), "messages")
-        return Prompt(*self.template.encode(plain, tools=tools, **options))
+        check = partial(self.expect_size, checked=checked, name="messages")
+        check("".join(str(message["content"]) for message in plain))
+        return Prompt(*self.template.encode(plain, tools=tools, check=check, **options))
 
     def token_text(self, token_id: int) -> str:
         """One token by itself, special ones too. A piece of a character shows its bytes, so that no two tokens look alike."""

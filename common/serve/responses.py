@@ -17,9 +17,10 @@ from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
 from common.serve import chat
+from common.serve.encoding import encode
 from common.serve.errors import ApiError, api_error
 from common.serve.items import ResponsesRequest
-from common.serve.serving import Answer, Serving, encode, read
+from common.serve.serving import Answer, Serving, read
 
 log = logging.getLogger(__name__)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 import uuid
@@ -21,6 +20,7 @@ from common.errors import RequestError
 from common.request import CANNOT_GO_ON, ENGINE_GONE, Request, SamplingParams, Status
 from common.schedule.prepare import prepare
 from common.serve.cost import expect_affordable
+from common.serve.encoding import encode, event
 from common.serve.errors import ApiError, api_error, engine_gone
 from common.serve.metrics import Metrics
 from common.serve.model import Prompt, ServedModel
@@ -36,6 +36,8 @@ T = TypeVar("T")
 MAX_BODY = 1 << 24
 """Bytes of a request."""
 BODY_PATIENCE_S = 60.0
+MAX_ANSWER = 1 << 27
+"""Bytes of the log-probabilities in an answer that is not a stream."""
 DONE = b"data: [DONE]\n\n"
 """The end of a stream."""
 
@@ -110,6 +112,8 @@ class Answer:
     call: Call
     arrival: float
     created: int = field(default_factory=lambda: int(time.time()))
+    size: int = 0
+    """Bytes of log-probabilities that the answer holds until its end."""
     completion_tokens: int = 0
     """Tokens in the answer so far."""
     cached_tokens: int = 0
@@ -152,9 +156,6 @@ class Answer:
     @property
     def num_choices(self) -> int:
         return len(self.call.requests)
-
-    def prompt_of(self, index: int) -> Prompt:
-        return self.prompts[index // (self.body.n or 1)]
 
     def usage(self) -> dict[str, Any]:
         given = sum(len(prompt.token_ids) for prompt in self.prompts)
@@ -247,14 +248,26 @@ class Answer:
         )
 
     async def _full(self, choices: Sequence[Growing], kind: str) -> dict[str, Any]:
-        async for pieces in self.pieces():
-            for piece in pieces:
-                choices[piece.number].push(piece)
+        async for _ in self._grown(choices):
+            if self.size > MAX_ANSWER:
+                raise ApiError(
+                    400,
+                    f"The log-probabilities of this answer exceed {MAX_ANSWER} bytes. Set stream to true, or ask for fewer "
+                    "tokens, choices or log-probabilities.",
+                    "logprobs",
+                )
         return self.envelope(kind, [choice.whole() for choice in choices], usage=self.usage())
 
     async def _chunks(self, choices: Sequence[Growing], kind: str) -> AsyncIterator[list[dict[str, Any]]]:
+        async for chunks in self._grown(choices):
+            yield [self.envelope(kind, [chunk]) for chunk in chunks]
+
+    async def _grown(self, choices: Sequence[Growing]) -> AsyncIterator[list[dict[str, Any]]]:
+        """Yield the chunks of each step. A thread makes those with the log-probabilities of a prompt, which may be many."""
         async for pieces in self.pieces():
-            yield [self.envelope(kind, [chunk]) for piece in pieces for chunk in choices[piece.number].push(piece)]
+            push = partial(pushed, choices, pieces)
+            scored = any(piece.delta.prompt_logprobs is not None for piece in pieces)
+            yield await asyncio.to_thread(push) if scored else push()
 
     async def _events(self, chunks: AsyncIterator[Sequence[dict[str, Any]]]) -> AsyncIterator[bytes]:
         """Server-sent events; those of one step in one write."""
@@ -270,6 +283,10 @@ class Answer:
                 log.exception("Request %s failed.", self.id)
             yield event(api_error(error).body)
         yield DONE
+
+
+def pushed(choices: Sequence[Growing], pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+    return [chunk for piece in pieces for chunk in choices[piece.number].push(piece)]
 
 
 def requests_of(
@@ -360,23 +377,9 @@ def check_end(delta: Delta) -> None:
             raise ApiError(504, "The request's deadline has passed.", headers={"x-should-retry": "false"})
 
 
-def encode(message: Any) -> bytes:
-    """Return JSON. A lone surrogate, which UTF-8 cannot encode, becomes "?"."""
-    return json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
-
-
-def event(message: Any) -> bytes:
-    return b"data: " + encode(message) + b"\n\n"
-
-
 def json_response(message: Any, status: int = 200) -> Response:
     return Response(encode(message), status, media_type="application/json")
 
 
 def error_response(error: ApiError) -> Response:
     return Response(encode(error.body), error.status, error.headers, media_type="application/json")
-
-
-def finite(logprob: float) -> float:
-    """JSON has no infinity."""
-    return max(logprob, -9999.0)

@@ -11,12 +11,10 @@ from starlette.responses import Response
 
 from common.request import expect
 from common.schedule.limits import check_tokens
+from common.serve.encoding import JsonList
 from common.serve.model import ServedModel
 from common.serve.protocol import DetokenizeRequest, TokenizeRequest
 from common.serve.serving import Serving, json_response, read
-
-MAX_CHARACTERS = 1 << 20
-"""Of a prompt or of messages. The answer lists each token, and Python's lock is held while it becomes JSON."""
 
 router = APIRouter()
 
@@ -30,17 +28,15 @@ async def tokenize(http: HttpRequest) -> Response:
 def tokens_of(model: ServedModel, body: TokenizeRequest) -> dict[str, Any]:
     """Count tokens also of a prompt that is longer than the context: clients ask this to shorten it."""
     expect((body.prompt is None) != (body.messages is None), "Give either prompt, a text, or messages, a conversation.")
-    contents = [each.get("content") for each in body.messages or ()]
-    name, texts = ("messages", map(str, contents)) if body.prompt is None else ("prompt", [body.prompt])
-    characters = sum(map(len, texts))
-    expect(characters <= MAX_CHARACTERS, f"{name} may have {MAX_CHARACTERS} characters here, got {characters}.", name)
     if body.prompt is not None:
         tokens = list(model.encode(body.prompt, body.add_special_tokens, checked=False))
     else:
         options = {"add_generation_prompt": body.add_generation_prompt, "checked": False}
         tokens = list(model.render(body.messages or [], body.tools, **options).token_ids)
-    strings = {"token_strs": [model.tokenizer.id_to_token(token) for token in tokens]} if body.return_token_strs else {}
-    return {"count": len(tokens), "max_model_len": model.max_model_len, "tokens": tokens, **strings}
+    lists = {"tokens": JsonList.of(tokens)}
+    if body.return_token_strs:
+        lists["token_strs"] = JsonList.of([model.tokenizer.id_to_token(token) for token in tokens])
+    return {"count": len(tokens), "max_model_len": model.max_model_len, **lists}
 
 
 @router.post("/detokenize")

@@ -68,6 +68,8 @@ class Call:
                 raise news
             self.left -= sum(piece.delta.finish is not None for piece in news)
             yield news
+            if not self._arrived.empty():  # `get` does not suspend then, and a backlog would block the loop until its end
+                await asyncio.sleep(0)
 
 
 @dataclass(eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -79,12 +79,16 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool | str = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        check: Callable[[str], object] | None = None,
     ) -> tuple[str, list[int]]:
         """Return the text of `render` and its token ids. Only the template makes special tokens: the text of one in an
-        argument, in a key or a value, stays plain text."""
+        argument, in a key or a value, stays plain text. `check` is called with the text before it is cut into tokens."""
         disguise = Disguise(self._special)
         given = _Given(messages, tools, add_generation_prompt, continue_final_message, chat_template_kwargs)
         text = self._rendered(disguise, given)
+        shown = disguise.show(text)
+        if check is not None:
+            check(shown)
         if not disguise:
             return text, self._tokenizer.encode(text, add_special_tokens=False)
         token_ids: list[int] = []
@@ -93,7 +97,7 @@ class ChatTemplate:
                 token_ids.append(self._tokenizer.special_tokens[part])
             else:
                 token_ids += self._tokenizer.encode(disguise.show(part), add_special_tokens=False, parse_special=False)
-        return disguise.show(text), token_ids
+        return shown, token_ids
 
     def _rendered(self, disguise: Disguise, given: _Given) -> str:
         """Return the conversation as text, with the special tokens of all arguments disguised."""

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from common.weights.gguf_parts import read_metadata
 
 MAX_TOKEN_LENGTH = 1024
 """Characters; the ways to cut a token in two are all tried."""
+MAX_SPELT = 1 << 18
+"""Tokens whose bytes are cached."""
 PROBE = "a 1"
 """A tokenizer that fails on this text fails on nearly all texts."""
 
@@ -56,6 +59,7 @@ class Tokenizer:
         self._lock = threading.Lock()
         self._plain: tokenizers.Tokenizer | None = None
         self._decoding = _Decoding.of(inner.decoder)
+        self._bytes = lru_cache(maxsize=MAX_SPELT)(self._bytes_of)  # each log-probability in an answer asks for its token
         self.bos_token_id = bos_token_id
         self.eos_token_ids = tuple(dict.fromkeys(eos_token_ids))
         self.pad_token_id = pad_token_id
@@ -119,8 +123,9 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int, skip_special_tokens: bool = True) -> bytes:
         """What one token adds to the text: UTF-8, perhaps cut within a character; empty for an id without token."""
-        if skip_special_tokens and token_id in self.special_ids:
-            return b""
+        return b"" if skip_special_tokens and token_id in self.special_ids else self._bytes(token_id)
+
+    def _bytes_of(self, token_id: int) -> bytes:
         piece = self._inner.id_to_token(token_id)
         return b"" if piece is None else self._decoding.piece_bytes(piece)
 
