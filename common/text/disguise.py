@@ -12,14 +12,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from common.errors import RequestError
+from common.text.json_cost import MAX_UNITS
 from common.text.tokenizer import Tokenizer
 
 NONCE_DIGITS = 24
 INDEX_DIGITS = 8
-MAX_UNITS = 1 << 22
-"""Of one conversation. A unit is about 0.1 µs."""
-VALUE = 8
-"""Units of a key or a value. Each character takes 1 more."""
+MAX_CHARACTERS = 1 << 22
+"""Of all strings of one conversation."""
+VALUE = 10
+"""Units of work of a key or a value."""
 PART = 64
 """Units of each part of a string that is searched for special tokens."""
 
@@ -72,7 +73,7 @@ class Disguise:
         self._nonce = f"{secrets.randbelow(10**NONCE_DIGITS):0{NONCE_DIGITS}}"
         self._pattern = re.compile(f"{self._nonce}([0-9]{{{INDEX_DIGITS}}})")
         self._names: dict[str, str] = {}
-        self._units = 0
+        self._units = self._characters = 0
 
     def __bool__(self) -> bool:
         """Whether anything was replaced."""
@@ -81,19 +82,26 @@ class Disguise:
     def hide(self, value: Any) -> Any:
         """Return a copy of nested mappings and lists without text of special tokens, in keys as well as in values.
 
-        Raises `RequestError` for strings that are not Unicode, and for values that take more than `MAX_UNITS`. Raises
+        Raises `RequestError` for strings that are not Unicode, and for values that are too large or take too much work. Raises
         `RecursionError` for values that are nested too deeply."""
-        self._count(VALUE)
         if isinstance(value, str):
-            self._count(len(value))
-            cut = self._special.cut(value)
-            self._count(PART * len(cut))
-            if len(cut) <= 1:
-                return value
-            return "".join(self._name(part) if special else part for part, special in cut)
+            return self._hidden(value)
         if isinstance(value, Mapping):
+            self._work(2 * VALUE * len(value))
             return {self.hide(key): self.hide(item) for key, item in value.items()}
-        return [self.hide(item) for item in value] if isinstance(value, list | tuple) else value
+        if isinstance(value, list | tuple):
+            self._work(VALUE * len(value))
+            return [self.hide(item) for item in value]
+        return value
+
+    def _hidden(self, text: str) -> str:
+        self._characters += len(text)
+        if self._characters > MAX_CHARACTERS:
+            told = f"Messages, tools and chat_template_kwargs may have {MAX_CHARACTERS} characters. Shorten them."
+            raise RequestError(told, "messages")
+        cut = self._special.cut(text)
+        self._work(PART * len(cut))
+        return text if len(cut) <= 1 else "".join(self._name(part) if special else part for part, special in cut)
 
     def show(self, text: str) -> str:
         """Put the replaced text back."""
@@ -102,12 +110,12 @@ class Disguise:
         parts = list(self._names)
         return self._pattern.sub(lambda match: parts[int(match[1])] if int(match[1]) < len(parts) else match[0], text)
 
-    def _count(self, units: int) -> None:
+    def _work(self, units: int) -> None:
         self._units += units
         if self._units > MAX_UNITS:
             raise RequestError(
-                f"Messages, tools and chat_template_kwargs may take {MAX_UNITS} units of work: 1 for each character, {VALUE} "
-                f"for each key and value, and {PART} for each string that may spell a special token. Shorten them.",
+                f"Messages, tools and chat_template_kwargs may take {MAX_UNITS} units of work: {VALUE} for each key and value, "
+                f"and {PART} for each part of a string that may spell a special token. Shorten them.",
                 "messages",
             )
 
