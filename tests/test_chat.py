@@ -378,7 +378,7 @@ def called(arguments: str) -> dict[str, Any]:
         ([{"role": "user"}], "needs a content"),
         ([{"role": "user", "content": None}], "needs a content"),
         ([{"role": "user", "content": 5}], "needs a content"),
-        ([{"role": "user", "content": "x", "extra": object()}], "must be made of strings"),
+        ([{"role": "user", "content": "x", "extra": object()}], "must be JSON"),
         ([{"role": "user", "content": "x" * (1 << 22)}], "4194304 characters"),
         ([{"role": "user", "content": "x", "extra": [0] * (1 << 19)}], "units of work"),
         ([{"role": "user", "content": "x", "extra": ["<"] * (1 << 16)}], "units of work"),

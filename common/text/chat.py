@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
-from common.errors import CheckpointError, RequestError, listed, nearest_hint, quoted
+from common.errors import CheckpointError, RequestError, json_reason, listed, nearest_hint, quoted
 from common.request import expect
 from common.text.disguise import Disguise, SpecialText
 from common.text.json_cost import expect_parsable
@@ -123,7 +123,7 @@ class ChatTemplate:
         except (TypeError, ValueError) as error:
             if isinstance(error, RequestError):
                 raise
-            told = f"Messages and tools must be made of strings, numbers, lists and mappings: {error}."
+            told = f"Messages and tools must be JSON: {json_reason(error)}."
             raise RequestError(told, "messages") from error
         text = self._answer(disguise, line)
         return text if last is None else last.cut(text)
@@ -278,6 +278,8 @@ def _parsed(call: Any) -> Any:
             arguments = json.loads(arguments)
         except ValueError as error:
             name = quoted(function.get("name"))
-            message = f"The arguments of a call of {name} in messages must be JSON, got {quoted(arguments)} ({error})."
+            message = (
+                f"The arguments of a call of {name} in messages must be JSON, got {quoted(arguments)} ({json_reason(error)})."
+            )
             raise RequestError(message, "messages") from None
     return {**call, "function": {**function, "arguments": arguments}}
