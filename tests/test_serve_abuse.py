@@ -103,10 +103,13 @@ def connect(served: Served) -> socket.socket:
     return socket.create_connection((where.hostname or "", where.port or 0), PATIENCE_S)
 
 
-def send(served: Served, data: bytes) -> tuple[int, str]:
+def send(served: Served, data: bytes, half_closed: bool = False) -> tuple[int, str]:
     """The status and body of what comes back for some bytes. The server may stop reading before their end."""
     with connect(served) as connection, ThreadPoolExecutor(1) as sender:
         sending = sender.submit(connection.sendall, data)
+        if half_closed:
+            sending.result()
+            connection.shutdown(socket.SHUT_WR)
         with HTTPResponse(connection) as answer:
             answer.begin()
             text = answer.read().decode()
@@ -210,6 +213,22 @@ def test_a_context_that_is_too_short_is_an_error_that_clients_recognize(served: 
     assert served.post(TOKENIZE, prompt="x " * 5000).json()["count"] > CONTEXT
 
 
+def test_a_response_without_a_limit_is_incomplete_where_the_context_ends(served: Served) -> None:
+    """The reason names the limit of OpenAI's API. The field of that name stays null, for the client set none."""
+    text = "x"
+    while (used := served.post(TOKENIZE, messages=[{"role": "user", "content": text}]).json()["count"]) < CONTEXT - 4:
+        text += " x" * max((CONTEXT - 6 - used) // 2, 1)
+    body = {"input": text, "temperature": 0}
+    whole = served.post(RESPONSES, **body).json()
+    last = json.loads(served.post(RESPONSES, **body, stream=True).text.rpartition("data: ")[2])
+    assert last["type"] == "response.incomplete"
+    for response in (whole, last["response"]):
+        assert (response["status"], response["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+        assert [item["status"] for item in response["output"]] == ["incomplete"]
+        assert response["max_output_tokens"] is None and response["error"] is None
+        assert response["usage"]["total_tokens"] == CONTEXT
+
+
 def took(served: Served, case: Bad) -> float:
     began = time.perf_counter()
     ask(served, case)
@@ -236,6 +255,21 @@ def test_a_request_of_two_lengths_ends_its_connection(served: Served) -> None:
         connection.sendall(head)
         answer = b"".join(iter(lambda: connection.recv(4096), b""))
     assert answer.startswith(b"HTTP/1.1 400") and answer.count(b"HTTP/1.1") == 1 and b"connection: close" in answer.lower()
+
+
+UNFINISHED = [
+    http(POST + "Content-Length: 100", b"{"),
+    http(POST + "Transfer-Encoding: chunked", b"2\r\n{}\r\n"),
+    http(POST + "Transfer-Encoding: chunked", b"10\r\n{"),
+    http(POST + "Transfer-Encoding: chunked", b"2\n{}\n0\n\n"),
+]
+
+
+def test_a_client_that_closes_its_side_within_a_body_is_told(served: Served) -> None:
+    for data in UNFINISHED:
+        status, text = send(served, data, half_closed=True)
+        assert faults(status, text, 400) == "" and "ended before its last byte" in text
+    assert "Traceback" not in served.log.read_text()
 
 
 def test_odd_requests_are_answered(served: Served) -> None:

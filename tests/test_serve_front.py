@@ -41,7 +41,7 @@ from tests.http_server import (
     serving,
     until,
 )
-from tests.test_serve_abuse import faults, send
+from tests.test_serve_abuse import UNFINISHED, faults, send
 
 BODY = {"prompt": "the", "max_tokens": 8, "ignore_eos": True}
 
@@ -107,9 +107,11 @@ ODD = {
 
 
 def test_malformed_requests_get_the_answers_of_a_server_of_one_backend(served: Served) -> None:
+    cases = {name: (data, status, False) for name, (data, status) in (BYTES | ODD).items()}
+    cases |= {str(data): (data, 400, True) for data in UNFINISHED}
     wrong = {}
-    for name, (data, status) in (BYTES | ODD).items():
-        answer = send(served, data)
+    for name, (data, status, half_closed) in cases.items():
+        answer = send(served, data, half_closed)
         if answer[0] != status or (status != 200 and faults(*answer, status)):
             wrong[name] = answer
     assert wrong == {} and "Traceback" not in served.log.read_text()

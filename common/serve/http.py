@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 
 import h11
@@ -10,6 +11,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from common.serve.encoding import encode
 from common.serve.errors import ApiError
+from common.serve.serving import MAX_BODY
 
 HEAD_PATIENCE_S = 30.0
 """Timeout of the head of a request, from the first byte of the connection or of its next request."""
@@ -19,6 +21,10 @@ READ_PATIENCE_S = 60.0
 
 PROBE_S = 0.2
 """Interval between two probes of a client that has closed its side."""
+
+
+_BYTES = re.compile(r"""bytearray\(b('.*'|".*")\)""")
+"""A part of a request in a message of h11, as Python writes it."""
 
 
 class Http(H11Protocol):
@@ -36,6 +42,8 @@ class Http(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        if _bytes_due(self.conn) > MAX_BODY and not self.transport.is_closing():
+            self._refuse(ApiError(413, f"A body may have {MAX_BODY} bytes."))
         self._expect_head(self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0]))
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -45,8 +53,11 @@ class Http(H11Protocol):
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep the connection for the answer to a request that is complete. A client that has closed its side may still read
-        (RFC 9112, section 9.6)."""
+        (RFC 9112, section 9.6). Refuse a request that is incomplete."""
         cycle = self.cycle
+        if self.conn.their_state is h11.SEND_BODY and not self.transport.is_closing():
+            self._refuse(ApiError(400, "The body of the request ended before its last byte."))
+            return False
         waits = cycle is not None and not cycle.response_complete and not cycle.more_body
         self._half_closed = waits and self.conn.their_http_version == b"1.1"
         self._probe()
@@ -103,7 +114,8 @@ class Http(H11Protocol):
         """Answer an error of h11, which is the current exception."""
         error = sys.exception()
         hint = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
-        self._refuse(ApiError(hint, f"This is not HTTP as this server reads it: {error or msg}."))
+        told = _BYTES.sub(r"\1", str(error or msg))
+        self._refuse(ApiError(hint, f"This is not HTTP as this server reads it: {told}."))
 
     def _refuse(self, error: ApiError) -> None:
         """Answer, unless an answer has begun, and close the connection."""
@@ -115,3 +127,10 @@ class Http(H11Protocol):
         if self.cycle is not None:
             self.cycle.disconnected = True
         self.transport.close()
+
+
+def _bytes_due(connection: h11.Connection) -> int:
+    """Return the bytes that are due of a body with a length, or of the chunk in progress. h11 does not offer them."""
+    reader = connection._reader
+    due: int = getattr(reader, "_remaining", 0) or getattr(reader, "_bytes_in_chunk", 0)
+    return due
