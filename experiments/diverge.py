@@ -37,7 +37,7 @@ from experiments.findings import findings_of
 from experiments.isolate import IsolatedEngine
 from experiments.job import JOBS, is_whole
 from experiments.launcher import quoted
-from experiments.localise import Finding
+from experiments.localise import FLOOR, Finding
 from experiments.measure import KERNELS, Plan, make_plan
 from experiments.narrator import Narrator
 from experiments.observe import Compared
@@ -266,7 +266,10 @@ def finding_in_words(result: Mapping[str, Any]) -> str:
         )
     same = apart(result)
     if result["looked_inside"] and result["max_logit_error"] != 0:
-        same += ", no tensor off by more than its inputs explain in the steps that differ most"
+        same += (
+            ", in the steps that differ most no tensor off by more than its inputs explain and no cached key or value farther "
+            f"from float64 than {FLOOR[result['dtype']]:g} of its size or than rounding takes it"
+        )
     if looked := result["looked_into"]:
         same += f", no tensor of the {looked} steps looked into farther from float64 than rounding takes it"
     if result["verdict"] == "undecided":

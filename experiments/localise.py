@@ -8,7 +8,7 @@ rounding may reach anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,8 @@ Taps = Mapping[str, np.ndarray]
 
 PER_LAYER = ("attn_norm", "q", "k", "v", "keys", "values", "attention", "attn_residual", "mlp", "residual")
 """In the order of computation."""
+WHOLE = ("embedding", "final_norm", "logits")
+"""Before and after the layers."""
 CONTEXT = {"keys": "k", "values": "v"}
 """What lies in pages, and what was to be put there."""
 SURE = 8.0
@@ -73,16 +75,20 @@ def locate(
     model: NumpyModel,
     dtype: Dtype,
     suspects: Sequence[int] | None = None,
+    tensors: Collection[str] = (*PER_LAYER, *WHOLE),
 ) -> Finding | None:
     """The first tensor of a step in which the engines part, over the sequences `suspects` of the batch (default: all).
 
-    `requests` names whose sequence each is, `histories` holds the tokens of each up to the end of this step.
+    `requests` names whose sequence each is, `histories` has the tokens of each up to the end of this step. Only tensors of the
+    names `tensors` are compared.
     """
     found: list[tuple[int, Finding]] = []
     for seq in range(batch.num_seqs) if suspects is None else suspects:
         exact: dict[str, np.ndarray] = {}
         model.logits(histories[seq], exact.__setitem__)
         for place, (layer, tensor, name) in enumerate(names(*taps, model.config.num_layers)):
+            if tensor not in tensors:
+                continue
             truth = exact[name.replace(tensor, CONTEXT.get(tensor, tensor))]
             a, b, positions = (*(rows_of(batch, seq, tensor, tap[name])[0] for tap in taps), rows_of(batch, seq, tensor)[1])
             if not len(positions):

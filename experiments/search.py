@@ -13,7 +13,7 @@ from common.schedule.batch import Batch
 from common.schedule.trace import Kind, read_frames, unpack_arrays
 from experiments.correctness import Divergence, log_softmax, weigh
 from experiments.isolate import IsolatedEngine
-from experiments.localise import Finding, locate, locate_inside
+from experiments.localise import CONTEXT, Finding, locate, locate_inside
 from experiments.narrator import Narrator
 from experiments.observe import Compared
 from experiments.reference import NumpyModel
@@ -101,7 +101,9 @@ class Search:
         return None
 
     def inside(self, rows: Sequence[Compared], scratch: Path, narrator: Narrator) -> Finding | None:
-        """Look into the steps whose logits differ most, below the threshold, for errors that inputs do not explain."""
+        """Look into the steps whose logits differ most, below the threshold, for errors that inputs do not explain.
+
+        Cached keys and values of these steps are looked into too, of whatever step wrote them."""
         worst: dict[int, list[int]] = {}
         for row in sorted(rows, key=lambda row: -row.error):
             if row.error > 0 and (row.step in worst or len(worst) < LOOKS):
@@ -124,8 +126,9 @@ class Search:
         histories = self._trace.histories(index)
         tokens = [[token for token, _ in history] for history in histories]
         where = (batch, index, requests, tokens, (taps[0], taps[1]), self._model, self._dtype, seqs)
-        # Below the threshold, rounding of earlier layers may explain a difference, so only `locate_inside` can accuse.
-        found = locate_inside(*where) if inside else locate(*where)
+        # Below the threshold, rounding of earlier layers may explain a difference, so the operations are compared on their own
+        # inputs. Cached keys and values are such inputs: they are compared with float64, as a step above the threshold is.
+        found = (locate_inside(*where) or locate(*where, CONTEXT)) if inside else locate(*where)
         if found is None or found.tensor not in ("keys", "values"):
             return found
         seq = list(requests).index(found.request)
@@ -134,7 +137,7 @@ class Search:
             return found
         owners = self._trace.steps[writer][2]
         earlier = [i for i, owner in enumerate(owners) if owner == found.request] or list(range(len(owners)))
-        return self._look(writer, earlier, scratch, narrator) or found
+        return self._look(writer, earlier, scratch, narrator, inside) or found
 
     def choices(self, rows: Sequence[Compared], narrator: Narrator) -> list[Choice]:
         """The first differing choices, each with its float64 margin."""

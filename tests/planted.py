@@ -30,6 +30,8 @@ LAYER = 7
 """Where defects of one layer are."""
 STEP = 5
 """When defects of one step happen: all requests of the tests decode then."""
+CACHED = 20
+"""The position of the key that `cached` changes long after it was written."""
 PAGES = 24
 """Of an engine in this process, the null page included."""
 
@@ -193,6 +195,11 @@ def planted(base: type[ModelRunner], defect: str) -> type[ModelRunner]:
                     held[name] = held[name].copy()
                     held[name][LAYER] = wrong[name][LAYER]
                 self.write_pages(0, [target], held)
+            if defect == "cached" and now:  # one older key of the second sequence grows, in one layer
+                page, place = int(batch.page_table[0, 1, CACHED // 16]), CACHED % 16
+                held = {name: x.copy() for name, x in self.read_pages(0, [page]).items()}
+                held["k"][LAYER, 0, place] = held["k"][LAYER, 0, place] * 1.001
+                self.write_pages(0, [page], held)
             if defect == "mask":
                 with shifted_mask(import_module(base.__module__.partition(".")[0] + ".attention")):
                     yield batch

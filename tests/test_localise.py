@@ -22,7 +22,7 @@ from experiments.narrator import Narrator
 from experiments.search import LOGITS, Ledger
 from experiments.workload import Item, Workload
 from tests.backends import Packer
-from tests.planted import LAYER, STEP, Local, deep_model, make_local
+from tests.planted import CACHED, LAYER, STEP, Local, deep_model, make_local
 
 LENGTHS = (18, 21, 37)
 """Of the prompts: all longer than the window of 16."""
@@ -135,6 +135,17 @@ def test_looking_inside_a_sound_trained_model_names_nothing(backend: str, kernel
         make_local("a", "torch", "native", path), make_local("b", backend, kernels, path), path, tmp_path, inside=True
     )
     assert result["finding"] is None and result["verdict"] in ("equal", "tie"), sentence(result)
+
+
+def test_looking_inside_names_an_older_cached_key_that_was_changed(deep: Path, tmp_path: Path) -> None:
+    """A change in the cache below the threshold of the logits: each operation is right on its own inputs."""
+    sound, wrong = make_local("sound", "torch", "native", deep), make_local("wrong", "torch", "native", deep, "cached")
+    assert search(sound, wrong, deep, tmp_path)["verdict"] == "equal"
+    (tmp_path / "inside").mkdir()
+    result = search(sound, wrong, deep, tmp_path / "inside", inside=True)
+    step, *where = place(result)
+    assert where == [1, CACHED, LAYER, "keys"] and step >= STEP and result["finding"]["wrong"] == ["wrong"]
+    assert result["verdict"] == "suspicious" and "below the threshold" in sentence(result)
 
 
 def test_looking_inside_a_sound_engine_names_nothing(deep: Path, tmp_path: Path) -> None:
