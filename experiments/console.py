@@ -92,8 +92,8 @@ def print_table(
         for key, name in group:
             table.add_row(name, *(figure(key, figures) for figures in engines.values()))
             if key == "output_throughput" and comparisons:
-                against = next(iter(comparisons.values()))["against"]
-                table.add_row(f"× {escape(against)}", *(times(comparisons.get(label)) for label in engines), style="bold")
+                cells = [times(comparisons.get(label)) for label in engines]
+                table.add_row(ratio_row(next(iter(comparisons.values()))), *cells, style="bold")
             if key == "output_throughput" and contaminated(engines, engines):
                 table.add_row("contaminated: see below", *spoilt_cells(engines), style="bold red")
     if every and comparisons:
@@ -121,6 +121,12 @@ def print_table(
             *between_ranks(figures),
         ]
         print_doubts(console, label, figures["contaminated"], remarks)
+
+
+def ratio_row(comparison: Mapping[str, Any]) -> str:
+    """Return the name of the row of ratios, with the number of blocks that they rest on."""
+    blocks = f" ({plural(comparison['blocks'], 'block')})" if comparison.get("blocks") else ""
+    return f"× {escape(comparison['against'])}{blocks}"
 
 
 def print_scaling(drawn: Sequence[Curve]) -> None:

@@ -190,8 +190,10 @@ def examine(
     trace, logits = str(scratch / "trace"), str(scratch / "logits")
     narrator.say(f"{first.label}: {len(share.items)} requests, recorded")
     output, requests = record(pair[0], share, trace)
-    pair[0].observe("keep_logits", narrator.progress(first.label), trace=trace, file=logits)
-    answer = pair[1].observe("compare_logits", narrator.progress(second.label), trace=trace, file=logits)
+    with narrator.waiting(f"{first.label}: repeating steps, which the frameworks' kernels are compiled for first"):
+        pair[0].observe("keep_logits", narrator.progress(first.label), trace=trace, file=logits)
+    with narrator.waiting(f"{second.label}: repeating steps, which the frameworks' kernels are compiled for first"):
+        answer = pair[1].observe("compare_logits", narrator.progress(second.label), trace=trace, file=logits)
     rows = [Compared.of(row) for row in answer["rows"]]
     steps = Trace(trace, requests, first.config.block_size)
     finder = Search(pair, trace, steps, NumpyModel(plan.checkpoint), dtype)

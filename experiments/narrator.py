@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -63,6 +66,25 @@ class Narrator:
             self._bars.remove_task(self._tasks.pop("blocks"))
             self._bars.refresh()
         self.say(f"stopped: {reason}")
+
+    @contextlib.contextmanager
+    def waiting(self, what: str, period_s: float = LINE_PERIOD_S) -> Iterator[None]:
+        """Report every `period_s` seconds how long the block has taken, for work that reports nothing while it compiles.
+
+        Another thread does so, hence not while an engine is timed."""
+        ended, start = threading.Event(), time.monotonic()
+
+        def report() -> None:
+            while not ended.wait(period_s):
+                self.say(f"{what}: {time.monotonic() - start:.0f} s so far")
+
+        thread = threading.Thread(target=report, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def progress(self, label: str) -> Callback:
         """A callback for an engine's long work; where there is no total, there are but words."""

@@ -117,10 +117,12 @@ class Search:
         taps = []
         for engine in self._pair:
             file = scratch / f"{engine.spec.label}-{number}"
-            narrator.say(f"{engine.spec.label}: step {index}, with the outputs of its layers")
+            what = f"{engine.spec.label}: step {index}, with the outputs of its layers"
+            narrator.say(what)
             if not file.exists():
                 progress = narrator.progress(engine.spec.label)
-                engine.observe("taps", progress, trace=self._path, step=number, file=str(file))
+                with narrator.waiting(f"{what}; the frameworks' kernels are compiled first"):
+                    engine.observe("taps", progress, trace=self._path, step=number, file=str(file))
             taps.append(unpack_arrays(file.read_bytes()))
         narrator.say(f"float64: {len(seqs)} sequence{'s' * (len(seqs) > 1)} of step {index}")
         histories = self._trace.histories(index)

@@ -7,6 +7,7 @@ import pty
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -136,12 +137,28 @@ def test_a_table_has_ten_rows_by_default_and_all_on_request(capsys: pytest.Captu
         return re.findall(r"^│ (.*?)\s+│", capsys.readouterr().out, re.MULTILINE)
 
     assert names(every=False) == [
-        *("output tokens/s", "× jax", "contaminated: see below", "TTFT median, ms", "TPOT median, ms", "ITL p99, ms"),
+        *(
+            "output tokens/s",
+            "× jax (6 blocks)",
+            "contaminated: see below",
+            "TTFT median, ms",
+            "TPOT median, ms",
+            "ITL p99, ms",
+        ),
         *("roofline: least time / time", "kernels", "peak memory, MiB", "log-probability difference, most"),
     ]
     assert len(names(every=True)) == len(FIGURES) + 3
     print_table("title", engines, every=False)
     assert f"{len(FIGURES) - 7} more rows: table=all" in capsys.readouterr().out
+
+
+def test_long_work_that_reports_nothing_is_reported_as_it_goes(capsys: pytest.CaptureFixture[str]) -> None:
+    with Narrator() as narrator, narrator.waiting("jax: step 3, compiled first", period_s=0.02):
+        time.sleep(0.2)
+    told = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(told) >= 2 and set(told) == {"jax: step 3, compiled first: 0 s so far"}
+    time.sleep(0.05)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_table_says_beside_the_ratio_which_engines_are_contaminated(capsys: pytest.CaptureFixture[str]) -> None:
