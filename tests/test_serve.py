@@ -442,3 +442,9 @@ def test_responses_call_functions_and_take_their_results(served: Served) -> None
 def test_responses_name_the_field_that_they_refuse(served: Served, body: dict[str, Any], param: str) -> None:
     refused = served.post("/v1/responses", **body)
     assert refused.status_code == 400 and refused.json()["error"]["param"] == param, refused.text
+
+
+def test_a_completion_without_max_tokens_ends_where_the_context_does(served: Served) -> None:
+    for room, expected in ((1, 1), (5, 5), (16, 16), (100, 16)):
+        answer = served.complete(prompt=[5] * (512 - room), ignore_eos=True)
+        assert answer["usage"]["completion_tokens"] == expected

@@ -26,8 +26,8 @@ router = APIRouter()
 @router.post("/v1/chat/completions")
 async def chat(http: HttpRequest) -> Response:
     arrival, serving, body = time.perf_counter(), Serving.of(http), await read(http, ChatRequest)
-    params = lambda: chat_params(serving.model, body)  # noqa: E731
-    answer = await Answer.of(http, "chat", "chatcmpl", body, arrival, params, lambda: [chat_prompt(serving.model, body)])
+    prompts = lambda: [chat_prompt(serving.model, body)]  # noqa: E731
+    answer = await Answer.of(http, "chat", "chatcmpl", body, arrival, prompts, lambda _: chat_params(serving.model, body))
     choices = [Choice(answer, i, tool_calls(serving.model, body), reasoning(serving.model)) for i in range(answer.num_choices)]
     return await answer.respond(http, choices, "chat.completion", "chat.completion.chunk")
 

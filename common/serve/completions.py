@@ -12,7 +12,7 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
-from common.request import Logprobs
+from common.request import Logprobs, SamplingParams
 from common.serve.encoding import JsonList, finite
 from common.serve.model import Prompt, ServedModel
 from common.serve.protocol import CompletionRequest
@@ -23,16 +23,23 @@ from common.text.output import Delta
 
 router = APIRouter()
 KIND = "text_completion"
+DEFAULT_TOKENS = 16
+"""Output tokens of a request that gives no `max_tokens`, as far as the context has room."""
 
 
 @router.post("/v1/completions")
 async def completions(http: HttpRequest) -> Response:
     arrival, serving, body = time.perf_counter(), Serving.of(http), await read(http, CompletionRequest)
-    most = 1 if body.prompt_only else 16 if body.max_tokens is None else body.max_tokens
-    scored = body.logprobs if body.echo and body.prompt_logprobs is None else body.prompt_logprobs
-    params = lambda: body.params(most, body.logprobs, scored, serving.model.defaults)  # noqa: E731
-    prompts = lambda: serving.model.prompts(body.prompt, body.add_special_tokens, body.truncate_prompt_tokens)  # noqa: E731
-    answer = await Answer.of(http, "text_completion", "cmpl", body, arrival, params, prompts)
+    model = serving.model
+
+    def params(given: Sequence[Prompt]) -> SamplingParams:
+        room = max(1, model.max_model_len - max(len(prompt.token_ids) for prompt in given))
+        most = 1 if body.prompt_only else min(DEFAULT_TOKENS, room) if body.max_tokens is None else body.max_tokens
+        scored = body.logprobs if body.echo and body.prompt_logprobs is None else body.prompt_logprobs
+        return body.params(most, body.logprobs, scored, model.defaults)
+
+    prompts = lambda: model.prompts(body.prompt, body.add_special_tokens, body.truncate_prompt_tokens)  # noqa: E731
+    answer = await Answer.of(http, "text_completion", "cmpl", body, arrival, prompts, params)
     prompts_shown = [ShownPrompt(answer, body, prompt) for prompt in answer.prompts]
     choices = [Choice(answer, body, i, prompts_shown[i // answer.params.n]) for i in range(answer.num_choices)]
     return await answer.respond(http, choices, KIND, KIND)

@@ -31,8 +31,8 @@ router = APIRouter()
 async def responses(http: HttpRequest) -> Response:
     arrival, serving, body = time.perf_counter(), Serving.of(http), await read(http, ResponsesRequest)
     asked, model = body.chat, serving.model
-    params = lambda: chat.chat_params(model, asked)  # noqa: E731
-    answer = await Answer.of(http, "chat", "resp", asked, arrival, params, lambda: [chat.chat_prompt(model, asked)])
+    prompts = lambda: [chat.chat_prompt(model, asked)]  # noqa: E731
+    answer = await Answer.of(http, "chat", "resp", asked, arrival, prompts, lambda _: chat.chat_params(model, asked))
     growing = GrowingResponse(body, answer, chat.Choice(answer, 0, chat.tool_calls(model, asked), chat.reasoning(model)))
     return await answer.send(http, growing.whole, growing.events)
 

@@ -130,15 +130,16 @@ class Answer:
         prefix: str,
         body: Sampled,
         arrival: float,
-        params: Callable[[], SamplingParams],
         prompts: Callable[[], Sequence[Prompt]],
+        params: Callable[[Sequence[Prompt]], SamplingParams],
     ) -> Answer:
-        """The answer to a body that was read at `arrival`. `params` and `prompts` take time, and so does all that is made of
+        """The answer to a body that was read at `arrival`. `prompts` and `params` take time, and so does all that is made of
         them: a thread calls them. If the client leaves meanwhile, the result is dropped."""
         serving, name = Serving.of(http), f"{prefix}-{uuid.uuid4().hex}"
 
         def make() -> Answer:
-            asked, given = params(), prompts()
+            given = prompts()
+            asked = params(given)
             expect_affordable(asked, [len(prompt.token_ids) for prompt in given])
             requests = requests_of(serving.model, name, body, arrival, asked, given)
             call = Call(requests, [OutputText(serving.model.tokenizer, request) for request in requests], arrival)
