@@ -50,8 +50,6 @@ FAILED_DRAIN_S = 2
 """Time for requests to get the error that no engine is left."""
 TELL_S = 5.0
 """Interval between two log lines about the progress of loading."""
-SWITCH_S = 0.0005
-"""Time for which a thread keeps Python's lock while another waits for it. Python's default is 0.005."""
 ANY_REQUEST: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": ["x-request-id"]}
 """Methods and headers for pages of an allowed origin."""
 TOLD_BY_THE_FRONT = (log.name, "common.serve.guard")
@@ -185,13 +183,10 @@ def serve(options: argparse.Namespace, given: Sequence[str], listener: socket.so
 
 
 def settle() -> None:
-    """Bound the pauses of this process from now on.
-
-    A full collection of garbage visits all objects of a framework, which takes up to 0.6 s: it leaves out what exists now. A
-    step of the engine waits several times for Python's lock, each time for `SWITCH_S` beside a thread that computes."""
+    """Leave the objects that exist now out of later collections of garbage: a full one visits all objects of a framework, which
+    stops the process for up to 0.6 s."""
     gc.collect()
     gc.freeze()
-    sys.setswitchinterval(SWITCH_S)
 
 
 class Server(uvicorn.Server):
