@@ -167,13 +167,15 @@ GLOSSARY: tuple[tuple[str, str, str], ...] = (
         "Suspicious",
         "Log-probabilities differ by less than correctness.tolerance, but by several times the rounding of this run: the error "
         "of the NumPy model in float32 from float64, or that of the nearer engine. Or anything "
-        "differs where the same native kernels give equal bits.",
+        "differs where the same native kernels give equal bits. Or the timed tokens that differ lie farther behind the likeliest "
+        "token than rounding to the dtype takes them.",
         "|log p − log q| / rounding",
     ),
     ("Perplexity", "Of a given text: lower is better.", "exp(−mean log p(token))"),
     (
         "Contaminated",
         "Something happened in the window that makes its figures no steady state: a compilation, another program, a cache hit. "
+        "Or the clock of the driver contradicts the engine's times. "
         "What disturbs a run seldom slows two engines down alike: its ratio is not to be quoted. Windows of 1 s or less, all "
         "together, are too short to judge what other programs took.",
         "",
