@@ -167,8 +167,8 @@ GLOSSARY: tuple[tuple[str, str, str], ...] = (
         "Suspicious",
         "Log-probabilities differ by less than correctness.tolerance, but by several times the rounding of this run: the error "
         "of the NumPy model in float32 from float64, or that of the nearer engine. Or anything "
-        "differs where the same native kernels give equal bits. Or the timed tokens that differ lie farther behind the likeliest "
-        "token than rounding to the dtype takes them.",
+        "differs where the same native kernels give equal bits. Or the timed tokens that differ lie farther behind the "
+        "likeliest token than rounding to the dtype takes them.",
         "|log p − log q| / rounding",
     ),
     ("Perplexity", "Of a given text: lower is better.", "exp(−mean log p(token))"),
