@@ -248,6 +248,7 @@ class _Strangers:
             send(line, {"busy": True})
         self._forget(line)
         line.close()
+        line.close()
 
     def read(self, line: socket.socket) -> Connection | None:
         """Read from a connection. Return it once it has proved the secret, and close it if it cannot do so any more."""

@@ -173,7 +173,7 @@ def serve(options: argparse.Namespace, given: Sequence[str], listener: socket.so
             host, port = listener.getsockname()[:2]
             url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             log.info("Serving %s (%s) at %s", options.model, options.backend, url)
-        settle()
+        freeze_objects()
         server.run(sockets=[listener])
     finally:
         if backends is not None:
@@ -182,7 +182,7 @@ def serve(options: argparse.Namespace, given: Sequence[str], listener: socket.so
     return FAILURE if server.failed else 0
 
 
-def settle() -> None:
+def freeze_objects() -> None:
     """Leave the objects that exist now out of later collections of garbage: a full one visits all objects of a framework, which
     stops the process for up to 0.6 s."""
     gc.collect()

@@ -161,6 +161,7 @@ class Choice:
 
 
 LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+"""Fields of `logprobs` in an answer, a list each."""
 
 
 class LogprobLists:

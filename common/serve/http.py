@@ -114,8 +114,8 @@ class Http(H11Protocol):
         """Answer an error of h11, which is the current exception."""
         error = sys.exception()
         hint = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
-        told = _BYTES.sub(r"\1", str(error or msg))
-        self._refuse(ApiError(hint, f"This is not HTTP as this server reads it: {told}."))
+        reason = _BYTES.sub(r"\1", str(error or msg))
+        self._refuse(ApiError(hint, f"The request is not valid HTTP: {reason}."))
 
     def _refuse(self, error: ApiError) -> None:
         """Answer, unless an answer has begun, and close the connection."""

@@ -135,11 +135,11 @@ class ServedModel:
     def expect_size(self, text: str, checked: bool, name: str) -> None:
         """Refuse a text that cannot fit the context if `checked`, else one above `MAX_TEXT`, before it is cut into tokens."""
         size, most = len(text.encode(errors="replace")), self.max_model_len * self.longest_token * NORMALIZED
-        told = f"The text of {name} has {size} bytes"
+        found = f"The text of {name} has {size} bytes"
         if checked:
-            self._expect_fits(size <= most, f"{told}, more than can fit; shorten it.", name)
+            self._expect_fits(size <= most, f"{found}, more than can fit; shorten it.", name)
         most = max(most, MAX_TEXT)
-        expect(size <= most, f"{told}, and a text that may be longer than the context has at most {most}; shorten it.", name)
+        expect(size <= most, f"{found}; a text that is truncated or counted may have at most {most}. Shorten it.", name)
 
     def encode(self, text: str, add_special_tokens: bool = True, *, checked: bool = True, name: str = "prompt") -> list[int]:
         """`checked`: as for `expect_size`."""

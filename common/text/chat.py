@@ -123,8 +123,8 @@ class ChatTemplate:
         except (TypeError, ValueError) as error:
             if isinstance(error, RequestError):
                 raise
-            told = f"Messages and tools must be JSON: {json_reason(error)}."
-            raise RequestError(told, "messages") from error
+            message = f"Messages and tools must be JSON: {json_reason(error)}."
+            raise RequestError(message, "messages") from error
         text = self._answer(disguise, line)
         return text if last is None else last.cut(text)
 

@@ -97,8 +97,8 @@ class Disguise:
     def _hidden(self, text: str) -> str:
         self._characters += len(text)
         if self._characters > MAX_CHARACTERS:
-            told = f"Messages, tools and chat_template_kwargs may have {MAX_CHARACTERS} characters. Shorten them."
-            raise RequestError(told, "messages")
+            message = f"Messages, tools and chat_template_kwargs may have {MAX_CHARACTERS} characters. Shorten them."
+            raise RequestError(message, "messages")
         cut = self._special.cut(text)
         self._work(PART * len(cut))
         return text if len(cut) <= 1 else "".join(self._name(part) if special else part for part, special in cut)

@@ -190,10 +190,10 @@ def _compile(vocabulary: Future[LLTokenizer], wanted: StructuredOutputsParams) -
     if not inner.is_error():
         inner.compute_bitmask()  # which finds that nothing can begin, and warms what the copies share
     if inner.is_error():
-        told = _in_short(inner.get_error()) or NOTHING
+        reason = _in_short(inner.get_error()) or NOTHING
         if wanted.grammar is None or "::=" in wanted.grammar:
-            told = _PLACE.sub("", told)
-        raise RequestError(f"structured_outputs cannot be compiled: {_reworded(told)}.")
+            reason = _PLACE.sub("", reason)
+        raise RequestError(f"structured_outputs cannot be compiled: {_reworded(reason)}.")
     if (forced := len(inner.compute_ff_bytes())) > MAX_FORCED:
         told = f"an output may begin with {MAX_FORCED} bytes that have no alternative, got {forced} or more; ask for fewer"
         raise RequestError(f"structured_outputs cannot be compiled: {told}.")
