@@ -2,6 +2,7 @@
 
 PYTHON  ?= python3
 ARGS    ?=
+JOBS    ?= 2
 VENV    := .venv
 BIN     := $(VENV)/bin
 # At a terminal pip shows what it does for minutes; a log is spared it.
@@ -22,7 +23,7 @@ serve: $(DONE)/serve $(DONE)/smollm2 ## SmolLM2 for OpenAI's clients, and a page
 	@$(BIN)/python -m common.serve $(ARGS)
 
 test: $(DONE)/test $(DONE)/smollm2 $(DONE)/gemma3 ## The tests that belong to every change
-	@$(BIN)/python -m pytest -m "not accept and not fuzz" $(ARGS)
+	@$(BIN)/python -m pytest -m "not accept and not fuzz" --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 accept: $(DONE)/test $(DONE)/smollm2 $(DONE)/gemma3 ## The slow tests that belong to a release
 	@$(BIN)/python -m pytest -m accept $(ARGS)
@@ -54,6 +55,9 @@ types: $(DONE)/test ## Type annotations
 clean: ## Remove caches and the environments; keep runs
 	rm -rf $(VENV) .venv-vllm .venv-llamacpp .venv-lmeval .venv-clients .venv-ray .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# `make test` runs JOBS files at a time, and all tests of a file in one process, which loads an engine once for them. A debugger
+# needs JOBS=0.
 
 # A stamp is renewed when what it installs from has changed.
 
