@@ -207,7 +207,7 @@ def print_verdict(result: Mapping[str, Any]) -> None:
     """Print whether the engines of a comparison compute the same outputs."""
     tone, said = outcome(result)
     colour = {"good": "green", "warn": "yellow", "bad": "red"}.get(tone)
-    lines = [f"float32: [bold {colour}]{said}[/]" if colour else f"float32: {said}"]
+    lines = [f"outputs: [bold {colour}]{said}[/]" if colour else f"outputs: {said}"]
     worst = result["max_abs_logprob_diff"]
     if result["unjustified_divergences"] is not None:
         apart = "not all finite" if worst is None else f"within {worst:.1e}"

@@ -121,6 +121,6 @@ def outcome(result: Mapping[str, Any]) -> Headline:
         return Headline("warn", left)
     left_out = timed_uncompared(result)
     if result.get("unjustified_divergences") is None:
-        return Headline("warn" if left_out else "calm", "; ".join(["pass left out", *left_out]))
+        return Headline("warn" if left_out else "calm", "; ".join(["the pass in float32 was left out", *left_out]))
     said = "every token is the same" if result.get("tokens_equal") else "tokens differ only where rounding decides"
     return Headline("warn" if left_out else "good", "; ".join([said, *left_out]))

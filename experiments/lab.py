@@ -237,4 +237,4 @@ class Comparison(Run):
     def _agreement(self) -> list[str]:
         """Return the outcome of the comparison of outputs."""
         tone, said = headline(self.results)
-        return [] if tone == "calm" else [f"float32: {said}."]
+        return [] if tone == "calm" else [f"outputs: {said}."]

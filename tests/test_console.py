@@ -122,8 +122,8 @@ def test_the_line_of_a_verdict_on_contaminated_engines_says_so(spoilt: str, caps
     result = {"engines": engines, "comparisons": comparisons, "failures": {}, "stopped": "all 6 blocks were run", "advice": ""}
     correctness = dict.fromkeys(("unjustified_divergences", "max_abs_logprob_diff", "first_divergence", "tokens_equal_share"))
     print_conclusion(result | correctness)
-    told = " ".join(capsys.readouterr().out.split()).partition("float32:")[2]
-    torch, hf = re.findall(r"(contaminated: )?(?:torch|hf) is [^()]*\([^()]*\)", told)
+    said = " ".join(capsys.readouterr().out.split()).partition("outputs:")[2]
+    torch, hf = re.findall(r"(contaminated: )?(?:torch|hf) is [^()]*\([^()]*\)", said)
     assert (bool(torch), bool(hf)) == (spoilt in ("jax", "torch"), spoilt in ("jax", "hf"))
 
 

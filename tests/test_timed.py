@@ -226,7 +226,7 @@ def test_differences_that_are_not_judged_do_not_look_like_success(capsys: pytest
     said = "1 difference of timed outputs not judged: correctness.num_requests=0"
     assert headline(result) == ("warn", said)
     print_verdict(result)
-    assert f"float32: {said}" in capsys.readouterr().out
+    assert f"outputs: {said}" in capsys.readouterr().out
     (first, *_) = correctness(RunFiles(Path("run"), {}, {}, result))
     assert first.tone == "warn" and said in first.said and "b differs in block 0, request 0, output token 2" in first.said
     alike = compare_timed(plan, CorrectnessConfig(num_requests=0, output_len=1, tolerance=0.001), {"a": [SOUND], "b": [SOUND]})
