@@ -152,6 +152,12 @@ class Order:
         self.running, self.waiting = list(self.scheduler.running), list(self.scheduler.waiting)
         self.ready = [seq for seq in self.waiting if not seq.in_flight and not awaits_parent(seq)]
         self.admissions = {seq: seq.admissions for seq in self.waiting}
+        self.parents = {seq: (seq.parent, seq.parent.admissions) for seq in self.ready if seq.parent}
+
+    def parent_began_again(self, seq: Sequence) -> bool:
+        """Return whether the step sent the parent of a request back and admitted it anew, so that its prompt is not written."""
+        parent, admissions = self.parents.get(seq, (None, 0))
+        return parent is not None and parent.admissions > admissions
 
     def check(self) -> None:
         joined = [urgency(seq) for seq in self.waiting if seq.admissions > self.admissions[seq]]
@@ -161,6 +167,7 @@ class Order:
             for seq in self.ready
             if seq.admissions == self.admissions[seq]
             and not seq.status.finished
+            and not self.parent_began_again(seq)
             and (not static or seq in self.scheduler.batch)
             and (not self.scheduler.trials.groups or seq in self.scheduler.trials.groups[-1])
         ]

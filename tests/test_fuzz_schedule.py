@@ -77,6 +77,11 @@ def test_random_work_leaves_every_invariant_standing_and_every_output_right(dept
     expect_busy(totals, 60, fills=depth > 0 and not pipelined)
 
 
+def test_a_request_waits_for_a_parent_that_begins_again_in_the_same_step() -> None:
+    """The last suspect of a trial ends: the step sends the others back and admits them anew, and their children wait."""
+    Episode(111_098, 1).run(STEPS)
+
+
 def test_culprits_one_after_another_take_no_innocent_with_them() -> None:
     """One request at a time: two that raise, and then a step that raises by itself, none of which has landed before."""
     runner = HistoryRunner(num_pages=8, vocab_size=32, max_seqs=1)
