@@ -9,13 +9,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 
+import numpy as np
 import pytest
 
 from common.config import EngineConfig
 from common.engine import Engine
 from common.errors import DrainingError, QueueFullError
 from common.request import Request, SamplingParams, Status
-from common.schedule.trials import MOST_RAISED
+from common.schedule.trials import CULPRITS, MOST_RAISED
 from tests.history_runner import HistoryRunner
 from tests.schedule_driver import Episode
 
@@ -94,6 +95,21 @@ def test_culprits_one_after_another_take_no_innocent_with_them() -> None:
     ends = [events[str(i)][-1].finish for i in range(3)]
     assert ends == [Status.FINISHED_ERROR, Status.FINISHED_ERROR, Status.FINISHED_LENGTH]
     assert runner.faults == 2 * (1 + MOST_RAISED) + 1
+
+
+@pytest.mark.parametrize("before", [0, 1, 4])
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 3, 7, 9, 16, 31, 64])
+def test_eight_culprits_side_by_side_take_no_innocent_with_them(max_num_seqs: int, before: int) -> None:
+    runner = HistoryRunner(num_pages=300, vocab_size=128, max_seqs=max_num_seqs)
+    config = EngineConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=128, max_model_len=32)
+    engine = Engine(runner, config, num_pages=300)
+    culprits = range(before, before + CULPRITS)
+    runner.poison_of = lambda batch: (
+        RuntimeError("poison") if np.isin(engine.scheduler.rows.tokens[batch.rows, 0], culprits).any() else None
+    )
+    numbers = range(before + CULPRITS + max_num_seqs + 1)
+    events = engine.run(Request(request_id=str(i), prompt_token_ids=(i,), params=SamplingParams(max_tokens=3)) for i in numbers)
+    assert [i for i in numbers if events[str(i)][-1].finish is Status.FINISHED_ERROR] == list(culprits)
 
 
 def test_a_culprit_that_ends_while_its_step_computes_takes_no_innocent_with_it() -> None:

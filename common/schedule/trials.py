@@ -6,9 +6,8 @@ all others, so that their steps land in between: a fault of the machine that las
 time. A request that has raised alone in `MOST_RAISED` trials ends. So each culprit costs about log2 of a step's requests in
 further steps that raise, and the others their time.
 
-Where many steps raise and none lands between, it is hardly for what is in them, and all who are under suspicion end. So a lost
-device does not cost a step for each request; eight culprits side by side among 64, or one after another where one runs at a
-time, do not come to as many.
+Where many steps raise and none lands between them, the requests are hardly the cause, and all suspects end. So a lost device
+does not cost a step for each request. Eight culprits side by side stay below that number of steps.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ from common.schedule.sequence import Sequence
 
 MOST_RAISED = 3
 """Trials of a request alone, all of which raise, until it ends."""
+CULPRITS = 8
+"""Culprits side by side that end alone, without the other suspects."""
 
 
 class Trials:
@@ -25,7 +26,10 @@ class Trials:
     def __init__(self, max_num_seqs: int) -> None:
         self.groups: list[list[Sequence]] = []
         self._faults_in_a_row = 0
-        self._most_faults = max(16, 4 * max_num_seqs.bit_length())
+        # Among few requests no step lands before the whole search has raised: 2 * CULPRITS - 1 groups, then the trials alone.
+        # Among many, the groups of the other requests land in between.
+        whole_search = CULPRITS * (1 + MOST_RAISED) - 1
+        self._most_faults = whole_search if max_num_seqs < 2 * CULPRITS else 4 * max(7, max_num_seqs.bit_length())
 
     def admit(self, seq: Sequence) -> bool:
         """Whether it may run now."""
