@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from common.batch import KV
 from common.config import EngineConfig
 from common.config import expect as expect_config
 from common.errors import EngineGoneError
@@ -20,7 +21,7 @@ from common.interface import Caps, ModelRunner, Pending, Progress, ReplicaState,
 from common.parallel import expect_shareable
 from common.platform import memory_available
 from common.request import Request, Status, TokenEvent, expect
-from common.schedule.kv import KV, Carrier
+from common.schedule.kv import Carrier
 from common.schedule.scheduler import Scheduler
 from common.schedule.sequence import Sequence
 from common.schedule.step import Step

@@ -24,7 +24,7 @@ from common.frames import Frame, read_frame, write_frame
 
 Calls = Mapping[str, Callable[..., object]]
 """What a follower can be told to do. What came in bytes is the last argument, where any did; what one returns JSON can hold."""
-ENTRY_POINTS = {"jax": "jaxinfer.parallel:_follow", "torch": "torchinfer.parallel:_follow"}
+ENTRY_POINTS = {"jax": "jaxinfer.worker:main", "torch": "torchinfer.worker:main"}
 """The functions that a follower can run, by name. Each is to call `follow`. An agent starts these and nothing else."""
 
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from common.batch import Batch, Mask, Want
 from common.config import ITEMSIZES
 from common.errors import BackendError, nearest_hint
 from common.request import Request, TokenEvent
-from common.schedule.batch import Batch, Mask, Want
 
 if TYPE_CHECKING:
     from common.config import EngineConfig, ModelConfig
@@ -246,7 +246,7 @@ class ModelRunner(ABC):
     """
 
     @classmethod
-    def needs_keeper(cls, config: EngineConfig) -> bool:
+    def requires_supervision(cls, config: EngineConfig) -> bool:
         """Return whether a runner of these ranks needs a process of its own: it ends the process when it loses a rank, or this
         process cannot have the ranks any more."""
         return False

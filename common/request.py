@@ -10,14 +10,10 @@ from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from math import inf
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
+from common.batch import KV
 from common.errors import ContextLengthError, RequestError, json_reason, nearest_hint, quoted
-
-if TYPE_CHECKING:
-    from common.schedule.kv import KV
-    from common.schedule.prepare import Prepared
-    from common.text.grammar import Grammar
 
 MAX_LOGPROBS = 20
 MAX_BIAS = 100.0
@@ -324,9 +320,9 @@ class Request:
     eos_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
     """`params.bad_words` as token ids, from whoever has the tokenizer (`Tokenizer.bad_words`)."""
-    grammar: Future[Grammar] | None = None
-    """What `params.structured_outputs` compiles to, from whoever has the tokenizer (`Grammars.compile`). Until it is there the
-    request waits, and holds up nobody; if it fails, the request ends with `FINISHED_ERROR`."""
+    grammar: Future[Any] | None = None
+    """The `common.text.grammar.Grammar` that `params.structured_outputs` compiles to. Until then the request waits, and delays
+    no other. If the compilation fails, the request ends with `FINISHED_ERROR`."""
     cache_salt: str = ""
     """Requests share cached pages only with requests of the same salt."""
     priority: int = 0
@@ -342,9 +338,9 @@ class Request:
     kv: Future[KV] | None = None
     """Keys and values of its first tokens, from an engine that has computed them. Until they are there the request waits, and
     holds up nobody; if that fails, they are computed. When it ends before, this is cancelled."""
-    prepared: Prepared | None = None
-    """The prepared form of the fields above (`common.schedule.prepare`), which choices share. The engine prepares a request
-    that has none. It must be left out of a copy whose prompt, params or bad words differ."""
+    prepared: Any = None
+    """The prepared form of the fields above (`common.schedule.prepare.Prepared`), which choices share. The engine prepares a
+    request that has none. It must be left out of a copy whose prompt, params or bad words differ."""
     keep_pages: bool = False
     """Where its output comes to `max_tokens`, its pages stay as they are, to be read (`Engine.read_kept`) and given back
     (`Engine.drop_kept`), unless the engine must start over."""

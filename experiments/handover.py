@@ -24,6 +24,7 @@ import numpy as np
 from rich.table import Table
 
 from common import child
+from common.batch import KV
 from common.config import EngineConfig
 from common.errors import TandemError
 from common.exits import USER_ERROR, expect_output, fail, printing
@@ -32,7 +33,7 @@ from common.interface import ModelRunner, load_backend
 from common.replicas.handover import SECRET, Door, Heard, fetch
 from common.replicas.segment import Room
 from common.replicas.wire import pack_offer, unpack_offer
-from common.schedule.kv import KV, Carrier, layouts_of
+from common.schedule.kv import Carrier, layouts_of
 from common.schedule.transfer import Sender
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint

@@ -29,10 +29,10 @@ import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
+from common.batch import Batch
 from common.config import ITEMSIZES, Dtype, ModelConfig, expect
 from common.errors import BackendError
 from common.request import SamplingParams
-from common.schedule.batch import Batch
 from common.schedule.rows import Rows
 from common.schedule.steplog import record_step
 from common.weights.checkpoint import expected_shapes

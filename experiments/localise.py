@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from common.batch import Batch
 from common.config import Dtype
-from common.schedule.batch import Batch
 from experiments.reference import NumpyModel
 
 Taps = Mapping[str, np.ndarray]

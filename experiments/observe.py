@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from common.batch import Batch, Mask
 from common.engine import Engine
 from common.interface import ModelRunner, Pending, Progress
-from common.schedule.batch import Batch, Mask
 from common.schedule.trace import Kind, Recorder, pack_arrays, read_frames, retrace
 from experiments import perplexity
 from experiments.correctness import log_softmax

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from common.batch import VIEWS, Batch
 from common.config import EngineConfig
 from common.errors import ConfigError
 from common.interface import ModelRunner, Progress
 from common.request import SamplingParams
-from common.schedule.batch import VIEWS, Batch
 from common.schedule.rows import Rows
 from common.weights.checkpoint import Checkpoint
 from experiments.correctness import log_softmax

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from common.batch import Batch
 from common.config import EngineConfig, ModelConfig, expect
 from common.kernels.cpu.build import arithmetic
 from common.kernels.cpu.pages import page_bytes
 from common.kernels.cpu.step import pack_step
 from common.platform import memory_available
-from common.schedule.batch import Batch
 from common.weights.checkpoint import Checkpoint
 from experiments.kernels import Shape, make_batch
 from experiments.machine import busy_seconds

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common.batch import Batch
 from common.config import Dtype
-from common.schedule.batch import Batch
 from common.schedule.trace import Kind, read_frames, unpack_arrays
 from experiments.correctness import Divergence, log_softmax, weigh
 from experiments.isolate import IsolatedEngine

@@ -22,7 +22,7 @@ from experiments.results import open_run, records_of, sweep_table
 from experiments.run_sections import scaling_section, some
 from experiments.run_tables import environment_table
 from experiments.scaling import curves, scaling_table
-from experiments.sweep import few, several_codes, status, swept_figure
+from experiments.sweep_cells import few, several_codes, status, swept_figure
 from experiments.sweep_figures import last, over_axis, value
 from experiments.words import number, plural
 

@@ -20,7 +20,7 @@ def to_host(tree: Any) -> Any:
     return jax.device_get(tree)
 
 
-def _whole(tree: Any) -> Any:
+def gather_to_host(tree: Any) -> Any:
     """As `to_host`, of arrays that several processes may have parts of; all of them ask at once."""
     gather = partial(multihost_utils.process_allgather, tiled=True)
     return to_host(jax.tree.map(lambda x: x if x.is_fully_addressable else gather(x), tree))

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from common.batch import Batch
 from common.config import ModelConfig
-from common.schedule.batch import Batch
 from common.schedule.tiles import query_tiles
 from jaxinfer.cache import KVCache, gather, write
 from jaxinfer.model import Attend
@@ -30,7 +30,7 @@ MASKED = -1e30
 
 
 class Plan(NamedTuple):
-    """Where a step's queries and keys lie. Compiled shapes are padded (`_plan_shape`)."""
+    """Where a step's queries and keys lie. Compiled shapes are padded (`plan_shape`)."""
 
     slots: Array
     """int32[T]; padding writes into the null page."""
@@ -52,7 +52,7 @@ def make_plan(batch: Batch, config: ModelConfig, page_size: int) -> Plan:
     return Plan(batch.slots[0], batch.page_table[0], fields[0], fields[1], counts)  # type: ignore[arg-type]
 
 
-def _plan_shape(tokens: int, seqs: int, pages: int, chunked: bool) -> Plan:
+def plan_shape(tokens: int, seqs: int, pages: int, chunked: bool) -> Plan:
     """The padded shape of each field for steps of at most `tokens` tokens and `seqs` sequences of `pages` pages, with chunks
     of more than one token or without."""
     whole = lambda tiles, n: tiles if tiles <= n else -(-tiles // n) * n  # noqa: E731
@@ -62,9 +62,9 @@ def _plan_shape(tokens: int, seqs: int, pages: int, chunked: bool) -> Plan:
 
 
 def fit_plan(plan: Plan, tokens: int, seqs: int, pages: int, chunked: bool) -> Plan:
-    """A plan of NumPy arrays as steps of such sizes are compiled for: padded (`_plan_shape`)."""
+    """A plan of NumPy arrays as steps of such sizes are compiled for: padded (`plan_shape`)."""
     pad = lambda x, shape: np.pad(x, [(0, most - size) for size, most in zip(x.shape, shape, strict=True)])  # noqa: E731
-    return Plan(*map(pad, plan, _plan_shape(tokens, seqs, pages, chunked)))  # type: ignore[arg-type]
+    return Plan(*map(pad, plan, plan_shape(tokens, seqs, pages, chunked)))  # type: ignore[arg-type]
 
 
 def paged_attention(config: ModelConfig, plan: Plan) -> Attend:

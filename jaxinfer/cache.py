@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from common.config import ModelConfig
 from common.interface import Rows, rows_of
-from jaxinfer.arrays import _whole
+from jaxinfer.arrays import gather_to_host
 
 _PAGES = 16
 """Pages of one call."""
@@ -77,7 +77,7 @@ def copy_pages(cache: KVCache, pairs: Array) -> KVCache:
     return jax.tree.map(lambda pool: pool.at[:, pairs[:, 1]].set(pool[:, pairs[:, 0]]), cache)
 
 
-def _copy_all(cache: KVCache, pairs: np.ndarray) -> KVCache:
+def copy_all_pages(cache: KVCache, pairs: np.ndarray) -> KVCache:
     """As `copy_pages`, of any number of pairs int32[C, 2], and even of none: it compiles the one program then."""
     for at in range(0, max(len(pairs), 1), _COPIES):
         part = np.zeros((_COPIES, 2), np.int32)
@@ -88,7 +88,7 @@ def _copy_all(cache: KVCache, pairs: np.ndarray) -> KVCache:
 
 def read_pages(cache: KVCache, pages: Sequence[int]) -> dict[str, np.ndarray]:
     """Copies `k` and `v`: [L, pages, B, K, H]."""
-    parts = [_whole(_take(cache, _some(pages, at))) for at in range(0, max(len(pages), 1), _PAGES)]
+    parts = [gather_to_host(_take(cache, _some(pages, at))) for at in range(0, max(len(pages), 1), _PAGES)]
 
     def join(pools: Sequence[tuple[np.ndarray, ...]]) -> np.ndarray:
         x_LKPBH = np.concatenate([np.stack(layers) for layers in pools], axis=2)[:, :, : len(pages)]

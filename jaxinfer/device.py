@@ -60,10 +60,10 @@ def _share_cpu(ranks: int) -> None:
     """Let JAX see as many CPU devices, if it has not started yet."""
     # They share one pool, in which whoever waits for the others of a collective holds a thread: it must not run out.
     os.environ["PJRT_NPROC"] = str(max(int(os.environ["PJRT_NPROC"]), 2 * ranks))
-    _make_cpus(ranks)
+    make_cpu_devices(ranks)
 
 
-def _make_cpus(count: int) -> bool:
+def make_cpu_devices(count: int) -> bool:
     """Have JAX make at least so many CPU devices as it starts. Return False if it has started without them."""
     try:
         jax.config.update("jax_num_cpu_devices", max(count, jax.config.jax_num_cpu_devices))  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from common.batch import Batch, Mask, masked
 from common.config import EngineConfig, ModelConfig
 from common.interface import Progress
 from common.kernels.cpu import usable as cpu
@@ -28,13 +29,12 @@ from common.kernels.cpu.step import HEADER, SAMPLED, max_step_size, pack_changes
 from common.parallel import join_heads, local_config, split_heads
 from common.platform import cores
 from common.rope import rope_tables
-from common.schedule.batch import Batch, Mask, masked
 from common.weights.checkpoint import Checkpoint
-from jaxinfer.arrays import _whole, nbytes
-from jaxinfer.cache import KVCache, _copy_all
+from jaxinfer.arrays import gather_to_host, nbytes
+from jaxinfer.cache import KVCache, copy_all_pages
 from jaxinfer.observe import Keep, Names, ignore, keeper
-from jaxinfer.parallel import _WHOLE, ALONE, Group
-from jaxinfer.step import _EDITS, Part, State, _choice_shape
+from jaxinfer.parallel import ALONE, REPLICATED, Group
+from jaxinfer.step import MAX_EDITS, Part, State, choice_shape
 from jaxinfer.step import Step as FrameworkStep
 
 _PAGES = 16
@@ -310,7 +310,7 @@ class Step(Native):
         return () if self.model_config.embeds else (jnp.zeros(shape, jnp.float32, device=device),)
 
     def _copy_pages(self, state: State, pairs: np.ndarray) -> State:
-        return state._replace(cache=_copy_all(state.cache, pairs))
+        return state._replace(cache=copy_all_pages(state.cache, pairs))
 
     def _tokens(self, batch: Batch) -> int:
         return next(size for size in self._sizes if size >= batch.num_tokens)
@@ -345,7 +345,7 @@ class Step(Native):
         """Choose the step's tokens anew, from changed logits: so a step that changes none stays one program."""
         logits_RV = state.logits
         rows, vocab = logits_RV.shape
-        size = HEADER + 5 * _EDITS + min(rows, self.config.max_num_seqs) * (1 + -(-vocab // 32))  # only samples have masks
+        size = HEADER + 5 * MAX_EDITS + min(rows, self.config.max_num_seqs) * (1 + -(-vocab // 32))  # only samples have masks
         if rows not in self._choosers:
             words = (jax.ShapeDtypeStruct((n,), jnp.int32) for n in (len(step), size))
             held = state.last_tokens, logits_RV
@@ -354,8 +354,8 @@ class Step(Native):
             self._choosers[rows] = run.lower(last, *words, logits, logits).compile()
         changed_RV, last_tokens = logits_RV, state.last_tokens
         count = 0 if batch is None or batch.edit_rows is None else len(batch.edit_rows)
-        for at in range(0, max(count, 1), _EDITS):
-            changes = np.zeros(size, np.int32) if batch is None else _filled(size, pack_changes(batch, at, _EDITS))
+        for at in range(0, max(count, 1), MAX_EDITS):
+            changes = np.zeros(size, np.int32) if batch is None else _filled(size, pack_changes(batch, at, MAX_EDITS))
             last_tokens, changed_RV, sampled = self._choosers[rows](last_tokens, step, changes, logits_RV, changed_RV)
         return state._replace(last_tokens=last_tokens), sampled
 
@@ -394,7 +394,7 @@ class SharedStep(Native, FrameworkStep):
         """Empty pages and rows."""
         config = self.config
         cache = _make_cache(self._local, num_pages, config.block_size, config.dtype, self.group)
-        whole = self.group._place(self.device, _WHOLE)
+        whole = self.group._place(self.device, REPLICATED)
         return State(cache, jnp.zeros((config.max_num_seqs + 1,), jnp.int32, device=whole))
 
     def _warm_pages(self, state: State) -> State:
@@ -405,7 +405,7 @@ class SharedStep(Native, FrameworkStep):
         return super()._run(*arguments, **options)
 
     def _shapes(self, bucket: Any) -> _Packed:
-        return _Packed((max_step_size(bucket.tokens, bucket.seqs, bucket.pages, bucket.seqs),), _choice_shape(bucket.seqs))
+        return _Packed((max_step_size(bucket.tokens, bucket.seqs, bucket.pages, bucket.seqs),), choice_shape(bucket.seqs))
 
     def _inputs(self, bucket: Any, batch: Batch) -> _Packed:
         return _Packed(pack_step(batch), self._first_choice(batch, bucket.seqs))
@@ -471,7 +471,7 @@ def _take_pages(pool: Array, pages: np.ndarray, ranks: int) -> list[np.ndarray]:
         # Rank by rank: an array keeps what it once gave of all of them together.
         return [np.asarray(own.data)[:, pages] for own in pool.addressable_shards]
     runs = [pages[at : at + _PAGES] for at in range(0, max(len(pages), 1), _PAGES)]
-    read = [_whole(_get_pages(pool, np.pad(run, (0, _PAGES - len(run))))) for run in runs]
+    read = [gather_to_host(_get_pages(pool, np.pad(run, (0, _PAGES - len(run))))) for run in runs]
     return np.split(np.concatenate(read, 1)[:, : len(pages)], ranks)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from jax import Array
 
-from common.schedule.batch import Batch
+from common.batch import Batch
 from jaxinfer.arrays import to_host
 
 

@@ -38,16 +38,16 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from common.agents import Agents, There, agents, machine
+from common.batch import Batch, Mask
 from common.config import EngineConfig, ModelConfig
 from common.errors import BackendError
 from common.exits import FAILURE
-from common.followers import Ended, Follower, follow
-from common.interface import ModelRunner, Progress
+from common.followers import Ended, Follower
+from common.interface import Progress
 from common.platform import cores, family_memory
-from common.schedule.batch import Batch, Mask
-from common.weights.checkpoint import Checkpoint, open_checkpoint
+from common.weights.checkpoint import Checkpoint
 from jaxinfer.arrays import to_device
-from jaxinfer.device import _make_cpus, open_device
+from jaxinfer.device import make_cpu_devices, open_device
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ _LEAVE_S = 5
 """For the first, once it leaves, until all have."""
 
 _AXIS = "tensor"
-_WHOLE, _HEADS, _COLUMNS = PartitionSpec(), PartitionSpec(_AXIS), PartitionSpec(None, _AXIS)
+REPLICATED, HEADS, COLUMNS = PartitionSpec(), PartitionSpec(_AXIS), PartitionSpec(None, _AXIS)
 """Of what all ranks have alike; of pools, whose heads they share out; and of logits, whose columns."""
 
 
@@ -217,7 +217,7 @@ class _Ranks(Group):
         return ids[:, 0]
 
     def highest(self, logits: Array, ids: Array, n: int) -> tuple[Array, Array]:
-        top, at = lax.top_k(_one_zero(self.join(logits)), logits.shape[1])
+        top, at = lax.top_k(without_negative_zero(self.join(logits)), logits.shape[1])
         return top, jnp.take_along_axis(self.join(self.rank * n + ids), at, axis=1)
 
     def _place(self, device: jax.Device, spec: PartitionSpec) -> jax.sharding.Sharding:
@@ -232,7 +232,7 @@ class _Ranks(Group):
 
     def _whole(self, parts: Sequence[Array], axis: int | None) -> Array:
         shape = tuple(size * (self.ranks if i == axis else 1) for i, size in enumerate(parts[0].shape))
-        spec = _WHOLE if axis is None else PartitionSpec(*[None] * axis, _AXIS)
+        spec = REPLICATED if axis is None else PartitionSpec(*[None] * axis, _AXIS)
         return jax.make_array_from_single_device_arrays(shape, NamedSharding(self.mesh, spec), list(parts))
 
     def _spread(self, function: Callable[..., Any], takes: Any, gives: Any) -> Callable[..., Any]:
@@ -352,12 +352,12 @@ class _Pipeline:
         return self._threads[at].submit(lambda: change(at, self._stages[at], before.result()[0]))
 
 
-def _one_zero(x: Array) -> Array:
+def without_negative_zero(x: Array) -> Array:
     """x without -0, which equals 0, but comes behind it in the order of bits, and of `lax.top_k`."""
     return jnp.where(x == 0, 0, x)
 
 
-def _bytes_told(program: str) -> int:
+def communicated_bytes(program: str) -> int:
     """How many bytes a rank tells the others in a compiled program, whose every branch is counted."""
     told = 0
     for gives, kind, ranks in re.findall(r"= (.*?) (all-reduce|all-gather)\(.*?replica_groups=\{\{([\d,]*)\}", program):
@@ -369,7 +369,7 @@ def _bytes_told(program: str) -> int:
     return told
 
 
-class _Seat(NamedTuple):
+class ProcessInfo(NamedTuple):
     """One of several processes that share out a model: what JSON can hold."""
 
     address: str
@@ -381,21 +381,21 @@ class _Seat(NamedTuple):
     before: int
 
 
-class _Others:
+class RemoteRanks:
     """The processes that make the calls which this one, the first of them, makes, in their order."""
 
     def __init__(self, config: EngineConfig, launch: Agents) -> None:
         """Start one beside each that was launched, and come together. Raises `BackendError` where they cannot."""
         _expect_even(config.tensor_parallel_size, 1 + len(launch.all))
-        seat, *seats = _seats(launch.host, [machine(), *(agent.machine for agent in launch.all)])
+        info, *others = _process_infos(launch.host, [machine(), *(agent.machine for agent in launch.all)])
         self._followers: list[Follower] = []
         try:
-            for agent in launch.all:
+            for agent, own in zip(launch.all, others, strict=True):
                 start = partial(There, agent, launch.secret)
-                self._followers.append(Follower("jax", asdict(config), ended=self._lose, start=start))
-            for other, its in zip(self._followers, seats, strict=True):
-                other.tell("sit_down", *its)
-            self.config, self.device, self.group = _sit_down(seat, config)
+                self._followers.append(Follower("jax", asdict(config), own, ended=self._lose, start=start))
+            for other in self._followers:
+                other.tell("connect")
+            self.config, self.device, self.group = init_distributed(info, config)
         except BackendError:
             self._end()
             raise
@@ -414,8 +414,8 @@ class _Others:
         """End them, who have done what they were told."""
         for other in self._followers:
             with suppress(Ended):
-                other.tell("leave")
-        _leave()
+                other.tell("shut_down")
+        shut_down_distributed()
         self._end()
 
     def _end(self) -> None:
@@ -430,12 +430,12 @@ class _Others:
             os._exit(FAILURE)
 
 
-def _seats(host: str, machines: Sequence[str]) -> list[_Seat]:
+def _process_infos(host: str, machines: Sequence[str]) -> list[ProcessInfo]:
     """Of processes on these machines, the first of which others reach at `host`."""
     with socket.create_server((host, 0)) as free:
         address = f"{host}:{free.getsockname()[1]}"
     every = Counter(machines)
-    return [_Seat(address, len(machines), at, every[name], machines[:at].count(name)) for at, name in enumerate(machines)]
+    return [ProcessInfo(address, len(machines), at, every[name], machines[:at].count(name)) for at, name in enumerate(machines)]
 
 
 def _expect_even(ranks: int, processes: int) -> None:
@@ -447,7 +447,7 @@ def _expect_even(ranks: int, processes: int) -> None:
         )
 
 
-def _sit_down(seat: _Seat, config: EngineConfig) -> tuple[EngineConfig, jax.Device, Group]:
+def init_distributed(seat: ProcessInfo, config: EngineConfig) -> tuple[EngineConfig, jax.Device, Group]:
     """Come together with the others: the engine's options with this process's share of its machine's threads, its first device,
     and all ranks. Raises `BackendError` if JAX has started before."""
     own = config.ranks // seat.processes
@@ -471,22 +471,22 @@ def _sit_down(seat: _Seat, config: EngineConfig) -> tuple[EngineConfig, jax.Devi
     device = open_device(config.device, config.threads, own)
     every = jax.devices(device.platform)
     group = _share([[each for each in every if each.process_index == i] for i in range(seat.processes)], config)
-    _greet(group)
+    _connect_meshes(group)
     return config, device, group
 
 
-def _greet(group: Group) -> None:
+def _connect_meshes(group: Group) -> None:
     """Have the processes of each mesh connect, as long as all are here: XLA does so when it first adds up there, and gives the
     others half a minute for it, in which they may have to compile for minutes. Raises `BackendError` where they cannot."""
     for stage in group.groups if isinstance(group, _Stages) else (group,):
         ones = stage._put([np.ones(1, np.float32)] * len(stage._here), 0, jax.local_devices()[0])
         try:
-            jax.jit(stage._spread(stage.all_reduce, _HEADS, _WHOLE))(ones).block_until_ready()
+            jax.jit(stage._spread(stage.all_reduce, HEADS, REPLICATED))(ones).block_until_ready()
         except RuntimeError as error:
             raise BackendError(f"JAX's processes could not connect with each other: {error}") from error
 
 
-def _leave() -> None:
+def shut_down_distributed() -> None:
     """All do so at once."""
     with suppress(RuntimeError):  # somebody has gone without a word
         jax.distributed.shutdown()
@@ -497,14 +497,14 @@ def start(config: EngineConfig, device: jax.Device) -> Group:
     return ALONE if config.ranks == 1 else _share([jax.local_devices(backend=device.platform)], config)
 
 
-def _needs_keeper(config: EngineConfig) -> bool:
-    """As `ModelRunner.needs_keeper`. JAX cannot go on without one of several processes."""
+def requires_supervision(config: EngineConfig) -> bool:
+    """As `ModelRunner.requires_supervision`. JAX cannot go on without one of several processes."""
     return config.ranks > 1 and (agents() is not None or _lacks_devices(config))
 
 
 def _lacks_devices(config: EngineConfig) -> bool:
     """Return whether the ranks are to be CPU devices, and JAX has started in this process without so many."""
-    return not _make_cpus(config.ranks) and (jax.default_backend() if config.device == "auto" else config.device) == "cpu"
+    return not make_cpu_devices(config.ranks) and (jax.default_backend() if config.device == "auto" else config.device) == "cpu"
 
 
 def _share(devices: Sequence[Sequence[jax.Device]], config: EngineConfig) -> Group:
@@ -526,42 +526,7 @@ def _share(devices: Sequence[Sequence[jax.Device]], config: EngineConfig) -> Gro
     return groups[0] if stages == 1 else _Stages(_stages=stages, groups=tuple(groups))
 
 
-def _lead(config: EngineConfig) -> _Others | None:
+def start_remote_ranks(config: EngineConfig) -> RemoteRanks | None:
     """The other processes of an engine, of which this is the first, if it has any. Before JAX starts."""
     launch = agents()
-    return _Others(config, launch) if launch and config.ranks > 1 else None
-
-
-def _follow(config: dict[str, Any]) -> None:
-    """The life of every other process."""
-    from jaxinfer.runner import ModelRunner  # which imports this file
-
-    def sit_down(*seat: Any) -> None:
-        own, _, group = _sit_down(_Seat(*seat), EngineConfig(**config))
-        calls.update(_calls(ModelRunner(own, group)))
-
-    calls: dict[str, Callable[..., object]] = {"sit_down": sit_down, "leave": _leave}
-    follow(calls, failed=lambda: os._exit(FAILURE))  # or the others would wait for it
-
-
-def _calls(runner: ModelRunner) -> dict[str, Callable[..., object]]:
-    """What such a process is told to do once it sits."""
-
-    def submit(data: bytes) -> None:
-        runner.submit(Batch.from_bytes(data))
-
-    def read_pages(pages_of: int, pages: Sequence[int]) -> None:
-        runner.read_pages(pages_of, pages)  # which the first does too
-
-    def write_pages(pages_of: int, pages: Sequence[int], dtype: str, shape: Sequence[int], data: bytes = b"") -> None:
-        k, v = np.frombuffer(data, dtype).reshape(2, *shape)
-        runner.write_pages(pages_of, pages, {"k": k, "v": v})
-
-    return {
-        "load": lambda path: runner.load(open_checkpoint(path)),
-        "allocate": runner.allocate,
-        "warmup": runner.warmup,
-        "submit": submit,
-        "read_pages": read_pages,
-        "write_pages": write_pages,
-    }
+    return RemoteRanks(config, launch) if launch and config.ranks > 1 else None

@@ -10,17 +10,17 @@ import jax
 import numpy as np
 
 from common import interface
+from common.batch import Batch, Mask, masked
 from common.config import Dtype, EngineConfig, ModelConfig
 from common.errors import BackendError
 from common.interface import Caps, KVGroup, Progress
 from common.kernels.cpu.build import arithmetic
-from common.schedule.batch import Batch, Mask, masked
 from common.weights.checkpoint import Checkpoint
 from jaxinfer import kernels
 from jaxinfer.cache import page_memory
 from jaxinfer.device import describe, open_device
 from jaxinfer.observe import observe
-from jaxinfer.parallel import Group, _lead, _needs_keeper, start
+from jaxinfer.parallel import Group, requires_supervision, start, start_remote_ranks
 from jaxinfer.step import Step
 
 
@@ -29,7 +29,7 @@ class ModelRunner(interface.ModelRunner):
 
     def __init__(self, config: EngineConfig, group: Group | None = None) -> None:
         """`group`: where this is not the first process of its ranks; else they are started."""
-        self._others = None if group else _lead(config)
+        self._others = None if group else start_remote_ranks(config)
         if self._others:
             self.config, self.device, self.group = self._others.config, self._others.device, self._others.group
         else:
@@ -41,8 +41,8 @@ class ModelRunner(interface.ModelRunner):
         _compilations()  # from now on
 
     @classmethod
-    def needs_keeper(cls, config: EngineConfig) -> bool:
-        return _needs_keeper(config)
+    def requires_supervision(cls, config: EngineConfig) -> bool:
+        return requires_supervision(config)
 
     @property
     def caps(self) -> Caps:

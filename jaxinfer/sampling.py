@@ -18,7 +18,7 @@ from jax import Array, lax
 
 from common.parallel import BLOCK
 from common.request import MAX_LOGPROBS
-from jaxinfer.parallel import ALONE, Group, _one_zero
+from jaxinfer.parallel import ALONE, Group, without_negative_zero
 
 
 class Sampled(NamedTuple):
@@ -133,7 +133,7 @@ def logprobs_of(logits: Array, tokens: Array, group: Group = ALONE) -> tuple[Arr
     norm = group.fold(jax.nn.logsumexp, jax.nn.logsumexp(logits, axis=-1))
     chosen = group.look_up(lambda tokens: logits[jnp.arange(R), tokens], tokens, V)
     ranks = 1 + group.fold(jnp.sum, jnp.sum(logits > chosen[:, None], axis=-1, dtype=jnp.int32))
-    top, ids = group.highest(*lax.top_k(_one_zero(logits), min(MAX_LOGPROBS, V)), V)
+    top, ids = group.highest(*lax.top_k(without_negative_zero(logits), min(MAX_LOGPROBS, V)), V)
     return chosen - norm, ranks, ids.astype(jnp.int32), top - norm[:, None]
 
 
@@ -142,7 +142,7 @@ def _cut(x: Array, mass: Callable[[Array], Array], target: Array, group: Group) 
 
     The threshold is found bit by bit in the order of floats as integers: no vocabulary is sorted, and ties stay together.
     """
-    signed = lax.bitcast_convert_type(_one_zero(x), jnp.int32)
+    signed = lax.bitcast_convert_type(without_negative_zero(x), jnp.int32)
     order = jnp.where(signed < 0, ~signed, signed ^ jnp.int32(-(2**31))).astype(jnp.uint32)
 
     def step(bit: Array, low: Array) -> Array:

@@ -20,23 +20,23 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
+from common.batch import Batch, Mask, Want, masked, without_scores
 from common.config import EngineConfig, ModelConfig
 from common.interface import Progress, last_residual, max_logits, page_bytes
 from common.parallel import join_heads, local_config, pool_config, split_heads, stage_layers
-from common.schedule.batch import Batch, Mask, Want, masked, without_scores
 from common.weights.checkpoint import Checkpoint
 from common.weights.shard import stage_of
 from jaxinfer import cache as pages
 from jaxinfer import sampling
 from jaxinfer.arrays import nbytes, to_host
-from jaxinfer.attention import Plan, _plan_shape, make_plan, paged_attention
+from jaxinfer.attention import Plan, make_plan, paged_attention, plan_shape
 from jaxinfer.cache import KVCache
 from jaxinfer.model import Decoder, forward, logits
 from jaxinfer.observe import Keep, Names, keeper
-from jaxinfer.parallel import _COLUMNS, _HEADS, _WHOLE, ALONE, Group, _bytes_told
+from jaxinfer.parallel import ALONE, COLUMNS, HEADS, REPLICATED, Group, communicated_bytes
 from jaxinfer.weights import load_model
 
-_EDITS = 1 << 16
+MAX_EDITS = 1 << 16
 """Edits of one call; a step that has more takes several."""
 _SCORES = 128
 """Tokens that one call scores, where a step scores more than it has logit rows."""
@@ -148,8 +148,8 @@ class Step(Part):
         """Empty pages and rows."""
         config, place = self.config, partial(self.group._place, self.device)
         pool = pool_config(self.model_config, self.group.ranks)
-        cache = pages.make_cache(pool, num_pages, config.block_size, config.dtype, place(_HEADS))
-        return State(cache, jnp.zeros((config.max_num_seqs + 1,), jnp.int32, device=place(_WHOLE)))
+        cache = pages.make_cache(pool, num_pages, config.block_size, config.dtype, place(HEADS))
+        return State(cache, jnp.zeros((config.max_num_seqs + 1,), jnp.int32, device=place(REPLICATED)))
 
     def page_bytes(self, model: ModelConfig) -> int:
         """Bytes of one page of all ranks, over all layers of the model."""
@@ -267,7 +267,7 @@ class Step(Part):
         return jax.jit(score).lower(self.weights, states, ids).compile()
 
     def _copy_pages(self, state: State, pairs: np.ndarray) -> State:
-        return state._replace(cache=pages._copy_all(state.cache, pairs))
+        return state._replace(cache=pages.copy_all_pages(state.cache, pairs))
 
     def _sizes(self, batch: Batch) -> tuple[tuple[int, ...], bool]:
         chunked = batch.num_tokens > int(batch.num_decodes[0])
@@ -303,7 +303,7 @@ class Step(Part):
         choose, layout = self._chooser(R)
         choice = self._choice(batch, R)
         count = 0 if batch.edit_rows is None else len(batch.edit_rows)
-        for at in range(0, max(count, 1), _EDITS):
+        for at in range(0, max(count, 1), MAX_EDITS):
             packed = _pack(layout, _change(batch, R, at, choice))
             last_tokens, changed_RV, sampled = choose(last_tokens, logits_RV, changed_RV, packed)
         return state._replace(last_tokens=last_tokens), sampled
@@ -313,8 +313,10 @@ class Step(Part):
         if R not in self._choosers:
             layout = _layout(_change_shape(R, self.model_config.vocab_size))
             shapes = (self.config.max_num_seqs + 1,), *[(R, self._local.vocab_size * self.group.ranks)] * 2, (_size(layout),)
-            specs = _WHOLE, _COLUMNS, _COLUMNS, _WHOLE
-            choose = self.group._spread(lambda *args: self._choose_from(layout, *args), specs, (_WHOLE, _COLUMNS, _WHOLE))
+            specs = REPLICATED, COLUMNS, COLUMNS, REPLICATED
+            choose = self.group._spread(
+                lambda *args: self._choose_from(layout, *args), specs, (REPLICATED, COLUMNS, REPLICATED)
+            )
             arguments = [
                 jax.ShapeDtypeStruct(shape, dtype, sharding=self.group._place(self.device, spec))
                 for shape, dtype, spec in zip(shapes, (jnp.int32, jnp.float32, jnp.float32, jnp.int32), specs, strict=True)
@@ -343,11 +345,11 @@ class Step(Part):
 
     def _compile(self, bucket: _Bucket, state: State, names: Names) -> Any:
         before = self._before(bucket)
-        takes, gives = (self.weights, state, _WHOLE, *[_WHOLE] * len(before)), (state, _WHOLE, _WHOLE, _COLUMNS)
+        takes, gives = (self.weights, state, REPLICATED, *[REPLICATED] * len(before)), (state, REPLICATED, REPLICATED, COLUMNS)
         step = self.group._spread(lambda *args: self._step(bucket, names, *args), takes, gives)
         packed = jax.ShapeDtypeStruct((_size(self._layout(bucket)),), jnp.int32)
         program = jax.jit(step, donate_argnums=1).lower(self.weights, state, packed, *before).compile()
-        told = _bytes_told(program.as_text() or "") if self.group.ranks > 1 else 0
+        told = communicated_bytes(program.as_text() or "") if self.group.ranks > 1 else 0
         self._tells[bucket] = told + sum(x.size * x.dtype.itemsize for x in before)
         return program
 
@@ -355,7 +357,7 @@ class Step(Part):
         """What a stage that is not the first takes of the one before it: the residual stream [T, D]."""
         if self._local.embeds:
             return ()
-        shape, place = (bucket.tokens, self._local.hidden_size), self.group._place(self.device, _WHOLE)
+        shape, place = (bucket.tokens, self._local.hidden_size), self.group._place(self.device, REPLICATED)
         return (jax.ShapeDtypeStruct(shape, self._stream_dtype, sharding=place),)
 
     @property
@@ -370,8 +372,8 @@ class Step(Part):
 
     def _shapes(self, bucket: _Bucket) -> Any:
         """A tree of the shapes of a bucket's inputs."""
-        T, plan = (bucket.tokens,), _plan_shape(bucket.tokens, bucket.seqs, bucket.pages, bucket.chunked)
-        return Inputs(T, T, T, (bucket.seqs,), _choice_shape(bucket.seqs), plan)
+        T, plan = (bucket.tokens,), plan_shape(bucket.tokens, bucket.seqs, bucket.pages, bucket.chunked)
+        return Inputs(T, T, T, (bucket.seqs,), choice_shape(bucket.seqs), plan)
 
     def _inputs(self, bucket: _Bucket, batch: Batch) -> Any:
         """A batch as a tree of arrays, each of which is at most as large."""
@@ -449,8 +451,8 @@ class Step(Part):
 
 def _change(batch: Batch, R: int, at: int, choice: _Choice) -> _Change:
     """The edits of a batch from place `at` on, as many as one call takes; with the first come all masks."""
-    rows, mask_rows = np.full(_EDITS, R, np.int32), np.full(R, R, np.int32)
-    part = lambda array: None if array is None else array[at : at + _EDITS]  # noqa: E731
+    rows, mask_rows = np.full(MAX_EDITS, R, np.int32), np.full(R, R, np.int32)
+    part = lambda array: None if array is None else array[at : at + MAX_EDITS]  # noqa: E731
     edit_rows, masked = part(batch.edit_rows), batch.mask_rows if at == 0 else None
     counts = [0 if array is None else len(array) for array in (edit_rows, masked)]
     rows[: counts[0]] = () if edit_rows is None else edit_rows
@@ -459,12 +461,12 @@ def _change(batch: Batch, R: int, at: int, choice: _Choice) -> _Change:
     return _Change(rows, part(batch.edit_ids), part(batch.edits), mask_rows, masks, np.array(counts, np.int32), choice)
 
 
-def _choice_shape(R: int) -> _Choice:
+def choice_shape(R: int) -> _Choice:
     return _Choice((R,), (R,), (R,), (R, 2), (R,), (R,), (R,), (R,), (3,))
 
 
 def _change_shape(R: int, V: int) -> _Change:
-    return _Change((_EDITS,), (_EDITS,), (_EDITS, 3), (R,), (R, -(-V // 32)), (2,), _choice_shape(R))
+    return _Change((MAX_EDITS,), (MAX_EDITS,), (MAX_EDITS, 3), (R,), (R, -(-V // 32)), (2,), choice_shape(R))
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ import numpy as np
 from flax import nnx
 from torch.utils import _pytree as pytree
 
+from common.batch import VIEWS, Batch
 from common.config import EngineConfig, ModelConfig
 from common.engine import Engine
 from common.interface import ModelRunner, ServingEngine, load_backend
 from common.kernels.cpu.step import pack_step
 from common.request import SamplingParams
-from common.schedule.batch import VIEWS, Batch
 from common.schedule.rows import Rows
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from common.batch import Batch, Mask, Want, masked
 from common.interface import Caps, KVGroup, ModelRunner, PageMemory, Pending, Progress, Result, make_result, rows_of
 from common.request import Logprobs, Request, Status
-from common.schedule.batch import Batch, Mask, Want, masked
 
 MASK = (1 << 64) - 1
 A, B, C = 0xBF58_476D_1CE4_E5B9, 0x94D0_49BB_1331_11EB, 0x9E37_79B9_7F4A_7C15

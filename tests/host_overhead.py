@@ -10,11 +10,11 @@ from time import perf_counter
 
 import numpy as np
 
+from common.batch import Batch, Mask
 from common.config import EngineConfig
 from common.engine import Engine
 from common.interface import Pending, Result
 from common.request import Request, SamplingParams
-from common.schedule.batch import Batch, Mask
 from tests.history_runner import HistoryRunner
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from common.batch import Batch, Mask, Want, masked
 from common.config import EngineConfig
 from common.engine import Engine
 from common.interface import Caps, KVGroup, ModelRunner, Pending, Progress
 from common.request import Logprobs, Request, SamplingParams, TokenEvent
-from common.schedule.batch import Batch, Mask, Want, masked
 from common.schedule.seeds import mix64
 from tests.backends import checkpoint, shared_runner
 from tests.numpy_sampler import Filters, adjusted, choices, scores, uniform

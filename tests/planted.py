@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from common.batch import VIEWS, Batch, Mask
 from common.config import EngineConfig, ModelConfig
 from common.engine import Engine
 from common.interface import ModelRunner, Pending, Progress, Result
-from common.schedule.batch import VIEWS, Batch, Mask
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from common.weights.tiny import RECIPES, _write
 from experiments import observe

@@ -18,11 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from common.batch import KV
 from common.config import EngineConfig
 from common.engine import Engine
 from common.interface import ModelRunner, load_backend
 from common.request import Request, SamplingParams, TokenEvent
-from common.schedule.kv import KV, layouts_of
+from common.schedule.kv import layouts_of
 from common.schedule.transfer import Offer, Tag, common_layout
 from common.weights.checkpoint import open_checkpoint
 from tests.backends import Packer

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.batch import Batch
 from common.interface import ModelRunner, Result
-from common.schedule.batch import Batch
 from common.schedule.trace import retrace
 
 

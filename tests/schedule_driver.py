@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from common.batch import Batch
 from common.config import Cache, EngineConfig
 from common.engine import Engine
 from common.errors import DrainingError, QueueFullError, RequestError
 from common.request import Logprobs, Request, SamplingParams, Status, TokenEvent
-from common.schedule.batch import Batch
 from common.schedule.pages import PagePool
 from common.schedule.scheduler import Scheduler
 from common.schedule.seeds import mix64

@@ -1,4 +1,4 @@
-"""Who may import whom, and what nobody may use."""
+"""The imports: which package may import which, no cycle of files, no private name of another file, no unsafe call."""
 
 from __future__ import annotations
 
@@ -56,6 +56,55 @@ def forbidden(tree: ast.AST) -> Iterator[str]:
                 yield from (f"{module}.{alias.name}" for alias in names if f"{module}.{alias.name}" in CALLS)
 
 
+def files() -> dict[str, ast.AST]:
+    """Return module name → tree for every file of the packages."""
+    found = {}
+    for package in PACKAGES:
+        for path, tree in sources(package):
+            found[path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")] = tree
+    return found
+
+
+def imported(trees: dict[str, ast.AST]) -> dict[str, set[tuple[str, str]]]:
+    """Return module → (module of `trees`, name or "") for every absolute import, inside functions and for types too."""
+    found: dict[str, set[tuple[str, str]]] = {module: set() for module in trees}
+    for module, tree in trees.items():
+        for node in ast.walk(tree):
+            match node:
+                case ast.ImportFrom(module=str(source), names=names, level=0):
+                    for alias in names:
+                        whole = f"{source}.{alias.name}"
+                        target, name = (whole, "") if whole in trees else (source, alias.name)
+                        if target in trees:
+                            found[module].add((target, name))
+                case ast.Import(names=names):
+                    found[module] |= {(alias.name, "") for alias in names if alias.name in trees}
+    return found
+
+
+def cycle(trees: dict[str, ast.AST]) -> list[str]:
+    """Return the modules on import cycles, and between them.
+
+    Each round removes the modules without an import, and those that no module imports."""
+    arrows = {module: {target for target, _ in targets if target != module} for module, targets in imported(trees).items()}
+    while True:
+        used = set().union(*arrows.values())
+        gone = {module for module, targets in arrows.items() if not targets or module not in used}
+        if not gone:
+            return sorted(arrows)
+        arrows = {module: targets - gone for module, targets in arrows.items() if module not in gone}
+
+
+def private(trees: dict[str, ast.AST]) -> list[str]:
+    """Return "module: name" for each import of a private name or module from another file."""
+    return sorted(
+        f"{module}: {target}.{name}".removesuffix(".")
+        for module, targets in imported(trees).items()
+        for target, name in targets
+        if any(part.startswith("_") and not part.startswith("__") for part in (*target.split("."), name))
+    )
+
+
 def sources(package: str) -> Iterator[tuple[str, ast.AST]]:
     for path in sorted((ROOT / package).rglob("*.py")):
         yield str(path.relative_to(ROOT)), ast.parse(path.read_text())
@@ -65,6 +114,34 @@ def sources(package: str) -> Iterator[tuple[str, ast.AST]]:
 def test_a_package_imports_only_what_it_may(package: str) -> None:
     # Other people's engines live in experiments/baselines, and bring their own framework.
     assert {path: bad for path, tree in sources(package) if (bad := imports(tree) & OTHERS[package])} == {}
+
+
+def test_no_imports_form_a_cycle() -> None:
+    assert cycle(files()) == []
+
+
+def test_no_file_imports_a_private_name_of_another() -> None:
+    assert private(files()) == []
+
+
+@pytest.mark.parametrize(
+    "statement", ["import common.batch", "from common.batch import Batch", "def f():\n    from common import batch"]
+)
+def test_a_cycle_is_seen_wherever_the_import_stands(statement: str) -> None:
+    trees = files()
+    assert "common.batch" in {target for target, _ in imported(trees)["common.schedule.rows"]}
+    trees |= {"common.planted": ast.parse(statement), "common.batch": ast.parse("from common.planted import x")}
+    assert cycle(trees) == ["common.batch", "common.planted"]
+
+
+@pytest.mark.parametrize("statement", ["from common.batch import _x", "def f():\n    from common.batch import x, _y"])
+def test_an_import_of_a_private_name_is_seen(statement: str) -> None:
+    assert len(private(files() | {"common.planted": ast.parse(statement)})) == 1
+
+
+def test_every_import_inside_the_packages_is_absolute() -> None:
+    relative = [m for m, tree in files().items() for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
+    assert relative == []
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -11,8 +11,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from common.batch import Batch
 from common.config import ModelConfig
-from common.schedule.batch import Batch
 from tests.backends import Packer, device, device_plan, part
 
 N, K, H = 6, 2, 16

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
+from common.batch import ALIGN, REQUIRED, VIEWS, Batch, BatchError, Want
 from common.request import SamplingParams
-from common.schedule.batch import ALIGN, REQUIRED, VIEWS, Batch, BatchError, Want
 from common.schedule.rows import Change, Rows, Score
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -121,7 +121,7 @@ def test_a_batch_is_the_same_after_a_trip_through_bytes() -> None:
 def test_a_batch_is_the_same_after_a_trip_into_another_process() -> None:
     batch = mixed_batch()
     program = (
-        "import sys; from common.schedule.batch import Batch; batch = Batch.from_bytes(sys.stdin.buffer.read());"
+        "import sys; from common.batch import Batch; batch = Batch.from_bytes(sys.stdin.buffer.read());"
         "again = Batch.pack(**{name: getattr(batch, name) for name in Batch.__slots__[1:]});"
         "sys.stdout.buffer.write(again.buffer.tobytes())"
     )

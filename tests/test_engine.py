@@ -16,11 +16,11 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
+from common.batch import Batch
 from common.config import EngineConfig
 from common.engine import Engine, build_engine, pool_size
 from common.errors import BackendError, ConfigError, DrainingError, QueueFullError, RequestError
 from common.request import Request, SamplingParams, Status, TokenEvent, fan_out
-from common.schedule.batch import Batch
 from common.schedule.seeds import mix64
 from tests.events import drain, tokens
 from tests.history_runner import Expected, HistoryRunner, expected

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 
+from common.batch import Batch, Mask
 from common.engine import Engine
 from common.interface import ModelRunner, Pending, Result
 from common.request import Request, SamplingParams, Status, TokenEvent
-from common.schedule.batch import Batch, Mask
 from tests.backends import engine_config, make_engine
 from tests.events import tokens
 

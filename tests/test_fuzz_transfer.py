@@ -13,7 +13,8 @@ import pytest
 
 import common.engine as engine_module
 import common.schedule.transfer as transfer_module
-from common.schedule.kv import KV, Carrier
+from common.batch import KV
+from common.schedule.kv import Carrier
 from common.schedule.pages import PageError
 from common.schedule.scheduler import Scheduler
 from common.schedule.transfer import Abort, Done, Pages, Receiver, Said, Sender

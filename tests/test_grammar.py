@@ -18,6 +18,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from common.batch import Batch, Mask
 from common.config import EngineConfig
 from common.engine import Engine
 from common.errors import RequestError
@@ -34,7 +35,6 @@ from common.request import (
     TokenEvent,
     fan_out,
 )
-from common.schedule.batch import Batch, Mask
 from common.schedule.trace import Recorder
 from common.serve.errors import ApiError
 from common.serve.protocol import ChatRequest, parse

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import pytest
 
+from common.batch import KV
 from common.frames import MAGIC, read_frame, write_frame
 from common.replicas import handover, segment
 from common.replicas.handover import HOST, Door, Heard, fetch
 from common.replicas.segment import SHARES, Room
-from common.schedule.kv import KV
 from common.schedule.transfer import Abort, Accept, Hold, Offer, Pages, Said, Sender, Tag, TransferError, seal
 from tests.test_transfer import LAYOUT, Memory, same, some_kv
 

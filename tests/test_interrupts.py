@@ -55,7 +55,7 @@ class ModelRunner:
             pool.submit(load).result()
 
     @classmethod
-    def needs_keeper(cls, config):
+    def requires_supervision(cls, config):
         return False
 """
 COMPILER = """#!/bin/sh

@@ -17,13 +17,13 @@ import psutil
 import pytest
 import torch
 
+from common.batch import null_batch
 from common.config import Dtype, EngineConfig
 from common.errors import BackendError, ConfigError
 from common.kernels.cpu import build, usable
 from common.kernels.cpu.pages import keys_in, keys_out, values_in, values_out
 from common.kernels.cpu.step import max_step_size, pack_changes, pack_step
 from common.platform import cxx_compiler, matrix_unit
-from common.schedule.batch import null_batch
 from experiments.reference import NumpyModel
 from jaxinfer.parallel import Group
 from tests.backends import BACKENDS, Packer, checkpoint, device, native_logits, native_weights, paged_logits, part

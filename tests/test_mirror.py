@@ -1,7 +1,7 @@
 """The mirror: both backends have the same files, the same public names in the same order, and the same signatures.
 
-Read from the sources, so that a framework's decorators and base classes change nothing. Types may differ; what only one
-framework needs has a leading underscore.
+The tests read the sources, so a framework's decorators and base classes change nothing. Types may differ. `ONE_SIDED` lists
+the public names that only one framework needs; a name used in its own file only has a leading underscore.
 """
 
 from __future__ import annotations
@@ -20,6 +20,26 @@ SAME = {"__call__": "forward"}
 """What one framework calls by another name: nnx modules are called, PyTorch's run `forward`."""
 OPAQUE = ("Plan", "Inputs")
 """Made and read by one file of one backend: how such a value holds a step is each framework's own."""
+ONE_SIDED: dict[str, dict[str, set[str]]] = {
+    # JAX compiles a program for each shape, and a mesh shards an array over processes.
+    "jaxinfer": {
+        "arrays.py": {"gather_to_host"},
+        "attention.py": {"plan_shape"},
+        "cache.py": {"copy_all_pages"},
+        "device.py": {"make_cpu_devices"},
+        "parallel.py": {
+            *("REPLICATED", "HEADS", "COLUMNS", "without_negative_zero", "communicated_bytes"),
+            *("ProcessInfo", "RemoteRanks", "init_distributed", "shut_down_distributed", "start_remote_ranks"),
+        },
+        "step.py": {"MAX_EDITS", "choice_shape"},
+    },
+    # torch.distributed knows ranks: each computes on its own device and calls the collectives itself.
+    "torchinfer": {
+        "device.py": {"choose_device", "local_device"},
+        "parallel.py": {"Endpoints", "NetworkEndpoint", "RankInfo", "Ranks"},
+    },
+}
+"""package → file → public names that the other package has no counterpart of."""
 
 
 def outline(source: str) -> list[str]:
@@ -49,6 +69,18 @@ def _outline(body: list[ast.stmt], prefix: str) -> Iterator[str]:
                 yield from (f"{prefix}{name}" for name in names if _public(name))
 
 
+def shared(lines: list[str], package: str, file: str) -> list[str]:
+    """Return the lines of an outline without the names that only `package` has in `file`."""
+    extra = ONE_SIDED[package].get(file, set())
+    return [line for line in lines if _top(line) not in extra]
+
+
+def _top(line: str) -> str:
+    """Return the module-level name that a line of an outline is about."""
+    name = line.split("(")[0].split(".")[0]
+    return name.split()[-1]
+
+
 def _public(name: str) -> bool:
     return not name.startswith("_") or name == "__init__"
 
@@ -67,7 +99,15 @@ def test_both_packages_have_the_same_files() -> None:
 
 @pytest.mark.parametrize("file", FILES)
 def test_public_names_and_signatures_are_the_same(file: str) -> None:
-    assert outline((JAX / file).read_text()) == outline((TORCH / file).read_text())
+    jax, torch = outline((JAX / file).read_text()), outline((TORCH / file).read_text())
+    assert shared(jax, "jaxinfer", file) == shared(torch, "torchinfer", file)
+
+
+@pytest.mark.parametrize(("package", "other"), [(JAX, TORCH), (TORCH, JAX)], ids=["jaxinfer", "torchinfer"])
+def test_a_one_sided_name_exists_on_its_side_only(package: Path, other: Path) -> None:
+    for file, names in ONE_SIDED[package.name].items():
+        assert names <= {_top(line) for line in outline((package / file).read_text())}, file
+        assert not names & {_top(line) for line in outline((other / file).read_text())}, file
 
 
 MODULE = """

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 import common.schedule.scheduler as scheduler_module
+from common.batch import Batch
 from common.request import Status
 from common.schedule import pages
-from common.schedule.batch import Batch
 from common.schedule.edits import Edits
 from common.schedule.limits import Limits
 from common.schedule.pages import PageError, PageKey, PagePool

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.batch import Batch
 from common.config import EngineConfig, ModelConfig
 from common.engine import Engine
 from common.errors import BackendError
 from common.kernels.cpu import build
 from common.kernels.cpu.pack import panels
 from common.request import Request, SamplingParams
-from common.schedule.batch import Batch
 from common.schedule.steplog import StepRecord
 from common.weights import zoo
 from common.weights.checkpoint import expected_shapes, open_checkpoint

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.batch import Batch, Mask
 from common.config import EngineConfig
 from common.engine import Engine
 from common.interface import ModelRunner, Pending, load_backend
 from common.request import Request, SamplingParams
-from common.schedule.batch import Batch, Mask
 from tests.backends import BACKENDS, checkpoint
 
 

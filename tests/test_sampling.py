@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from common.batch import Batch
 from common.kernels.cpu.step import pack_changes, pack_step
 from common.platform import cxx_compiler
 from common.request import MAX_LOGPROBS, Request, SamplingParams
-from common.schedule.batch import Batch
 from common.schedule.edits import Edits
 from common.schedule.prepare import prepare
 from tests.backends import call, device, part

@@ -13,12 +13,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from common.batch import KV
 from common.config import EngineConfig
 from common.engine import Engine
 from common.errors import RequestError
 from common.frames import Frame
 from common.request import Request, SamplingParams, Status, TokenEvent
-from common.schedule.kv import KV, TOKENS, Carrier, Layout, Part, layouts_of, model_fingerprint
+from common.schedule.kv import TOKENS, Carrier, Layout, Part, layouts_of, model_fingerprint
 from common.schedule.scheduler import Scheduler
 from common.schedule.transfer import (
     VERSION,

@@ -9,10 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from common.batch import KV
 from common.config import EngineConfig
 from common.engine import Engine
 from common.request import Request, SamplingParams
-from common.schedule.kv import KV, layouts_of, model_fingerprint
+from common.schedule.kv import layouts_of, model_fingerprint
 from common.schedule.transfer import Offer, Tag, common_layout
 from common.weights import zoo
 from tests.backends import BACKENDS, checkpoint, engine_config, make_engine

@@ -12,12 +12,13 @@ from itertools import count
 
 import numpy as np
 
+from common.batch import KV
 from common.config import EngineConfig
 from common.engine import Engine
 from common.errors import RequestError
 from common.frames import Frame
 from common.request import Request, SamplingParams, Status, TokenEvent
-from common.schedule.kv import KV, Layout, layouts_of
+from common.schedule.kv import Layout, layouts_of
 from common.schedule.transfer import (
     Abort,
     Done,

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from common.batch import Batch
 from common.config import ModelConfig
-from common.schedule.batch import Batch
 from common.schedule.tiles import LengthClass, Tiles, length_classes, query_tiles
 from torchinfer.cache import KVCache, gather, write
 from torchinfer.model import Attend

@@ -20,16 +20,16 @@ def open_device(requested: str, threads: int | None, ranks: int = 1) -> torch.de
     if threads > 1:
         expect_not_forked("PyTorch")
     torch.set_num_threads(threads)
-    return _choose_device(requested)
+    return choose_device(requested)
 
 
-def _choose_device(requested: str) -> torch.device:
+def choose_device(requested: str) -> torch.device:
     """As `open_device`, which sets threads too."""
     choice = choose(requested, {name: partial(probe, name) for name in PLATFORMS})
     return torch.device(PLATFORMS[choice.platform])
 
 
-def _own_device(device: torch.device, before: int, neighbours: int) -> torch.device:
+def local_device(device: torch.device, before: int, neighbours: int) -> torch.device:
     """The device of a process that is one of so many `neighbours` on its machine, each with one of this kind, and comes behind
     `before` others. From now on it is the current one here. Raises `BackendError` if the machine has too few."""
     if device.type == "cpu":

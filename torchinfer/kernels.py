@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import cpp_extension
 
+from common.batch import Batch, Mask, masked, null_batch
 from common.config import EngineConfig, ModelConfig
 from common.interface import Progress
 from common.kernels.cpu import usable as cpu
@@ -26,7 +27,6 @@ from common.kernels.cpu.step import SAMPLED, pack_changes, pack_step, unpack_sam
 from common.parallel import join_heads, local_config, split_heads
 from common.platform import cores
 from common.rope import rope_tables
-from common.schedule.batch import Batch, Mask, masked, null_batch
 from common.weights.checkpoint import Checkpoint
 from torchinfer.arrays import nbytes, to_device, to_host
 from torchinfer.cache import KVCache

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from common.schedule.batch import Batch
+from common.batch import Batch
 from torchinfer.arrays import to_host
 
 

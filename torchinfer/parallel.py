@@ -39,18 +39,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.agents import Agent, AgentLost, Agents, There, agents, machine
+from common.batch import Batch, Mask, masked
 from common.config import EngineConfig
 from common.errors import BackendError
 from common.exits import FAILURE
-from common.followers import Ended, Follower, Here, Process, follow
+from common.followers import Ended, Follower, Here, Process
 from common.kernels.cpu.sums import Exchange, Left, Place, expect_told, meeting_place, open_library, open_place, place_of
 from common.lines import accept_one, connect, raw
 from common.platform import family_memory
-from common.schedule.batch import Batch, Mask, masked
 from common.secret import SECRET
-from common.weights.checkpoint import open_checkpoint
 from torchinfer.arrays import to_device, to_host
-from torchinfer.device import _choose_device, _own_device
+from torchinfer.device import choose_device, local_device
 
 _log = logging.getLogger(__name__)
 
@@ -180,7 +179,7 @@ class Group:
 ALONE = Group()
 
 
-class _Ways(NamedTuple):
+class Endpoints(NamedTuple):
     """How a rank meets others: what JSON can hold."""
 
     place: Place | None
@@ -188,20 +187,20 @@ class _Ways(NamedTuple):
     before: Place | None = None
     """The pipe from the stage before, and that to the one behind, if there are such."""
     behind: Place | None = None
-    network: _Network | None = None
+    network: NetworkEndpoint | None = None
     """Instead of pipes."""
     store: tuple[str, int] | None = None
     """Instead of all these: where that of `torch.distributed` is, host and port."""
 
 
-class _Network(NamedTuple):
+class NetworkEndpoint(NamedTuple):
     """How a rank meets those of other stages that may be on other machines: what JSON can hold."""
 
     behind: tuple[str, int] | None = None
     """Where the one of the stage behind waits for this one: host and port."""
 
 
-class _Seat(NamedTuple):
+class RankInfo(NamedTuple):
     """Where a rank computes: what JSON can hold."""
 
     backend: str | None
@@ -264,7 +263,7 @@ class _Memory:
         self._seconds += time.perf_counter() - start
         self._bytes += x.nbytes
 
-    def join(self, ways: _Ways, device: torch.device) -> None:
+    def join(self, ways: Endpoints, device: torch.device) -> None:
         """Meet the others, all of whom do so at once, after they have parted. Raises `RuntimeError` if that is over."""
         if ways.place:
             exchange = Exchange(ways.place, self._rank, self._ranks)
@@ -277,7 +276,7 @@ class _Memory:
         if ways.network:
             self._join_over(ways.network)
 
-    def _join_over(self, network: _Network) -> None:
+    def _join_over(self, network: NetworkEndpoint) -> None:
         secret = os.environ[SECRET]
         try:
             if network.behind:
@@ -356,7 +355,7 @@ class _Collectives:
         self._store = _store(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
         return host, port
 
-    def join(self, ways: _Ways, device: torch.device) -> None:
+    def join(self, ways: Endpoints, device: torch.device) -> None:
         assert ways.store
         self.bound = True
         self._store = self._store or _store(*ways.store)
@@ -406,10 +405,10 @@ def _collective(device: torch.device) -> str | None:
     return name
 
 
-class _Ranks(Group):
+class Ranks(Group):
     """Processes that share out a model."""
 
-    def __init__(self, stage: int, rank: int, config: EngineConfig, seat: _Seat) -> None:
+    def __init__(self, stage: int, rank: int, config: EngineConfig, seat: RankInfo) -> None:
         self._stage, self._stages = stage, config.pipeline_parallel_size
         self._rank, self._ranks = rank, config.tensor_parallel_size
         self._seat = seat
@@ -484,7 +483,7 @@ class _Ranks(Group):
         expect_told(kernel(torch.from_numpy(self._line.exchange.memory), self._rank, self._ranks))
 
     def _claim(self, device: torch.device) -> torch.device:
-        self._device = _own_device(device, self._seat.before, self._seat.neighbours)
+        self._device = local_device(device, self._seat.before, self._seat.neighbours)
         return self._device
 
     def _enter(self, begin: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -507,7 +506,7 @@ class _Ranks(Group):
         whole: np.ndarray = to_host(every)
         return whole
 
-    def _join(self, ways: _Ways) -> None:
+    def _join(self, ways: Endpoints) -> None:
         """Meet the others, all of whom do so at once, after they have parted. Raises `RuntimeError` if that is over."""
         self._line.join(ways, self._device)
 
@@ -516,7 +515,7 @@ class _Ranks(Group):
         self._line.part()
 
 
-class _First(_Ranks):
+class _First(Ranks):
     """The rank that has started the others, and leads them."""
 
     def __init__(
@@ -526,7 +525,7 @@ class _First(_Ranks):
         several. Raises `BackendError` where the ranks cannot be started."""
         machines = machines or [""] * config.ranks
         first, *others = (
-            _Seat(_collective(device), machines.count(each), machines[:at].count(each)) for at, each in enumerate(machines)
+            RankInfo(_collective(device), machines.count(each), machines[:at].count(each)) for at, each in enumerate(machines)
         )
         super().__init__(config.pipeline_parallel_size - 1, 0, config, first)
         self._claim(device)
@@ -546,8 +545,8 @@ class _First(_Ranks):
             raise
 
     def _start(self, place: tuple[int, int]) -> Follower:
-        arguments = (*place, asdict(self._config), self._seats[place])
-        return Follower("torch", *arguments, ended=self._lose, start=self._where(place))
+        own = (*place, *self._seats[place])
+        return Follower("torch", asdict(self._config), own, ended=self._lose, start=self._where(place))
 
     def _where(self, place: tuple[int, int]) -> Callable[..., Process]:
         """What starts the rank of a place."""
@@ -614,22 +613,24 @@ class _First(_Ranks):
                 _log.warning("The ranks of this engine could not meet; trying again: %s", error)
 
     @contextmanager
-    def _lay(self) -> Iterator[dict[tuple[int, int], _Ways]]:
+    def _lay(self) -> Iterator[dict[tuple[int, int], Endpoints]]:
         """The ways of each rank, by its stage and its number. At the end ours are closed: then a pipe has no ends but those of
         its two ranks, and is at an end when one of them is."""
         if self._seat.backend:
             store = self._line.open_store(self._host)
-            yield dict.fromkeys([(self._stage, self._rank), *self._places], _Ways(None, store=store))
+            yield dict.fromkeys([(self._stage, self._rank), *self._places], Endpoints(None, store=store))
             return
         with ExitStack() as ours:
             places = [ours.enter_context(meeting_place(self._ranks)) if self._ranks > 1 else None for _ in range(self._stages)]
             self._meetings = [Exchange(place, 0, self._ranks) for place in places if place]
-            ways = {(stage, rank): _Ways(place) for stage, place in enumerate(places) for rank in range(self._ranks)}
+            ways = {(stage, rank): Endpoints(place) for stage, place in enumerate(places) for rank in range(self._ranks)}
             for stage, rank in product(range(1, self._stages), range(self._ranks)):
                 self._link(ways, (stage - 1, rank), (stage, rank), ours)
             yield ways
 
-    def _link(self, ways: dict[tuple[int, int], _Ways], before: tuple[int, int], at: tuple[int, int], ours: ExitStack) -> None:
+    def _link(
+        self, ways: dict[tuple[int, int], Endpoints], before: tuple[int, int], at: tuple[int, int], ours: ExitStack
+    ) -> None:
         """Have the way of one rank lead to that of another, of the next stage. What is ours of it is closed with `ours`."""
         out, into = os.pipe()
         ours.callback(os.close, out)
@@ -699,7 +700,9 @@ class _FirstOfLaunch(_First):
     def _where(self, place: tuple[int, int]) -> Callable[..., Process]:
         return partial(There, self._agent(place), self._launch.secret)
 
-    def _link(self, ways: dict[tuple[int, int], _Ways], before: tuple[int, int], at: tuple[int, int], ours: ExitStack) -> None:
+    def _link(
+        self, ways: dict[tuple[int, int], Endpoints], before: tuple[int, int], at: tuple[int, int], ours: ExitStack
+    ) -> None:
         if at == (self._stage, self._rank):
             host = self._host
             port = self._line.open_door(host)
@@ -707,8 +710,8 @@ class _FirstOfLaunch(_First):
             host, other = self._agent(at).host, self._others[self._places.index(at)]
             other.tell("open_door", host)
             port = other.settle()
-        ways[at] = ways[at]._replace(network=_Network())
-        ways[before] = ways[before]._replace(network=_Network((host, port)))
+        ways[at] = ways[at]._replace(network=NetworkEndpoint())
+        ways[before] = ways[before]._replace(network=NetworkEndpoint((host, port)))
 
 
 def start(config: EngineConfig, device: torch.device) -> Group:
@@ -727,44 +730,6 @@ def start(config: EngineConfig, device: torch.device) -> Group:
     return _FirstOfLaunch(config, device, launch) if launch else _First(config, device)
 
 
-def _needs_keeper(config: EngineConfig) -> bool:
-    """As `ModelRunner.needs_keeper`."""
-    return config.ranks > 1 and _collective(_choose_device(config.device)) is not None
-
-
-def _follow(stage: int, rank: int, config: dict[str, Any], seat: Sequence[Any]) -> None:
-    """The life of every other rank."""
-    from torchinfer.runner import ModelRunner  # which imports this file
-
-    engine_config = EngineConfig(**config)
-    group = _Ranks(stage, rank, engine_config, _Seat(*seat))
-    runner = ModelRunner(engine_config, group)
-
-    def join(ways: Sequence[Any]) -> None:
-        *places, network, store = ways
-        place, before, behind = (way and Place(*way) for way in places)
-        group._join(_Ways(place, before, behind, network and _Network(*network), store))
-
-    def submit(data: bytes) -> None:
-        runner.submit(Batch.from_bytes(data))
-        runner._catch_up()
-
-    def read_pages(pages_of: int, pages: Sequence[int]) -> None:
-        runner.read_pages(pages_of, pages)  # whose first has them all
-
-    def write_pages(pages_of: int, pages: Sequence[int], dtype: str, shape: Sequence[int], data: bytes = b"") -> None:
-        k, v = np.frombuffer(data, dtype).reshape(2, *shape)
-        runner.write_pages(pages_of, pages, {"k": k, "v": v})
-
-    calls: dict[str, Callable[..., object]] = {
-        "load": lambda path: runner.load(open_checkpoint(path)),
-        "open_door": lambda host: group._line.open_door(host),
-        "join": join,
-        "part": group._part,
-        "allocate": runner.allocate,
-        "warmup": runner.warmup,
-        "submit": submit,
-        "read_pages": read_pages,
-        "write_pages": write_pages,
-    }
-    follow(calls, failed=group._line.fail)
+def requires_supervision(config: EngineConfig) -> bool:
+    """As `ModelRunner.requires_supervision`."""
+    return config.ranks > 1 and _collective(choose_device(config.device)) is not None

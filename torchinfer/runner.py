@@ -11,18 +11,18 @@ import torch
 from torch._dynamo.utils import counters
 
 from common import interface
+from common.batch import Batch, Mask
 from common.config import Dtype, EngineConfig, ModelConfig
 from common.errors import BackendError
 from common.interface import Caps, KVGroup, Progress
 from common.kernels.cpu.build import arithmetic
-from common.schedule.batch import Batch, Mask
 from common.weights.checkpoint import Checkpoint
 from torchinfer import kernels
 from torchinfer.arrays import to_device
 from torchinfer.cache import copy_pages, page_memory
 from torchinfer.device import describe, open_device
 from torchinfer.observe import observe
-from torchinfer.parallel import Group, _needs_keeper, start
+from torchinfer.parallel import Group, requires_supervision, start
 from torchinfer.step import Step
 
 
@@ -59,8 +59,8 @@ class ModelRunner(interface.ModelRunner):
         self._waiting: deque[_Waiting] = deque()
 
     @classmethod
-    def needs_keeper(cls, config: EngineConfig) -> bool:
-        return _needs_keeper(config)
+    def requires_supervision(cls, config: EngineConfig) -> bool:
+        return requires_supervision(config)
 
     @property
     def caps(self) -> Caps:

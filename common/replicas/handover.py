@@ -25,9 +25,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.batch import KV
 from common.frames import Frame, NoFrame, read_frame, write_frame
 from common.replicas.segment import SHARES, Others, Room, Segment
-from common.schedule.kv import KV, Layout
+from common.schedule.kv import Layout
 from common.schedule.transfer import (
     LEASE_S,
     MAX_BYTES,

@@ -17,6 +17,6 @@ def open_engine(backend: str, checkpoint: Checkpoint, config: EngineConfig, prog
     if config.prefill_parallel_size:
         return Disaggregated(backend, checkpoint, config, progress)
     # One that ends its process with a rank is a replica too, though the only one: whoever keeps it starts it again.
-    if config.data_parallel_size > 1 or find_backend(backend, config).needs_keeper(config):
+    if config.data_parallel_size > 1 or find_backend(backend, config).requires_supervision(config):
         return Replicas(backend, checkpoint, config, progress)
     return build_engine(backend, checkpoint, config, progress)

@@ -18,6 +18,7 @@ from typing import IO, Any, NoReturn
 import numpy as np
 
 from common import child
+from common.batch import KV
 from common.config import EngineConfig
 from common.engine import Engine, build_engine
 from common.errors import TandemError, name_of
@@ -27,7 +28,7 @@ from common.replicas.keeper import BEAT_S
 from common.replicas.segment import Room
 from common.replicas.wire import pack_event, pack_offer, unpack_offer, unpack_request
 from common.request import Status, StructuredOutputsParams, TokenEvent
-from common.schedule.kv import KV, layouts_of, model_fingerprint
+from common.schedule.kv import layouts_of, model_fingerprint
 from common.schedule.transfer import Sender
 from common.text.grammar import Grammar, Grammars
 from common.text.tokenizer import open_tokenizer

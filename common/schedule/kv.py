@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from common.batch import KV
 from common.interface import ModelRunner
 from common.kernels.cpu import carry
 
@@ -28,32 +29,6 @@ if TYPE_CHECKING:
 TOKENS = "tokens"
 SAMPLED = 64
 """Bytes at the start, in the middle and at the end of a tensor by which weights are told apart."""
-
-
-class KV(NamedTuple):
-    """Those of the first `tokens` tokens of a sequence, or of some in it."""
-
-    tokens: int
-    """T"""
-    groups: tuple[Mapping[str, np.ndarray], ...]
-    """Of each page group, by name: [L, T, K, H], or whole pages as they lie in memory, uint8[P, rows, bytes]."""
-    page: int | None = None
-    """B, of pages as they lie; None of tokens."""
-
-    def slice(self, start: int, stop: int) -> KV:
-        """Those of the tokens [start, stop) among them. Of pages as they lie, `start` is the first of one."""
-        if self.page is None:
-            cut = tuple({name: x[:, start:stop] for name, x in group.items()} for group in self.groups)
-        else:
-            span = slice(start // self.page, -(-stop // self.page))
-            cut = tuple({name: x[span] for name, x in group.items()} for group in self.groups)
-        return KV(min(stop, self.tokens) - start, cut, self.page)
-
-    def fill(self, other: KV) -> None:
-        """Have its arrays hold what those of another do."""
-        for mine, theirs in zip(self.groups, other.groups, strict=True):
-            for name, x in mine.items():
-                np.copyto(x, theirs[name])
 
 
 class Part(NamedTuple):

@@ -52,5 +52,5 @@ def prepared(request: Request, vocab_size: int) -> Prepared:
         f"Request {name!r}: an engine continues a prompt once, got n={n}; add what fan_out makes of the request.",
     )
     check_tokens(f"Request {name!r}: output_token_ids", request.output_token_ids, vocab_size, "output_token_ids")
-    ready = request.prepared
+    ready: Prepared | None = request.prepared
     return prepare(request, vocab_size) if ready is None or ready.vocab_size != vocab_size else ready

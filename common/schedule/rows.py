@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from common.batch import Batch, Want
 from common.request import SamplingParams
-from common.schedule.batch import Batch, Want
 from common.text.grammar import Matcher
 
 

@@ -40,13 +40,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from common.batch import KV, Want
 from common.config import Cache, Schedule
 from common.errors import RequestError
 from common.interface import Caps, Result
 from common.request import STUCK, Logprobs, Request, Status, TokenEvent, expect
-from common.schedule.batch import Want
 from common.schedule.edits import Edits
-from common.schedule.kv import KV
 from common.schedule.limits import Limits, expect_new, expect_room
 from common.schedule.pages import PagePool, next_key
 from common.schedule.prepare import prepared

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from common.batch import KV
 from common.request import Logprobs, Request, Status
 from common.schedule.edits import Edits
-from common.schedule.kv import KV
 from common.schedule.pages import PageKey
 from common.text.grammar import Matcher
 

@@ -8,11 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.batch import KV, Batch, Want
 from common.errors import BackendError
 from common.interface import Result
 from common.request import Logprobs
-from common.schedule.batch import Batch, Want
-from common.schedule.kv import KV
 from common.schedule.rows import Change, Score
 from common.schedule.sequence import Sequence
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.schedule.batch import Batch
+from common.batch import Batch
 
 
 class StepRecord(NamedTuple):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from common.schedule.batch import Batch
+from common.batch import Batch
 
 
 @dataclass(frozen=True)

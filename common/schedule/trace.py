@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, BinaryIO, TypeVar
 import ml_dtypes
 import numpy as np
 
+from common.batch import Batch, Mask, masked
 from common.errors import TandemError
 from common.interface import Caps, KVGroup, ModelRunner, Pending, Progress, Result
-from common.schedule.batch import Batch, Mask, masked
 
 if TYPE_CHECKING:
     from common.weights.checkpoint import Checkpoint

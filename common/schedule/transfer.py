@@ -33,10 +33,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from common.batch import KV
 from common.errors import TandemError, shown
 from common.frames import Frame, Message
 from common.kernels.cpu.carry import sum_of
-from common.schedule.kv import KV, Layout
+from common.schedule.kv import Layout
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from common.serve.errors import ApiError, api_error, engine_gone
 from common.serve.metrics import Metrics
 from common.serve.model import Prompt, ServedModel
 from common.serve.protocol import B, Sampled, parse
-from common.serve.spans import Spans, facts_of
+from common.serve.spans import REQUESTED, Spans, named
 from common.serve.worker import Call, Piece, Worker
 from common.text.output import Delta, OutputText
 
@@ -384,3 +384,22 @@ def json_response(message: Any, status: int = 200) -> Response:
 
 def error_response(error: ApiError) -> Response:
     return Response(encode(error.body), error.status, error.headers, media_type="application/json")
+
+
+def facts_of(answer: Answer) -> dict[str, Any]:
+    """Return the attributes of the span of a completion."""
+    usage = answer.usage()
+    asked = {f"gen_ai.request.{key}": getattr(answer.params, key) for key in REQUESTED}
+    facts = {
+        **named(answer.operation, answer.serving.model, answer.body.model),
+        "gen_ai.response.id": answer.id,
+        "gen_ai.request.choice.count": answer.body.n or 1,
+        "gen_ai.usage.input_tokens": usage["prompt_tokens"],
+        "gen_ai.usage.output_tokens": usage["completion_tokens"],
+        "gen_ai.usage.cache_read.input_tokens": answer.cached_tokens,
+        "gen_ai.response.finish_reasons": [reason for _, reason in sorted(answer.finish_reasons.items())],
+        **{key: value for key, value in asked.items() if value is not None},
+    }
+    if answer.first_token is not None:
+        facts["gen_ai.response.time_to_first_chunk"] = answer.first_token - answer.arrival
+    return facts

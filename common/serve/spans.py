@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
     from common.serve.model import ServedModel
-    from common.serve.serving import Answer
 
 REQUESTED = ("temperature", "top_p", "top_k", "seed", "presence_penalty", "frequency_penalty", "max_tokens")
 """Sampling parameters that the conventions name."""
@@ -67,22 +66,3 @@ def named(operation: str, model: ServedModel, asked: str | None) -> dict[str, An
         "gen_ai.request.model": asked or name,
         "gen_ai.response.model": name,
     }
-
-
-def facts_of(answer: Answer) -> dict[str, Any]:
-    """What a span tells of a completion."""
-    usage = answer.usage()
-    asked = {f"gen_ai.request.{key}": getattr(answer.params, key) for key in REQUESTED}
-    facts = {
-        **named(answer.operation, answer.serving.model, answer.body.model),
-        "gen_ai.response.id": answer.id,
-        "gen_ai.request.choice.count": answer.body.n or 1,
-        "gen_ai.usage.input_tokens": usage["prompt_tokens"],
-        "gen_ai.usage.output_tokens": usage["completion_tokens"],
-        "gen_ai.usage.cache_read.input_tokens": answer.cached_tokens,
-        "gen_ai.response.finish_reasons": [reason for _, reason in sorted(answer.finish_reasons.items())],
-        **{key: value for key, value in asked.items() if value is not None},
-    }
-    if answer.first_token is not None:
-        facts["gen_ai.response.time_to_first_chunk"] = answer.first_token - answer.arrival
-    return facts

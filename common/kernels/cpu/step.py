@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from common.batch import Batch
 from common.request import MAX_LOGPROBS
-from common.schedule.batch import Batch
 
 HEADER = 8
 SAMPLED = 5 + 2 * MAX_LOGPROBS

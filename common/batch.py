@@ -11,10 +11,10 @@ E edits · M masks · W words of a mask.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import IntFlag
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -228,6 +228,32 @@ def null_batch(tokens: int, seqs: int, page_size: int) -> Batch:
         logit_owner=rows,
         want=np.ones(seqs),
     )
+
+
+class KV(NamedTuple):
+    """Keys and values of consecutive tokens of a sequence."""
+
+    tokens: int
+    """T"""
+    groups: tuple[Mapping[str, np.ndarray], ...]
+    """Arrays of each page group, by name: [L, T, K, H], or whole pages in their memory layout, uint8[P, rows, bytes]."""
+    page: int | None = None
+    """Tokens per page, B, where `groups` holds whole pages; None where it holds tokens."""
+
+    def slice(self, start: int, stop: int) -> KV:
+        """Return those of the tokens [start, stop). Where `groups` holds pages, `start` must be the first token of a page."""
+        if self.page is None:
+            cut = tuple({name: x[:, start:stop] for name, x in group.items()} for group in self.groups)
+        else:
+            span = slice(start // self.page, -(-stop // self.page))
+            cut = tuple({name: x[span] for name, x in group.items()} for group in self.groups)
+        return KV(min(stop, self.tokens) - start, cut, self.page)
+
+    def fill(self, other: KV) -> None:
+        """Copy the arrays of another into these."""
+        for mine, theirs in zip(self.groups, other.groups, strict=True):
+            for name, x in mine.items():
+                np.copyto(x, theirs[name])
 
 
 @lru_cache(maxsize=128)
