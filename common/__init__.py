@@ -2,7 +2,7 @@
 
 import sys
 
-from common.exits import end_quietly_at_ctrl_c
+from common.process.exits import end_quietly_at_ctrl_c
 
 if sys.argv[:1] == ["-m"]:  # `python -m` looks here for a command; whoever imports this as a library handles Ctrl-C
     end_quietly_at_ctrl_c()

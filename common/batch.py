@@ -63,7 +63,7 @@ VIEWS: dict[str, tuple[str, str]] = {
     "score_ids": ("<i4", "R"),  # the token to report on, or -1 for the sampled one; absent when nothing is scored
     "edit_rows": ("<i4", "E"),  # places in R, rising; absent like the following when no logit is edited
     "edit_ids": ("<i4", "E"),  # tokens; no two edits have the same row and token
-    "edits": ("<f4", "E3"),  # bias, repetition factor, penalty; see schedule/edits.py
+    "edits": ("<f4", "E3"),  # bias, repetition factor, penalty; see sampling/logits_processor.py
     "mask_rows": ("<i4", "M"),  # places in R, rising; absent like the following when all ids are allowed
     "masks": ("<u4", "MW"),  # one bit a token, 1 where it is allowed; absent where they come while the step runs
 }

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, Self, get_args
 
 from common.errors import ConfigError, nearest_hint, shown
-from common.left_out import why_left_out
+from common.unsupported import why_left_out
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 ITEMSIZES: Mapping[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -18,15 +18,15 @@ from common.config import EngineConfig
 from common.config import expect as expect_config
 from common.errors import EngineGoneError
 from common.interface import Caps, ModelRunner, Pending, Progress, ReplicaState, ServingEngine, load_backend
-from common.parallel import expect_shareable
-from common.platform import memory_available
+from common.kv_transfer.layout import Carrier
+from common.model.partition import expect_shareable
 from common.request import Request, Status, TokenEvent, expect
-from common.schedule.kv import Carrier
+from common.schedule.embeddings import StatesJob, fail, take_prompts
 from common.schedule.scheduler import Scheduler
 from common.schedule.sequence import Sequence
 from common.schedule.step import Step
-from common.schedule.steplog import StepRecord, record_step
-from common.states import StatesJob, fail, take_prompts
+from common.step_log import StepRecord, record_step
+from common.system.hardware import memory_available
 from common.weights.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)

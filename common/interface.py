@@ -23,7 +23,7 @@ from common.request import Request, TokenEvent
 
 if TYPE_CHECKING:
     from common.config import EngineConfig, ModelConfig
-    from common.schedule.steplog import StepRecord
+    from common.step_log import StepRecord
     from common.weights.checkpoint import Checkpoint
 
 

@@ -2,13 +2,14 @@
 
     torchrun --nproc-per-node 2 -m common.launch common.serve --backend torch --pipeline-parallel-size 2
 
-The first of them runs the module that is named, as `python -m` would; each of the others is an agent (`common.agents`), which
-starts a process for every engine that the first makes: in PyTorch it is a rank, and in JAX it has several where there are more
-ranks than processes. So nothing in the engine, and nothing in who uses it, knows of the launch.
+The first of them runs the module that is named, as `python -m` would; each of the others is an agent
+(`common.process.agents`), which starts a process for every engine that the first makes: in PyTorch it is a rank, and in JAX it
+has several where there are more ranks than processes. So nothing in the engine, and nothing in who uses it, knows of the
+launch.
 
 Who launches tells each process its number, how many there are, and where the first is: `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and
 `MASTER_PORT`, or SLURM's own for the first two. They come together at the port after that, for `torchrun` itself listens there.
-All prove to each other that they know the secret of the launch (`common.secret`, `common.lines`).
+All prove to each other that they know the secret of the launch (`common.process.secret`, `common.process.connection`).
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
-from common import agents, lines
-from common.agents import Agent, Agents, machine
-from common.child import PARENTS
 from common.config import expect
 from common.errors import BackendError, TandemError
-from common.exits import FAILURE, USER_ERROR, fail
-from common.lines import Connection
-from common.secret import launch_secret
+from common.process import agents
+from common.process.agents import Agent, Agents, machine
+from common.process.child import PARENTS
+from common.process.connection import Connection, Refused, close_listener, connect, own_address, receive, send, serve
+from common.process.exits import FAILURE, USER_ERROR, fail
+from common.process.secret import launch_secret
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +88,8 @@ def gather(told: Launched) -> Iterator[Agents]:
                 f"Ranks cannot come together at {told.host}:{told.port}: {error}. Set another MASTER_PORT."
             ) from error
         with ExitStack() as until_complete:
-            until_complete.callback(lines.close_listener, listener)
-            threading.Thread(target=lines.serve, args=(listener, told.secret, arrivals.put), daemon=True).start()
+            until_complete.callback(close_listener, listener)
+            threading.Thread(target=serve, args=(listener, told.secret, arrivals.put), daemon=True).start()
             while missing := set(range(1, told.size)) - set(found):
                 try:
                     connection = arrivals.get(timeout=max(1e-3, deadline - time.monotonic()))
@@ -115,7 +116,7 @@ def _admits(connection: Connection, told: Launched, found: Mapping[int, Agent]) 
         connection.refuse(f"Another process of this launch has come with RANK={rank}.")
     elif rank in range(1, told.size):
         connection.answer({})
-        lines.receive(connection.socket)  # fails if the process has given up on this connection and connects again
+        receive(connection.socket)  # fails if the process has given up on this connection and connects again
         return True
     return False
 
@@ -126,18 +127,18 @@ def follow(told: Launched) -> None:
     begin = time.monotonic()
     while True:
         try:
-            with socket.create_server((lines.own_address(told.host), 0)) as listener:
+            with socket.create_server((own_address(told.host), 0)) as listener:
                 port = listener.getsockname()[1]
                 hello = {"rank": told.rank, "size": told.size, "port": port, "machine": machine(), "pid": os.getpid()}
-                line, _ = lines.connect(told.host, told.port, told.secret, hello)
-                lines.send(line, {})
+                line, _ = connect(told.host, told.port, told.secret, hello)
+                send(line, {})
                 for each in PARENTS:
                     signal.signal(each, signal.SIG_IGN)  # the first's to handle, whose end is ours
                 threading.Thread(target=agents.serve, args=(listener, told.secret), daemon=True).start()
                 with line, suppress(OSError):
                     line.recv(1)  # nothing ever comes but the end
                 return
-        except lines.Refused as refused:
+        except Refused as refused:
             raise BackendError(str(refused)) from refused
         except OSError as error:
             if time.monotonic() - begin > PATIENCE_S:

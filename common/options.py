@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 from common.config import EngineConfig
 from common.errors import ConfigError, nearest_hint
-from common.left_out import why_left_out
+from common.unsupported import why_left_out
 from common.weights.zoo import names
 
 SWITCH = "true|false"

@@ -19,7 +19,7 @@ import numpy as np
 
 from common.config import Dtype
 from common.errors import CheckpointError, TandemError
-from common.schedule.steplog import StepRecord
+from common.step_log import StepRecord
 from experiments.config import CorrectnessConfig, EngineSpec
 from experiments.correctness import Agreement, common_prefix, float64_reference, judge, table
 from experiments.coverage import Part, cover, coverage, sample

@@ -22,7 +22,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from common.config import EngineConfig, expect
 from common.errors import ConfigError, TandemError, nearest_hint
-from common.exits import (
+from common.process.exits import (
     DEFECT,
     FAILURE,
     GATE,

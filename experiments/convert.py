@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from common.config import ModelConfig, Rope, expect
 from common.errors import CheckpointError
-from common.rope import inverse_frequencies
+from common.model.rope import inverse_frequencies
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from common.weights.parameters import NUMPY_DTYPES
 from common.weights.zoo import cache_directory

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from common.schedule.steplog import StepRecord
+from common.step_log import StepRecord
 from experiments.workload import Item, Workload
 
 PROMPTS = 7 / 8

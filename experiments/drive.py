@@ -15,7 +15,7 @@ from common.engine import Engine
 from common.errors import RequestError
 from common.interface import InferenceEngine
 from common.request import Logprobs, Request, SamplingParams, TokenEvent
-from common.schedule.steplog import StepRecord
+from common.step_log import StepRecord
 from experiments.agenda import Agenda
 from experiments.machine import Watch
 from experiments.workload import Item

@@ -1,10 +1,11 @@
 """How fast do the pages of a long prompt get from one engine to another? `python -m experiments.handover` prints for each pair
 of backends the rate at which they are handed over beside that of this machine's memory copy, and one line of JSON.
 
-One process holds the pages and another has them brought into its own, by what serves requests (`common.replicas.handover`),
-time after time; between any two times as many bytes are copied from one array to another, by one thread. A rate is that of the
-median time. To hand over is to copy twice, from pages to memory that both processes have and from there to pages, and to read
-once more in between, for the receiver's checksums, each by two threads; the sender's are of what it has just copied.
+One process holds the pages and another has them brought into its own, by what serves requests
+(`common.kv_transfer.connection`), time after time; between any two times as many bytes are copied from one array to another,
+by one thread. A rate is that of the median time. To hand over is to copy twice, from pages to memory that both processes have
+and from there to pages, and to read once more in between, for the receiver's checksums, each by two threads; the sender's are
+of what it has just copied.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from common import child
 from common.batch import KV
 from common.config import EngineConfig
 from common.errors import TandemError
-from common.exits import USER_ERROR, expect_output, fail, printing
-from common.frames import Frame, read_frame, write_frame
 from common.interface import ModelRunner, load_backend
-from common.replicas.handover import SECRET, Door, Heard, fetch
-from common.replicas.segment import Room
-from common.replicas.wire import pack_offer, unpack_offer
-from common.schedule.kv import Carrier, layouts_of
-from common.schedule.transfer import Sender
+from common.kv_transfer.connection import SECRET, Door, Heard, fetch
+from common.kv_transfer.layout import Carrier, layouts_of
+from common.kv_transfer.protocol import Sender
+from common.kv_transfer.shared_memory import Room
+from common.process import child
+from common.process.exits import USER_ERROR, expect_output, fail, printing
+from common.process.frames import Frame, read_frame, write_frame
+from common.replicas.messages import pack_offer, unpack_offer
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
 from experiments.console import print_json, wide_console

@@ -1,8 +1,8 @@
 """An engine in a process of its own: `IsolatedEngine` here, `experiments.worker` there.
 
 Each process imports one framework, with its threads settled in the environment before the import, so that two engines can be
-alive at once and compute in turn. They communicate in frames (`common.frames`) over the child's standard input and output. The
-child sleeps on a read while it is idle, and ends when that pipe does: it cannot outlive us.
+alive at once and compute in turn. They communicate in frames (`common.process.frames`) over the child's standard input and
+output. The child sleeps on a read while it is idle, and ends when that pipe does: it cannot outlive us.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.child import how_it_ended
 from common.errors import EngineGoneError, TandemError, by_name
-from common.frames import Message, NoFrame, read_frame, write_frame
 from common.interface import Progress
-from common.platform import cores, thread_settings
+from common.process.child import how_it_ended
+from common.process.frames import Message, NoFrame, read_frame, write_frame
+from common.system.hardware import cores, thread_settings
 from common.weights.checkpoint import open_checkpoint
 from experiments.drive import Window
 from experiments.peers import PEERS, interpreter, module_settings

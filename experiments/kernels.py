@@ -33,8 +33,8 @@ from common.batch import Batch
 from common.config import ITEMSIZES, Dtype, ModelConfig, expect
 from common.errors import BackendError
 from common.request import SamplingParams
-from common.schedule.rows import Rows
-from common.schedule.steplog import record_step
+from common.schedule.request_table import Rows
+from common.step_log import record_step
 from common.weights.checkpoint import expected_shapes
 from experiments.config import EngineSpec
 from experiments.console import print_doubts, wide_console

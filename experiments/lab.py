@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from common.config import expect
 from common.engine import Engine, build_engine
 from common.errors import ConfigError
-from common.exits import USER_ERROR
+from common.process.exits import USER_ERROR
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from experiments.cells import FIGURES, figure, tells

@@ -28,7 +28,7 @@ from omegaconf import DictConfig
 
 from common.config import expect, real
 from common.errors import ConfigError
-from common.exits import DEFECT, GATE
+from common.process.exits import DEFECT, GATE
 from experiments.job import JOBS, OTHER_CODE, Job, code_of, digest, is_done, is_whole, merged, read_jobs, set_aside, write_jobs
 from experiments.progress import Board, told_apart
 from experiments.rundir import config_folders

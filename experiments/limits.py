@@ -17,7 +17,7 @@ from rich.table import Table
 
 from common.config import Dtype
 from common.errors import BackendError
-from common.platform import cores, thread_settings
+from common.system.hardware import cores, thread_settings
 from experiments.console import wide_console
 from experiments.metrics import BUSY, LIMITED
 from experiments.words import number

@@ -14,8 +14,8 @@ from typing import Any
 
 import psutil
 
-from common.agents import agents, machine
-from common.platform import cgroup_files, family
+from common.process.agents import agents, machine
+from common.system.hardware import cgroup_files, family
 
 SYSTEM = Path("/sys")
 PROCESSES = Path("/proc")

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from common.config import EngineConfig, expect
 from common.errors import TandemError
-from common.parallel import expect_shareable
+from common.model.partition import expect_shareable
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from experiments.blocks import PRECISION, block_order, level, reason_to_stop, tail, time_left

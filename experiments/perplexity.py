@@ -17,7 +17,7 @@ from common.config import EngineConfig
 from common.errors import ConfigError
 from common.interface import ModelRunner, Progress
 from common.request import SamplingParams
-from common.schedule.rows import Rows
+from common.schedule.request_table import Rows
 from common.weights.checkpoint import Checkpoint
 from experiments.correctness import log_softmax
 

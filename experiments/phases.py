@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from common.schedule.steplog import StepRecord
+from common.step_log import StepRecord
 from experiments.drive import Row, Window
 
 STEADY = 0.9

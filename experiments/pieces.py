@@ -20,7 +20,7 @@ from common.config import EngineConfig, ModelConfig, expect
 from common.kernels.cpu.build import arithmetic
 from common.kernels.cpu.pages import page_bytes
 from common.kernels.cpu.step import pack_step
-from common.platform import memory_available
+from common.system.hardware import memory_available
 from common.weights.checkpoint import Checkpoint
 from experiments.kernels import Shape, make_batch
 from experiments.machine import busy_seconds

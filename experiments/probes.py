@@ -21,7 +21,7 @@ from common.config import ITEMSIZES, Dtype
 from common.errors import BackendError
 from common.kernels.cpu.build import build
 from common.kernels.cpu.pack import aligned
-from common.platform import cores, memory_available
+from common.system.hardware import cores, memory_available
 from common.weights.parameters import NUMPY_DTYPES
 from experiments.console import print_json
 from experiments.limits import DTYPES, READ, SECONDS, Limits

@@ -23,9 +23,9 @@ from fastapi import FastAPI
 
 from common.config import expect
 from common.errors import BackendError, TandemError
-from common.exits import FAILURE, USER_ERROR, fail
+from common.model.partition import expect_shareable
 from common.options import engine_options, parse
-from common.parallel import expect_shareable
+from common.process.exits import FAILURE, USER_ERROR, fail
 from common.serve.command import api_key, listen, make_app, make_parser
 from common.weights.checkpoint import open_checkpoint
 from common.weights.zoo import resolve

@@ -15,7 +15,7 @@ import pandas as pd
 from common.config import expect
 from common.errors import ConfigError
 from common.interface import KernelEvent
-from common.schedule.steplog import StepRecord
+from common.step_log import StepRecord
 from experiments.drive import Row, Window
 from experiments.profiled import Profile
 from experiments.rundir import ROWS, write_json, write_whole

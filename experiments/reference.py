@@ -1,6 +1,6 @@
 """The judge: a decoder in plain NumPy and float64, dense, without pages, batches or backends.
 
-Written from the papers and independent of the engines: it imports neither backend nor `common.rope`.
+Written from the papers and independent of the engines: it imports neither backend nor `common.model.rope`.
 Vaswani et al. 2017 (attention), Zhang & Sennrich 2019 (RMSNorm), Su et al. 2021 (RoPE), Shazeer 2020 (GLU),
 Ainslie et al. 2023 (grouped queries), Beltagy et al. 2020 (sliding window), Peng et al. 2023 (YaRN), Gemma team 2025 (Gemma 3).
 Shape letters: DESIGN §7.

@@ -20,7 +20,7 @@ import pandas as pd
 
 from common.config import expect
 from common.errors import ConfigError, TandemError
-from common.exits import USER_ERROR, fail, printing
+from common.process.exits import USER_ERROR, fail, printing
 from experiments import canvas, page, perfetto
 from experiments.records import PROFILED, read_kernels, read_rows, read_steps
 from experiments.results import RunFiles, is_sweep, read_run

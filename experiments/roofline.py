@@ -22,7 +22,7 @@ import numpy as np
 
 from common.config import Dtype, ModelConfig
 from common.errors import TandemError
-from common.exits import FAILURE, expect_output, fail, printing
+from common.process.exits import FAILURE, expect_output, fail, printing
 from experiments.console import print_json
 from experiments.drive import Window
 from experiments.limits import SECONDS, Limits, measure_limits, print_limits

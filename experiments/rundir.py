@@ -23,8 +23,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from common.errors import ConfigError, TandemError
-from common.exits import unwritable
-from common.platform import cores, cpu_name
+from common.process.exits import unwritable
+from common.system.hardware import cores, cpu_name
 from experiments.source import code_digest, compiler, lines_of, source, versions
 
 PARTIAL = ".partial"

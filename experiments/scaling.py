@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from common.platform import cores
+from common.system.hardware import cores
 from experiments.cells import figure
 from experiments.config import EngineSpec
 from experiments.page import Table

@@ -27,7 +27,7 @@ import psutil
 
 from common.config import expect
 from common.errors import BackendError
-from common.platform import peak_rss, rss
+from common.system.hardware import peak_rss, rss
 
 POLL_S = 0.1
 PATIENCE_S = 10.0

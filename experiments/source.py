@@ -12,7 +12,7 @@ from typing import Any
 
 from common.errors import BackendError
 from common.kernels.cpu.build import machine_options
-from common.platform import cxx_compiler
+from common.system.hardware import cxx_compiler
 
 SOURCES = ("*.py", "*.cc", "*.h", "*.yaml")
 """Files that decide what a run does. Others may lie beside them, large ones too."""

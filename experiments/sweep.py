@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from common.errors import TandemError
-from common.exits import FAILURE, USER_ERROR, fail, printing
+from common.process.exits import FAILURE, USER_ERROR, fail, printing
 from experiments.cells import FIGURES
 from experiments.console import print_doubts, print_result, print_rows, print_scaling, wide_console
 from experiments.remarks import BRACKETS

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from common.config import expect
 from common.errors import TandemError
-from common.exits import FAILURE
+from common.process.exits import FAILURE
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from experiments.config import correctness_config, engine_spec, engine_specs, resolved

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.config import ITEMSIZES, Dtype, ModelConfig
-from common.schedule.steplog import StepRecord
+from common.step_log import StepRecord
 from common.weights.checkpoint import expected_shapes
 
 

@@ -13,12 +13,12 @@ from dataclasses import asdict
 from importlib import import_module, util
 from typing import IO, Any
 
-from common.child import listen
 from common.config import EngineConfig
 from common.errors import BackendError
-from common.frames import Message, write_frame
 from common.interface import InferenceEngine, Progress
-from common.platform import peak_rss, rss
+from common.process.child import listen
+from common.process.frames import Message, write_frame
+from common.system.hardware import peak_rss, rss
 from common.weights.checkpoint import open_checkpoint
 from experiments.drive import drive
 from experiments.peers import PEERS
@@ -45,7 +45,7 @@ def build(
                 f"engine={name} needs the package {error.name!r}, which is not installed. Run: {remedy}"
             ) from error
         return engine
-    from common.replicas.open import open_engine
+    from common.replicas.factory import open_engine
 
     return open_engine(name, checkpoint, config, progress)
 

@@ -10,7 +10,7 @@ from functools import partial
 import jax
 
 from common.errors import BackendError, CheckpointError
-from common.platform import choose, cores, cpu_name, expect_not_forked
+from common.system.hardware import choose, cores, cpu_name, expect_not_forked
 from common.weights.zoo import cache_directory
 
 _log = logging.getLogger(__name__)

@@ -26,9 +26,9 @@ from common.kernels.cpu.build import build
 from common.kernels.cpu.pack import pack_head, pack_layers
 from common.kernels.cpu.pages import keys_in, keys_out, page_bytes, pool_shapes, values_in, values_out
 from common.kernels.cpu.step import HEADER, SAMPLED, max_step_size, pack_changes, pack_step, unpack_sampled, without_modes
-from common.parallel import join_heads, local_config, split_heads
-from common.platform import cores
-from common.rope import rope_tables
+from common.model.partition import join_heads, local_config, split_heads
+from common.model.rope import rope_tables
+from common.system.hardware import cores
 from common.weights.checkpoint import Checkpoint
 from jaxinfer.arrays import gather_to_host, nbytes
 from jaxinfer.cache import KVCache, copy_all_pages

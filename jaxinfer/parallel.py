@@ -37,14 +37,14 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from common.agents import Agents, There, agents, machine
 from common.batch import Batch, Mask
 from common.config import EngineConfig, ModelConfig
 from common.errors import BackendError
-from common.exits import FAILURE
-from common.followers import Ended, Follower
 from common.interface import Progress
-from common.platform import cores, family_memory
+from common.process.agents import Agents, There, agents, machine
+from common.process.exits import FAILURE
+from common.process.workers import Ended, Follower
+from common.system.hardware import cores, family_memory
 from common.weights.checkpoint import Checkpoint
 from jaxinfer.arrays import to_device
 from jaxinfer.device import make_cpu_devices, open_device

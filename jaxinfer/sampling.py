@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from common.parallel import BLOCK
+from common.model.partition import BLOCK
 from common.request import MAX_LOGPROBS
 from jaxinfer.parallel import ALONE, Group, without_negative_zero
 

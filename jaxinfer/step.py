@@ -23,7 +23,7 @@ from jax import Array, lax
 from common.batch import Batch, Mask, Want, masked, without_scores
 from common.config import EngineConfig, ModelConfig
 from common.interface import Progress, last_residual, max_logits, page_bytes
-from common.parallel import join_heads, local_config, pool_config, split_heads, stage_layers
+from common.model.partition import join_heads, local_config, pool_config, split_heads, stage_layers
 from common.weights.checkpoint import Checkpoint
 from common.weights.shard import stage_of
 from jaxinfer import cache as pages

@@ -9,7 +9,7 @@ from flax import nnx
 
 from common.config import Dtype
 from common.interface import Progress
-from common.rope import rope_tables
+from common.model.rope import rope_tables
 from common.weights.checkpoint import Checkpoint
 from common.weights.parameters import parameter
 from common.weights.shard import shard

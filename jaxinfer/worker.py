@@ -1,7 +1,7 @@
 """The process of a launch that drives its share of the ranks beside the first process.
 
-`common.followers` starts it by name. The first process sends every call that it makes, and this process makes the same calls in
-the same order: a program on a mesh runs when all processes of the mesh have started it.
+`common.process.workers` starts it by name. The first process sends every call that it makes, and this process makes the same
+calls in the same order: a program on a mesh runs when all processes of the mesh have started it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 
 from common.batch import Batch
 from common.config import EngineConfig
-from common.exits import FAILURE
-from common.followers import follow
+from common.process.exits import FAILURE
+from common.process.workers import follow
 from common.weights.checkpoint import open_checkpoint
 from jaxinfer.parallel import ProcessInfo, init_distributed, shut_down_distributed
 from jaxinfer.runner import ModelRunner

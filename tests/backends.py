@@ -22,7 +22,7 @@ from common.engine import Engine
 from common.interface import ModelRunner, ServingEngine, load_backend
 from common.kernels.cpu.step import pack_step
 from common.request import SamplingParams
-from common.schedule.rows import Rows
+from common.schedule.request_table import Rows
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from experiments.pieces import padded, part

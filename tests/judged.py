@@ -15,7 +15,7 @@ from common.config import EngineConfig
 from common.engine import Engine
 from common.interface import Caps, KVGroup, ModelRunner, Pending, Progress
 from common.request import Logprobs, Request, SamplingParams, TokenEvent
-from common.schedule.seeds import mix64
+from common.sampling.seeds import mix64
 from tests.backends import checkpoint, shared_runner
 from tests.numpy_sampler import Filters, adjusted, choices, scores, uniform
 

@@ -13,9 +13,9 @@ import pytest
 
 from common.config import EngineConfig
 from common.interface import ServingEngine
-from common.replicas.open import open_engine
+from common.replicas.factory import open_engine
 from common.request import Request, SamplingParams, TokenEvent
-from common.schedule.seeds import mix64
+from common.sampling.seeds import mix64
 from tests.backends import checkpoint
 from tests.history_runner import Expected, expected
 from tests.http_server import known_history

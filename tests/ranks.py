@@ -22,9 +22,9 @@ from common.batch import KV
 from common.config import EngineConfig
 from common.engine import Engine
 from common.interface import ModelRunner, load_backend
+from common.kv_transfer.layout import layouts_of
+from common.kv_transfer.protocol import Offer, Tag, common_layout
 from common.request import Request, SamplingParams, TokenEvent
-from common.schedule.kv import layouts_of
-from common.schedule.transfer import Offer, Tag, common_layout
 from common.weights.checkpoint import open_checkpoint
 from tests.backends import Packer
 from tests.history_backend import ROOT

@@ -7,10 +7,10 @@ import sys
 import time
 from dataclasses import replace
 
-from common import child
 from common.config import EngineConfig
-from common.frames import write_frame
-from common.replicas.open import open_engine
+from common.process import child
+from common.process.frames import write_frame
+from common.replicas.factory import open_engine
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
 

@@ -15,12 +15,12 @@ from common.config import Cache, EngineConfig
 from common.engine import Engine
 from common.errors import DrainingError, QueueFullError, RequestError
 from common.request import Logprobs, Request, SamplingParams, Status, TokenEvent
-from common.schedule.pages import PagePool
+from common.sampling.seeds import mix64
+from common.schedule.fault_isolation import MOST_RAISED
+from common.schedule.page_pool import PagePool
 from common.schedule.scheduler import Scheduler
-from common.schedule.seeds import mix64
 from common.schedule.sequence import Sequence
-from common.schedule.steplog import shared_pages
-from common.schedule.trials import MOST_RAISED
+from common.step_log import shared_pages
 from tests.history_runner import Expected, HistoryRunner, expected
 
 VOCAB = 32

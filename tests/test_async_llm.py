@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from common.async_llm import AsyncLLM
 from common.errors import BackendError, RequestError
 from common.llm import LLM
-from common.outputs import RequestOutput
+from common.llm.async_llm import AsyncLLM
+from common.llm.outputs import RequestOutput
 from common.request import SamplingParams
 
 SMALL: dict[str, Any] = {

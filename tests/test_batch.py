@@ -10,7 +10,7 @@ import pytest
 
 from common.batch import ALIGN, REQUIRED, VIEWS, Batch, BatchError, Want
 from common.request import SamplingParams
-from common.schedule.rows import Change, Rows, Score
+from common.schedule.request_table import Change, Rows, Score
 
 GREEDY = SamplingParams(temperature=0.0)
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig
 
-from common.beam import Beam, BeamSearchParams, beam_search
 from common.errors import BackendError, RequestError
 from common.llm import LLM
-from common.outputs import RequestOutput
+from common.llm.outputs import RequestOutput
 from common.request import SamplingParams
+from common.sampling.beam_search import Beam, BeamSearchParams, beam_search
 from common.weights.zoo import resolve
 
 SMALL = {

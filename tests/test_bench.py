@@ -18,8 +18,8 @@ import pytest
 
 from common.config import EngineConfig
 from common.errors import CheckpointError, ConfigError, RequestError
-from common.platform import thread_settings
 from common.request import Request, SamplingParams
+from common.system.hardware import thread_settings
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
 from experiments import bench, compare, diverge

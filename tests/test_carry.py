@@ -12,7 +12,7 @@ import xxhash
 from common.interface import Rows, rows_of
 from common.kernels.cpu import carry
 from common.kernels.cpu.carry import SHORT, Part, gather, scatter, sums
-from common.schedule.kv import TOKENS, layouts_of
+from common.kv_transfer.layout import TOKENS, layouts_of
 from tests.history_runner import HistoryRunner
 
 RNG = np.random.default_rng(0)

@@ -19,14 +19,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from common import child
-from common.agents import Agents
 from common.config import EngineConfig
 from common.engine import Engine, build_engine
 from common.errors import BackendError
 from common.interface import load_backend
-from common.replicas.engine import Replicas
-from common.replicas.open import open_engine
+from common.process import child
+from common.process.agents import Agents
+from common.replicas.data_parallel import Replicas
+from common.replicas.factory import open_engine
 from common.request import Request
 from tests.backends import checkpoint
 from tests.history_backend import ROOT

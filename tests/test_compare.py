@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from common.exits import TERMINATED, Terminated
+from common.process.exits import TERMINATED, Terminated
 from experiments import compare, records
 from experiments.compare import ratios
 from experiments.drive import Window

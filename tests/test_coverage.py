@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from common.schedule.steplog import StepRecord
+from common.step_log import StepRecord
 from experiments.coverage import cover, coverage, sample, step_sizes
 from experiments.workload import Item, Lengths, Workload, WorkloadConfig, draw
 

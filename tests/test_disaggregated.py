@@ -19,9 +19,9 @@ import psutil
 import pytest
 
 from common.errors import BackendError, ConfigError, RequestError
+from common.kv_transfer.shared_memory import SHARES
 from common.llm import LLM
 from common.replicas.disaggregated import Disaggregated
-from common.replicas.segment import SHARES
 from common.request import Request, SamplingParams, Status, TokenEvent, fan_out
 from experiments import compare, lab
 from tests import history_backend
@@ -263,7 +263,7 @@ def test_no_process_and_no_socket_outlives_an_engine_that_is_killed(history: Pat
 def test_where_no_replica_computes_prompts_any_more_the_others_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packages, control = history_package(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"{packages}{os.pathsep}{ROOT}")
-    monkeypatch.setattr("common.replicas.keeper.RETRY_S", 0.01)
+    monkeypatch.setattr("common.replicas.supervisor.RETRY_S", 0.01)
     with running(Disaggregated, PAIR) as engine:
         (control / "slow").touch()
         (packages / "historyinfer" / "__init__.py").write_text("raise SystemExit(9)")

@@ -14,7 +14,7 @@ from common.engine import Engine
 from common.errors import EngineGoneError, RequestError
 from common.llm import LLM
 from common.request import Request, SamplingParams
-from common.states import Pooler, Pooling, num_fitting
+from common.schedule.embeddings import Pooler, Pooling, num_fitting
 from tests.backends import BACKENDS, checkpoint, engine_config, hidden_states, make_engine, shared_runner
 from tests.history_runner import HistoryRunner
 

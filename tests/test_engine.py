@@ -21,7 +21,7 @@ from common.config import EngineConfig
 from common.engine import Engine, build_engine, pool_size
 from common.errors import BackendError, ConfigError, DrainingError, QueueFullError, RequestError
 from common.request import Request, SamplingParams, Status, TokenEvent, fan_out
-from common.schedule.seeds import mix64
+from common.sampling.seeds import mix64
 from tests.events import drain, tokens
 from tests.history_runner import Expected, HistoryRunner, expected
 

@@ -7,7 +7,7 @@ import io
 import numpy as np
 import pytest
 
-from common.frames import MAGIC, MAX_DATA, NoFrame, read_frame, write_frame
+from common.process.frames import MAGIC, MAX_DATA, NoFrame, read_frame, write_frame
 
 
 def written(*parts: bytes) -> bytes:

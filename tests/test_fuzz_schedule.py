@@ -16,7 +16,7 @@ from common.config import EngineConfig
 from common.engine import Engine
 from common.errors import DrainingError, QueueFullError
 from common.request import Request, SamplingParams, Status
-from common.schedule.trials import CULPRITS, MOST_RAISED
+from common.schedule.fault_isolation import CULPRITS, MOST_RAISED
 from tests.history_runner import HistoryRunner
 from tests.schedule_driver import Episode
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 import common.engine as engine_module
-import common.schedule.transfer as transfer_module
+import common.kv_transfer.protocol as transfer_module
 from common.batch import KV
-from common.schedule.kv import Carrier
-from common.schedule.pages import PageError
+from common.kv_transfer.layout import Carrier
+from common.kv_transfer.protocol import Abort, Done, Pages, Receiver, Said, Sender
+from common.schedule.page_pool import PageError
 from common.schedule.scheduler import Scheduler
-from common.schedule.transfer import Abort, Done, Pages, Receiver, Said, Sender
 from tests import test_mutants
 from tests.schedule_driver import Violation
 from tests.test_mutants import Patch, Ran

@@ -13,7 +13,7 @@ from gguf.quants import dequantize, quantize
 
 from common.config import Rope
 from common.errors import CheckpointError, ConfigError, TandemError
-from common.rope import inverse_frequencies
+from common.model.rope import inverse_frequencies
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from common.weights.entry import BLOCKS, PLAIN, block_layout
 from common.weights.gguf import load_gguf, model_config_from_metadata

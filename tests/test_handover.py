@@ -20,11 +20,11 @@ from pathlib import Path
 import pytest
 
 from common.batch import KV
-from common.frames import MAGIC, read_frame, write_frame
-from common.replicas import handover, segment
-from common.replicas.handover import HOST, Door, Heard, fetch
-from common.replicas.segment import SHARES, Room
-from common.schedule.transfer import Abort, Accept, Hold, Offer, Pages, Said, Sender, Tag, TransferError, seal
+from common.kv_transfer import connection, shared_memory
+from common.kv_transfer.connection import HOST, Door, Heard, fetch
+from common.kv_transfer.protocol import Abort, Accept, Hold, Offer, Pages, Said, Sender, Tag, TransferError, seal
+from common.kv_transfer.shared_memory import SHARES, Room
+from common.process.frames import MAGIC, read_frame, write_frame
 from tests.test_transfer import LAYOUT, Memory, same, some_kv
 
 SECRET = b"of this launch"
@@ -82,7 +82,7 @@ def fetched(holder: Holder, offer: Offer | None = None, secret: bytes = SECRET) 
 
 def connected(holder: Holder) -> socket.socket:
     """A stranger."""
-    return handover._connect(holder.door.address)
+    return connection._connect(holder.door.address)
 
 
 @pytest.fixture(params=[True, False] if SHARES else [False], ids=lambda shares: "memory" if shares else "tcp")
@@ -158,7 +158,7 @@ def test_garbage_is_refused_and_logged(data: bytes, told: str, shares: bool, cap
 
 @pytest.mark.parametrize("drips", [False, True])
 def test_who_says_nothing_is_hung_up_on(drips: bool, shares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handover, "HELLO_S", 0.3)
+    monkeypatch.setattr(connection, "HELLO_S", 0.3)
     with holding(shares=shares) as holder, connected(holder) as stranger:
         stranger.settimeout(0.05)
         begin, closed = time.monotonic(), False
@@ -176,8 +176,8 @@ def test_who_says_nothing_is_hung_up_on(drips: bool, shares: bool, monkeypatch: 
 
 
 def test_there_is_room_for_so_many_and_no_more(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(handover, "MAX_CONNECTIONS", 3)
-    monkeypatch.setattr(handover, "COMPLAINT_S", 60.0)
+    monkeypatch.setattr(connection, "MAX_CONNECTIONS", 3)
+    monkeypatch.setattr(connection, "COMPLAINT_S", 60.0)
     with holding() as holder:
         others = [connected(holder) for _ in range(3)]
         with pytest.raises((TransferError, ConnectionError)):
@@ -229,12 +229,12 @@ def test_who_hangs_up_on_the_way_is_not_waited_for() -> None:
     listener = socket.create_server((HOST, 0))
 
     def die() -> None:
-        connection, _ = listener.accept()
-        with connection, connection.makefile("rwb") as stream:
+        line, _ = listener.accept()
+        with line, line.makefile("rwb") as stream:
             assert read_frame(stream) is not None
             data = LAYOUT.pack(some_kv(3))
             write_frame(stream, *seal(Pages(Tag("r", 7), 0, 3, 0, data), SECRET))
-            connection.sendall(MAGIC + bytes(3))
+            line.sendall(MAGIC + bytes(3))
 
     dying = threading.Thread(target=die)
     dying.start()
@@ -283,7 +283,7 @@ def test_the_pages_of_many_requests_come_at_once() -> None:
 
 def test_what_finds_no_room_is_held_until_there_is_and_comes_then(shares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Longer than a lease: who waits says so."""
-    monkeypatch.setattr(segment, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(shared_memory, "PATIENCE_S", 0.05)
     with holding(200, shares=shares) as holder:
         holder.sender._lease_s = 1.0
         offers = [holder.sender.offer(f"r{i}", 200, time.monotonic()) for i in range(3)]
@@ -301,7 +301,7 @@ def test_what_finds_no_room_is_held_until_there_is_and_comes_then(shares: bool, 
 
 
 def test_who_ends_while_it_waits_for_room_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segment, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(shared_memory, "PATIENCE_S", 0.05)
     with holding(200) as holder:
         offers = [holder.sender.offer(f"r{i}", 200, time.monotonic()) for i in range(3)]
         room, found = Room(1), [Future[KV]() for _ in offers]

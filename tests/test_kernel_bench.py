@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from common.config import EngineConfig, ModelConfig
-from common.schedule.steplog import record_step
+from common.step_log import record_step
 from experiments import bench, compare, kernels, pieces
 from experiments.isolate import EngineFailure, IsolatedEngine
 from experiments.kernels import Shape, make_batch, needs

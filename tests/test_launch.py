@@ -25,18 +25,19 @@ from typing import Any
 import psutil
 import pytest
 
-from common import launch, lines
-from common.agents import Agents, There, machine
+from common import launch
 from common.config import EngineConfig
 from common.engine import Engine, build_engine
 from common.errors import BackendError, ConfigError
-from common.frames import MAGIC, write_frame
 from common.interface import ServingEngine
 from common.launch import Launched, gather, launched
-from common.replicas.engine import Replicas
-from common.replicas.open import open_engine
+from common.process import connection
+from common.process.agents import Agents, There, machine
+from common.process.frames import MAGIC, write_frame
+from common.process.secret import SECRET
+from common.replicas.data_parallel import Replicas
+from common.replicas.factory import open_engine
 from common.request import Request, SamplingParams, TokenEvent
-from common.secret import SECRET
 from tests.backends import checkpoint
 from tests.history_backend import ROOT
 from tests.test_lost_ranks import CLOCK, ENDS, ENGINE, MODEL, NOTICED_S, PROMPTS, STAGES, alive, others
@@ -392,11 +393,11 @@ def test_a_stage_accepts_a_connection_with_the_secret() -> None:
         def come() -> None:
             silent.append(socket.create_connection(("127.0.0.1", port)))  # delays nobody
             for secret in ("wrong", "\ud800", TOLD.secret):
-                with suppress(OSError), lines.connect("127.0.0.1", port, secret, {})[0] as line:
+                with suppress(OSError), connection.connect("127.0.0.1", port, secret, {})[0] as line:
                     line.sendall(secret[:5].encode())
 
         threading.Thread(target=come).start()
-        with lines.accept_one(door, TOLD.secret) as line:
+        with connection.accept_one(door, TOLD.secret) as line:
             assert line.recv(16) == b"right"
     silent[0].close()
 
@@ -411,15 +412,15 @@ def come_as(hello: dict[str, Any], told: Launched, within: float = 30) -> socket
     deadline = time.monotonic() + within
     while True:
         try:
-            line, _ = lines.connect(told.host, told.port, told.secret, hello)
-        except lines.Refused:
+            line, _ = connection.connect(told.host, told.port, told.secret, hello)
+        except connection.Refused:
             raise
         except OSError:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
             continue
-        lines.send(line, {})
+        connection.send(line, {})
         return line
 
 
@@ -467,13 +468,13 @@ def test_a_stranger_that_comes_first_learns_nothing_and_does_not_disturb(caplog:
                 heard.append(read_until_closed(line))
         for lost in (hello_of([1]), hello_of(2) | {"port": 6}, {}):  # of another version, or of another launch
             with suppress(OSError):
-                lines.connect(told.host, told.port, told.secret, lost)[0].close()
+                connection.connect(told.host, told.port, told.secret, lost)[0].close()
         come_as(hello_of(1), told).close()
 
     begin = time.monotonic()
     with gathering(told, come) as found:
         assert found.all == [("127.0.0.1", 7, "ours", 8)]
-    assert time.monotonic() - begin < lines.HANDSHAKE_S / 2
+    assert time.monotonic() - begin < connection.HANDSHAKE_S / 2
     assert all(told.secret.encode() not in each for each in heard) and "A connection from 127.0.0.1 was closed" in caplog.text
     strangers[0].close()
 
@@ -585,9 +586,9 @@ def test_a_first_process_that_does_not_know_the_secret_is_not_followed(monkeypat
             with suppress(OSError):
                 while True:
                     line, _ = fake.accept()
-                    lines.send(line, {"nonce": "0"})
-                    lines.receive(line)
-                    lines.send(line, {"answer": {}, "proof": "0" * 64})
+                    connection.send(line, {"nonce": "0"})
+                    connection.receive(line)
+                    connection.send(line, {"answer": {}, "proof": "0" * 64})
 
         threading.Thread(target=answer, daemon=True).start()
         with pytest.raises(BackendError, match="does not know the secret of this launch"):

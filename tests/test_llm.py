@@ -21,15 +21,16 @@ import numpy as np
 import psutil
 import pytest
 
-import common.llm
-from common.async_llm import AsyncLLM
+import common
 from common.config import EngineConfig
 from common.engine import Engine
 from common.errors import BackendError, CheckpointError, ConfigError, RequestError, TandemError
-from common.exits import FAILURE, READER_GONE
-from common.interrupt import uninterrupted
 from common.llm import LLM
-from common.outputs import CompletionOutput, RequestOutput
+from common.llm.__main__ import main
+from common.llm.async_llm import AsyncLLM
+from common.llm.outputs import CompletionOutput, RequestOutput
+from common.process.exits import FAILURE, READER_GONE
+from common.process.interrupt import uninterrupted
 from common.request import Logprobs, Request, SamplingParams, Status, TokenEvent
 from common.text.output import Delta, OutputText
 from common.text.tokenizer import Tokenizer, open_tokenizer
@@ -201,10 +202,10 @@ def test_ctrl_c_at_any_line_leaves_an_engine_that_serves_the_next_prompts(llm: L
     """Pressed at a line drawn from the whole of a run: what is whole afterwards is the next run's tokens, pages and tables."""
     prompts = [list(range(5, 25)), [7, 8], list(range(40, 70))]
     files = (
-        *("engine", "llm", "text/output"),
-        *(f"schedule/{name}" for name in ("scheduler", "sequence", "step", "trials", "pages", "rows")),
+        *("engine", "llm/__init__", "text/output"),
+        *(f"schedule/{name}" for name in ("scheduler", "sequence", "step", "fault_isolation", "page_pool", "request_table")),
     )
-    ours = {f"{Path(common.llm.__file__).parent}/{name}.py" for name in files}
+    ours = {f"{Path(common.__file__).parent}/{name}.py" for name in files}
     left = -1
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
@@ -582,12 +583,12 @@ def test_the_command_streams_the_text_and_a_line_end(
         params = SamplingParams(temperature=0.0, max_tokens=8)
         plain, chat = only(llm.generate("the", params)).text, only(llm.chat(CHAT, params)).text
     arguments = [*TINY, "--temperature=0", "--max_tokens", "8"]
-    assert common.llm.main([*arguments, "the"]) == 0
+    assert main([*arguments, "the"]) == 0
     assert capsys.readouterr() == (plain + "\n", "")
-    assert common.llm.main([*arguments, "--chat", "Say it"]) == 0
+    assert main([*arguments, "--chat", "Say it"]) == 0
     assert capsys.readouterr() == (chat + "\n", "")
     monkeypatch.setattr(sys, "stdin", io.StringIO("the"))
-    assert common.llm.main([*arguments, "-"]) == 0
+    assert main([*arguments, "-"]) == 0
     assert capsys.readouterr() == (plain + "\n", "")
 
 
@@ -610,7 +611,7 @@ def test_the_command_streams_the_text_and_a_line_end(
 def test_a_mistake_is_one_message_and_exit_code_2(
     capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    assert common.llm.main(arguments) == 2
+    assert main(arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and message in err
 
@@ -623,7 +624,7 @@ def test_a_stream_that_is_closed_is_told_before_anything_is_loaded(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(sys, stream, None)  # as Python has it
-        assert common.llm.main([*TINY, "-"]) == 2
+        assert main([*TINY, "-"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and said in err
 
@@ -637,7 +638,7 @@ def test_output_that_takes_no_more_ends_the_command(
         with open(output, "w") as file, monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", file)
             with pytest.raises(SystemExit) as end:
-                common.llm.main([*TINY, "the"])
+                main([*TINY, "the"])
         err = capsys.readouterr().err
         assert end.value.code == code and err.startswith(said) and err.count("\n") == bool(said)
 
@@ -648,7 +649,7 @@ def test_what_the_encoding_of_standard_output_lacks_is_replaced(monkeypatch: pyt
     assert not text.isascii()
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii", newline=""))
-    assert common.llm.main([*TINY, "--temperature=0", "--max-tokens=24", "the"]) == 0
+    assert main([*TINY, "--temperature=0", "--max-tokens=24", "the"]) == 0
     assert raw.getvalue() == text.encode("ascii", "replace") + b"\n"
 
 
@@ -657,7 +658,7 @@ def test_values_that_are_no_values_show_the_usage_and_exit_with_2(
     capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
-        common.llm.main(arguments)
+        main(arguments)
     assert end.value.code == 2 and "usage:" in capsys.readouterr().err
 
 

@@ -22,11 +22,11 @@ import numpy as np
 import psutil
 import pytest
 
-from common import child
 from common.config import EngineConfig
 from common.engine import Engine, build_engine
 from common.errors import BackendError
 from common.interface import load_backend
+from common.process import child
 from common.request import Request, SamplingParams
 from tests.backends import checkpoint, engine_config
 from tests.history_backend import ROOT
@@ -270,8 +270,8 @@ def test_an_engine_whose_ranks_cannot_be_started_again_ends_with_one_error(monke
 def test_a_rank_ends_when_told_to_though_a_fork_of_the_caller_holds_its_input_open() -> None:
     code = (
         "import os, time\n"
-        "from common.errors import BackendError\nfrom common.followers import ENTRY_POINTS, Follower\n"
-        "ENTRY_POINTS['any'] = 'common.followers:follow'\n"
+        "from common.errors import BackendError\nfrom common.process.workers import ENTRY_POINTS, Follower\n"
+        "ENTRY_POINTS['any'] = 'common.process.workers:follow'\n"
         "rank = Follower('any', {}, None, ended=lambda rank: None)\n"
         "told, tell = os.pipe()\n"
         "if not (fork := os.fork()):\n"

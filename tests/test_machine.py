@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from common.agents import Agents, There
 from common.config import EngineConfig
-from common.followers import Follower
+from common.process.agents import Agents, There
+from common.process.workers import Follower
 from experiments import machine
 from experiments.machine import (
     Watch,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.schedule.steplog import StepRecord
+from common.step_log import StepRecord
 from experiments.drive import Row, Window
 from experiments.metrics import block_contaminations, contaminations, counters, summarize, unsure
 from experiments.phases import steady_part

@@ -16,15 +16,15 @@ import pytest
 import common.schedule.scheduler as scheduler_module
 from common.batch import Batch
 from common.request import Status
-from common.schedule import pages
-from common.schedule.edits import Edits
-from common.schedule.limits import Limits
-from common.schedule.pages import PageError, PageKey, PagePool
-from common.schedule.rows import Rows, Score
+from common.sampling.logits_processor import Edits
+from common.schedule import page_pool
+from common.schedule.admission import Limits
+from common.schedule.fault_isolation import Trials
+from common.schedule.page_pool import PageError, PageKey, PagePool
+from common.schedule.request_table import Rows, Score
 from common.schedule.scheduler import Scheduler
 from common.schedule.sequence import Sequence
 from common.schedule.step import Step, scores_of
-from common.schedule.trials import Trials
 from tests.schedule_driver import Episode, Violation
 
 Patch = pytest.MonkeyPatch
@@ -45,12 +45,12 @@ def a_hit_is_not_counted(patch: Patch, ran: Ran) -> None:
     original = PagePool.allocate
 
     def allocate(self: PagePool, count: int, hits: list[int] = []) -> list[int] | None:  # noqa: B006
-        pages = original(self, count, hits)
-        for page in hits if pages else []:
+        page_pool = original(self, count, hits)
+        for page in hits if page_pool else []:
             if self.refs[page] > 1:
                 self.refs[page] -= 1
                 ran.append(page)
-        return pages
+        return page_pool
 
     patch.setattr(PagePool, "allocate", allocate)
 
@@ -60,12 +60,12 @@ def a_failed_allocation_keeps_its_hold_on_the_hits(patch: Patch, ran: Ran) -> No
     original = PagePool.allocate
 
     def allocate(self: PagePool, count: int, hits: list[int] = []) -> list[int] | None:  # noqa: B006
-        pages = original(self, count, hits)
-        for page in hits if pages is None else []:
+        page_pool = original(self, count, hits)
+        for page in hits if page_pool is None else []:
             if self.refs[page]:
                 self.refs[page] += 1
                 ran.append(page)
-        return pages
+        return page_pool
 
     patch.setattr(PagePool, "allocate", allocate)
 
@@ -141,7 +141,7 @@ def the_null_page_is_forgotten_at_the_door(patch: Patch, ran: Ran) -> None:
 
 @mutant
 def the_salt_is_ignored(patch: Patch, ran: Ran) -> None:
-    original = pages.next_key
+    original = page_pool.next_key
 
     def next_key(secret: bytes, parent: PageKey | None, tokens: bytes, salt: str) -> PageKey:
         ran.extend([1] if salt else [])
@@ -152,7 +152,7 @@ def the_salt_is_ignored(patch: Patch, ran: Ran) -> None:
 
 @mutant
 def the_parent_is_ignored(patch: Patch, ran: Ran) -> None:
-    original = pages.next_key
+    original = page_pool.next_key
 
     def next_key(secret: bytes, parent: PageKey | None, tokens: bytes, salt: str) -> PageKey:
         ran.extend([1] if parent else [])
@@ -413,9 +413,9 @@ def a_row_keeps_the_page_table_of_the_request_before(patch: Patch, ran: Ran) -> 
     def take(self: Rows, tokens: Any, pages: Any, params: Any, seed: int) -> int:
         row = self.free[-1]
         before = self.pages[row].copy()
-        original(self, tokens, pages, params, seed)
-        self.pages[row, len(pages) :] = before[len(pages) :]
-        ran.extend([1] if before[len(pages) :].any() else [])
+        original(self, tokens, page_pool, params, seed)
+        self.pages[row, len(page_pool) :] = before[len(page_pool) :]
+        ran.extend([1] if before[len(page_pool) :].any() else [])
         return row
 
     patch.setattr(Rows, "take", take)
@@ -642,10 +642,10 @@ def a_scored_prompt_is_looked_up(patch: Patch, ran: Ran) -> None:
 
     def lookup(self: Scheduler, seq: Sequence) -> list[int]:
         scores, seq.scores = seq.scores, None
-        pages = original(self, seq)
-        ran.extend([1] if pages and scores is not None else [])
+        page_pool = original(self, seq)
+        ran.extend([1] if page_pool and scores is not None else [])
         seq.scores = scores
-        return pages
+        return page_pool
 
     patch.setattr(Scheduler, "_lookup", lookup)
 
@@ -700,7 +700,7 @@ def a_dense_cache_takes_pages_for_the_prompt_only(patch: Patch, ran: Ran) -> Non
         ran.extend([1] if fewer < original(self, seq) else [])
         return fewer
 
-    patch.setattr(Scheduler, "_pages_to_start", pages)
+    patch.setattr(Scheduler, "_pages_to_start", page_pool)
 
 
 @mutant

@@ -16,7 +16,7 @@ from common.kernels.cpu.pack import pack_head, pack_layers
 from common.kernels.cpu.pages import keys_in, keys_out, values_in, values_out
 from common.kernels.cpu.step import pack_step
 from common.kernels.cpu.sums import Exchange, meeting_place
-from common.rope import rope_tables
+from common.model.rope import rope_tables
 from tests.backends import Packer, part
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-import common.schedule.pages as pages_module
-from common.schedule.pages import ROOT, PageError, PageKey, PagePool, next_key
+import common.schedule.page_pool as pages_module
+from common.schedule.page_pool import ROOT, PageError, PageKey, PagePool, next_key
 from tests.schedule_driver import free_pages
 
 SECRET = bytes(32)

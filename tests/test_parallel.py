@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common import child
 from common.engine import build_engine
 from common.errors import BackendError, ConfigError
 from common.interface import load_backend
 from common.kernels.cpu.sums import open_library
+from common.process import child
 from common.weights import zoo
 from common.weights.checkpoint import expected_shapes
 from experiments.reference import NumpyModel

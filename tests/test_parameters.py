@@ -14,8 +14,8 @@ from common.config import EngineConfig
 from common.engine import Engine
 from common.errors import RequestError
 from common.interface import load_backend
-from common.platform import cxx_compiler
 from common.request import Request, SamplingParams
+from common.system.hardware import cxx_compiler
 from tests.backends import Packer, checkpoint, dense_logits, engine_config, make_engine, shared_runner
 from tests.judged import MODEL, PAGES, PROMPT, VALUES, VOCAB, judged_run, pairwise, request
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import BackendError, ConfigError
-from common.platform import PLATFORMS, choose, cores, cpu_name, cxx_compiler, memory_available, peak_rss, rss
+from common.system.hardware import PLATFORMS, choose, cores, cpu_name, cxx_compiler, memory_available, peak_rss, rss
 
 HAS_NVIDIA = Path("/dev/nvidia0").exists()
 
@@ -34,7 +34,7 @@ def test_auto_takes_the_first_usable_platform_in_order_whatever_the_order_of_the
 
 
 def test_auto_falls_back_to_the_cpu_and_says_why_for_each_platform(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.DEBUG, logger="common.platform"):
+    with caplog.at_level(logging.DEBUG, logger="common.system.hardware"):
         choice = choose("auto", {"cuda": broken("no NVIDIA driver"), "cpu": usable})
     assert choice.platform == "cpu"
     assert list(choice.reasons) == [name for name in PLATFORMS if name != "cpu"]
@@ -112,7 +112,8 @@ def test_cores_follow_the_affinity_of_the_process() -> None:
     allowed = os.sched_getaffinity(0)
     assert 1 <= cores() <= len(allowed)
     one = (
-        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from common.platform import cores; print(cores())"
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
+        "from common.system.hardware import cores; print(cores())"
     )
     assert subprocess.check_output([sys.executable, "-c", one], text=True).strip() == "1"
 

@@ -15,8 +15,8 @@ from common.config import EngineConfig
 from common.engine import Engine
 from common.errors import DrainingError, QueueFullError, RequestError
 from common.interface import ServingEngine
+from common.replicas.data_parallel import Replicas
 from common.replicas.disaggregated import Disaggregated
-from common.replicas.engine import Replicas
 from common.request import Request, SamplingParams
 from tests.history_runner import HistoryRunner
 from tests.http_server import Awake

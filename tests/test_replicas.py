@@ -18,18 +18,18 @@ import numpy as np
 import psutil
 import pytest
 
-from common import child
-from common.agents import AgentLost
 from common.engine import Engine
 from common.errors import BackendError, ConfigError, RequestError, by_name
 from common.llm import LLM
-from common.platform import thread_settings
-from common.replicas.engine import Replicas
-from common.replicas.keeper import Gone, Keeper, News, Ready
-from common.replicas.open import open_engine
-from common.replicas.totals import totals
+from common.process import child
+from common.process.agents import AgentLost
+from common.replicas.data_parallel import Replicas
+from common.replicas.factory import open_engine
+from common.replicas.stats import totals
+from common.replicas.supervisor import Gone, Keeper, News, Ready
 from common.replicas.worker import failure
 from common.request import Request, SamplingParams, Status, StructuredOutputsParams, TokenEvent, fan_out
+from common.system.hardware import thread_settings
 from common.text.grammar import Grammars
 from common.text.tokenizer import open_tokenizer
 from experiments import compare, lab
@@ -382,8 +382,8 @@ def test_one_that_is_started_again_has_as_many_pages_as_before(tmp_path: Path, m
     packages, _ = history_package(tmp_path)
     free = tmp_path / "free"
     (packages / "sitecustomize.py").write_text(
-        "import pathlib, common.platform\n"
-        f"common.platform.memory_available = lambda: int(pathlib.Path({str(free)!r}).read_text())"
+        "import pathlib, common.system.hardware\n"
+        f"common.system.hardware.memory_available = lambda: int(pathlib.Path({str(free)!r}).read_text())"
     )
     monkeypatch.setenv("PYTHONPATH", f"{packages}{os.pathsep}{ROOT}")
     page_bytes = 16 * SMALL.block_size
@@ -403,7 +403,7 @@ def test_one_that_cannot_start_again_is_given_up_and_the_last_takes_all_requests
 ) -> None:
     packages, _ = history_package(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"{packages}{os.pathsep}{ROOT}")
-    monkeypatch.setattr("common.replicas.keeper.RETRY_S", 0.01)
+    monkeypatch.setattr("common.replicas.supervisor.RETRY_S", 0.01)
     with running(Replicas, SMALL) as engine:
         (packages / "historyinfer" / "__init__.py").write_text("raise SystemExit(9)")
         asked = requests(4, output=200)
@@ -428,7 +428,7 @@ def test_one_that_cannot_start_again_is_given_up_and_the_last_takes_all_requests
 def test_a_process_that_says_what_it_should_not_or_nothing_is_started_again(
     what: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("common.replicas.keeper.SILENCE_S", 1.0)
+    monkeypatch.setattr("common.replicas.supervisor.SILENCE_S", 1.0)
     news: SimpleQueue[News] = SimpleQueue()
     keeper = Keeper(0, "tests.replica_mains:chatter", [what], {}, news.put)
     try:

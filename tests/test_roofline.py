@@ -22,7 +22,7 @@ from common.errors import BackendError
 from common.kernels.cpu import build
 from common.kernels.cpu.pack import panels
 from common.request import Request, SamplingParams
-from common.schedule.steplog import StepRecord
+from common.step_log import StepRecord
 from common.weights import zoo
 from common.weights.checkpoint import expected_shapes, open_checkpoint
 from common.weights.parameters import NUMPY_DTYPES

@@ -9,7 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from common.config import Rope
 from common.errors import ConfigError
-from common.rope import inverse_frequencies, magnitude, rope_tables
+from common.model.rope import inverse_frequencies, magnitude, rope_tables
 from common.weights.config_json import model_config_from_json
 from experiments.reference import rotations
 from tests.outside_judge import true_float64

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from common.config import Routing
-from common.schedule.pages import PagePool, next_key
-from common.schedule.router import DECODE_TOKENS, Choice, Router, remaining_tokens
+from common.replicas.router import DECODE_TOKENS, Choice, Router, remaining_tokens
+from common.schedule.page_pool import PagePool, next_key
 
 B = 4
 LONG = list(range(100, 141))

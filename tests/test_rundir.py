@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from common.errors import ConfigError
-from common.platform import matrix_unit
+from common.system.hardware import matrix_unit
 from experiments import rundir
 from experiments.rundir import DiskFullError, environment, run_directory, write_json, write_whole
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from common.llm import LLM
-from common.outputs import RequestOutput
-from common.platform import cxx_compiler
+from common.llm.outputs import RequestOutput
 from common.request import Request, SamplingParams, TokenEvent
+from common.system.hardware import cxx_compiler
 from experiments.correctness import common_prefix
 from experiments.reference import NumpyModel
 from tests.backends import BACKENDS, checkpoint, engine_config

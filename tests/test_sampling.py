@@ -12,10 +12,10 @@ from scipy import stats
 
 from common.batch import Batch
 from common.kernels.cpu.step import pack_changes, pack_step
-from common.platform import cxx_compiler
 from common.request import MAX_LOGPROBS, Request, SamplingParams
-from common.schedule.edits import Edits
+from common.sampling.logits_processor import Edits
 from common.schedule.prepare import prepare
+from common.system.hardware import cxx_compiler
 from tests.backends import call, device, part
 from tests.numpy_sampler import Filters, adjusted, choices, probabilities, threefry, uniform
 

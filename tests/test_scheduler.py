@@ -12,8 +12,8 @@ import pytest
 from common.errors import RequestError
 from common.interface import Caps, Result
 from common.request import STUCK, Request, SamplingParams, Status, TokenEvent
+from common.sampling.seeds import mix64
 from common.schedule.scheduler import Scheduler
-from common.schedule.seeds import mix64
 from common.schedule.sequence import LifecycleError, Sequence
 from common.schedule.step import Step
 from tests.schedule_driver import check_pages, check_sequences, free_pages

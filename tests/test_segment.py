@@ -10,8 +10,8 @@ import numpy as np
 import psutil
 import pytest
 
-from common.replicas import segment
-from common.replicas.segment import SHARES, Others, Room, Segment, open_segment
+from common.kv_transfer import shared_memory
+from common.kv_transfer.shared_memory import SHARES, Others, Room, Segment, open_segment
 
 MIB = 1 << 20
 
@@ -100,7 +100,7 @@ def test_what_is_more_than_there_is_room_for_has_it_alone() -> None:
 
 def test_who_asked_first_is_served_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else one that wants much would wait for ever behind those that want little."""
-    monkeypatch.setattr(segment, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(shared_memory, "PATIENCE_S", 0.01)
     room, order, waiting = Room(8 * MIB), list[int](), set[int]()
     held = [room.take(4 * MIB, never) for _ in range(2)]
 
@@ -124,7 +124,7 @@ def test_who_asked_first_is_served_first(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_who_waits_is_heard_of_however_often_others_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segment, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(shared_memory, "PATIENCE_S", 0.2)
     room, heard, done = Room(4 * MIB), threading.Event(), threading.Event()
     held = [room.take(2 * MIB, never)]
 
@@ -146,7 +146,7 @@ def test_who_waits_is_heard_of_however_often_others_come_and_go(monkeypatch: pyt
 
 
 def test_who_gives_up_waiting_lets_the_next_one_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(segment, "PATIENCE_S", 0.01)
+    monkeypatch.setattr(shared_memory, "PATIENCE_S", 0.01)
     room = Room(4 * MIB)
     held = room.take(2 * MIB, never)
 

@@ -20,9 +20,9 @@ import openai
 import psutil
 import pytest
 
-from common.child import Silence
-from common.exits import TERMINATED
-from common.replicas.keeper import SILENCE_S
+from common.process.child import Silence
+from common.process.exits import TERMINATED
+from common.replicas.supervisor import SILENCE_S
 from common.serve.cut_stream import Chunks, ResponseEvents
 from common.serve.errors import ApiError
 from common.serve.folder import PrivateFolder

@@ -20,8 +20,8 @@ import pytest
 from common.config import EngineConfig
 from common.engine import build_engine
 from common.llm import LLM
-from common.platform import cores
 from common.request import SamplingParams
+from common.system.hardware import cores
 from experiments.baselines import openai_http
 from experiments.drive import drive
 from experiments.workload import Item, Lengths, WorkloadConfig, draw

@@ -11,7 +11,7 @@ import pytest
 
 from common.config import ModelConfig
 from common.errors import ConfigError
-from common.parallel import BLOCK, join_heads, pool_config, share, split_heads, stage_layers
+from common.model.partition import BLOCK, join_heads, pool_config, share, split_heads, stage_layers
 from common.weights.checkpoint import Checkpoint
 from common.weights.shard import shard, stage_of
 from experiments.reference import Keep, NumpyModel

@@ -22,7 +22,7 @@ import torch
 from common.config import MAX_RANKS
 from common.errors import BackendError
 from common.kernels.cpu.sums import Exchange, Left, meeting_place
-from common.platform import cores
+from common.system.hardware import cores
 from tests.history_backend import ROOT
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}

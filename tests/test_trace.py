@@ -13,17 +13,7 @@ from common.config import EngineConfig
 from common.engine import Engine
 from common.interface import Result
 from common.request import Request, SamplingParams
-from common.schedule.trace import (
-    FRAME,
-    MAGIC,
-    MAX_PAYLOAD,
-    Kind,
-    Recorder,
-    TraceError,
-    pack_arrays,
-    read_frames,
-    unpack_arrays,
-)
+from common.schedule.trace import FRAME, MAGIC, MAX_PAYLOAD, Kind, Recorder, TraceError, pack_arrays, read_frames, unpack_arrays
 from tests.history_runner import HistoryRunner
 from tests.replays import replay
 

@@ -17,11 +17,8 @@ from common.batch import KV
 from common.config import EngineConfig
 from common.engine import Engine
 from common.errors import RequestError
-from common.frames import Frame
-from common.request import Request, SamplingParams, Status, TokenEvent
-from common.schedule.kv import TOKENS, Carrier, Layout, Part, layouts_of, model_fingerprint
-from common.schedule.scheduler import Scheduler
-from common.schedule.transfer import (
+from common.kv_transfer.layout import TOKENS, Carrier, Layout, Part, layouts_of, model_fingerprint
+from common.kv_transfer.protocol import (
     VERSION,
     Abort,
     Accept,
@@ -41,6 +38,9 @@ from common.schedule.transfer import (
     seal,
     unseal,
 )
+from common.process.frames import Frame
+from common.request import Request, SamplingParams, Status, TokenEvent
+from common.schedule.scheduler import Scheduler
 from tests.backends import checkpoint
 from tests.history_runner import HistoryRunner, expected
 from tests.schedule_driver import check_pages
@@ -260,7 +260,7 @@ def test_what_is_no_message_about_a_transfer_is_refused(message: dict[str, Any])
 def test_what_the_protocol_does_not_have_is_refused_even_if_it_is_signed(
     body: list[Any], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("common.schedule.transfer._sign", lambda body, secret: "signed")
+    monkeypatch.setattr("common.kv_transfer.protocol._sign", lambda body, secret: "signed")
     with pytest.raises(TransferError, match=told):
         unseal(Frame({"transfer": body, "signature": "signed"}, b""), SECRET)
 

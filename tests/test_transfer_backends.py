@@ -12,9 +12,9 @@ import pytest
 from common.batch import KV
 from common.config import EngineConfig
 from common.engine import Engine
+from common.kv_transfer.layout import layouts_of, model_fingerprint
+from common.kv_transfer.protocol import Offer, Tag, common_layout
 from common.request import Request, SamplingParams
-from common.schedule.kv import layouts_of, model_fingerprint
-from common.schedule.transfer import Offer, Tag, common_layout
 from common.weights import zoo
 from tests.backends import BACKENDS, checkpoint, engine_config, make_engine
 from tests.ranks import Ranks

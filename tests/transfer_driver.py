@@ -16,10 +16,8 @@ from common.batch import KV
 from common.config import EngineConfig
 from common.engine import Engine
 from common.errors import RequestError
-from common.frames import Frame
-from common.request import Request, SamplingParams, Status, TokenEvent
-from common.schedule.kv import Layout, layouts_of
-from common.schedule.transfer import (
+from common.kv_transfer.layout import Layout, layouts_of
+from common.kv_transfer.protocol import (
     Abort,
     Done,
     Hold,
@@ -34,6 +32,8 @@ from common.schedule.transfer import (
     seal,
     unseal,
 )
+from common.process.frames import Frame
+from common.request import Request, SamplingParams, Status, TokenEvent
 from tests.history_runner import HistoryRunner, expected
 from tests.schedule_driver import VOCAB, check_in_flight, check_pages, check_sequences, free_pages, plain, require
 

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from common.errors import BackendError
-from common.platform import choose, cores, expect_not_forked
+from common.system.hardware import choose, cores, expect_not_forked
 
 PLATFORMS = {"cuda": "cuda", "rocm": "cuda", "xpu": "xpu", "cpu": "cpu"}
 """Ours -> PyTorch's name."""

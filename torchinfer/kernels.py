@@ -24,9 +24,9 @@ from common.kernels.cpu.build import build
 from common.kernels.cpu.pack import pack_head, pack_layers
 from common.kernels.cpu.pages import keys_in, keys_out, page_bytes, pool_shapes, values_in, values_out
 from common.kernels.cpu.step import SAMPLED, pack_changes, pack_step, unpack_sampled
-from common.parallel import join_heads, local_config, split_heads
-from common.platform import cores
-from common.rope import rope_tables
+from common.model.partition import join_heads, local_config, split_heads
+from common.model.rope import rope_tables
+from common.system.hardware import cores
 from common.weights.checkpoint import Checkpoint
 from torchinfer.arrays import nbytes, to_device, to_host
 from torchinfer.cache import KVCache

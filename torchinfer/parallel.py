@@ -38,16 +38,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.agents import Agent, AgentLost, Agents, There, agents, machine
 from common.batch import Batch, Mask, masked
 from common.config import EngineConfig
 from common.errors import BackendError
-from common.exits import FAILURE
-from common.followers import Ended, Follower, Here, Process
 from common.kernels.cpu.sums import Exchange, Left, Place, expect_told, meeting_place, open_library, open_place, place_of
-from common.lines import accept_one, connect, raw
-from common.platform import family_memory
-from common.secret import SECRET
+from common.process.agents import Agent, AgentLost, Agents, There, agents, machine
+from common.process.connection import accept_one, connect, raw
+from common.process.exits import FAILURE
+from common.process.secret import SECRET
+from common.process.workers import Ended, Follower, Here, Process
+from common.system.hardware import family_memory
 from torchinfer.arrays import to_device, to_host
 from torchinfer.device import choose_device, local_device
 

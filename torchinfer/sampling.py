@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.parallel import BLOCK
+from common.model.partition import BLOCK
 from common.request import MAX_LOGPROBS
 from torchinfer.parallel import ALONE, Group
 

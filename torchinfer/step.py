@@ -17,8 +17,8 @@ from common.batch import Batch, Mask, Want, masked, null_batch
 from common.config import EngineConfig, ModelConfig
 from common.errors import BackendError
 from common.interface import Progress, max_logits, page_bytes
-from common.parallel import join_heads, local_config, pool_config, split_heads, stage_layers
-from common.platform import cxx_compiler
+from common.model.partition import join_heads, local_config, pool_config, split_heads, stage_layers
+from common.system.hardware import cxx_compiler
 from common.weights.checkpoint import Checkpoint
 from common.weights.shard import stage_of
 from torchinfer import cache as pages

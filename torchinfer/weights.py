@@ -7,7 +7,7 @@ import torch
 
 from common.config import Dtype
 from common.interface import Progress
-from common.rope import rope_tables
+from common.model.rope import rope_tables
 from common.weights.checkpoint import Checkpoint
 from common.weights.parameters import parameter
 from common.weights.shard import shard

@@ -1,7 +1,7 @@
 """The process that runs one rank of an engine beside the first process.
 
-`common.followers` starts it by name. The first process sends every call that it makes, and this process makes the same calls in
-the same order, each on its part of the model.
+`common.process.workers` starts it by name. The first process sends every call that it makes, and this process makes the same
+calls in the same order, each on its part of the model.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 
 from common.batch import Batch
 from common.config import EngineConfig
-from common.followers import follow
 from common.kernels.cpu.sums import Place
+from common.process.workers import follow
 from common.weights.checkpoint import open_checkpoint
 from torchinfer.parallel import Endpoints, NetworkEndpoint, RankInfo, Ranks
 from torchinfer.runner import ModelRunner

@@ -2,8 +2,9 @@
 one `ServingEngine`.
 
 A request goes to the one set for its first token, and its pages stay there; then to the other, which fetches them
-(`common.replicas.handover`) and goes on behind that token. What does not come is computed there: a prompt's pages are worth its
-time, never its tokens. Where the first set cannot take a request, or no replica of it is left, the other computes all of it.
+(`common.kv_transfer.connection`) and goes on behind that token. What does not come is computed there: a prompt's pages are
+worth its time, never its tokens. Where the first set cannot take a request, or no replica of it is left, the other computes
+all of it.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ import numpy as np
 from common.config import EngineConfig
 from common.errors import TandemError
 from common.interface import Caps, Progress, ReplicaState, ServingEngine
-from common.platform import cores
-from common.replicas.engine import PATIENCE_S, Replicas
-from common.replicas.totals import totals
+from common.replicas.data_parallel import PATIENCE_S, Replicas
+from common.replicas.stats import totals
 from common.request import ENGINE_GONE, Request, Status, TokenEvent
-from common.schedule.limits import expect_new, expect_room
-from common.schedule.seeds import mix64
+from common.sampling.seeds import mix64
+from common.schedule.admission import expect_new, expect_room
+from common.system.hardware import cores
 from common.weights.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)

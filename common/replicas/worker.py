@@ -17,19 +17,19 @@ from typing import IO, Any, NoReturn
 
 import numpy as np
 
-from common import child
 from common.batch import KV
 from common.config import EngineConfig
 from common.engine import Engine, build_engine
 from common.errors import TandemError, name_of
-from common.frames import Frame, Message, write_frame
-from common.replicas.handover import SECRET, Door, Heard, fetch
-from common.replicas.keeper import BEAT_S
-from common.replicas.segment import Room
-from common.replicas.wire import pack_event, pack_offer, unpack_offer, unpack_request
+from common.kv_transfer.connection import SECRET, Door, Heard, fetch
+from common.kv_transfer.layout import layouts_of, model_fingerprint
+from common.kv_transfer.protocol import Sender
+from common.kv_transfer.shared_memory import Room
+from common.process import child
+from common.process.frames import Frame, Message, write_frame
+from common.replicas.messages import pack_event, pack_offer, unpack_offer, unpack_request
+from common.replicas.supervisor import BEAT_S
 from common.request import Status, StructuredOutputsParams, TokenEvent
-from common.schedule.kv import layouts_of, model_fingerprint
-from common.schedule.transfer import Sender
 from common.text.grammar import Grammar, Grammars
 from common.text.tokenizer import open_tokenizer
 from common.weights.checkpoint import Checkpoint, open_checkpoint

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from common.request import Request, expect
-from common.schedule.edits import Plan
-from common.schedule.limits import check_sampling, check_tokens
+from common.sampling.logits_processor import Plan
+from common.schedule.admission import check_sampling, check_tokens
 
 
 @dataclass(frozen=True, eq=False)

@@ -45,15 +45,15 @@ from common.config import Cache, Schedule
 from common.errors import RequestError
 from common.interface import Caps, Result
 from common.request import STUCK, Logprobs, Request, Status, TokenEvent, expect
-from common.schedule.edits import Edits
-from common.schedule.limits import Limits, expect_new, expect_room
-from common.schedule.pages import PagePool, next_key
+from common.sampling.logits_processor import Edits
+from common.sampling.seeds import mix64
+from common.schedule.admission import Limits, expect_new, expect_room
+from common.schedule.fault_isolation import Trials
+from common.schedule.page_pool import PagePool, next_key
 from common.schedule.prepare import prepared
-from common.schedule.rows import Change, Rows, Score, masks_of
-from common.schedule.seeds import mix64
+from common.schedule.request_table import Change, Rows, Score, masks_of
 from common.schedule.sequence import Sequence
 from common.schedule.step import Arrival, Step, change_of, logprobs_of, scores_of, take_scores
-from common.schedule.trials import Trials
 from common.text.grammar import Grammar, Matcher
 
 _urgency = attrgetter("urgency")

@@ -10,8 +10,8 @@ import numpy as np
 
 from common.batch import KV
 from common.request import Logprobs, Request, Status
-from common.schedule.edits import Edits
-from common.schedule.pages import PageKey
+from common.sampling.logits_processor import Edits
+from common.schedule.page_pool import PageKey
 from common.text.grammar import Matcher
 
 

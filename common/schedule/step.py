@@ -12,7 +12,7 @@ from common.batch import KV, Batch, Want
 from common.errors import BackendError
 from common.interface import Result
 from common.request import Logprobs
-from common.schedule.rows import Change, Score
+from common.schedule.request_table import Change, Score
 from common.schedule.sequence import Sequence
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from common.exits import USER_ERROR, dying_at_ctrl_c
+from common.process.exits import USER_ERROR, dying_at_ctrl_c
 
 NEEDED = ("fastapi", "httpx", "llguidance", "prometheus_client", "pydantic", "uvicorn")
 """Packages of the extra `serve`."""

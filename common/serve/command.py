@@ -20,13 +20,13 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from common.child import die_with_parent
 from common.config import expect as expect_config
 from common.errors import ConfigError, TandemError
-from common.exits import FAILURE, INTERRUPTED, USER_ERROR, exit_code, heeding_sigterm
 from common.interface import Progress, expect_backend
 from common.options import add_engine_options, add_model_options, engine_options, parse, without
-from common.replicas.open import open_engine
+from common.process.child import die_with_parent
+from common.process.exits import FAILURE, INTERRUPTED, USER_ERROR, exit_code, heeding_sigterm
+from common.replicas.factory import open_engine
 from common.serve.app import create_app
 from common.serve.front import Backends, create_front
 from common.serve.guard import JsonLines, TextLines

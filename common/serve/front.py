@@ -27,9 +27,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from common.child import Silence, how_it_ended
 from common.errors import BackendError, quoted
-from common.replicas.keeper import ATTEMPTS, BUSY_SILENCE_S, RETRY_S, SILENCE_S
+from common.process.child import Silence, how_it_ended
+from common.replicas.supervisor import ATTEMPTS, BUSY_SILENCE_S, RETRY_S, SILENCE_S
 from common.serve.app import OFFERED_WITH, new_app, page, tell_version
 from common.serve.cut_stream import Chunks, Passing, ResponseEvents
 from common.serve.errors import ApiError
@@ -90,7 +90,7 @@ class Backend:
 
     async def keep(self) -> None:
         """Restart the process whenever it has ended. Stop after `ATTEMPTS` starts in a row that did not become ready, as with
-        replicas (`common.replicas.keeper`)."""
+        replicas (`common.replicas.supervisor`)."""
         failures = 0
         while not self.given_up:
             while self.process.poll() is None:
@@ -109,7 +109,7 @@ class Backend:
     async def watch(self) -> None:
         """Kill the process if it is stopped, does not respond, or reports a failure twice in a row. `keep` restarts it.
 
-        A process under load answers late. `common.child.Silence` extends the timeout while the CPU time of the process
+        A process under load answers late. `common.process.child.Silence` extends the timeout while the CPU time of the process
         advances."""
         process = None
         while True:

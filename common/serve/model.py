@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from common.errors import RequestError, quoted
 from common.request import expect, expect_context
-from common.schedule.limits import check_tokens
+from common.schedule.admission import check_tokens
+from common.schedule.embeddings import Pooler
 from common.serve.errors import ApiError
 from common.serve.protocol import several
-from common.states import Pooler
 from common.text.chat import ChatTemplate
 from common.text.grammar import Grammars
 from common.text.reasoning import ReasoningParser

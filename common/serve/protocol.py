@@ -14,9 +14,9 @@ from pydantic_core import ErrorDetails
 
 from common.errors import RequestError
 from common.request import MAX_LOGPROBS, MAX_N, Request, SamplingParams, StructuredOutputsParams, expect
+from common.schedule.embeddings import Pooling
 from common.serve.errors import ApiError
 from common.serve.tools import call_grammar
-from common.states import Pooling
 from common.text.chat import ROLES
 from common.text.json_cost import expect_parsable
 

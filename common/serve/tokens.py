@@ -10,7 +10,7 @@ from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
 from common.request import expect
-from common.schedule.limits import check_tokens
+from common.schedule.admission import check_tokens
 from common.serve.encoding import JsonList
 from common.serve.model import ServedModel
 from common.serve.protocol import DetokenizeRequest, TokenizeRequest

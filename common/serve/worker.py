@@ -21,8 +21,8 @@ from typing import Any, NamedTuple, TypeVar
 from common.errors import QueueFullError, RequestError, TandemError
 from common.interface import ReplicaState, ServingEngine
 from common.request import Request, TokenEvent
-from common.schedule.steplog import StepRecord
 from common.serve.errors import ApiError, engine_gone
+from common.step_log import StepRecord
 from common.text.output import Delta, OutputText
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from typing import Any
 
 from common.config import ModelConfig, Rope, expect
 from common.errors import ConfigError, nearest_hint, quoted
-from common.rope import yarn_magnitude
+from common.model.rope import yarn_magnitude
 
 Json = dict[str, Any]
 

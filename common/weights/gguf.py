@@ -15,7 +15,7 @@ import numpy as np
 
 from common.config import ModelConfig, Rope
 from common.errors import ConfigError, nearest_hint, shown
-from common.rope import inverse_frequencies
+from common.model.rope import inverse_frequencies
 from common.weights.config_json import MAX_LAYERS
 from common.weights.entry import Entry, map_tensor
 from common.weights.gguf_parts import open_parts

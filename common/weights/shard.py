@@ -1,4 +1,4 @@
-"""A stage's or a rank's part of a checkpoint: itself one, of the smaller model that it computes (`common.parallel`)."""
+"""A stage's or a rank's part of a checkpoint: itself one, of the smaller model that it computes (`common.model.partition`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.config import ModelConfig
-from common.parallel import Span, local_config, share, stage_config, stage_layers
+from common.model.partition import Span, local_config, share, stage_config, stage_layers
 from common.weights.checkpoint import Checkpoint, expected_shapes
 from common.weights.entry import Entry
 

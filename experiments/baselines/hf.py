@@ -20,8 +20,8 @@ from transformers.utils import logging
 from common.config import EngineConfig
 from common.errors import CheckpointError
 from common.interface import Caps, Progress
-from common.platform import choose, cores
 from common.request import Logprobs, Request, Status, TokenEvent
+from common.system.hardware import choose, cores
 from experiments.baselines.greedy import GreedyEngine, check_request
 
 if TYPE_CHECKING:

@@ -28,8 +28,8 @@ from common.config import EngineConfig, expect
 from common.engine import pool_size
 from common.errors import CheckpointError
 from common.interface import Caps, Progress, page_bytes
-from common.platform import choose, cores
 from common.request import Logprobs, Request, Status, TokenEvent
+from common.system.hardware import choose, cores
 from experiments.baselines.greedy import GreedyEngine, check_request
 from experiments.correctness import log_softmax
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from common.config import EngineConfig, expect, real
 from common.errors import BackendError
 from common.interface import Caps, Progress
-from common.platform import cores
 from common.request import Request, Status, TokenEvent
+from common.system.hardware import cores
 from experiments.baselines.greedy import GreedyEngine, check_request
 from experiments.completions import DONE, UNNAMED, EventStream, WireError, http_request, read_chunk
 from experiments.peers import peers_folder

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from common.config import EngineConfig, expect
 from common.engine import pool_size
 from common.interface import Caps, Progress, page_bytes
-from common.platform import choose
 from common.request import Logprobs, Request, Status, TokenEvent
+from common.system.hardware import choose
 from experiments.baselines.greedy import GreedyEngine, check_request
 
 if TYPE_CHECKING:

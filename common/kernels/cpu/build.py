@@ -15,11 +15,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from common import program
-from common.child import how_it_ended
 from common.config import Dtype
 from common.errors import BackendError, CheckpointError
-from common.platform import cpu_features, cpu_name, cpu_vendor, cxx_compiler, matrix_unit
+from common.process import process_group
+from common.process.child import how_it_ended
+from common.system.hardware import cpu_features, cpu_name, cpu_vendor, cxx_compiler, matrix_unit
 from common.weights.zoo import cache_directory
 
 log = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ def first_error(words: str) -> str:
 
 def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     try:
-        return program.run(command)
+        return process_group.run(command)
     except OSError as error:
         raise BackendError(f"The C++ compiler {command[0]} cannot be run ({error}). Set CXX to one that can.") from error
 

@@ -1,8 +1,9 @@
-"""Processes that an agent starts for this one, on this machine or another: what `common.child` does here.
+"""Processes that an agent starts for this one, on this machine or another: what `common.process.child` does here.
 
-An agent listens. An authenticated connection (`common.lines`) names an entry of `common.followers.ENTRY_POINTS`, and the agent
-starts it. The agent imports nothing by a name that came over the network. The connection is then standard input and output of
-that process: it ends when the connection does, and this end is closed when the process ends.
+An agent listens. An authenticated connection (`common.process.connection`) names an entry of
+`common.process.workers.ENTRY_POINTS`, and the agent starts it. The agent imports nothing by a name that came over the network.
+The connection is then standard input and output of that process: it ends when the connection does, and this end is closed when
+the process ends.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from common import child, lines
 from common.errors import BackendError, shown
-from common.followers import ENTRY_POINTS
-from common.secret import SECRET
+from common.process import child
+from common.process.connection import Connection, connect
+from common.process.connection import serve as serve_connections
+from common.process.secret import SECRET
+from common.process.workers import ENTRY_POINTS
 
 log = logging.getLogger(__name__)
 
@@ -86,14 +89,14 @@ def machine() -> str:
 
 
 class There:
-    """A process that an agent has started: a `common.followers.Process`."""
+    """A process that an agent has started: a `common.process.workers.Process`."""
 
     def __init__(self, agent: Agent, secret: str, entry: str, *arguments: Any) -> None:
         """Start an entry of `ENTRY_POINTS` with `arguments` that JSON can hold. Raises `AgentLost` if the agent does not."""
         self._where = f"{agent.host}:{agent.port}"
         try:
             hello = {"entry": entry, "arguments": arguments}
-            self._line, started = lines.connect(agent.host, agent.port, secret, hello)
+            self._line, started = connect(agent.host, agent.port, secret, hello)
         except OSError as error:
             raise AgentLost(
                 f"No rank can be started at {self._where}, where a process of this launch was: {error}. Its log says more. "
@@ -125,10 +128,10 @@ class There:
 
 def serve(listener: socket.socket, secret: str) -> None:
     """Start processes for authenticated connections until the listener is closed."""
-    lines.serve(listener, secret, partial(_start, secret))
+    serve_connections(listener, secret, partial(_start, secret))
 
 
-def _start(secret: str, connection: lines.Connection) -> None:
+def _start(secret: str, connection: Connection) -> None:
     """Start one process and wait until it has ended: it ends with the thread that has started it."""
     with connection.socket as line:
         entry = connection.hello.get("entry")

@@ -18,8 +18,8 @@ import numpy as np
 from common.errors import quoted
 from common.interface import ModelRunner, last_residual
 from common.request import SamplingParams, expect
-from common.schedule.limits import Limits, check_tokens
-from common.schedule.rows import Rows
+from common.schedule.admission import Limits, check_tokens
+from common.schedule.request_table import Rows
 from common.weights.checkpoint import Checkpoint
 
 Pooling = Literal["mean", "last"]

@@ -35,8 +35,8 @@ from io import BytesIO
 from typing import NamedTuple
 
 from common.errors import shown
-from common.frames import Message, NoFrame, Source, read_frame, write_frame
-from common.secret import SECRET
+from common.process.frames import Message, NoFrame, Source, read_frame, write_frame
+from common.process.secret import SECRET
 
 log = logging.getLogger(__name__)
 

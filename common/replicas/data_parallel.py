@@ -10,7 +10,7 @@ has a replica to itself. A suspect that comes past the place where it stood is c
 tried once more, behind the other suspects, and ends if that replica ends too. So no request ends because of another one, and
 three accidents in a row end none.
 
-All of this is on the caller's thread; what threads there are only read and write pipes (`common.replicas.keeper`).
+All of this is on the caller's thread; what threads there are only read and write pipes (`common.replicas.supervisor`).
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from typing import Any
 
 import numpy as np
 
-from common.agents import agents
 from common.config import EngineConfig
 from common.config import expect as expect_config
 from common.errors import BackendError, EngineGoneError, by_name
-from common.frames import Frame, Message
 from common.interface import Caps, Progress, ReplicaState, ServingEngine
-from common.platform import cores, family_memory, thread_settings
-from common.replicas.handover import SECRET
-from common.replicas.keeper import Gone, Keeper, Link, News, Ready, Said
-from common.replicas.totals import GAUGES, totals
-from common.replicas.wire import pack_request, unpack_caps, unpack_event
+from common.kv_transfer.connection import SECRET
+from common.process.agents import agents
+from common.process.frames import Frame, Message
+from common.replicas.messages import pack_request, unpack_caps, unpack_event
+from common.replicas.router import Router, remaining_tokens
+from common.replicas.stats import GAUGES, totals
+from common.replicas.supervisor import Gone, Keeper, Link, News, Ready, Said
 from common.request import ENGINE_GONE, Request, Status, TokenEvent
-from common.schedule.limits import Limits, expect_new, expect_room
-from common.schedule.pages import PageKey
+from common.sampling.seeds import mix64
+from common.schedule.admission import Limits, expect_new, expect_room
+from common.schedule.embeddings import fail, take_prompts
+from common.schedule.page_pool import PageKey
 from common.schedule.prepare import prepared
-from common.schedule.router import Router, remaining_tokens
-from common.schedule.seeds import mix64
-from common.schedule.steplog import StepRecord
-from common.states import fail, take_prompts
+from common.step_log import StepRecord
+from common.system.hardware import cores, family_memory, thread_settings
 from common.weights.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)

@@ -1,5 +1,5 @@
-"""Pages on their way from one process to another of this machine: what `common.schedule.transfer` says, a connection for each
-transfer.
+"""Pages on their way from one process to another of this machine: what `common.kv_transfer.protocol` says, a connection for
+each transfer.
 
 Who holds pages listens (`Door`), and who goes on with them fetches them (`fetch`), so that either hears at once, as the
 connection ends, that the other is gone. Who fetches brings the memory in which they are to lie, as a descriptor that travels
@@ -26,10 +26,8 @@ from typing import NamedTuple
 import numpy as np
 
 from common.batch import KV
-from common.frames import Frame, NoFrame, read_frame, write_frame
-from common.replicas.segment import SHARES, Others, Room, Segment
-from common.schedule.kv import Layout
-from common.schedule.transfer import (
+from common.kv_transfer.layout import Layout
+from common.kv_transfer.protocol import (
     LEASE_S,
     MAX_BYTES,
     Abort,
@@ -42,6 +40,8 @@ from common.schedule.transfer import (
     seal,
     unseal,
 )
+from common.kv_transfer.shared_memory import SHARES, Others, Room, Segment
+from common.process.frames import Frame, NoFrame, read_frame, write_frame
 
 log = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from common.batch import KV
-from common.frames import Message
 from common.interface import Caps
-from common.replicas.handover import Address
+from common.kv_transfer.connection import Address
+from common.kv_transfer.protocol import Offer, Tag
+from common.process.frames import Message
 from common.request import Logprobs, Request, SamplingParams, Status, StructuredOutputsParams, TokenEvent
-from common.schedule.transfer import Offer, Tag
 from common.text.grammar import Grammar
 
 Compile = Callable[[StructuredOutputsParams | None], Future[Grammar] | None]

@@ -18,9 +18,9 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 
-from common import child
 from common.errors import BackendError
-from common.frames import Frame, read_frame, write_frame
+from common.process import child
+from common.process.frames import Frame, read_frame, write_frame
 
 Calls = Mapping[str, Callable[..., object]]
 """What a follower can be told to do. What came in bytes is the last argument, where any did; what one returns JSON can hold."""

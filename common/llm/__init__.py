@@ -1,12 +1,10 @@
 """Text in, text out, for people: `LLM("smollm2-135m", backend="jax").generate(prompts, SamplingParams(...))`.
 
-On the command line: `python -m common.llm --backend torch "Once upon a time"`. Names are the ones vLLM users know.
+The names are those of vLLM. `common.llm.__main__` is the command, `common.llm.async_llm` the class for asyncio.
 """
 
 from __future__ import annotations
 
-import argparse
-import logging
 import os
 import sys
 import threading
@@ -23,13 +21,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as ProgressBar
 
-from common.beam import Beam, BeamSearchParams, beam_search
-from common.errors import BackendError, RequestError, TandemError
-from common.exits import FAILURE, INTERRUPTED, USER_ERROR, printing, replace_unprintable
+from common.errors import BackendError
 from common.interface import Progress
-from common.interrupt import uninterrupted
-from common.options import add_engine_options, add_model_options, engine_options, flag, parse
-from common.outputs import (
+from common.llm.outputs import (
     CompletionOutput,
     EmbeddingOutput,
     EmbeddingRequestOutput,
@@ -37,11 +31,13 @@ from common.outputs import (
     completion_output,
     request_output,
 )
-from common.prompts import Prompt, RequestBuilder, check_grammar, is_one, params_of_each
-from common.replicas.open import open_engine
+from common.llm.prompts import Prompt, RequestBuilder, check_grammar, is_one, params_of_each
+from common.process.interrupt import uninterrupted
+from common.replicas.factory import open_engine
 from common.request import Request, SamplingParams, Status, TokenEvent, expect, fan_out
+from common.sampling.beam_search import Beam, BeamSearchParams, beam_search
+from common.schedule.embeddings import Pooler, Pooling, check_pooling
 from common.schedule.prepare import prepare
-from common.states import Pooler, Pooling, check_pooling
 from common.text.chat import ChatTemplate, Message
 from common.text.opened import defaults_of, tokenizer_of
 from common.text.output import Delta, OutputText
@@ -152,7 +148,7 @@ class LLM:
         return self.tokenizer
 
     def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[RequestOutput]:
-        """The continuations of every prompt that a beam search finds, best first; see `common.beam`.
+        """The continuations of every prompt that a beam search finds, best first; see `common.sampling.beam_search`.
 
         If a prompt is refused (`RequestError`), none is run. Raises `BackendError` where the model gives no logprobs.
         """
@@ -343,80 +339,3 @@ def _progress(enabled: bool) -> Iterator[Progress]:
     with ProgressBar(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=None)
         yield lambda done, total, what: bar.update(task, completed=done, total=total, description=what)
-
-
-# ---- The command line -----------------------------------------------------------------------------------------------------
-
-_SAMPLING = {
-    "max_tokens": (int, "output tokens at most"),
-    "temperature": (float, "0 takes the likeliest token each time"),
-    "top_k": (int, "keep the k likeliest tokens"),
-    "top_p": (float, "keep the likeliest tokens that reach this probability together"),
-    "min_p": (float, "keep tokens at least this many times as likely as the likeliest"),
-    "min_tokens": (int, "output tokens before one may end the text"),
-    "presence_penalty": (float, "taken off the logit of a token that came up"),
-    "frequency_penalty": (float, "taken off it each time"),
-    "repetition_penalty": (float, "above 1, tokens of prompt and output become less likely"),
-}
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m common.llm",
-        description="Continue a prompt, or answer it with --chat. The text comes out as it is made.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("prompt", help="the text to continue, or with --chat the user's message; - reads standard input")
-    add_model_options(parser, "jax or torch")
-    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
-    parser.add_argument("--system", help="a system message for --chat")
-    parser.add_argument("--verbose", action="store_true", help="log what is chosen and why")
-    sampling = parser.add_argument_group("sampling")
-    for name, (kind, text) in _SAMPLING.items():
-        default = 128 if name == "max_tokens" else getattr(SamplingParams, name)
-        sampling.add_argument(flag(name), type=kind, default=default, help=text)
-    sampling.add_argument("--stop", action="append", default=[], help="end where this text appears; may be given repeatedly")
-    add_engine_options(parser)
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Stream text to standard output. Returns the exit code: 2 for a mistake of the caller, 1 for a request that failed."""
-    replace_unprintable()
-    try:
-        options = parse(_parser(), sys.argv[1:] if arguments is None else arguments)
-        logging.basicConfig(level=logging.INFO if options.verbose else logging.WARNING, format="%(name)s: %(message)s")
-        params = SamplingParams(stop=options.stop, **{name: getattr(options, name) for name in _SAMPLING})
-        expect(bool(sys.stdout), "Standard output is closed, so that there is nowhere to write the text.")
-        prompt: Any = _standard_input() if options.prompt == "-" else options.prompt
-        with LLM(options.model, backend=options.backend, **engine_options(options)) as llm:
-            if options.chat:
-                system = [{"role": "system", "content": options.system}] if options.system is not None else []
-                prompt = llm.chat_prompt([*system, {"role": "user", "content": prompt}])
-            for delta in llm.stream(prompt, params):
-                with printing():
-                    print(delta.text, end="", flush=True)
-        with printing():
-            print(flush=True)
-    except TandemError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    if delta.error is not None:
-        print(f"error: {delta.error}", file=sys.stderr)
-        return FAILURE
-    return 0
-
-
-def _standard_input() -> str:
-    expect(bool(sys.stdin), "The prompt - reads standard input, which is closed.")
-    try:
-        return sys.stdin.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"Standard input cannot be read as text: {error}.") from error
-
-
-if __name__ == "__main__":
-    sys.exit(main())

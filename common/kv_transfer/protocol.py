@@ -35,9 +35,9 @@ import numpy as np
 
 from common.batch import KV
 from common.errors import TandemError, shown
-from common.frames import Frame, Message
 from common.kernels.cpu.carry import sum_of
-from common.schedule.kv import Layout
+from common.kv_transfer.layout import Layout
+from common.process.frames import Frame, Message
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ baseline of `prefix`.
 
 What is cached where, nobody tells the router: it remembers the keys of the pages that it has sent to each engine, as many as
 that has pages, and forgets those first that were not asked for longest, of one request its tail first, as the engine's pool
-does (`common.schedule.pages`). It may be wrong, and then a request is computed where it need not have been.
+does (`common.schedule.page_pool`). It may be wrong, and then a request is computed where it need not have been.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.config import Routing
-from common.schedule.pages import PageKey, next_key
+from common.schedule.page_pool import PageKey, next_key
 
 _SECRET = b"router"
 """Keys of pages are compared within this process alone."""

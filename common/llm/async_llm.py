@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import Any, Self
 
 from common.errors import BackendError, RequestError
-from common.outputs import RequestOutput, request_output
-from common.prompts import Prompt, RequestBuilder, check_grammar, is_one
-from common.replicas.open import open_engine
+from common.llm.outputs import RequestOutput, request_output
+from common.llm.prompts import Prompt, RequestBuilder, check_grammar, is_one
+from common.replicas.factory import open_engine
 from common.request import Request, SamplingParams, expect, fan_out
 from common.schedule.prepare import prepare
 from common.serve.errors import ApiError

@@ -27,11 +27,11 @@ from typing import IO, Any
 import psutil
 
 from common.errors import BackendError
-from common.frames import read_frame
+from common.process.frames import read_frame
 
 log = logging.getLogger(__name__)
 
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 PATIENCE_S = 10.0
 """How long a child may take to end."""
 STOPPED_S = 0.5

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from common.agents import warn_of_idle
 from common.config import EngineConfig
 from common.engine import build_engine
 from common.interface import Progress, ServingEngine, find_backend
+from common.process.agents import warn_of_idle
+from common.replicas.data_parallel import Replicas
 from common.replicas.disaggregated import Disaggregated
-from common.replicas.engine import Replicas
 from common.weights.checkpoint import Checkpoint
 
 

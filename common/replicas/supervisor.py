@@ -16,9 +16,9 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
-from common import child
-from common.frames import Frame, Message, NoFrame, read_frame, write_frame
 from common.interface import ReplicaState
+from common.process import child
+from common.process.frames import Frame, Message, NoFrame, read_frame, write_frame
 
 BEAT_S = 0.25
 """Between two signs of life of a replica."""
