@@ -58,7 +58,7 @@ engine.close()
 """A module that computes on two ranks, tells what, and ends at the end of its input."""
 LATE = """
 import time
-from common import followers
+from common.process import workers
 
 class Late:
     def __init__(self, calls):
@@ -68,8 +68,8 @@ class Late:
         time.sleep({seconds} if name == "{call}" else 0)
         return self.calls[name]
 
-follow = followers.follow
-followers.follow = lambda calls, failed: follow(Late(calls), failed)
+follow = workers.follow
+workers.follow = lambda calls, failed: follow(Late(calls), failed)
 """
 """Of a process that comes late to a call."""
 NATIVE_STAGES = replace(STAGES, kernels="native")

@@ -121,7 +121,7 @@ def test_cores_follow_the_affinity_of_the_process() -> None:
 def test_the_peak_of_memory_stays_after_what_was_touched_is_freed() -> None:
     """In a process of its own: here the peak is whatever the other tests held at once, and would be touched once more."""
     code = """
-from common.platform import peak_rss
+from common.system.hardware import peak_rss
 before = peak_rss()
 block = b"x" * (before + (64 << 20))  # more than any memory that was freed before and not returned
 size = len(block)
@@ -164,7 +164,7 @@ def test_a_fork_of_a_process_with_threads_is_refused() -> None:
     code = """
 import os
 from common.errors import BackendError
-from common.platform import expect_not_forked
+from common.system.hardware import expect_not_forked
 for framework in ("one", "one"):
     expect_not_forked(framework)
 if not (child := os.fork()):
@@ -181,8 +181,8 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 def test_the_matrix_unit_may_be_used_where_linux_says_so_after_it_was_asked() -> None:
     XTILEDATA = 1 << 18
-    granted = "from common import platform; from tests import test_platform as here; "
-    granted += "print(platform.matrix_unit(), here.xcomp_permitted())"
+    granted = "from common.system import hardware; from tests import test_platform as here; "
+    granted += "print(hardware.matrix_unit(), here.xcomp_permitted())"
     told = subprocess.run([sys.executable, "-c", granted], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     usable, permitted = told.stdout.split()
     assert (usable == "True") == bool(int(permitted) & XTILEDATA), told.stderr
