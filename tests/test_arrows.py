@@ -17,6 +17,9 @@ TORCH = {"torch", "torchinfer"}
 OTHERS = {"common": {"experiments", "tests"} | JAX | TORCH, "jaxinfer": {"experiments", "tests"} | TORCH}
 OTHERS |= {"torchinfer": {"experiments", "tests"} | JAX, "experiments": {"tests", "jaxinfer", "torchinfer"}}
 """package → what it never imports."""
+GROUPED = ("common",)
+"""Top-level packages whose files are grouped in packages by question."""
+MOST_ROOT_FILES = 12
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 CALLS = {"eval", "exec", "torch.load", "np.load", "numpy.load", "yaml.load", "os.system", "os.popen", "builtins.eval"}
 KEYWORDS = {"trust_remote_code", "allow_pickle", "shell"}
@@ -82,11 +85,29 @@ def imported(trees: dict[str, ast.AST]) -> dict[str, set[tuple[str, str]]]:
     return found
 
 
-def cycle(trees: dict[str, ast.AST]) -> list[str]:
-    """Return the modules on import cycles, and between them.
+def file_imports(trees: dict[str, ast.AST]) -> dict[str, set[str]]:
+    """Return module → the other modules that it imports."""
+    return {module: {target for target, _ in targets if target != module} for module, targets in imported(trees).items()}
 
-    Each round removes the modules without an import, and those that no module imports."""
-    arrows = {module: {target for target, _ in targets if target != module} for module, targets in imported(trees).items()}
+
+def package_imports(trees: dict[str, ast.AST]) -> dict[str, set[str]]:
+    """Return package → the other packages that it imports, for the packages inside each top-level package.
+
+    A file at the root of a top-level package counts as a package. A `__main__` is a command, above its package."""
+
+    def package(module: str) -> str:
+        return module if module.endswith(".__main__") else ".".join(module.split(".")[:2])
+
+    arrows: dict[str, set[str]] = {package(module): set() for module in trees}
+    for module, targets in file_imports(trees).items():
+        arrows[package(module)] |= {package(target) for target in targets} - {package(module)}
+    return arrows
+
+
+def cycle(arrows: dict[str, set[str]]) -> list[str]:
+    """Return the nodes on the cycles of a graph, and between them.
+
+    Each round removes the nodes without a successor, and those without a predecessor."""
     while True:
         used = set().union(*arrows.values())
         gone = {module for module, targets in arrows.items() if not targets or module not in used}
@@ -116,8 +137,24 @@ def test_a_package_imports_only_what_it_may(package: str) -> None:
     assert {path: bad for path, tree in sources(package) if (bad := imports(tree) & OTHERS[package])} == {}
 
 
-def test_no_imports_form_a_cycle() -> None:
-    assert cycle(files()) == []
+def test_no_imports_of_files_form_a_cycle() -> None:
+    assert cycle(file_imports(files())) == []
+
+
+@pytest.mark.parametrize("top", GROUPED)
+def test_no_imports_of_packages_form_a_cycle(top: str) -> None:
+    assert [node for node in cycle(package_imports(files())) if node.startswith(f"{top}.")] == []
+
+
+@pytest.mark.parametrize("top", GROUPED)
+def test_the_root_of_a_package_holds_few_files(top: str) -> None:
+    assert len([path for path in (ROOT / top).iterdir() if path.is_file()]) <= MOST_ROOT_FILES
+
+
+@pytest.mark.parametrize("top", GROUPED)
+def test_every_package_states_its_question(top: str) -> None:
+    folders = [folder for folder in (ROOT / top).rglob("*") if any(folder.glob("*.py"))]
+    assert [folder.name for folder in folders if not ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))] == []
 
 
 def test_no_file_imports_a_private_name_of_another() -> None:
@@ -131,7 +168,14 @@ def test_a_cycle_is_seen_wherever_the_import_stands(statement: str) -> None:
     trees = files()
     assert "common.batch" in {target for target, _ in imported(trees)["common.schedule.request_table"]}
     trees |= {"common.planted": ast.parse(statement), "common.batch": ast.parse("from common.planted import x")}
-    assert cycle(trees) == ["common.batch", "common.planted"]
+    assert cycle(file_imports(trees)) == ["common.batch", "common.planted"]
+
+
+def test_a_cycle_of_packages_without_a_cycle_of_files_is_seen() -> None:
+    trees = files() | {"common.process.planted": ast.parse("from common.schedule.planted import x")}
+    trees |= {"common.schedule.planted": ast.parse("from common.process.frames import Frame")}
+    assert cycle(file_imports(trees)) == []
+    assert cycle(package_imports(trees)) == ["common.process", "common.schedule"]
 
 
 @pytest.mark.parametrize("statement", ["from common.batch import _x", "def f():\n    from common.batch import x, _y"])
