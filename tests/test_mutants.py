@@ -45,12 +45,12 @@ def a_hit_is_not_counted(patch: Patch, ran: Ran) -> None:
     original = PagePool.allocate
 
     def allocate(self: PagePool, count: int, hits: list[int] = []) -> list[int] | None:  # noqa: B006
-        page_pool = original(self, count, hits)
-        for page in hits if page_pool else []:
+        pages = original(self, count, hits)
+        for page in hits if pages else []:
             if self.refs[page] > 1:
                 self.refs[page] -= 1
                 ran.append(page)
-        return page_pool
+        return pages
 
     patch.setattr(PagePool, "allocate", allocate)
 
@@ -60,12 +60,12 @@ def a_failed_allocation_keeps_its_hold_on_the_hits(patch: Patch, ran: Ran) -> No
     original = PagePool.allocate
 
     def allocate(self: PagePool, count: int, hits: list[int] = []) -> list[int] | None:  # noqa: B006
-        page_pool = original(self, count, hits)
-        for page in hits if page_pool is None else []:
+        pages = original(self, count, hits)
+        for page in hits if pages is None else []:
             if self.refs[page]:
                 self.refs[page] += 1
                 ran.append(page)
-        return page_pool
+        return pages
 
     patch.setattr(PagePool, "allocate", allocate)
 
@@ -413,9 +413,9 @@ def a_row_keeps_the_page_table_of_the_request_before(patch: Patch, ran: Ran) -> 
     def take(self: Rows, tokens: Any, pages: Any, params: Any, seed: int) -> int:
         row = self.free[-1]
         before = self.pages[row].copy()
-        original(self, tokens, page_pool, params, seed)
-        self.pages[row, len(page_pool) :] = before[len(page_pool) :]
-        ran.extend([1] if before[len(page_pool) :].any() else [])
+        original(self, tokens, pages, params, seed)
+        self.pages[row, len(pages) :] = before[len(pages) :]
+        ran.extend([1] if before[len(pages) :].any() else [])
         return row
 
     patch.setattr(Rows, "take", take)
@@ -642,10 +642,10 @@ def a_scored_prompt_is_looked_up(patch: Patch, ran: Ran) -> None:
 
     def lookup(self: Scheduler, seq: Sequence) -> list[int]:
         scores, seq.scores = seq.scores, None
-        page_pool = original(self, seq)
-        ran.extend([1] if page_pool and scores is not None else [])
+        pages = original(self, seq)
+        ran.extend([1] if pages and scores is not None else [])
         seq.scores = scores
-        return page_pool
+        return pages
 
     patch.setattr(Scheduler, "_lookup", lookup)
 
@@ -700,7 +700,7 @@ def a_dense_cache_takes_pages_for_the_prompt_only(patch: Patch, ran: Ran) -> Non
         ran.extend([1] if fewer < original(self, seq) else [])
         return fewer
 
-    patch.setattr(Scheduler, "_pages_to_start", page_pool)
+    patch.setattr(Scheduler, "_pages_to_start", pages)
 
 
 @mutant
