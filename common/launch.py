@@ -1,15 +1,14 @@
-"""One engine on processes that somebody else has started, be it `torchrun`, SLURM or a shell, on one machine or several:
+"""Run one engine on processes that `torchrun`, SLURM or a shell starts, on one machine or several:
 
     torchrun --nproc-per-node 2 -m common.launch common.serve --backend torch --pipeline-parallel-size 2
 
-The first of them runs the module that is named, as `python -m` would; each of the others is an agent
-(`common.process.agents`), which starts a process for every engine that the first makes: in PyTorch it is a rank, and in JAX it
-has several where there are more ranks than processes. So nothing in the engine, and nothing in who uses it, knows of the
-launch.
+The first process runs the named module, as `python -m` does. Each other process is an agent (`common.process.agents`). The
+agent starts one process for every engine of the first process. In PyTorch that process is one rank. In JAX it drives several
+ranks if there are more ranks than processes. The engine and its callers need no code for a launch.
 
-Who launches tells each process its number, how many there are, and where the first is: `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and
-`MASTER_PORT`, or SLURM's own for the first two. They come together at the port after that, for `torchrun` itself listens there.
-All prove to each other that they know the secret of the launch (`common.process.secret`, `common.process.connection`).
+The launcher sets `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`; SLURM sets its own variables for the first two. The
+processes connect at the port after `MASTER_PORT`, because `torchrun` listens at `MASTER_PORT`. Each process proves that it
+knows the secret of the launch (`common.process.secret`, `common.process.connection`).
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Native kernels: one source for both frameworks."""
+"""Native CPU kernels: how do they compute, and when are they used? Both frameworks call the same source."""

@@ -1,4 +1,4 @@
 """KV transfer: how do KV pages go from one process to another?
 
-The layout of a page, its copy, the transfer protocol, its connections and its shared memory.
+The package holds the layout of a page, the transfer protocol, its connections and its shared memory.
 """

@@ -1,5 +1,4 @@
-"""Pages on their way from one process to another of this machine: what `common.kv_transfer.protocol` says, a connection for
-each transfer.
+"""Transfer KV pages between processes of one machine by `common.kv_transfer.protocol`, one connection for each transfer.
 
 Who holds pages listens (`Door`), and who goes on with them fetches them (`fetch`), so that either hears at once, as the
 connection ends, that the other is gone. Who fetches brings the memory in which they are to lie, as a descriptor that travels

@@ -1,1 +1,1 @@
-"""Model arithmetic without a framework: rotary frequencies, and the share of each rank of a parallel model."""
+"""Model arithmetic without a framework: which rotary frequencies, and which share of a model does each rank hold?"""

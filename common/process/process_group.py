@@ -14,8 +14,8 @@ _WATCH = ("/bin/sh", "-c", "read _; kill -s KILL 0")
 def run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Run a program to its end, and give what it wrote. It and what it starts are in a process group of their own: Ctrl-C at a
     terminal reaches this process alone, and what ends this process ends all of them. Raises `OSError` if it cannot be run."""
-    # What Linux sends at a parent's end (`common.process.child.die_with_parent`) would reach a compiler's driver, and not the
-    # compiler. The watcher is there first: there is no moment in which nobody watches.
+    # The signal at a parent's end (`common.process.child.die_with_parent`) reaches the driver of a compiler and not the
+    # compiler. The watcher starts before the program, so that the program never runs without a watcher.
     none = subprocess.DEVNULL
     with (
         subprocess.Popen(_WATCH, stdin=subprocess.PIPE, stdout=none, stderr=none, process_group=0) as watcher,

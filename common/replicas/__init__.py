@@ -1,1 +1,1 @@
-"""One engine that is several, each in a process of its own."""
+"""Replicas: how do several engine processes act as one engine?"""

@@ -1,1 +1,1 @@
-"""Sampling parameters as the engines need them: logit updates, seeds, and beam search over single steps."""
+"""Sampling: which logit updates and seeds does a request bring, and how does beam search use single steps?"""

@@ -1,1 +1,1 @@
-"""Who runs, how many tokens, on which pages: policy in plain Python, batches in NumPy."""
+"""Scheduling: which requests run in the next step, how many tokens of each, and on which KV pages?"""

@@ -1,1 +1,4 @@
-"""The engines over HTTP, as clients of OpenAI and of vLLM expect it: `python -m common.serve --model smollm2-135m`."""
+"""Serving: how do clients of OpenAI and vLLM reach an engine over HTTP?
+
+The command is `python -m common.serve --model smollm2-135m`.
+"""

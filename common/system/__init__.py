@@ -1,1 +1,1 @@
-"""The machine: processors, memory limits and thread settings."""
+"""The machine: which processors, how much memory and how many threads may this process use?"""

@@ -1,1 +1,1 @@
-"""Text in, text out: tokenizer, incremental detokenizer, stop strings, chat templates."""
+"""Text: how does text become tokens, and how do tokens become text?"""

@@ -1,1 +1,1 @@
-"""Checkpoints as lazy entries under canonical names, and the zoo of models by name."""
+"""Weights: where does a checkpoint lie, and which tensors does it hold under which canonical names?"""
