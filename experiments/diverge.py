@@ -27,26 +27,28 @@ from rich.table import Table
 
 from common.config import Dtype, expect, whole
 from common.errors import ConfigError
-from experiments.agreement import SHAPE, record, small
-from experiments.cells import kernels_of
-from experiments.cli import is_value, launch, torn
-from experiments.config import EngineSpec, engine_specs, resolved
-from experiments.console import print_result, wide_console
-from experiments.coverage import sample
-from experiments.findings import findings_of
-from experiments.isolate import IsolatedEngine
-from experiments.job import JOBS, is_whole
-from experiments.launcher import quoted
-from experiments.localise import FLOOR, Finding
-from experiments.measure import KERNELS, Plan, make_plan
-from experiments.narrator import Narrator
-from experiments.observe import Compared
-from experiments.reference import NumpyModel
-from experiments.results import expect_figures, is_sweep, read_config, read_json
-from experiments.rundir import write_json
-from experiments.search import LOGITS, LOOKS, Search, Trace
-from experiments.words import number, plural, share_alike
-from experiments.workload import Workload
+from experiments.cli.launch import is_value, launch, torn
+from experiments.correctness.agreement import SHAPE, record, small
+from experiments.correctness.bisect_step import LOGITS, LOOKS, Search, Trace
+from experiments.correctness.bisect_tensor import FLOOR, Finding
+from experiments.correctness.coverage import sample
+from experiments.correctness.observe import Compared
+from experiments.correctness.reference import NumpyModel
+from experiments.engines.compose import engine_specs
+from experiments.engines.process import IsolatedEngine
+from experiments.engines.spec import EngineSpec
+from experiments.formatting import number, plural, share_alike
+from experiments.load.workload import Workload
+from experiments.measure.session import KERNELS, Plan, make_plan
+from experiments.options import resolved
+from experiments.progress import Narrator
+from experiments.report.console import print_result, wide_console
+from experiments.report.figures_table import kernels_of
+from experiments.report.findings import findings_of
+from experiments.runs.directory import write_json
+from experiments.runs.results import expect_figures, is_sweep, read_config, read_json
+from experiments.runs.sweep_jobs import JOBS, is_whole
+from experiments.sweep.launcher import quoted
 
 SHOWN = 5
 """Differing choices that are printed."""
@@ -68,7 +70,7 @@ def run(config: DictConfig) -> None:
     file = keep(result, directory)
     print_finding(result, file.name)
     if (directory / "report.html").exists():
-        from experiments.report import make_report  # imports matplotlib, which takes long
+        from experiments.report.writer import make_report  # imports matplotlib, which takes long
 
         make_report(directory)
     print_result(result, file)

@@ -19,9 +19,9 @@ import pandas as pd
 from common.config import expect
 from common.errors import TandemError
 from common.process.exits import USER_ERROR, fail, printing
-from experiments.results import RunFiles, is_sweep, open_run, sweep_table
-from experiments.run_rows import counted_rows
-from experiments.rundir import ROWS, write_json
+from experiments.report.rows import counted_rows
+from experiments.runs.directory import ROWS, write_json
+from experiments.runs.results import RunFiles, is_sweep, open_run, sweep_table
 
 FOLDER = "vllm"
 

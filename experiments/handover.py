@@ -38,9 +38,9 @@ from common.process.frames import Frame, read_frame, write_frame
 from common.replicas.messages import pack_offer, unpack_offer
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
-from experiments.console import print_json, wide_console
-from experiments.narrator import Narrator
-from experiments.words import number
+from experiments.formatting import number
+from experiments.progress import Narrator
+from experiments.report.console import print_json, wide_console
 
 BACKENDS = ("jax", "torch")
 TOKENS, TIMES = 4096, 11

@@ -27,15 +27,16 @@ from common.errors import ConfigError
 from common.process.exits import USER_ERROR
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
-from experiments.cells import FIGURES, figure, tells
-from experiments.cli import explain, spell_out_model
-from experiments.config import engine_spec, resolved
-from experiments.defects import headline
-from experiments.isolate import EngineFailure
-from experiments.remarks import contaminated, dropped
-from experiments.results import RunFiles, open_run
-from experiments.run_rows import counted_rows, counted_steps
-from experiments.views import Shown, plot_run
+from experiments.cli.launch import explain, spell_out_model
+from experiments.engines.process import EngineFailure
+from experiments.engines.spec import engine_spec
+from experiments.options import resolved
+from experiments.report.figures_table import FIGURES, figure, tells
+from experiments.report.notes import contaminated, dropped
+from experiments.report.rows import counted_rows, counted_steps
+from experiments.report.verdict import headline
+from experiments.runs.results import RunFiles, open_run
+from experiments.widgets import Shown, plot_run
 
 Command = Literal["bench", "compare"]
 TAIL_LINES = 40

@@ -1,105 +1,109 @@
-"""How far a sweep is, on standard error: a bar on a terminal, a line for each job elsewhere."""
+"""How far a run has come, for those who wait for it."""
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-REFRESH_S = 1.0
-TAKEN = 50
-"""Columns of a terminal's line that the bar, the numbers and the time take, with room to spare."""
+from common.interface import Progress as Callback
 
-
-def told_apart(jobs: Sequence[Sequence[str]]) -> list[str]:
-    """A name for each job: those of its overrides that not all have."""
-    common = set.intersection(*(set(overrides) for overrides in jobs)) if len(jobs) > 1 else set()
-    return [" ".join(word for word in overrides if word not in common) or "as configured" for overrides in jobs]
+LINE_PERIOD_S = 10.0
 
 
-class Board:
-    """What runs, what is done, and how long the rest may take, going by the jobs that ran until now."""
+class Narrator:
+    """Says on standard error what is going on: bars on a terminal, a line now and then elsewhere.
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self._names = names
-        self.done = 0
-        self._failed = 0
-        self._seconds: list[float] = []
-        self._drawn = 0.0
+    It draws only when told something, so that it takes nothing from an engine that is being timed.
+    """
+
+    def __init__(self) -> None:
         self._console = Console(stderr=True)
-        self._bar = Progress(
-            BarColumn(bar_width=20),
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.description}"),
             console=self._console,
             auto_refresh=False,
             transient=True,
         )
-        self._task = self._bar.add_task("", total=len(names))
+        self._tasks: dict[str, TaskID] = {}
+        self._last_line = 0.0
 
-    def __enter__(self) -> Board:
+    def __enter__(self) -> Narrator:
         if self._console.is_terminal:
-            self._bar.start()
+            self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._console.is_terminal:
-            self._bar.stop()
+        self._bars.stop()
 
     def say(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(text, style="dim", highlight=False, markup=False)
 
-    def skipped(self) -> None:
-        """The next job is done already."""
-        self.done += 1
+    def alarm(self, text: str) -> None:
+        self._console.print(text, style="bold red", highlight=False, markup=False)
 
-    def started(self, number: int) -> None:
-        self.say(f"job {number + 1} of {len(self._names)}: {self._names[number]}")
-        self._draw("")
-
-    def working(self, log: Path) -> None:
-        """Call often: it draws now and then, with the last line that the job has written."""
-        if self._console.is_terminal and time.monotonic() - self._drawn > REFRESH_S:
-            self._draw(last_line(log))
-
-    def ended(self, seconds: float | None, failure: Mapping[str, Any] | None) -> None:
-        self._seconds.append(seconds or 0.0)
-        self.done += failure is None
-        self._failed += failure is not None
-        how = f"failed, {failure['kind']}; its log is {failure['log']}" if failure else "ok"
-        self.say("; ".join(filter(None, [f"  {how}, {seconds or 0:.1f} s", self._left()])))
-
-    def _left(self) -> str:
-        left = len(self._names) - self.done - self._failed
-        if not left or not self._seconds:
-            return ""
-        return f"{left} left, about {duration(left * sum(self._seconds) / len(self._seconds))}"
-
-    def _draw(self, line: str) -> None:
-        self._drawn = time.monotonic()
-        counts = ", ".join(filter(None, [f"{self._failed} failed" if self._failed else "", self._left()]))
-        room = max(0, self._console.width - len(counts) - TAKEN)
-        text = f"{counts} [dim]{escape(line[:room])}[/]"
-        self._bar.update(self._task, completed=self.done + self._failed, description=text)
+    def block(self, done: int, disturbed: int, planned: int, label: str, left_s: float) -> None:
+        """Report the next window. `disturbed` of the `done` blocks are repeated beyond the `planned` ones. `left_s` is the time
+        of the blocks that are left, 0 or less if not known."""
+        left = f", about {left_s:.0f} s of blocks left" if left_s > 0 else ""
+        repeated = f" ({disturbed} disturbed by other programs)" if disturbed else ""
+        planned += disturbed
+        text = f"block {done + 1}{f' of {planned}' if done < planned else ''}{repeated}: {label}{left}"
         if self._console.is_terminal:
-            self._bar.refresh()
+            self._draw("blocks", done, max(planned, done + 1), text)
+        else:
+            self.say(text)
 
+    def end_blocks(self, reason: str) -> None:
+        if "blocks" in self._tasks:
+            self._bars.remove_task(self._tasks.pop("blocks"))
+            self._bars.refresh()
+        self.say(f"stopped: {reason}")
 
-def last_line(log: Path) -> str:
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 400))
-        lines = file.read().decode(errors="replace").splitlines()
-    return lines[-1] if lines else ""
+    @contextlib.contextmanager
+    def waiting(self, what: str, period_s: float = LINE_PERIOD_S) -> Iterator[None]:
+        """Report every `period_s` seconds how long the block has taken, for work that reports nothing while it compiles.
 
+        Another thread does so, hence not while an engine is timed."""
+        ended, start = threading.Event(), time.monotonic()
 
-def duration(seconds: float) -> str:
-    """Rounded for people: 40 s, 12 min, 3.5 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+        def report() -> None:
+            while not ended.wait(period_s):
+                self.say(f"{what}: {time.monotonic() - start:.0f} s so far")
+
+        thread = threading.Thread(target=report, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def progress(self, label: str) -> Callback:
+        """A callback for an engine's long work; where there is no total, there are but words."""
+
+        def report(done: int, total: int, what: str) -> None:
+            if not total:
+                self.say(f"{label}: {what}")
+            elif self._console.is_terminal:
+                self._draw(label, done, total, f"{label}: {what}")
+            elif done == total or time.monotonic() - self._last_line > LINE_PERIOD_S:
+                self._last_line = time.monotonic()
+                self.say(f"{label}: {what} ({done}/{total})")
+
+        return report
+
+    def _draw(self, label: str, done: int, total: int, what: str) -> None:
+        if label not in self._tasks:
+            self._tasks[label] = self._bars.add_task(label, total=total)
+        self._bars.update(self._tasks[label], description=what, completed=done, total=total)
+        if done == total:
+            self._bars.remove_task(self._tasks.pop(label))
+        self._bars.refresh()

@@ -25,7 +25,7 @@ from common.request import SamplingParams
 from common.schedule.request_table import Rows
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
-from experiments.pieces import padded, part
+from experiments.kernels.operators import padded, part
 
 BACKENDS = ("jax", "torch")
 THREADS = 1

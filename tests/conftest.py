@@ -33,7 +33,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def peers_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every peer has an environment, and llama.cpp its server, as far as is looked before one is started."""
-    from experiments.peers import PEERS
+    from experiments.engines.environments import PEERS
 
     for environment in {peer.environment for peer in PEERS.values()}:
         folder = tmp_path / f".venv-{environment}"

@@ -21,10 +21,10 @@ from common.engine import Engine
 from common.interface import ModelRunner, Pending, Progress, Result
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from common.weights.tiny import RECIPES, _write
-from experiments import observe
-from experiments.config import EngineSpec
-from experiments.drive import Window, drive
-from experiments.workload import Workload
+from experiments.correctness import observe
+from experiments.engines.spec import EngineSpec
+from experiments.load.driver import Window, drive
+from experiments.load.workload import Workload
 
 LAYER = 7
 """Where defects of one layer are."""

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.drive import Row, Window
-from experiments.job import Job, write_jobs
-from experiments.metrics import summarize
-from experiments.records import write_rows
-from experiments.rundir import run_directory
+from experiments.load.driver import Row, Window
+from experiments.metrics.metrics import summarize
+from experiments.runs.directory import run_directory
+from experiments.runs.records import write_rows
+from experiments.runs.sweep_jobs import Job, write_jobs
 
 SETTING = {"model": "tiny-llama", "dtype": "bfloat16", "kernels": "auto", "seed": 0, "workload": "fixed", "num_prompts": 2}
 

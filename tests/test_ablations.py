@@ -14,8 +14,9 @@ from common.config import EngineConfig
 from common.engine import Engine
 from common.errors import RequestError
 from common.request import Request, SamplingParams, Status
-from experiments.config import engine_specs, resolved
-from experiments.workload import Lengths, WorkloadConfig
+from experiments.engines.compose import engine_specs
+from experiments.load.workload import Lengths, WorkloadConfig
+from experiments.options import resolved
 from tests.history_runner import HistoryRunner, expected
 from tests.test_configs import composed, hydra_initialized
 from tests.test_scheduler import assert_empty, land, make_scheduler, request, scheduled, turn

@@ -16,7 +16,7 @@ from common.request import Logprobs
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
 from experiments import compare
-from experiments.agreement import (
+from experiments.correctness.agreement import (
     Base,
     Passed,
     Position,
@@ -30,15 +30,16 @@ from experiments.agreement import (
     tokens_equal_share,
     verdict,
 )
-from experiments.agreement import compare as compare_all
-from experiments.config import CorrectnessConfig, EngineSpec
-from experiments.correctness import Agreement, Divergence
-from experiments.coverage import Part
-from experiments.drive import Row, Window
-from experiments.narrator import Narrator
-from experiments.observe import Compared
-from experiments.perplexity import TEXT, tokenize
-from experiments.workload import Item, Workload
+from experiments.correctness.agreement import compare as compare_all
+from experiments.correctness.config import CorrectnessConfig
+from experiments.correctness.coverage import Part
+from experiments.correctness.judge import Agreement, Divergence
+from experiments.correctness.observe import Compared
+from experiments.correctness.perplexity import TEXT, tokenize
+from experiments.engines.spec import EngineSpec
+from experiments.load.driver import Row, Window
+from experiments.load.workload import Item, Workload
+from experiments.progress import Narrator
 from tests.history_backend import command, history, last_line
 from tests.planted import make_local
 

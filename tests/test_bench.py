@@ -23,12 +23,12 @@ from common.system.hardware import thread_settings
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
 from experiments import bench, compare, diverge
-from experiments.cli import FLAGS, overrides_first, torn
-from experiments.config import EngineSpec
-from experiments.isolate import EngineFailure, IsolatedEngine
-from experiments.rundir import environment, run_directory
-from experiments.words import number
-from experiments.workload import WorkloadConfig, draw
+from experiments.cli.launch import FLAGS, overrides_first, torn
+from experiments.engines.process import EngineFailure, IsolatedEngine
+from experiments.engines.spec import EngineSpec
+from experiments.formatting import number
+from experiments.load.workload import WorkloadConfig, draw
+from experiments.runs.directory import environment, run_directory
 from tests.history_backend import ROOT, VOCABULARY, command, history, last_line
 from tests.history_runner import expected
 
@@ -142,9 +142,9 @@ from pathlib import Path
 from common.config import EngineConfig
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
-from experiments.config import EngineSpec
-from experiments.isolate import IsolatedEngine
-from experiments.workload import WorkloadConfig, draw
+from experiments.engines.spec import EngineSpec
+from experiments.engines.process import IsolatedEngine
+from experiments.load.workload import WorkloadConfig, draw
 engine = IsolatedEngine(EngineSpec(label="e", name="history", config=EngineConfig(max_model_len=512)), Path("log"), 600.0)
 engine.load(zoo.resolve("tiny-llama"))
 print(engine._process.pid, flush=True)

@@ -1,4 +1,4 @@
-"""`experiments.blocks`: which engine runs when, and when there are blocks enough."""
+"""`experiments.measure.blocks`: which engine runs when, and when there are blocks enough."""
 
 import math
 from itertools import product
@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_module
 
-from experiments.blocks import ALLOWED, PLANNED, advice, block_order, level, reason_to_stop, repeats, tail, time_left
-from experiments.config import MeasureConfig
-from experiments.measure import measure_config
-from experiments.statistics import fewest_blocks
+from experiments.measure.blocks import ALLOWED, PLANNED, advice, block_order, level, reason_to_stop, repeats, tail, time_left
+from experiments.measure.config import MeasureConfig
+from experiments.measure.session import measure_config
+from experiments.metrics.statistics import fewest_blocks
 
 
 def config(blocks: int, **more: float) -> MeasureConfig:

@@ -12,9 +12,9 @@ import pytest
 
 from common.request import Status, TokenEvent
 from experiments import compare
-from experiments.defects import headline
-from experiments.drive import LAG_S, drive, skipped
-from experiments.workload import Item
+from experiments.load.driver import LAG_S, drive, skipped
+from experiments.load.workload import Item
+from experiments.report.verdict import headline
 from tests.history_backend import command, history, last_line
 from tests.test_drive import Counting
 

@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 
 from common.process.exits import TERMINATED, Terminated
-from experiments import compare, records
+from experiments import compare
 from experiments.compare import ratios
-from experiments.drive import Window
-from experiments.isolate import IsolatedEngine
-from experiments.measure import Outcome
-from experiments.records import read_rows, read_steps
-from experiments.report import write_report
-from experiments.statistics import Criteria, compare_all
+from experiments.engines.process import IsolatedEngine
+from experiments.load.driver import Window
+from experiments.measure.session import Outcome
+from experiments.metrics.statistics import Criteria, compare_all
+from experiments.report.writer import write_report
+from experiments.runs import records
+from experiments.runs.records import read_rows, read_steps
 from tests.history_backend import ROOT, command, history, interruptible, last_line, written
 
 __all__ = ["history"]

@@ -15,9 +15,13 @@ import configs
 from common.config import EngineConfig
 from common.errors import ConfigError
 from common.weights import zoo
-from experiments.cli import group_options, set_not_added, spell_out_model
-from experiments.config import CorrectnessConfig, MeasureConfig, engine_label, engine_spec, engine_specs, resolved
-from experiments.workload import Lengths, WorkloadConfig
+from experiments.cli.launch import group_options, set_not_added, spell_out_model
+from experiments.correctness.config import CorrectnessConfig
+from experiments.engines.compose import engine_label, engine_specs
+from experiments.engines.spec import engine_spec
+from experiments.load.workload import Lengths, WorkloadConfig
+from experiments.measure.config import MeasureConfig
+from experiments.options import resolved
 
 FOLDER = Path(configs.__file__).parent
 WORKLOADS = {

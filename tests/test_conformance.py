@@ -23,12 +23,12 @@ from common.text.tokenizer import open_tokenizer
 from common.weights.checkpoint import open_checkpoint
 from common.weights.zoo import resolve
 from experiments.baselines.openai_http import Options, build_engine
-from experiments.convert import hugging_face_directory
-from experiments.drive import drive
-from experiments.measure import vocabulary
-from experiments.metrics import latencies
-from experiments.peers import peers_folder
-from experiments.workload import WorkloadConfig, draw
+from experiments.engines.conversion import hugging_face_directory
+from experiments.engines.environments import peers_folder
+from experiments.load.driver import drive
+from experiments.load.workload import WorkloadConfig, draw
+from experiments.measure.session import vocabulary
+from experiments.metrics.metrics import latencies
 from tests.backends import BACKENDS
 from tests.http_server import SMALL, Served, history, serving, until
 

@@ -16,13 +16,14 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from experiments import handover, roofline
-from experiments.cells import FIGURES
-from experiments.console import print_conclusion, print_table
-from experiments.narrator import Narrator
-from experiments.statistics import Criteria, compare_all
-from experiments.sweep import print_sweep
-from experiments.words import shortened
+from experiments import handover
+from experiments.formatting import shortened
+from experiments.metrics.statistics import Criteria, compare_all
+from experiments.progress import Narrator
+from experiments.report.console import print_conclusion, print_table
+from experiments.report.figures_table import FIGURES
+from experiments.roofline import __main__ as roofline_command
+from experiments.sweep.table import print_sweep
 
 HOSTILE = "a template with [INST] but no [/INST]"
 ROOT = Path(__file__).parents[1]
@@ -87,7 +88,7 @@ def test_an_override_that_is_a_list_shows_in_the_table_of_a_sweep(capsys: pytest
 
 
 def test_a_result_is_json_for_programs_and_a_file_name_at_a_terminal() -> None:
-    script = "from experiments.console import print_result; print_result({'a': 1}, 'runs/x/results.json')"
+    script = "from experiments.report.console import print_result; print_result({'a': 1}, 'runs/x/results.json')"
     command = [sys.executable, "-c", script]
     piped = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
     assert piped.stdout == b'{"a":1}\n'
@@ -188,7 +189,7 @@ def test_the_ratio_of_a_contaminated_engine_is_not_to_be_quoted(spoilt: bool, ca
     assert ("is not to be quoted" in " ".join(capsys.readouterr().out.split())) == spoilt
 
 
-@pytest.mark.parametrize(("main", "what"), [(roofline.main, "limits"), (handover.main, "rates")])
+@pytest.mark.parametrize(("main", "what"), [(roofline_command.main, "limits"), (handover.main, "rates")])
 def test_what_only_standard_output_would_tell_is_not_measured_where_that_is_closed(
     main: Callable[[], None], what: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from common.request import Logprobs
-from experiments.correctness import Agreement, judge
+from experiments.correctness.judge import Agreement, judge
 
 EXACT = np.array([-1.0, -1.0001, -3.0, -9.0])
 """Float64 log-probabilities of the next token: 0 and 1 are a near tie."""

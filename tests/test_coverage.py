@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 
 from common.step_log import StepRecord
-from experiments.coverage import cover, coverage, sample, step_sizes
-from experiments.workload import Item, Lengths, Workload, WorkloadConfig, draw
+from experiments.correctness.coverage import cover, coverage, sample, step_sizes
+from experiments.load.workload import Item, Lengths, Workload, WorkloadConfig, draw
 
 RAGGED = WorkloadConfig(
     name="ragged",

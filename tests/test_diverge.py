@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 
 from common.errors import ConfigError
 from experiments import diverge
+from experiments.correctness.bisect_tensor import Finding
 from experiments.diverge import labels_quoted, positional, print_finding, recorded_run, sentence, windows_of
-from experiments.localise import Finding
 from tests.history_backend import history, last_line
 from tests.planted import LAYER, deep_model
 

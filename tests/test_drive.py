@@ -13,9 +13,9 @@ from common.engine import Engine
 from common.errors import RequestError
 from common.interface import Caps, InferenceEngine
 from common.request import Request, Status, TokenEvent
-from experiments.agenda import Agenda
-from experiments.drive import Row, Window, drive
-from experiments.workload import Item
+from experiments.load.arrivals import Agenda
+from experiments.load.driver import Row, Window, drive
+from experiments.load.workload import Item
 from tests.history_runner import HistoryRunner
 from tests.host_overhead import IdleRunner
 

@@ -18,9 +18,9 @@ import pytest
 from common.config import EngineConfig
 from common.weights import zoo
 from experiments import bench, compare
-from experiments.config import EngineSpec
-from experiments.isolate import EngineFailure, IsolatedEngine
-from experiments.workload import WorkloadConfig, draw
+from experiments.engines.process import EngineFailure, IsolatedEngine
+from experiments.engines.spec import EngineSpec
+from experiments.load.workload import WorkloadConfig, draw
 from tests.history_backend import VOCABULARY, command, history, last_line, written
 
 __all__ = ["history"]

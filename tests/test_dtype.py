@@ -16,7 +16,7 @@ from common.llm import LLM
 from common.request import SamplingParams
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from common.weights.zoo import resolve
-from experiments.reference import NumpyModel
+from experiments.correctness.reference import NumpyModel
 from tests.backends import checkpoint
 
 MODEL = "tiny-llama"

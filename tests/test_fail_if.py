@@ -7,7 +7,7 @@ import pytest
 
 from common.errors import ConfigError
 from experiments import bench, compare
-from experiments.fail_if import Condition, check_keys, expect_quotes, look_up, parse, parse_conditions, violations
+from experiments.runs.conditions import Condition, check_keys, expect_quotes, look_up, parse, parse_conditions, violations
 from tests.history_backend import command, history, last_line
 
 __all__ = ["history"]

@@ -1,4 +1,5 @@
-"""`experiments.figures`, `timeline` and `canvas`: the numbers that are drawn, their bounds, and what every figure keeps to."""
+"""`experiments.report.charts`, `timeline` and `canvas`: the numbers that are drawn, their bounds, and what every figure keeps
+to."""
 
 import itertools
 import math
@@ -11,13 +12,14 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from experiments import canvas, timeline
-from experiments.figures.agreement import thinned
-from experiments.figures.latency import curves, distribution, percentile_99, samples_ms
-from experiments.figures.ratio import ratio
-from experiments.figures.roofline import roofline
-from experiments.figures.scatter import scatter
-from experiments.page import Drawing
+from experiments.report import timeline
+from experiments.report.charts import canvas
+from experiments.report.charts.agreement import thinned
+from experiments.report.charts.latency import curves, distribution, percentile_99, samples_ms
+from experiments.report.charts.ratio import ratio
+from experiments.report.charts.roofline import roofline
+from experiments.report.charts.scatter import scatter
+from experiments.report.page import Drawing
 from tests.synthetic_run import HOSTILE, simulate
 
 SVG = "{http://www.w3.org/2000/svg}"

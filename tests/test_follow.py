@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, GgufConfig
 from transformers.utils import logging
 
 from common.request import Logprobs, Request, SamplingParams
-from experiments.correctness import Reference, float64_reference, judge
-from experiments.reference import NumpyModel
+from experiments.correctness.judge import Reference, float64_reference, judge
+from experiments.correctness.reference import NumpyModel
 from tests.backends import checkpoint, engine_config, make_engine
 
 logging.disable_progress_bar()

@@ -15,12 +15,13 @@ import pytest
 from common.config import EngineConfig
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
-from experiments.config import EngineSpec, MeasureConfig
-from experiments.isolate import IsolatedEngine
-from experiments.measure import Outcome, Plan, prepare, run_blocks, vocabulary
-from experiments.narrator import Narrator
-from experiments.statistics import Comparison
-from experiments.workload import WorkloadConfig, draw
+from experiments.engines.process import IsolatedEngine
+from experiments.engines.spec import EngineSpec
+from experiments.load.workload import WorkloadConfig, draw
+from experiments.measure.config import MeasureConfig
+from experiments.measure.session import Outcome, Plan, prepare, run_blocks, vocabulary
+from experiments.metrics.statistics import Comparison
+from experiments.progress import Narrator
 from tests.history_backend import ROOT
 
 SLOWED = """

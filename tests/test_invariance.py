@@ -15,8 +15,8 @@ import pytest
 
 from common.engine import Engine
 from common.request import Request, SamplingParams, TokenEvent
-from experiments.correctness import float64_reference, judge
-from experiments.reference import NumpyModel
+from experiments.correctness.judge import float64_reference, judge
+from experiments.correctness.reference import NumpyModel
 from tests.backends import checkpoint, engine_config, make_engine
 from tests.events import tokens
 from tests.numpy_sampler import Filters, choices, uniform

@@ -10,10 +10,10 @@ from hydra import compose, initialize_config_module
 from common.config import EngineConfig
 from common.engine import Engine
 from experiments import bench
-from experiments.config import resolved
-from experiments.drive import drive
-from experiments.metrics import contaminations, summarize
-from experiments.workload import Workload, WorkloadConfig, draw
+from experiments.load.driver import drive
+from experiments.load.workload import Workload, WorkloadConfig, draw
+from experiments.metrics.metrics import contaminations, summarize
+from experiments.options import resolved
 from tests import judge_figures
 from tests.history_backend import VOCABULARY, command, history, last_line
 from tests.history_runner import HistoryRunner

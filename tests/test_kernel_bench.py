@@ -15,12 +15,14 @@ import pytest
 
 from common.config import EngineConfig, ModelConfig
 from common.step_log import record_step
-from experiments import bench, compare, kernels, pieces
-from experiments.isolate import EngineFailure, IsolatedEngine
-from experiments.kernels import Shape, make_batch, needs
-from experiments.limits import READ, Limits
-from experiments.report import write_report
-from experiments.work import count
+from experiments import bench, compare
+from experiments.engines.process import EngineFailure, IsolatedEngine
+from experiments.kernels import benchmark, operators
+from experiments.kernels.benchmark import Shape, make_batch, needs
+from experiments.report.kernel_tables import print_tables
+from experiments.report.writer import write_report
+from experiments.roofline.limits import READ, Limits
+from experiments.roofline.work import count
 from tests.backends import THREADS, checkpoint, device, part
 from tests.history_backend import ROOT, command, history, last_line
 
@@ -41,7 +43,7 @@ def model(**options: Any) -> ModelConfig:
 # What an operator needs.
 
 
-@pytest.mark.parametrize("shape", [DECODE, PREFILL, LONG, *kernels.SHAPES], ids=lambda shape: shape.name)
+@pytest.mark.parametrize("shape", [DECODE, PREFILL, LONG, *benchmark.SHAPES], ids=lambda shape: shape.name)
 @pytest.mark.parametrize("options", [{}, {"tie_embeddings": True, "qkv_bias": True, "mlp_bias": True, "layer_window": (0, 20)}])
 def test_layers_and_head_need_together_what_a_step_needs(shape: Shape, options: dict[str, Any]) -> None:
     config = model(**options)
@@ -83,7 +85,7 @@ def test_a_figure_is_the_work_over_the_time_and_the_time_over_the_limit() -> Non
     work = needs(model(), "float32", make_batch(PREFILL, 320, 16), 16)["head"]
     ways = {READ: {"way": 1e9}, "float32": {"way": 1e12}, "bfloat16": {"way": 1e12}}
     limits = Limits(ways=ways, threads=1, cache_bytes=0, buffer_bytes=0)
-    got = kernels.figures(work, (0.4, 0.5, 0.7), (0.9, 1.0, 1.2), limits, "float32")
+    got = benchmark.figures(work, (0.4, 0.5, 0.7), (0.9, 1.0, 1.2), limits, "float32")
     assert got["mib"] == float(work.bytes) / 2**20 and got["gb_per_s"] == pytest.approx(float(work.bytes) / 0.5 / 1e9)
     assert got["limit_ms"] == pytest.approx(float(work.bytes) / 1e9 * 1e3) and got["ratio"] == 2.0
     assert got["fraction"] == pytest.approx(float(work.bytes) / 1e9 / 0.5)
@@ -97,23 +99,23 @@ def test_a_figure_above_the_limit_and_other_programs_contaminate() -> None:
         shape: {operator: {"fraction": fraction, "mib": mib} for operator, (fraction, mib) in rows.items()}
         for shape, rows in found.items()
     }
-    assert kernels.contaminations(told(figures), 0.0, 0) == []
+    assert benchmark.contaminations(told(figures), 0.0, 0) == []
     figures["decode"]["sample"], figures["prefill"]["head"] = (1.01, 0.5), (1.2, 9.0)
-    (reason,) = kernels.contaminations(told(figures), 0.0, 0)
+    (reason,) = benchmark.contaminations(told(figures), 0.0, 0)
     assert reason.startswith("invalid: above the limit are sample in decode (1.01), head in prefill (1.20); the machine was")
-    cached, slow = kernels.contaminations(told(figures), 0.0, 1 << 20)
+    cached, slow = benchmark.contaminations(told(figures), 0.0, 1 << 20)
     assert cached.startswith(
         "invalid: above the limit are sample in decode (1.01); their data fit the last-level cache of 1 MiB"
     )
     assert slow.startswith("invalid: above the limit are head in prefill (1.20); the machine was slower")
-    assert "other programs used 50% of the processors" in kernels.contaminations(told(figures), 0.5, 0)
+    assert "other programs used 50% of the processors" in benchmark.contaminations(told(figures), 0.5, 0)
 
 
 def test_limits_that_moved_during_the_run_are_a_doubt() -> None:
     before = {"read_bytes_per_s": 3.0e10, "float32_flops_per_s": 2e11, "bfloat16_flops_per_s": 3e11}
-    assert kernels.moved({"before": before, "after": before | {"read_bytes_per_s": 3.2e10}}) == []
+    assert benchmark.moved({"before": before, "after": before | {"read_bytes_per_s": 3.2e10}}) == []
     for first, second in ((4.5e10, 3.0e10), (3.0e10, 4.5e10)):
-        (doubt,) = kernels.moved(
+        (doubt,) = benchmark.moved(
             {"before": before | {"read_bytes_per_s": first}, "after": before | {"read_bytes_per_s": second}}
         )
         assert f"memory read {first / 1e9:.2f} and {second / 1e9:.2f} GB/s" in doubt and "matmul" not in doubt
@@ -130,9 +132,9 @@ class Operators:
         self.backend, pages = backend, 1 + shape.seqs * shape.pages(16)
         part(backend, "kernels").open_library()
         batch = make_batch(shape, 320, 16)
-        self.held, programs, inputs = pieces.load(kind, backend, checkpoint("tiny-llama"), config, 64, pages)
+        self.held, programs, inputs = operators.load(kind, backend, checkpoint("tiny-llama"), config, 64, pages)
         self.held |= inputs(batch)
-        glue = pieces.GLUES[backend]()
+        glue = operators.GLUES[backend]()
         self.programs: dict[str, Callable[[], None]] = {}
         for program in programs:
             self.programs[program.__name__] = glue.runner(program, self.held)
@@ -153,8 +155,8 @@ class Operators:
 
 @pytest.mark.parametrize("shape", [DECODE, PREFILL], ids=lambda shape: shape.name)
 def test_both_kinds_of_an_operator_compute_the_same(backend: str, shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
-    glue = pieces.GLUES[backend]()._replace(after=lambda x, _: x)  # JAX's adds a little to one number
-    monkeypatch.setitem(pieces.GLUES, backend, lambda: glue)
+    glue = operators.GLUES[backend]()._replace(after=lambda x, _: x)  # JAX's adds a little to one number
+    monkeypatch.setitem(operators.GLUES, backend, lambda: glue)
     native, framework = (Operators(kind, backend, shape) for kind in ("native", "framework"))
     T, R = native.tokens, native.rows
 
@@ -185,9 +187,9 @@ def test_both_kinds_of_an_operator_compute_the_same(backend: str, shape: Shape, 
 
 
 def test_passes_of_both_kinds_take_turns(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    glue, ran = pieces.GLUES[backend](), list[str]()
+    glue, ran = operators.GLUES[backend](), list[str]()
 
-    def runner(program: pieces.Program, held: pieces.Held) -> Callable[[], None]:
+    def runner(program: operators.Program, held: operators.Held) -> Callable[[], None]:
         run = glue.runner(program, held)
 
         def noted() -> None:
@@ -196,13 +198,15 @@ def test_passes_of_both_kinds_take_turns(backend: str, monkeypatch: pytest.Monke
 
         return noted
 
-    monkeypatch.setitem(pieces.GLUES, backend, lambda: glue._replace(runner=runner))
+    monkeypatch.setitem(operators.GLUES, backend, lambda: glue._replace(runner=runner))
     part(backend, "kernels").open_library()
     config = EngineConfig(dtype="float32", threads=THREADS, max_num_seqs=4, max_num_batched_tokens=64)
-    found = list(pieces.time_shapes(backend, checkpoint("tiny-llama"), config, [DECODE, PREFILL], passes=3))
+    found = list(operators.time_shapes(backend, checkpoint("tiny-llama"), config, [DECODE, PREFILL], passes=3))
     turns = 2 * (1 + 3)  # shapes, and passes, the first to wake all
     assert [kind for kind, _ in itertools.groupby(ran)] == ["native", "framework"] * turns
-    assert [(name, list(times)) for name, times, *_ in found] == [(name, list(pieces.KINDS)) for name in ("decode", "prefill")]
+    assert [(name, list(times)) for name, times, *_ in found] == [
+        (name, list(operators.KINDS)) for name in ("decode", "prefill")
+    ]
 
 
 # The command.
@@ -214,9 +218,9 @@ def test_the_command_times_every_operator_and_keeps_the_run(
     (tmp_path / "configs").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setattr(kernels, "SHAPES", (DECODE, PREFILL))
+    monkeypatch.setattr(benchmark, "SHAPES", (DECODE, PREFILL))
     asked: list[float] = []
-    monkeypatch.setattr("experiments.measure.measure_limits", lambda seconds: asked.append(seconds) or LIMITS)
+    monkeypatch.setattr("experiments.measure.session.measure_limits", lambda seconds: asked.append(seconds) or LIMITS)
     command(monkeypatch, bench.main, f"engine={backend}", *OPTIONS, "report=true")
     out = capsys.readouterr().out
     result = last_line(out)
@@ -225,9 +229,9 @@ def test_the_command_times_every_operator_and_keeps_the_run(
     assert (result["engine"], result["model"], result["passes"], len(asked)) == (backend, "tiny-llama", 2, 2)
     assert json.loads((Path(result["run"]) / "results.json").read_text()) == result
     assert set(result["shapes"]) == {"decode", "prefill"} and "decode" in out and "of limit" in out
-    for operators in result["shapes"].values():
-        assert set(operators) == {"embed", "project", "attend", "combine", "layers", "head", "sample"}
-        for values in operators.values():
+    for timed_operators in result["shapes"].values():
+        assert set(timed_operators) == {"embed", "project", "attend", "combine", "layers", "head", "sample"}
+        for values in timed_operators.values():
             assert values["ms"] > 0 and values["ratio"] == pytest.approx(values["framework_ms"] / values["ms"])
             assert values["fraction"] == pytest.approx(values["limit_ms"] / values["ms"])
             for kind in ("", "framework_"):
@@ -241,8 +245,8 @@ def test_the_command_times_every_operator_and_keeps_the_run(
 def test_a_run_of_kernels_that_is_cut_short_keeps_results_and_report_of_its_whole_shapes(
     end: BaseException, code: int, history: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(kernels, "SHAPES", (DECODE, PREFILL))
-    monkeypatch.setattr("experiments.measure.measure_limits", lambda _: LIMITS)
+    monkeypatch.setattr(benchmark, "SHAPES", (DECODE, PREFILL))
+    monkeypatch.setattr("experiments.measure.session.measure_limits", lambda _: LIMITS)
     whole = IsolatedEngine.time_kernels
 
     def cut_short(self: IsolatedEngine, *arguments: Any) -> Iterator[Any]:
@@ -267,7 +271,7 @@ def test_a_run_of_kernels_that_is_cut_short_keeps_results_and_report_of_its_whol
 
 def timed(fraction: float) -> dict[str, Any]:
     """Results of two shapes, whose layers come to `fraction` of the limit in the one and to half of it in the other."""
-    figures: dict[str, Any] = dict.fromkeys(kernels.FIGURES, 1.0) | {
+    figures: dict[str, Any] = dict.fromkeys(benchmark.FIGURES, 1.0) | {
         "quartiles_ms": [0.9, 1.1],
         "framework_quartiles_ms": [0.9, 1.1],
     }
@@ -280,7 +284,7 @@ def timed(fraction: float) -> dict[str, Any]:
         "passes": 9,
         "failures": {},
         "limits": {"before": summary, "after": summary | {"read_bytes_per_s": 3.1e10}},
-        "contaminated": kernels.contaminations(shapes, 0.0, 0),
+        "contaminated": benchmark.contaminations(shapes, 0.0, 0),
         "unsure": ["the machine's limits moved"],
         "kernel_arithmetic": "AMX",
         "shapes": shapes,
@@ -288,14 +292,14 @@ def timed(fraction: float) -> dict[str, Any]:
 
 
 def test_what_spoils_the_tables_stands_above_them(capsys: pytest.CaptureFixture[str]) -> None:
-    kernels.print_tables(timed(1.25))
+    print_tables(timed(1.25))
     told = capsys.readouterr().out
     assert told.startswith("contaminated torch: invalid: above the limit are layers in decode (1.25)")
     assert told.count("contaminated: torch (AMX), any, bfloat16, decode") == 1 and "torch: the machine's limits moved." in told
     assert "0.9000–1.100" in told and "a cache answers faster than memory" in " ".join(told.split())
     limits = " ".join(told.split()).partition("Limits before and after: ")[2]
     assert limits.startswith("memory read 33.00 and 31.00 GB/s, matmul float32 200.0 and 200.0 GFLOP/s")
-    kernels.print_tables(timed(0.75))
+    print_tables(timed(0.75))
     assert "contaminated" not in capsys.readouterr().out
 
 

@@ -24,7 +24,7 @@ from common.kernels.cpu import build, usable
 from common.kernels.cpu.pages import keys_in, keys_out, values_in, values_out
 from common.kernels.cpu.step import max_step_size, pack_changes, pack_step
 from common.system.hardware import cxx_compiler, matrix_unit
-from experiments.reference import NumpyModel
+from experiments.correctness.reference import NumpyModel
 from jaxinfer.parallel import Group
 from tests.backends import BACKENDS, Packer, checkpoint, device, native_logits, native_weights, paged_logits, part
 from tests.families import BOUND, FAMILIES

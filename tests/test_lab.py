@@ -15,12 +15,12 @@ from omegaconf import OmegaConf
 
 from common.errors import ConfigError
 from experiments import bench, lab
-from experiments.config import engine_spec
-from experiments.drive import Row, Window
-from experiments.isolate import EngineFailure
-from experiments.metrics import summarize
-from experiments.records import write_rows
-from experiments.rundir import write_json
+from experiments.engines.process import EngineFailure
+from experiments.engines.spec import engine_spec
+from experiments.load.driver import Row, Window
+from experiments.metrics.metrics import summarize
+from experiments.runs.directory import write_json
+from experiments.runs.records import write_rows
 from tests.history_backend import history
 
 __all__ = ["history"]

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.blocks import PRECISION, tail
-from experiments.cells import figure, latency_times
-from experiments.drive import Row, Window
-from experiments.latency import HEADLINED, block_percentiles, intervals, ratios
-from experiments.remarks import interval_notes
-from experiments.statistics import estimate
+from experiments.load.driver import Row, Window
+from experiments.measure.blocks import PRECISION, tail
+from experiments.metrics.latency import HEADLINED, block_percentiles, intervals, ratios
+from experiments.metrics.statistics import estimate
+from experiments.report.figures_table import figure, latency_times
+from experiments.report.notes import interval_notes
 from tests.test_statistics import AS_SHIPPED, blocks_of, many, noise
 
 

@@ -12,15 +12,15 @@ import pytest
 
 from common.weights.checkpoint import open_checkpoint
 from common.weights.zoo import resolve
-from experiments.agreement import Passed, compare, pass_through
-from experiments.config import CorrectnessConfig
-from experiments.coverage import Part
-from experiments.defects import defects, headline
+from experiments.correctness.agreement import Passed, compare, pass_through
+from experiments.correctness.bisect_step import LOGITS, Ledger
+from experiments.correctness.bisect_tensor import part
+from experiments.correctness.config import CorrectnessConfig
+from experiments.correctness.coverage import Part
 from experiments.diverge import examine, sentence
-from experiments.localise import part
-from experiments.narrator import Narrator
-from experiments.search import LOGITS, Ledger
-from experiments.workload import Item, Workload
+from experiments.load.workload import Item, Workload
+from experiments.progress import Narrator
+from experiments.report.verdict import defects, headline
 from tests.backends import Packer
 from tests.planted import CACHED, LAYER, STEP, Local, deep_model, make_local
 

@@ -14,8 +14,8 @@ import pytest
 from common.config import EngineConfig
 from common.process.agents import Agents, There
 from common.process.workers import Follower
-from experiments import machine
-from experiments.machine import (
+from experiments.load import machine
+from experiments.load.machine import (
     Watch,
     busy_seconds,
     clock_limit_mhz,
@@ -70,7 +70,7 @@ def test_the_processes_of_a_launch_that_are_on_this_machine_are_our_own_with_wha
 
 def counted_as_own(launch: Agents) -> set[int]:
     """By an engine's process of that launch, which has started none of the others."""
-    script = "from experiments.machine import own_processes; print(*(process.pid for process in own_processes()))"
+    script = "from experiments.load.machine import own_processes; print(*(process.pid for process in own_processes()))"
     command, environment = [sys.executable, "-c", script], os.environ | launch.environment()
     return set(map(int, subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()))
 

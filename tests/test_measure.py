@@ -8,11 +8,11 @@ import pytest
 from common.config import EngineConfig
 from common.errors import BackendError, ConfigError
 from experiments import bench, compare
-from experiments.config import EngineSpec
-from experiments.limits import READ, Limits
-from experiments.measure import PROBED, expect_fits, sparing, whole_rank_mib
-from experiments.records import read_rows
-from experiments.workload import WorkloadConfig, draw
+from experiments.engines.spec import EngineSpec
+from experiments.load.workload import WorkloadConfig, draw
+from experiments.measure.session import PROBED, expect_fits, sparing, whole_rank_mib
+from experiments.roofline.limits import READ, Limits
+from experiments.runs.records import read_rows
 from tests.backends import checkpoint
 from tests.history_backend import command, history, last_line, written
 
@@ -77,8 +77,8 @@ def test_limits_that_can_be_measured_but_once_cost_a_run_their_shares_and_nothin
             raise BackendError("The machine's limits could not be measured (exit code 1).")
         return LIMITS
 
-    monkeypatch.setattr("experiments.measure.measure_limits", measure_limits)
-    monkeypatch.setattr("experiments.measure.bandwidth_probe", lambda seconds: lambda: 1e11)
+    monkeypatch.setattr("experiments.measure.session.measure_limits", measure_limits)
+    monkeypatch.setattr("experiments.measure.session.bandwidth_probe", lambda seconds: lambda: 1e11)
     with pytest.raises(SystemExit) as exit:
         command(monkeypatch, compare.main, *SHORT, "engines=[history,history]", "measure.limits_s=0.01")
     out, err = capsys.readouterr()
@@ -142,7 +142,7 @@ def test_what_goes_wrong_behind_the_windows_leaves_their_rows_and_the_logs(
     def refused(*_: object, **__: object) -> None:
         raise ConfigError("too late")
 
-    monkeypatch.setattr("experiments.measure.Outcome.compared", refused)
+    monkeypatch.setattr("experiments.measure.session.Outcome.compared", refused)
     with pytest.raises(SystemExit):
         command(monkeypatch, bench.main, "engine=history", *SHORT[:-1], "measure.limits_s=0")
     (partial,) = (history / "runs").iterdir()

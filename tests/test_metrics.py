@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from common.step_log import StepRecord
-from experiments.drive import Row, Window
-from experiments.metrics import block_contaminations, contaminations, counters, summarize, unsure
-from experiments.phases import steady_part
-from experiments.workload import Slo
+from experiments.load.driver import Row, Window
+from experiments.load.workload import Slo
+from experiments.metrics.metrics import block_contaminations, contaminations, counters, summarize, unsure
+from experiments.metrics.phases import steady_part
 
 
 def row(sent: float, times: tuple[float, ...], asked: int | None = None) -> Row:

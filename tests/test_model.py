@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from common.text.tokenizer import open_tokenizer
-from experiments.pieces import part
-from experiments.reference import NumpyModel
+from experiments.correctness.reference import NumpyModel
+from experiments.kernels.operators import part
 from tests.backends import BACKENDS, call, checkpoint, dense_logits, paged_logits
 from tests.families import BOUND, DEFECTS, FAMILIES, VISIBLE
 

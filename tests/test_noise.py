@@ -11,12 +11,12 @@ import pytest
 
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
-from experiments.agreement import TOP_LOGPROBS, Passed, compare
-from experiments.config import CorrectnessConfig
-from experiments.coverage import Part
-from experiments.defects import headline
-from experiments.noise import Measured, Scale, suspicion, suspicion_alone
-from experiments.workload import Item, Workload
+from experiments.correctness.agreement import TOP_LOGPROBS, Passed, compare
+from experiments.correctness.config import CorrectnessConfig
+from experiments.correctness.coverage import Part
+from experiments.correctness.noise import Measured, Scale, suspicion, suspicion_alone
+from experiments.load.workload import Item, Workload
+from experiments.report.verdict import headline
 from tests.planted import Local, make_local
 
 MEASURED = Measured(

@@ -27,7 +27,7 @@ from PIL import Image
 
 from common.config import EngineConfig
 from common.engine import Engine
-from experiments import lab, views
+from experiments import lab, widgets
 from tests.history_runner import HistoryRunner
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -133,7 +133,7 @@ def test_a_committed_notebook_is_fit_to_be_read(path: Path) -> None:
 def test_the_counters_that_committed_notebooks_show_are_those_that_an_engine_has() -> None:
     runner = HistoryRunner(num_pages=9, block_size=4, max_seqs=2)
     engine = Engine(runner, EngineConfig(block_size=4, max_num_seqs=2, max_num_batched_tokens=8), num_pages=9)
-    names = [name for name, _ in views.counters(engine.stats()).rows]
+    names = [name for name, _ in widgets.counters(engine.stats()).rows]
     said = [text for path in NOTEBOOKS for text in texts(nbformat.read(path, as_version=4)) if text.startswith("Engine\n")]
     assert len(said) == 2
     assert all([line.split()[0] for line in text.splitlines()[2:]] == names for text in said)

@@ -12,8 +12,8 @@ from common.config import EngineConfig
 from common.errors import BackendError
 from common.interface import ModelRunner, load_backend
 from common.schedule.trace import Recorder
-from experiments.observe import compare_row, with_context
-from experiments.reference import NumpyModel
+from experiments.correctness.observe import compare_row, with_context
+from experiments.correctness.reference import NumpyModel
 from tests.backends import Packer, checkpoint
 from tests.history_runner import HistoryRunner
 
@@ -105,7 +105,7 @@ def test_an_observed_step_leaves_the_pages_that_a_served_one_leaves(case: Case) 
 
 @pytest.mark.parametrize("case", [pytest.param(COMPILED, marks=pytest.mark.accept), *CASES], ids="-".join)
 def test_a_row_of_logits_for_every_token_can_be_asked_for(case: Case) -> None:
-    from experiments.perplexity import every_row
+    from experiments.correctness.perplexity import every_row
 
     runner = make_runner(*case)
     runner.reset()

@@ -24,10 +24,10 @@ from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
 from experiments import bench, compare
 from experiments.baselines.openai_http import CompletionsEngine, Options, build_engine, fill, placeholders
-from experiments.completions import UNNAMED, EventStream, WireError, read_chunk
-from experiments.drive import drive
-from experiments.server import Server, free_port, get, listens, models, program
-from experiments.workload import Item
+from experiments.engines.http_stream import UNNAMED, EventStream, WireError, read_chunk
+from experiments.engines.server import Server, free_port, get, listens, models, program
+from experiments.load.driver import drive
+from experiments.load.workload import Item
 from tests.completions_server import MODEL, VOCABULARY, answer
 from tests.events import tokens
 from tests.history_backend import command, history, last_line
@@ -408,7 +408,7 @@ def test_a_program_that_is_not_there_is_told_before_any_engine_starts(
 def test_a_server_does_not_outlive_who_started_it() -> None:
     """Not even where that is killed together with its group, as the harness does with an engine that hangs."""
     program = (
-        "from experiments.server import Server; import psutil, time\n"
+        "from experiments.engines.server import Server; import psutil, time\n"
         "one = Server([__import__('sys').executable, '-c', 'import time; time.sleep(600)'], {}, 'http://127.0.0.1:1')\n"
         "mine = psutil.Process()\n"
         "while len(mine.children(recursive=True)) < 2: time.sleep(0.01)\n"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from experiments.report import write_report
+from experiments.report.writer import write_report
 from tests.browser import Browser, Tab, browse
 from tests.synthetic_run import HOSTILE, write_run, write_sweep
 

@@ -19,7 +19,7 @@ from common.kernels.cpu.sums import open_library
 from common.process import child
 from common.weights import zoo
 from common.weights.checkpoint import expected_shapes
-from experiments.reference import NumpyModel
+from experiments.correctness.reference import NumpyModel
 from tests.backends import BACKENDS, checkpoint, engine_config
 from tests.families import FAMILIES
 from tests.history_backend import ROOT

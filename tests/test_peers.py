@@ -28,15 +28,17 @@ from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from common.weights.gguf_parts import read_metadata
 from common.weights.parameters import NUMPY_DTYPES
-from experiments import compare, convert, measure, peers
+from experiments import compare
 from experiments.baselines.llamacpp import LlamaCppEngine
 from experiments.baselines.vllm import VllmEngine
-from experiments.config import EngineSpec
-from experiments.convert import digest, gguf_file, hugging_face_directory, write_directory, write_gguf
-from experiments.findings import correctness
-from experiments.isolate import IsolatedEngine
-from experiments.peers import PEERS, Peer, interpreter, own_file, stored_weights
-from experiments.workload import Item, Workload
+from experiments.engines import conversion, environments
+from experiments.engines.conversion import digest, gguf_file, hugging_face_directory, write_directory, write_gguf
+from experiments.engines.environments import PEERS, Peer, interpreter, own_file, stored_weights
+from experiments.engines.process import IsolatedEngine
+from experiments.engines.spec import EngineSpec
+from experiments.load.workload import Item, Workload
+from experiments.measure import session
+from experiments.report.findings import correctness
 from tests.families import FAMILIES
 from tests.history_backend import CONFIG, PACKAGE, ROOT, command, history, last_line
 
@@ -88,7 +90,7 @@ def test_every_family_is_written_as_it_is_or_refused(name: str, families: dict[s
     source = open_checkpoint(families[name])
     for write, path in ((write_directory, tmp_path / "folder"), (write_gguf, tmp_path / "file.gguf")):
         try:
-            written = convert.written(source, "bfloat16", path, write)
+            written = conversion.written(source, "bfloat16", path, write)
         except ConfigError as error:
             assert write is write_gguf and name in UNTELLABLE, error
         else:
@@ -104,7 +106,7 @@ def test_the_frequencies_of_llama_3_are_told_by_their_divisors(families: dict[st
     source = open_checkpoint(families["llama3"])
     released = replace(source.config.ropes[0], low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192)
     source = replace(source, config=replace(source.config, ropes=(released,)))
-    expect_same(open_checkpoint(convert.written(source, "float32", tmp_path / "file.gguf", write_gguf)), source, "float32")
+    expect_same(open_checkpoint(conversion.written(source, "float32", tmp_path / "file.gguf", write_gguf)), source, "float32")
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -192,7 +194,7 @@ def test_our_engines_run_in_this_environment_and_a_peer_in_its_own(tmp_path: Pat
 
 
 def test_an_engine_that_lacks_its_package_is_told_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "PACKAGES", {"hf": "no_such_package"})
+    monkeypatch.setattr(environments, "PACKAGES", {"hf": "no_such_package"})
     with pytest.raises(BackendError, match=r"engine=hf needs the package 'no_such_package'\. Run: pip install"):
         interpreter("hf")
 
@@ -254,7 +256,7 @@ def test_a_peer_runs_our_modules_with_no_more_than_make_peers_installs() -> None
     modules = [module for module, packages in packages_distributions().items() if missing & set(packages)]
     assert {"jax", "torch", "hydra", "omegaconf", "rich", "pandas"} <= set(modules)
     script = f"import sys; sys.modules.update(dict.fromkeys({modules}))\n"
-    script += "import experiments.worker, experiments.baselines.vllm, experiments.baselines.llamacpp"
+    script += "import experiments.engines.worker, experiments.baselines.vllm, experiments.baselines.llamacpp"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
 
 
@@ -301,7 +303,7 @@ def test_stored_weights_have_the_name_of_the_quantization_in_the_file(
 ) -> None:
     write_gguf(open_checkpoint(zoo.resolve("tiny-llama")), "bfloat16", tmp_path / "tiny.gguf")
     file = open_checkpoint(tmp_path / "tiny.gguf")
-    monkeypatch.setattr(peers, "read_metadata", lambda path: {"general.file_type": kind})
+    monkeypatch.setattr(environments, "read_metadata", lambda path: {"general.file_type": kind})
     assert stored_weights("llamacpp_gguf", file) == name
     assert stored_weights("llamacpp", file) is stored_weights("torch", file) is None
     assert own_file(file, "float32") == file.path  # no copy is written
@@ -318,7 +320,7 @@ def quantized(history: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
     python = interpreter_of(history, "quantized")
     python.write_text(f'#!/bin/sh\nPYTHONPATH={history / "packages"}:{ROOT} exec {sys.executable} "$@"\n')
     monkeypatch.setenv("TANDEM_PEERS", str(history))
-    monkeypatch.setattr(measure, "vocabulary", lambda checkpoint: (300, frozenset()))
+    monkeypatch.setattr(session, "vocabulary", lambda checkpoint: (300, frozenset()))
     write_gguf(open_checkpoint(zoo.resolve("tiny-llama")), "float32", history / "tiny.gguf")
 
     def run(weights: Callable[[Checkpoint, str], Path], engines: str) -> tuple[dict[str, Any], str]:

@@ -1,4 +1,4 @@
-"""`experiments.perfetto`: a trace that a viewer can draw, and that says what the rows say."""
+"""`experiments.report.perfetto`: a trace that a viewer can draw, and that says what the rows say."""
 
 import json
 from collections import defaultdict
@@ -9,9 +9,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from experiments.perfetto import trace
-from experiments.results import read_run
-from experiments.run_rows import rows_of, steps_of
+from experiments.report.perfetto import trace
+from experiments.report.rows import rows_of, steps_of
+from experiments.runs.results import read_run
 from tests.synthetic_run import write_run
 
 ENGINES = ("jax", "torch", "hf")

@@ -12,9 +12,9 @@ import pytest
 from common.config import EngineConfig
 from common.errors import ConfigError
 from common.interface import load_backend
-from experiments.config import CorrectnessConfig
-from experiments.perplexity import TEXT, chosen_logprobs, perplexity, read_text, surprise, tokenize, windows
-from experiments.reference import NumpyModel
+from experiments.correctness.config import CorrectnessConfig
+from experiments.correctness.perplexity import TEXT, chosen_logprobs, perplexity, read_text, surprise, tokenize, windows
+from experiments.correctness.reference import NumpyModel
 from tests.backends import checkpoint
 
 MODEL, CONTEXT = "tiny-llama", 40

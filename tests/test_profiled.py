@@ -13,13 +13,14 @@ import pytest
 from common.errors import ConfigError
 from common.interface import KernelEvent
 from experiments import bench
-from experiments.config import EngineSpec, MeasureConfig
-from experiments.isolate import IsolatedEngine
-from experiments.profiled import Profile, own_seconds, profiled, time_collectives
-from experiments.records import read_kernels, read_rows
-from experiments.report import write_report
-from experiments.worker import Worker
-from experiments.workload import Item, Workload
+from experiments.engines.process import IsolatedEngine
+from experiments.engines.spec import EngineSpec
+from experiments.engines.worker import Worker
+from experiments.load.profiler import Profile, own_seconds, profiled, time_collectives
+from experiments.load.workload import Item, Workload
+from experiments.measure.config import MeasureConfig
+from experiments.report.writer import write_report
+from experiments.runs.records import read_kernels, read_rows
 from tests.backends import checkpoint, engine_config, make_engine
 from tests.history_backend import command, history, last_line
 

@@ -9,9 +9,9 @@ import pytest
 from common.config import EngineConfig
 from common.engine import Engine
 from common.errors import ConfigError
-from experiments.drive import Row, Window, drive
-from experiments.records import read_rows, read_steps, write_rows, write_steps
-from experiments.workload import Item
+from experiments.load.driver import Row, Window, drive
+from experiments.load.workload import Item
+from experiments.runs.records import read_rows, read_steps, write_rows, write_steps
 from tests.history_runner import HistoryRunner
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
-from experiments.reference import NumpyModel
+from experiments.correctness.reference import NumpyModel
 from tests.families import DEFECTS, FAMILIES, VISIBLE, save_family
 from tests.outside_judge import transformers_logits
 

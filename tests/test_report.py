@@ -20,17 +20,18 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from common.errors import ConfigError
-from experiments import page, report
-from experiments.findings import correctness, divergences, notices, open_loop, speed
-from experiments.job import Job
-from experiments.measure import INTERRUPTED
-from experiments.report import make_report, write_report
-from experiments.results import RunFiles, open_run, read_run
-from experiments.run_report import facts, run_page
-from experiments.run_sections import agreement_section
-from experiments.run_tables import figures_table
-from experiments.statistics import sentence, too_few
-from experiments.sweep_report import sweep_command
+from experiments.measure.session import INTERRUPTED
+from experiments.metrics.statistics import sentence, too_few
+from experiments.report import __main__ as command
+from experiments.report import page
+from experiments.report.findings import correctness, divergences, notices, open_loop, speed
+from experiments.report.run_page import facts, run_page
+from experiments.report.sections import agreement_section
+from experiments.report.sweep_page import sweep_command
+from experiments.report.tables import figures_table
+from experiments.report.writer import make_report, write_report
+from experiments.runs.results import RunFiles, open_run, read_run
+from experiments.runs.sweep_jobs import Job
 from tests.synthetic_run import HOSTILE, write_run, write_sweep
 
 DIVERGENCE = {"engine": "torch", "request": 1, "position": 2, "tokens": [3, 4], "margin": 0.5, "error": 0.25, "justified": True}
@@ -405,7 +406,7 @@ def test_a_folder_that_is_no_run_is_refused(
         write_report(tmp_path)
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "nothing")])
     with pytest.raises(SystemExit) as end:
-        report.main()
+        command.main()
     assert end.value.code == 2 and "needs the folder" in capsys.readouterr().err
 
 

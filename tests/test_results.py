@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 
 from common.errors import ConfigError
-from experiments import sweep
-from experiments.results import list_runs, open_run, sweep_table, values
-from experiments.sweep import finish
+from experiments.runs.results import list_runs, open_run, sweep_table, values
+from experiments.sweep import __main__ as command
+from experiments.sweep.table import finish
 from tests.history_backend import last_line
 from tests.sample_runs import save_bench, save_compare, save_sweep
 
@@ -102,7 +102,7 @@ def test_the_table_survives_both_files_and_failures_end_with_exit_code_1(
     folder = save_sweep(tmp_path / "s")
     monkeypatch.setattr(sys, "argv", ["sweep", str(folder)])
     with pytest.raises(SystemExit) as end:
-        sweep.main()
+        command.main()
     assert end.value.code == 1
     result = last_line(capsys.readouterr().out)
     assert (result["jobs"], result["ok"], result["failed"], result["waiting"]) == (3, 1, 1, 1)
@@ -126,7 +126,7 @@ def test_a_mistake_of_the_user_ends_with_exit_code_2(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["sweep", "nowhere"])
     with pytest.raises(SystemExit) as end:
-        sweep.main()
+        command.main()
     assert end.value.code == 2 and "no folder of a sweep" in capsys.readouterr().err
 
 

@@ -26,15 +26,18 @@ from common.step_log import StepRecord
 from common.weights import zoo
 from common.weights.checkpoint import expected_shapes, open_checkpoint
 from common.weights.parameters import NUMPY_DTYPES
-from experiments import bench, probes, roofline
-from experiments.drive import Window, drive
-from experiments.limits import READ, Limits, better, limits_of, limits_said, measure_limits, print_limits, told_limits
-from experiments.metrics import INTENSITIES, LIMITED, contaminations, summarize
-from experiments.phases import step_seconds
-from experiments.probes import NATIVE_READS, bandwidth_probe, last_level_cache, native_multiply, native_read, read_ways
-from experiments.roofline import efficiency, no_roofline
-from experiments.work import count, limit_seconds
-from experiments.workload import Item
+from experiments import bench
+from experiments.load.driver import Window, drive
+from experiments.load.workload import Item
+from experiments.metrics.metrics import INTENSITIES, LIMITED, contaminations, summarize
+from experiments.metrics.phases import step_seconds
+from experiments.report.limits import limits_said, print_limits, told_limits
+from experiments.roofline import __main__ as roofline_command
+from experiments.roofline import probes
+from experiments.roofline.efficiency import efficiency, no_roofline
+from experiments.roofline.limits import READ, Limits, better, limits_of, measure_limits
+from experiments.roofline.probes import NATIVE_READS, bandwidth_probe, last_level_cache, native_multiply, native_read, read_ways
+from experiments.roofline.work import count, limit_seconds
 from tests.history_backend import command, history, last_line
 from tests.history_runner import HistoryRunner
 
@@ -380,7 +383,7 @@ def test_the_command_prints_a_table_and_one_line_of_json(
 ) -> None:
     """In a child, with whatever is installed; nothing is known of the figures but that they are some."""
     monkeypatch.setattr(sys, "argv", ["roofline", "--seconds", "0"])
-    roofline.main()
+    roofline_command.main()
     out = capsys.readouterr().out
     record = last_line(out)
     share = record.pop("foreign_cpu_share")
@@ -398,10 +401,10 @@ def test_limits_that_cannot_be_measured_end_the_command_without_a_traceback(
     def refused(seconds: float) -> Limits:
         raise BackendError("not here")
 
-    monkeypatch.setattr(roofline, "measure_limits", refused)
+    monkeypatch.setattr(roofline_command, "measure_limits", refused)
     monkeypatch.setattr(sys, "argv", ["roofline", "--seconds", "0"])
     with pytest.raises(SystemExit) as exit:
-        roofline.main()
+        roofline_command.main()
     assert exit.value.code == 1 and capsys.readouterr().err == "error: not here\n"
 
 
@@ -433,8 +436,8 @@ SMALL = ("engine=history", "model=tiny-llama", "workload=fixed", "workload.num_r
 
 def measured(monkeypatch: pytest.MonkeyPatch, *found: Limits) -> None:
     answers, beside = iter(found), iter([limit.bandwidth for limit in found])
-    monkeypatch.setattr("experiments.measure.measure_limits", lambda seconds: next(answers))
-    monkeypatch.setattr("experiments.measure.bandwidth_probe", lambda seconds: lambda: next(beside))
+    monkeypatch.setattr("experiments.measure.session.measure_limits", lambda seconds: next(answers))
+    monkeypatch.setattr("experiments.measure.session.bandwidth_probe", lambda seconds: lambda: next(beside))
 
 
 def test_a_result_has_both_measurements_and_uses_the_better(

@@ -11,7 +11,7 @@ from common.config import Rope
 from common.errors import ConfigError
 from common.model.rope import inverse_frequencies, magnitude, rope_tables
 from common.weights.config_json import model_config_from_json
-from experiments.reference import rotations
+from experiments.correctness.reference import rotations
 from tests.outside_judge import true_float64
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -7,9 +7,9 @@ import pytest
 
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
-from experiments.correctness import log_softmax
-from experiments.reference import NumpyModel
-from experiments.rounding import ALLOWED, CHANCE, HALVES, RoundedModel, chance, margin_error
+from experiments.correctness.judge import log_softmax
+from experiments.correctness.reference import NumpyModel
+from experiments.correctness.rounding import ALLOWED, CHANCE, HALVES, RoundedModel, chance, margin_error
 
 MODEL = NumpyModel(open_checkpoint(zoo.resolve("tiny-llama")))
 HISTORY = np.random.default_rng(0).integers(0, 320, 60).tolist()

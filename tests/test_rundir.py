@@ -20,8 +20,8 @@ import pytest
 
 from common.errors import ConfigError
 from common.system.hardware import matrix_unit
-from experiments import rundir
-from experiments.rundir import DiskFullError, environment, run_directory, write_json, write_whole
+from experiments.runs import directory
+from experiments.runs.directory import DiskFullError, environment, run_directory, write_json, write_whole
 
 
 def test_a_named_directory_replaces_what_an_attempt_left_there(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_runs_that_start_in_the_same_second_have_a_folder_each(tmp_path: Path, m
         def now(cls, tz: object = None) -> "Now":
             return cls(2026, 1, 2, 3, 4, 5)
 
-    monkeypatch.setattr(rundir, "datetime", Now)
+    monkeypatch.setattr(directory, "datetime", Now)
     runs, together = 12, threading.Barrier(12)
 
     def run(number: int) -> None:
@@ -71,10 +71,10 @@ def test_a_name_is_taken_by_the_run_that_makes_its_folder_first(tmp_path: Path, 
     (tmp_path / "a.partial" / "rows").touch()
     with monkeypatch.context() as patch:
         patch.setattr(Path, "exists", lambda _: False)
-        assert rundir.new_partial(tmp_path, "a").name == "a-2.partial"
+        assert directory.new_partial(tmp_path, "a").name == "a-2.partial"
     assert (tmp_path / "a.partial" / "rows").exists()
     (tmp_path / "a.partial").rename(tmp_path / "a")
-    assert rundir.new_partial(tmp_path, "a").name == "a-3.partial"  # `a` has ended, `a-2` runs
+    assert directory.new_partial(tmp_path, "a").name == "a-3.partial"  # `a` has ended, `a-2` runs
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a-2.partial", "a-3.partial"]
 
 
@@ -99,10 +99,10 @@ def test_a_mistake_leaves_nothing_of_a_named_directory_and_all_of_its_neighbours
 
 def test_a_mistake_that_shows_late_leaves_the_rows_and_says_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError), run_directory(tmp_path, "mine") as partial:
-        (partial / rundir.ROWS).touch()
+        (partial / directory.ROWS).touch()
         raise ConfigError("too late")
     assert capsys.readouterr().err == f"Cut short. What was written so far is in {partial}.\n"
-    assert (partial / rundir.ROWS).exists()
+    assert (partial / directory.ROWS).exists()
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +153,7 @@ def test_the_environment_tells_the_machine_as_far_as_it_tells_itself(tmp_path: P
     assert {"transparent", "reserved"} == set(told["hugepages"])
     assert {"commit", "tree", "changed_files", "changes_digest", "compiler"} <= set(told)
     assert told["compiler"] == {} or ("-DTANDEM_AMX" in told["compiler"]["options"]) == matrix_unit()
-    monkeypatch.setattr(rundir, "text_of", lambda _: "")
+    monkeypatch.setattr(directory, "text_of", lambda _: "")
     monkeypatch.setattr(psutil, "cpu_freq", lambda: None)
     told = environment()
     assert (told["governor"], told["frequency_mhz"]) == ([], None)
@@ -165,7 +165,7 @@ def test_without_hydra_the_command_is_that_of_the_process() -> None:
 
 
 def test_a_file_that_the_system_has_not_is_empty(tmp_path: Path) -> None:
-    assert rundir.text_of(tmp_path / "governor") == ""
+    assert directory.text_of(tmp_path / "governor") == ""
 
 
 def test_the_configuration_of_every_command_says_where_a_sweep_goes() -> None:

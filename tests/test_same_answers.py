@@ -18,8 +18,8 @@ from common.llm import LLM
 from common.llm.outputs import RequestOutput
 from common.request import Request, SamplingParams, TokenEvent
 from common.system.hardware import cxx_compiler
-from experiments.correctness import common_prefix
-from experiments.reference import NumpyModel
+from experiments.correctness.judge import common_prefix
+from experiments.correctness.reference import NumpyModel
 from tests.backends import BACKENDS, checkpoint, engine_config
 from tests.judged import MODEL, Judged, drawn, filters_of, judged_run, pairwise, uniform_of
 from tests.numpy_sampler import Filters, adjusted, choices

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from common.config import EngineConfig
-from experiments.config import EngineSpec
-from experiments.console import print_scaling, print_table
-from experiments.figures.scaling import scaling
-from experiments.report import write_report
-from experiments.run_sections import scaling_section
-from experiments.scaling import STRONG, WEAK, Curve, curves, scale, scaling_table
-from experiments.sweep import finish
+from experiments.engines.spec import EngineSpec, scale
+from experiments.report.charts.scaling import scaling
+from experiments.report.console import print_scaling, print_table
+from experiments.report.scaling import STRONG, WEAK, Curve, curves, scaling_table
+from experiments.report.sections import scaling_section
+from experiments.report.writer import write_report
+from experiments.sweep.table import finish
 from tests.synthetic_run import write_run, write_sweep
 
 ONE: dict[str, Any] = {

@@ -23,8 +23,8 @@ from common.llm import LLM
 from common.request import SamplingParams
 from common.system.hardware import cores
 from experiments.baselines import openai_http
-from experiments.drive import drive
-from experiments.workload import Item, Lengths, WorkloadConfig, draw
+from experiments.load.driver import drive
+from experiments.load.workload import Item, Lengths, WorkloadConfig, draw
 from tests.backends import checkpoint
 from tests.http_server import PATIENCE_S, SMALL, Served, raw_request, serving, until
 

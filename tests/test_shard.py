@@ -14,7 +14,7 @@ from common.errors import ConfigError
 from common.model.partition import BLOCK, join_heads, pool_config, share, split_heads, stage_layers
 from common.weights.checkpoint import Checkpoint
 from common.weights.shard import shard, stage_of
-from experiments.reference import Keep, NumpyModel
+from experiments.correctness.reference import Keep, NumpyModel
 from tests.backends import checkpoint
 from tests.families import FAMILIES
 from tests.test_config import MODEL

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import source as of_source
-from experiments.source import code_digest, compiler, source
+from experiments.runs import source as of_source
+from experiments.runs.source import code_digest, compiler, source
 
 
 def git(folder: Path, *words: str) -> None:

@@ -12,19 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments import compare, lab, statistics
-from experiments.blocks import PRECISION, level, reason_to_stop, tail
-from experiments.drive import Window
+from experiments import compare, lab
+from experiments.engines.process import IsolatedEngine
 from experiments.export import export
-from experiments.fail_if import parse, violations
-from experiments.findings import notices
-from experiments.isolate import IsolatedEngine
-from experiments.measure import Outcome
-from experiments.results import read_run
-from experiments.run_report import facts, whole_parts
-from experiments.run_rows import rows_of, steps_of, window_of
-from experiments.spoilt import disturbed_blocks, dropped_blocks, no_verdict
-from experiments.statistics import Comparison, compare_all
+from experiments.load.driver import Window
+from experiments.measure.blocks import PRECISION, level, reason_to_stop, tail
+from experiments.measure.session import Outcome
+from experiments.metrics import statistics
+from experiments.metrics.disturbed import disturbed_blocks, dropped_blocks, no_verdict
+from experiments.metrics.statistics import Comparison, compare_all
+from experiments.report.findings import notices
+from experiments.report.rows import rows_of, steps_of, window_of
+from experiments.report.run_page import facts, whole_parts
+from experiments.runs.conditions import parse, violations
+from experiments.runs.results import read_run
 from tests.history_backend import command, history, last_line
 from tests.synthetic_run import write_run
 from tests.test_statistics import AS_SHIPPED, blocks_of, noise, tell
@@ -89,7 +90,7 @@ def burst(monkeypatch: pytest.MonkeyPatch) -> Callable[[set[int]], None]:
             return replace(mine, stats={**mine.stats, **window(0.5 if loud else 0.0).stats})
 
         monkeypatch.setattr(IsolatedEngine, "run", run)
-        monkeypatch.setattr("experiments.spoilt.COARSE_S", 0.0)
+        monkeypatch.setattr("experiments.metrics.disturbed.COARSE_S", 0.0)
 
     return plant
 

@@ -1,4 +1,5 @@
-"""`experiments.statistics`: known values, and how often intervals and verdicts are right in simulated runs of fixed seeds."""
+"""`experiments.metrics.statistics`: known values, and how often intervals and verdicts are right in simulated runs of fixed
+seeds."""
 
 import math
 from collections.abc import Sequence
@@ -11,10 +12,10 @@ import pytest
 from scipy import stats
 
 from common.errors import ConfigError
-from experiments import statistics
-from experiments.blocks import ALLOWED, PLANNED, PRECISION, level, reason_to_stop, repeats, tail
-from experiments.config import MeasureConfig
-from experiments.statistics import (
+from experiments.measure.blocks import ALLOWED, PLANNED, PRECISION, level, reason_to_stop, repeats, tail
+from experiments.measure.config import MeasureConfig
+from experiments.metrics import statistics
+from experiments.metrics.statistics import (
     Comparison,
     Criteria,
     compare_all,

@@ -21,13 +21,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from common.errors import ConfigError
 from experiments import bench, compare
-from experiments.job import Job, digest, is_done, merged, read_jobs, write_jobs
-from experiments.launcher import describe, found_there, only_launcher, quoted, run_process
-from experiments.progress import duration, told_apart
-from experiments.results import sweep_table
-from experiments.rundir import run_directory
-from experiments.sweep import print_sweep
-from experiments.sweeper import combinations
+from experiments.runs.directory import run_directory
+from experiments.runs.results import sweep_table
+from experiments.runs.sweep_jobs import Job, digest, is_done, merged, read_jobs, write_jobs
+from experiments.sweep.board import duration, told_apart
+from experiments.sweep.launcher import describe, found_there, only_launcher, quoted, run_process
+from experiments.sweep.sweeper import combinations
+from experiments.sweep.table import print_sweep
 from tests.history_backend import command, interruptible, last_line
 from tests.sweep_backend import OVERRIDES, folder, starts
 

@@ -15,17 +15,18 @@ from common.config import Dtype, EngineConfig
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
 from experiments import compare, diverge
-from experiments.agreement import LEFT_OUT
-from experiments.config import CorrectnessConfig, EngineSpec
-from experiments.console import print_verdict
-from experiments.correctness import float64_reference
-from experiments.defects import headline
-from experiments.drive import Row, Window
-from experiments.findings import correctness
-from experiments.reference import NumpyModel
-from experiments.results import RunFiles
-from experiments.timed import HALF_BEHIND, compare_timed, differences, judge_timed, reporting, spread
-from experiments.workload import Item, Workload
+from experiments.correctness.agreement import LEFT_OUT
+from experiments.correctness.config import CorrectnessConfig
+from experiments.correctness.judge import float64_reference
+from experiments.correctness.reference import NumpyModel
+from experiments.correctness.timed import HALF_BEHIND, compare_timed, differences, judge_timed, reporting, spread
+from experiments.engines.spec import EngineSpec
+from experiments.load.driver import Row, Window
+from experiments.load.workload import Item, Workload
+from experiments.report.console import print_verdict
+from experiments.report.findings import correctness
+from experiments.report.verdict import headline
+from experiments.runs.results import RunFiles
 from tests.history_backend import command, history, last_line
 
 __all__ = ["history"]

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from common.errors import ConfigError
-from experiments.trace_file import Entry, read_trace
-from experiments.workload import WorkloadConfig, draw
+from experiments.load.trace import Entry, read_trace
+from experiments.load.workload import WorkloadConfig, draw
 
 GOOD = {"arrival": 0.5, "prompt_len": 4, "output_len": 2}
 

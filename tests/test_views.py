@@ -1,4 +1,4 @@
-"""`experiments.views`: page maps, the watched batch and sources side by side say what is so."""
+"""`experiments.widgets`: page maps, the watched batch and sources side by side say what is so."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from common.config import EngineConfig
 from common.engine import Engine
 from common.errors import ConfigError
 from common.request import Request, SamplingParams
-from experiments import views
+from experiments import widgets
 from tests.history_runner import HistoryRunner, expected
 
 
@@ -39,7 +39,7 @@ def test_the_page_map_shows_who_holds_what_is_shared_and_what_is_kept() -> None:
     engine.step()
     engine.add(request("y", 9, 5))  # the same beginning: two full pages
     engine.step()
-    shown = views.page_map(engine)
+    shown = widgets.page_map(engine)
     tables = {name: (tokens, pages) for _, name, tokens, pages in shown.tables}
     assert tables["x"][0] == 10 and tables["y"][0] == 9
     assert tables["x"][1][:2] == tables["y"][1][:2] and tables["x"][1][2] != tables["y"][1][2]
@@ -52,7 +52,7 @@ def test_every_page_is_in_both_forms_of_the_map() -> None:
     engine = make_engine(num_pages=40)
     engine.add(request("<b>", 7, 3))
     engine.step()
-    shown = views.page_map(engine)
+    shown = widgets.page_map(engine)
     assert repr(shown).splitlines()[1:3] == [" ".join(shown.marks[:32]), " ".join(shown.marks[32:])]
     html = shown._repr_html_()
     assert re.findall(r'title="page (\d+)"', html) == [str(page) for page in range(40)]
@@ -70,7 +70,7 @@ def states(watched: pd.DataFrame, name: str) -> str:
 
 def test_a_watched_batch_shows_who_joins_waits_and_leaves() -> None:
     asked = [request("a", 4, 3), request("b", 20, 2, first=7), request("c", 2, 2, first=30), request("d", 2, 1, first=40)]
-    watched = views.watch(make_engine(), asked, arrivals=[0, 1, 1, 2])
+    watched = widgets.watch(make_engine(), asked, arrivals=[0, 1, 1, 2])
     assert states(watched, "a") == "pr de de .."
     assert states(watched, "b") == ".. pr pr de"
     assert states(watched, "c") == ".. wa pr de"
@@ -80,7 +80,7 @@ def test_a_watched_batch_shows_who_joins_waits_and_leaves() -> None:
 
 def test_watching_changes_no_token_and_ends_with_an_idle_engine() -> None:
     engine, asked = make_engine(), [request(str(i), 5 + i, 6, first=9 * i) for i in range(5)]
-    watched = views.watch(engine, asked)
+    watched = widgets.watch(engine, asked)
     assert not engine.has_work
     work = watched.groupby("request")["tokens"].sum().to_dict()
     assert work == {str(i): 5 + i + 6 - 1 for i in range(5)}  # the last token is never fed
@@ -95,10 +95,10 @@ def test_watching_changes_no_token_and_ends_with_an_idle_engine() -> None:
 def test_an_engine_that_is_watched_counts_what_it_does() -> None:
     asked = [request(str(i), 8 + i, 12, first=9 * i) for i in range(3)]
     watched, other = make_engine(num_pages=8), make_engine(num_pages=8)
-    views.watch(watched, asked)
+    widgets.watch(watched, asked)
     other.run(asked)
-    did = dict(views.counters(watched.stats()).rows)
-    assert did == dict(views.counters(other.stats()).rows)
+    did = dict(widgets.counters(watched.stats()).rows)
+    assert did == dict(widgets.counters(other.stats()).rows)
     assert int(did["steps"]) > 12 and int(did["num_preemptions"]) > 0 and int(did["generation_tokens"]) == 36
 
 
@@ -106,18 +106,18 @@ def test_a_watched_request_whose_steps_raise_ends_alone() -> None:
     engine = make_engine()
     assert isinstance(engine.runner, HistoryRunner)
     engine.runner.fail_submit = RuntimeError("injected")
-    watched = views.watch(engine, [request("a", 4, 3)])
+    watched = widgets.watch(engine, [request("a", 4, 3)])
     assert not engine.has_work and engine.stats()["num_resets"] == 1
     assert watched["tokens"].tolist() == [4, 4, 1, 1]
 
 
 def test_a_prompt_of_one_token_is_a_prompt() -> None:
-    assert states(views.watch(make_engine(), [request("a", 1, 3)]), "a") == "pr de de"
+    assert states(widgets.watch(make_engine(), [request("a", 1, 3)]), "a") == "pr de de"
 
 
 def test_a_preempted_request_is_seen_to_wait_and_to_start_over() -> None:
     engine = make_engine(num_pages=8)
-    watched = views.watch(engine, [request("old", 8, 12), request("young", 8, 12, first=30)])
+    watched = widgets.watch(engine, [request("old", 8, 12), request("young", 8, 12, first=30)])
     assert engine.scheduler.num_preemptions > 0
     assert "preempted" not in set(watched[watched["request"] == "old"]["state"])
     young = watched[watched["request"] == "young"]["state"]
@@ -127,24 +127,24 @@ def test_a_preempted_request_is_seen_to_wait_and_to_start_over() -> None:
 
 
 def test_arrivals_leave_gaps_and_come_in_any_order() -> None:
-    watched = views.watch(make_engine(), [request("late", 3, 1), request("early", 3, 1, first=9)], arrivals=[3, 0])
+    watched = widgets.watch(make_engine(), [request("late", 3, 1), request("early", 3, 1, first=9)], arrivals=[3, 0])
     assert watched[["step", "request"]].values.tolist() == [[0, "early"], [3, "late"]]
 
 
 def test_watching_refuses_a_busy_engine_and_a_wrong_number_of_arrivals() -> None:
     engine = make_engine()
     with pytest.raises(ConfigError, match="arrivals must be one for each of 1 requests, got 2"):
-        views.watch(engine, [request("a", 3, 1)], arrivals=[0, 1])
+        widgets.watch(engine, [request("a", 3, 1)], arrivals=[0, 1])
     engine.add(request("b", 3, 1))
     with pytest.raises(ConfigError, match="idle"):
-        views.watch(engine, [request("a", 3, 1)])
+        widgets.watch(engine, [request("a", 3, 1)])
 
 
 def test_the_drawn_batch_has_a_row_for_each_request_and_a_column_for_each_step() -> None:
-    watched = views.watch(make_engine(), [request("a", 4, 3), request("b", 4, 1, first=9)], arrivals=[0, 1])
-    top, bottom = views.plot_batch(watched, num_pages=40).axes
+    watched = widgets.watch(make_engine(), [request("a", 4, 3), request("b", 4, 1, first=9)], arrivals=[0, 1])
+    top, bottom = widgets.plot_batch(watched, num_pages=40).axes
     grid = np.ma.filled(top.collections[0].get_array(), np.nan)
-    order = list(views.STATES)
+    order = list(widgets.STATES)
     np.testing.assert_array_equal(grid, [[order.index("prompt"), order.index("decode"), order.index("decode")],
                                          [np.nan, order.index("prompt"), np.nan]])  # fmt: skip
     assert [label.get_text() for label in top.get_yticklabels()] == ["a", "b"] and top.yaxis_inverted()  # the first is on top
@@ -160,13 +160,15 @@ def test_the_drawn_batch_has_a_row_for_each_request_and_a_column_for_each_step()
 def test_counters_show_what_was_done_and_not_how_fast() -> None:
     engine = make_engine()
     engine.run([request("a", 5, 3)])
-    shown = dict(views.counters(engine.stats()).rows)
+    shown = dict(widgets.counters(engine.stats()).rows)
     assert shown["generation_tokens"] == "3" and shown["prompt_tokens"] == "5"
     assert not any(name.endswith("_seconds") for name in shown)
 
 
 def test_a_table_reads_well_in_each_form() -> None:
-    table = views.Shown(title="T", sentences=("said & done.",), header=("", "jax"), rows=(("a|b", "1"), ("long <i>", "1,234")))
+    table = widgets.Shown(
+        title="T", sentences=("said & done.",), header=("", "jax"), rows=(("a|b", "1"), ("long <i>", "1,234"))
+    )
     assert repr(table).splitlines() == ["T", "said & done.", "            jax", "a|b           1", "long <i>  1,234"]
     assert "| a\\|b | 1 |" in table._repr_markdown_()
     assert "said &amp; done." in table._repr_html_() and "long &lt;i&gt;" in table._repr_html_()
@@ -184,7 +186,7 @@ def right(x: int) -> int:
 
 
 def test_sources_stand_side_by_side_line_by_line() -> None:
-    both = views.beside(left, right)
+    both = widgets.beside(left, right)
     assert [same for *_, same in both.pairs()] == [False, False, False, True]
     assert both.pairs()[-1] == ("    return y", "    return y", True)
     assert [x for x, *_ in both.pairs() if x] == list(both.left) and [y for _, y, _ in both.pairs() if y] == list(both.right)

@@ -7,8 +7,8 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from common.errors import ConfigError
-from experiments.config import resolved
-from experiments.workload import Item, Lengths, Slo, Workload, WorkloadConfig, draw
+from experiments.load.workload import Item, Lengths, Slo, Workload, WorkloadConfig, draw
+from experiments.options import resolved
 
 FIXED = WorkloadConfig(name="fixed", num_requests=4, prompt_len=16, output_len=8)
 RAGGED = WorkloadConfig(
@@ -228,9 +228,9 @@ def test_what_cannot_be_drawn_is_refused(options: dict[str, object], said: str) 
 def test_the_bound_on_all_prompts_together_is_what_is_drawn_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"name": "w", "num_requests": 6, "prompt_len": 8, "output_len": 4, "prefix_len": 5, "turns": 3}
     drawn = 5 + sum(len(item.prompt) for item in draw(WorkloadConfig.of(options), 0, 100).items)
-    monkeypatch.setattr("experiments.workload.MOST_PROMPT_TOKENS", drawn)
+    monkeypatch.setattr("experiments.load.workload.MOST_PROMPT_TOKENS", drawn)
     assert WorkloadConfig.of(options)
-    monkeypatch.setattr("experiments.workload.MOST_PROMPT_TOKENS", drawn - 1)
+    monkeypatch.setattr("experiments.load.workload.MOST_PROMPT_TOKENS", drawn - 1)
     with pytest.raises(ConfigError, match=f"{drawn} tokens in all, at most {drawn - 1}"):
         WorkloadConfig.of(options)
 

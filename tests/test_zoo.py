@@ -16,7 +16,7 @@ from common.errors import CheckpointError
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
 from common.weights.tiny import RECIPES, write_tiny
-from experiments.reference import NumpyModel
+from experiments.correctness.reference import NumpyModel
 from tests.outside_judge import transformers_logits
 
 

@@ -1,0 +1,1 @@
+"""Which other engines does a run compare with, and how does each become an engine of ours?"""

@@ -31,7 +31,7 @@ from common.interface import Caps, Progress, page_bytes
 from common.request import Logprobs, Request, Status, TokenEvent
 from common.system.hardware import choose, cores
 from experiments.baselines.greedy import GreedyEngine, check_request
-from experiments.correctness import log_softmax
+from experiments.correctness.judge import log_softmax
 
 if TYPE_CHECKING:
     from common.weights.checkpoint import Checkpoint

@@ -21,10 +21,10 @@ from common.interface import Caps, Progress
 from common.request import Request, Status, TokenEvent
 from common.system.hardware import cores
 from experiments.baselines.greedy import GreedyEngine, check_request
-from experiments.completions import DONE, UNNAMED, EventStream, WireError, http_request, read_chunk
-from experiments.peers import peers_folder
-from experiments.policies import ALONE
-from experiments.server import Server, free_port, models, parse_url, program
+from experiments.engines.constraints import ALONE
+from experiments.engines.environments import peers_folder
+from experiments.engines.http_stream import DONE, UNNAMED, EventStream, WireError, http_request, read_chunk
+from experiments.engines.server import Server, free_port, models, parse_url, program
 
 if TYPE_CHECKING:
     from common.weights.checkpoint import Checkpoint

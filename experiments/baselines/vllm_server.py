@@ -10,7 +10,7 @@ from common.interface import Progress
 from common.weights.checkpoint import open_checkpoint
 from experiments.baselines import openai_http
 from experiments.baselines.openai_http import CompletionsEngine, Options
-from experiments.convert import hugging_face_directory
+from experiments.engines.conversion import hugging_face_directory
 
 if TYPE_CHECKING:
     from common.weights.checkpoint import Checkpoint

@@ -1,0 +1,1 @@
+"""How does a command read its arguments, report an error and choose its exit code?"""

@@ -1,0 +1,1 @@
+"""How fast is each native kernel, beside its limit and the framework's operators?"""

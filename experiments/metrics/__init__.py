@@ -1,0 +1,1 @@
+"""Which figures follow from the recorded requests and steps, and how certain are they?"""

@@ -1,0 +1,1 @@
+"""How does a run or a sweep become tables, figures and sentences?"""

@@ -1,0 +1,1 @@
+"""How close does a run come to the limits of this machine?"""

@@ -1,0 +1,1 @@
+"""How do the jobs of a sweep start, continue after an interruption and end?"""
