@@ -1,7 +1,8 @@
-"""One engine, one workload: `python -m experiments.bench engine=jax workload=single`.
-With `measure=kernels` no workload: its native kernels, one by one (`experiments.kernels.benchmark`).
+"""Time one engine on one workload: `python -m experiments.bench engine=jax workload=single`.
 
-Piped or in a file, the last line of its output is one JSON object; its keys are those of `vllm bench serve` and a few more.
+With `measure=kernels` the command runs no workload. It times the native kernels one by one (`experiments.kernels.benchmark`).
+
+If standard output is not a terminal, its last line is one JSON object with the keys of `vllm bench serve` and a few more.
 The exit code is 1 if the engine or the machine failed, 2 for an error in the options, 3 if a condition of `fail_if` holds.
 """
 

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Format numbers, shares and names for tables and sentences."""
 
 from __future__ import annotations
 

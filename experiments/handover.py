@@ -1,11 +1,12 @@
-"""How fast do the pages of a long prompt get from one engine to another? `python -m experiments.handover` prints for each pair
-of backends the rate at which they are handed over beside that of this machine's memory copy, and one line of JSON.
+"""Measure the rate at which the KV pages of a long prompt go from one engine to another: `python -m experiments.handover`.
 
-One process holds the pages and another has them brought into its own, by what serves requests
-(`common.kv_transfer.connection`), time after time; between any two times as many bytes are copied from one array to another,
-by one thread. A rate is that of the median time. To hand over is to copy twice, from pages to memory that both processes have
-and from there to pages, and to read once more in between, for the receiver's checksums, each by two threads; the sender's are
-of what it has just copied.
+The command prints the rate for each pair of backends beside the rate of this machine's memory copy, and one line of JSON.
+
+One process holds the pages. Another one fetches them into its own pool, with the code that serves requests
+(`common.kv_transfer.connection`), again and again. Between two transfers one thread copies as many bytes from one array to
+another. A rate is that of the median time. A transfer copies twice, from pages to shared memory and from there to pages, and
+reads once more in between for the receiver's checksums, each with two threads. The sender computes checksums of the data that
+it has just copied.
 """
 
 from __future__ import annotations

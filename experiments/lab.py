@@ -1,4 +1,4 @@
-"""The harness in a notebook: the configuration, the engines and the runs of the command line, and runs that show themselves.
+"""Use the harness in a notebook: its configuration, its engines, and its runs, which display themselves.
 
 `run = lab.bench("engine=torch", "model=tiny-llama")`, `lab.compare("engines=[jax,torch]")`, `lab.Run.open("runs/…")`.
 """

@@ -1,4 +1,4 @@
-"""How far a run has come, for those who wait for it."""
+"""Show the progress of a run on standard error: a bar on a terminal, a line from time to time elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `--help` prints: every option with its default, and what the comment beside it says in the file that has it."""
+"""Print `--help`: every option with its default and the comment on it in its configuration file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: Hydra composes and completes; messages and exit codes are ours."""
+"""Run a command: Hydra composes the options, and this file reports errors and chooses exit codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two engines over one trace: which steps part, where in them, and which of their differing choices are ties."""
+"""Find the steps of one trace at which two engines differ, and decide which differing choices are ties."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which part of a timed workload the float32 pass repeats, and how much of the timed work that covers."""
+"""Choose the part of a timed workload that the float32 pass repeats, and report how much of the timed work that covers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What an engine computes, step by step: run in the engine's process at the command of `IsolatedEngine.observe`.
+"""Record what an engine computes, step by step. It runs in the engine's process, by `IsolatedEngine.observe`.
 
-A run is recorded as a trace, and the trace repeated on any engine with the same pages. So both compute the same steps on the
-same tokens, whatever either would have chosen, and logits and tensors can be held against each other one by one.
+A run is recorded as a trace, and any engine can repeat the trace with the same pages. So both engines compute the same steps on
+the same tokens, whatever either would choose. Logits and tensors can then be compared one by one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A checkpoint in the form that another people's engine reads: the same weights as a Hugging Face directory or a GGUF file.
+"""Convert a checkpoint to the form that an outside engine reads: a Hugging Face directory or a GGUF file with the same weights.
 
-Both are written from a `Checkpoint`, wherever that was read from, and kept in the cache under a hash of it. What was written is
-opened again: a model that the format cannot describe is refused, rather than served as a slightly different one.
+Both are written from a `Checkpoint` and cached under a hash of it. The written file is opened again. A model that the format
+cannot describe is refused, because the outside engine would serve a slightly different model.
 """
 
 from __future__ import annotations

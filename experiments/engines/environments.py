@@ -1,4 +1,4 @@
-"""Engines with requirements that ours cannot share: each runs in another environment, `.venv-<environment>`."""
+"""Find the Python environment of an outside engine whose requirements conflict with ours: `.venv-<environment>`."""
 
 from __future__ import annotations
 

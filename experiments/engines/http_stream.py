@@ -1,11 +1,11 @@
-"""The wire between us and an OpenAI-compatible server: `POST /v1/completions` with token ids, answered by server-sent events.
+"""Send `POST /v1/completions` with token ids to an OpenAI-compatible server, and read its server-sent events.
 
-A chunk of the answer may bring no token, one, or several. They are counted by whatever the server tells best:
-1. `token_ids` of the choice, which vLLM and SGLang give when asked (`return_token_ids`);
-2. entries of `logprobs`: vLLM names tokens `token_id:7` when asked (`return_tokens_as_token_ids`), llama.cpp gives an `id`;
+A chunk of the answer brings no token, one, or several. The count comes from the first of these that the server reports:
+1. `token_ids` of the choice, which vLLM and SGLang return for `return_token_ids`;
+2. entries of `logprobs`: vLLM names tokens `token_id:7` for `return_tokens_as_token_ids`, llama.cpp returns an `id`;
 3. `usage.completion_tokens`, the count so far, in each chunk or in the last;
-4. else a chunk with text is one token, and one without is none.
-What 3 finds missing after the others is added at that chunk. A token that the server does not name is `UNNAMED`.
+4. otherwise a chunk with text counts as one token, and a chunk without text as none.
+Tokens that only 3 reports are added at that chunk. A token without an id is `UNNAMED`.
 """
 
 from __future__ import annotations

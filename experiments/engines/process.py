@@ -1,8 +1,8 @@
-"""An engine in a process of its own: `IsolatedEngine` here, `experiments.engines.worker` there.
+"""Run an engine in a process of its own: `IsolatedEngine` is the parent's side, `experiments.engines.worker` the child's.
 
-Each process imports one framework, with its threads settled in the environment before the import, so that two engines can be
-alive at once and compute in turn. They communicate in frames (`common.process.frames`) over the child's standard input and
-output. The child sleeps on a read while it is idle, and ends when that pipe does: it cannot outlive us.
+Each process imports one framework. Its threads are set in the environment before the import, so that two engines can be alive
+at once and compute in turn. The processes exchange frames (`common.process.frames`) over the child's standard input and
+output. An idle child sleeps on a read. It exits when the pipe closes, so it cannot outlive its parent.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A server that is started for a run, waited for until it answers, and ended with the run, however that ends.
+"""Start a server for a run, wait until it answers, and stop it when the run ends for any reason.
 
-It runs under a supervisor, `python -m experiments.engines.server`, which sleeps on a read of its standard input. When that
-pipe closes, because the run is over or was killed, the supervisor ends the server and whatever the server has started.
+The server runs under a supervisor, `python -m experiments.engines.server`, which sleeps on a read of its standard input. The
+pipe closes when the run is over or was killed. Then the supervisor stops the server and every process that it started.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From the command line to checked, frozen configuration, over what Hydra composed."""
+"""Describe one engine of a run, and check its options: `EngineSpec` from the composed group `engine`."""
 
 from __future__ import annotations
 

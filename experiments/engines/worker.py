@@ -1,6 +1,6 @@
-"""The engine's end of `IsolatedEngine`: `python -m experiments.engines.worker` holds one engine and answers commands on it.
+"""Hold one engine and answer commands on it: `python -m experiments.engines.worker`, the child of `IsolatedEngine`.
 
-A peer's environment has no more than this module and the peer itself need. What else a command takes it imports by itself.
+A peer's environment has only the packages that this module and the peer need. A command that needs more imports it by itself.
 """
 
 from __future__ import annotations

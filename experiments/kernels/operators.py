@@ -1,6 +1,6 @@
-"""The operators of a step one by one, on a device: what `experiments.kernels.benchmark` times, in the engine's process.
+"""Run the operators of a step one by one on a device, in the engine's process, for `experiments.kernels.benchmark`.
 
-Both kinds of kernels are written once for both backends, which are reached by name. What differs between the two is in `Glue`.
+Both kinds of kernels are written once for both backends, which are found by name. `Glue` holds what differs between them.
 """
 
 from __future__ import annotations

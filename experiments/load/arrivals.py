@@ -1,4 +1,4 @@
-"""When each request is due: at its arrival, some time after the turn before it, or when a user of a closed loop is free."""
+"""Compute when each request is due: at its arrival time, after the turn before it, or when a closed-loop user is free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run a workload on an engine and write down when each token was seen. Knows no framework and no statistic."""
+"""Run a workload on an engine and record when each token arrived. No framework and no statistic is known here."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""What the machine did while a window ran: who computed, whether memory was swapped or processors held back, how much energy
-went. Counters are read before and after; one that the machine does not tell is left out, and is never 0.
+"""Read the machine's counters before and after a window: processor time, swapping, throttling and energy.
+
+A counter that the machine does not report is left out. It is never 0.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A window under an engine's own profiler: which kernels ran, when, and where the time went. Counted in no figure."""
+"""Run one window under an engine's own profiler, and list its kernels and their times. No figure counts this window."""
 
 from __future__ import annotations
 

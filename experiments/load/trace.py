@@ -1,7 +1,7 @@
-"""Requests from a file: one JSON object a line, with when it arrives, what it asks and how many tokens it gets.
+"""Read requests from a file: one JSON object a line, with arrival time, prompt and number of output tokens.
 
-`{"arrival": 0.25, "prompt_len": 128, "output_len": 64}`, or with `prompt_token_ids` for `prompt_len`: seconds after the start,
-token ids, numbers of tokens. Empty lines are passed over. The order of the lines does not matter.
+`{"arrival": 0.25, "prompt_len": 128, "output_len": 64}`, or `prompt_token_ids` in place of `prompt_len`: seconds after the
+start, token ids, numbers of tokens. Empty lines are skipped. The order of the lines does not matter.
 """
 
 from __future__ import annotations

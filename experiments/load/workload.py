@@ -1,7 +1,7 @@
-"""Workloads: requests and their arrival times. Drawn from a seed, identified by a hash, framework-free.
+"""Draw a workload, the requests and their arrival times, from a seed. A hash identifies it. No framework is imported.
 
-Every workload is one description, `WorkloadConfig`, of which `configs/workload/` holds the named ones.
-Engines are handed token ids, so that no tokenizer stands between two of them.
+`WorkloadConfig` describes every workload. `configs/workload/` holds the named ones. Engines receive token ids, so that no
+tokenizer affects a comparison.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which engine runs when, and when they have run often enough. A block is a round in which each engine runs once."""
+"""Choose the order of the engines in each block, and decide when there are enough blocks. Each engine runs once in a block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The timed part of a run: engines alive side by side, computing in turn on the same requests. One that fails drops out."""
+"""Run the timed part: the engines are alive side by side and compute in turn on the same requests. A failed one drops out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts of a window: the steady state of its load, seen in the rows, and its pure decode, seen in the engine's steps."""
+"""Find the phases of a window: the steady state of its load in the rows, and pure decode in the engine's steps."""
 
 from __future__ import annotations
 

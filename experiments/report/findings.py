@@ -1,4 +1,4 @@
-"""The findings of a run in sentences: speed, equality of outputs, failures and contaminations."""
+"""Write the findings of a run as sentences: speed, equality of outputs, failures and contaminations."""
 
 from __future__ import annotations
 

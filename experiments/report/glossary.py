@@ -1,4 +1,4 @@
-"""What the words in a report mean, with their formulae."""
+"""Define the terms of a report, with their formulas."""
 
 from __future__ import annotations
 

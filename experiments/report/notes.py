@@ -1,4 +1,4 @@
-"""Remarks beside figures: the meaning of the signs in a table, and doubts about a measurement."""
+"""Write the notes beside figures: the meaning of the signs in a table, and doubts about a measurement."""
 
 from __future__ import annotations
 

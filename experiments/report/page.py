@@ -1,6 +1,6 @@
-"""What a report is made of, and its two forms: one self-contained HTML page, and Markdown for a pull request.
+"""Define the content of a report, and write its two forms: one self-contained HTML page, and Markdown for a pull request.
 
-Everything from outside (labels, logs, names of models) is text and is escaped; only our own drawings are markup.
+Everything from outside (labels, logs, names of models) is text and is escaped. Only our own drawings are markup.
 """
 
 from __future__ import annotations

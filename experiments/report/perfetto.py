@@ -1,7 +1,7 @@
-"""A run for ui.perfetto.dev: each engine a process, with its requests, the steps of its scheduler, kernels, and counters.
+"""Write a run for ui.perfetto.dev: each engine is a process with its requests, scheduler steps, kernels and counters.
 
-The form is Chrome's JSON trace. Windows ran one after another, so they follow one another here, in the order in which they ran;
-the gaps between them are not to scale. Those under a profiler, which alone have kernels, come last.
+The form is Chrome's JSON trace. The windows follow one another in the order in which they ran. The gaps between them are not
+to scale. The windows under a profiler come last, and only they have kernels.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The report of one run: verdict first, then what it rests on."""
+"""Build the report of one run: the verdict first, then the evidence."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""How an engine's throughput follows the ranks that share out its work: the same work (strong scaling), or as much for each
-rank (weak scaling).
+"""Compute how an engine's throughput grows with its ranks: the same work (strong scaling), or as much for each (weak scaling).
 
-On a CPU ranks share out the threads of an engine, so that more ranks are not more processors: efficiency is by thread there,
-and by rank on devices of their own. Replicas, which share out requests, are ranks here too.
+On a CPU the ranks share the threads of an engine, so more ranks are not more processors. There efficiency is by thread, and on
+devices by rank. Replicas, which share the requests, count as ranks here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The sections of the report of a run. A section without data has no content and is left out."""
+"""Build the sections of the report of a run. A section without data has no content and is left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cells of a sweep's table as text, for the terminal and for the report."""
+"""Format the cells of a sweep's table as text, for the terminal and for the report."""
 
 from __future__ import annotations
 

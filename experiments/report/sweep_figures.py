@@ -1,4 +1,4 @@
-"""The figures of a sweep: what each engine reached, over the options that were swept."""
+"""Draw the figures of a sweep: the result of each engine over the options that were swept."""
 
 from __future__ import annotations
 

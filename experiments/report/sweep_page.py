@@ -1,4 +1,4 @@
-"""The report of a sweep: what is done and what failed, every cell, and lines over the options that were swept."""
+"""Build the report of a sweep: the finished and failed jobs, every cell, and lines over the options that were swept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of what happened when: requests, the batch and its pages over the time of one window."""
+"""Draw the time line of one window: its requests, the batch and the KV pages."""
 
 from __future__ import annotations
 

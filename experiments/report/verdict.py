@@ -1,4 +1,4 @@
-"""Sentences on the float32 pass of a comparison: defects, which end the command with `DEFECT`, suspicions, and coverage."""
+"""Write sentences on the float32 pass of a comparison: defects, which set exit code `DEFECT`, suspicions, and coverage."""
 
 from __future__ import annotations
 

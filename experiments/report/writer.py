@@ -1,7 +1,7 @@
-"""A report of a run or a sweep: `python -m experiments.report RUN_OR_SWEEP`.
+"""Write the report of a run or a sweep into its directory.
 
-Into its directory go `report.html` (one file, for any browser), `report.md` (for a pull request), `figures/` and, of a run,
-`trace.perfetto.json`. All of it is made before any of it is put in place: a crash leaves the report that was there.
+The files are `report.html` (one file, for any browser), `report.md` (for a pull request), `figures/` and, for a run,
+`trace.perfetto.json`. All are made before the first is moved into place, so a crash leaves the older report complete.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
-"""How close to this machine's limits did a run come? The limits are measured (`experiments.roofline.limits`), the work is
-counted (`experiments.roofline.work`), and here both are joined.
+"""Compute how close a run came to the limits of this machine.
 
-`python -m experiments.roofline` prints this machine's limits: a table, which of its rows count, and one line of JSON.
+The limits are measured (`experiments.roofline.limits`), and the work is counted (`experiments.roofline.work`).
 
 The roofline (Williams, Waterman & Patterson 2009, doi:10.1145/1498765.1498785): a step that must move `bytes` and compute
 `flops` takes at least max(bytes / bandwidth, flops / peak) seconds. Over `time` seconds: mbu = bytes / (time · bandwidth),
 mfu = flops / (time · peak), roofline = Σ limits of the steps / time.
 
-What is no needed work makes a figure less than 1. Above 1 the speed, the count or a limit is wrong. (Weights and KV that fit
-the last-level cache are not bound by memory: for a model so small the limit does not hold.)
+Work that is not needed lowers a figure below 1. Above 1 the speed, the count or a limit is wrong. Weights and KV that fit the
+last-level cache are not bound by memory, so the limit does not hold for a model so small.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The limits of this machine: how they are printed, and how two measurements are merged.
+"""Measure the limits of this machine, and merge two measurements.
 
-They are found in a process of its own, by every way there is (`experiments.roofline.probes`).
+A process of its own measures them, by every way that `experiments.roofline.probes` knows.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Every way at hand to read memory and to multiply matrices, each timed at its best: so limits are found.
+"""Read memory and multiply matrices in every available way, and time each at its best.
 
-`python -m experiments.roofline.probes` does so in its own process, which imports the frameworks, and prints one line of JSON.
+`python -m experiments.roofline.probes` is a process of its own that imports both frameworks. It prints one line of JSON.
 """
 
 from __future__ import annotations

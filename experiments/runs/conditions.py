@@ -1,4 +1,4 @@
-"""Gates: conditions on results under which a command ends with exit code 3, so that a change can be held to a measured bound.
+"""Check the conditions `fail_if` on the results of a run. A command ends with exit code 3 if one holds.
 
 `fail_if=["comparisons.torch.high < 0.95", "engines.jax.p99_itl_ms > 200"]`: a dotted key of `results.json`, a comparison, and a
 number or a word.

@@ -1,4 +1,4 @@
-"""A run is a directory: what was asked, on which machine, every request, and the results."""
+"""Create the directory of a run, and write the options, the machine, every request and the results to it."""
 
 from __future__ import annotations
 

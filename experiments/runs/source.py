@@ -1,4 +1,4 @@
-"""Which code a run is made of: the commit, what has changed since, and what its native kernels are compiled with."""
+"""Identify the code of a run: the commit, the changes since, and the compiler of its native kernels."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""One job of a sweep: its identity, the list of all jobs, and its process, `python -m experiments.runs.sweep_jobs`.
+"""Identify the jobs of a sweep, and read and write their list.
 
-A job is known by the hash of its configuration and kept as `jobs/<number>-<hash>/` of the sweep's folder, a run directory. The
-list `jobs.json` says what was asked and what failed; that a job is done, its directory alone says.
+The hash of its configuration identifies a job. Its run directory is `jobs/<number>-<hash>/` of the sweep's folder. The list
+`jobs.json` holds what was requested and what failed. Only the run directory shows that a job is done.
 """
 
 from __future__ import annotations

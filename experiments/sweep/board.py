@@ -1,4 +1,4 @@
-"""How far a sweep is, on standard error: a bar on a terminal, a line for each job elsewhere."""
+"""Show the progress of a sweep on standard error: a bar on a terminal, a line for each job elsewhere."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The launcher behind `-m`: each job of a sweep in a fresh process, one after another.
+"""Launch the jobs of a sweep (`-m`), each in a fresh process, one after another.
 
-So no job inherits memory, threads or caches from the last, none is timed beside another, and none takes the others with it.
-What a killed launcher leaves behind is always whole: its job ends with it, and the next launcher goes on where it stopped.
+So no job inherits memory, threads or caches from another, none is timed beside another, and a crash ends one job only. A job
+ends with its launcher. A killed launcher leaves only complete runs, and the next launcher continues after them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The sweeper behind `-m`: which jobs there are, and what is wrong with any of them, said before the first starts."""
+"""Expand the options of a sweep (`-m`) to its jobs, and report every error in them before the first job starts."""
 
 from __future__ import annotations
 

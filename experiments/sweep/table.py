@@ -1,6 +1,6 @@
-"""A sweep: `python -m experiments.bench -m engine=jax,torch workload.num_requests=8,16`, and its table and report.
+"""Write the table and the report of a sweep, and print its table.
 
-`python -m experiments.sweep FOLDER` makes table and report of what is there, of a sweep that was cut short or ran elsewhere.
+A sweep is `python -m experiments.bench -m engine=jax,torch workload.num_requests=8,16`.
 """
 
 from __future__ import annotations

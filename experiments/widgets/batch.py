@@ -1,4 +1,4 @@
-"""What each request does in each step of an engine that is run step by step."""
+"""Show each request in each step of an engine that is run step by step."""
 
 from __future__ import annotations
 

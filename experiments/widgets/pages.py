@@ -1,4 +1,4 @@
-"""The pages of a pool at one moment, and whose they are."""
+"""Show the pages of a KV pool at one moment, and the request that holds each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures for a notebook, of watched steps and of runs."""
+"""Plot watched steps and runs in a notebook."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sources of two things next to each other."""
+"""Show two sources side by side."""
 
 from __future__ import annotations
 

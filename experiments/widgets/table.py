@@ -1,4 +1,4 @@
-"""A table with a title and sentences above it."""
+"""Show a table with a title and sentences above it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far engines are from the first, by output position."""
+"""Draw the difference of each engine from the first, by output position."""
 
 from __future__ import annotations
 

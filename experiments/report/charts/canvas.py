@@ -1,7 +1,7 @@
-"""The style of every figure: drawn once by matplotlib, readable in light and dark, without colours, and on a phone.
+"""Define the style of every figure: one drawing by matplotlib for light and dark themes, for print and for a phone.
 
-A figure has one pair of axes, its title and the quantity on the y axis above them, and its legend below. Each engine has a
-colour, a dash and a marker of its own, the same in every figure; the colours are told apart by the colour-blind.
+A figure has one pair of axes, with the title and the quantity on the y axis above them, and the legend below. Each engine has
+its own color, dash and marker, the same in every figure. Color-blind readers can distinguish the colors.
 """
 
 from __future__ import annotations

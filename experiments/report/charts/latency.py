@@ -1,4 +1,4 @@
-"""How latencies are distributed."""
+"""Draw the distribution of each latency."""
 
 from __future__ import annotations
 

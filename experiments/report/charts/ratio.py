@@ -1,4 +1,4 @@
-"""How engines compare, block by block."""
+"""Draw the ratio of each engine to the first, block by block."""
 
 from __future__ import annotations
 

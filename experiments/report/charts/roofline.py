@@ -1,4 +1,4 @@
-"""Engines under what the machine can do."""
+"""Draw the engines under the roofline of the machine."""
 
 from __future__ import annotations
 

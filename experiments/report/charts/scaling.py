@@ -1,4 +1,4 @@
-"""Throughput over ranks."""
+"""Draw throughput over ranks."""
 
 from __future__ import annotations
 

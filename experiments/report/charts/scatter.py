@@ -1,4 +1,4 @@
-"""Two figures against each other."""
+"""Draw one figure of a run against another."""
 
 from __future__ import annotations
 
