@@ -17,8 +17,8 @@ from common.batch import KV
 from common.config import EngineConfig
 from common.config import expect as expect_config
 from common.errors import EngineGoneError
-from common.interface import Caps, ModelRunner, Pending, Progress, ReplicaState, ServingEngine, load_backend
-from common.kv_transfer.layout import Carrier
+from common.interface import Caps, ModelRunner, Progress, ReplicaState, ServingEngine, StepHandle, load_backend
+from common.kv_transfer.layout import PageCopier
 from common.model.partition import expect_shareable
 from common.request import Request, Status, TokenEvent, expect
 from common.schedule.embeddings import StatesJob, fail, take_prompts
@@ -64,8 +64,8 @@ class Engine(ServingEngine):
         )
         self._caps = replace(runner.caps, max_model_len=limit, max_seqs=self.scheduler.max_num_seqs)
         self._masking = ThreadPoolExecutor(1, "masks")  # whose thread starts with the first mask
-        self._carrier = Carrier(runner, config.block_size)
-        self._in_flight: deque[tuple[Step, Pending, StepRecord | None]] = deque()
+        self._carrier = PageCopier(runner, config.block_size)
+        self._in_flight: deque[tuple[Step, StepHandle, StepRecord | None]] = deque()
         self._jobs: deque[StatesJob] = deque()  # only the first has pages
         self._events: list[TokenEvent] = []  # ends that no step brought: they go out with the next one
         self._counters = dict.fromkeys(
@@ -175,17 +175,17 @@ class Engine(ServingEngine):
         )
 
     def _start_over(self, suspects: list[Sequence]) -> list[str]:
-        """Everyone waits again and keeps the emitted tokens; returns the ids of suspects that end instead, as the guilty."""
+        """Requeue all requests with their emitted tokens; return the ids of the suspects that end as culprits instead."""
         self._in_flight.clear()
         for job in self._jobs:
             job.start_over()
         self._counters["num_resets"] += 1
-        failed = self.scheduler.recover(suspects)
+        failed = self.scheduler.requeue_all(suspects)
         self.runner.reset()
         return failed
 
     def _recover(self, step: Step, error: BaseException) -> None:
-        """A step raised: the runner's pages and rows are undefined. Start over with every request, all tokens kept."""
+        """Requeue all requests after `step` raised, as the runner's pages and rows are undefined. All tokens are kept."""
         steps = [step, *(step for step, _, _ in self._in_flight)] if isinstance(error, Exception) else []
         failed = self._start_over(list(dict.fromkeys(seq for step in steps for seq in step.seqs)))
         now = perf_counter()
@@ -232,7 +232,7 @@ class Engine(ServingEngine):
         self._device_seconds += perf_counter() - begin
 
     def read_kept(self, request_id: str, start: int, kv: KV) -> list[int]:
-        """As `Carrier.read`, of a request that keeps its pages. Raises `LookupError` if they are gone."""
+        """As `PageCopier.read`, of a request that keeps its pages. Raises `LookupError` if they are gone."""
         kept, stop = self.scheduler.kept.get(request_id), start + kv.tokens
         if kept is None or kept.tokens < stop:
             raise LookupError(f"the engine has no pages of {stop} tokens of request {request_id} (any more)")

@@ -198,14 +198,14 @@ def make_result(
     )
 
 
-class Pending(ABC):
+class StepHandle(ABC):
     """A step that was submitted. `result()` waits for it; calling it twice returns the same object."""
 
     @abstractmethod
     def result(self) -> Result: ...
 
 
-class Fetched(Pending):
+class LazyResult(StepHandle):
     """A step whose arrays by logit row, as `make_result` takes them, `fetch` brings to the host."""
 
     def __init__(self, batch: Batch, fetch: Callable[[], tuple[Any, ...]]) -> None:
@@ -242,7 +242,7 @@ class ModelRunner(ABC):
     """One model on the devices of one backend, a step at a time.
 
     Order of calls: `load` → `kv_groups` → `allocate` → `warmup` → any number of `submit`, `read_pages`, `write_pages`.
-    After any exception out of `submit` or `Pending.result` the pages and rows are undefined: call `reset()` and start over.
+    After any exception out of `submit` or `StepHandle.result` the pages and rows are undefined: call `reset()` and start over.
     """
 
     @classmethod
@@ -284,7 +284,7 @@ class ModelRunner(ABC):
         return {}
 
     @abstractmethod
-    def submit(self, batch: Batch, mask: Mask = None) -> Pending:
+    def submit(self, batch: Batch, mask: Mask = None) -> StepHandle:
         """Start one step. It runs after every earlier one. `mask` gives the masks of a batch that has `mask_rows` alone: it is
         called once, before tokens are chosen, and may block until then. Where one process runs the step, that is after the
         forward pass has been dispatched; where several do, or it is recorded, before: the masks go with the batch."""

@@ -33,7 +33,7 @@ from experiments.measure.session import (
     setting,
 )
 from experiments.options import resolved
-from experiments.progress import Narrator
+from experiments.progress import ProgressReporter
 from experiments.report.console import print_dropped, print_failures, print_result, print_table
 from experiments.report.kernel_tables import print_tables
 from experiments.report.limits import say_limits
@@ -64,7 +64,7 @@ def run_workload(config: DictConfig, spec: EngineSpec, conditions: Sequence[Cond
     plan = make_plan(config, [spec])
     check_keys(conditions, ["engine", *setting(config, plan), *RESULTS, *figure_names(plan)], [spec.label], {})
     what = f"bench-{spec.label}-{plan.workload.name}"
-    with run_directory(runs_folder(config), what, job_directory(config)) as directory, Narrator() as narrator:
+    with run_directory(runs_folder(config), what, job_directory(config)) as directory, ProgressReporter() as narrator:
         write_setup(directory, config)
         outcome = Outcome.of(plan)
         measure(plan, outcome, directory, narrator)
@@ -91,7 +91,7 @@ def run_kernels(config: DictConfig, spec: EngineSpec, how: MeasureConfig) -> dic
     with run_directory(runs_folder(config), f"kernels-{spec.label}", job_directory(config)) as directory:
         write_setup(directory, config)
         try:
-            with Narrator() as narrator:
+            with ProgressReporter() as narrator:
                 progress = narrator.progress(spec.label)
                 limits["before"] = machine_limits(how, narrator)
                 with IsolatedEngine(spec, directory / f"{spec.label}.log", how.timeout_s) as engine:

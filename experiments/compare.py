@@ -28,7 +28,7 @@ from experiments.measure.blocks import advice
 from experiments.measure.session import Outcome, Plan, figure_names, make_plan, measure, setting
 from experiments.metrics.statistics import Comparison
 from experiments.options import resolved
-from experiments.progress import Narrator
+from experiments.progress import ProgressReporter
 from experiments.report.console import print_conclusion, print_dropped, print_result, print_scaling, print_table
 from experiments.report.limits import say_limits
 from experiments.report.scaling import curves, points_of
@@ -73,7 +73,7 @@ def run(config: DictConfig) -> None:
         write_setup(directory, config)
         outcome = Outcome.of(plan)
         try:
-            with Narrator() as narrator:
+            with ProgressReporter() as narrator:
                 measure(plan, outcome, directory, narrator)
                 alive = tuple(spec for spec in plan.engines if spec.label in outcome.comparable)
                 with kept_rows(directory, outcome.windows):

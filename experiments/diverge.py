@@ -41,7 +41,7 @@ from experiments.formatting import number, plural, share_alike
 from experiments.load.workload import Workload
 from experiments.measure.session import KERNELS, Plan, make_plan
 from experiments.options import resolved
-from experiments.progress import Narrator
+from experiments.progress import ProgressReporter
 from experiments.report.console import print_result, wide_console
 from experiments.report.figures_table import kernels_of
 from experiments.report.findings import findings_of
@@ -64,7 +64,7 @@ def run(config: DictConfig) -> None:
     expect(isinstance(config.inside, bool), f"inside must be true or false, got {config.inside!r}.")
     expect(dtype in LOGITS, f"dtype must be float32 or bfloat16, got {dtype!r}.")
     advice = windows_of(recorded, directory, dtype)
-    with Narrator() as narrator, TemporaryDirectory(prefix="diverge-", dir=directory) as scratch:
+    with ProgressReporter() as narrator, TemporaryDirectory(prefix="diverge-", dir=directory) as scratch:
         result = search(plan, specs, asked, dtype, config.inside, directory, Path(scratch), narrator)
     result |= {"said": sentence(result), "advice": advice}
     file = keep(result, directory)
@@ -155,7 +155,7 @@ def search(
     inside: bool,
     directory: Path,
     scratch: Path,
-    narrator: Narrator,
+    narrator: ProgressReporter,
 ) -> dict[str, Any]:
     """The whole of it: both engines in processes of their own; what is written, but for the sentence."""
     part = sample(plan.workload, *asked)
@@ -184,7 +184,7 @@ def examine(
     plan: Plan,
     dtype: Dtype,
     scratch: Path,
-    narrator: Narrator,
+    narrator: ProgressReporter,
     inside: bool = False,
 ) -> dict[str, Any]:
     """Record the share on the first engine, repeat it on both, and look for where they part."""

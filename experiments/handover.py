@@ -29,10 +29,10 @@ from common.batch import KV
 from common.config import EngineConfig
 from common.errors import TandemError
 from common.interface import ModelRunner, load_backend
-from common.kv_transfer.connection import SECRET, Door, Heard, fetch
-from common.kv_transfer.layout import Carrier, layouts_of
+from common.kv_transfer.connection import SECRET, TransferRequest, TransferServer, fetch
+from common.kv_transfer.layout import PageCopier, layouts_of
 from common.kv_transfer.protocol import Sender
-from common.kv_transfer.shared_memory import Room
+from common.kv_transfer.shared_memory import SegmentPool
 from common.process import child
 from common.process.exits import USER_ERROR, expect_output, fail, printing
 from common.process.frames import Frame, read_frame, write_frame
@@ -40,7 +40,7 @@ from common.replicas.messages import pack_offer, unpack_offer
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
 from experiments.formatting import number
-from experiments.progress import Narrator
+from experiments.progress import ProgressReporter
 from experiments.report.console import print_json, wide_console
 
 BACKENDS = ("jax", "torch")
@@ -63,7 +63,7 @@ class Pool:
         self.size, self.tokens, count = config.block_size, tokens, -(-tokens // config.block_size)
         self.runner.allocate([2 * count + 1] * len(self.runner.kv_groups()))
         self.pages: list[int] = (1 + np.random.default_rng(0).permutation(2 * count)[:count]).tolist()
-        self.layouts, self.carrier = layouts_of(self.runner, self.size, path), Carrier(self.runner, self.size)
+        self.layouts, self.carrier = layouts_of(self.runner, self.size, path), PageCopier(self.runner, self.size)
 
     def read(self, start: int, kv: KV) -> list[int]:
         return self.carrier.read(self.pages, start, kv)
@@ -92,12 +92,12 @@ def hold(backend: str, path: str, options: dict[str, Any], tokens: int) -> None:
     child.die_with_parent()
     pool = Pool(backend, path, EngineConfig(**options), tokens)
     pool.fill()
-    asked: queue.SimpleQueue[Frame | Heard] = told
-    door = Door(secret, asked.put)
+    asked: queue.SimpleQueue[Frame | TransferRequest] = told
+    door = TransferServer(secret, asked.put)
     sender = Sender(pool.layouts, lambda _, *what: pool.read(*what), lambda name: None, time.time_ns())
     while True:
         said = asked.get()
-        if isinstance(said, Heard):
+        if isinstance(said, TransferRequest):
             for answer in sender.hear(said.said, time.monotonic(), said.memory):
                 said.answer(answer)
             said.answer(None)
@@ -107,7 +107,7 @@ def hold(backend: str, path: str, options: dict[str, Any], tokens: int) -> None:
 
 def measure(pool: Pool, offered: Callable[[], Sequence[Any]], secret: str, times: int) -> dict[str, Any]:
     """Seconds of each time, and what came of it. `offered` has the pages offered once more."""
-    room, came, copied = Room(ROOM_BYTES), [], []
+    room, came, copied = SegmentPool(ROOM_BYTES), [], []
     for i in range(times + 2):
         address, offer = unpack_offer(offered())
         kv: Future[KV] = Future()
@@ -192,7 +192,7 @@ def main() -> None:
     expect_output("the rates")
     try:
         config = EngineConfig(kernels=words.kernels, dtype=words.dtype, device="cpu", threads=1)
-        with Narrator() as narrator:
+        with ProgressReporter() as narrator:
             found = run(words.model, config, words.tokens, words.times, narrator.say)
     except TandemError as error:
         fail(str(error), USER_ERROR)

@@ -36,7 +36,7 @@ from experiments.report.notes import contaminated, dropped
 from experiments.report.rows import counted_rows, counted_steps
 from experiments.report.verdict import headline
 from experiments.runs.results import RunFiles, open_run
-from experiments.widgets import Shown, plot_run
+from experiments.widgets import DisplayTable, plot_run
 
 Command = Literal["bench", "compare"]
 TAIL_LINES = 40
@@ -194,7 +194,7 @@ class Run:
         blocks = {label: figures.get("block_output_throughput") or () for label, figures in self.files.engines.items()}
         return plot_run(blocks, self.requests)
 
-    def table(self) -> Shown:
+    def table(self) -> DisplayTable:
         """Title, sentences and figures, as they are shown."""
         engines, results = self.files.engines, self.results
         rows = [
@@ -203,7 +203,7 @@ class Run:
             if tells(key, engines.values())
         ]
         title = ", ".join(str(results.get(key)) for key in ("model", "dtype", "workload"))
-        return Shown(title=title, sentences=tuple(self.sentences()), header=("", *engines), rows=tuple(rows))
+        return DisplayTable(title=title, sentences=tuple(self.sentences()), header=("", *engines), rows=tuple(rows))
 
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()

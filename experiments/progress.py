@@ -15,7 +15,7 @@ from common.interface import Progress as Callback
 LINE_PERIOD_S = 10.0
 
 
-class Narrator:
+class ProgressReporter:
     """Says on standard error what is going on: bars on a terminal, a line now and then elsewhere.
 
     It draws only when told something, so that it takes nothing from an engine that is being timed.
@@ -35,7 +35,7 @@ class Narrator:
         self._tasks: dict[str, TaskID] = {}
         self._last_line = 0.0
 
-    def __enter__(self) -> Narrator:
+    def __enter__(self) -> ProgressReporter:
         if self._console.is_terminal:
             self._bars.start()
         return self

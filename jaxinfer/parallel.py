@@ -41,9 +41,9 @@ from common.batch import Batch, Mask
 from common.config import EngineConfig, ModelConfig
 from common.errors import BackendError
 from common.interface import Progress
-from common.process.agents import Agents, There, agents, machine
+from common.process.agents import Agents, RemoteProcess, agents, machine
 from common.process.exits import FAILURE
-from common.process.workers import Ended, Follower
+from common.process.workers import ProcessExited, WorkerHandle
 from common.system.hardware import cores, family_memory
 from common.weights.checkpoint import Checkpoint
 from jaxinfer.arrays import to_device
@@ -388,11 +388,11 @@ class RemoteRanks:
         """Start one beside each that was launched, and come together. Raises `BackendError` where they cannot."""
         _expect_even(config.tensor_parallel_size, 1 + len(launch.all))
         info, *others = _process_infos(launch.host, [machine(), *(agent.machine for agent in launch.all)])
-        self._followers: list[Follower] = []
+        self._followers: list[WorkerHandle] = []
         try:
             for agent, own in zip(launch.all, others, strict=True):
-                start = partial(There, agent, launch.secret)
-                self._followers.append(Follower("jax", asdict(config), own, ended=self._lose, start=start))
+                start = partial(RemoteProcess, agent, launch.secret)
+                self._followers.append(WorkerHandle("jax", asdict(config), own, ended=self._lose, start=start))
             for other in self._followers:
                 other.tell("connect")
             self.config, self.device, self.group = init_distributed(info, config)
@@ -413,7 +413,7 @@ class RemoteRanks:
     def close(self) -> None:
         """End them, who have done what they were told."""
         for other in self._followers:
-            with suppress(Ended):
+            with suppress(ProcessExited):
                 other.tell("shut_down")
         shut_down_distributed()
         self._end()
@@ -423,7 +423,7 @@ class RemoteRanks:
         for other in followers:
             other.close()
 
-    def _lose(self, other: Follower) -> None:
+    def _lose(self, other: WorkerHandle) -> None:
         if other in self._followers:
             # Whoever computes with it waits for it, some without an end, and cannot compute without it.
             _log.error("%s JAX cannot go on without it, so this one ends too.", other.how_it_ended())

@@ -110,14 +110,14 @@ class ModelRunner(interface.ModelRunner):
         memory = self._others.memory() if self._others else {}
         return memory | {"communication_bytes": self._step._told, "rank_bytes": self._rank_bytes}
 
-    def submit(self, batch: Batch, mask: Mask = None) -> interface.Pending:
+    def submit(self, batch: Batch, mask: Mask = None) -> interface.StepHandle:
         self._expect_open()
         if self._others:
             batch, mask = masked(batch, mask), None
             self._tell("submit", data=[batch.buffer])
         self._copy(batch)
         self.state, fetch = self._step.run(self.state, batch, mask)
-        return interface.Fetched(batch, fetch)
+        return interface.LazyResult(batch, fetch)
 
     def observe(self, batch: Batch, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
         self._expect_open()

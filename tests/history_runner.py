@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from common.batch import Batch, Mask, Want, masked
-from common.interface import Caps, KVGroup, ModelRunner, PageMemory, Pending, Progress, Result, make_result, rows_of
+from common.interface import Caps, KVGroup, ModelRunner, PageMemory, Progress, Result, StepHandle, make_result, rows_of
 from common.request import Logprobs, Request, Status
 
 MASK = (1 << 64) - 1
@@ -152,7 +152,7 @@ class HistoryRunner(ModelRunner):
     def close(self) -> None:
         pass
 
-    def submit(self, batch: Batch, mask: Mask = None) -> Pending:
+    def submit(self, batch: Batch, mask: Mask = None) -> StepHandle:
         """Runs at once; what the engine cannot know before `result` it does not get before."""
         batch = masked(batch, mask)
         if self.batches is not None:
@@ -283,7 +283,7 @@ class HistoryRunner(ModelRunner):
             self.violations.append(f"{what} was read, but not written (rows {batch.rows.tolist()})")
 
 
-class _Done(Pending):
+class _Done(StepHandle):
     def __init__(self, runner: HistoryRunner, result: Result, poison: BaseException | None) -> None:
         self._runner, self._result, self._poison = runner, result, poison
 

@@ -13,15 +13,15 @@ import numpy as np
 from common.batch import Batch, Mask
 from common.config import EngineConfig
 from common.engine import Engine
-from common.interface import Pending, Result
+from common.interface import Result, StepHandle
 from common.request import Request, SamplingParams
 from tests.history_runner import HistoryRunner
 
 
-class IdleRunner(HistoryRunner, Pending):
+class IdleRunner(HistoryRunner, StepHandle):
     """Answers every step with token 1 for everyone."""
 
-    def submit(self, batch: Batch, mask: Mask = None) -> Pending:
+    def submit(self, batch: Batch, mask: Mask = None) -> StepHandle:
         self._batch = batch
         return self
 

@@ -13,7 +13,7 @@ import numpy as np
 from common.batch import Batch, Mask, Want, masked
 from common.config import EngineConfig
 from common.engine import Engine
-from common.interface import Caps, KVGroup, ModelRunner, Pending, Progress
+from common.interface import Caps, KVGroup, ModelRunner, Progress, StepHandle
 from common.request import Logprobs, Request, SamplingParams, TokenEvent
 from common.sampling.seeds import mix64
 from tests.backends import checkpoint, shared_runner
@@ -39,7 +39,7 @@ class Judged(ModelRunner):
         """(request, place in its prompt) → logits."""
         self.changed = 0
 
-    def submit(self, batch: Batch, mask: Mask = None) -> Pending:
+    def submit(self, batch: Batch, mask: Mask = None) -> StepHandle:
         batch = masked(batch, mask)
         names: Collection[str] = ("logits", "tokens")
         taps = self._runner.observe(batch, names)

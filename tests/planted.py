@@ -18,7 +18,7 @@ import numpy as np
 from common.batch import VIEWS, Batch, Mask
 from common.config import EngineConfig, ModelConfig
 from common.engine import Engine
-from common.interface import ModelRunner, Pending, Progress, Result
+from common.interface import ModelRunner, Progress, Result, StepHandle
 from common.weights.checkpoint import Checkpoint, open_checkpoint
 from common.weights.tiny import RECIPES, _write
 from experiments.correctness import observe
@@ -171,7 +171,7 @@ def planted(base: type[ModelRunner], defect: str) -> type[ModelRunner]:
             super().reset()
             self._steps = 0
 
-        def submit(self, batch: Batch, mask: Mask = None) -> Pending:
+        def submit(self, batch: Batch, mask: Mask = None) -> StepHandle:
             with self._defect(batch) as batch:
                 pending = super().submit(batch, mask)
                 return Sampled(pending) if defect == "sampler" else pending
@@ -238,10 +238,10 @@ def scaled_head(step: Any) -> Iterator[None]:
         step.logits = right
 
 
-class Sampled(Pending):
+class Sampled(StepHandle):
     """A step whose tokens are not the likeliest."""
 
-    def __init__(self, pending: Pending) -> None:
+    def __init__(self, pending: StepHandle) -> None:
         self._pending = pending
 
     def result(self) -> Result:

@@ -39,7 +39,7 @@ from experiments.correctness.perplexity import TEXT, tokenize
 from experiments.engines.spec import EngineSpec
 from experiments.load.driver import Row, Window
 from experiments.load.workload import Item, Workload
-from experiments.progress import Narrator
+from experiments.progress import ProgressReporter
 from tests.history_backend import command, history, last_line
 from tests.planted import make_local
 
@@ -135,7 +135,7 @@ def test_engines_pass_one_after_the_other_and_the_first_that_comes_through_leave
     text, share = tokenize(open_checkpoint(model), TEXT)[:150], SHARE
 
     def passed(engine: Any, observes: bool, base: Base | None) -> tuple[Passed, Base]:
-        with Narrator() as narrator:
+        with ProgressReporter() as narrator:
             return pass_through(engine, {"observes": observes}, share, share, text, base, tmp_path, narrator)
 
     broken = make_local("broken", "torch", "native", model)

@@ -10,7 +10,7 @@ import pytest
 
 from common.batch import ALIGN, REQUIRED, VIEWS, Batch, BatchError, Want
 from common.request import SamplingParams
-from common.schedule.request_table import Change, Rows, Score
+from common.schedule.request_table import LogitsUpdate, Rows, Score
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -33,8 +33,8 @@ def mixed_batch() -> Batch:
         groups=2,
     )
     changes = {
-        0: Change(np.array([4]), np.array([[1, 2, 3]]), None),
-        1: Change(np.array([7, 2]), np.eye(2, 3), np.array([5, 6])),
+        0: LogitsUpdate(np.array([4]), np.array([[1, 2, 3]]), None),
+        1: LogitsUpdate(np.array([7, 2]), np.eye(2, 3), np.array([5, 6])),
     }
     return rows.build([1, 0, 2], [9, 6, 0], [1, 3, 5], samples=[0, 1], fills=[0], scores=[Score(2, 1, 3, 4)], changes=changes)
 

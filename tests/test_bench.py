@@ -444,7 +444,7 @@ def test_the_shell_can_complete_what_is_typed(
 )
 def test_the_shell_can_complete_what_is_typed_after_python_m(typed: str, offered: set[str]) -> None:
     line = f"{sys.executable} -m {typed}"
-    script = 'source experiments/completion.bash; _tandem_options "$0"; printf "%s\\n" "${COMPREPLY[@]}"'
+    script = 'source experiments/cli/completion.bash; _tandem_options "$0"; printf "%s\\n" "${COMPREPLY[@]}"'
     ask = os.environ | {"COMP_LINE": line, "COMP_POINT": str(len(line))}
     done = subprocess.run(
         ["bash", "--norc", "-c", script, sys.executable], cwd=ROOT, env=ask, capture_output=True, text=True, check=True

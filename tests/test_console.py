@@ -19,7 +19,7 @@ import pytest
 from experiments import handover
 from experiments.formatting import shortened
 from experiments.metrics.statistics import Criteria, compare_all
-from experiments.progress import Narrator
+from experiments.progress import ProgressReporter
 from experiments.report.console import print_conclusion, print_table
 from experiments.report.figures_table import FIGURES
 from experiments.roofline import __main__ as roofline_command
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_a_failure_is_told_word_by_word(capsys: pytest.CaptureFixture[str]) -> None:
-    with Narrator() as narrator:
+    with ProgressReporter() as narrator:
         narrator.alarm(HOSTILE)
         narrator.say(HOSTILE)
     assert capsys.readouterr().err.count(HOSTILE) == 2
@@ -154,7 +154,7 @@ def test_a_table_has_ten_rows_by_default_and_all_on_request(capsys: pytest.Captu
 
 
 def test_long_work_that_reports_nothing_is_reported_as_it_goes(capsys: pytest.CaptureFixture[str]) -> None:
-    with Narrator() as narrator, narrator.waiting("jax: step 3, compiled first", period_s=0.02):
+    with ProgressReporter() as narrator, narrator.waiting("jax: step 3, compiled first", period_s=0.02):
         time.sleep(0.2)
     told = [line for line in capsys.readouterr().err.splitlines() if line]
     assert len(told) >= 2 and set(told) == {"jax: step 3, compiled first: 0 s so far"}

@@ -11,7 +11,7 @@ import pytest
 
 from common.batch import Batch, Mask
 from common.engine import Engine
-from common.interface import ModelRunner, Pending, Result
+from common.interface import ModelRunner, Result, StepHandle
 from common.request import Request, SamplingParams, Status, TokenEvent
 from tests.backends import engine_config, make_engine
 from tests.events import tokens
@@ -27,7 +27,7 @@ class Injected(RuntimeError):
     """What our faults raise."""
 
 
-class Fails(Pending):
+class Fails(StepHandle):
     """A step whose result cannot be had."""
 
     def result(self) -> Result:
@@ -70,7 +70,7 @@ def test_all_requests_finish_with_the_same_tokens(backend: str, where: str, monk
     again = engine(backend)
     submit, count = again.runner.submit, 0
 
-    def faulty(batch: Batch, mask: Mask = None) -> Pending:
+    def faulty(batch: Batch, mask: Mask = None) -> StepHandle:
         nonlocal count
         count += 1
         if count not in (2, 9, 17):
@@ -93,7 +93,7 @@ def test_a_request_that_always_fails_ends_alone(backend: str, monkeypatch: pytes
     again = engine(backend)
     submit = again.runner.submit
 
-    def faulty(batch: Batch, mask: Mask = None) -> Pending:
+    def faulty(batch: Batch, mask: Mask = None) -> StepHandle:
         pending = submit(batch, mask)
         if (batch.token_ids == POISON).any():
             ruin(again.runner)
@@ -113,7 +113,7 @@ def test_an_interrupt_reaches_the_caller_and_loses_nothing(backend: str, monkeyp
     again = engine(backend)
     submit, count = again.runner.submit, 0
 
-    def interrupted(batch: Batch, mask: Mask = None) -> Pending:
+    def interrupted(batch: Batch, mask: Mask = None) -> StepHandle:
         nonlocal count
         count += 1
         pending = submit(batch, mask)

@@ -48,7 +48,7 @@ def run_episodes(seeds: Iterable[int], depth: int, pipelined: bool = False) -> C
             trials=episode.on_trial,
             fills=sum(len(batch.fill_at) for batch in episode.batches),
             spoilt=sum("not finite" in error for error in episode.errors),
-            guilty=sum("keep raising" in error for error in episode.errors),
+            culprits=sum("keep raising" in error for error in episode.errors),
             forks=scheduler.num_forks,
             copies=sum(batch.copies.shape[1] for batch in episode.batches),
             changed=sum(batch.adjusts for batch in episode.batches),
@@ -65,7 +65,7 @@ def expect_busy(totals: Counter, episodes: int, fills: bool) -> None:
     """The work was worth judging: all that can happen did, and often. `fills`: tokens that only the device knew, too."""
     often = {"steps": 25_500, "deep": 7000} | ({"fills": 9000} if fills else {})
     often |= {"preemptions": 225, "hits": 1500, "evictions": 750, "forks": 225, "copies": 75}
-    often |= {"resets": 75, "trials": 1750, "guilty": 75, "spoilt": 115, "refused": 225, "drained": 45}
+    often |= {"resets": 75, "trials": 1750, "culprits": 75, "spoilt": 115, "refused": 225, "drained": 45}
     often |= {"changed": 2250, "masked": 375, "scored": 375}
     often |= dict.fromkeys(("static", "dense", "whole"), 15) | dict.fromkeys((s for s in Status if s.finished), 40)
     for what, least in often.items():

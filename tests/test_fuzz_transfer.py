@@ -14,8 +14,8 @@ import pytest
 import common.engine as engine_module
 import common.kv_transfer.protocol as transfer_module
 from common.batch import KV
-from common.kv_transfer.layout import Carrier
-from common.kv_transfer.protocol import Abort, Done, Pages, Receiver, Said, Sender
+from common.kv_transfer.layout import PageCopier
+from common.kv_transfer.protocol import Abort, Done, Pages, Receiver, Sender, TransferMessage
 from common.schedule.page_pool import PageError
 from common.schedule.scheduler import Scheduler
 from tests import test_mutants
@@ -92,7 +92,7 @@ def a_checksum_says_nothing(patch: Patch, ran: Ran) -> None:
 def what_has_come_is_used_although_a_part_is_missing(patch: Patch, ran: Ran) -> None:
     original = Receiver.hear
 
-    def hear(self: Receiver, said: Said) -> list[Said]:
+    def hear(self: Receiver, said: TransferMessage) -> list[TransferMessage]:
         answers = original(self, said)
         if isinstance(said, Done) and said.tag == self._tag and not self.over and self._pages:
             self.kv = self._kv
@@ -106,7 +106,7 @@ def what_has_come_is_used_although_a_part_is_missing(patch: Patch, ran: Ran) -> 
 def an_earlier_generation_is_heard_and_what_was_sent_not_compared_with_what_came(patch: Patch, ran: Ran) -> None:
     original = Receiver.hear
 
-    def hear(self: Receiver, said: Said) -> list[Said]:
+    def hear(self: Receiver, said: TransferMessage) -> list[TransferMessage]:
         ran.extend([1] if said.tag != self._tag else [])
         object.__setattr__(said, "tag", self._tag)
         return original(self, said)
@@ -157,16 +157,16 @@ def pages_that_are_kept_are_given_to_others(patch: Patch, ran: Ran) -> None:
 
 @mutant
 def pages_stay_kept_when_the_runner_has_lost_them(patch: Patch, ran: Ran) -> None:
-    original = Scheduler.recover
+    original = Scheduler.requeue_all
 
-    def recover(self: Scheduler, suspects: Any) -> list[str]:
+    def requeue_all(self: Scheduler, suspects: Any) -> list[str]:
         kept = self.kept
-        guilty = original(self, suspects)
+        culprits = original(self, suspects)
         self.kept = kept
         ran.extend(1 for _ in kept)
-        return guilty
+        return culprits
 
-    patch.setattr(Scheduler, "recover", recover)
+    patch.setattr(Scheduler, "requeue_all", requeue_all)
 
 
 @mutant
@@ -181,7 +181,7 @@ def a_lease_never_ends(patch: Patch, ran: Ran) -> None:
 def an_abort_gives_nothing_back(patch: Patch, ran: Ran) -> None:
     original = Sender.hear
 
-    def hear(self: Sender, said: Said, now: float, memory: np.ndarray | None = None) -> Iterable[Said]:
+    def hear(self: Sender, said: TransferMessage, now: float, memory: np.ndarray | None = None) -> Iterable[TransferMessage]:
         if isinstance(said, Abort):
             ran.append(1)
             return []
@@ -192,18 +192,18 @@ def an_abort_gives_nothing_back(patch: Patch, ran: Ran) -> None:
 
 @mutant
 def tokens_are_read_from_the_start_of_their_page(patch: Patch, ran: Ran) -> None:
-    original = Carrier.read
+    original = PageCopier.read
 
-    def read(self: Carrier, pages: Sequence[int], start: int, kv: KV) -> list[int]:
+    def read(self: PageCopier, pages: Sequence[int], start: int, kv: KV) -> list[int]:
         ran.extend([1] if start % self._size else [])
         return original(self, pages, start - start % self._size, kv)
 
-    patch.setattr(Carrier, "read", read)
+    patch.setattr(PageCopier, "read", read)
 
 
 @mutant
 def what_the_cache_has_is_not_left_out_of_what_came(patch: Patch, ran: Ran) -> None:
-    original = Scheduler._brought
+    original = Scheduler._external_kv
 
     def brought(self: Scheduler, seq: Any, found: int) -> KV | None:
         kv = original(self, seq, found)
@@ -214,7 +214,7 @@ def what_the_cache_has_is_not_left_out_of_what_came(patch: Patch, ran: Ran) -> N
         assert whole is not None
         return whole.slice(0, kv.tokens)
 
-    patch.setattr(Scheduler, "_brought", brought)
+    patch.setattr(Scheduler, "_external_kv", brought)
 
 
 RARE = ("an_earlier_generation_is_heard_and_what_was_sent_not_compared_with_what_came",)

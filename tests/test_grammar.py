@@ -22,7 +22,7 @@ from common.batch import Batch, Mask
 from common.config import EngineConfig
 from common.engine import Engine
 from common.errors import RequestError
-from common.interface import Pending
+from common.interface import StepHandle
 from common.llm import LLM
 from common.request import (
     CANNOT_GO_ON,
@@ -179,7 +179,7 @@ def test_a_step_without_a_grammar_brings_no_mask_and_one_with_it_asks_once(
     engine = make_engine(backend, MODEL, engine_config())
     submit, seen = engine.runner.submit, []
 
-    def spy(batch: Batch, mask: Mask = None) -> Pending:
+    def spy(batch: Batch, mask: Mask = None) -> StepHandle:
         calls: list[str] = []
 
         def counted() -> np.ndarray:

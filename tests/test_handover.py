@@ -21,9 +21,9 @@ import pytest
 
 from common.batch import KV
 from common.kv_transfer import connection, shared_memory
-from common.kv_transfer.connection import HOST, Door, Heard, fetch
-from common.kv_transfer.protocol import Abort, Accept, Hold, Offer, Pages, Said, Sender, Tag, TransferError, seal
-from common.kv_transfer.shared_memory import SHARES, Room
+from common.kv_transfer.connection import HOST, TransferRequest, TransferServer, fetch
+from common.kv_transfer.protocol import Abort, Accept, Hold, Offer, Pages, Sender, Tag, TransferError, TransferMessage, seal
+from common.kv_transfer.shared_memory import SHARES, SegmentPool
 from common.process.frames import MAGIC, read_frame, write_frame
 from tests.test_transfer import LAYOUT, Memory, same, some_kv
 
@@ -37,12 +37,12 @@ class Holder:
     def __init__(self, tokens: int = 50, shares: bool = SHARES) -> None:
         self.memory = Memory(tokens)
         self.sender: Sender = self.memory.sender(chunk=7)
-        self.told: queue.SimpleQueue[Heard | None] = queue.SimpleQueue()
-        self.heard: list[Said] = []
+        self.told: queue.SimpleQueue[TransferRequest | None] = queue.SimpleQueue()
+        self.heard: list[TransferMessage] = []
         self.memories: list[bool] = []
         """Whether memory came with each."""
-        self.before: Callable[[Said], None] = lambda said: None
-        self.door = Door(SECRET, self.told.put, shares)
+        self.before: Callable[[TransferMessage], None] = lambda said: None
+        self.door = TransferServer(SECRET, self.told.put, shares)
         self.offer = self.sender.offer("r", tokens, time.monotonic())
         self.thread = threading.Thread(target=self.run)
         self.thread.start()
@@ -76,7 +76,7 @@ def holding(tokens: int = 50, shares: bool = SHARES) -> Iterator[Holder]:
 
 def fetched(holder: Holder, offer: Offer | None = None, secret: bytes = SECRET) -> KV:
     kv: Future[KV] = Future()
-    fetch(holder.door.address, offer or holder.offer, [LAYOUT], secret, Room(1 << 30), kv)
+    fetch(holder.door.address, offer or holder.offer, [LAYOUT], secret, SegmentPool(1 << 30), kv)
     return kv.result(0)
 
 
@@ -197,13 +197,15 @@ def test_who_ends_a_request_on_the_way_lets_it_be_known_at_once() -> None:
         kv: Future[KV] = Future()
         reached, go_on = threading.Event(), threading.Event()
 
-        def before(said: Said) -> None:
+        def before(said: TransferMessage) -> None:
             if isinstance(said, Accept):
                 reached.set()
                 go_on.wait(PATIENCE_S)
 
         holder.before = before
-        fetching = threading.Thread(target=fetch, args=(holder.door.address, holder.offer, [LAYOUT], SECRET, Room(1 << 30), kv))
+        fetching = threading.Thread(
+            target=fetch, args=(holder.door.address, holder.offer, [LAYOUT], SECRET, SegmentPool(1 << 30), kv)
+        )
         fetching.start()
         assert reached.wait(PATIENCE_S)
         kv.cancel()
@@ -219,7 +221,7 @@ def test_who_has_ended_before_the_pages_were_asked_for_lets_it_be_known_too(capl
     with holding() as holder:
         kv: Future[KV] = Future()
         kv.cancel()
-        fetch(holder.door.address, holder.offer, [LAYOUT], SECRET, Room(1 << 30), kv)
+        fetch(holder.door.address, holder.offer, [LAYOUT], SECRET, SegmentPool(1 << 30), kv)
         holder.until(lambda: holder.memory.freed == ["r"])
         assert isinstance(holder.heard[0], Abort) and "are computed" not in caplog.text
 
@@ -239,7 +241,7 @@ def test_who_hangs_up_on_the_way_is_not_waited_for() -> None:
     dying = threading.Thread(target=die)
     dying.start()
     kv: Future[KV] = Future()
-    fetch(listener.getsockname()[1], Offer(Tag("r", 7), 6, (LAYOUT.fingerprint,)), [LAYOUT], SECRET, Room(1 << 30), kv)
+    fetch(listener.getsockname()[1], Offer(Tag("r", 7), 6, (LAYOUT.fingerprint,)), [LAYOUT], SECRET, SegmentPool(1 << 30), kv)
     assert isinstance(kv.exception(0), TransferError)
     dying.join()
     listener.close()
@@ -247,7 +249,7 @@ def test_who_hangs_up_on_the_way_is_not_waited_for() -> None:
 
 def test_memory_of_what_was_given_up_on_the_way_is_not_used_again() -> None:
     """Who holds pages may still write to it."""
-    room = Room(1 << 30)
+    room = SegmentPool(1 << 30)
     for tokens, kept in ((20, False), (50, True)):  # there are 50: who expects 20 finds them damaged
         with holding() as holder:
             kv: Future[KV] = Future()
@@ -261,7 +263,7 @@ def test_who_is_not_there_is_not_waited_for() -> None:
     with holding() as holder:
         address = holder.door.address
     kv: Future[KV] = Future()
-    fetch(address, holder.offer, [LAYOUT], SECRET, Room(1 << 30), kv)
+    fetch(address, holder.offer, [LAYOUT], SECRET, SegmentPool(1 << 30), kv)
     assert isinstance(kv.exception(0), ConnectionError)
 
 
@@ -269,7 +271,7 @@ def test_the_pages_of_many_requests_come_at_once() -> None:
     with holding(200) as holder:
         offers = [holder.sender.offer(f"r{i}", 200, time.monotonic()) for i in range(20)]
         found: list[Future[KV]] = [Future() for _ in offers]
-        room = Room(1 << 30)
+        room = SegmentPool(1 << 30)
         threads = [
             threading.Thread(target=fetch, args=(holder.door.address, offer, [LAYOUT], SECRET, room, kv))
             for offer, kv in zip(offers, found, strict=True)
@@ -287,7 +289,7 @@ def test_what_finds_no_room_is_held_until_there_is_and_comes_then(shares: bool, 
     with holding(200, shares=shares) as holder:
         holder.sender._lease_s = 1.0
         offers = [holder.sender.offer(f"r{i}", 200, time.monotonic()) for i in range(3)]
-        room, found = Room(1), [Future[KV]() for _ in offers]
+        room, found = SegmentPool(1), [Future[KV]() for _ in offers]
         for offer, kv in zip(offers, found, strict=True):
             threading.Thread(target=fetch, args=(holder.door.address, offer, [LAYOUT], SECRET, room, kv)).start()
             holder.until(lambda kv=kv, offer=offer: kv.done() or Hold(offer.tag) in holder.heard)
@@ -304,7 +306,7 @@ def test_who_ends_while_it_waits_for_room_holds_up_nobody(monkeypatch: pytest.Mo
     monkeypatch.setattr(shared_memory, "PATIENCE_S", 0.05)
     with holding(200) as holder:
         offers = [holder.sender.offer(f"r{i}", 200, time.monotonic()) for i in range(3)]
-        room, found = Room(1), [Future[KV]() for _ in offers]
+        room, found = SegmentPool(1), [Future[KV]() for _ in offers]
         for offer, kv in zip(offers, found, strict=True):
             threading.Thread(target=fetch, args=(holder.door.address, offer, [LAYOUT], SECRET, room, kv)).start()
             holder.until(lambda kv=kv, offer=offer: kv.done() or Hold(offer.tag) in holder.heard)

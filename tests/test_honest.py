@@ -21,7 +21,7 @@ from experiments.load.workload import WorkloadConfig, draw
 from experiments.measure.config import MeasureConfig
 from experiments.measure.session import Outcome, Plan, prepare, run_blocks, vocabulary
 from experiments.metrics.statistics import Comparison
-from experiments.progress import Narrator
+from experiments.progress import ProgressReporter
 from tests.history_backend import ROOT
 
 SLOWED = """
@@ -67,7 +67,7 @@ def compared(plan: Plan, folder: Path, seed: int) -> Comparison:
     one, other = plan.engines
     outcome = Outcome({one.label: [], other.label: []})
     with (
-        Narrator() as narrator,
+        ProgressReporter() as narrator,
         IsolatedEngine(one, folder / "one.log", 600.0) as first,
         IsolatedEngine(other, folder / "other.log", 600.0) as second,
     ):

@@ -32,7 +32,7 @@ from common.errors import BackendError, ConfigError
 from common.interface import ServingEngine
 from common.launch import Launched, gather, launched
 from common.process import connection
-from common.process.agents import Agents, There, machine
+from common.process.agents import Agents, RemoteProcess, machine
 from common.process.frames import MAGIC, write_frame
 from common.process.secret import SECRET
 from common.replicas.data_parallel import Replicas
@@ -344,14 +344,14 @@ def test_who_launches_more_than_an_engine_needs_is_told(two: Agents, caplog: pyt
 def test_an_agent_starts_nothing_without_the_secret(two: Agents) -> None:
     for wrong in ("", "wrong", "\ud800", two.secret[:-1]):
         with pytest.raises(BackendError, match=r"No rank can be started at .* Set TANDEM_LAUNCH_SECRET to the same text"):
-            There(two.all[0], wrong, "torch")
+            RemoteProcess(two.all[0], wrong, "torch")
     assert not psutil.Process(two.all[0].pid).children()
 
 
 def test_an_agent_starts_no_entry_point_that_is_not_listed(two: Agents) -> None:
     for entry in ("os:mkdir", "builtins:print", "torchinfer.parallel:_follow", "", None, ["torch"], {}):
         with pytest.raises(BackendError, match="An agent starts jax or torch, and was asked for"):
-            There(two.all[0], two.secret, entry, "/nowhere")
+            RemoteProcess(two.all[0], two.secret, entry, "/nowhere")
     assert not psutil.Process(two.all[0].pid).children()
 
 
@@ -379,7 +379,7 @@ def test_an_agent_leaves_what_all_are_told_to_the_first(two: Agents) -> None:
 
 def expect_starts(found: Agents) -> None:
     """Expect a process, which is ended at once."""
-    there = There(found.all[0], found.secret, "torch")
+    there = RemoteProcess(found.all[0], found.secret, "torch")
     psutil.Process(there.pid).kill()
     there.watch()
     there.end()

@@ -30,7 +30,7 @@ from common.llm.__main__ import main
 from common.llm.async_llm import AsyncLLM
 from common.llm.outputs import CompletionOutput, RequestOutput
 from common.process.exits import FAILURE, READER_GONE
-from common.process.interrupt import uninterrupted
+from common.process.interrupt import defer_sigint
 from common.request import Logprobs, Request, SamplingParams, Status, TokenEvent
 from common.text.output import Delta, OutputText
 from common.text.tokenizer import Tokenizer, open_tokenizer
@@ -243,7 +243,7 @@ def test_ctrl_c_at_any_line_leaves_an_engine_that_serves_the_next_prompts(llm: L
 def test_a_ctrl_c_waits_for_the_block_or_to_be_let_in_and_a_second_one_for_nothing(ctrl_c: Callable[[], None]) -> None:
     reached: list[str] = []
     for way in ("end", "let in", "again"):
-        with pytest.raises(KeyboardInterrupt), uninterrupted() as let_in:
+        with pytest.raises(KeyboardInterrupt), defer_sigint() as let_in:
             let_in()
             ctrl_c()
             reached.append(way)

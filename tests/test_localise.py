@@ -19,7 +19,7 @@ from experiments.correctness.config import CorrectnessConfig
 from experiments.correctness.coverage import Part
 from experiments.diverge import examine, sentence
 from experiments.load.workload import Item, Workload
-from experiments.progress import Narrator
+from experiments.progress import ProgressReporter
 from experiments.report.verdict import defects, headline
 from tests.backends import Packer
 from tests.planted import CACHED, LAYER, STEP, Local, deep_model, make_local
@@ -54,7 +54,7 @@ def search(
 ) -> dict[str, Any]:
     plan: Any = SimpleNamespace(model="deep", checkpoint=open_checkpoint(path))
     pair: Any = (first, second)
-    return examine(pair, share(), plan, dtype, scratch, Narrator(), inside)
+    return examine(pair, share(), plan, dtype, scratch, ProgressReporter(), inside)
 
 
 def verdict(first: Local, second: Local, path: Path, scratch: Path) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def verdict(first: Local, second: Local, path: Path, scratch: Path) -> dict[str,
     for engine in (first, second):
         mine: Any = engine
         caps = {"observes": True, "kernels": [engine.spec.config.kernels]}
-        with Narrator() as narrator:
+        with ProgressReporter() as narrator:
             done[engine.spec.label], own = pass_through(mine, caps, share(), share(), [], base, scratch, narrator)
         base = base or own
     config = CorrectnessConfig(num_requests=3, output_len=9, tolerance=1e-3)

@@ -190,7 +190,7 @@ def test_ranks_that_connect_anew_write_to_no_file_of_their_process(engine: Engin
     with ExitStack() as stack:
         files = [stack.enter_context((tmp_path / str(i)).open("w")) for i in range(32)]
         for _ in range(2):
-            engine.runner.group._meet()  # type: ignore[attr-defined]
+            engine.runner.group._rendezvous()  # type: ignore[attr-defined]
         assert [Path(file.name).stat().st_size for file in files] == [0] * 32
 
 
@@ -270,9 +270,9 @@ def test_an_engine_whose_ranks_cannot_be_started_again_ends_with_one_error(monke
 def test_a_rank_ends_when_told_to_though_a_fork_of_the_caller_holds_its_input_open() -> None:
     code = (
         "import os, time\n"
-        "from common.errors import BackendError\nfrom common.process.workers import ENTRY_POINTS, Follower\n"
+        "from common.errors import BackendError\nfrom common.process.workers import ENTRY_POINTS, WorkerHandle\n"
         "ENTRY_POINTS['any'] = 'common.process.workers:follow'\n"
-        "rank = Follower('any', {}, None, ended=lambda rank: None)\n"
+        "rank = WorkerHandle('any', {}, None, ended=lambda rank: None)\n"
         "told, tell = os.pipe()\n"
         "if not (fork := os.fork()):\n"
         "    rank.close()\n"

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from common.config import EngineConfig
-from common.process.agents import Agents, There
-from common.process.workers import Follower
+from common.process.agents import Agents, RemoteProcess
+from common.process.workers import WorkerHandle
 from experiments.load import machine
 from experiments.load.machine import (
     Watch,
@@ -58,8 +58,8 @@ def test_a_childs_work_is_our_own_while_it_lives_and_when_it_has_ended() -> None
 def test_the_processes_of_a_launch_that_are_on_this_machine_are_our_own_with_what_they_start() -> None:
     with launch_of(2) as (found, (started,)):
         (agent,) = found.all
-        start = partial(There, agent, found.secret)
-        rank = Follower("torch", 0, 1, asdict(EngineConfig()), [None, 1, 0], ended=lambda _: None, start=start)
+        start = partial(RemoteProcess, agent, found.secret)
+        rank = WorkerHandle("torch", 0, 1, asdict(EngineConfig()), [None, 1, 0], ended=lambda _: None, start=start)
         try:
             assert {started.pid, rank.pid} <= counted_as_own(found)
             elsewhere = found._replace(all=[agent._replace(machine="another")])

@@ -16,10 +16,10 @@ import pytest
 import common.schedule.scheduler as scheduler_module
 from common.batch import Batch
 from common.request import Status
-from common.sampling.logits_processor import Edits
+from common.sampling.logits_processor import LogitsProcessor
 from common.schedule import page_pool
 from common.schedule.admission import Limits
-from common.schedule.fault_isolation import Trials
+from common.schedule.fault_isolation import FaultBisector
 from common.schedule.page_pool import PageError, PageKey, PagePool
 from common.schedule.request_table import Rows, Score
 from common.schedule.scheduler import Scheduler
@@ -206,16 +206,16 @@ def a_full_hit_leaves_nothing_to_compute(patch: Patch, ran: Ran) -> None:
 
 @mutant
 def the_cache_outlives_a_reset_of_the_runner(patch: Patch, ran: Ran) -> None:
-    original = Scheduler.recover
+    original = Scheduler.requeue_all
 
-    def recover(self: Scheduler, suspects: list[Sequence]) -> list[str]:
+    def requeue_all(self: Scheduler, suspects: list[Sequence]) -> list[str]:
         pool = self.pool
         failed = original(self, suspects)
         self.pool = pool
         ran.extend([1] if pool.cached else [])
         return failed
 
-    patch.setattr(Scheduler, "recover", recover)
+    patch.setattr(Scheduler, "requeue_all", requeue_all)
 
 
 # ── growing and leaving ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -265,12 +265,12 @@ def the_fence_is_ignored(patch: Patch, ran: Ran) -> None:
         ran.extend([1] if seq.in_flight else [])
         self._give_back(seq)
 
-    patch.setattr(Scheduler, "_vacate", vacate)
+    patch.setattr(Scheduler, "_release_when_idle", vacate)
 
 
 @mutant
 def a_row_is_reused_while_a_step_in_flight_names_it(patch: Patch, ran: Ran) -> None:
-    original, give_back = Scheduler._vacate, Rows.give_back
+    original, give_back = Scheduler._release_when_idle, Rows.give_back
 
     def vacate(self: Scheduler, seq: Sequence) -> None:
         if seq.in_flight:
@@ -282,7 +282,7 @@ def a_row_is_reused_while_a_step_in_flight_names_it(patch: Patch, ran: Ran) -> N
         if row not in self.free:
             give_back(self, row)
 
-    patch.setattr(Scheduler, "_vacate", vacate)
+    patch.setattr(Scheduler, "_release_when_idle", vacate)
     patch.setattr(Rows, "give_back", once)
 
 
@@ -492,39 +492,39 @@ def an_engine_that_drains_takes_requests(patch: Patch, ran: Ran) -> None:
 
 @mutant
 def those_on_trial_run_beside_others(patch: Patch, ran: Ran) -> None:
-    original = Trials.admit
+    original = FaultBisector.admit
 
-    def admit(self: Trials, seq: Sequence) -> bool:
+    def admit(self: FaultBisector, seq: Sequence) -> bool:
         ran.extend([] if original(self, seq) else [1])
         return True
 
-    patch.setattr(Trials, "admit", admit)
+    patch.setattr(FaultBisector, "admit", admit)
 
 
 @mutant
 def the_culprit_is_tried_for_ever(patch: Patch, ran: Ran) -> None:
-    original = Trials.arraign
+    original = FaultBisector.record_failure
 
-    def arraign(self: Trials, suspects: list[Sequence], alone: bool) -> list[Sequence]:
-        guilty = original(self, suspects, alone)
-        self.groups += [[seq] for seq in guilty]
-        ran.extend([1] if guilty else [])
+    def record_failure(self: FaultBisector, suspects: list[Sequence], alone: bool) -> list[Sequence]:
+        culprits = original(self, suspects, alone)
+        self.groups += [[seq] for seq in culprits]
+        ran.extend([1] if culprits else [])
         return []
 
-    patch.setattr(Trials, "arraign", arraign)
+    patch.setattr(FaultBisector, "record_failure", record_failure)
 
 
 @mutant
 def a_suspect_is_ended_without_a_trial(patch: Patch, ran: Ran) -> None:
-    original = Trials.arraign
+    original = FaultBisector.record_failure
 
-    def arraign(self: Trials, suspects: list[Sequence], alone: bool) -> list[Sequence]:
+    def record_failure(self: FaultBisector, suspects: list[Sequence], alone: bool) -> list[Sequence]:
         first = not self.groups
-        guilty = original(self, suspects, alone)
+        culprits = original(self, suspects, alone)
         ran.extend([1] if first and suspects else [])
-        return suspects[:1] if first else guilty
+        return suspects[:1] if first else culprits
 
-    patch.setattr(Trials, "arraign", arraign)
+    patch.setattr(FaultBisector, "record_failure", record_failure)
 
 
 # ── forks ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -598,27 +598,27 @@ def a_fork_shares_a_page_that_both_will_write(patch: Patch, ran: Ran) -> None:
 
 @mutant
 def the_output_is_not_counted(patch: Patch, ran: Ran) -> None:
-    patch.setattr(Edits, "append", lambda self, token: ran.append(token))
+    patch.setattr(LogitsProcessor, "append", lambda self, token: ran.append(token))
 
 
 @mutant
 def a_penalty_does_not_wait_for_the_token_in_flight(patch: Patch, ran: Ran) -> None:
-    def follow(self: Edits) -> bool:
+    def follow(self: LogitsProcessor) -> bool:
         ran.append(1)
         return False
 
-    patch.setattr(Edits, "follow", property(follow))
+    patch.setattr(LogitsProcessor, "follow", property(follow))
 
 
 @mutant
 def min_tokens_count_only_what_has_landed(patch: Patch, ran: Ran) -> None:
-    original = Edits.at
+    original = LogitsProcessor.at
 
-    def at(self: Edits, output: list[int], length: int) -> Any:
+    def at(self: LogitsProcessor, output: list[int], length: int) -> Any:
         ran.extend([1] if length > len(output) else [])
         return original(self, output, len(output))
 
-    patch.setattr(Edits, "at", at)
+    patch.setattr(LogitsProcessor, "at", at)
 
 
 @mutant

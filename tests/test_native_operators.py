@@ -15,7 +15,7 @@ from common.config import ModelConfig
 from common.kernels.cpu.pack import pack_head, pack_layers
 from common.kernels.cpu.pages import keys_in, keys_out, values_in, values_out
 from common.kernels.cpu.step import pack_step
-from common.kernels.cpu.sums import Exchange, meeting_place
+from common.kernels.cpu.sums import SharedMemoryGroup, meeting_place
 from common.model.rope import rope_tables
 from tests.backends import Packer, part
 
@@ -300,13 +300,13 @@ def test_the_sums_of_a_large_step_are_those_of_a_small_one(sandwich_norms: bool)
         step = torch.from_numpy(pack_step(packer.step([(packer.add(ids[:tokens]), 0, tokens)])))
         streams = [torch.from_numpy(x[:tokens].copy()) for _ in range(2)]
 
-        def rank(exchange: Exchange, stream: torch.Tensor, rank: int) -> None:
+        def rank(exchange: SharedMemoryGroup, stream: torch.Tensor, rank: int) -> None:
             (k,), (v,) = kernels.make_cache(config, 32, 16, "float32")
             memory = torch.from_numpy(exchange.memory)
             assert torch.ops.tandem.layers_in_terms(step, weights, ropes, k, v, stream, memory, rank, 2) == 0
 
         with meeting_place(2) as place:
-            exchanges = [Exchange(place, rank, 2) for rank in range(2)]
+            exchanges = [SharedMemoryGroup(place, rank, 2) for rank in range(2)]
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(rank, exchanges, streams, range(2)))
         assert [exchange.told.bytes for exchange in exchanges] == [2 * tokens * D * 4] * 2

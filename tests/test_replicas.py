@@ -26,7 +26,7 @@ from common.process.agents import AgentLost
 from common.replicas.data_parallel import Replicas
 from common.replicas.factory import open_engine
 from common.replicas.stats import totals
-from common.replicas.supervisor import Gone, Keeper, News, Ready
+from common.replicas.supervisor import Exited, Ready, Supervisor, SupervisorEvent
 from common.replicas.worker import failure
 from common.request import Request, SamplingParams, Status, StructuredOutputsParams, TokenEvent, fan_out
 from common.system.hardware import thread_settings
@@ -429,13 +429,13 @@ def test_a_process_that_says_what_it_should_not_or_nothing_is_started_again(
     what: str, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("common.replicas.supervisor.SILENCE_S", 1.0)
-    news: SimpleQueue[News] = SimpleQueue()
-    keeper = Keeper(0, "tests.replica_mains:chatter", [what], {}, news.put)
+    news: SimpleQueue[SupervisorEvent] = SimpleQueue()
+    keeper = Supervisor(0, "tests.replica_mains:chatter", [what], {}, news.put)
     try:
         for _ in range(2):
             assert isinstance(news.get(timeout=PATIENCE_S), Ready)
             gone = news.get(timeout=PATIENCE_S)
-            assert isinstance(gone, Gone) and gone.how.startswith(how) and not gone.given_up
+            assert isinstance(gone, Exited) and gone.how.startswith(how) and not gone.given_up
     finally:
         keeper.close()
         keeper.join()

@@ -13,7 +13,7 @@ import pytest
 from common.batch import Batch, Mask
 from common.config import EngineConfig
 from common.engine import Engine
-from common.interface import ModelRunner, Pending, load_backend
+from common.interface import ModelRunner, StepHandle, load_backend
 from common.request import Request, SamplingParams
 from tests.backends import BACKENDS, checkpoint
 
@@ -28,7 +28,7 @@ class Spy:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
 
-    def submit(self, batch: Batch, mask: Mask = None) -> Pending:
+    def submit(self, batch: Batch, mask: Mask = None) -> StepHandle:
         pending = self._runner.submit(batch, mask)
         digests = pending.result().digests
         assert digests is not None and len(digests) == len(batch.logit_rows)

@@ -13,7 +13,7 @@ from scipy import stats
 from common.batch import Batch
 from common.kernels.cpu.step import pack_changes, pack_step
 from common.request import MAX_LOGPROBS, Request, SamplingParams
-from common.sampling.logits_processor import Edits
+from common.sampling.logits_processor import LogitsProcessor
 from common.schedule.prepare import prepare
 from common.system.hardware import cxx_compiler
 from tests.backends import call, device, part
@@ -181,7 +181,7 @@ def draw(backend: str, kernels: str, request: Request) -> np.ndarray:
     views |= {name: getattr(params, name) * ones for name in ("temperature", "top_k", "top_p", "min_p")}
     plan = prepare(request, WORDS).plan
     if plan is not None:
-        edits = Edits(plan)
+        edits = LogitsProcessor(plan)
         for token in OUTPUT:
             edits.append(token)
         ids, values = edits.at(OUTPUT, len(OUTPUT))

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from common.kv_transfer import shared_memory
-from common.kv_transfer.shared_memory import SHARES, Others, Room, Segment, open_segment
+from common.kv_transfer.shared_memory import SHARES, MappingCache, Segment, SegmentPool, open_segment
 
 MIB = 1 << 20
 
@@ -39,7 +39,7 @@ def test_what_one_writes_the_other_reads() -> None:
 def test_one_that_comes_again_is_not_mapped_again_and_one_that_comes_instead_is_looked_at() -> None:
     if not SHARES:
         pytest.skip("the system has no memory without a name")
-    others, (one, another) = Others(), (Segment(5000), Segment(5000))
+    others, (one, another) = MappingCache(), (Segment(5000), Segment(5000))
     for segment_, value in ((one, 1), (another, 2)):
         assert segment_.descriptor is not None
         segment_.lend(5000)[:] = value
@@ -56,7 +56,7 @@ def test_one_that_comes_again_is_not_mapped_again_and_one_that_comes_instead_is_
 
 
 def test_a_segment_is_taken_until_nobody_has_a_view_of_it() -> None:
-    room = Room(4 * MIB)
+    room = SegmentPool(4 * MIB)
     _, memory = room.take(4 * MIB, never)
     view = memory[10:20].view(np.uint16).reshape(5, 1)
     del memory
@@ -69,7 +69,7 @@ def test_a_segment_is_taken_until_nobody_has_a_view_of_it() -> None:
 
 def test_one_that_is_settled_is_used_again_and_another_is_not() -> None:
     """Somebody may still write to it."""
-    room = Room(16 * MIB)
+    room = SegmentPool(16 * MIB)
     for settled in (True, False):
         one, memory = room.take(3 * MIB, never)
         one.settled = settled
@@ -81,7 +81,7 @@ def test_one_that_is_settled_is_used_again_and_another_is_not() -> None:
 
 
 def test_what_is_kept_for_later_makes_way_for_what_is_asked_for_now() -> None:
-    room = Room(8 * MIB)
+    room = SegmentPool(8 * MIB)
     small, memory = room.take(2 * MIB, never)
     small.settled = True
     del memory
@@ -91,7 +91,7 @@ def test_what_is_kept_for_later_makes_way_for_what_is_asked_for_now() -> None:
 
 
 def test_what_is_more_than_there_is_room_for_has_it_alone() -> None:
-    room = Room(MIB)
+    room = SegmentPool(MIB)
     _, memory = room.take(5 * MIB, never)
     assert len(memory) == 5 * MIB
     del memory
@@ -101,7 +101,7 @@ def test_what_is_more_than_there_is_room_for_has_it_alone() -> None:
 def test_who_asked_first_is_served_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else one that wants much would wait for ever behind those that want little."""
     monkeypatch.setattr(shared_memory, "PATIENCE_S", 0.01)
-    room, order, waiting = Room(8 * MIB), list[int](), set[int]()
+    room, order, waiting = SegmentPool(8 * MIB), list[int](), set[int]()
     held = [room.take(4 * MIB, never) for _ in range(2)]
 
     def take(size: int) -> None:
@@ -125,7 +125,7 @@ def test_who_asked_first_is_served_first(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_who_waits_is_heard_of_however_often_others_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_memory, "PATIENCE_S", 0.2)
-    room, heard, done = Room(4 * MIB), threading.Event(), threading.Event()
+    room, heard, done = SegmentPool(4 * MIB), threading.Event(), threading.Event()
     held = [room.take(2 * MIB, never)]
 
     def wait() -> None:
@@ -147,7 +147,7 @@ def test_who_waits_is_heard_of_however_often_others_come_and_go(monkeypatch: pyt
 
 def test_who_gives_up_waiting_lets_the_next_one_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_memory, "PATIENCE_S", 0.01)
-    room = Room(4 * MIB)
+    room = SegmentPool(4 * MIB)
     held = room.take(2 * MIB, never)
 
     def give_up() -> None:
@@ -160,7 +160,7 @@ def test_who_gives_up_waiting_lets_the_next_one_on(monkeypatch: pytest.MonkeyPat
 
 
 def test_no_descriptor_is_left() -> None:
-    room, before = Room(64 * MIB), psutil.Process().num_fds()
+    room, before = SegmentPool(64 * MIB), psutil.Process().num_fds()
     for size in (3, 40, 7, 64, 1):
         one, memory = room.take(size * MIB, never)
         one.settled = size % 2 == 1

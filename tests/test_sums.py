@@ -21,7 +21,7 @@ import torch
 
 from common.config import MAX_RANKS
 from common.errors import BackendError
-from common.kernels.cpu.sums import Exchange, Left, meeting_place
+from common.kernels.cpu.sums import PeerLeft, SharedMemoryGroup, meeting_place
 from common.system.hardware import cores
 from tests.history_backend import ROOT
 
@@ -32,16 +32,16 @@ SIZES = (1, 15, 16, 17, 18_432, PLACE // 4 - 1, PLACE // 4, PLACE // 4 + 1, 1_30
 NOTICED_S = 2.0
 
 
-def meet(ranks: int) -> list[Exchange]:
+def meet(ranks: int) -> list[SharedMemoryGroup]:
     with meeting_place(ranks) as place:
-        return [Exchange(place, rank, ranks) for rank in range(ranks)]
+        return [SharedMemoryGroup(place, rank, ranks) for rank in range(ranks)]
 
 
-def add(exchange: Exchange, x: np.ndarray) -> None:
+def add(exchange: SharedMemoryGroup, x: np.ndarray) -> None:
     exchange.add(x.ctypes.data, x.size, x.dtype.name)
 
 
-def gather(exchange: Exchange, x: np.ndarray, ranks: int) -> np.ndarray:
+def gather(exchange: SharedMemoryGroup, x: np.ndarray, ranks: int) -> np.ndarray:
     every = np.empty((ranks, *x.shape), x.dtype)
     exchange.gather(x.ctypes.data, x.nbytes, every.ctypes.data)
     return every
@@ -105,7 +105,7 @@ def test_more_ranks_than_cores_go_forward() -> None:
     ranks, rounds = min(4 * cores() + 1, MAX_RANKS), 50
     exchanges = meet(ranks)
 
-    def go(exchange: Exchange) -> float:
+    def go(exchange: SharedMemoryGroup) -> float:
         x = np.ones(1, np.float32)
         for _ in range(rounds):
             add(exchange, x)
@@ -126,7 +126,7 @@ def test_callers_that_treat_subnormals_differently_get_the_same_bits() -> None:
     first, second = meet(2)
     sums = [np.full(16, 1e-39, np.float32) for _ in range(2)]
 
-    def flushing(flush: bool, exchange: Exchange, x: np.ndarray) -> None:
+    def flushing(flush: bool, exchange: SharedMemoryGroup, x: np.ndarray) -> None:
         torch.set_flush_denormal(flush)  # of this thread
         add(exchange, x)
 
@@ -145,11 +145,11 @@ def test_who_waits_for_one_that_leaves_learns_it_and_so_does_whoever_comes_later
         third.leave()
         begin = time.monotonic()
         for wait in waiting:
-            with pytest.raises(Left, match="has left the step"):
+            with pytest.raises(PeerLeft, match="has left the step"):
                 wait.result(NOTICED_S)
         assert time.monotonic() - begin < NOTICED_S
     for exchange in (first, second, third):
-        with pytest.raises(Left, match="has left the step"):
+        with pytest.raises(PeerLeft, match="has left the step"):
             add(exchange, x)
 
 
@@ -159,7 +159,7 @@ def test_ranks_that_are_at_different_places_are_told_so() -> None:
     errors = []
 
     def note(call: Callable[[], object]) -> None:
-        with pytest.raises(Left) as raised:
+        with pytest.raises(PeerLeft) as raised:
             call()
         errors.append(str(raised.value))
 
@@ -180,13 +180,13 @@ def test_who_comes_late_is_told_so_and_touches_no_file_that_has_the_number_by_th
     with meeting_place(2) as place:
         pass
     number = int(place.path.rpartition("/")[2])
-    with pytest.raises(Left, match="no longer meet"):
-        Exchange(place, 1, 2)
+    with pytest.raises(PeerLeft, match="no longer meet"):
+        SharedMemoryGroup(place, 1, 2)
     (tmp_path / "other").write_bytes(b"mine")
     other = os.open(tmp_path / "other", os.O_RDWR)
     os.dup2(other, number)
-    with pytest.raises(Left, match="another file by now"):
-        Exchange(place, 1, 2)
+    with pytest.raises(PeerLeft, match="another file by now"):
+        SharedMemoryGroup(place, 1, 2)
     for taken in {other, number}:
         os.close(taken)
     assert (tmp_path / "other").read_bytes() == b"mine"
@@ -206,8 +206,8 @@ def test_nothing_is_left_of_a_meeting_whose_ranks_are_gone() -> None:
 OTHER = """
 import json, sys
 import numpy as np
-from common.kernels.cpu.sums import Exchange, Place
-exchange = Exchange(Place(*json.loads(sys.argv[1])), 1, 2)
+from common.kernels.cpu.sums import SharedFile, SharedMemoryGroup
+exchange = SharedMemoryGroup(SharedFile(*json.loads(sys.argv[1])), 1, 2)
 print("there", flush=True)
 x = np.arange(100_000, dtype=np.float32)
 for _ in range(20):
@@ -229,7 +229,7 @@ def test_ranks_are_processes_and_one_that_is_killed_is_waited_for_until_it_is_to
             text=True,
         )
         assert other.stdout and other.stdout.readline() == "there\n"
-        exchange = Exchange(place, 0, 2)
+        exchange = SharedMemoryGroup(place, 0, 2)
     x = np.arange(100_000, dtype=np.float32)
     for _ in range(20):
         add(exchange, x)
@@ -239,5 +239,5 @@ def test_ranks_are_processes_and_one_that_is_killed_is_waited_for_until_it_is_to
     other.kill()
     other.communicate()
     threading.Timer(0.1, exchange.leave).start()
-    with pytest.raises(Left):
+    with pytest.raises(PeerLeft):
         add(exchange, x)

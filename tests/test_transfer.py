@@ -17,7 +17,7 @@ from common.batch import KV
 from common.config import EngineConfig
 from common.engine import Engine
 from common.errors import RequestError
-from common.kv_transfer.layout import TOKENS, Carrier, Layout, Part, layouts_of, model_fingerprint
+from common.kv_transfer.layout import TOKENS, Layout, PageCopier, Part, layouts_of, model_fingerprint
 from common.kv_transfer.protocol import (
     VERSION,
     Abort,
@@ -28,10 +28,10 @@ from common.kv_transfer.protocol import (
     Offer,
     Pages,
     Receiver,
-    Said,
     Sender,
     Tag,
     TransferError,
+    TransferMessage,
     checksum,
     common_layout,
     digest_of,
@@ -134,13 +134,13 @@ def empty(layout: Layout, tokens: int) -> KV:
 
 def kv_of(runner: HistoryRunner, layout: Layout, pages: list[int], size: int, start: int, stop: int) -> KV:
     kv = empty(layout, stop - start)
-    carrier = Carrier(runner, size)
+    carrier = PageCopier(runner, size)
     assert carrier.read(pages, start, kv) == layout.sums(kv)
     return kv
 
 
 def write(runner: HistoryRunner, size: int, pages: list[int], kv: KV) -> None:
-    carrier = Carrier(runner, size)
+    carrier = PageCopier(runner, size)
     carrier.write(pages, kv)
 
 
@@ -188,7 +188,7 @@ def pages_of(kv: KV, first: int, stop: int, tag: Tag = TAG) -> Pages:
     return Pages(tag, first, stop - first, checksum(LAYOUT.sums(some)), [bytes(part) for part in LAYOUT.pack(some)])
 
 
-EVERYTHING: list[Said] = [
+EVERYTHING: list[TransferMessage] = [
     Hold(TAG),
     Accept(TAG, LAYOUT.fingerprint),
     pages_of(some_kv(4), 1, 3),
@@ -198,13 +198,13 @@ EVERYTHING: list[Said] = [
 ]
 
 
-def frame_of(said: Said) -> Frame:
+def frame_of(said: TransferMessage) -> Frame:
     message, data = seal(said, SECRET)
     return Frame(json.loads(json.dumps(message)), b"".join(data))
 
 
 @pytest.mark.parametrize("said", EVERYTHING, ids=lambda said: type(said).__name__)
-def test_a_message_survives_the_trip(said: Said) -> None:
+def test_a_message_survives_the_trip(said: TransferMessage) -> None:
     got = unseal(frame_of(said), SECRET)
     if isinstance(said, Pages):
         said = replace(said, data=[b"".join(said.data)])
@@ -212,7 +212,7 @@ def test_a_message_survives_the_trip(said: Said) -> None:
 
 
 @pytest.mark.parametrize("said", EVERYTHING, ids=lambda said: type(said).__name__)
-def test_a_message_in_which_anything_was_changed_is_refused(said: Said) -> None:
+def test_a_message_in_which_anything_was_changed_is_refused(said: TransferMessage) -> None:
     frame = frame_of(said)
     body = frame.message["transfer"]
     for i, value in enumerate(body):
@@ -390,7 +390,7 @@ def test_memory_that_is_too_small_is_not_written_to() -> None:
         (Done(TAG, ""), "told nothing of this kind", True),
     ],
 )
-def test_a_sender_heeds_those_alone_whom_its_offer_was_for(said: Said, told: str | None, freed: bool) -> None:
+def test_a_sender_heeds_those_alone_whom_its_offer_was_for(said: TransferMessage, told: str | None, freed: bool) -> None:
     memory = Memory()
     sender = memory.sender()
     sender.offer("r", 5, now=0.0)
@@ -419,7 +419,7 @@ def receiver_of(offer: Offer = OFFER) -> Receiver:
     return Receiver(offer, LAYOUT, np.zeros(LAYOUT.num_bytes(offer.tokens), np.uint8))
 
 
-def conversation() -> tuple[KV, list[Said]]:
+def conversation() -> tuple[KV, list[TransferMessage]]:
     """What is right, and what a sender says."""
     kv = some_kv(5)
     pages = [pages_of(kv, a, b) for a, b in ((0, 2), (2, 4), (4, 5))]

@@ -166,7 +166,7 @@ def test_counters_show_what_was_done_and_not_how_fast() -> None:
 
 
 def test_a_table_reads_well_in_each_form() -> None:
-    table = widgets.Shown(
+    table = widgets.DisplayTable(
         title="T", sentences=("said & done.",), header=("", "jax"), rows=(("a|b", "1"), ("long <i>", "1,234"))
     )
     assert repr(table).splitlines() == ["T", "said & done.", "            jax", "a|b           1", "long <i>  1,234"]

@@ -24,10 +24,10 @@ from common.kv_transfer.protocol import (
     Offer,
     Pages,
     Receiver,
-    Said,
     Sender,
     Tag,
     TransferError,
+    TransferMessage,
     common_layout,
     seal,
     unseal,
@@ -124,8 +124,8 @@ class Episode:
         self.live: dict[str, Live] = {}
         self.by_name: dict[tuple[bool, str], Live] = {}
         """Whether it decodes, and its name there."""
-        self.channel: list[tuple[float, Callable[[Said], None], Frame]] = []
-        self.seen: list[tuple[Callable[[Said], None], Frame]] = []
+        self.channel: list[tuple[float, Callable[[TransferMessage], None], Frame]] = []
+        self.seen: list[tuple[Callable[[TransferMessage], None], Frame]] = []
         self.start_prefill()
         self.start_decode()
 
@@ -150,7 +150,7 @@ class Episode:
 
     # ── the channel ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def say(self, to: Callable[[Said], None], said: Said) -> None:
+    def say(self, to: Callable[[TransferMessage], None], said: TransferMessage) -> None:
         """Put a message on its way, and have things befall it."""
         message, parts = seal(said, SECRET)
         frame = Frame(message, b"".join(parts))
@@ -193,7 +193,7 @@ class Episode:
             else:
                 to(said)
 
-    def to_sender(self, said: Said) -> None:
+    def to_sender(self, said: TransferMessage) -> None:
         held = {name: self.sender._held[name].offer.tag for name in self.sender.names}
         memory = self.memories.get(said.tag)  # as that of a receiver that is gone still may be written to
         for answer in self.sender.hear(said, self.now, memory):
@@ -203,7 +203,7 @@ class Episode:
         if isinstance(said, Abort) and held.get(said.tag.name) == said.tag:
             require(said.tag.name not in self.prefill.engine.scheduler.kept, "an abort left pages held")
 
-    def to_receiver(self, said: Said) -> None:
+    def to_receiver(self, said: TransferMessage) -> None:
         of_its_name = [tag for tag in self.receivers if tag.name == said.tag.name]
         if not of_its_name:
             if isinstance(said, (Pages, Done)):
@@ -218,7 +218,7 @@ class Episode:
         require(stood == (None, None) or stood == (receiver.kv, receiver.error), "a transfer that was over went on")
         self.settle(answers, receiver, future)
 
-    def settle(self, answers: list[Said], receiver: Receiver, future: Future[KV]) -> None:
+    def settle(self, answers: list[TransferMessage], receiver: Receiver, future: Future[KV]) -> None:
         for answer in answers:
             self.say(self.to_sender, answer)
         if receiver.over:

@@ -41,12 +41,21 @@ from torch import Tensor
 from common.batch import Batch, Mask, masked
 from common.config import EngineConfig
 from common.errors import BackendError
-from common.kernels.cpu.sums import Exchange, Left, Place, expect_told, meeting_place, open_library, open_place, place_of
-from common.process.agents import Agent, AgentLost, Agents, There, agents, machine
+from common.kernels.cpu.sums import (
+    PeerLeft,
+    SharedFile,
+    SharedMemoryGroup,
+    expect_told,
+    meeting_place,
+    open_library,
+    open_place,
+    place_of,
+)
+from common.process.agents import Agent, AgentLost, Agents, RemoteProcess, agents, machine
 from common.process.connection import accept_one, connect, raw
 from common.process.exits import FAILURE
 from common.process.secret import SECRET
-from common.process.workers import Ended, Follower, Here, Process
+from common.process.workers import LocalProcess, Process, ProcessExited, WorkerHandle
 from common.system.hardware import family_memory
 from torchinfer.arrays import to_device, to_host
 from torchinfer.device import choose_device, local_device
@@ -164,7 +173,7 @@ class Group:
     def _settle(self) -> None:
         """Wait until they have done what they were told. Raises `BackendError` if they could not."""
 
-    def _meet(self) -> None:
+    def _rendezvous(self) -> None:
         """Connect all ranks, anew if they were: who is still in a step leaves it with an error, and in the place of one that
         has ended another is started. Raises `RuntimeError` if they cannot come together, or not anew."""
 
@@ -182,11 +191,11 @@ ALONE = Group()
 class Endpoints(NamedTuple):
     """How a rank meets others: what JSON can hold."""
 
-    place: Place | None
+    place: SharedFile | None
     """Where its stage does, if it has several ranks."""
-    before: Place | None = None
+    before: SharedFile | None = None
     """The pipe from the stage before, and that to the one behind, if there are such."""
-    behind: Place | None = None
+    behind: SharedFile | None = None
     network: NetworkEndpoint | None = None
     """Instead of pipes."""
     store: tuple[str, int] | None = None
@@ -210,7 +219,7 @@ class RankInfo(NamedTuple):
     before: int
 
 
-class _Memory:
+class SharedMemoryTransport:
     """By which a rank on a CPU tells others what it does: those of its stage through memory, other stages through pipes or over
     a network."""
 
@@ -219,7 +228,7 @@ class _Memory:
 
     def __init__(self, rank: int, ranks: int) -> None:
         self._rank, self._ranks = rank, ranks
-        self.exchange: Any = None  # an Exchange once they have met
+        self.exchange: Any = None  # a SharedMemoryGroup after the first rendezvous
         self._before: RawIOBase | None = None
         self._behind: RawIOBase | None = None
         self._door: socket.socket | None = None
@@ -249,8 +258,8 @@ class _Memory:
         self._move(x, self._behind.write if self._behind else None)
 
     def _move(self, x: Tensor, move: Callable[[memoryview], int | None] | None) -> None:
-        """All bytes of x to or from another stage, of which each `move` takes as many as it tells. Raises `Left` if its other
-        end is closed."""
+        """All bytes of x to or from another stage, of which each `move` takes as many as it tells. Raises `PeerLeft` if its
+        other end is closed."""
         start, left = time.perf_counter(), x.reshape(-1).view(torch.uint8).numpy().data
         while left:
             try:
@@ -258,7 +267,7 @@ class _Memory:
             except OSError:
                 moved = None
             if not moved:
-                raise Left("A stage of this engine has left the step; its log says more.")
+                raise PeerLeft("A stage of this engine has left the step; its log says more.")
             left = left[moved:]
         self._seconds += time.perf_counter() - start
         self._bytes += x.nbytes
@@ -266,7 +275,7 @@ class _Memory:
     def join(self, ways: Endpoints, device: torch.device) -> None:
         """Meet the others, all of whom do so at once, after they have parted. Raises `RuntimeError` if that is over."""
         if ways.place:
-            exchange = Exchange(ways.place, self._rank, self._ranks)
+            exchange = SharedMemoryGroup(ways.place, self._rank, self._ranks)
             told, self.exchange = self.told(), exchange
             self._seconds, self._bytes = told["communication_seconds"], int(told["communication_bytes"])
         if ways.before:
@@ -284,7 +293,7 @@ class _Memory:
             if self._door:
                 self._before = raw(accept_one(self._door, secret))
         except OSError as error:
-            raise Left(f"The stages of this engine did not meet: {error}") from error
+            raise PeerLeft(f"The stages of this engine did not meet: {error}") from error
 
     def open_door(self, host: str) -> int:
         """The port at which it waits for the stage before."""
@@ -315,8 +324,8 @@ class _Memory:
 
 
 class _Collectives:
-    """By which ranks on devices of their own do: as `_Memory`, but by `torch.distributed`, and once they have met they cannot
-    part to meet anew."""
+    """By which ranks on devices of their own do: as `SharedMemoryTransport`, but by `torch.distributed`, and once they have
+    met they cannot part to meet anew."""
 
     def __init__(self, backend: str, stage: int, rank: int, config: EngineConfig) -> None:
         self._backend, self._stage, self._stages = backend, stage, config.pipeline_parallel_size
@@ -412,7 +421,9 @@ class Ranks(Group):
         self._stage, self._stages = stage, config.pipeline_parallel_size
         self._rank, self._ranks = rank, config.tensor_parallel_size
         self._seat = seat
-        self._line: Any = _Collectives(seat.backend, stage, rank, config) if seat.backend else _Memory(rank, self._ranks)
+        self._line: Any = (
+            _Collectives(seat.backend, stage, rank, config) if seat.backend else SharedMemoryTransport(rank, self._ranks)
+        )
         self._device = torch.device("cpu")
 
     @property
@@ -515,7 +526,7 @@ class Ranks(Group):
         self._line.part()
 
 
-class _First(Ranks):
+class RankZero(Ranks):
     """The rank that has started the others, and leads them."""
 
     def __init__(
@@ -530,12 +541,12 @@ class _First(Ranks):
         super().__init__(config.pipeline_parallel_size - 1, 0, config, first)
         self._claim(device)
         self._config, self._host = config, host
-        self._meetings: list[Exchange] = []
+        self._meetings: list[SharedMemoryGroup] = []
         """Of all stages."""
         _, *self._places = product(reversed(range(self._stages)), range(self._ranks))
         """Stage and rank of each of the others."""
         self._seats = dict(zip(self._places, others, strict=True))
-        self._others: list[Follower] = []
+        self._others: list[WorkerHandle] = []
         self._checkpoint: str | None = None
         try:
             for place in self._places:
@@ -544,15 +555,15 @@ class _First(Ranks):
             self._close()
             raise
 
-    def _start(self, place: tuple[int, int]) -> Follower:
+    def _start(self, place: tuple[int, int]) -> WorkerHandle:
         own = (*place, *self._seats[place])
-        return Follower("torch", asdict(self._config), own, ended=self._lose, start=self._where(place))
+        return WorkerHandle("torch", asdict(self._config), own, ended=self._lose, start=self._where(place))
 
     def _where(self, place: tuple[int, int]) -> Callable[..., Process]:
         """What starts the rank of a place."""
-        return Here
+        return LocalProcess
 
-    def _lose(self, other: Follower) -> None:
+    def _lose(self, other: WorkerHandle) -> None:
         """A rank has ended: nobody is to wait for it."""
         if other not in self._others:  # another has taken its place, or all are to end
             return
@@ -588,7 +599,7 @@ class _First(Ranks):
         for other in self._others:
             other.settle()
 
-    def _meet(self) -> None:
+    def _rendezvous(self) -> None:
         if self._line.bound:
             time.sleep(_HEARD_S)  # if one of them is gone, this process ends here
             raise BackendError(
@@ -596,12 +607,12 @@ class _First(Ranks):
             )
         for attempts_left in reversed(range(_ATTEMPTS)):
             for other in self._others:
-                with suppress(Ended):
+                with suppress(ProcessExited):
                     other.tell("part")  # who was not told of a step would be waited for there
             self._part()
             try:
                 self._replace()
-                with self._lay() as ways:
+                with self._open_endpoints() as ways:
                     for other, place in zip(self._others, self._places, strict=True):
                         other.tell("join", ways[place])
                     self._join(ways[self._stage, self._rank])
@@ -613,7 +624,7 @@ class _First(Ranks):
                 _log.warning("The ranks of this engine could not meet; trying again: %s", error)
 
     @contextmanager
-    def _lay(self) -> Iterator[dict[tuple[int, int], Endpoints]]:
+    def _open_endpoints(self) -> Iterator[dict[tuple[int, int], Endpoints]]:
         """The ways of each rank, by its stage and its number. At the end ours are closed: then a pipe has no ends but those of
         its two ranks, and is at an end when one of them is."""
         if self._seat.backend:
@@ -622,7 +633,7 @@ class _First(Ranks):
             return
         with ExitStack() as ours:
             places = [ours.enter_context(meeting_place(self._ranks)) if self._ranks > 1 else None for _ in range(self._stages)]
-            self._meetings = [Exchange(place, 0, self._ranks) for place in places if place]
+            self._meetings = [SharedMemoryGroup(place, 0, self._ranks) for place in places if place]
             ways = {(stage, rank): Endpoints(place) for stage, place in enumerate(places) for rank in range(self._ranks)}
             for stage, rank in product(range(1, self._stages), range(self._ranks)):
                 self._link(ways, (stage - 1, rank), (stage, rank), ours)
@@ -646,7 +657,7 @@ class _First(Ranks):
         for at, other in enumerate(self._others):
             try:
                 other.settle()
-            except Ended as ended:
+            except ProcessExited as ended:
                 _log.warning("One is started again. %s", ended)
                 other.close()
                 fresh.append(self._start(self._places[at]))
@@ -673,7 +684,7 @@ class _First(Ranks):
             other.close()
 
 
-class _FirstOfLaunch(_First):
+class _FirstOfLaunch(RankZero):
     """The rank that leads others which agents start."""
 
     def __init__(self, config: EngineConfig, device: torch.device, launch: Agents) -> None:
@@ -698,7 +709,7 @@ class _FirstOfLaunch(_First):
         return self._launch.all[self._places.index(place)]
 
     def _where(self, place: tuple[int, int]) -> Callable[..., Process]:
-        return partial(There, self._agent(place), self._launch.secret)
+        return partial(RemoteProcess, self._agent(place), self._launch.secret)
 
     def _link(
         self, ways: dict[tuple[int, int], Endpoints], before: tuple[int, int], at: tuple[int, int], ours: ExitStack
@@ -727,7 +738,7 @@ def start(config: EngineConfig, device: torch.device) -> Group:
             "one has it already, of another engine or its own. Close that, or make this engine in another process."
         )
     launch = agents()
-    return _FirstOfLaunch(config, device, launch) if launch else _First(config, device)
+    return _FirstOfLaunch(config, device, launch) if launch else RankZero(config, device)
 
 
 def requires_supervision(config: EngineConfig) -> bool:

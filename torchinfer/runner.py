@@ -107,7 +107,7 @@ class ModelRunner(interface.ModelRunner):
         self._expect_open()
         self.state = None  # the old pool goes before the new one comes
         self._waiting.clear()
-        self.group._meet()
+        self.group._rendezvous()
         self.group._tell("allocate", [self._num_pages])
         self.state = self._step.make_state(self._num_pages)
         self._rank_bytes = self._step.held(self.state) if self.config.ranks > 1 else 0
@@ -123,13 +123,13 @@ class ModelRunner(interface.ModelRunner):
     def stats(self) -> dict[str, float]:
         return self.group._stats() | {"rank_bytes": self._rank_bytes} if self.config.ranks > 1 else {}
 
-    def submit(self, batch: Batch, mask: Mask = None) -> interface.Pending:
+    def submit(self, batch: Batch, mask: Mask = None) -> interface.StepHandle:
         self._expect_open()
         step = _Waiting(self, *self.group._hand_out(batch, mask))
         self._waiting.append(step)
         if self.group.stage == 0:
             self._catch_up()
-        return interface.Fetched(batch, step.fetch)
+        return interface.LazyResult(batch, step.fetch)
 
     def observe(self, batch: Batch, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
         self._expect_open()

@@ -13,7 +13,7 @@ import numpy as np
 
 from common.batch import Batch
 from common.config import EngineConfig
-from common.kernels.cpu.sums import Place
+from common.kernels.cpu.sums import SharedFile
 from common.process.workers import follow
 from common.weights.checkpoint import open_checkpoint
 from torchinfer.parallel import Endpoints, NetworkEndpoint, RankInfo, Ranks
@@ -35,7 +35,7 @@ def _calls(runner: ModelRunner, group: Ranks) -> dict[str, Callable[..., object]
 
     def join(ways: Sequence[Any]) -> None:
         *places, network, store = ways
-        place, before, behind = (way and Place(*way) for way in places)
+        place, before, behind = (way and SharedFile(*way) for way in places)
         group._join(Endpoints(place, before, behind, network and NetworkEndpoint(*network), store))
 
     def submit(data: bytes) -> None:

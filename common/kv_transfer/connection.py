@@ -1,9 +1,10 @@
 """Transfer KV pages between processes of one machine by `common.kv_transfer.protocol`, one connection for each transfer.
 
-Who holds pages listens (`Door`), and who goes on with them fetches them (`fetch`), so that either hears at once, as the
-connection ends, that the other is gone. Who fetches brings the memory in which they are to lie, as a descriptor that travels
-with its `Accept` and so is that of nothing else; where the system has none of that kind, they come over the connection. Frames
-that are none, too large, or not signed with the secret of this launch close the connection, and the log tells.
+Who holds pages listens (`TransferServer`), and who goes on with them fetches them (`fetch`), so that either hears at once, as
+the connection ends, that the other is gone. Who fetches brings the memory in which they are to lie, as a descriptor that
+travels with its `Accept` and so is that of nothing else; where the system has none of that kind, they come over the
+connection. Frames that are none, too large, or not signed with the secret of this launch close the connection, and the log
+tells.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from common.kv_transfer.protocol import (
     Hold,
     Offer,
     Receiver,
-    Said,
     TransferError,
+    TransferMessage,
     common_layout,
     seal,
     unseal,
 )
-from common.kv_transfer.shared_memory import SHARES, Others, Room, Segment
+from common.kv_transfer.shared_memory import SHARES, MappingCache, Segment, SegmentPool
 from common.process.frames import Frame, NoFrame, read_frame, write_frame
 
 log = logging.getLogger(__name__)
@@ -60,21 +61,21 @@ Address = str | int
 """Where a process listens: a name of no file, which goes with the process, or a port of `HOST`."""
 
 
-class Heard(NamedTuple):
+class TransferRequest(NamedTuple):
     """What was said to who holds pages, and the way to answer, which must be gone to its end."""
 
-    said: Said
+    said: TransferMessage
     memory: np.ndarray | None
     """That came with it."""
-    answer: Callable[[Said | None], object]
+    answer: Callable[[TransferMessage | None], object]
     """None is the end of the answers."""
 
 
-class Door:
+class TransferServer:
     """Where this process listens, at `address`. What is said goes to `heard`, on a thread. `shares`: whether memory may come
     with it."""
 
-    def __init__(self, secret: bytes, heard: Callable[[Heard], object], shares: bool = SHARES) -> None:
+    def __init__(self, secret: bytes, heard: Callable[[TransferRequest], object], shares: bool = SHARES) -> None:
         self._secret, self._heard = secret, heard
         self._complained = -COMPLAINT_S
         self.address: Address
@@ -86,7 +87,7 @@ class Door:
         else:
             self._listener = socket.create_server((HOST, 0), backlog=MAX_CONNECTIONS)
             self.address = self._listener.getsockname()[1]
-        self._room, self._others = threading.BoundedSemaphore(MAX_CONNECTIONS), Others()
+        self._room, self._others = threading.BoundedSemaphore(MAX_CONNECTIONS), MappingCache()
         threading.Thread(target=self._accept, name="door", daemon=True).start()
 
     def close(self) -> None:
@@ -113,8 +114,8 @@ class Door:
                 line.patience_s = HELLO_S
                 while (said := line.hear()) is not None:
                     tag, line.patience_s = said.tag, LEASE_S
-                    answers: queue.SimpleQueue[Said | None] = queue.SimpleQueue()
-                    self._heard(Heard(said, line.memory(self._others), answers.put))
+                    answers: queue.SimpleQueue[TransferMessage | None] = queue.SimpleQueue()
+                    self._heard(TransferRequest(said, line.memory(self._others), answers.put))
                     while (answer := answers.get()) is not None:
                         line.say(answer)
         except (OSError, NoFrame, TransferError) as trouble:
@@ -122,7 +123,7 @@ class Door:
         finally:
             self._room.release()
             if tag is not None:  # in vain where all has gone well
-                self._heard(Heard(Abort(tag, "the connection has ended"), None, lambda answer: None))
+                self._heard(TransferRequest(Abort(tag, "the connection has ended"), None, lambda answer: None))
 
     def _complain(self, what: str) -> None:
         now = monotonic()
@@ -131,7 +132,7 @@ class Door:
             log.warning("A connection for pages was %s", what)
 
 
-def fetch(address: Address, offer: Offer, layouts: Sequence[Layout], secret: bytes, room: Room, kv: Future[KV]) -> None:
+def fetch(address: Address, offer: Offer, layouts: Sequence[Layout], secret: bytes, room: SegmentPool, kv: Future[KV]) -> None:
     """Have `kv` come, in the first of `layouts` in which it can, or fail; it lies in the `room`, for which it waits. Where it
     is cancelled, the connection ends, and so who holds the pages knows."""
     try:
@@ -146,7 +147,7 @@ def fetch(address: Address, offer: Offer, layouts: Sequence[Layout], secret: byt
             kv.set_result(got)
 
 
-def _fetch(address: Address, offer: Offer, layouts: Sequence[Layout], secret: bytes, room: Room, kv: Future[KV]) -> KV:
+def _fetch(address: Address, offer: Offer, layouts: Sequence[Layout], secret: bytes, room: SegmentPool, kv: Future[KV]) -> KV:
     layout = common_layout(offer, layouts)
     size = layout.num_bytes(offer.tokens)
     with _Line(_connect(address), secret, most=size) as line:
@@ -200,7 +201,7 @@ class _Line:
         self._connection.close()
         self._keep(None)
 
-    def say(self, said: Said, segment: Segment | None = None) -> None:
+    def say(self, said: TransferMessage, segment: Segment | None = None) -> None:
         """With memory, where both can have it. Raises `TransferError` if nobody is there any more."""
         self._connection.settimeout(LEASE_S)
         try:
@@ -214,7 +215,7 @@ class _Line:
         except (BrokenPipeError, ConnectionResetError) as gone:
             raise TransferError("The other end has hung up.") from gone
 
-    def hear(self) -> Said | None:
+    def hear(self) -> TransferMessage | None:
         """None at the end, be it a rude one."""
         try:
             frame = read_frame(self, MAX_MESSAGE, self._most)
@@ -222,7 +223,7 @@ class _Line:
             return None
         return None if frame is None else unseal(Frame(*frame), self._secret)
 
-    def memory(self, others: Others) -> np.ndarray | None:
+    def memory(self, others: MappingCache) -> np.ndarray | None:
         """That came with what was heard last."""
         if self._descriptor is None:
             return None

@@ -133,7 +133,7 @@ def model_fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-class Carrier:
+class PageCopier:
     """Takes keys and values from the pages of a runner, of `size` tokens, and puts them there."""
 
     def __init__(self, runner: ModelRunner, size: int) -> None:

@@ -127,8 +127,8 @@ class Abort:
     reason: str
 
 
-Said = Hold | Accept | Pages | Done | Ack | Abort
-_FIELDS: dict[type[Said], tuple[type, ...]] = {
+TransferMessage = Hold | Accept | Pages | Done | Ack | Abort
+_FIELDS: dict[type[TransferMessage], tuple[type, ...]] = {
     Hold: (),
     Accept: (str,),
     Pages: (int, int, int),
@@ -140,7 +140,7 @@ _FIELDS: dict[type[Said], tuple[type, ...]] = {
 _KINDS = {kind.__name__: kind for kind in _FIELDS}
 
 
-def seal(said: Said, secret: bytes) -> tuple[Message, Sequence[bytes | memoryview]]:
+def seal(said: TransferMessage, secret: bytes) -> tuple[Message, Sequence[bytes | memoryview]]:
     """A message and its bytes as a frame has them, signed."""
     data = said.data if isinstance(said, Pages) else ()
     values = [getattr(said, name) for name in said.__dataclass_fields__ if name not in ("tag", "data")]
@@ -148,7 +148,7 @@ def seal(said: Said, secret: bytes) -> tuple[Message, Sequence[bytes | memoryvie
     return {"transfer": body, "signature": _sign(body, secret)}, data
 
 
-def unseal(frame: Frame, secret: bytes) -> Said:
+def unseal(frame: Frame, secret: bytes) -> TransferMessage:
     """The inverse of `seal`. Raises `TransferError` for what was not sealed with this secret, by this version."""
     body, signature = frame.message.get("transfer"), frame.message.get("signature")
     if not isinstance(body, list) or not isinstance(signature, str):
@@ -229,7 +229,7 @@ class Sender:
         self._held[name] = _Held(offer, now + self._lease_s)
         return offer
 
-    def hear(self, said: Said, now: float, memory: np.ndarray | None = None) -> Iterable[Said]:
+    def hear(self, said: TransferMessage, now: float, memory: np.ndarray | None = None) -> Iterable[TransferMessage]:
         """What is to be answered, as it is to be sent: pages are read meanwhile. `memory`: that of the receiver, uint8, where
         it came with what was said."""
         held = self._held.get(said.tag.name)
@@ -256,7 +256,7 @@ class Sender:
                 return [Abort(said.tag, "a sender is told nothing of this kind")]
         return []
 
-    def _all_of(self, held: _Held, layout: Layout, memory: np.ndarray | None, now: float) -> Iterator[Said]:
+    def _all_of(self, held: _Held, layout: Layout, memory: np.ndarray | None, now: float) -> Iterator[TransferMessage]:
         tag, tokens = held.offer.tag, held.offer.tokens
         held.accepted, held.until = True, now + self._lease_s
         straight = memory is not None and layout.page is not None
@@ -319,7 +319,7 @@ class Receiver:
     def over(self) -> bool:
         return self.kv is not None or self.error is not None
 
-    def hear(self, said: Said) -> list[Said]:
+    def hear(self, said: TransferMessage) -> list[TransferMessage]:
         """What is to be answered."""
         if said.tag != self._tag:
             return [Abort(said.tag, "nobody waits for it (any more)")] if isinstance(said, (Pages, Done)) else []
@@ -339,7 +339,7 @@ class Receiver:
             case _:
                 return self.give_up("The sender said what only a receiver says.")
 
-    def _take(self, pages: Pages) -> list[Said]:
+    def _take(self, pages: Pages) -> list[TransferMessage]:
         before = self._pages.get(pages.first)
         if before is not None:
             same = (before.count, before.checksum) == (pages.count, pages.checksum)
@@ -362,7 +362,7 @@ class Receiver:
             place.fill(self._layout.view(data, pages.count))
         return checksum(self._layout.sums(place)) == pages.checksum
 
-    def _finish(self) -> list[Said]:
+    def _finish(self) -> list[TransferMessage]:
         """Once the end has been told and nothing is missing: use it, if it is what was sent."""
         pages = [self._pages[first] for first in sorted(self._pages)]
         held = sum(each.count for each in pages)
@@ -375,7 +375,7 @@ class Receiver:
         self._pages.clear()
         return [Ack(self._tag)]
 
-    def give_up(self, error: str) -> list[Said]:
+    def give_up(self, error: str) -> list[TransferMessage]:
         """What is to be said."""
         if self.over:
             return []

@@ -67,7 +67,7 @@ def open_segment(descriptor: int, most: int) -> np.ndarray:
     return np.frombuffer(mmap.mmap(descriptor, found.st_size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE), np.uint8)
 
 
-class Others:
+class MappingCache:
     """Segments of other processes. The last one stays mapped, for it is likely to come again, and to map and unmap it takes
     almost as long as to fill it. Any thread may ask."""
 
@@ -83,7 +83,7 @@ class Others:
         return last[1]
 
 
-class Room:
+class SegmentPool:
     """Segments that together have at most `most` bytes, or one alone that has more. Any thread may ask.
 
     A segment that is free again serves the next who asks: to have the system clear memory first costs as much as to fill it.

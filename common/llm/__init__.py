@@ -32,7 +32,7 @@ from common.llm.outputs import (
     request_output,
 )
 from common.llm.prompts import Prompt, RequestBuilder, check_grammar, is_one, params_of_each
-from common.process.interrupt import uninterrupted
+from common.process.interrupt import defer_sigint
 from common.replicas.factory import open_engine
 from common.request import Request, SamplingParams, Status, TokenEvent, expect, fan_out
 from common.sampling.beam_search import Beam, BeamSearchParams, beam_search
@@ -235,7 +235,7 @@ class LLM:
         """All requests are in the engine, or none; at the end those that are unfinished are aborted, and all forgotten."""
         added: list[str] = []
         try:
-            with self._lock, uninterrupted():
+            with self._lock, defer_sigint():
                 for request in requests:
                     self.engine.add(request)
                     added.append(request.request_id)
@@ -243,7 +243,7 @@ class LLM:
                     self._deltas[request.request_id] = []
             yield
         finally:
-            with self._lock, uninterrupted():
+            with self._lock, defer_sigint():
                 for name in added:
                     self._deltas.pop(name, None)
                     if self._live.pop(name, None) is not None:
@@ -269,7 +269,7 @@ class LLM:
         """What became visible of each, by its id."""
         mine = {request.request_id for request in requests}
         unfinished = set(mine)
-        with _progress(use_tqdm and len(requests) > 1) as progress, self._admitted(requests), uninterrupted() as let_in:
+        with _progress(use_tqdm and len(requests) > 1) as progress, self._admitted(requests), defer_sigint() as let_in:
             begin, tokens = time.perf_counter(), 0
             while unfinished:
                 with self._lock:
@@ -284,12 +284,12 @@ class LLM:
 
     def _states(self, prompts: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """The states of as many prompts as the engine takes at once. Others' requests go on meanwhile."""
-        with self._lock, uninterrupted():
+        with self._lock, defer_sigint():
             self._expect_open()
             states = self.engine.hidden_states(prompts)
         try:
             while not states.done():
-                with self._lock, uninterrupted():
+                with self._lock, defer_sigint():
                     if not states.done():  # another thread may have stepped
                         self._expect_open()
                         self._step()
@@ -301,7 +301,7 @@ class LLM:
         name = request.request_id
         with self._admitted([request]):
             while name in self._live or self._deltas[name]:
-                with self._lock, uninterrupted():
+                with self._lock, defer_sigint():
                     if not self._deltas[name]:
                         self._expect_open()
                         if name in self._live:  # another thread may have taken its last step

@@ -88,7 +88,7 @@ def machine() -> str:
         return platform.node()
 
 
-class There:
+class RemoteProcess:
     """A process that an agent has started: a `common.process.workers.Process`."""
 
     def __init__(self, agent: Agent, secret: str, entry: str, *arguments: Any) -> None:

@@ -50,8 +50,8 @@ def start(
     is added to ours. With a `line` it hears and answers who is at the other end of that, not this process."""
     module, name = main.split(":")
     # From before what takes long to import.
-    deaf = "; ".join(f"signal.signal({int(each)}, signal.SIG_IGN)" for each in PARENTS)
-    code = f"import signal; {deaf}; import json, sys; from {module} import {name}; {name}(*json.loads(sys.argv[1]))"
+    ignore_signals = "; ".join(f"signal.signal({int(each)}, signal.SIG_IGN)" for each in PARENTS)
+    code = f"import signal; {ignore_signals}; import json, sys; from {module} import {name}; {name}(*json.loads(sys.argv[1]))"
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     way = line.fileno() if line else subprocess.PIPE
     return subprocess.Popen(

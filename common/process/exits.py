@@ -28,7 +28,7 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def heeding_sigterm() -> Iterator[None]:
+def sigterm_raises() -> Iterator[None]:
     """SIGTERM within the block raises `Terminated`. For the main thread."""
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -54,7 +54,7 @@ def end_quietly_at_ctrl_c() -> None:
 
 
 @contextmanager
-def dying_at_ctrl_c() -> Iterator[None]:
+def exit_on_sigint() -> Iterator[None]:
     """Ctrl-C within the block ends the process at once: for imports, where the exception that Python makes of it may be raised
     in a callback of a library, which drops it. Whoever handles or ignores Ctrl-C already goes on to."""
     before = signal.getsignal(signal.SIGINT)

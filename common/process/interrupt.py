@@ -10,7 +10,7 @@ from types import FrameType
 
 
 @contextmanager
-def uninterrupted() -> Iterator[Callable[[], None]]:
+def defer_sigint() -> Iterator[Callable[[], None]]:
     """Ctrl-C within the block comes at its end, or where the block calls what it is given; a second one at once, in case
     neither is ever reached.
 

@@ -28,7 +28,7 @@ ENTRY_POINTS = {"jax": "jaxinfer.worker:main", "torch": "torchinfer.worker:main"
 """The functions that a follower can run, by name. Each is to call `follow`. An agent starts these and nothing else."""
 
 
-class Ended(BackendError):
+class ProcessExited(BackendError):
     """A process is no more."""
 
 
@@ -54,7 +54,7 @@ class Process(Protocol):
         ...
 
 
-class Here:
+class LocalProcess:
     """One that this process has started."""
 
     here = True
@@ -74,15 +74,15 @@ class Here:
         child.end(self._process)
 
 
-class Follower:
+class WorkerHandle:
     """Our handle on one of them."""
 
     def __init__(
         self,
         entry: str,
         *arguments: Any,
-        ended: Callable[[Follower], object],
-        start: Callable[..., Process] = Here,
+        ended: Callable[[WorkerHandle], object],
+        start: Callable[..., Process] = LocalProcess,
     ) -> None:
         """Start an entry of `ENTRY_POINTS` with `arguments` that JSON can hold. `ended` is called on a thread, soon after the
         process has ended. `start`: where."""
@@ -103,8 +103,8 @@ class Follower:
         return self._process.here
 
     def tell(self, name: str, *arguments: Any, data: Sequence[np.ndarray] = ()) -> None:
-        """Have it make a call, with the bytes of `data` as its last argument if there are any. Does not wait. Raises `Ended` if
-        it is no more, `BackendError` in a fork of the process that has started it."""
+        """Have it make a call, with the bytes of `data` as its last argument if there are any. Does not wait. Raises
+        `ProcessExited` if it is no more, `BackendError` in a fork of the process that has started it."""
         child.expect_no_fork(self._caller)
         parts = [np.ascontiguousarray(x).reshape(-1).view(np.uint8).data for x in data]
         try:
@@ -114,7 +114,7 @@ class Follower:
 
     def settle(self) -> Any:
         """Wait until it has made all calls so far. What the last of them returned there. Raises `BackendError` if one of them
-        raised there, `Ended` if it is no more."""
+        raised there, `ProcessExited` if it is no more."""
         self.tell("settle")
         if (answer := self._hear()) is None:
             raise self._ended()
@@ -126,7 +126,7 @@ class Follower:
         """End it, unless a fork of the process that has started it calls this. Idempotent."""
         if os.getpid() != self._caller:
             return
-        with suppress(Ended):
+        with suppress(ProcessExited):
             self.tell("end")  # a fork may hold its input open
         self._process.end()
 
@@ -141,8 +141,8 @@ class Follower:
         """A sentence, of one that is no more."""
         return f"A process of this engine (pid {self.pid}) {self._process.how_it_ended()}; its log says more."
 
-    def _ended(self) -> Ended:
-        return Ended(self.how_it_ended())
+    def _ended(self) -> ProcessExited:
+        return ProcessExited(self.how_it_ended())
 
 
 def _keep(started: Future[Process], ended: Callable[[], object], start: Callable[[], Process]) -> None:

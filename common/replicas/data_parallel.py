@@ -36,7 +36,7 @@ from common.process.frames import Frame, Message
 from common.replicas.messages import pack_request, unpack_caps, unpack_event
 from common.replicas.router import Router, remaining_tokens
 from common.replicas.stats import GAUGES, totals
-from common.replicas.supervisor import Gone, Keeper, Link, News, Ready, Said
+from common.replicas.supervisor import Exited, Link, Ready, Reported, Supervisor, SupervisorEvent
 from common.request import ENGINE_GONE, Request, Status, TokenEvent
 from common.sampling.seeds import mix64
 from common.schedule.admission import Limits, expect_new, expect_room
@@ -113,7 +113,7 @@ class _Ask:
 class _Replica:
     """What is known of one."""
 
-    keeper: Keeper
+    keeper: Supervisor
     link: Link | None = None
     """None while it does not serve."""
     num_pages: int = 0
@@ -154,13 +154,13 @@ class Replicas(ServingEngine):
         threads = max(1, (config.threads or cores()) // size)
         options = asdict(replace(config, threads=threads, max_waiting=None))
         self._backend, self._config = backend, config
-        self._news: queue.SimpleQueue[News] = queue.SimpleQueue()
+        self._news: queue.SimpleQueue[SupervisorEvent] = queue.SimpleQueue()
         self.offers: dict[str, Sequence[Any]] = {}
         """By the id of a request that has ended and keeps its pages: where they are to be had, for `add`."""
         main, arguments = "common.replicas.worker:main", (backend, str(checkpoint.path), options)
         environment = thread_settings(threads) | ({SECRET: secret} if secret else {})
 
-        def post(news: News) -> None:
+        def post(news: SupervisorEvent) -> None:
             self._news.put(news)
             ring()
 
@@ -168,10 +168,10 @@ class Replicas(ServingEngine):
             """A replica that is started again has as many pages as before, whatever memory is free then."""
             return backend, str(checkpoint.path), options | {"num_blocks": told["limits"]["num_pages"] + 1}
 
-        self._replicas = [_Replica(Keeper(i, main, arguments, environment, post, again)) for i in range(size)]
+        self._replicas = [_Replica(Supervisor(i, main, arguments, environment, post, again)) for i in range(size)]
         self._router = Router(config.routing, size, config.block_size)
         self._live: dict[str, _Live] = {}
-        self._tried: _Live | None = None
+        self._quarantined: _Live | None = None
         """The one suspect that a replica has, and nobody beside it."""
         self._numbers = count()
         self._num_requests = 0
@@ -190,13 +190,13 @@ class Replicas(ServingEngine):
             self.close()
             raise
 
-    def _await_start(self, news: News, progress: Progress | None) -> None:
+    def _await_start(self, news: SupervisorEvent, progress: Progress | None) -> None:
         match news:
-            case Gone(_, how, error, _):
+            case Exited(_, how, error, _):
                 raise (error and by_name(**error)) or EngineGoneError(
                     f"A replica of this engine {how} before it served; its log says more."
                 )
-            case Said(index, Frame({"progress": (done, total, what)})):
+            case Reported(index, Frame({"progress": (done, total, what)})):
                 if progress and index == 0:  # all load the same
                     progress(done, total, what)
             case _:
@@ -245,21 +245,21 @@ class Replicas(ServingEngine):
         """To the replica of its parent, whose pages it starts from, or to the one that the router chooses; if there is none for
         it, it waits. One that is suspect waits until no other is tried, and then has a replica to itself."""
         self._tell_whether_to_log()
-        court = self._tried.replica if self._tried else None
-        loads = {i: replica.load for i, replica in enumerate(self._replicas) if replica.link and replica is not court}
-        if not loads or (live.suspect and self._tried):
+        quarantine = self._quarantined.replica if self._quarantined else None
+        loads = {i: replica.load for i, replica in enumerate(self._replicas) if replica.link and replica is not quarantine}
+        if not loads or (live.suspect and self._quarantined):
             return
         request, tokens = live.request, live.tokens
         live.keys = self._router.keys(tokens, request.cache_salt, live.keys)
         parent = None if live.output or live.suspect else self._parent(request)
-        beside = parent.replica if parent is not None and parent.replica is not court else None
+        beside = parent.replica if parent is not None and parent.replica is not quarantine else None
         if beside is None:
             index, cached = self._router.choose(live.keys, loads)
         else:
             index, cached = self._replicas.index(beside), len(tokens) - 1
         others = []
         if live.suspect:
-            self._tried, others = live, [self._recall(other) for other in list(self._replicas[index].live.values())]
+            self._quarantined, others = live, [self._recall(other) for other in list(self._replicas[index].live.values())]
             self._recall_asks(self._replicas[index])
         live.prefill = 1 if live.offer else len(tokens) - cached
         replica = live.replica = self._replicas[index]
@@ -296,7 +296,7 @@ class Replicas(ServingEngine):
     def _acquit(self, live: _Live) -> None:
         """It is on trial, and has come past the place where it stood when replicas ended. If another is to be tried, it goes
         elsewhere, for that one is to be alone."""
-        live.deaths, self._tried = 0, None
+        live.deaths, self._quarantined = 0, None
         if any(other.suspect for other in self._live.values()):
             self._recall(live)
         self._send_waiting()
@@ -324,8 +324,8 @@ class Replicas(ServingEngine):
             keys = self._router.keys(live.tokens, live.request.cache_salt, live.keys)
             self._router.sent(self._replicas.index(live.replica), keys, live.replica.num_pages)
         self._events.append(event)
-        if self._tried is live:
-            self._tried = None
+        if self._quarantined is live:
+            self._quarantined = None
             self._send_waiting()
 
     def drain(self) -> None:
@@ -365,20 +365,20 @@ class Replicas(ServingEngine):
         except queue.Empty:
             pass
 
-    def _take(self, news: News) -> None:
+    def _take(self, news: SupervisorEvent) -> None:
         replica = self._replicas[news.replica]
         match news:
             case Ready(index, told, link):
                 self._admit(index, replica, told, link)
                 if self._counters["num_replicas_lost"]:
                     log.info("Replica %d serves again.", index)
-            case Said(_, Frame({"answer": int(ask)}) as frame) if ask in replica.asks:
+            case Reported(_, Frame({"answer": int(ask)}) as frame) if ask in replica.asks:
                 self._resolve(replica.asks.pop(ask), frame)
-            case Said(_, Frame({"answer": int(ask)}) as frame):
+            case Reported(_, Frame({"answer": int(ask)}) as frame):
                 self._answers[ask] = frame
-            case Said(_, Frame({"known": int(known)})):
+            case Reported(_, Frame({"known": int(known)})):
                 replica.known = known
-            case Said(_, Frame({"events": events, "records": records, "stats": stats, "taken": taken, "offers": offers})):
+            case Reported(_, Frame({"events": events, "records": records, "stats": stats, "taken": taken, "offers": offers})):
                 replica.stats, replica.taken = stats, taken
                 for offer in offers:
                     if live := replica.live.get(int(offer[1])):
@@ -387,8 +387,8 @@ class Replicas(ServingEngine):
                     self.step_log += [self._named(replica, StepRecord.of(values)) for values in records]
                 for values in events:
                     self._pass_on(replica, *unpack_event(values))
-            case Gone():
-                self._bury(news, replica)
+            case Exited():
+                self._on_exit(news, replica)
 
     def _admit(self, index: int, replica: _Replica, told: Message, link: Link) -> None:
         """A replica serves."""
@@ -419,7 +419,7 @@ class Replicas(ServingEngine):
             self._leave(live, event)
             return
         self._events.append(event)
-        if self._tried is live and len(live.output) > live.place + self.caps.depth:  # so many it may have had untold
+        if self._quarantined is live and len(live.output) > live.place + self.caps.depth:  # so many it may have had untold
             self._acquit(live)
 
     def _named(self, replica: _Replica, record: StepRecord) -> StepRecord:
@@ -427,7 +427,7 @@ class Replicas(ServingEngine):
         started = [replica.live[int(number)] for number in record.started if int(number) in replica.live]
         return record._replace(started=tuple(live.request.request_id for live in started))
 
-    def _bury(self, news: Gone, replica: _Replica) -> None:
+    def _on_exit(self, news: Exited, replica: _Replica) -> None:
         """A replica has ended: its requests go on elsewhere."""
         left, replica.live, replica.link, replica.given_up = list(replica.live.values()), {}, None, news.given_up
         self._router.forget(news.replica)
@@ -447,14 +447,14 @@ class Replicas(ServingEngine):
         for live in left:
             live.deaths += live.place_there <= replica.known  # of what it never heard of it has not died
             live.place, live.replica = len(live.output), None
-        self._tried = None if self._tried in left else self._tried
+        self._quarantined = None if self._quarantined in left else self._quarantined
         for live in left:
             if live.deaths >= MOST_DEATHS:
                 self._fail(live, f"{live.deaths} replicas have ended while they had this request; the last {news.how}.")
             else:
                 self._counters["num_recomputed"] += 1
         self._send_waiting()
-        if self._hopeless:
+        if self._all_failed:
             for live in list(self._live.values()):
                 self._fail(live, f"{ENGINE_GONE}; the last {news.how}.")
             while self._unsent:
@@ -465,11 +465,11 @@ class Replicas(ServingEngine):
         self._leave(live, TokenEvent(name, None, now, finish=Status.FINISHED_ERROR, error=error))
 
     @property
-    def _hopeless(self) -> bool:
+    def _all_failed(self) -> bool:
         return all(replica.given_up for replica in self._replicas)
 
     def _expect_able(self) -> None:
-        if self._hopeless:
+        if self._all_failed:
             raise EngineGoneError(f"{ENGINE_GONE}; its log says more. Make a new engine.")
 
     # ── beside the requests ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -540,8 +540,8 @@ class Replicas(ServingEngine):
 
     def _send_asks(self) -> None:
         """Send those that wait for a replica, if one serves that is not on trial."""
-        court = self._tried.replica if self._tried else None
-        serving = [replica for replica in self._replicas if replica.link and replica is not court]
+        quarantine = self._quarantined.replica if self._quarantined else None
+        serving = [replica for replica in self._replicas if replica.link and replica is not quarantine]
         unsent, self._unsent = (self._unsent, []) if serving else ([], self._unsent)
         for ask in unsent:
             if ask.deaths >= MOST_DEATHS:
@@ -607,6 +607,6 @@ class Replicas(ServingEngine):
         for ask in [*self._unsent, *(ask for replica in self._replicas for ask in replica.asks.values())]:
             if not ask.states.done():
                 fail(ask.states, EngineGoneError("This engine was closed before these states were computed."))
-        for end in (Keeper.close, Keeper.join):
+        for end in (Supervisor.close, Supervisor.join):
             for replica in self._replicas:
                 end(replica.keeper)

@@ -44,7 +44,7 @@ class Disaggregated(ServingEngine):
         threads = max(1, (config.threads or cores()) // (before + behind))
         each = replace(config, prefill_parallel_size=0, prefill_backend=None, max_waiting=None)
         self._config = config
-        self._bell = threading.Event()
+        self._wakeup = threading.Event()
         self._live: dict[str, Request] = {}
         """As they were asked for."""
         self._first: set[str] = set()
@@ -55,7 +55,7 @@ class Disaggregated(ServingEngine):
 
         def start(backend: str, size: int) -> Replicas:
             part = replace(each, data_parallel_size=size, threads=size * threads)
-            return Replicas(backend, checkpoint, part, progress, secret, self._bell.set)
+            return Replicas(backend, checkpoint, part, progress, secret, self._wakeup.set)
 
         self._prefill = start(config.prefill_backend or backend, before)
         try:
@@ -121,8 +121,8 @@ class Disaggregated(ServingEngine):
         self._share_log()
         self._events += self._hear()
         if not self._events and self.has_work:
-            self._bell.wait(PATIENCE_S if timeout is None else timeout)
-            self._bell.clear()
+            self._wakeup.wait(PATIENCE_S if timeout is None else timeout)
+            self._wakeup.clear()
             self._events += self._hear()
         events, self._events = self._events, []
         return events

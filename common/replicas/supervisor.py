@@ -69,14 +69,14 @@ class Ready(NamedTuple):
     link: Link
 
 
-class Said(NamedTuple):
+class Reported(NamedTuple):
     """What a replica says."""
 
     replica: int
     frame: Frame
 
 
-class Gone(NamedTuple):
+class Exited(NamedTuple):
     """A replica has ended."""
 
     replica: int
@@ -87,10 +87,10 @@ class Gone(NamedTuple):
     given_up: bool
 
 
-News = Ready | Said | Gone
+SupervisorEvent = Ready | Reported | Exited
 
 
-class Keeper:
+class Supervisor:
     """Keeps replica `index`: the function `main` with `arguments`, as `child.start` takes them. `post` is called on a
     thread. `again` returns the arguments of further starts, from the report of a process that serves."""
 
@@ -100,7 +100,7 @@ class Keeper:
         main: str,
         arguments: Sequence[Any],
         environment: Mapping[str, str],
-        post: Callable[[News], object],
+        post: Callable[[SupervisorEvent], object],
         again: Callable[[Message], Sequence[Any]] | None = None,
     ) -> None:
         self._index, self._main, self._arguments, self._environment = index, main, arguments, environment
@@ -141,7 +141,7 @@ class Keeper:
             how, error = self._watch(process)
             failures = 0 if self._state.serves else failures + 1
             self._state = ReplicaState(process.pid, False, 0.0, failures == ATTEMPTS)
-            self._post(Gone(self._index, how, error, failures == ATTEMPTS))
+            self._post(Exited(self._index, how, error, failures == ATTEMPTS))
             if failures == ATTEMPTS or self._closing.wait(failures * RETRY_S):
                 break
 
@@ -160,7 +160,7 @@ class Keeper:
         """Tell what it says until it has ended; then how, and the error that it told."""
         assert process.stdout and self._link
         silence = child.Silence(process.pid, LOADING_SILENCE_S, BUSY_SILENCE_S)
-        source, error, how = _Patient(process, silence, self._note_silence), None, ""
+        source, error, how = HeartbeatReader(process, silence, self._note_silence), None, ""
         try:
             while (frame := read_frame(source)) is not None:
                 match frame.message:
@@ -175,7 +175,7 @@ class Keeper:
                     case {"failed_to_start": told}:
                         error = told
                     case _:
-                        self._post(Said(self._index, frame))
+                        self._post(Reported(self._index, frame))
         except NoFrame as garbage:
             how = f"wrote something else than an answer ({garbage})"
         except TimeoutError as silence:
@@ -194,7 +194,7 @@ class Keeper:
         self._state = self._state._replace(step_seconds=self._state.step_seconds + turn_s)
 
 
-class _Patient:
+class HeartbeatReader:
     """The output of a process that must neither be silent for long nor be stopped: then to read raises `TimeoutError`."""
 
     def __init__(self, process: subprocess.Popen[bytes], silence: child.Silence, note: Callable[[float], object]) -> None:

@@ -21,10 +21,10 @@ from common.batch import KV
 from common.config import EngineConfig
 from common.engine import Engine, build_engine
 from common.errors import TandemError, name_of
-from common.kv_transfer.connection import SECRET, Door, Heard, fetch
+from common.kv_transfer.connection import SECRET, TransferRequest, TransferServer, fetch
 from common.kv_transfer.layout import layouts_of, model_fingerprint
 from common.kv_transfer.protocol import Sender
-from common.kv_transfer.shared_memory import Room
+from common.kv_transfer.shared_memory import SegmentPool
 from common.process import child
 from common.process.frames import Frame, Message, write_frame
 from common.replicas.messages import pack_event, pack_offer, unpack_offer, unpack_request
@@ -48,7 +48,7 @@ def main(backend: str, path: str, options: dict[str, Any]) -> None:
     secret = os.environ.pop(SECRET, "").encode()
     answers, told = child.listen()
     child.die_with_parent()
-    voice = Voice(answers)
+    voice = OutputChannel(answers)
     try:
         checkpoint = open_checkpoint(path)
         engine = build_engine(backend, checkpoint, EngineConfig(**options), voice.progress)
@@ -63,7 +63,7 @@ def main(backend: str, path: str, options: dict[str, Any]) -> None:
     Replica(engine, checkpoint, voice, handover).run(told)
 
 
-class Voice:
+class OutputChannel:
     """Where a replica speaks, as two threads do: while it computes, it gives signs of life."""
 
     def __init__(self, answers: IO[bytes]) -> None:
@@ -89,13 +89,15 @@ class Voice:
 class Handover:
     """The pages that an engine holds for others, and those that it gets. All but `heard` is of the engine's thread."""
 
-    def __init__(self, engine: Engine, checkpoint: Checkpoint, secret: bytes, heard: Callable[[Heard], object]) -> None:
+    def __init__(
+        self, engine: Engine, checkpoint: Checkpoint, secret: bytes, heard: Callable[[TransferRequest], object]
+    ) -> None:
         self._engine, self._secret = engine, secret
         self._layouts = layouts_of(engine.runner, engine.config.block_size, model_fingerprint(checkpoint))
         # Later than any of a process that was here before: so are its generations.
         self._sender = Sender(self._layouts, engine.read_kept, engine.drop_kept, generation=time.time_ns())
-        self._door = Door(secret, heard)
-        self._fetching, self._room = ThreadPoolExecutor(MAX_FETCHES, "fetch"), Room(MAX_WAITING_BYTES)
+        self._door = TransferServer(secret, heard)
+        self._fetching, self._room = ThreadPoolExecutor(MAX_FETCHES, "fetch"), SegmentPool(MAX_WAITING_BYTES)
 
     def offers(self) -> list[list[Any]]:
         """Of pages that have come to be held since the last call, as `fetch` takes them."""
@@ -103,7 +105,7 @@ class Handover:
         new = [self._sender.offer(name, kept[name].tokens, time.monotonic()) for name in kept if name not in names]
         return [pack_offer(self._door.address, offer) for offer in new]
 
-    def hear(self, heard: Heard) -> None:
+    def hear(self, heard: TransferRequest) -> None:
         for answer in self._sender.hear(heard.said, time.monotonic(), heard.memory):
             heard.answer(answer)  # which goes out while we read on
         heard.answer(None)
@@ -123,21 +125,21 @@ class Handover:
 class Replica:
     """One engine under orders."""
 
-    def __init__(self, engine: Engine, checkpoint: Checkpoint, voice: Voice, handover: Handover | None) -> None:
+    def __init__(self, engine: Engine, checkpoint: Checkpoint, voice: OutputChannel, handover: Handover | None) -> None:
         self._engine, self._checkpoint, self._voice, self._handover = engine, checkpoint, voice, handover
         self._grammars: Grammars | None = None
         self._taken = 0
         self._refused: list[TokenEvent] = []
         self._states: dict[int, Future[list[np.ndarray]]] = {}
 
-    def run(self, told: queue.SimpleQueue[Frame | Heard]) -> NoReturn:
+    def run(self, told: queue.SimpleQueue[Frame | TransferRequest]) -> NoReturn:
         """An engine that cannot go on raises."""
         while True:
             while not (self._engine.has_work and told.empty()):
                 self._listen(told)
             self._step()
 
-    def _listen(self, told: queue.SimpleQueue[Frame | Heard]) -> None:
+    def _listen(self, told: queue.SimpleQueue[Frame | TransferRequest]) -> None:
         """Do what is said next; nothing, from time to time, while pages are held. What that changes is told."""
         self._voice.busy_since = time.perf_counter()
         free = self._engine.scheduler.pool.num_free
@@ -147,7 +149,7 @@ class Replica:
             with contextlib.suppress(queue.Empty):
                 said = told.get(timeout=patience)
                 self._voice.busy_since = time.perf_counter()
-                self._obey(said)
+                self._handle_command(said)
         if self._refused or self._engine.scheduler.pool.num_free != free:
             self._tell([])
 
@@ -167,8 +169,8 @@ class Replica:
         stats = self._engine.stats()
         self._voice.say({"events": told, "records": records, "stats": stats, "taken": self._taken, "offers": offers})
 
-    def _obey(self, said: Frame | Heard) -> None:
-        if isinstance(said, Heard):
+    def _handle_command(self, said: Frame | TransferRequest) -> None:
+        if isinstance(said, TransferRequest):
             assert self._handover
             self._handover.hear(said)
             return

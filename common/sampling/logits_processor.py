@@ -3,8 +3,8 @@
 An edit changes the logit x of one token: x + bias, then divided by the repetition factor where positive and multiplied by it
 where not, then less the penalty. A masked token has a bias of -inf, which no other change lifts.
 
-A `Plan` holds the edits before the first output token. It is immutable, and all choices of a prompt share it. `Edits` adds the
-changes that the output of one choice causes.
+A `Plan` holds the edits before the first output token. It is immutable, and all choices of a prompt share it.
+`LogitsProcessor` adds the changes that the output of one choice causes.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Plan:
         )
 
 
-class Edits:
+class LogitsProcessor:
     """The edits of one live request. `append` every token of its output."""
 
     def __init__(self, plan: Plan) -> None:

@@ -1,10 +1,10 @@
 """Find the request that makes steps raise.
 
-The requests of a step that raised are suspects. The scheduler tries them in halves, each half by itself. A suspect is cleared
-once a step has landed that computes past the place where the request stood. A suspect that raised alone is tried again behind
-all others, so that their steps land in between: a fault of the machine that lasts a while rarely meets the same request each
-time. A request that has raised alone in `MOST_RAISED` trials ends. So each culprit costs about log2 of a step's requests in
-further steps that raise, and the others their time.
+The requests of a step that raised are suspects. The scheduler tries them in halves, each half by itself. The scheduler clears
+a suspect once a step lands that computes past the position at which the request stood. The scheduler retries a suspect that
+raised alone behind all others, so that their steps land in between. A transient fault of the machine then rarely meets the
+same request twice. A request ends after `MOST_RAISED` trials alone that raise. So each culprit costs about log2 of a step's
+requests in further steps that raise, and the other requests their time.
 
 Where many steps raise and none lands between them, the requests are hardly the cause, and all suspects end. So a lost device
 does not cost a step for each request. Eight culprits side by side stay below that number of steps.
@@ -15,13 +15,13 @@ from __future__ import annotations
 from common.schedule.sequence import Sequence
 
 MOST_RAISED = 3
-"""Trials of a request alone, all of which raise, until it ends."""
+"""Trials of a request alone, all of which raise, before the request ends."""
 CULPRITS = 8
 """Culprits side by side that end alone, without the other suspects."""
 
 
-class Trials:
-    """Groups of suspects, of steps of at most `max_num_seqs`. While there are any, only the last is run."""
+class FaultBisector:
+    """Hold the groups of suspects that wait for a trial. While there are any, only the last group runs."""
 
     def __init__(self, max_num_seqs: int) -> None:
         self.groups: list[list[Sequence]] = []
@@ -32,25 +32,27 @@ class Trials:
         self._most_faults = whole_search if max_num_seqs < 2 * CULPRITS else 4 * max(7, max_num_seqs.bit_length())
 
     def admit(self, seq: Sequence) -> bool:
-        """Whether it may run now."""
+        """Return whether `seq` may run now."""
         return not self.groups or seq in self.groups[-1]
 
     @property
     def over(self) -> bool:
-        """Whether there is a trial, and nobody in it is under suspicion any more."""
+        """Whether a trial runs in which no suspect is left."""
         return bool(self.groups) and not any(seq.suspect for seq in self.groups[-1])
 
     def go_on(self) -> None:
-        """To the next trial, if there is one; or else with everybody."""
+        """End the current trial. The next group runs, or all requests if no group is left."""
         self.groups.pop()
 
     def landed(self) -> None:
-        """A step has, without raising."""
+        """Record a step that did not raise."""
         self._faults_in_a_row = 0
 
-    def arraign(self, suspects: list[Sequence], alone: bool) -> list[Sequence]:
-        """Return the requests to end, after a step with `suspects` raised: one that was on trial and `alone`, without others
-        that have ended since, for the last time. Otherwise queue their trials."""
+    def record_failure(self, suspects: list[Sequence], alone: bool) -> list[Sequence]:
+        """Record that a step with `suspects` raised; return the requests that end as culprits, and queue trials of the others.
+
+        `alone` states that the step held one request, finished ones included.
+        """
         if not suspects:
             return []
         self._faults_in_a_row += 1

@@ -22,7 +22,7 @@ class Score(NamedTuple):
     """How many of the likeliest to report beside each."""
 
 
-class Change(NamedTuple):
+class LogitsUpdate(NamedTuple):
     """What is done to the logits that a sequence is sampled from."""
 
     ids: np.ndarray
@@ -82,7 +82,7 @@ class Rows:
         samples: list[int],
         fills: list[int],
         scores: Sequence[Score] = (),
-        changes: Mapping[int, Change] | None = None,
+        changes: Mapping[int, LogitsUpdate] | None = None,
         copies: Sequence[tuple[int, int]] = (),
     ) -> Batch:
         """The batch in which sequence s runs `count_list[s]` tokens from position `start_list[s]` of its row on.
@@ -162,7 +162,7 @@ class Rows:
         }
 
 
-def _change(sampled: np.ndarray, owner: np.ndarray, changes: Mapping[int, Change]) -> dict[str, np.ndarray]:
+def _change(sampled: np.ndarray, owner: np.ndarray, changes: Mapping[int, LogitsUpdate]) -> dict[str, np.ndarray]:
     """The views of edits and masks."""
     place = dict(zip(owner[sampled > 0].tolist(), np.flatnonzero(sampled).tolist(), strict=True))
     made = [(place[seq], change) for seq, change in changes.items()]
@@ -180,7 +180,7 @@ def _change(sampled: np.ndarray, owner: np.ndarray, changes: Mapping[int, Change
     return views
 
 
-def masks_of(changes: Sequence[Change]) -> np.ndarray:
+def masks_of(changes: Sequence[LogitsUpdate]) -> np.ndarray:
     """uint32[M, W]: what each change that allows less than all does allow, their matchers asked."""
     rows = []
     for allowed, matcher in ((change.allowed, change.matcher) for change in changes):

@@ -45,21 +45,21 @@ from common.config import Cache, Schedule
 from common.errors import RequestError
 from common.interface import Caps, Result
 from common.request import STUCK, Logprobs, Request, Status, TokenEvent, expect
-from common.sampling.logits_processor import Edits
+from common.sampling.logits_processor import LogitsProcessor
 from common.sampling.seeds import mix64
 from common.schedule.admission import Limits, expect_new, expect_room
-from common.schedule.fault_isolation import Trials
+from common.schedule.fault_isolation import FaultBisector
 from common.schedule.page_pool import PagePool, next_key
 from common.schedule.prepare import prepared
-from common.schedule.request_table import Change, Rows, Score, masks_of
+from common.schedule.request_table import LogitsUpdate, Rows, Score, masks_of
 from common.schedule.sequence import Sequence
-from common.schedule.step import Arrival, Step, change_of, logprobs_of, scores_of, take_scores
+from common.schedule.step import KVLoad, Step, change_of, logprobs_of, scores_of, take_scores
 from common.text.grammar import Grammar, Matcher
 
 _urgency = attrgetter("urgency")
 
 
-class Kept(NamedTuple):
+class RetainedPages(NamedTuple):
     """Pages of a request that has ended, and how many tokens are written in them."""
 
     pages: list[int]
@@ -100,11 +100,11 @@ class Scheduler:
         """The static batch that runs, or is about to."""
         self.copies: list[tuple[int, int]] = []
         """Pages (from, to) to copy at the beginning of the step that is being scheduled."""
-        self.arrivals: list[Arrival] = []
+        self.arrivals: list[KVLoad] = []
         """Likewise pages to write, before they are copied."""
-        self.kept: dict[str, Kept] = {}
+        self.kept: dict[str, RetainedPages] = {}
         """By the id of the request."""
-        self.trials = Trials(self.max_num_seqs)
+        self.trials = FaultBisector(self.max_num_seqs)
         self.max_waiting, self.draining = max_waiting, False
         self.pool = PagePool(num_pages)
         self.limits = Limits(
@@ -150,7 +150,7 @@ class Scheduler:
         max_tokens = self.limits.max_tokens(request)
         room = len(self.waiting), self.num_free_rows, self.max_waiting
         expect_room(request, *room, draining=self.draining, forks=request.parent in self.live)
-        edits = None if ready.plan is None else Edits(ready.plan)
+        edits = None if ready.plan is None else LogitsProcessor(ready.plan)
         if edits is not None:
             for token in output:
                 edits.append(token)
@@ -238,9 +238,11 @@ class Scheduler:
             sleep(seconds)
         return bool(coming or self.kept)
 
-    def recover(self, suspects: list[Sequence]) -> list[str]:
-        """After a step raised, and the runner lost its pages and rows: everyone who ran waits again and keeps the emitted
-        tokens. `suspects` are those in the steps of which one raised. Ends who is found guilty; returns the ids of those.
+    def requeue_all(self, suspects: list[Sequence]) -> list[str]:
+        """Requeue all running requests after a step raised; return the ids of the requests that end as culprits.
+
+        The runner has lost its pages and rows. Each request keeps its emitted tokens. `suspects` are the requests of the
+        steps in flight, one of which raised.
         """
         for seq in suspects:
             seq.suspect = 0 if seq.status.finished else seq.computed
@@ -252,10 +254,10 @@ class Scheduler:
             seq.in_flight = 0
         self.running, self.leaving, self.copies, self.arrivals, self.kept = [], [], [], [], {}
         self.pool = PagePool(self.pool.num_pages, self.pool.secret)
-        guilty = self.trials.arraign([seq for seq in suspects if seq.suspect], alone=len(suspects) == 1)
-        for seq in guilty:
+        culprits = self.trials.record_failure([seq for seq in suspects if seq.suspect], alone=len(suspects) == 1)
+        for seq in culprits:
             self._finish(seq, Status.FINISHED_ERROR)
-        return [seq.request.request_id for seq in guilty]
+        return [seq.request.request_id for seq in culprits]
 
     # ── one step: schedule ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -348,7 +350,7 @@ class Scheduler:
             parent = seq.parent if seq.parent and seq.parent.status is Status.RUNNING else None
             hits = parent.pages[: (seq.known - 1) // self.block_size] if parent else self._lookup(seq)
             found = len(hits) * self.block_size
-            kv = None if parent else self._brought(seq, found)
+            kv = None if parent else self._external_kv(seq, found)
             computed = seq.known - 1 if parent else found if kv is None else found + kv.tokens
             if seq.known - computed > budget and not self._may_split(seq):
                 break
@@ -360,7 +362,7 @@ class Scheduler:
             seq.row = self.rows.take(seq.tokens(), pages, seq.request.params, seq.seed)
             seq.parent = seq.kv = None
             if kv is not None:
-                self.arrivals.append(Arrival(pages[len(hits) :], kv))
+                self.arrivals.append(KVLoad(pages[len(hits) :], kv))
                 self.external_prefix_cache_hits += kv.tokens
             if seq.request.output_token_ids and seq.admissions == 1:  # with the one that it had elsewhere
                 whole = computed == seq.known - 1
@@ -438,7 +440,7 @@ class Scheduler:
                 self._extend_keys(seq, tokens[i * size : (i + 1) * size])
         return self.pool.match(seq.keys[:full])
 
-    def _brought(self, seq: Sequence, found: int) -> KV | None:
+    def _external_kv(self, seq: Sequence, found: int) -> KV | None:
         """What came from elsewhere of its tokens behind the first `found`, which the cache has. The last token is always left
         to compute."""
         if seq.kv is None or seq.scoring or seq.kv.cancelled() or seq.kv.exception() is not None:
@@ -463,7 +465,7 @@ class Scheduler:
         """Advance every sequence of the plan, as of now, and pack the step."""
         rows, starts, counts, samples, fills = [], [], [], [], []
         scores: list[Score] = []
-        changes: dict[int, Change] = {}
+        changes: dict[int, LogitsUpdate] = {}
         for i, (seq, count) in enumerate(plan):
             end = seq.computed + count
             rows.append(seq.row)
@@ -504,7 +506,7 @@ class Scheduler:
             if seq.suspect and ends[i] >= seq.suspect:
                 seq.suspect = seq.raised = 0
             if i in bad and not seq.status.finished:
-                events.append(self._spoil(seq, time))
+                events.append(self._fail_nonfinite(seq, time))
             elif seq.status is Status.RUNNING and self.prefix_caching:
                 self._publish(seq, ends[i])
             for j in range(starts[i], starts[i + 1]):
@@ -559,7 +561,7 @@ class Scheduler:
         scores, cached = (seq.scores, seq.cached) if len(seq.output) == 1 else (None, None)
         return TokenEvent(seq.request.request_id, token, time, logprobs, finish, stop_reason, None, scores, cached)
 
-    def _spoil(self, seq: Sequence, time: float) -> TokenEvent:
+    def _fail_nonfinite(self, seq: Sequence, time: float) -> TokenEvent:
         """End a sequence whose logits are not finite, and withdraw its pages: whatever is wrong may be in any of them."""
         for page in seq.pages:
             self.pool.unpublish(page)
@@ -600,7 +602,7 @@ class Scheduler:
         self.running.remove(seq)
         seq.become(Status.PREEMPTED)
         insort(self.waiting, seq, key=_urgency)
-        self._vacate(seq)
+        self._release_when_idle(seq)
 
     def _finish(self, seq: Sequence, status: Status) -> None:
         before = seq.status
@@ -611,15 +613,15 @@ class Scheduler:
             seq.kv.cancel()
             seq.kv = None
         if seq.request.keep_pages and status is Status.FINISHED_LENGTH:  # so that no step in flight names it
-            self.kept[seq.request.request_id] = Kept(seq.pages, seq.landed)
+            self.kept[seq.request.request_id] = RetainedPages(seq.pages, seq.landed)
             seq.pages = []
         if before is Status.RUNNING:
             self.running.remove(seq)
-            self._vacate(seq)
+            self._release_when_idle(seq)
         else:
             del self.waiting[bisect_left(self.waiting, seq.urgency, key=_urgency)]
 
-    def _vacate(self, seq: Sequence) -> None:
+    def _release_when_idle(self, seq: Sequence) -> None:
         """Give back the pages and the row of a sequence that stops running: now, or once no step in flight names them."""
         if seq.in_flight:
             self.leaving.append(seq)

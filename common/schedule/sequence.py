@@ -10,7 +10,7 @@ import numpy as np
 
 from common.batch import KV
 from common.request import Logprobs, Request, Status
-from common.sampling.logits_processor import Edits
+from common.sampling.logits_processor import LogitsProcessor
 from common.schedule.page_pool import PageKey
 from common.text.grammar import Matcher
 
@@ -33,7 +33,7 @@ class Sequence:
     """Tokens the host knows."""
     stops: Mapping[int, int | None]
     """Tokens that end it -> the reason to report: None for EOS."""
-    edits: Edits | None = None
+    edits: LogitsProcessor | None = None
     """What it asks of its logits; None if nothing."""
     scores: list[Logprobs | None] | None = None
     """Of its prompt's tokens, as far as they are known; None if nobody asked."""
@@ -61,9 +61,9 @@ class Sequence:
     in_flight: int = 0
     """Steps in flight that name it; only when there are none are its pages and row free for others."""
     suspect: int = 0
-    """It was in a step that raised, and is acquitted once a step has landed that computes this many of its tokens."""
+    """Nonzero if a step with this request raised: the number of tokens that a landed step must compute to clear it."""
     raised: int = 0
-    """Trials in a row in which it was alone and raised."""
+    """Consecutive trials in which the request ran alone and the step raised."""
     admissions: int = 0
     """Elsewhere too, where it has output from there."""
     urgency: tuple[int, int] = field(init=False)

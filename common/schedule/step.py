@@ -12,11 +12,11 @@ from common.batch import KV, Batch, Want
 from common.errors import BackendError
 from common.interface import Result
 from common.request import Logprobs
-from common.schedule.request_table import Change, Score
+from common.schedule.request_table import LogitsUpdate, Score
 from common.schedule.sequence import Sequence
 
 
-class Arrival(NamedTuple):
+class KVLoad(NamedTuple):
     """Keys and values that pages are to have before a step."""
 
     pages: list[int]
@@ -33,15 +33,15 @@ class Step:
     """The ids of requests that were admitted for the first time, and so run their first tokens in it."""
     masks: Callable[[], np.ndarray] | None = None
     """The masks that the batch lacks, uint32[M, W]: to be called once, while the step runs; None where it lacks none."""
-    arrivals: list[Arrival] = field(default_factory=list)
+    arrivals: list[KVLoad] = field(default_factory=list)
     """To be written before it runs."""
 
 
-def change_of(seq: Sequence) -> Change:
+def change_of(seq: Sequence) -> LogitsUpdate:
     """What is done to the logits of its next token."""
     if seq.edits is None:
-        return Change(np.empty(0, np.int32), np.empty((0, 3), np.float32), matcher=seq.matcher)
-    return Change(*seq.edits.at(seq.output, len(seq.output) + seq.pending), seq.edits.allowed, seq.matcher)
+        return LogitsUpdate(np.empty(0, np.int32), np.empty((0, 3), np.float32), matcher=seq.matcher)
+    return LogitsUpdate(*seq.edits.at(seq.output, len(seq.output) + seq.pending), seq.edits.allowed, seq.matcher)
 
 
 def scores_of(i: int, seq: Sequence, end: int) -> list[Score]:

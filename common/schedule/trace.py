@@ -23,7 +23,7 @@ import numpy as np
 
 from common.batch import Batch, Mask, masked
 from common.errors import TandemError
-from common.interface import Caps, KVGroup, ModelRunner, Pending, Progress, Result
+from common.interface import Caps, KVGroup, ModelRunner, Progress, Result, StepHandle
 
 if TYPE_CHECKING:
     from common.weights.checkpoint import Checkpoint
@@ -196,7 +196,7 @@ class Recorder(ModelRunner):
     def warmup(self, progress: Progress | None = None) -> None:
         self._runner.warmup(progress)
 
-    def submit(self, batch: Batch, mask: Mask = None) -> Pending:
+    def submit(self, batch: Batch, mask: Mask = None) -> StepHandle:
         batch = masked(batch, mask)
         pending = self._runner.submit(batch)
         step, self._steps = self._steps, self._steps + 1
@@ -223,10 +223,10 @@ class Recorder(ModelRunner):
         self.stop().close()
 
 
-class _Recorded(Pending):
+class _Recorded(StepHandle):
     """A step in flight that is written down when its result is first taken."""
 
-    def __init__(self, pending: Pending, keep: Callable[[Result], None]) -> None:
+    def __init__(self, pending: StepHandle, keep: Callable[[Result], None]) -> None:
         self._pending, self._keep = pending, keep
         self._result: Result | None = None
 

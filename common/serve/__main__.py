@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from common.process.exits import USER_ERROR, dying_at_ctrl_c
+from common.process.exits import USER_ERROR, exit_on_sigint
 
 NEEDED = ("fastapi", "httpx", "llguidance", "prometheus_client", "pydantic", "uvicorn")
 """Packages of the extra `serve`."""
@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing:
         print(f"error: The server needs {', '.join(missing)}: pip install -e '.[serve]', or make serve.", file=sys.stderr)
         return USER_ERROR
-    with dying_at_ctrl_c():
+    with exit_on_sigint():
         from common.serve.command import main as serve
     return serve(arguments)
 

@@ -25,7 +25,7 @@ from common.errors import ConfigError, TandemError
 from common.interface import Progress, expect_backend
 from common.options import add_engine_options, add_model_options, engine_options, parse, without
 from common.process.child import die_with_parent
-from common.process.exits import FAILURE, INTERRUPTED, USER_ERROR, exit_code, heeding_sigterm
+from common.process.exits import FAILURE, INTERRUPTED, USER_ERROR, exit_code, sigterm_raises
 from common.replicas.factory import open_engine
 from common.serve.app import create_app
 from common.serve.front import Backends, create_front
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in options.backend.split(","):
             expect_backend(name)
         configure_logging(options.log_json, options.backend if options.uds else None)
-        with heeding_sigterm():  # SIGTERM during loading also ends the backends
+        with sigterm_raises():  # SIGTERM during loading also ends the backends
             if options.uds:
                 die_with_parent()  # where that is killed, even while this process is stopped or hangs
                 threading.Thread(target=end_with_parent, daemon=True).start()  # where that ends in order

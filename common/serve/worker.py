@@ -235,10 +235,10 @@ class Worker:
 
     def _work(self, engine: ServingEngine, stop: threading.Event | None = None) -> None:
         """Step, and do what is ordered, until the order to end; or until `stop` is set between two steps."""
-        while self._obey(engine) and not (stop and stop.is_set()):
+        while self._handle_command(engine) and not (stop and stop.is_set()):
             self._step(engine)
 
-    def _obey(self, engine: ServingEngine) -> bool:
+    def _handle_command(self, engine: ServingEngine) -> bool:
         """Do what was ordered, waiting for an order if there is nothing else to do; False from the order to end on."""
         wait = not engine.has_work
         while not self._ending:

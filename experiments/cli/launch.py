@@ -29,9 +29,9 @@ from common.process.exits import (
     USER_ERROR,
     exit_code,
     fail,
-    heeding_sigterm,
     printing,
     replace_unprintable,
+    sigterm_raises,
 )
 from experiments.cli.help import help_text, is_asked
 from experiments.engines.process import EngineFailure
@@ -100,7 +100,7 @@ def launch(task: Callable[[DictConfig], None], config_name: str) -> None:
             print(f"tandem {metadata.version('tandem-infer')}")
             return
         sys.argv[1:] = meant
-        with heeding_sigterm():
+        with sigterm_raises():
             command()
     except (HydraException, OmegaConfBaseException, TandemError, ValueError) as error:
         if composed and isinstance(error, ValueError):

@@ -33,7 +33,7 @@ from experiments.engines.spec import EngineSpec
 from experiments.load.driver import Row, Window
 from experiments.load.workload import Item, Workload
 from experiments.measure.session import Plan
-from experiments.progress import Narrator
+from experiments.progress import ProgressReporter
 
 TOP_LOGPROBS = 5
 """Reported by each engine at each position, so that both choices of a divergence are among them."""
@@ -84,7 +84,7 @@ def agree(
     plan: Plan,
     config: CorrectnessConfig,
     directory: Path,
-    narrator: Narrator,
+    narrator: ProgressReporter,
     windows: Mapping[str, Sequence[Window]] = {},
 ) -> tuple[Mapping[str, Any], dict[str, dict[str, str]]]:
     """Run the timed schedule in float32 on each engine and compare all with the first.
@@ -150,7 +150,7 @@ def pass_through(
     text: Sequence[int],
     base: Base | None,
     scratch: Path,
-    narrator: Narrator,
+    narrator: ProgressReporter,
 ) -> tuple[Passed, Base]:
     """Run the pass on one engine and compare it with `base`, if given. Return its results, and its own `Base`.
 
@@ -184,7 +184,7 @@ def alike(first: EngineSpec, other: EngineSpec) -> bool:
     return all(getattr(first.config, name) == getattr(other.config, name) for name in SHAPE)
 
 
-def text_tokens(plan: Plan, config: CorrectnessConfig, narrator: Narrator) -> list[int]:
+def text_tokens(plan: Plan, config: CorrectnessConfig, narrator: ProgressReporter) -> list[int]:
     """The text of the fourth rung; nothing where it is not wanted or cannot be."""
     if not (config.perplexity or config.perplexity_text):
         return []

@@ -16,7 +16,7 @@ from experiments.correctness.judge import Divergence, log_softmax, weigh
 from experiments.correctness.observe import Compared
 from experiments.correctness.reference import NumpyModel
 from experiments.engines.process import IsolatedEngine
-from experiments.progress import Narrator
+from experiments.progress import ProgressReporter
 
 LOGITS: Mapping[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.5}
 """How far apart two rows of logits may be, in their standard deviations, before a step is looked into."""
@@ -88,7 +88,7 @@ class Search:
     def __init__(self, pair: Sequence[IsolatedEngine], trace: str, steps: Trace, model: NumpyModel, dtype: Dtype) -> None:
         self._pair, self._path, self._trace, self._model, self._dtype = pair, trace, steps, model, dtype
 
-    def first(self, rows: Sequence[Compared], scratch: Path, narrator: Narrator) -> Finding | None:
+    def first(self, rows: Sequence[Compared], scratch: Path, narrator: ProgressReporter) -> Finding | None:
         """Look into the first steps whose logits part."""
         suspects: dict[int, list[int]] = {}
         for row in rows:
@@ -100,7 +100,7 @@ class Search:
                 return found
         return None
 
-    def inside(self, rows: Sequence[Compared], scratch: Path, narrator: Narrator) -> Finding | None:
+    def inside(self, rows: Sequence[Compared], scratch: Path, narrator: ProgressReporter) -> Finding | None:
         """Look into the steps whose logits differ most, below the threshold, for errors that inputs do not explain.
 
         Cached keys and values of these steps are looked into too, of whatever step wrote them."""
@@ -111,7 +111,9 @@ class Search:
         looks = (self._look(index, seqs, scratch, narrator, inside=True) for index, seqs in sorted(worst.items()))
         return next((found for found in looks if found), None)
 
-    def _look(self, index: int, seqs: list[int], scratch: Path, narrator: Narrator, inside: bool = False) -> Finding | None:
+    def _look(
+        self, index: int, seqs: list[int], scratch: Path, narrator: ProgressReporter, inside: bool = False
+    ) -> Finding | None:
         """Return the tensor that parts first in a step; if an earlier step wrote it as a key or value, then in that step."""
         number, batch, requests = self._trace.steps[index]
         taps = []
@@ -141,7 +143,7 @@ class Search:
         earlier = [i for i, owner in enumerate(owners) if owner == found.request] or list(range(len(owners)))
         return self._look(writer, earlier, scratch, narrator, inside) or found
 
-    def choices(self, rows: Sequence[Compared], narrator: Narrator) -> list[Choice]:
+    def choices(self, rows: Sequence[Compared], narrator: ProgressReporter) -> list[Choice]:
         """The first differing choices, each with its float64 margin."""
         differing = [row for row in rows if row.tokens[0] != row.tokens[1]][:JUDGED]
         found = []

@@ -15,7 +15,7 @@ import numpy as np
 
 from common.batch import Batch, Mask
 from common.engine import Engine
-from common.interface import ModelRunner, Pending, Progress
+from common.interface import ModelRunner, Progress, StepHandle
 from common.schedule.trace import Kind, Recorder, pack_arrays, read_frames, retrace
 from experiments.correctness import perplexity
 from experiments.correctness.judge import log_softmax
@@ -59,7 +59,7 @@ class Roll(Recorder):
         self._engine = engine
         self.requests: list[list[int]] = []
 
-    def submit(self, batch: Batch, mask: Mask = None) -> Pending:
+    def submit(self, batch: Batch, mask: Mask = None) -> StepHandle:
         pending = super().submit(batch, mask)
         by_row = {seq.row: int(seq.request.request_id) for seq in self._engine.scheduler.running}
         self.requests.append([by_row[row] for row in batch.rows.tolist()])

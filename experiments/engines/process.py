@@ -26,7 +26,7 @@ from common.system.hardware import cores, thread_settings
 from common.weights.checkpoint import open_checkpoint
 from experiments.engines.environments import PEERS, interpreter, module_settings
 from experiments.load.driver import Window
-from experiments.load.profiler import Profile, Told
+from experiments.load.profiler import CollectiveTimes, Profile
 from experiments.load.workload import Workload
 
 if TYPE_CHECKING:
@@ -100,10 +100,10 @@ class IsolatedEngine:
         answer = self._call("profile", name=self.spec.name, items=[vars(item) for item in workload.items])
         return Profile.of(answer) if answer else None
 
-    def time_collectives(self, workload: Workload) -> Told | None:
+    def time_collectives(self, workload: Workload) -> CollectiveTimes | None:
         """Return the communication between ranks in a window as `profile` runs it; None if the profiler does not see it."""
         answer = self._call("time_collectives", name=self.spec.name, items=[vars(item) for item in workload.items])
-        return Told(**answer) if answer else None
+        return CollectiveTimes(**answer) if answer else None
 
     def time_kernels(
         self, model: Path, shapes: Sequence[Sequence[Any]], passes: int, progress: Progress | None = None

@@ -133,7 +133,7 @@ class Worker:
             write_frame(self._output, {"progress": [done, total, what]})
 
 
-class Aloud(logging.Handler):
+class ProgressLogHandler(logging.Handler):
     """Tells the parent what is logged, as progress without a count: this process's own words go to a file."""
 
     def __init__(self, output: IO[bytes]) -> None:
@@ -147,7 +147,7 @@ class Aloud(logging.Handler):
 def serve() -> None:
     """Answer commands until the parent is gone, even in the middle of one."""
     output, commands = listen()
-    logging.getLogger("common.kernels.cpu.build").addHandler(Aloud(output))  # compiling takes long
+    logging.getLogger("common.kernels.cpu.build").addHandler(ProgressLogHandler(output))  # compiling takes long
     worker = Worker(output)
     while True:
         message = commands.get().message

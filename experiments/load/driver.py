@@ -113,7 +113,7 @@ def drive(
     concurrency: int | None = None,
     mark: Callable[[], None] = lambda: None,
 ) -> Window:
-    """Send each request when it is due (see `Agenda`), greedy and deaf to EOS, and step until all have ended.
+    """Send each request when it is due (see `Agenda`), greedy and without stopping at EOS, and step until all have ended.
 
     `mark` is called just before the window and just after it, so that another process can measure the window by its own clock.
     Raises `RequestError` if the engine refuses one, after it has aborted the others.

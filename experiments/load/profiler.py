@@ -49,7 +49,7 @@ def profiled(name: str, engine: InferenceEngine, items: Sequence[Item], most: in
     return Profile(window=window, kernels=since, left_out=len(ordered) - len(since))
 
 
-class Told(NamedTuple):
+class CollectiveTimes(NamedTuple):
     """How long ranks were at telling each other what they did, waiting included."""
 
     seconds: float
@@ -58,13 +58,13 @@ class Told(NamedTuple):
     """What such a step took."""
 
 
-def time_collectives(name: str, engine: InferenceEngine, items: Sequence[Item]) -> Told | None:
+def time_collectives(name: str, engine: InferenceEngine, items: Sequence[Item]) -> CollectiveTimes | None:
     """What the profiler of the engine `name` saw of its ranks' telling; None if it has no profiler, or that saw none."""
     if not (found := seen(name, engine, items)):
         return None
     window, kernels = found
     told, steps = [kernel.duration for kernel in kernels if kernel.name in COLLECTIVES], window.steps
-    return Told(sum(told) / len(steps), window.duration / len(steps)) if told and steps else None
+    return CollectiveTimes(sum(told) / len(steps), window.duration / len(steps)) if told and steps else None
 
 
 def seen(name: str, engine: InferenceEngine, items: Sequence[Item]) -> tuple[Window, Sequence[KernelEvent]] | None:

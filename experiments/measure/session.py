@@ -32,7 +32,7 @@ from experiments.metrics.latency import block_percentiles, intervals, ratios
 from experiments.metrics.metrics import block_contaminations, contaminations, output_throughput, summarize, unsure
 from experiments.metrics.statistics import Comparison, compare_all, undecided
 from experiments.options import known_options, resolved
-from experiments.progress import Narrator
+from experiments.progress import ProgressReporter
 from experiments.roofline.efficiency import efficiency, no_roofline
 from experiments.roofline.limits import Limits, better, measure_limits
 from experiments.roofline.probes import bandwidth_probe
@@ -171,7 +171,7 @@ class Outcome:
         return [label for label in self.survivors if label in self.figures and not self.figures[label].get("stored_weights")]
 
     @contextlib.contextmanager
-    def row_of(self, engine: IsolatedEngine, narrator: Narrator) -> Iterator[None]:
+    def row_of(self, engine: IsolatedEngine, narrator: ProgressReporter) -> Iterator[None]:
         """Record the failure of an engine within the block and go on with the other engines.
 
         Raise an error that the user can correct, which an engine raises before it has loaded."""
@@ -276,7 +276,7 @@ class Outcome:
         return all(each.width <= plan.measure.precision and not each.unproven for each in found)
 
 
-def measure(plan: Plan, outcome: Outcome, directory: Path, narrator: Narrator) -> None:
+def measure(plan: Plan, outcome: Outcome, directory: Path, narrator: ProgressReporter) -> None:
     """Load the engines of the plan and run its blocks. Results and failures of engines go into the outcome.
 
     Raise an error that the user can correct."""
@@ -301,7 +301,7 @@ def measure(plan: Plan, outcome: Outcome, directory: Path, narrator: Narrator) -
             profile_engines(outcome, engines, plan, narrator)
 
 
-def run_blocks(outcome: Outcome, engines: Mapping[str, IsolatedEngine], plan: Plan, narrator: Narrator) -> None:
+def run_blocks(outcome: Outcome, engines: Mapping[str, IsolatedEngine], plan: Plan, narrator: ProgressReporter) -> None:
     """Run blocks until there is a reason to stop. Nothing is computed or drawn while a window runs."""
     config = plan.measure
     probe: Probe = sparing(bandwidth_probe(config.limits_s / 2)) if config.limits_s else lambda: None
@@ -348,7 +348,7 @@ def sparing(probe: Probe, clock: Callable[[], float] = time.perf_counter) -> Pro
     return spared
 
 
-def time_between_ranks(engine: IsolatedEngine, figures: dict[str, Any], plan: Plan, narrator: Narrator) -> None:
+def time_between_ranks(engine: IsolatedEngine, figures: dict[str, Any], plan: Plan, narrator: ProgressReporter) -> None:
     """Measure the time between ranks of an engine that counts the bytes between them and not the time.
 
     The profiler of the framework sees it in one more window, which no other figure counts."""
@@ -377,7 +377,7 @@ def time_between_ranks(engine: IsolatedEngine, figures: dict[str, Any], plan: Pl
     )
 
 
-def profile_engines(outcome: Outcome, engines: Mapping[str, IsolatedEngine], plan: Plan, narrator: Narrator) -> None:
+def profile_engines(outcome: Outcome, engines: Mapping[str, IsolatedEngine], plan: Plan, narrator: ProgressReporter) -> None:
     """One more window of each engine that can, under its framework's profiler, when all that counts has been measured.
 
     What fails here costs the engine its profile and nothing else."""
@@ -437,7 +437,7 @@ def figure_names(plan: Plan) -> list[str]:
     return [*named, *loaded, "limits", "contaminated", "block_contaminated", "unsure", "latency_intervals"]
 
 
-def machine_limits(config: MeasureConfig, narrator: Narrator) -> Limits | None:
+def machine_limits(config: MeasureConfig, narrator: ProgressReporter) -> Limits | None:
     """What the machine can do while its engines are idle; None if the configuration leaves it out."""
     if not config.limits_s:
         return None
@@ -445,7 +445,7 @@ def machine_limits(config: MeasureConfig, narrator: Narrator) -> Limits | None:
     return measure_limits(config.limits_s)
 
 
-def limits_after(config: MeasureConfig, narrator: Narrator) -> tuple[Limits | None, str]:
+def limits_after(config: MeasureConfig, narrator: ProgressReporter) -> tuple[Limits | None, str]:
     """`machine_limits` behind what was timed, which is worth keeping without them: then None, and why."""
     try:
         return machine_limits(config, narrator), ""
@@ -454,7 +454,7 @@ def limits_after(config: MeasureConfig, narrator: Narrator) -> tuple[Limits | No
         return None, f"{error}\nAll else is there."
 
 
-def prepare(engine: IsolatedEngine, plan: Plan, narrator: Narrator) -> dict[str, Any]:
+def prepare(engine: IsolatedEngine, plan: Plan, narrator: ProgressReporter) -> dict[str, Any]:
     """Load an engine and run the uncounted requests. Warm-up is what the engine compiles, and these."""
     loaded = engine.load(plan.checkpoint.path, narrator.progress(engine.spec.label))
     start = time.perf_counter()

@@ -11,7 +11,7 @@ from experiments.formatting import number
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
+class DisplayTable:
     """A title, sentences, and a table whose first column names its rows."""
 
     title: str
@@ -48,7 +48,7 @@ class Shown:
         return "\n".join((self.title, *self.sentences, *lines))
 
 
-def counters(stats: Mapping[str, Any]) -> Shown:
+def counters(stats: Mapping[str, Any]) -> DisplayTable:
     """An engine's statistics, `engine.stats()`, less the seconds: what it did, not how fast."""
     rows = [(name, number(value)) for name, value in stats.items() if not name.endswith("_seconds")]
-    return Shown(title="Engine", header=("", "since its start"), rows=tuple(rows))
+    return DisplayTable(title="Engine", header=("", "since its start"), rows=tuple(rows))

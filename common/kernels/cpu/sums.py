@@ -41,11 +41,11 @@ def open_library() -> ctypes.CDLL:
     return library
 
 
-class Left(BackendError):
+class PeerLeft(BackendError):
     """A process has left in the middle of a step."""
 
 
-class Place(NamedTuple):
+class SharedFile(NamedTuple):
     """Where the memory is: what JSON can hold."""
 
     path: str
@@ -54,7 +54,7 @@ class Place(NamedTuple):
     """Which file it is. A path by number is another's as soon as the number is."""
 
 
-class Told(NamedTuple):
+class CommStats(NamedTuple):
     """What a rank has told the others since they met."""
 
     parts: int
@@ -64,14 +64,14 @@ class Told(NamedTuple):
     """How long that took, waiting included."""
 
 
-def place_of(file: int) -> Place:
+def place_of(file: int) -> SharedFile:
     """Where others find a file of this process, as long as it is open here."""
     status = os.fstat(file)
-    return Place(f"/proc/{os.getpid()}/fd/{file}", status.st_dev, status.st_ino)
+    return SharedFile(f"/proc/{os.getpid()}/fd/{file}", status.st_dev, status.st_ino)
 
 
 @contextmanager
-def meeting_place(ranks: int) -> Iterator[Place]:
+def meeting_place(ranks: int) -> Iterator[SharedFile]:
     """Memory for so many ranks, to which others can come until the end. Raises `BackendError` where there can be none."""
     if not hasattr(os, "memfd_create"):
         raise BackendError("Processes share out a model through a file without a name, which only Linux has.")
@@ -86,12 +86,12 @@ def meeting_place(ranks: int) -> Iterator[Place]:
         os.close(file)
 
 
-class Exchange:
+class SharedMemoryGroup:
     """One rank's end of it. Every rank makes the same calls in the same order, one at a time; they take addresses of contiguous
     memory."""
 
-    def __init__(self, place: Place, rank: int, ranks: int) -> None:
-        """Raises `Left` if it is too late."""
+    def __init__(self, place: SharedFile, rank: int, ranks: int) -> None:
+        """Raises `PeerLeft` if it is too late."""
         library = open_library()
         file = open_place(place, os.O_RDWR)
         try:
@@ -105,43 +105,43 @@ class Exchange:
         self._gather, self._leave, self._told = library.tandem_gather, library.tandem_leave, library.tandem_told
 
     def add(self, x: int, size: int, dtype: str) -> None:
-        """Have so many numbers at `x` be the sum of every rank's, added in the order of ranks in float32. Raises `Left`."""
+        """Have so many numbers at `x` be the sum of every rank's, added in the order of ranks in float32. Raises `PeerLeft`."""
         expect_told(self._add[dtype](*self._own, x, size))
 
     def gather(self, x: int, size: int, every: int) -> None:
-        """Every rank's `size` bytes at `x`, in their order, at `every`. Raises `Left`."""
+        """Every rank's `size` bytes at `x`, in their order, at `every`. Raises `PeerLeft`."""
         expect_told(self._gather(*self._own, x, size, every))
 
     def leave(self) -> None:
-        """Have all ranks' calls raise `Left`, those that wait at once. Any thread may."""
+        """Have all ranks' calls raise `PeerLeft`, those that wait at once. Any thread may."""
         self._leave(self._own[0])
 
     @property
-    def told(self) -> Told:
+    def told(self) -> CommStats:
         counters = (ctypes.c_uint64 * 3)()
         self._told(*self._own[:2], counters)
         parts, size, nanoseconds = counters
-        return Told(parts, size, nanoseconds * 1e-9)
+        return CommStats(parts, size, nanoseconds * 1e-9)
 
 
 def expect_told(told: int) -> None:
-    """Raise `Left` unless a kernel that exchanges something returned that all ranks were told."""
+    """Raise `PeerLeft` unless a kernel that exchanges something returned that all ranks were told."""
     if told == _OVER:
-        raise Left("A process of this engine has left the step; its log says more.")
+        raise PeerLeft("A process of this engine has left the step; its log says more.")
     if told == _DIFFERENT:
-        raise Left("The processes of this engine are at different places of a step: their arrays have different sizes.")
+        raise PeerLeft("The processes of this engine are at different places of a step: their arrays have different sizes.")
     assert told == _ALL
 
 
-def open_place(place: Place, access: int) -> int:
-    """The file that is there, for `os.O_RDWR` and the like. Raises `Left` if it is no more."""
+def open_place(place: SharedFile, access: int) -> int:
+    """The file that is there, for `os.O_RDWR` and the like. Raises `PeerLeft` if it is no more."""
     try:
         file = os.open(place.path, access | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
-        raise Left(f"The processes of this engine no longer meet at {place.path}: {error}") from error
+        raise PeerLeft(f"The processes of this engine no longer meet at {place.path}: {error}") from error
     status = os.fstat(file)
     if (status.st_dev, status.st_ino) != (place.device, place.inode):
         os.close(file)
-        raise Left(f"The processes of this engine no longer meet at {place.path}, which is another file by now.")
+        raise PeerLeft(f"The processes of this engine no longer meet at {place.path}, which is another file by now.")
     os.set_blocking(file, True)
     return file
