@@ -28,7 +28,7 @@ BANNED = (
 _BANNED = re.compile(rf"\b({'|'.join(BANNED)})\b", re.IGNORECASE)
 _CODE = re.compile(r"``[^`]+``|`[^`\n]+`|<[^>\s]+>|https?://\S+|\]\([^)]*\)")
 _FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
-_SENTENCE = re.compile(r"(?<=[.!?])[\")*`]*\s+(?=[\"(*`]*[A-Z0-9_\[<])|\n\s*\n|\n\s*(?=[-*|] |\d+\. )|\n(?=#)")
+_SENTENCE = re.compile(r"(?<=[.!?])[\")*`]*\s+(?=[\"(*]*(?:`|[A-Z0-9_\[<]))|\n\s*\n|\n\s*(?=[-*|] |\d+\. )|\n(?=#)")
 
 
 class Finding(NamedTuple):
@@ -47,9 +47,9 @@ def prose_of_python(source: str) -> Iterator[tuple[int, str]]:
     """Yield the line number and text of each docstring and of each block of comments of a Python file."""
     for node in ast.walk(ast.parse(source)):
         for statement in getattr(node, "body", []) if isinstance(getattr(node, "body", None), list) else []:
-            if isinstance(statement, ast.Expr) and isinstance(value := statement.value, ast.Constant):
-                if isinstance(value.value, str):
-                    yield value.lineno, value.value
+            value = statement.value if isinstance(statement, ast.Expr) else None
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                yield value.lineno, value.value
     block: list[tuple[int, str]] = []
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and not re.match(r"# *(noqa|type:|ruff|fmt|mypy|%%)", token.string):
