@@ -17,6 +17,7 @@ from common.config import expect
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
 from experiments.cli.launch import conclude, keep_part, launch, report_on
+from experiments.cli.progress import ProgressReporter
 from experiments.engines.process import EngineFailure, IsolatedEngine
 from experiments.engines.spec import EngineSpec, engine_spec
 from experiments.formatting import plural
@@ -33,7 +34,6 @@ from experiments.measure.session import (
     setting,
 )
 from experiments.options import resolved
-from experiments.progress import ProgressReporter
 from experiments.report.console import print_dropped, print_failures, print_result, print_table
 from experiments.report.kernel_tables import print_tables
 from experiments.report.limits import say_limits

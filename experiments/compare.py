@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from common.config import expect
 from experiments.cli.launch import conclude, keep_part, launch, report_on
+from experiments.cli.progress import ProgressReporter
 from experiments.correctness.agreement import LEFT_OUT, NO_NOISE, agree, summarise, tokens_equal_share, verdict
 from experiments.correctness.config import correctness_config
 from experiments.correctness.timed import NOT_COMPARED, compare_timed, reporting
@@ -28,7 +29,6 @@ from experiments.measure.blocks import advice
 from experiments.measure.session import Outcome, Plan, figure_names, make_plan, measure, setting
 from experiments.metrics.statistics import Comparison
 from experiments.options import resolved
-from experiments.progress import ProgressReporter
 from experiments.report.console import print_conclusion, print_dropped, print_result, print_scaling, print_table
 from experiments.report.limits import say_limits
 from experiments.report.scaling import curves, points_of

@@ -28,6 +28,7 @@ from rich.table import Table
 from common.config import Dtype, expect, whole
 from common.errors import ConfigError
 from experiments.cli.launch import is_value, launch, torn
+from experiments.cli.progress import ProgressReporter
 from experiments.correctness.agreement import SHAPE, record, small
 from experiments.correctness.bisect_step import LOGITS, LOOKS, Search, Trace
 from experiments.correctness.bisect_tensor import FLOOR, Finding
@@ -41,7 +42,6 @@ from experiments.formatting import number, plural, share_alike
 from experiments.load.workload import Workload
 from experiments.measure.session import KERNELS, Plan, make_plan
 from experiments.options import resolved
-from experiments.progress import ProgressReporter
 from experiments.report.console import print_result, wide_console
 from experiments.report.figures_table import kernels_of
 from experiments.report.findings import findings_of

@@ -72,18 +72,18 @@ def prose_of(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def sentences(text: str) -> Iterator[tuple[int, str]]:
-    """Yield the offset in lines and the text of each sentence. Code counts as one word."""
+    """Yield the offset in lines and the text of each sentence. Tables, headings and lists of letters are not sentences."""
     at = 0
     for match in [*_SENTENCE.finditer(text), None]:
         end = match.start() if match else len(text)
         piece = text[at:end]
-        if piece.strip() and not piece.lstrip().startswith(("|", "#")):
+        if piece.strip() and not piece.lstrip().startswith(("|", "#", "Letters:")):
             yield text[:at].count("\n"), piece
         at = match.end() if match else end
 
 
 def words(sentence: str) -> list[str]:
-    """Return the words of a sentence."""
+    """Return the words of a sentence. A piece of code is one word."""
     return re.findall(r"[^\W_][\w'’./=-]*", _CODE.sub(" code ", sentence))
 
 

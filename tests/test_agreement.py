@@ -16,6 +16,7 @@ from common.request import Logprobs
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
 from experiments import compare
+from experiments.cli.progress import ProgressReporter
 from experiments.correctness.agreement import (
     Base,
     Passed,
@@ -39,7 +40,6 @@ from experiments.correctness.perplexity import TEXT, tokenize
 from experiments.engines.spec import EngineSpec
 from experiments.load.driver import Row, Window
 from experiments.load.workload import Item, Workload
-from experiments.progress import ProgressReporter
 from tests.history_backend import command, history, last_line
 from tests.planted import make_local
 

@@ -17,9 +17,9 @@ import pandas as pd
 import pytest
 
 from experiments import handover
+from experiments.cli.progress import ProgressReporter
 from experiments.formatting import shortened
 from experiments.metrics.statistics import Criteria, compare_all
-from experiments.progress import ProgressReporter
 from experiments.report.console import print_conclusion, print_table
 from experiments.report.figures_table import FIGURES
 from experiments.roofline import __main__ as roofline_command

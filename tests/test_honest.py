@@ -15,13 +15,13 @@ import pytest
 from common.config import EngineConfig
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
+from experiments.cli.progress import ProgressReporter
 from experiments.engines.process import IsolatedEngine
 from experiments.engines.spec import EngineSpec
 from experiments.load.workload import WorkloadConfig, draw
 from experiments.measure.config import MeasureConfig
 from experiments.measure.session import Outcome, Plan, prepare, run_blocks, vocabulary
 from experiments.metrics.statistics import Comparison
-from experiments.progress import ProgressReporter
 from tests.history_backend import ROOT
 
 SLOWED = """

@@ -12,6 +12,7 @@ import pytest
 
 from common.weights.checkpoint import open_checkpoint
 from common.weights.zoo import resolve
+from experiments.cli.progress import ProgressReporter
 from experiments.correctness.agreement import Passed, compare, pass_through
 from experiments.correctness.bisect_step import LOGITS, Ledger
 from experiments.correctness.bisect_tensor import part
@@ -19,7 +20,6 @@ from experiments.correctness.config import CorrectnessConfig
 from experiments.correctness.coverage import Part
 from experiments.diverge import examine, sentence
 from experiments.load.workload import Item, Workload
-from experiments.progress import ProgressReporter
 from experiments.report.verdict import defects, headline
 from tests.backends import Packer
 from tests.planted import CACHED, LAYER, STEP, Local, deep_model, make_local

@@ -36,7 +36,7 @@ ONE_SIDED: dict[str, dict[str, set[str]]] = {
     # torch.distributed knows ranks: each computes on its own device and calls the collectives itself.
     "torchinfer": {
         "device.py": {"choose_device", "local_device"},
-        "parallel.py": {"Endpoints", "NetworkEndpoint", "RankInfo", "Ranks"},
+        "parallel.py": {"Endpoints", "NetworkEndpoint", "RankInfo", "RankZero", "Ranks", "SharedMemoryTransport"},
     },
 }
 """package → file → public names that the other package has no counterpart of."""

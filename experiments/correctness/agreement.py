@@ -21,6 +21,7 @@ import numpy as np
 from common.config import Dtype
 from common.errors import CheckpointError, TandemError
 from common.step_log import StepRecord
+from experiments.cli.progress import ProgressReporter
 from experiments.correctness.config import CorrectnessConfig
 from experiments.correctness.coverage import Part, cover, coverage, sample
 from experiments.correctness.judge import Agreement, common_prefix, float64_reference, judge, table
@@ -33,7 +34,6 @@ from experiments.engines.spec import EngineSpec
 from experiments.load.driver import Row, Window
 from experiments.load.workload import Item, Workload
 from experiments.measure.session import Plan
-from experiments.progress import ProgressReporter
 
 TOP_LOGPROBS = 5
 """Reported by each engine at each position, so that both choices of a divergence are among them."""

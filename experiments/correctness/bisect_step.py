@@ -11,12 +11,12 @@ import numpy as np
 from common.batch import Batch
 from common.config import Dtype
 from common.schedule.trace import Kind, read_frames, unpack_arrays
+from experiments.cli.progress import ProgressReporter
 from experiments.correctness.bisect_tensor import CONTEXT, Finding, locate, locate_inside
 from experiments.correctness.judge import Divergence, log_softmax, weigh
 from experiments.correctness.observe import Compared
 from experiments.correctness.reference import NumpyModel
 from experiments.engines.process import IsolatedEngine
-from experiments.progress import ProgressReporter
 
 LOGITS: Mapping[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.5}
 """How far apart two rows of logits may be, in their standard deviations, before a step is looked into."""

@@ -19,6 +19,7 @@ from common.errors import TandemError
 from common.model.partition import expect_shareable
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
+from experiments.cli.progress import ProgressReporter
 from experiments.engines.environments import stored_weights
 from experiments.engines.process import EngineFailure, IsolatedEngine
 from experiments.engines.spec import EngineSpec, scale
@@ -32,7 +33,6 @@ from experiments.metrics.latency import block_percentiles, intervals, ratios
 from experiments.metrics.metrics import block_contaminations, contaminations, output_throughput, summarize, unsure
 from experiments.metrics.statistics import Comparison, compare_all, undecided
 from experiments.options import known_options, resolved
-from experiments.progress import ProgressReporter
 from experiments.roofline.efficiency import efficiency, no_roofline
 from experiments.roofline.limits import Limits, better, measure_limits
 from experiments.roofline.probes import bandwidth_probe
