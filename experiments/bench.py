@@ -17,10 +17,10 @@ from common.config import expect
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
 from experiments.cli.launch import conclude, keep_part, launch, report_on
-from experiments.cli.progress import ProgressReporter
+from experiments.display.formatting import plural
+from experiments.display.progress import ProgressReporter
 from experiments.engines.process import EngineFailure, IsolatedEngine
 from experiments.engines.spec import EngineSpec, engine_spec
-from experiments.formatting import plural
 from experiments.kernels import benchmark
 from experiments.measure.config import MeasureConfig
 from experiments.measure.session import (

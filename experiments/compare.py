@@ -18,12 +18,12 @@ from omegaconf import DictConfig
 
 from common.config import expect
 from experiments.cli.launch import conclude, keep_part, launch, report_on
-from experiments.cli.progress import ProgressReporter
 from experiments.correctness.agreement import LEFT_OUT, NO_NOISE, agree, summarise, tokens_equal_share, verdict
 from experiments.correctness.config import correctness_config
 from experiments.correctness.timed import NOT_COMPARED, compare_timed, reporting
+from experiments.display.formatting import plural
+from experiments.display.progress import ProgressReporter
 from experiments.engines.compose import engine_specs
-from experiments.formatting import plural
 from experiments.load.driver import Window
 from experiments.measure.blocks import advice
 from experiments.measure.session import Outcome, Plan, figure_names, make_plan, measure, setting

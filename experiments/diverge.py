@@ -28,17 +28,17 @@ from rich.table import Table
 from common.config import Dtype, expect, whole
 from common.errors import ConfigError
 from experiments.cli.launch import is_value, launch, torn
-from experiments.cli.progress import ProgressReporter
 from experiments.correctness.agreement import SHAPE, record, small
 from experiments.correctness.bisect_step import LOGITS, LOOKS, Search, Trace
 from experiments.correctness.bisect_tensor import FLOOR, Finding
 from experiments.correctness.coverage import sample
 from experiments.correctness.observe import Compared
 from experiments.correctness.reference import NumpyModel
+from experiments.display.formatting import number, plural, share_alike
+from experiments.display.progress import ProgressReporter
 from experiments.engines.compose import engine_specs
 from experiments.engines.process import IsolatedEngine
 from experiments.engines.spec import EngineSpec
-from experiments.formatting import number, plural, share_alike
 from experiments.load.workload import Workload
 from experiments.measure.session import KERNELS, Plan, make_plan
 from experiments.options import resolved

@@ -39,8 +39,8 @@ from common.process.frames import Frame, read_frame, write_frame
 from common.replicas.messages import pack_offer, unpack_offer
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
-from experiments.cli.progress import ProgressReporter
-from experiments.formatting import number
+from experiments.display.formatting import number
+from experiments.display.progress import ProgressReporter
 from experiments.report.console import print_json, wide_console
 
 BACKENDS = ("jax", "torch")

@@ -16,7 +16,6 @@ from common.request import Logprobs
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
 from experiments import compare
-from experiments.cli.progress import ProgressReporter
 from experiments.correctness.agreement import (
     Base,
     Passed,
@@ -37,6 +36,7 @@ from experiments.correctness.coverage import Part
 from experiments.correctness.judge import Agreement, Divergence
 from experiments.correctness.observe import Compared
 from experiments.correctness.perplexity import TEXT, tokenize
+from experiments.display.progress import ProgressReporter
 from experiments.engines.spec import EngineSpec
 from experiments.load.driver import Row, Window
 from experiments.load.workload import Item, Workload

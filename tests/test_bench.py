@@ -24,9 +24,9 @@ from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
 from experiments import bench, compare, diverge
 from experiments.cli.launch import FLAGS, overrides_first, torn
+from experiments.display.formatting import number
 from experiments.engines.process import EngineFailure, IsolatedEngine
 from experiments.engines.spec import EngineSpec
-from experiments.formatting import number
 from experiments.load.workload import WorkloadConfig, draw
 from experiments.runs.directory import environment, run_directory
 from tests.history_backend import ROOT, VOCABULARY, command, history, last_line

@@ -17,8 +17,8 @@ import pandas as pd
 import pytest
 
 from experiments import handover
-from experiments.cli.progress import ProgressReporter
-from experiments.formatting import shortened
+from experiments.display.formatting import shortened
+from experiments.display.progress import ProgressReporter
 from experiments.metrics.statistics import Criteria, compare_all
 from experiments.report.console import print_conclusion, print_table
 from experiments.report.figures_table import FIGURES

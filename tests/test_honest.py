@@ -15,7 +15,7 @@ import pytest
 from common.config import EngineConfig
 from common.weights import zoo
 from common.weights.checkpoint import open_checkpoint
-from experiments.cli.progress import ProgressReporter
+from experiments.display.progress import ProgressReporter
 from experiments.engines.process import IsolatedEngine
 from experiments.engines.spec import EngineSpec
 from experiments.load.workload import WorkloadConfig, draw

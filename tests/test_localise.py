@@ -12,12 +12,12 @@ import pytest
 
 from common.weights.checkpoint import open_checkpoint
 from common.weights.zoo import resolve
-from experiments.cli.progress import ProgressReporter
 from experiments.correctness.agreement import Passed, compare, pass_through
 from experiments.correctness.bisect_step import LOGITS, Ledger
 from experiments.correctness.bisect_tensor import part
 from experiments.correctness.config import CorrectnessConfig
 from experiments.correctness.coverage import Part
+from experiments.display.progress import ProgressReporter
 from experiments.diverge import examine, sentence
 from experiments.load.workload import Item, Workload
 from experiments.report.verdict import defects, headline

@@ -1,1 +1,1 @@
-"""How does a command read its arguments, show progress, report an error and choose its exit code?"""
+"""How does a command read its arguments, report an error and choose its exit code?"""

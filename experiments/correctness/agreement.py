@@ -21,7 +21,6 @@ import numpy as np
 from common.config import Dtype
 from common.errors import CheckpointError, TandemError
 from common.step_log import StepRecord
-from experiments.cli.progress import ProgressReporter
 from experiments.correctness.config import CorrectnessConfig
 from experiments.correctness.coverage import Part, cover, coverage, sample
 from experiments.correctness.judge import Agreement, common_prefix, float64_reference, judge, table
@@ -29,6 +28,7 @@ from experiments.correctness.noise import Scale, bits_of, distances, measure_noi
 from experiments.correctness.observe import Compared
 from experiments.correctness.perplexity import CONTEXT, perplexity, read_text, tokenize
 from experiments.correctness.reference import NumpyModel
+from experiments.display.progress import ProgressReporter
 from experiments.engines.process import EngineFailure, IsolatedEngine
 from experiments.engines.spec import EngineSpec
 from experiments.load.driver import Row, Window

@@ -11,11 +11,11 @@ import numpy as np
 from common.batch import Batch
 from common.config import Dtype
 from common.schedule.trace import Kind, read_frames, unpack_arrays
-from experiments.cli.progress import ProgressReporter
 from experiments.correctness.bisect_tensor import CONTEXT, Finding, locate, locate_inside
 from experiments.correctness.judge import Divergence, log_softmax, weigh
 from experiments.correctness.observe import Compared
 from experiments.correctness.reference import NumpyModel
+from experiments.display.progress import ProgressReporter
 from experiments.engines.process import IsolatedEngine
 
 LOGITS: Mapping[Dtype, float] = {"float32": 1e-3, "bfloat16": 0.5}

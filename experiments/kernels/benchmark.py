@@ -34,8 +34,8 @@ from common.request import SamplingParams
 from common.schedule.request_table import Rows
 from common.step_log import record_step
 from common.weights.checkpoint import expected_shapes
+from experiments.display.formatting import number
 from experiments.engines.spec import EngineSpec
-from experiments.formatting import number
 from experiments.measure.session import KERNELS
 from experiments.metrics.metrics import BUSY
 from experiments.roofline.limits import SAID, Limits, better

@@ -19,7 +19,7 @@ from common.errors import TandemError
 from common.model.partition import expect_shareable
 from common.weights import zoo
 from common.weights.checkpoint import Checkpoint, open_checkpoint
-from experiments.cli.progress import ProgressReporter
+from experiments.display.progress import ProgressReporter
 from experiments.engines.environments import stored_weights
 from experiments.engines.process import EngineFailure, IsolatedEngine
 from experiments.engines.spec import EngineSpec, scale

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.formatting import number, plural
+from experiments.display.formatting import number, plural
 from experiments.metrics.latency import HEADLINED
 from experiments.report.figures_table import GROUPS, figure, latency_times, tells, times
 from experiments.report.notes import (

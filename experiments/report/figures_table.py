@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from experiments.formatting import number
+from experiments.display.formatting import number
 from experiments.metrics.metrics import LIMITED
 
 GROUPS = (

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import expect
-from experiments.formatting import number, plural, share_alike
+from experiments.display.formatting import number, plural, share_alike
 from experiments.report.notes import SPOILT, between_ranks, contaminated, fallback, left_out
 from experiments.report.page import Notice, Tone, Verdict
 from experiments.report.verdict import (

@@ -8,7 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from experiments.formatting import number
+from experiments.display.formatting import number
 from experiments.kernels.benchmark import FIGURES, Figures
 from experiments.report.console import print_doubts, wide_console
 from experiments.report.limits import limits_said

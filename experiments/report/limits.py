@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from experiments.formatting import number
+from experiments.display.formatting import number
 from experiments.metrics.metrics import BUSY, LIMITED
 from experiments.report.console import wide_console
 from experiments.roofline.limits import READ, SAID, Limits

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.formatting import plural
+from experiments.display.formatting import plural
 from experiments.report.figures_table import FIGURES, kernels_of
 from experiments.report.findings import correctness, divergences, kernels_alone, notices, open_loop, speed
 from experiments.report.glossary import GLOSSARY

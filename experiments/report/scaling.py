@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from experiments.formatting import number
+from experiments.display.formatting import number
 from experiments.report.figures_table import figure
 from experiments.report.notes import SPOILT, spoilt_cells
 from experiments.report.page import Table

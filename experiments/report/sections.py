@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.formatting import shortened
+from experiments.display.formatting import shortened
 from experiments.metrics.statistics import Criteria
 from experiments.report import kernel_tables, timeline
 from experiments.report.charts.agreement import by_position, constant

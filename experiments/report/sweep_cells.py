@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.formatting import number
+from experiments.display.formatting import number
 from experiments.report.figures_table import figure
 
 

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.typing import LineStyleType
 
-from experiments.formatting import number, shortened
+from experiments.display.formatting import number, shortened
 from experiments.report.charts.canvas import colour, dash, draw, logarithmic, mark, marker, stretch
 from experiments.report.page import Drawing, Table
 

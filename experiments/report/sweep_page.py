@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.formatting import number, plural
+from experiments.display.formatting import number, plural
 from experiments.report.charts.scatter import scatter
 from experiments.report.findings import end_of
 from experiments.report.glossary import GLOSSARY

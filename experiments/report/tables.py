@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from common.interface import KernelEvent
-from experiments.formatting import number
+from experiments.display.formatting import number
 from experiments.kernels.benchmark import FIGURES as TIMED
 from experiments.load.profiler import own_seconds
 from experiments.metrics.latency import HEADLINED

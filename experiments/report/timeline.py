@@ -9,7 +9,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from experiments.formatting import number
+from experiments.display.formatting import number
 from experiments.report.charts.canvas import BARS, MUTED, POINTS, colour, draw
 from experiments.report.page import Drawing, Table
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from experiments.formatting import plural, share_alike
+from experiments.display.formatting import plural, share_alike
 
 
 class Headline(NamedTuple):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from experiments.formatting import number
+from experiments.display.formatting import number
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.typing import LineStyleType
 
-from experiments.formatting import shortened
+from experiments.display.formatting import shortened
 from experiments.report.page import Drawing, Table
 
 INK, MUTED, GRID, PAPER = "#1f2430", "#5c6575", "#dfe3ea", "#fefefe"

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from experiments.formatting import number
+from experiments.display.formatting import number
 from experiments.metrics.metrics import latencies
 from experiments.report.charts.canvas import POINTS, colour, dash, draw, legend, logarithmic, mark, stretch
 from experiments.report.page import Drawing, Table

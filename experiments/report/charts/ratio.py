@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments.formatting import middle_out, number
+from experiments.display.formatting import middle_out, number
 from experiments.metrics.statistics import band
 from experiments.report.charts.canvas import GRID, MUTED, PAPER, colour, draw, legend, mark, marker
 from experiments.report.page import Drawing, Table

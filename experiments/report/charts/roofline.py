@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.typing import FillStyleType
 
-from experiments.formatting import number
+from experiments.display.formatting import number
 from experiments.report.charts.canvas import GRID, INK, MUTED, PAPER, colour, draw, legend, logarithmic, mark, marker
 from experiments.report.figures_table import figure
 from experiments.report.page import Drawing, Table

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from experiments.formatting import middle_out, number
+from experiments.display.formatting import middle_out, number
 from experiments.report.charts.canvas import LETTERS, MUTED, PAPER, colour, dash, draw, marker
 from experiments.report.page import Drawing
 from experiments.report.scaling import STRONG, WEAK, Curve, resource

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments.formatting import number
+from experiments.display.formatting import number
 from experiments.report.charts.canvas import BARS, PAPER, clean, colour, draw, legend, logarithmic, mark, marker, stretch
 from experiments.report.page import Drawing, Table
 
