@@ -53,8 +53,10 @@ def make_plan(batch: Batch, config: ModelConfig, page_size: int) -> Plan:
 
 
 def plan_shape(tokens: int, seqs: int, pages: int, chunked: bool) -> Plan:
-    """The padded shape of each field for steps of at most `tokens` tokens and `seqs` sequences of `pages` pages, with chunks
-    of more than one token or without."""
+    """Return the padded shape of each field for steps of at most `tokens` tokens and `seqs` sequences of `pages` pages.
+
+    `chunked` states whether a sequence may have more than one token.
+    """
     whole = lambda tiles, n: tiles if tiles <= n else -(-tiles // n) * n  # noqa: E731
     decodes = whole(seqs, _DECODES)
     chunks = whole(tokens // CHUNK + min(seqs, tokens // 2), _CHUNKS) if chunked else 0

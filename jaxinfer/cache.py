@@ -24,11 +24,12 @@ _COPIES = 16
 
 
 class KVCache(NamedTuple):
-    """One pool a layer, [K, pages, B, H]. Heads come first, so that a gather of pages is a matmul operand as it is, and the
-    head axis can be shared out over devices. Page 0 is the null page.
+    """One pool per layer, [K, pages, B, H]. Page 0 is the null page.
 
-    Numbers of 16 bits are stored as integers (`_STORED`): XLA:CPU computes with them in float32 even where it only moves them,
-    and would convert the whole pool there and back around every scatter.
+    Heads come first. So a gather of pages is the operand of a matmul, and devices can share the head axis.
+
+    Numbers of 16 bits are stored as integers (`_STORED`). XLA:CPU computes with such numbers in float32 even where it only
+    moves them. It would convert the whole pool before and after every scatter.
     """
 
     k: tuple[Array, ...]
@@ -111,8 +112,10 @@ def write_pages(cache: KVCache, pages: Sequence[int], arrays: dict[str, np.ndarr
 
 
 def page_memory(cache: KVCache) -> dict[str, Rows]:
-    """Where pools on a CPU lie. Whoever has the pools has nothing but them, so that they are written to as by an operator of a
-    step."""
+    """Return the addresses of pools on a CPU.
+
+    The caller must own the pools alone, because it writes to them as an operator of a step does.
+    """
 
     def rows(pools: tuple[Array, ...]) -> Rows:
         jax.block_until_ready(pools)

@@ -31,7 +31,7 @@ def open_device(requested: str, threads: int | None, ranks: int = 1) -> jax.Devi
         _share_cpu(ranks)
     # A thread that dispatches ahead takes a core from the step it waits for: half the throughput on two cores.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    # Programs compiled once are read back in later runs. XLA's key does not tell one CPU from another: the folder must.
+    # Later runs read compiled programs from this folder. XLA's key does not identify the CPU, so the name of the folder does.
     folder = re.sub(r"\W+", "-", f"xla-{jax.version.__version__}-{cpu_name()}")
     try:
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / folder))
@@ -58,7 +58,8 @@ def _check_settings() -> None:
 
 def _share_cpu(ranks: int) -> None:
     """Let JAX see as many CPU devices, if it has not started yet."""
-    # They share one pool, in which whoever waits for the others of a collective holds a thread: it must not run out.
+    # The devices share one pool. A device that waits in a collective holds a thread, so the pool needs more threads than
+    # devices.
     os.environ["PJRT_NPROC"] = str(max(int(os.environ["PJRT_NPROC"]), 2 * ranks))
     make_cpu_devices(ranks)
 
@@ -87,8 +88,10 @@ def probe(platform: str) -> str | None:
 
 
 def _concerns_users(record: logging.LogRecord) -> bool:
-    """Not what JAX says of each platform that it looked for in vain, as `INTERNAL: Failed to open libtpu.so`: that a platform
-    is not there, and why, is for `choose` to say."""
+    """Return False for JAX's message about a platform that it could not open, as `INTERNAL: Failed to open libtpu.so`.
+
+    `choose` reports the missing platform and the reason.
+    """
     return not record.getMessage().startswith("Unable to initialize backend")
 
 

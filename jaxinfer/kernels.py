@@ -1,8 +1,8 @@
 """Native kernels as XLA custom calls, and the step that is made of them: what `kernels=native` runs.
 
-Handlers are in C++ (`common/kernels/cpu/jax.cc`) and run inside the compiled step; what they change in place is an argument
-aliased to a result, down to the donated pages. Between them XLA computes nothing. The kernels take the real sizes from the
-packed step, so padding costs memory that nobody touches: two programs serve steps of every size.
+Handlers are in C++ (`common/kernels/cpu/jax.cc`) and run inside the compiled step. An array that a handler changes in place is
+an argument aliased to a result, down to the donated pages. Between handlers XLA computes nothing. The kernels take the real
+sizes from the packed step, so padding costs only untouched memory. Two programs serve steps of every size.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Weights(NamedTuple):
 
 @cache
 def built_library() -> Path:
-    """Where the operators are, compiled if need be; the name tells what of. Raises `BackendError` if that fails."""
+    """Compile the operators if needed, and return their path. Its name identifies the sources. Raises `BackendError`."""
     return build("jax", (jax.ffi.include_dir(),), (), (), jax.__version__)
 
 
@@ -96,8 +96,10 @@ def load_weights(
 
 
 def make_cache(config: ModelConfig, pages: int, page_size: int, dtype: str) -> KVCache:
-    """Zeroed pools as the kernels keep them, one for all layers: keys [L K, pages, H / PAIR, B, PAIR], values
-    [L K, pages, B / PAIR, H', PAIR]."""
+    """Make zeroed pools in the layout of the kernels, one array for all layers.
+
+    Keys are [L K, pages, H / PAIR, B, PAIR], values [L K, pages, B / PAIR, H', PAIR].
+    """
     return _make_cache(config, pages, page_size, dtype, ALONE)
 
 
@@ -138,8 +140,10 @@ def combine(weights: Weights, layer: int, step: Array, out_TNH: Array, x_TD: Arr
 def layers_in_parts(
     config: ModelConfig, weights: Weights, step: Array, cache: KVCache, x_TD: Array, keep: Keep = ignore
 ) -> tuple[KVCache, Array]:
-    """As `layers`, the same bits, in three operators a layer: for those who want to change what is between, or to see it. What
-    `keep` is given, later operators may overwrite."""
+    """Compute the same bits as `layers`, in three operators per layer.
+
+    Use it to change or to observe what lies between the operators. Later operators may overwrite what `keep` receives.
+    """
     for layer in range(config.num_layers):
         cache, q_TNH = project(config, weights, layer, step, cache, x_TD)
         keep(layer, q=q_TNH)
@@ -153,8 +157,10 @@ def layers_in_parts(
 def layers_in_terms(
     config: ModelConfig, weights: Weights, step: Array, cache: KVCache, x_TD: Array, group: Group
 ) -> tuple[KVCache, Array]:
-    """As `layers`, where the ranks of a `group` share each of them out: what attention gives and what the MLP gives are sums of
-    every rank's terms, which are added to the stream once they are whole."""
+    """Compute the same bits as `layers`, where the ranks of a `group` share each layer.
+
+    The outputs of attention and of the MLP are sums of the terms of all ranks. Each complete sum is added to the stream.
+    """
     (k,), (v,) = cache
     for layer in range(config.num_layers):
         arguments = (step, weights.layers, weights.ropes, x_TD, k, v)
@@ -179,9 +185,11 @@ def forward(
     keep: Keep | None = None,
     before_TD: Array | None = None,
 ) -> tuple[State, Array]:
-    """The state after a packed step of `tokens` tokens, their keys and values in its pages, what was asked for in `logits`; and
-    the residual stream behind the layers. Of stages only the last has logits, and all but the first take the stream
-    `before_TD` them. With `keep` it goes layer by layer, in parts."""
+    """Run a packed step of `tokens` tokens: return the new state, and the residual stream behind the layers.
+
+    The state has the tokens' keys and values in its pages and the requested rows in `logits`. Only the last stage has logits.
+    Every stage but the first takes the stream `before_TD`. With `keep` the step goes layer by layer, in parts.
+    """
     x_TD = embed(config, weights, step, state.last_tokens, tokens) if before_TD is None else before_TD
     if keep is None:
         cache, x_TD = layers(weights, step, state.cache, x_TD)
@@ -296,8 +304,11 @@ class Step(Native):
         return wide._replace(logits=state.logits), taps
 
     def _advance(self, state: State, batch: Batch, mask: Mask, *before: Array) -> tuple[State, Any]:
-        """As `run`, but that a stage that is not the last gives its residual stream, and one that is not the first takes that
-        of the stage before it."""
+        """Do what `run` does for one stage of several.
+
+        A stage that is not the last returns its residual stream. One that is not the first takes the stream of the stage
+        before.
+        """
         state, out, _ = self._run(self._tokens(batch), state, batch, self._shown, mask, before)
         self._told += sum(x.nbytes for x in before)
         if not self.model_config.predicts:
@@ -442,7 +453,7 @@ def _choose(last_tokens: Array, step: Array, changes: Array, logits_RV: Array, c
 
 
 def _filled(size: int, packed: np.ndarray) -> np.ndarray:
-    """int32[size] that begins with `packed`; nobody reads what follows."""
+    """Return int32[size] that begins with `packed`. The rest is not read."""
     words = np.empty(size, np.int32)
     words[: len(packed)] = packed
     return words
@@ -505,7 +516,7 @@ def _typed(pages: np.ndarray) -> np.ndarray:
 
 
 def _put(parts: Sequence[np.ndarray], axis: int | None, group: Group) -> Array:
-    """The arrays' own memory, which is aligned and which nobody writes to again, in large pages, as `group._whole` has them."""
+    """Return the arrays' own memory in large pages, as `group._whole` does. It is aligned and is not written again."""
     for part in parts:
         _huge(part.ctypes.data, part.nbytes)
     return group._whole(

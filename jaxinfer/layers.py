@@ -18,8 +18,11 @@ Dtype = jnp.dtype
 
 
 class Linear(nnx.Module):
-    """y = x W + b, W stored [in, out], as XLA's CPU dot library wants it. `split` is the axis of W that ranks share out: where
-    it is that of the inputs, y is a term of a sum over them, and the first has the bias."""
+    """Compute y = x W + b, with W stored [in, out] as XLA's CPU dot library wants it.
+
+    `split` is the axis of W that ranks share. If it is the input axis, y is a term of a sum over the ranks, and the first rank
+    has the bias.
+    """
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, split: int, dtype: Dtype) -> None:
         self.weight = nnx.Param(jnp.zeros((inputs, outputs), dtype), split=split)

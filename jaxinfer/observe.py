@@ -1,7 +1,7 @@
-"""A step with its insides shown: the step that serves, with somebody who keeps what is computed on the way.
+"""Run a step and return intermediate tensors: the step that serves, with a callback that keeps what it computes.
 
-Taken apart no further than its kernels are: native layers show what lies between their three operators. A program is compiled
-for each set of names: XLA leaves out what nobody asked for.
+The kernels set the resolution: native layers show what lies between their three operators. Each set of names compiles a program
+of its own, because XLA removes what is not requested.
 """
 
 from __future__ import annotations

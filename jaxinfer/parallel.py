@@ -1,17 +1,18 @@
-"""The ranks that share out a model, and what they tell each other inside a step: sums for the residual stream, and of logits
-that are shared out what a sampler must know of all of them. Never the logits. Stages of several ranks, or of one, share out its
-layers: each passes the residual stream on to the next.
+"""The ranks that share a model, and what they exchange inside a step.
 
-JAX drives all ranks from one process. A stage's step is one program on a mesh of devices, and `shard_map` shows each device its
-part of weights, pages and logits: what a rank computes stands in the program as it is, and so does every word between ranks.
+Ranks exchange sums for the residual stream, and what a sampler needs to know of the whole logits. They never exchange logits.
+Stages, of one rank or several, share the layers: each sends the residual stream to the next.
 
-Where agents start processes (`common.launch`), on one machine or several, each drives as many ranks of every stage, and meshes
-are of all their devices (`jax.distributed`). A program on one runs when all have started it: so the first process, which is the
-caller's, tells the others every call that is made here. JAX cannot go on without one of them, nor with one that is elsewhere
-in a step. Then this process ends, and it is for whoever keeps it (`common.replicas`) to start it again.
+JAX drives all ranks from one process. The step of a stage is one program on a mesh of devices. `shard_map` gives each device
+its part of weights, pages and logits. So the program states what a rank computes and what ranks exchange.
 
-A stage is a program of its own, and not a place on a further axis of the mesh: there every stage would have the shapes of every
-other, with room for embedding, LM head and the most layers, and would run through the others' code.
+Agents may start more processes (`common.launch`), on one machine or several. Each drives as many ranks of every stage, and a
+mesh has devices of all processes (`jax.distributed`). A program on a mesh runs when all processes have started it. So the first
+process, which is the caller's, sends every call to the others. JAX cannot continue without one of them, nor with one that is
+elsewhere in a step. Then this process ends, and its supervisor (`common.replicas`) starts it again.
+
+A stage is a program of its own and not a place on another axis of the mesh. On such an axis every stage would have the shapes
+of all others. It would need room for embedding, LM head and the most layers, and would run the code of all stages.
 
 Letters: R logit rows · V vocabulary, of which each rank has n · k candidates.
 """
@@ -64,9 +65,10 @@ REPLICATED, HEADS, COLUMNS = PartitionSpec(), PartitionSpec(_AXIS), PartitionSpe
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """One rank that has all of a model. What it would ask the others for, it has.
+    """One rank that has all of a model, and therefore exchanges nothing.
 
-    What is said below of ranks is of those of one stage."""
+    The docstrings of the methods describe the ranks of one stage.
+    """
 
     _stage: int = 0
     _stages: int = 1
@@ -263,9 +265,10 @@ _Advanced = Future[tuple[Any, Any]]
 
 
 class _Pipeline:
-    """The steps of all stages as one: what it calls a state is a stage's last `_Advanced`, of each.
+    """The steps of all stages as one. Its state is the last `_Advanced` of each stage.
 
-    Each stage has a thread, on which it runs one step after another: so a stage is at one while the next is at the one before.
+    Each stage has a thread that runs its steps in order. So a stage computes a step while the next stage computes the step
+    before.
     """
 
     def __init__(self, stages: Sequence[Any]) -> None:
@@ -358,7 +361,7 @@ def without_negative_zero(x: Array) -> Array:
 
 
 def communicated_bytes(program: str) -> int:
-    """How many bytes a rank tells the others in a compiled program, whose every branch is counted."""
+    """Return the number of bytes that a rank sends in a compiled program. Every branch of the program counts."""
     told = 0
     for gives, kind, ranks in re.findall(r"= (.*?) (all-reduce|all-gather)\(.*?replica_groups=\{\{([\d,]*)\}", program):
         given = sum(
@@ -411,7 +414,7 @@ class RemoteRanks:
         return {"others_rss_bytes": held, "others_peak_rss_bytes": most}
 
     def close(self) -> None:
-        """End them, who have done what they were told."""
+        """Stop the processes after they have made all calls."""
         for other in self._followers:
             with suppress(ProcessExited):
                 other.tell("shut_down")
@@ -425,7 +428,7 @@ class RemoteRanks:
 
     def _lose(self, other: WorkerHandle) -> None:
         if other in self._followers:
-            # Whoever computes with it waits for it, some without an end, and cannot compute without it.
+            # A process that computes with it would wait for it, possibly without an end, and cannot compute without it.
             _log.error("%s JAX cannot go on without it, so this one ends too.", other.how_it_ended())
             os._exit(FAILURE)
 
@@ -453,7 +456,7 @@ def init_distributed(seat: ProcessInfo, config: EngineConfig) -> tuple[EngineCon
     own = config.ranks // seat.processes
     config = replace(config, threads=max(1, (config.threads or cores()) // seat.neighbours))
     jax.config.update("jax_enable_preemption_service", False)  # which keeps SIGTERM from ending a process
-    jax.config.update("jax_enable_recoverability", True)  # or who leaves while others are at a call dies of it
+    jax.config.update("jax_enable_recoverability", True)  # without it a process that leaves during a call is killed
     try:
         jax.distributed.initialize(
             seat.address,
@@ -476,8 +479,11 @@ def init_distributed(seat: ProcessInfo, config: EngineConfig) -> tuple[EngineCon
 
 
 def _connect_meshes(group: Group) -> None:
-    """Have the processes of each mesh connect, as long as all are here: XLA does so when it first adds up there, and gives the
-    others half a minute for it, in which they may have to compile for minutes. Raises `BackendError` where they cannot."""
+    """Connect the processes of each mesh while all are present. Raises `BackendError` if they cannot connect.
+
+    XLA connects when a mesh first computes a sum, and limits the wait to half a minute. The processes may compile for minutes
+    before that, so this function computes a sum at once.
+    """
     for stage in group.groups if isinstance(group, _Stages) else (group,):
         ones = stage._put([np.ones(1, np.float32)] * len(stage._here), 0, jax.local_devices()[0])
         try:
@@ -488,7 +494,7 @@ def _connect_meshes(group: Group) -> None:
 
 def shut_down_distributed() -> None:
     """All do so at once."""
-    with suppress(RuntimeError):  # somebody has gone without a word
+    with suppress(RuntimeError):  # a process may have ended before
         jax.distributed.shutdown()
 
 

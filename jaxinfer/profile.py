@@ -47,10 +47,11 @@ def _events(data: Any, began: float) -> Iterator[KernelEvent]:
 
 
 def _targets() -> _Targets:
-    """(module, operation) → the operators that it calls, or the collective that it is: XLA numbers foreign calls and does not
-    name them in a profile, and calls a collective what the program did.
+    """Return (module, operation) → the operators that it calls, or the collective that it is.
 
-    Programs of one name are not told apart there: hence a set."""
+    A profile has XLA's numbers for foreign calls and not their names. It names a collective as the program did. The value is a
+    set, because a profile does not distinguish programs of one name.
+    """
     targets = defaultdict(set)
     for executable in jax.devices("cpu")[0].client.live_executables():
         for module in executable.hlo_modules():

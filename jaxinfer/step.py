@@ -100,7 +100,7 @@ class Part:
     """Logit rows of a step at most."""
 
     def take(self, checkpoint: Checkpoint, positions: int) -> Checkpoint:
-        """The stage's part of a checkpoint, for whoever loads it, with room for `positions` rotary positions."""
+        """Return the stage's part of a checkpoint, with room for `positions` rotary positions."""
         self._layers = stage_layers(checkpoint.config.num_layers, self.group.stages)[self.group.stage]
         checkpoint = stage_of(checkpoint, self.group.stage, self.group.stages)
         self.model_config: ModelConfig = checkpoint.config
@@ -212,8 +212,11 @@ class Step(Part):
         return max_logits(model, self.config) if self._shown else self.config.max_num_seqs
 
     def _advance(self, state: State, batch: Batch, mask: Mask, *before: Array) -> tuple[State, Any]:
-        """As `run`, but that a stage that is not the last gives its residual stream, and one that is not the first takes that
-        of the stage before it."""
+        """Do what `run` does for one stage of several.
+
+        A stage that is not the last returns its residual stream. One that is not the first takes the stream of the stage
+        before.
+        """
         sizes, chunked = self._sizes(batch)
         bucket = self._bucket(next(size for size in sizes if size >= batch.num_tokens), chunked)
         if len(batch.logit_rows) > bucket.seqs:
@@ -222,8 +225,10 @@ class Step(Part):
         return state, (lambda: to_host(out)) if self._local.predicts else out
 
     def _score(self, bucket: _Bucket, state: State, batch: Batch, mask: Mask) -> tuple[State, Any]:
-        """As `_advance`, where more tokens are scored than the program of the bucket has logit rows: another program makes
-        the logits of those, `_SCORES` at a time, from the residual stream behind the last layer."""
+        """Do what `_advance` does, where a step scores more tokens than the program of its bucket has logit rows.
+
+        Another program computes those logits, `_SCORES` rows at a time, from the residual stream behind the last layer.
+        """
         state, out, taps = self._run(bucket, state, without_scores(batch), self._shown, mask)
         (states_TD,) = taps.values()
         scored = (batch.want & Want.SAMPLE) == 0
@@ -419,8 +424,10 @@ class Step(Part):
         return State(cache, state.last_tokens.at[x.choice.rows].set(sampled.tokens)), sampled, taps, logits_RV
 
     def _logits(self, bucket: _Bucket, weights: Any, state: State, x: Any, keep: Keep, *before: Array) -> tuple[KVCache, Array]:
-        """The pages as they are afterwards, and of each logit row the logits of this rank's tokens; the residual stream of a
-        stage that is not the last."""
+        """Return the new pages, and the logits of this rank's tokens for each row.
+
+        A stage that is not the last returns its residual stream.
+        """
         model: Decoder = self.model(weights)
         token_ids = jnp.where(x.fill_row >= 0, state.last_tokens[x.fill_row], x.token_ids)
         attend = paged_attention(self._local, x.plan)

@@ -1,7 +1,7 @@
-"""The process of a launch that drives its share of the ranks beside the first process.
+"""Drive a share of the ranks of a launch, in a process beside the first process.
 
-`common.process.workers` starts it by name. The first process sends every call that it makes, and this process makes the same
-calls in the same order: a program on a mesh runs when all processes of the mesh have started it.
+`common.process.workers` starts it by name. The first process sends every call that it makes. This process makes the same calls
+in the same order. A program on a mesh runs when all processes of the mesh have started it.
 """
 
 from __future__ import annotations

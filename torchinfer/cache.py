@@ -15,8 +15,10 @@ from torchinfer.arrays import to_device, to_host
 
 
 class KVCache(NamedTuple):
-    """One pool a layer, [K, pages, B, H]. Heads come first, so that a gather of pages is a matmul operand as it is, and the
-    head axis can be shared out over devices. Page 0 is the null page."""
+    """One pool per layer, [K, pages, B, H]. Page 0 is the null page.
+
+    Heads come first. So a gather of pages is the operand of a matmul, and devices can share the head axis.
+    """
 
     k: tuple[Tensor, ...]
     v: tuple[Tensor, ...]

@@ -30,8 +30,11 @@ def choose_device(requested: str) -> torch.device:
 
 
 def local_device(device: torch.device, before: int, neighbours: int) -> torch.device:
-    """The device of a process that is one of so many `neighbours` on its machine, each with one of this kind, and comes behind
-    `before` others. From now on it is the current one here. Raises `BackendError` if the machine has too few."""
+    """Choose the device of a process that shares its machine with others. Raises `BackendError` if the machine has too few.
+
+    `neighbours` processes run on the machine, each with one device of this kind, and `before` of them come first. The device
+    becomes the current one of this process.
+    """
     if device.type == "cpu":
         return device
     if (count := torch.accelerator.device_count()) < neighbours:

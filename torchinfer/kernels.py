@@ -50,7 +50,7 @@ class Weights(NamedTuple):
 
 @cache
 def built_library() -> Path:
-    """Where the operators are, compiled if need be; the name tells what of. Raises `BackendError` if that fails."""
+    """Compile the operators if needed, and return their path. Its name identifies the sources. Raises `BackendError`."""
     folders = cpp_extension.include_paths()
     library = f"{torch.__path__[0]}/lib"
     linked = (f"-L{library}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{library}")
@@ -82,8 +82,10 @@ def load_weights(
 
 
 def make_cache(config: ModelConfig, pages: int, page_size: int, dtype: str) -> KVCache:
-    """Zeroed pools as the kernels keep them, one for all layers: keys [L K, pages, H / PAIR, B, PAIR], values
-    [L K, pages, B / PAIR, H', PAIR]."""
+    """Make zeroed pools in the layout of the kernels, one array for all layers.
+
+    Keys are [L K, pages, H / PAIR, B, PAIR], values [L K, pages, B / PAIR, H', PAIR].
+    """
     element = getattr(torch, dtype)
     shapes = pool_shapes(config, pages, page_size, element.itemsize)
     k, v = (torch.zeros(shape, dtype=element, device="cpu") for shape in shapes)
@@ -132,8 +134,10 @@ def combine(weights: Weights, layer: int, step: Tensor, out_TNH: Tensor, x_TD: T
 def layers_in_parts(
     config: ModelConfig, weights: Weights, step: Tensor, cache: KVCache, x_TD: Tensor, keep: Keep = ignore
 ) -> tuple[KVCache, Tensor]:
-    """As `layers`, the same bits, in three operators a layer: for those who want to change what is between, or to see it. What
-    `keep` is given, later operators may overwrite."""
+    """Compute the same bits as `layers`, in three operators per layer.
+
+    Use it to change or to observe what lies between the operators. Later operators may overwrite what `keep` receives.
+    """
     for layer in range(config.num_layers):
         cache, q_TNH = project(config, weights, layer, step, cache, x_TD)
         keep(layer, q=q_TNH)
@@ -147,8 +151,10 @@ def layers_in_parts(
 def layers_in_terms(
     config: ModelConfig, weights: Weights, step: Tensor, cache: KVCache, x_TD: Tensor, group: Group
 ) -> tuple[KVCache, Tensor]:
-    """As `layers`, where the ranks of a `group` share each of them out: what attention gives and what the MLP gives are sums of
-    every rank's terms, which are added to the stream once they are whole."""
+    """Compute the same bits as `layers`, where the ranks of a `group` share each layer.
+
+    The outputs of attention and of the MLP are sums of the terms of all ranks. Each complete sum is added to the stream.
+    """
     (k,), (v,) = cache
     kernel = torch.ops.tandem.layers_in_terms.default
     group._exchange_in(lambda *memory: kernel(step, weights.layers, weights.ropes, k, v, x_TD, *memory))
@@ -170,9 +176,11 @@ def forward(
     keep: Keep | None = None,
     before_TD: Tensor | None = None,
 ) -> tuple[State, Tensor]:
-    """The state after a packed step of `tokens` tokens, their keys and values in its pages, what was asked for in `logits`; and
-    the residual stream behind the layers. Of stages only the last has logits, and all but the first take the stream
-    `before_TD` them. With `keep` it goes layer by layer, in parts."""
+    """Run a packed step of `tokens` tokens: return the new state, and the residual stream behind the layers.
+
+    The state has the tokens' keys and values in its pages and the requested rows in `logits`. Only the last stage has logits.
+    Every stage but the first takes the stream `before_TD`. With `keep` the step goes layer by layer, in parts.
+    """
     x_TD = embed(config, weights, step, state.last_tokens, tokens) if before_TD is None else before_TD
     if keep is None:
         cache, x_TD = layers(weights, step, state.cache, x_TD)
@@ -359,7 +367,7 @@ def _put_pages(pool: Tensor, pages: Sequence[int], x: np.ndarray) -> None:
 
 
 def _put(array: np.ndarray) -> Tensor:
-    """The array's own memory, which nobody writes to again, in large pages."""
+    """Return the array's own memory in large pages. It is not written again."""
     tensor = torch.from_numpy(array)
     torch.ops.tandem.huge(tensor)
     return tensor

@@ -15,9 +15,11 @@ Dtype = torch.dtype
 
 
 class Linear(nn.Module):
-    """y = x W^T + b, W stored [out, in] as checkpoints have it. `split` is the axis of W that ranks share out, and
-    only told, for the shapes are a rank's own: where it is that of the inputs, y is a term of a sum over the ranks, and the
-    first has the bias."""
+    """Compute y = x W^T + b, with W stored [out, in] as in checkpoints.
+
+    `split` is the axis of W that ranks share. The shapes are already a rank's own. If it is the input axis, y is a term of a
+    sum over the ranks, and the first rank has the bias.
+    """
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, split: int, dtype: Dtype) -> None:
         super().__init__()

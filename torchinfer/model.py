@@ -1,8 +1,8 @@
 """One decoder for every family in `ModelConfig`: Llama 2/3, SmolLM2, Mistral, Qwen2, Qwen3, Gemma 3.
 
-The model knows nothing of pages. `forward` hands q, k and v of each layer to `attend(q_TNH, k_TKH, v_TKH, layer, cache)`, which
-returns the attention output and the cache as it is afterwards: paged when serving (`attention.paged_attention`), dense and
-causal otherwise (`attention.dense_attention`). So gradients, vmap and notebooks run the same file.
+The model does not depend on pages. `forward` gives q, k and v of each layer to `attend(q_TNH, k_TKH, v_TKH, layer, cache)`.
+`attend` returns the attention output and the new cache. A server uses paged attention (`attention.paged_attention`), and all
+other callers dense causal attention (`attention.dense_attention`). So gradients, vmap and notebooks run the same file.
 """
 
 from __future__ import annotations
@@ -99,11 +99,12 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, final norm, LM head, or of a stage as many of these as it has. Attributes have the checkpoint's names,
-    without the leading `model.`.
+    """Embedding, blocks, final norm and LM head; a stage has some of these.
 
-    Of several ranks each has a decoder of its part, whose sums over the `group` are the whole's and whose logits are of its own
-    tokens: `config` is then that part's.
+    Attributes have the checkpoint's names, without the leading `model.`.
+
+    Each of several ranks has a decoder of its part, and `config` describes that part. The sums over the `group` are those of
+    the whole model. The logits are of the rank's own tokens.
     """
 
     def __init__(self, config: ModelConfig, dtype: Dtype, positions: int, group: Group = ALONE) -> None:
@@ -121,8 +122,11 @@ class Decoder(nn.Module):
 def forward(
     model: Decoder, token_ids: Tensor, positions: Tensor, attend: Attend, cache: Any = None, keep: Keep = ignore
 ) -> tuple[Tensor, Any]:
-    """Hidden states [T, D] after the final norm, and the cache, of tokens int32[T] at positions int32[T]. Of a stage: the
-    residual stream behind it, unless it is the last; and unless it is the first, that before it in place of the tokens."""
+    """Return hidden states [T, D] after the final norm, and the cache, for tokens int32[T] at positions int32[T].
+
+    A stage that is not the last returns its residual stream. A stage that is not the first takes the stream of the stage before
+    in place of the tokens.
+    """
     x_TD = model.embed_tokens(token_ids) if model.config.embeds else token_ids
     keep(embedding=x_TD)
     ropes = [rope(positions) for rope in model.ropes]

@@ -1,16 +1,17 @@
-"""The ranks that share out a model, and what they tell each other inside a step: sums for the residual stream, and of logits
-that are shared out what a sampler must know of all of them. Never the logits. Stages of several ranks, or of one, share out its
-layers: each passes the residual stream on to the next.
+"""The ranks that share a model, and what they exchange inside a step.
 
-PyTorch has one process a rank. The caller's is the first of the last stage, where tokens are chosen: its runner starts the
-others, and whatever it is told it tells them, down to the bytes of each batch. All run the same step, each on its part, and
-only the caller's reads what came of it. Agents may start the others (`common.launch`), on one machine or several.
+Ranks exchange sums for the residual stream, and what a sampler needs to know of the whole logits. They never exchange logits.
+Stages, of one rank or several, share the layers: each sends the residual stream to the next.
 
-On CPUs the ranks of a stage tell each other what they do through memory that all have mapped, and from each of them a pipe
-leads to that of the next stage which has its number; a connection, where agents start them. One that ends is started again, and
-all meet anew. On other devices, of which each process has one, all goes by `torch.distributed` (NCCL on NVIDIA's) from device
-to device. There who is gone is waited for without an end: so this process ends too, and it is for whoever keeps it
-(`common.replicas`) to start it again.
+PyTorch has one process per rank. The caller's process is the first rank of the last stage, where tokens are chosen. Its runner
+starts the other processes and sends them every call, down to the bytes of each batch. All run the same step, each on its part.
+Only the caller's process reads the results. Agents may start the others (`common.launch`), on one machine or several.
+
+On CPUs the ranks of a stage exchange data through shared memory. A pipe leads from each rank to the rank of the next stage that
+has its number. Where agents start the ranks, a connection replaces the pipe. A rank that ends is started again, and all ranks
+connect anew. On other devices each process has one device, and `torch.distributed` (NCCL on NVIDIA's) moves all data between
+devices. Its collectives wait for a lost rank without an end. So this process ends too, and its supervisor (`common.replicas`)
+starts it again.
 
 Letters: R logit rows · V vocabulary, of which each rank has n · k candidates.
 """
@@ -75,13 +76,14 @@ _PATIENCE_S = 60
 _HUNG_S = 600
 """After which `torch.distributed` gives up one that neither ends nor does what all do."""
 _HEARD_S = 1.0
-"""In which it is heard that a process has ended: who fails for its sake waits for that, which says more."""
+"""Seconds within which the end of a process is detected. A failed rendezvous waits for it, because its report states more."""
 
 
 class Group:
-    """One rank that has all of a model. What it would ask the others for, it has.
+    """One rank that has all of a model, and therefore exchanges nothing.
 
-    What is said below of ranks is of those of one stage."""
+    The docstrings of the methods describe the ranks of one stage.
+    """
 
     @property
     def ranks(self) -> int:
@@ -164,18 +166,20 @@ class Group:
         """Have the other ranks of all stages do what this one is about to do."""
 
     def _load(self, path: Path) -> None:
-        """Have them load a checkpoint, and whoever takes the place of one of them."""
+        """Send the other ranks, and each later replacement, the path of a checkpoint to load."""
 
     def _hand_out(self, batch: Batch, mask: Mask) -> tuple[Batch, Mask]:
         """Have them run a step; what is left to run of it here."""
         return batch, mask
 
     def _settle(self) -> None:
-        """Wait until they have done what they were told. Raises `BackendError` if they could not."""
+        """Wait until the other ranks have made all calls. Raises `BackendError` if they could not."""
 
     def _rendezvous(self) -> None:
-        """Connect all ranks, anew if they were: who is still in a step leaves it with an error, and in the place of one that
-        has ended another is started. Raises `RuntimeError` if they cannot come together, or not anew."""
+        """Connect all ranks, or connect them again. Raises `RuntimeError` if they cannot connect.
+
+        A rank that is still in a step leaves it with an error. A new process replaces a rank that has ended.
+        """
 
     def _stats(self) -> dict[str, float]:
         """As `ModelRunner.stats`."""
@@ -213,15 +217,14 @@ class RankInfo(NamedTuple):
     """Where a rank computes: what JSON can hold."""
 
     backend: str | None
-    """Of `torch.distributed`, by which it tells others what it does; None on CPUs, where that is by memory and pipes."""
+    """The backend of `torch.distributed` for this rank. None on CPUs, which use shared memory and pipes."""
     neighbours: int
     """How many ranks are on its machine, and of those come before it."""
     before: int
 
 
 class SharedMemoryTransport:
-    """By which a rank on a CPU tells others what it does: those of its stage through memory, other stages through pipes or over
-    a network."""
+    """The transport of a rank on a CPU: shared memory within its stage, pipes or a network between stages."""
 
     bound = False
     """Whether the ranks have come together for good."""
@@ -234,7 +237,7 @@ class SharedMemoryTransport:
         self._door: socket.socket | None = None
         """Where it waits for the stage before, until that is there."""
         self._seconds, self._bytes = 0.0, 0
-        """Told in earlier meetings, and through pipes."""
+        """Seconds and bytes of earlier rendezvous, and of pipes."""
 
     def add(self, x: Tensor) -> None:
         """Have x be the sum of every rank's."""
@@ -258,8 +261,10 @@ class SharedMemoryTransport:
         self._move(x, self._behind.write if self._behind else None)
 
     def _move(self, x: Tensor, move: Callable[[memoryview], int | None] | None) -> None:
-        """All bytes of x to or from another stage, of which each `move` takes as many as it tells. Raises `PeerLeft` if its
-        other end is closed."""
+        """Transfer all bytes of x from or to another stage. Each `move` returns the number of bytes that it took.
+
+        Raises `PeerLeft` if the other end is closed.
+        """
         start, left = time.perf_counter(), x.reshape(-1).view(torch.uint8).numpy().data
         while left:
             try:
@@ -273,7 +278,7 @@ class SharedMemoryTransport:
         self._bytes += x.nbytes
 
     def join(self, ways: Endpoints, device: torch.device) -> None:
-        """Meet the others, all of whom do so at once, after they have parted. Raises `RuntimeError` if that is over."""
+        """Connect to the other ranks, which all connect now after they have parted. Raises `RuntimeError` on failure."""
         if ways.place:
             exchange = SharedMemoryGroup(ways.place, self._rank, self._ranks)
             told, self.exchange = self.told(), exchange
@@ -311,7 +316,7 @@ class SharedMemoryTransport:
         self._before = self._behind = self._door = None
 
     def fail(self) -> None:
-        """What all do has raised here: nobody is to wait for this rank."""
+        """Release the other ranks from waits for this one, because a common call has raised here."""
         self.part()
 
     def told(self) -> dict[str, float]:
@@ -401,8 +406,10 @@ def _store(host: str, port: int, **options: Any) -> Any:
 
 
 def _collective(device: torch.device) -> str | None:
-    """The backend of `torch.distributed` by which ranks on such devices tell each other what they do; None for CPUs, which need
-    none. Raises `BackendError` if PyTorch was built without it."""
+    """Return the backend of `torch.distributed` for ranks on such devices. None for CPUs, which need none.
+
+    Raises `BackendError` if PyTorch was built without it.
+    """
     if device.type == "cpu":
         return None
     name = dist.get_default_backend_for_device(device) if dist.is_available() else "torch.distributed"
@@ -518,7 +525,7 @@ class Ranks(Group):
         return whole
 
     def _join(self, ways: Endpoints) -> None:
-        """Meet the others, all of whom do so at once, after they have parted. Raises `RuntimeError` if that is over."""
+        """Connect to the other ranks, which all connect now after they have parted. Raises `RuntimeError` on failure."""
         self._line.join(ways, self._device)
 
     def _part(self) -> None:
@@ -564,7 +571,7 @@ class RankZero(Ranks):
         return LocalProcess
 
     def _lose(self, other: WorkerHandle) -> None:
-        """A rank has ended: nobody is to wait for it."""
+        """Release all ranks from waits for a rank that has ended."""
         if other not in self._others:  # another has taken its place, or all are to end
             return
         self._leave()
@@ -608,7 +615,7 @@ class RankZero(Ranks):
         for attempts_left in reversed(range(_ATTEMPTS)):
             for other in self._others:
                 with suppress(ProcessExited):
-                    other.tell("part")  # who was not told of a step would be waited for there
+                    other.tell("part")  # without it a rank that did not receive the step would make others wait
             self._part()
             try:
                 self._replace()
@@ -625,8 +632,11 @@ class RankZero(Ranks):
 
     @contextmanager
     def _open_endpoints(self) -> Iterator[dict[tuple[int, int], Endpoints]]:
-        """The ways of each rank, by its stage and its number. At the end ours are closed: then a pipe has no ends but those of
-        its two ranks, and is at an end when one of them is."""
+        """Yield the endpoints of each rank, by its stage and its number.
+
+        At the end this process closes its copies. Then a pipe has only the ends of its two ranks, and closes when one of them
+        ends.
+        """
         if self._seat.backend:
             store = self._line.open_store(self._host)
             yield dict.fromkeys([(self._stage, self._rank), *self._places], Endpoints(None, store=store))
@@ -652,7 +662,7 @@ class RankZero(Ranks):
         ways[before] = ways[before]._replace(behind=place_of(into))
 
     def _replace(self) -> None:
-        """Wait until the others have done what they were at, and start anew who has ended."""
+        """Wait until the other ranks have made all calls, and replace each that has ended."""
         fresh = []
         for at, other in enumerate(self._others):
             try:

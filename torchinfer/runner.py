@@ -27,8 +27,10 @@ from torchinfer.step import Step
 
 
 class _Waiting:
-    """A step that was submitted. Where there are stages before this one, its part here is run when somebody asks for what comes
-    of it: until then they are at work, and others of their steps are submitted."""
+    """A submitted step. Where stages come before this one, this stage runs its part when a caller fetches the result.
+
+    Until then those stages compute, and the caller may submit more steps.
+    """
 
     def __init__(self, runner: ModelRunner, batch: Batch, mask: Mask) -> None:
         self._runner, self._batch, self._mask = runner, batch, mask

@@ -1,7 +1,8 @@
-"""Logits to tokens. Every token is a pure function of its logits, its request's seed and its position: no generator has a
-state, so batch, order and preemption cannot change it.
+"""Logits to tokens. Every token is a pure function of its logits, its request's seed and its position.
 
-Where ranks share out a vocabulary, each has the logits of its own V tokens, and all choose the same: what is said of a whole
+No generator has a state. So batch, order and preemption cannot change a token.
+
+Ranks that share a vocabulary each have the logits of their own V tokens, and all choose the same token. What depends on a whole
 row goes through the `group`.
 
 Letters: R logit rows · V vocabulary · E edits · M masks · W = ceil(V / 32).
@@ -27,7 +28,7 @@ class Sampled(NamedTuple):
     finite: Tensor
     """bool[R]: whether every logit of the row is."""
     logprobs: Tensor | None
-    """float32[R], of the raw logits; None, like all that follows, where nobody asked."""
+    """float32[R], of the raw logits; None, like all fields below, if not requested."""
     ranks: Tensor | None
     """int64[R]: 1 + how many logits are greater."""
     top_ids: Tensor | None
@@ -37,10 +38,10 @@ class Sampled(NamedTuple):
 
 
 def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
-    """The uniform number in (0, 1) of each row, from its seed int64[R, 2] and the position of the token it chooses.
+    """Return a uniform number in (0, 1) per row, from its seed int64[R, 2] and the position of the token that it chooses.
 
-    Threefry-2x32 with 20 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", §4.2), key = seed,
-    counter = (position, 0); the upper 23 bits of the first word, centred, so that float32 holds every value.
+    Threefry-2x32 with 20 rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", §4.2). The key is the seed,
+    and the counter is (position, 0). The upper 23 bits of the first word, centered, make the number: float32 holds every value.
     """
     word = 0xFFFFFFFF  # PyTorch adds no uint32s: the same arithmetic in int64, cut to 32 bits
     key = (seeds[:, 0], seeds[:, 1], seeds[:, 0] ^ seeds[:, 1] ^ 0x1BD11BDA)
@@ -116,8 +117,10 @@ def sample(
     filtered: bool,
     group: Group = ALONE,
 ) -> Tensor:
-    """Tokens int64[R]: greedy where the temperature is 0, else by inverse CDF after the filters. `filtered` says whether
-    any row has a filter; without one they cost nothing."""
+    """Return tokens int64[R]: greedy at temperature 0, else by inverse CDF after the filters.
+
+    `filtered` states whether any row has a filter. Without one the filters cost nothing.
+    """
     hot = temperature > 0
     scaled = logits / torch.where(hot, temperature, 1)[:, None]
     scaled = keep(scaled, top_k, top_p, min_p, group) if filtered else scaled

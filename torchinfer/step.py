@@ -1,7 +1,7 @@
 """One step in PyTorch's own operations: what `kernels=framework` runs.
 
-With `compile=true` the same model code runs under torch.compile, block by block, with attention between the compiled pieces: it
-depends on how the step's sequences group.
+With `compile=true` torch.compile compiles the same model code, block by block. Attention runs between the compiled pieces,
+because it depends on how the sequences of a step group.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Part:
     """Logit rows of a step at most."""
 
     def take(self, checkpoint: Checkpoint, positions: int) -> Checkpoint:
-        """The stage's part of a checkpoint, for whoever loads it, with room for `positions` rotary positions."""
+        """Return the stage's part of a checkpoint, with room for `positions` rotary positions."""
         self._layers = stage_layers(checkpoint.config.num_layers, self.group.stages)[self.group.stage]
         checkpoint = stage_of(checkpoint, self.group.stage, self.group.stages)
         self.model_config: ModelConfig = checkpoint.config

@@ -1,7 +1,7 @@
-"""The process that runs one rank of an engine beside the first process.
+"""Run one rank of an engine in a process beside the first process.
 
-`common.process.workers` starts it by name. The first process sends every call that it makes, and this process makes the same
-calls in the same order, each on its part of the model.
+`common.process.workers` starts it by name. The first process sends every call that it makes. This process makes the same calls
+in the same order, each on its part of the model.
 """
 
 from __future__ import annotations
