@@ -54,10 +54,10 @@ VIEWS: dict[str, tuple[str, str]] = {
     "logit_rows": ("<i4", "R"),  # indices into T, rising
     "logit_owner": ("<i4", "R"),  # the sequence of each
     "want": ("<u1", "R"),  # Want flags
-    "num_top": ("<i4", "R"),  # how many of the likeliest tokens to report; absent when nobody asks for logprobs
+    "num_top": ("<i4", "R"),  # how many of the likeliest tokens to report; absent when no request asks for logprobs
     "seeds": ("<u4", "S2"),  # absent when every row is greedy, and with it the following
     "temperature": ("<f4", "S"),  # 0 is greedy
-    "top_k": ("<i4", "S"),  # 0 keeps all; absent when nobody filters
+    "top_k": ("<i4", "S"),  # 0 keeps all; absent when no request filters
     "top_p": ("<f4", "S"),
     "min_p": ("<f4", "S"),
     "score_ids": ("<i4", "R"),  # the token to report on, or -1 for the sampled one; absent when nothing is scored

@@ -1,7 +1,7 @@
 """Configuration as frozen dataclasses, checked as they are built. A value that passed here is not checked again.
 
-`ModelConfig` says what a model computes; it comes from a checkpoint (`config.json` or GGUF metadata), never from a user.
-`EngineConfig` says how it is served; it comes from Hydra, the command line or keyword arguments.
+`ModelConfig` describes what a model computes. It comes from a checkpoint (`config.json` or GGUF metadata), never from a user.
+`EngineConfig` describes how it is served. It comes from Hydra, the command line or keyword arguments.
 """
 
 from __future__ import annotations
@@ -182,8 +182,11 @@ class EngineConfig:
     dtype: Dtype = "bfloat16"
     """Of weights, activations and KV. `float16` has no native kernels."""
     kernels: Kernels = "auto"
-    """`native`: our own, one source for both engines. `framework`: what a framework makes of the definitions. `auto`: native
-    where it can be, else framework, and the log says why."""
+    """`native`: our kernels, one source for both engines. `framework`: the framework's operations. `auto`: native where
+    possible.
+
+    If `auto` takes `framework`, the log states the reason.
+    """
     device: str = "auto"
     """Where it computes: auto, cpu, cuda, rocm, xpu or tpu."""
     compile: bool = False
@@ -212,8 +215,11 @@ class EngineConfig:
     enable_chunked_prefill: bool = True
     """false: a prompt is computed in one step, and one that is longer than max_num_batched_tokens is refused."""
     threads: int | None = None
-    """Compute threads; None takes the cores this process may use. Engines of one process may have different numbers with native
-    kernels; under `kernels=framework` JAX keeps the first number of a process, and PyTorch takes the last."""
+    """Compute threads; None takes the cores that this process may use.
+
+    With native kernels, engines of one process may have different numbers. With `kernels=framework`, JAX keeps the first number
+    of a process, and PyTorch takes the last.
+    """
     tensor_parallel_size: int = 1
     """Ranks that share out every matrix of the model, and the compute threads: devices of one process in JAX, processes in
     PyTorch."""
@@ -224,8 +230,10 @@ class EngineConfig:
     """Replicas of the engine, each a process with a model and pages of its own; they share the compute threads. All other
     numbers are of each of them, but for `max_waiting`."""
     prefill_parallel_size: int = 0
-    """Engines that compute prompts alone, in processes of their own, for the `data_parallel_size` others, which go on with
-    them; 0: each computes those of its own requests."""
+    """Number of engines that only compute prompts, in processes of their own.
+
+    The `data_parallel_size` others continue the requests. With 0 each engine computes the prompts of its own requests.
+    """
     prefill_backend: str | None = None
     """Of the engines that compute prompts alone; None takes the same as for the others."""
     routing: Routing = "prefix"
@@ -328,8 +336,10 @@ class EngineConfig:
 
     @classmethod
     def of(cls, **options: Any) -> Self:
-        """Build from loose options. Raises `ConfigError` for an unknown name, with the nearest known one, or with the reason
-        where it is an option of vLLM that is left out."""
+        """Build from loose options. Raises `ConfigError` for an unknown name.
+
+        The error has the nearest known name, or the reason why an option of vLLM is left out.
+        """
         known = [f.name for f in fields(cls)]
         for name in options:
             reason = why_left_out(name) or f"{nearest_hint(name, known)} Known: {', '.join(known)}."

@@ -108,7 +108,7 @@ class Engine(ServingEngine):
         return events
 
     def submit(self, step: Step) -> None:
-        """Start a step of the scheduler's. `step` does this and `land`; they are apart for who looks on in between."""
+        """Start a step of the scheduler. `step` calls this and `land`; a caller that observes the state calls them itself."""
         begin = perf_counter()
         # On a thread of their own, for where the runner dispatches it may as well compute.
         masks = None if step.masks is None else self._masking.submit(step.masks)
@@ -121,7 +121,7 @@ class Engine(ServingEngine):
         except BaseException as error:
             self._device_seconds += perf_counter() - begin
             if masks is not None:
-                wait([masks])  # nobody else may use the matchers before
+                wait([masks])  # no other thread may use the matchers before
             self._recover(step, error)
         else:
             self._device_seconds += returned - begin
@@ -266,11 +266,13 @@ class Engine(ServingEngine):
         return bool(self.scheduler.live or self._in_flight or self._events or self._jobs)
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the start: `scheduled_tokens` went through the model, `padded_tokens` came on top to fill buckets;
-        `device_seconds` were spent in the runner, `log_seconds` on the step log, `host_seconds` in the rest of `step`. Prefix
-        cache counts are in tokens, the external ones of tokens that another engine had computed. Of requests that came with
-        output, `num_taken_over` needed nothing computed anew, and `num_computed_anew` did.
-        `kv_pool_bytes` is what all pages take, whoever has them. What ranks tell each other is `ModelRunner.stats`.
+        """Return counters since the start.
+
+        `scheduled_tokens` went through the model, and `padded_tokens` were added to fill buckets. `device_seconds` were spent
+        in the runner, `log_seconds` on the step log, and `host_seconds` in the rest of `step`. Prefix cache counts are in
+        tokens; the external ones count tokens that another engine computed. They concern requests that came with output:
+        `num_taken_over` needed no computation, and `num_computed_anew` did. `kv_pool_bytes` is the size of all pages, free ones
+        included. `ModelRunner.stats` has the communication of ranks.
         """
         scheduler, pool = self.scheduler, self.scheduler.pool
         return {
@@ -305,8 +307,8 @@ class Engine(ServingEngine):
 def pool_size(config: EngineConfig, max_model_len: int, page_bytes: int) -> int:
     """Return the number of pages to allocate, the null page included.
 
-    It is `num_blocks` where set. Else the pool has room for `max_num_seqs` full contexts, within `MAX_POOL_BYTES` or one full
-    context, whichever is larger, and within a quarter of the free memory, which replicas share.
+    It is `num_blocks` where set. Else the pool has room for `max_num_seqs` full contexts, within three limits. These are the
+    larger of `MAX_POOL_BYTES` and one full context, and a quarter of the free memory, which replicas share.
     """
     if config.num_blocks is not None:
         return config.num_blocks
@@ -343,7 +345,7 @@ def build_engine(
 ) -> Engine:
     """An engine of `backend` (`jax`, `torch`), loaded, allocated and warmed up; of several replicas, one."""
     positions = config.model_len(checkpoint.config)
-    # Before processes start, each of which would say so.
+    # Once here, before processes start: each would log it again.
     expect_shareable(checkpoint.config, config.tensor_parallel_size, config.pipeline_parallel_size)
     runner = load_backend(backend, config)
     try:

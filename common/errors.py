@@ -1,4 +1,4 @@
-"""The errors a user can cause. Each message says what was expected, what came, and what to do."""
+"""The errors that a user can cause. Each message states what was expected, what came, and what to do."""
 
 from __future__ import annotations
 
@@ -119,6 +119,6 @@ def name_of(error: BaseException) -> str:
 
 
 def by_name(kind: str, message: str) -> TandemError | None:
-    """The error that was raised in another process, which told its class and message; None if it is none of these."""
+    """Return the error that another process raised and sent as class and message; None if it is none of these."""
     known = globals().get(kind)
     return known(message) if isinstance(known, type) and issubclass(known, TandemError) else None

@@ -38,7 +38,7 @@ class Caps:
     dtypes: tuple[str, ...]
     kernels: tuple[str, ...]
     kernel_library: str | None = None
-    """The file of native kernels that was loaded, by its name, which tells what it was built from; None without."""
+    """The name of the loaded file of native kernels, which identifies its sources; None without."""
     kernel_arithmetic: str | None = None
     """What the native kernels multiply with, by its name: `AMX`, `AVX-512`, …; None without."""
     framework_because: str | None = None
@@ -58,8 +58,10 @@ class Caps:
     depth: int = 0
     """Steps that may be in flight beside the one being built."""
     pipelined: bool = False
-    """Whether those are computed at once, in stages, each with its share of the requests: whoever is to get a token from a step
-    is in no other before it lands."""
+    """Whether steps in flight are computed at once, in stages, each with its share of the requests.
+
+    A request that gets a token from a step is in no other step before that one lands.
+    """
     observes: bool = False
     """Whether the runner has `ModelRunner.observe`."""
 
@@ -152,7 +154,7 @@ class Result:
     finite: np.ndarray
     """bool[R]: whether all logits of the row were finite."""
     logprobs: np.ndarray | None = None
-    """float32[R]: of each row's token, sampled or to score, under the raw logits; None where nobody asked."""
+    """float32[R]: log-probability of each row's token, sampled or to score, under the raw logits; None if not requested."""
     ranks: np.ndarray | None = None
     """int32[R]: 1 + the number of greater logits."""
     top_ids: np.ndarray | None = None
@@ -223,7 +225,7 @@ Progress = Callable[[int, int, str], None]
 
 
 COLLECTIVES = ("all-reduce", "all-gather")
-"""Names of kernels in which ranks wait until all are there, and tell each other something."""
+"""Names of kernels in which ranks wait for each other and exchange data."""
 
 
 class KernelEvent(NamedTuple):
@@ -247,8 +249,10 @@ class ModelRunner(ABC):
 
     @classmethod
     def requires_supervision(cls, config: EngineConfig) -> bool:
-        """Return whether a runner of these ranks needs a process of its own: it ends the process when it loses a rank, or this
-        process cannot have the ranks any more."""
+        """Return whether a runner of these ranks needs a process of its own.
+
+        It does if it ends the process when it loses a rank, or if this process can no longer have the ranks.
+        """
         return False
 
     @property
@@ -277,26 +281,36 @@ class ModelRunner(ABC):
         """Programs that the framework has compiled so far in this process, for whomever."""
 
     def stats(self) -> dict[str, float]:
-        """Of a runner whose ranks share out a model, since the start: `communication_bytes`, what one of the last stage told
-        others or heard of the stage before it, and where it knows `communication_seconds`, how long it was at it, waiting
-        included; `rank_bytes`, its weights and pages; `others_rss_bytes` and `others_peak_rss_bytes`, what ranks in other
-        processes of this machine hold and have held. Of one rank nothing."""
+        """Return counters of a runner whose ranks share a model, since the start; nothing for one rank.
+
+        `communication_bytes` is what a rank of the last stage sent to others or received from the stage before it.
+        `communication_seconds`, where known, is the time for that, waits included. `rank_bytes` is its weights and pages.
+        `others_rss_bytes` and `others_peak_rss_bytes` are the memory of ranks in other processes of this machine, now and at
+        most.
+        """
         return {}
 
     @abstractmethod
     def submit(self, batch: Batch, mask: Mask = None) -> StepHandle:
-        """Start one step. It runs after every earlier one. `mask` gives the masks of a batch that has `mask_rows` alone: it is
-        called once, before tokens are chosen, and may block until then. Where one process runs the step, that is after the
-        forward pass has been dispatched; where several do, or it is recorded, before: the masks go with the batch."""
+        """Start one step. It runs after every earlier one.
+
+        `mask` returns the masks of the rows in `mask_rows`. The runner calls it once, before tokens are chosen, and it may
+        block. Where one process runs the step, the call follows the dispatch of the forward pass. Where several do, or the step
+        is recorded, it comes first: the masks go with the batch.
+        """
 
     def observe(self, batch: Batch, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
-        """Run one step as `submit` does, and return what it computes on the way, by name, in the order of computation, float32.
+        """Run one step as `submit` does, and return its intermediate tensors by name, in order of computation, float32.
 
-        `embedding` [T, D]; of layer l, with `layers.l.` before it, `attn_norm` [T, D], `q` [T, N, H], `k` and `v` [T, K, H],
-        `attention` [T, N, H], `attn_residual` [T, D], `mlp` [T, D] as it is added, `residual` [T, D]; then `final_norm` [T, D],
-        `logits` [R, V] and `tokens` int32[R]. What lies inside one kernel does not show. `names` limits what is brought to the
-        host. Programs are compiled at the first call, except for `last_residual` alone of a step without logit rows: the
-        programs of `submit` give that, so embeddings compile nothing. Raises `BackendError` where `caps.observes` is False.
+        The first is `embedding` [T, D], and the last are `final_norm` [T, D], `logits` [R, V] and `tokens` int32[R]. Layer l
+        has, with `layers.l.` before each name:
+
+        - `attn_norm` [T, D], `q` [T, N, H], `k` and `v` [T, K, H], `attention` [T, N, H]
+        - `attn_residual` [T, D], `mlp` [T, D] as it is added, `residual` [T, D]
+
+        What lies inside one kernel is not visible. `names` limits what is brought to the host. Programs are compiled at the
+        first call, except for `last_residual` alone of a step without logit rows. The programs of `submit` compute that one, so
+        embeddings compile nothing. Raises `BackendError` where `caps.observes` is False.
         """
         raise BackendError(f"The {self.caps.backend} engine does not show what is inside its steps.")
 
@@ -309,8 +323,10 @@ class ModelRunner(ABC):
         """The inverse of `read_pages`."""
 
     def page_memory(self, group: int) -> PageMemory | None:
-        """What the pages lie in, where the host can see it and no other rank has a part of it: to be read, and written in
-        place, until anything else is asked of the runner. Ordered after earlier submits."""
+        """Return the memory of the pages, where the host can see it and no other rank has a part of it.
+
+        The caller may read and write it in place until the next call on the runner. It is ordered after earlier submits.
+        """
         return None
 
     @abstractmethod
@@ -376,7 +392,7 @@ class ReplicaState(NamedTuple):
     serves: bool
     """Else it has been started, and loads."""
     step_seconds: float
-    """That the step in progress has taken, when it last said so; 0 between steps."""
+    """Seconds that the step in progress has taken, at its last report; 0 between steps."""
     given_up: bool = False
     """It has ended, and is not started again."""
     role: str = "both"
@@ -389,7 +405,7 @@ class ServingEngine(InferenceEngine):
     """What `LLM` and the server need besides: an engine of ours, be it one or several behind a router."""
 
     step_log: list[StepRecord] | None = None
-    """Set it to a list, and every step that lands is appended; whoever sets it sees to its growth."""
+    """A list that receives every step that lands, or None. The caller limits its length."""
 
     @abstractmethod
     def finish(self, request_id: str, stop_reason: str) -> bool:
@@ -401,12 +417,11 @@ class ServingEngine(InferenceEngine):
 
     @abstractmethod
     def hidden_states(self, prompts: Sequence[Sequence[int]]) -> Future[list[np.ndarray]]:
-        """Compute the residual stream behind the last layer, float32[T, D], of as many `prompts`, from the first on, as one
-        step takes. A prompt that no step takes is computed in several.
+        """Compute the residual stream behind the last layer, float32[T, D], of the first `prompts` that fit into one step.
 
-        Each `step` of the engine computes one piece of it, of at most `max_num_batched_tokens` tokens, so that requests that
-        run wait no longer than for a chunk of another prompt. The future resolves within `step`; cancel it to drop the work.
-        Raises `RequestError` for a prompt that can never be computed.
+        A prompt that no step takes is computed in several. Each `step` of the engine computes one piece of it, of at most
+        `max_num_batched_tokens` tokens. So running requests wait no longer than for a chunk of another prompt. The future
+        resolves within `step`; cancel it to drop the work. Raises `RequestError` for a prompt that can never be computed.
         """
 
     @property

@@ -43,7 +43,7 @@ _AGAIN_S = 0.1
 
 
 class Launched(NamedTuple):
-    """What this process was told."""
+    """The place of this process in its launch."""
 
     rank: int
     size: int
@@ -55,7 +55,7 @@ class Launched(NamedTuple):
 
 
 def launched(environment: Mapping[str, str]) -> Launched:
-    """What who launched this process told it. Raises `ConfigError` if that is not enough."""
+    """Read this process's place from the variables of its launcher. Raises `ConfigError` if one is missing."""
     ours = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "MASTER_ADDR": "MASTER_ADDR", "MASTER_PORT": "MASTER_PORT"}
     told = {name: environment.get(name) or environment.get(other) for name, other in ours.items()}
     missing = [name if name == ours[name] else f"{name} or {ours[name]}" for name, value in told.items() if not value]
@@ -146,7 +146,7 @@ def follow(told: Launched) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run a module with its arguments, or help who does."""
+    """Run a module with its arguments, or serve the process that runs it."""
     if not arguments or arguments[0].startswith("-"):
         fail("expected: torchrun --nproc-per-node N -m common.launch MODULE [ARGUMENTS].", USER_ERROR)
     try:

@@ -113,7 +113,7 @@ def _biases(given: Any) -> tuple[tuple[int, float], ...] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class StructuredOutputsParams:
-    """What the output has to be, as exactly one of these. Names as in vLLM. `common.text.grammar` says what each may hold."""
+    """The form of the output, as exactly one of these. Names as in vLLM. `common.text.grammar` states what each may hold."""
 
     json: str | Mapping[str, Any] | None = None
     """A JSON Schema, of which the output is an instance. Kept as text."""
@@ -194,8 +194,10 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | list[int] | None = None
     """All others are masked; None allows all."""
     bad_words: tuple[str, ...] | list[str] = ()
-    """Texts that do not come up, with or without a space before them: where the tokens of one but for its last end the output,
-    the last is masked. `Request.bad_words` has the tokens."""
+    """Texts that the output must not contain, with or without a space before them.
+
+    Where the output ends in all tokens of a text but the last, the last is masked. `Request.bad_words` has the tokens.
+    """
     structured_outputs: StructuredOutputsParams | None = None
     """What the output has to be. It ends where nothing can follow, or with EOS where it may end, `ignore_eos` or not. What is
     cut short, by max_tokens or a stop string, is the beginning of such an output. It compiles to `Request.grammar`."""
@@ -204,8 +206,11 @@ class SamplingParams:
     logprobs: int | None = None
     """None: none. k: of the chosen token and of the k likeliest, from the raw logits."""
     prompt_logprobs: int | None = None
-    """Likewise of the prompt's tokens but the first, each given those before it. Such a prompt is not looked up in the prefix
-    cache: a score needs the hidden state of its position, and pages hold keys and values. Other requests find its pages."""
+    """Log-probabilities of the prompt's tokens but the first, each given those before it; k as in `logprobs`.
+
+    Such a prompt does not use the prefix cache: a score needs the hidden state of its position, and pages hold keys and values.
+    Other requests find its pages.
+    """
     stop: tuple[str, ...] | list[str] | str = ()
     stop_token_ids: tuple[int, ...] | list[int] = ()
     ignore_eos: bool = False
@@ -319,31 +324,39 @@ class Request:
     """Replaces `params.max_tokens`. A router sets it where another engine continues the request."""
     eos_token_ids: tuple[int, ...] = ()
     bad_words: tuple[tuple[int, ...], ...] = ()
-    """`params.bad_words` as token ids, from whoever has the tokenizer (`Tokenizer.bad_words`)."""
+    """`params.bad_words` as token ids, computed by `Tokenizer.bad_words`."""
     grammar: Future[Any] | None = None
     """The `common.text.grammar.Grammar` that `params.structured_outputs` compiles to. Until then the request waits, and delays
     no other. If the compilation fails, the request ends with `FINISHED_ERROR`."""
     cache_salt: str = ""
     """Requests share cached pages only with requests of the same salt."""
     priority: int = 0
-    """Lower runs first and is preempted last; who has the same is served in order of arrival."""
+    """Urgency: a lower value runs first and is preempted last. Equal values run in order of arrival."""
     deadline: float | None = None
-    """When it ends with `FINISHED_TIMEOUT` if it has not ended before, whether it runs or waits; on the clock of
-    `time.perf_counter`, so that what is spent before `add` counts too."""
+    """Time on the clock of `time.perf_counter` at which a request ends with `FINISHED_TIMEOUT`, running or waiting.
+
+    Time that passes before `add` counts too.
+    """
     parent: str | None = None
-    """The id of a live request with the same prompt and salt: this one starts from its pages once they are written, instead of
-    computing the prompt anew. Where there is no such request, or it leaves them before that, this one goes by itself."""
+    """The id of a live request with the same prompt and salt, from whose pages this one starts once they are written.
+
+    Without such a request, or if this one leaves the queue first, this one computes its prompt itself.
+    """
     output_token_ids: tuple[int, ...] = ()
     """What it has of its output already, from an engine that is gone: it goes on from there, as one does that was preempted."""
     kv: Future[KV] | None = None
-    """Keys and values of its first tokens, from an engine that has computed them. Until they are there the request waits, and
-    holds up nobody; if that fails, they are computed. When it ends before, this is cancelled."""
+    """Keys and values of its first tokens, from an engine that has computed them.
+
+    The request waits for them and delays no other. If the transfer fails, they are computed. The end of the request cancels it.
+    """
     prepared: Any = None
     """The prepared form of the fields above (`common.schedule.prepare.Prepared`), which choices share. The engine prepares a
     request that has none. It must be left out of a copy whose prompt, params or bad words differ."""
     keep_pages: bool = False
-    """Where its output comes to `max_tokens`, its pages stay as they are, to be read (`Engine.read_kept`) and given back
-    (`Engine.drop_kept`), unless the engine must start over."""
+    """Whether the pages stay as they are when the output reaches `max_tokens`, unless the engine must start over.
+
+    `Engine.read_kept` reads them, and `Engine.drop_kept` frees them.
+    """
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt_token_ids", tuple(self.prompt_token_ids))

@@ -1,4 +1,4 @@
-"""What is known of a step that ran, for whoever keeps a log of them."""
+"""The record of a step that ran, for logs of steps."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ class StepRecord(NamedTuple):
     shared: np.ndarray
     """int32[S]: how many keys at its start lie in pages that a later sequence of the step has too."""
     prompt_tokens: int | None = None
-    """Of `counts`, those of sequences that have more than one or are in their prompt; with none the step only decodes. This and
-    what follows is the engine's to tell: a batch alone does not."""
+    """Of `counts`, those of sequences with more than one token or within their prompt. With none the step only decodes.
+
+    The engine fills this field and all below: a batch alone does not determine them.
+    """
     running: int | None = None
     """Requests that hold pages and a row."""
     waiting: int | None = None

@@ -1,15 +1,16 @@
-"""How a model is shared out: its layers over stages, and those of a stage over ranks, each of which computes with some of their
-heads, features and tokens. Arithmetic alone.
+"""How ranks and stages share a model. This file is arithmetic alone.
 
-A stage's part of a model is a smaller model too, which begins with the residual stream of the stage before it, or with tokens,
-and ends with its own, or with logits.
+Stages share the layers. The ranks of a stage share each layer: a rank computes with some of the heads, features and tokens.
+
+A stage's part of a model is a smaller model too. It begins with tokens or with the residual stream of the stage before it, and
+ends with its own stream or with logits.
 
 A rank's part of a model is a smaller model with the same residual stream. What its attention and its MLP add to the stream are
-terms of a sum over the ranks (Shoeybi et al. 2019, arXiv:1909.08053, §3); its tokens are its rows of embedding and LM head.
+terms of a sum over the ranks (Shoeybi et al. 2019, arXiv:1909.08053, §3). Its tokens are its rows of embedding and LM head.
 
-All ranks have one shape, so that one program serves them: what does not divide evenly is filled up with zeros, which add
-nothing. KV heads are split with the queries that read them. Where there are fewer than ranks, several ranks have the same one
-and split its queries.
+All ranks have one shape, so that one program serves them. Zeros, which add nothing, fill up what does not divide evenly. KV
+heads are split with the queries that read them. If they are fewer than the ranks, several ranks have the same head and split
+its queries.
 """
 
 from __future__ import annotations

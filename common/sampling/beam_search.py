@@ -1,11 +1,12 @@
 """Beam search: the likeliest continuations of a prompt, one token longer in each round.
 
-It needs of an engine only the likeliest next tokens of many sequences at once, and leaves what they have in common to the
-prefix cache. A round looks at all continuations of the beams by one token: of the best `beam_width`, those that end are
-complete, and the best `beam_width` that do not end are the next beams. In the last round all of the best are complete.
+It needs from an engine only the likeliest next tokens of many sequences at once. The prefix cache holds what they share. A
+round extends all beams by one token and takes the best `beam_width` continuations. Those that end are complete. The best
+`beam_width` that do not end are the next beams. In the last round all of the best are complete.
 
-That is the search of `transformers` with early_stopping="never", the length of an output without the prompt and with its EOS.
-vLLM's differs: it counts the prompt as length too, and completes whatever ends among the 2 * beam_width likeliest of each beam.
+That is the search of `transformers` with early_stopping="never". The length of an output excludes the prompt and includes its
+EOS. vLLM's search differs. It counts the prompt as length, and completes all that end among the 2 * beam_width likeliest of
+each beam.
 """
 
 from __future__ import annotations

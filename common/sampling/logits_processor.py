@@ -1,7 +1,8 @@
-"""What a request asks of its logits beyond temperature and filters: sparse edits, kept up token by token, and allowed ids.
+"""What a request changes in its logits beyond temperature and filters: sparse edits, updated token by token, and allowed ids.
 
-An edit changes the logit x of one token: x + bias, then divided by the repetition factor where positive and multiplied by it
-where not, then less the penalty. A masked token has a bias of -inf, which no other change lifts.
+An edit changes the logit x of one token in three operations. It adds a bias, applies the repetition factor, and subtracts the
+penalty. The factor divides a positive logit and multiplies any other. A masked token has a bias of -inf, which no other change
+lifts.
 
 A `Plan` holds the edits before the first output token. It is immutable, and all choices of a prompt share it.
 `LogitsProcessor` adds the changes that the output of one choice causes.
@@ -133,8 +134,11 @@ class LogitsProcessor:
         self._used[slot] = (self._values[slot] != NEUTRAL).any()
 
     def at(self, output: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """The edits int32[n] and float32[n, 3] (bias, repetition factor, penalty) for the token behind `length` of output, of
-        which `output` are known: all of them if the edits `follow`."""
+        """Return the edits for the token behind `length` of output: int32[n] and float32[n, 3].
+
+        The three columns are bias, repetition factor and penalty. `output` holds the known tokens of the output: all of them if
+        the edits `follow`.
+        """
         values, used = self._values, self._used
         if masked := self._masked(output, length):
             values, used = values.copy(), used.copy()
@@ -176,7 +180,7 @@ def _frozen(array: np.ndarray) -> np.ndarray:
 
 
 def bitmask(token_ids: Sequence[int], vocab_size: int) -> np.ndarray:
-    """uint32[ceil(V / 32)]: bit v % 32 of word v // 32 says whether token v is among `token_ids`."""
+    """Return uint32[ceil(V / 32)]: bit v % 32 of word v // 32 states whether token v is among `token_ids`."""
     allowed = np.zeros(-(-vocab_size // 32) * 32, bool)
     allowed[list(token_ids)] = True
     return np.packbits(allowed, bitorder="little").view("<u4")

@@ -1,8 +1,7 @@
-"""What a decoder makes of prompts that nobody continues: states of whole prompts, and embeddings of them.
+"""Compute hidden states and embeddings of prompts that no request continues.
 
-A step that shows its insides (`ModelRunner.observe`) runs them, on pages that are held for them alone. It shows the residual
-stream under all kernels, equal in bits under native ones; what follows is done here, so embeddings of two engines differ as
-their layers do.
+`ModelRunner.observe` runs the prompts on pages that are held for them alone. It returns the residual stream under all kernels,
+with equal bits under native ones. This file computes the rest, so embeddings of two engines differ as their layers do.
 """
 
 from __future__ import annotations

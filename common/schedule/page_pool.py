@@ -1,11 +1,12 @@
-"""The pool of KV pages: who holds which, which hold reusable content, which is given out next.
+"""Allocate KV pages: which request holds which page, which pages hold reusable content, which page is allocated next.
 
-Bookkeeping only: a page is an int, its bytes live in a runner. Page 0 is the null page, never given out; here it doubles as
-the head of the free list. All state is in flat lists made once, so that nothing is allocated per operation.
+The pool only keeps books: a page is an int, and its bytes lie in a runner. Page 0 is the null page, which is never allocated.
+Here it is also the head of the free list. All state is in flat lists made once, so an operation allocates nothing.
 
-A page with full, written content can be *published* under a `PageKey`; a later request with the same prefix then shares it.
-Published pages that nobody holds stay on the free list as a cache and are evicted from its front: least recently used first,
-of one request its tail first (a prefix is of more use than what follows it), pages without a key before all others.
+A page with full, written content can be *published* under a `PageKey`. A later request with the same prefix then shares it.
+Published pages that no request holds stay on the free list as a cache. The pool evicts from the front of the list: pages
+without a key, then the least recently used. Of one request the tail goes first, because a prefix is of more use than what
+follows it.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ class PageKey(NamedTuple):
 
 
 def next_key(secret: bytes, parent: PageKey | None, tokens: bytes, salt: str) -> PageKey:
-    """The key of the page that holds `tokens` and follows `parent`; None begins a chain, and only there `salt` enters.
+    """Return the key of the page that holds `tokens` and follows `parent`. None starts a chain, and only there `salt` enters.
 
-    The hash is keyed and cryptographic (BLAKE2b, RFC 7693): behind the first page nothing but the chain keeps one salt's pages
-    from another's, so it must hold against someone who chooses tokens. It costs half a microsecond for each page filled.
+    The hash is keyed and cryptographic (BLAKE2b, RFC 7693). Behind the first page only the chain separates the pages of two
+    salts. So the hash must resist a client that chooses tokens. It costs half a microsecond for each page filled.
     """
     above = parent.digest if parent else ROOT
     content = tokens if parent else salt.encode() + tokens

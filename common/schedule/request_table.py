@@ -32,7 +32,7 @@ class LogitsUpdate(NamedTuple):
     allowed: np.ndarray | None = None
     """uint32[W], a bit a token; None allows all."""
     matcher: Matcher | None = None
-    """Allows less, and says what only while the step runs."""
+    """Allows fewer tokens, and determines which only while the step runs."""
 
 
 class Rows:

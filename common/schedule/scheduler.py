@@ -1,29 +1,32 @@
-"""Who runs in the next step, how many tokens of each, on which pages; and what becomes of them once its result is there.
+"""Choose the requests of the next step, their numbers of tokens and their pages, and apply the results of steps.
 
-Continuous batching (Yu et al. 2022, Orca) over paged KV (Kwon et al. 2023, arXiv:2309.06180), with chunked prefill and
-preemption by recompute. There is no prefill or decode phase: `computed` of each request catches up with its tokens. A step
-takes running requests first, one-token ones before chunks, then waiting ones; both the most urgent first, which is the one of
-the lowest `Request.priority` and among equals the oldest.
+The method is continuous batching (Yu et al. 2022, Orca) over paged KV (Kwon et al. 2023, arXiv:2309.06180), with chunked
+prefill and preemption by recompute. There is no prefill or decode phase: `computed` of each request catches up with its tokens.
+A step takes running requests first, those of one token before chunks, then waiting ones. Both go from the most urgent to the
+least. The most urgent request has the lowest `Request.priority` and, among equals, arrived first.
 
-Progress never stops. A request is refused at the door unless the pool can hold it alone, and admitted only with pages for all
-its tokens, so a chunk never waits. The victim of a preemption is the least urgent that runs: so the most urgent that runs is
-never one, runs through, and gives its pages to the next. Nobody who waits is overtaken by a less urgent one, so the most urgent
-of them is admitted when those that run have ended, at the latest; only more urgent ones that keep coming can hold it off.
+Progress never stops. `add` refuses a request that the pool cannot hold alone. A request is admitted only with pages for all its
+tokens, so a chunk never waits. The scheduler preempts the least urgent running request. So the most urgent one is never
+preempted, ends, and gives its pages to the next. A less urgent request never overtakes a waiting one. So the most urgent
+waiting request is admitted at the latest when the running ones have ended. Only a stream of more urgent requests can delay it.
 
-A request with a `parent` forks: it holds the pages its parent has filled with their prompt, has a copy made of the last one, of
-which it will write the rest, and computes only the prompt's last token. Until the parent's prompt is written it is passed over;
-that holds up nobody, for the parent runs or stands before it in the queue.
+A request with a `parent` forks. It shares the pages that its parent has filled with their prompt. The engine copies the last
+page, because the fork writes the rest of it. The fork computes only the prompt's last token. Until the parent's prompt is
+written the scheduler skips the fork. That delays no request, because the parent runs or stands before the fork in the queue.
 
-Where steps are computed in stages (`Caps.pipelined`), those in flight are of different requests: a request that awaits a token
-is passed over until it has come, and no step takes more than its share of those that decode. So they form as many groups as
-there are stages, which take turns; but the chunks of one prompt may follow each other at once.
+Where steps are computed in stages (`Caps.pipelined`), the steps in flight are of different requests. The scheduler skips a
+request that awaits a token, and no step takes more than its share of the decoding requests. So these form as many groups as
+there are stages, and the groups take turns. The chunks of one prompt may follow each other at once.
 
-Three of these ideas can be left out, to measure what each is worth; no output depends on them. What takes an idea's place is
-the mildest form of doing without it, so that its worth is not overstated:
-- `static`: those who wait form a batch, and nobody joins before all of it have ended (`_form_batch`). The place of a request
-  that has ended stays idle, but it is not computed and its pages are free; a padded batch, as in `engine=hf`, pays for both.
-- `dense`: a request takes all pages it can ever need as it is admitted (`_pages_to_start`), as a contiguous cache must. It is
-  believed its `max_tokens`; a server that cannot know them reserves the whole context (Kwon et al., section 6.1).
+Three of these ideas can be left out to measure the effect of each. No output depends on them. The mildest replacement takes the
+place of the idea, so that the measurement does not overstate it.
+
+- `static`: waiting requests form a batch, and no request joins before all of it have ended (`_form_batch`). The place of an
+ended
+  request stays idle. It is not computed, and its pages are free; a padded batch, as in `engine=hf`, pays for both.
+- `dense`: an admitted request takes all pages that it can ever need (`_pages_to_start`), as a contiguous cache must. The
+scheduler
+  takes its `max_tokens` as known. A server that cannot know them reserves the whole context (Kwon et al., section 6.1).
 - without `chunked_prefill` a prompt is computed in one step, or waits for one with room for all of it (`_may_split`).
 """
 
@@ -119,8 +122,8 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # the most urgent first, the preempted among them
         self.running: list[Sequence] = []  # the most urgent first
         self.leaving: list[Sequence] = []  # no longer running, but a step in flight still names their pages and row
-        self.compiling: list[tuple[Sequence, Future[Grammar]]] = []  # who has ended stays until the next look
-        self.deadlines: list[tuple[float, int, Sequence]] = []  # a heap; who has ended stays until it comes up
+        self.compiling: list[tuple[Sequence, Future[Grammar]]] = []  # ended requests stay until the next check
+        self.deadlines: list[tuple[float, int, Sequence]] = []  # a heap; ended requests stay until their deadline
         self.num_requests = 0
         self.num_considered = 0
         """Of these, the ones that came before the last step was scheduled."""
@@ -181,8 +184,10 @@ class Scheduler:
 
     @property
     def num_free_rows(self) -> int:
-        """Rows for requests that come before the next step; 0 while somebody waits whom a step has passed over, for it is not
-        for want of a row alone that requests wait."""
+        """Return the rows for requests that come before the next step.
+
+        Return 0 while a waiting request was skipped by a step, because then requests wait for more than a row.
+        """
         if (self.static and any(not seq.status.finished for seq in self.batch)) or any(
             seq.number < self.num_considered for seq in self.waiting
         ):
@@ -262,7 +267,7 @@ class Scheduler:
     # ── one step: schedule ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def schedule(self) -> Step | None:
-        """The next step, or None if nobody can run before a step in flight has landed."""
+        """Return the next step, or None if no request can run before a step in flight has landed."""
         self.num_considered = self.num_requests
         if not self._try_next():
             return None
@@ -281,7 +286,7 @@ class Scheduler:
         return self._commit(plan, started) if plan else None
 
     def _try_next(self) -> bool:
-        """Go on to the next trial if this one is over, with nobody else on the device; False while steps are in flight."""
+        """Start the next trial if this one is over and the device is idle. Return False while steps are in flight."""
         while self.trials.over:
             if any(seq.in_flight for seq in (*self.running, *self.leaving)):
                 return False
@@ -297,7 +302,7 @@ class Scheduler:
         share = -(-len(self.running) // (self.caps.depth + 1)) if self.caps.pipelined else len(self.running)
         for seq in list(self.running):
             if seq.status is not Status.RUNNING:
-                break  # preempted just now, and so is everyone less urgent
+                break  # preempted just now, and so are all less urgent requests
             if seq.left > 1:
                 prefills.append(seq)
             elif seq.pending and (seq.follows or self.caps.pipelined):
@@ -425,8 +430,11 @@ class Scheduler:
         return -(-tokens // self.block_size)
 
     def _may_split(self, seq: Sequence) -> bool:
-        """Whether a step may compute a part of its prompt. Without chunked prefill only where no step could hold all of it:
-        where a request was preempted after its output had made it that long, or where its prompt is scored."""
+        """Return whether a step may compute a part of its prompt.
+
+        Without chunked prefill it may only where no step could hold all of the prompt. That happens when a request was
+        preempted after its output had grown, or when its prompt is scored.
+        """
         return self.chunked_prefill or seq.known > self.budget or seq.scoring
 
     def _lookup(self, seq: Sequence) -> list[int]:
@@ -524,10 +532,10 @@ class Scheduler:
         return events
 
     def _publish(self, seq: Sequence, landed: int) -> None:
-        """Offer the pages that are full now that KV of its first `landed` tokens is written.
+        """Publish the pages that are full now that KV of its first `landed` tokens is written.
 
-        Only here, when the step that wrote a page has come back with finite logits, and not at `schedule`: so no page is shared
-        that an exception or a NaN would take back. The price is that twins admitted to one step both compute their prefix.
+        The scheduler publishes when the step that wrote a page has landed with finite logits, and not at `schedule`. So no page
+        is shared that an exception or a NaN would revoke. The price: twins admitted to one step both compute their prefix.
         """
         size = self.block_size
         while (seq.published + 1) * size <= landed:
@@ -574,8 +582,10 @@ class Scheduler:
     # ── beside the steps ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def lend(self, count: int) -> list[int]:
-        """Pages for whoever gives them back (`pool.release`) before the next step, while none is in flight. Where there are too
-        few, the least urgent that run are sent back to waiting, and then those that are kept go."""
+        """Return pages for a caller that frees them (`pool.release`) before the next step, while none is in flight.
+
+        If too few are free, the scheduler preempts the least urgent running requests, and then drops kept pages.
+        """
         while (pages := self.pool.allocate(count)) is None:
             if self.running:
                 self._preempt(self.running[-1])

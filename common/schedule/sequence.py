@@ -36,7 +36,7 @@ class Sequence:
     edits: LogitsProcessor | None = None
     """What it asks of its logits; None if nothing."""
     scores: list[Logprobs | None] | None = None
-    """Of its prompt's tokens, as far as they are known; None if nobody asked."""
+    """Log-probabilities of its prompt's tokens, as far as they are known; None if not requested."""
     matcher: Matcher | None = None
     """How far its output has come in its grammar; None without one, and until that is compiled."""
     kv: Future[KV] | None = None

@@ -1,4 +1,4 @@
-"""A scheduled step, until its result has landed: what it asks of the runner for each sequence, and what the result says."""
+"""A scheduled step until its result has landed: what it requests of the runner for each sequence, and what the result holds."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def take_scores(step: Step, result: Result, bad: set[int]) -> None:
 
 
 def logprobs_of(result: Result, j: int, k: int) -> Logprobs:
-    """What a result says about the token of logit row j, with the k likeliest.
+    """Return the log-probability of the token of logit row j, with the k likeliest.
 
     The runner reports logprobs in every step that wants any.
     """

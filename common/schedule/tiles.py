@@ -1,9 +1,9 @@
 """Query tiles: how the attention of a ragged step is cut into pieces of one shape.
 
 A tile is up to C consecutive query tokens of one sequence; a decode is a tile of one. Both engines walk over tiles instead of
-sequences, so a step that mixes a 500-token chunk with 60 decodes costs what its parts cost: no block-diagonal mask over
-everything, no loop over sequences. PyTorch takes all tiles of like context length in one call (`length_classes`); JAX,
-whose shapes are compiled, walks over tiles sorted by length (`by_length`) in groups of a fixed size.
+sequences. So a step that mixes a 500-token chunk with 60 decodes costs what its parts cost. It needs no block-diagonal mask and
+no loop over sequences. PyTorch takes all tiles of like context length in one call (`length_classes`). JAX, whose shapes are
+compiled, walks over tiles sorted by length (`by_length`) in groups of a fixed size.
 """
 
 from __future__ import annotations
@@ -70,8 +70,10 @@ class LengthClass:
 
 
 def length_classes(tiles: Tiles, page_size: int, window: int, most_pages: int) -> list[LengthClass]:
-    """Group tiles by the number of pages they read, each group within a factor of about 1.4, and hold every group's gather
-    below `most_pages` pages, so that its scores stay in the cache."""
+    """Group tiles by the number of pages they read, each group within a factor of about 1.4.
+
+    The gather of every group is below `most_pages` pages, so that its scores stay in the cache.
+    """
     if not len(tiles):
         return []
     start, stop = tiles.key_range(window)

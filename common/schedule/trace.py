@@ -1,9 +1,9 @@
-"""Record the calls on a `ModelRunner` to a file, and replay them on any other: how two backends are compared step by step.
+"""Record the calls on a `ModelRunner` to a file, and replay them on any other, to compare two backends step by step.
 
-A trace is the ordered calls that change a runner's state. The file is a magic number and frames of
-`kind (1 byte) · step (8 bytes) · length (8 bytes) · CRC-32 of the payload (4 bytes) · payload`, all little-endian. A payload is
-the bytes of a `Batch` or a set of named arrays: the length of a JSON header of names, dtypes and shapes, the header, and the
-arrays' bytes one after the other.
+A trace is the ordered calls that change a runner's state. The file is a magic number and frames, little-endian. A frame is
+`kind (1 byte) · step (8 bytes) · length (8 bytes) · CRC-32 of the payload (4 bytes) · payload`. A payload is the bytes of a
+`Batch` or a set of named arrays. Named arrays are the length of a JSON header, the header, and the arrays' bytes one after the
+other. The header has names, dtypes and shapes.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class Kind(IntEnum):
 
 
 def retrace(path: Path | str, runner: ModelRunner, run: Callable[[int, Batch], T]) -> Iterator[tuple[int, Batch, Result, T]]:
-    """Repeat a recorded run on a loaded `runner`, each step done by `run(step, batch)`, which may observe it; yields step,
-    batch, recorded result and what that returned.
+    """Repeat a recorded run on a loaded `runner`, each step done by `run(step, batch)`, which may observe it.
 
-    The trace allocates the runner's pages if the recording began before that. Steps that raised when they were recorded are
-    run, and undone by the reset that follows them, without being yielded. Raises `TraceError` on damage.
+    Yields the step, the batch, the recorded result and the value that `run` returned. The trace allocates the runner's pages if
+    the recording began before that. A step that raised in the recording is run, and the reset that follows reverts it; it is
+    not yielded. Raises `TraceError` on damage.
     """
     running: dict[int, tuple[Batch, T]] = {}
     for kind, step, payload in read_frames(path):
