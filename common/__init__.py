@@ -4,5 +4,5 @@ import sys
 
 from common.process.exits import end_quietly_at_ctrl_c
 
-if sys.argv[:1] == ["-m"]:  # `python -m` looks here for a command; whoever imports this as a library handles Ctrl-C
+if sys.argv[:1] == ["-m"]:  # `python -m` looks here for a command; a program that imports the library handles Ctrl-C itself
     end_quietly_at_ctrl_c()

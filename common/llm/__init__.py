@@ -197,7 +197,7 @@ class LLM:
     def close(self) -> None:
         """Idempotent."""
         if not self._closed:
-            self._closed = True  # before the lock: whoever else steps leaves off
+            self._closed = True  # before the lock: another thread that steps stops
             with self._lock:
                 self._builder.close()
                 self._end()

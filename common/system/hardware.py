@@ -1,6 +1,6 @@
 """The machine: which device to compute on and why, and facts about it that need no framework.
 
-The choice of a device is pure logic here; what is usable, only a backend can tell. It hands in one probe a platform.
+The choice of a device is pure logic. Only a backend knows which platforms are usable, and provides one probe per platform.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Choice:
 
 
 def choose(requested: str, probes: Mapping[str, Probe]) -> Choice:
-    """The first usable platform for `requested`: `auto` tries all in the order of `PLATFORMS`, `gpu` only GPUs, a name only it.
+    """Return the first usable platform for `requested`: `auto` tries all in the order of `PLATFORMS`, `gpu` only GPUs.
 
-    `probes` holds what the backend supports at all; a platform without a probe is passed over. Probes run one by one and only
-    until one succeeds; why others refused is logged for who debugs. Raises `ConfigError` for an unknown name, `BackendError` if
-    nothing is usable.
+    A name tries only that platform. `probes` holds what the backend supports; a platform without a probe is skipped. Probes run
+    one by one until one succeeds. The debug log has the reasons of the others. Raises `ConfigError` for an unknown name, and
+    `BackendError` if no platform is usable.
     """
     if requested not in _CANDIDATES:
         hint = nearest_hint(requested, _CANDIDATES)
@@ -110,24 +110,26 @@ def cgroup_files(controller: str, *names: str) -> list[tuple[str, ...]]:
 
 
 def cpu_name() -> str:
-    """The processor's name as its maker prints it, or its architecture where that is not told."""
+    """Return the processor's name as its maker prints it, or its architecture if that is unknown."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def cpu_vendor() -> str:
-    """Its maker as Linux names it (`GenuineIntel`, `AuthenticAMD`), or nothing where it does not tell."""
+    """Return the maker as Linux names it (`GenuineIntel`, `AuthenticAMD`), or an empty string if unknown."""
     return _cpuinfo("vendor_id")
 
 
 def cpu_features() -> str:
-    """The instruction sets that Linux says the processor has, or nothing where it does not tell."""
+    """Return the instruction sets that Linux reports for the processor; none if unknown."""
     return _cpuinfo("flags", "Features")
 
 
 @cache
 def matrix_unit() -> bool:
-    """Whether this process may use Intel's matrix unit (AMX) for bfloat16. Linux wants to be asked, and here it is; it refuses
-    where a thread's signal stack is too small for the unit's registers, or a sandbox is strict."""
+    """Request Intel's matrix unit (AMX) for bfloat16 from Linux, and return whether this process may use it.
+
+    Linux refuses where a thread's signal stack is too small for the unit's registers, or where a sandbox is strict.
+    """
     if platform.machine() != "x86_64" or "amx_bf16" not in cpu_features().split():
         return False
     arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA = 158, 0x1023, 18  # arch/x86/include/uapi/asm/prctl.h
@@ -153,7 +155,7 @@ def rss(pid: int | None = None) -> int:
 
 
 def peak_rss(pid: int | None = None) -> int:
-    """The most bytes of memory this process has held at once, or another: of that, where Linux does not tell, what it holds."""
+    """Return the peak memory in bytes of this process or of another. If Linux does not report it, return the current memory."""
     try:
         # Not getrusage: on Linux its peak survives exec, so a child would report its parent's.
         for line in Path(f"/proc/{pid or 'self'}/status").read_text(encoding="utf-8").splitlines():
@@ -212,8 +214,10 @@ def cxx_compiler() -> list[str]:
 
 
 def expect_not_forked(framework: str) -> None:
-    """Raises `BackendError` in a process forked from one that asked this of the same framework: its threads are not there, and
-    whoever waits for them waits for ever."""
+    """Raise `BackendError` in a process forked from one that called this for the same framework.
+
+    The framework's threads do not exist in the fork, so a wait for them would never end.
+    """
     if _first_process(framework) != os.getpid():
         raise BackendError(
             f"The threads of {framework} were started before this process was forked, and a fork does not have them. Start "

@@ -56,16 +56,16 @@ class ChatTemplate:
         continue_final_message: bool | str = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """Return the conversation as text, special tokens spelt out. Arguments mean what they mean to transformers'
-        `apply_chat_template`.
+        """Return the conversation as text, special tokens spelt out.
 
-        `add_generation_prompt` appends the beginning of an answer. `continue_final_message` leaves the last message open, so
-        that the model continues it; a string names the field to continue, by default `content`. `chat_template_kwargs` are
-        variables for the template, which must not replace its own (`PROTECTED`).
+        Arguments mean what they mean to transformers' `apply_chat_template`. `add_generation_prompt` appends the beginning of
+        an answer. `continue_final_message` leaves the last message open, so that the model continues it; a string names the
+        field to continue, by default `content`. `chat_template_kwargs` are variables for the template, which must not replace
+        its own (`PROTECTED`).
 
-        Raises `RequestError` for arguments that are malformed, too large (`common.text.disguise`) or refused by the template,
-        and for a template that takes too much CPU time or memory. Raises `CheckpointError` for a template that is not valid
-        Jinja, and `UnavailableError` if the machine is too busy to render it.
+        Raises `RequestError` for arguments that are malformed, too large (`common.text.disguise`) or refused by the template.
+        Raises it too for a template that takes too much CPU time or memory. Raises `CheckpointError` for a template that is not
+        valid Jinja, and `UnavailableError` if the machine is too busy to render it.
         """
         disguise = Disguise(self._special)
         given = _Given(messages, tools, add_generation_prompt, continue_final_message, chat_template_kwargs)

@@ -9,11 +9,11 @@ from common.text.tokenizer import Tokenizer
 
 
 class IncrementalDetokenizer:
-    """The text of a growing list of tokens: what `push` and the final `flush` return, joined, is `Tokenizer.decode` of all.
+    """The text of a growing list of tokens: the results of `push` and of the final `flush`, joined, equal `Tokenizer.decode`.
 
     Every token is a few bytes, so the cost of a token does not depend on how many came before. At most three bytes are held
-    back, the beginning of one character; bytes that cannot become a character come out as U+FFFD with the next byte.
-    The prompt decides one thing only: whether the output begins the text, where some vocabularies drop a space.
+    back, the beginning of one character. Bytes that cannot become a character become U+FFFD with the next byte. The prompt
+    decides only whether the output begins the text, where some vocabularies drop a space.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Iterable[int] = (), skip_special_tokens: bool = True) -> None:

@@ -1,10 +1,11 @@
-"""What an output has to be, compiled for a vocabulary and followed token by token. The work is llguidance's (`grammar` extra).
+"""What an output has to be, compiled for a vocabulary and followed token by token. The library llguidance does the work.
 
-A grammar is compiled on a thread of its own, and copied for each request that it holds for. Limits are in the library's units
-of work, not in seconds, so that what is refused does not depend on the machine: some seconds of one core at the very most.
+A grammar is compiled on a thread of its own, and copied for each of its requests. Limits are in the library's units of work and
+not in seconds, so that a refusal does not depend on the machine. They allow some seconds of one core at most.
 
-What may be asked: JSON Schema as llguidance knows it, and no keyword of it is ignored; regular expressions of Rust's `regex`,
-without look-around and back-references; grammars of Lark's syntax with llguidance's additions, or of llama.cpp's GBNF.
+A grammar is one of three. JSON Schema has the keywords of llguidance, and none of them is ignored. Regular expressions are
+those of Rust's `regex`, without look-around and back-references. Grammars have Lark's syntax with llguidance's additions, or
+llama.cpp's GBNF.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 MAX_KEPT = 64
-"""Grammars that are kept compiled, for those who ask for the same."""
+"""Number of compiled grammars that are kept for later requests."""
 SPACES = r" |\n {0,64}"
 """Between the tokens of JSON, or nothing: what printers of JSON write, and bounded, so that no output is spaces for ever."""
 LIMITS: dict[str, Any] = {
@@ -73,8 +74,10 @@ class Matcher:
         self._inner, self._words = inner, -(-vocab_size // 32)
 
     def mask(self) -> np.ndarray:
-        """uint32[ceil(V / 32)]: bit v % 32 of word v // 32 says whether token v may come next, EOS among them where the output
-        may end. The library holds no lock of Python's meanwhile."""
+        """Return uint32[ceil(V / 32)]: bit v % 32 of word v // 32 states whether token v may come next.
+
+        EOS is among them where the output may end. The library does not hold Python's lock meanwhile.
+        """
         mask = np.empty(self._words, np.uint32)
         self._inner.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         return mask
@@ -84,7 +87,7 @@ class Matcher:
         if self._inner.consume_token(token):
             return None
         error = self._inner.get_error()
-        if "satisfy the grammar" in error:  # it was not allowed, so nothing was: the runner heeds masks
+        if "satisfy the grammar" in error:  # it was not allowed, so nothing was: the runner follows masks
             return STUCK
         return CANNOT_GO_ON + _in_short(error)
 

@@ -36,9 +36,9 @@ class Delta:
 class OutputText:
     """Follows one request. After a delta with a `finish` it takes no more events.
 
-    A delta may end the request although its event did not: then a stop string is complete, the caller tells the engine, and
-    tokens that were already on their way are dropped. The token that completes a stop string is part of the output, its text
-    only as far as the string allows. A token that ends the request by its id shows no text, unless
+    A delta may end the request although its event did not: then a stop string is complete. The caller ends the request in the
+    engine, and tokens that were already on their way are dropped. The token that completes a stop string is part of the output,
+    and its text only as far as the string allows. A token that ends the request by its id shows no text, unless
     `include_stop_str_in_output` asks for it. Stop strings count once `min_tokens` tokens are out.
     """
 

@@ -1,8 +1,8 @@
-"""The program that renders chat templates, in a process of its own: a template is code that came with the weights.
+"""Render chat templates in a process of its own: a template is code that came with the weights.
 
-A sandbox keeps it from reaching Python, but not from computing for ever or filling the memory; only ending its process does.
-Run by path with the CPU seconds of one request as its argument; needs jinja2 alone. The first line of output says that it is
-ready. Then it reads one JSON request a line and writes one answer a line.
+A sandbox keeps a template from reaching Python. It does not limit time and memory; only the end of the process does. The
+program runs by path, with the CPU seconds of one request as its argument, and needs jinja2 alone. Its first line of output
+reports that it is ready. Then it reads one JSON request per line and writes one answer per line.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MAX_OUTPUT = 1 << 22
 
 
 class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}` marks what the assistant said, for training; here it renders as it stands."""
+    """`{% generation %}…{% endgeneration %}` marks the assistant's text for training; here its content renders unchanged."""
 
     tags = {"generation"}  # noqa: RUF012
 

@@ -1,7 +1,7 @@
 """Text to token ids and back, from a `tokenizer.json` or from the metadata of a GGUF file.
 
-Encoding is the `tokenizers` library's. Decoding is done here, token by token to bytes: bytes concatenate, so that a stream of
-tokens decodes to the same text as all of them at once, whatever UTF-8 they break apart.
+The library `tokenizers` encodes. Decoding is done here, token by token to bytes. Bytes concatenate. So a stream of tokens
+decodes to the same text as all of them at once, even where they split a character.
 """
 
 from __future__ import annotations
@@ -95,8 +95,11 @@ class Tokenizer:
             return self._plain
 
     def starts(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Where in `text` each token of `encode` begins, in characters. One that is added around the text has no place in it,
-        and begins where the one before it ends; one that goes on with a character begins where that does."""
+        """Return where in `text` each token of `encode` begins, in characters.
+
+        A token that is added around the text has no place in it, and begins where the token before it ends. A token that
+        continues a character begins where the character does.
+        """
         with _typed(text):
             (encoding,) = self._inner.encode_batch([text], add_special_tokens=add_special_tokens)
         starts, end = list[int](), 0
@@ -370,8 +373,8 @@ def _sentencepiece(
 
     SentencePiece merges the pair whose token has the highest score. The `tokenizers` library wants a list of pairs in order:
     all ways to cut each token in two, best token first. Runs of spaces are stored as spaces; they are respelt and merge like
-    other tokens. Their scores say nothing, so where the file's order contradicts the scores of its normal tokens nowhere
-    the order is used, which places them too.
+    other tokens, and their scores have no meaning. So the order of the file, which places them too, is used unless it
+    contradicts the scores of normal tokens.
     """
     pieces = [t.replace(" ", "▁") for t in tokens]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}

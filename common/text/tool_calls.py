@@ -213,7 +213,7 @@ class CallScanner:
     def __init__(self, *, bare: bool = False) -> None:
         self.name: str | None = None
         self.arguments = ""
-        """As the model wrote them: numbers and escapes may say more than Python's values can."""
+        """As the model wrote them: numbers and escapes may hold more than Python's values can."""
         self.done = self.failed = False
         self._bare = bare
         self._depth = 0

@@ -60,8 +60,9 @@ class Checkpoint:
 def open_checkpoint(path: Path | str) -> Checkpoint:
     """Open a GGUF file, or a Hugging Face directory: config.json beside model.safetensors or its shards and their index.
 
-    Raises ConfigError for a model that is described wrongly or not supported, CheckpointError for files that are missing or
-    damaged and for tensors that do not fit the description: how many, and which are the first of them."""
+    Raises ConfigError for a model that is described wrongly or not supported. Raises CheckpointError for missing or damaged
+    files, and for tensors that do not fit the description, with their number and the first of them.
+    """
     path = Path(path)
     if path.is_dir():
         return Checkpoint(path, *load_directory(path))
@@ -110,7 +111,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _checked(path: Path, config: ModelConfig, entries: Mapping[str, Entry]) -> dict[str, Entry]:
     """The expected entries in their canonical order; raises CheckpointError with how many do not fit, and the first of them."""
     expected = expected_shapes(config)
-    # First what is not expected: the rarer of the two, and it tells more.
+    # Unexpected tensors first: they are rarer than missing ones and explain more.
     problems = [
         f"unexpected {name} {entries[name].shape}" for name in entries if name not in expected and not _harmless(name, config)
     ]

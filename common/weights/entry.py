@@ -48,8 +48,10 @@ class Entry:
     """The memory-mapped tensor as it lies in the file: see `raw`."""
     source: Path
     row_order: np.ndarray | None = None
-    """int[shape[0]]: canonical row i is stored row `row_order[i]`; None where the order is the same (GGUF permutes q and k
-    of the llama architecture)."""
+    """int[shape[0]]: canonical row i is stored row `row_order[i]`; None where the order is the same.
+
+    GGUF permutes q and k of the llama architecture.
+    """
     addend: float = 0.0
     """Added to every decoded value to make it canonical (-1 for Gemma's norms, which GGUF stores as w + 1)."""
 

@@ -93,8 +93,11 @@ def canonical_name(stored_name: str, architecture: str) -> str:
 def model_config_from_metadata(
     metadata: dict[str, Any], tensor_names: Collection[str] = (), rope_factors: np.ndarray | None = None
 ) -> ModelConfig:
-    """ModelConfig of GGUF metadata. What the metadata does not say is read off the names of the tensors: a separate head,
-    biases. `rope_factors`, float32 [H/2], are what the file divides RoPE frequencies by. Raises ConfigError."""
+    """Return the ModelConfig of GGUF metadata. Raises ConfigError.
+
+    The names of the tensors show what the metadata omits: a separate head, biases. `rope_factors`, float32 [H/2], are the
+    divisors of RoPE frequencies in the file.
+    """
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         hint = nearest_hint(str(architecture), ARCHITECTURES)
@@ -136,7 +139,7 @@ def model_config_from_metadata(
         sandwich_norms=gemma,
         norm_offset=1.0 if gemma else 0.0,
         embedding_scale=hidden**0.5 if gemma else 1.0,
-        # Gemma 3 27B alone scales by its hidden size over its heads; the file does not say so.
+        # Gemma 3 27B alone scales by its hidden size over its heads; the file has no field for it.
         attention_scale=(hidden / heads) ** -0.5 if gemma and layers == 62 else 0.0,
         ropes=(rope, Rope(base=get.number("rope.freq_base_swa", 10_000.0))) if gemma else (rope,),
         layer_rope=tuple(map(int, sliding)) if gemma else (),
@@ -202,8 +205,11 @@ def _rope(get: _Metadata) -> Rope:
 
 
 def _with_llama3_factors(rope: Rope, head_dim: int, factors: np.ndarray) -> Rope:
-    """GGUF spells llama3 scaling as one divisor per frequency. Every release of Llama 3 ramps between 1 and 4 turns of 8,192
-    positions, so the largest divisor names the rule; a file where it does not is refused."""
+    """Find the llama3 rule whose divisors are `factors`: GGUF stores one divisor per frequency.
+
+    Raises ConfigError if no rule fits. Every release of Llama 3 ramps between 1 and 4 turns of 8,192
+    positions. So the largest divisor identifies the rule.
+    """
     scaled = replace(
         rope,
         scaling="llama3",

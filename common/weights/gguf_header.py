@@ -1,7 +1,7 @@
-"""The header of a GGUF file: key-value metadata and where each tensor lies.
+"""Read the header of a GGUF file: key-value metadata and the place of each tensor.
 
-Read here, not by `gguf.GGUFReader`, which makes NumPy arrays of every token of a vocabulary (seconds where this takes a tenth)
-and trusts the lengths it finds. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+`gguf.GGUFReader` is not used. It makes NumPy arrays of every token of a vocabulary, which takes ten times as long, and trusts
+the lengths that it finds. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations

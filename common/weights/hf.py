@@ -50,8 +50,10 @@ def load_directory(path: Path) -> tuple[ModelConfig, dict[str, Entry]]:
 
 
 def read_safetensors(path: Path) -> dict[str, Entry]:
-    """Lazy entries of one file. The `safetensors` library checks its header: lengths, offsets without overlap or hole, and
-    shape × dtype against bytes; the tensors are then mapped from the offsets that it names."""
+    """Return lazy entries of one file, mapped from the offsets that its header names.
+
+    The library `safetensors` checks the header: lengths, offsets without overlap or hole, and shape × dtype against bytes.
+    """
     file = map_file(path)
     start = 8 + int.from_bytes(file[:8], "little")
     if start > min(len(file), MAX_HEADER):

@@ -26,9 +26,9 @@ def names() -> tuple[str, ...]:
 
 
 def resolve(model: str) -> Path:
-    """The checkpoint of a name of `names()`, of a path, or of a hub id `org/name` (downloaded if there is a network).
+    """Return the checkpoint of a name of `names()`, of a path, or of a hub id `org/name`, which a network must provide.
 
-    Raises CheckpointError if it is none of these or cannot be had, and says what to do."""
+    Raises CheckpointError, with a remedy, if it is none of these or cannot be read."""
     if not isinstance(model, str):
         raise CheckpointError(f"A model is a name or a path, as a string; got {shown(model)}.")
     if model == "smollm2-135m":
@@ -41,7 +41,7 @@ def resolve(model: str) -> Path:
     try:
         if model and (path := Path(model).expanduser()).exists():
             return path
-    except (OSError, RuntimeError) as error:  # too long, or closed to us, or in the home of nobody
+    except (OSError, RuntimeError) as error:  # too long, or not readable, or a home directory that is unknown
         reason = f" ({getattr(error, 'strerror', None) or error})"
     if re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", model, re.ASCII) and not model.endswith(".gguf"):
         return _from_hub(model)
@@ -57,7 +57,7 @@ def cache_directory() -> Path:
     try:
         directory = directory.expanduser()
         directory.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: nobody's home is known
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home directory is known
         raise CheckpointError(
             f"The cache directory {directory} cannot be made ({error}). Set TANDEM_CACHE to one that can."
         ) from error
