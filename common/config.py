@@ -182,10 +182,9 @@ class EngineConfig:
     dtype: Dtype = "bfloat16"
     """Of weights, activations and KV. `float16` has no native kernels."""
     kernels: Kernels = "auto"
-    """`native`: our kernels, one source for both engines. `framework`: the framework's operations. `auto`: native where
-    possible.
+    """The implementation of a step: `native` (one C++ source for both engines), `framework` (its own operations), or `auto`.
 
-    If `auto` takes `framework`, the log states the reason.
+    `auto` takes `native` where possible. If it takes `framework`, the log states the reason.
     """
     device: str = "auto"
     """Where it computes: auto, cpu, cuda, rocm, xpu or tpu."""

@@ -270,9 +270,9 @@ class Engine(ServingEngine):
 
         `scheduled_tokens` went through the model, and `padded_tokens` were added to fill buckets. `device_seconds` were spent
         in the runner, `log_seconds` on the step log, and `host_seconds` in the rest of `step`. Prefix cache counts are in
-        tokens; the external ones count tokens that another engine computed. They concern requests that came with output:
-        `num_taken_over` needed no computation, and `num_computed_anew` did. `kv_pool_bytes` is the size of all pages, free ones
-        included. `ModelRunner.stats` has the communication of ranks.
+        tokens; the external ones count tokens that another engine computed. Of the requests that arrived with output,
+        `num_taken_over` found all their KV, and `num_computed_anew` did not. `kv_pool_bytes` is the size of all pages, free
+        ones included. `ModelRunner.stats` has the communication of ranks.
         """
         scheduler, pool = self.scheduler, self.scheduler.pool
         return {
@@ -307,8 +307,8 @@ class Engine(ServingEngine):
 def pool_size(config: EngineConfig, max_model_len: int, page_bytes: int) -> int:
     """Return the number of pages to allocate, the null page included.
 
-    It is `num_blocks` where set. Else the pool has room for `max_num_seqs` full contexts, within three limits. These are the
-    larger of `MAX_POOL_BYTES` and one full context, and a quarter of the free memory, which replicas share.
+    It is `num_blocks` where set. Else the pool has room for `max_num_seqs` full contexts, within two limits. One is
+    `MAX_POOL_BYTES`, or one full context if that is larger. The other is a quarter of the free memory, which replicas share.
     """
     if config.num_blocks is not None:
         return config.num_blocks

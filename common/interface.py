@@ -281,7 +281,7 @@ class ModelRunner(ABC):
         """Programs that the framework has compiled so far in this process, for whomever."""
 
     def stats(self) -> dict[str, float]:
-        """Return counters of a runner whose ranks share a model, since the start; nothing for one rank.
+        """Return counters since the start. A runner of one rank has none.
 
         `communication_bytes` is what a rank of the last stage sent to others or received from the stage before it.
         `communication_seconds`, where known, is the time for that, waits included. `rank_bytes` is its weights and pages.
@@ -325,7 +325,7 @@ class ModelRunner(ABC):
     def page_memory(self, group: int) -> PageMemory | None:
         """Return the memory of the pages, where the host can see it and no other rank has a part of it.
 
-        The caller may read and write it in place until the next call on the runner. It is ordered after earlier submits.
+        The caller may read and write it in place until the next call on the runner. The call waits for earlier submits.
         """
         return None
 

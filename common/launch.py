@@ -146,7 +146,7 @@ def follow(told: Launched) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run a module with its arguments, or serve the process that runs it."""
+    """Run a module with its arguments in the first process, and serve that process in each other one."""
     if not arguments or arguments[0].startswith("-"):
         fail("expected: torchrun --nproc-per-node N -m common.launch MODULE [ARGUMENTS].", USER_ERROR)
     try:

@@ -338,16 +338,17 @@ class Request:
     Time that passes before `add` counts too.
     """
     parent: str | None = None
-    """The id of a live request with the same prompt and salt, from whose pages this one starts once they are written.
+    """The id of a live request with the same prompt and salt. This request shares its pages once they are written.
 
-    Without such a request, or if this one leaves the queue first, this one computes its prompt itself.
+    Without such a request, or if that one frees its pages first, this request computes the whole prompt.
     """
     output_token_ids: tuple[int, ...] = ()
     """What it has of its output already, from an engine that is gone: it goes on from there, as one does that was preempted."""
     kv: Future[KV] | None = None
     """Keys and values of its first tokens, from an engine that has computed them.
 
-    The request waits for them and delays no other. If the transfer fails, they are computed. The end of the request cancels it.
+    The request waits for them and delays no other. If the transfer fails, the engine computes them. If the request ends first,
+    the engine cancels the transfer.
     """
     prepared: Any = None
     """The prepared form of the fields above (`common.schedule.prepare.Prepared`), which choices share. The engine prepares a

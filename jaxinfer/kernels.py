@@ -157,7 +157,7 @@ def layers_in_parts(
 def layers_in_terms(
     config: ModelConfig, weights: Weights, step: Array, cache: KVCache, x_TD: Array, group: Group
 ) -> tuple[KVCache, Array]:
-    """Compute the same bits as `layers`, where the ranks of a `group` share each layer.
+    """Do what `layers` does, where the ranks of a `group` share each layer.
 
     The outputs of attention and of the MLP are sums of the terms of all ranks. Each complete sum is added to the stream.
     """

@@ -151,7 +151,7 @@ def layers_in_parts(
 def layers_in_terms(
     config: ModelConfig, weights: Weights, step: Tensor, cache: KVCache, x_TD: Tensor, group: Group
 ) -> tuple[KVCache, Tensor]:
-    """Compute the same bits as `layers`, where the ranks of a `group` share each layer.
+    """Do what `layers` does, where the ranks of a `group` share each layer.
 
     The outputs of attention and of the MLP are sums of the terms of all ranks. Each complete sum is added to the stream.
     """

@@ -1,6 +1,6 @@
 """Allocate KV pages: which request holds which page, which pages hold reusable content, which page is allocated next.
 
-The pool only keeps books: a page is an int, and its bytes lie in a runner. Page 0 is the null page, which is never allocated.
+The pool holds no KV: a page is an int, and its bytes lie in a runner. Page 0 is the null page, which is never allocated.
 Here it is also the head of the free list. All state is in flat lists made once, so an operation allocates nothing.
 
 A page with full, written content can be *published* under a `PageKey`. A later request with the same prefix then shares it.

@@ -21,12 +21,11 @@ there are stages, and the groups take turns. The chunks of one prompt may follow
 Three of these ideas can be left out to measure the effect of each. No output depends on them. The mildest replacement takes the
 place of the idea, so that the measurement does not overstate it.
 
-- `static`: waiting requests form a batch, and no request joins before all of it have ended (`_form_batch`). The place of an
-ended
-  request stays idle. It is not computed, and its pages are free; a padded batch, as in `engine=hf`, pays for both.
+- `static`: waiting requests form a batch, and no request joins before all of the batch have ended (`_form_batch`). The place of
+  an ended request stays idle. It is not computed, and its pages are free; a padded batch, as in `engine=hf`, pays for both.
 - `dense`: an admitted request takes all pages that it can ever need (`_pages_to_start`), as a contiguous cache must. The
-scheduler
-  takes its `max_tokens` as known. A server that cannot know them reserves the whole context (Kwon et al., section 6.1).
+  scheduler takes its `max_tokens` as known. A server that cannot know them reserves the whole context (Kwon et al., section
+  6.1).
 - without `chunked_prefill` a prompt is computed in one step, or waits for one with room for all of it (`_may_split`).
 """
 
@@ -184,9 +183,9 @@ class Scheduler:
 
     @property
     def num_free_rows(self) -> int:
-        """Return the rows for requests that come before the next step.
+        """Return the number of rows that are free for requests that arrive before the next step.
 
-        Return 0 while a waiting request was skipped by a step, because then requests wait for more than a row.
+        It is 0 while a request waits that the last step skipped, because that request waits for more than a row.
         """
         if (self.static and any(not seq.status.finished for seq in self.batch)) or any(
             seq.number < self.num_considered for seq in self.waiting

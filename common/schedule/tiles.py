@@ -2,8 +2,8 @@
 
 A tile is up to C consecutive query tokens of one sequence; a decode is a tile of one. Both engines walk over tiles instead of
 sequences. So a step that mixes a 500-token chunk with 60 decodes costs what its parts cost. It needs no block-diagonal mask and
-no loop over sequences. PyTorch takes all tiles of like context length in one call (`length_classes`). JAX, whose shapes are
-compiled, walks over tiles sorted by length (`by_length`) in groups of a fixed size.
+no loop over sequences. PyTorch computes all tiles of similar context length in one call (`length_classes`). JAX, whose shapes
+are compiled, walks over tiles sorted by length (`by_length`) in groups of a fixed size.
 """
 
 from __future__ import annotations

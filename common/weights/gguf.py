@@ -205,10 +205,9 @@ def _rope(get: _Metadata) -> Rope:
 
 
 def _with_llama3_factors(rope: Rope, head_dim: int, factors: np.ndarray) -> Rope:
-    """Find the llama3 rule whose divisors are `factors`: GGUF stores one divisor per frequency.
+    """Return the llama3 scaling whose divisors, one per frequency, equal `factors`. Raises ConfigError if none fits.
 
-    Raises ConfigError if no rule fits. Every release of Llama 3 ramps between 1 and 4 turns of 8,192
-    positions. So the largest divisor identifies the rule.
+    Every release of Llama 3 ramps between 1 and 4 turns of 8,192 positions. So the largest divisor determines the scaling.
     """
     scaled = replace(
         rope,

@@ -26,7 +26,7 @@ def names() -> tuple[str, ...]:
 
 
 def resolve(model: str) -> Path:
-    """Return the checkpoint of a name of `names()`, of a path, or of a hub id `org/name`, which a network must provide.
+    """Return the checkpoint of a name of `names()`, of a path, or of a hub id `org/name`, which is downloaded.
 
     Raises CheckpointError, with a remedy, if it is none of these or cannot be read."""
     if not isinstance(model, str):
